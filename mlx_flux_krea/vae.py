@@ -1,0 +1,302 @@
+"""The autoencoder: pixels in [-1, 1] to 16-channel latents at an eighth of the size, and back; images in, bytes out.
+
+Names are those of black-forest-labs/flux (src/flux/modules/autoencoder.py). Arrays are NHWC, convolution weights OHWI,
+the projections of the attention plain matrices. B batch, H and W pixels or latent positions, C channels, G groups.
+
+Like the other networks this is a function of arrays; `run(piece, *args)` lets the caller evaluate piece by piece.
+"""
+
+from functools import partial
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from PIL import Image, ImageOps
+
+from .config import VAEConfig
+
+# Values whose float32 copies exist at one time while group statistics are taken (64 MiB).
+_STATISTICS_CHUNK = 2**24
+# Queries of the mid attention at one time: its head width, 512, has no fused kernel, so scores are materialised.
+_ATTENTION_CHUNK = 1024
+
+
+@partial(mx.compile, shapeless=True)
+def affine(x: mx.array, scale: mx.array, shift: mx.array) -> mx.array:
+    """X * scale + shift, computed in float32 and rounded once: one pass on a GPU."""
+    return (x.astype(mx.float32) * scale + shift).astype(x.dtype)
+
+
+@partial(mx.compile, shapeless=True)
+def affine_silu(x: mx.array, scale: mx.array, shift: mx.array) -> mx.array:
+    """silu(x * scale + shift), computed in float32 and rounded once: one pass on a GPU."""
+    y = x.astype(mx.float32) * scale + shift
+    return (y * mx.sigmoid(y)).astype(x.dtype)
+
+
+@partial(mx.compile, shapeless=True)
+def squared_deviation(x: mx.array, mean: mx.array) -> mx.array:
+    """(x - mean)^2 in float32: one pass on a GPU."""
+    return mx.square(x.astype(mx.float32) - mean)
+
+
+def group_statistics(x: mx.array, groups: int) -> tuple[mx.array, mx.array]:
+    """Mean and variance of each group over the whole image, in float32 whatever the type of x.
+
+    Rows are taken in chunks, so that no float32 copy of a large activation ever exists; the chunks' moments are joined
+    as Chan, Golub and LeVeque (1979) do, which keeps the accuracy of two passes.
+
+    Args:
+        x: (B, H, W, C).
+        groups: G.
+
+    Returns:
+        Two (B, G) float32 arrays.
+    """
+    b, h, w, c = x.shape
+    rows = max(1, _STATISTICS_CHUNK // (b * w * c))
+    count, mean, m2 = 0, None, None
+    for top in range(0, h, rows):
+        part = x[:, top : top + rows].reshape(b, -1, groups, c // groups)
+        n = part.shape[1] * part.shape[3]
+        part_mean = part.astype(mx.float32).mean(axis=(1, 3))
+        part_m2 = squared_deviation(part, part_mean[:, None, :, None]).sum(axis=(1, 3))
+        if mean is None:
+            mean, m2 = part_mean, part_m2
+        else:
+            delta = part_mean - mean
+            mean = mean + delta * (n / (count + n))
+            m2 = m2 + part_m2 + mx.square(delta) * (count * n / (count + n))
+        count += n
+    return mean, m2 / count
+
+
+class GroupNorm(nn.Module):
+    """Group normalisation (Wu and He 2018) over the whole image, optionally with the SiLU that follows."""
+
+    def __init__(self, groups: int, channels: int):
+        super().__init__()
+        self._groups = groups
+        self.weight = mx.ones((channels,))
+        self.bias = mx.zeros((channels,))
+
+    def __call__(self, x: mx.array, silu: bool = False) -> mx.array:
+        mean, variance = group_statistics(x, self._groups)
+        per_group = x.shape[-1] // self._groups
+        # (B, G) to (B, 1, 1, C): x * scale + shift is the normalised and weighted x
+        scale = mx.repeat(mx.rsqrt(variance + 1e-6), per_group, axis=-1) * self.weight
+        shift = self.bias - mx.repeat(mean, per_group, axis=-1) * scale
+        return (affine_silu if silu else affine)(x, scale[:, None, None], shift[:, None, None])
+
+
+class AttnBlock(nn.Module):
+    """Single-head attention over all positions; queries in chunks, so that scores stay small."""
+
+    def __init__(self, channels: int, groups: int):
+        super().__init__()
+        self.norm = GroupNorm(groups, channels)
+        self.q = nn.Linear(channels, channels)
+        self.k = nn.Linear(channels, channels)
+        self.v = nn.Linear(channels, channels)
+        self.proj_out = nn.Linear(channels, channels)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        b, h, w, c = x.shape
+        y = self.norm(x).reshape(b, 1, h * w, c)
+        q, k, v = self.q(y), self.k(y), self.v(y)
+        chunks = [
+            mx.fast.scaled_dot_product_attention(q[:, :, i : i + _ATTENTION_CHUNK], k, v, scale=c**-0.5)
+            for i in range(0, h * w, _ATTENTION_CHUNK)
+        ]
+        y = chunks[0] if len(chunks) == 1 else mx.concatenate(chunks, axis=2)
+        return x + self.proj_out(y).reshape(b, h, w, c)
+
+
+class ResnetBlock(nn.Module):
+    """Two normalised convolutions with a residual."""
+
+    def __init__(self, in_channels: int, out_channels: int, groups: int):
+        super().__init__()
+        self.norm1 = GroupNorm(groups, in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm2 = GroupNorm(groups, out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        if in_channels != out_channels:
+            self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        y = self.conv1(self.norm1(x, silu=True))
+        y = self.conv2(self.norm2(y, silu=True))
+        return y + (self.nin_shortcut(x) if "nin_shortcut" in self else x)
+
+
+class Downsample(nn.Module):
+    """Strided convolution, padded at the bottom and right only."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.conv(mx.pad(x, [(0, 0), (0, 1), (0, 1), (0, 0)]))
+
+
+class Upsample(nn.Module):
+    """Nearest neighbour, then a convolution."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        b, h, w, c = x.shape
+        x = mx.broadcast_to(x[:, :, None, :, None], (b, h, 2, w, 2, c))
+        return self.conv(x.reshape(b, 2 * h, 2 * w, c))
+
+
+class Level(nn.Module):
+    """The residual blocks of one resolution, and the change of resolution after them, if any."""
+
+    def __init__(self, in_channels: int, out_channels: int, blocks: int, groups: int, resample: str | None):
+        super().__init__()
+        self.block = [ResnetBlock(in_channels if i == 0 else out_channels, out_channels, groups) for i in range(blocks)]
+        if resample:
+            self[resample] = Upsample(out_channels) if resample == "upsample" else Downsample(out_channels)
+
+    def pieces(self) -> list:
+        """The modules in the order in which they run."""
+        return [*self.block, *(self[name] for name in ("upsample", "downsample") if name in self)]
+
+
+class Mid(nn.Module):
+    """The middle, with attention."""
+
+    def __init__(self, channels: int, groups: int):
+        super().__init__()
+        self.block_1 = ResnetBlock(channels, channels, groups)
+        self.attn_1 = AttnBlock(channels, groups)
+        self.block_2 = ResnetBlock(channels, channels, groups)
+
+    def pieces(self) -> list:
+        """The modules in the order in which they run."""
+        return [self.block_1, self.attn_1, self.block_2]
+
+
+class Encoder(nn.Module):
+    """Pixels to the moments of the posterior."""
+
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        widths = [config.ch * m for m in config.ch_mult]
+        groups, last = config.norm_num_groups, len(widths) - 1
+        self.conv_in = nn.Conv2d(config.in_channels, config.ch, 3, padding=1)
+        self.down = [
+            Level(i, o, config.num_res_blocks, groups, "downsample" if n < last else None)
+            for n, (i, o) in enumerate(zip([config.ch, *widths], widths, strict=False))
+        ]
+        self.mid = Mid(widths[-1], groups)
+        self.norm_out = GroupNorm(groups, widths[-1])
+        self.conv_out = nn.Conv2d(widths[-1], 2 * config.z_channels, 3, padding=1)
+
+    def pieces(self) -> list:
+        """Functions from array to array, whose composition is the encoder."""
+        levels = [piece for level in self.down for piece in level.pieces()]
+        return [self.conv_in, *levels, *self.mid.pieces(), lambda x: self.conv_out(self.norm_out(x, silu=True))]
+
+
+class Decoder(nn.Module):
+    """Latents to pixels. As in the checkpoint, `up` counts from the largest resolution, and runs from its end."""
+
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        widths = [config.ch * m for m in config.ch_mult]
+        groups = config.norm_num_groups
+        self.conv_in = nn.Conv2d(config.z_channels, widths[-1], 3, padding=1)
+        self.mid = Mid(widths[-1], groups)
+        self.up = [
+            Level(i, o, config.num_res_blocks + 1, groups, "upsample" if n > 0 else None)
+            for n, (i, o) in enumerate(zip([*widths[1:], widths[-1]], widths, strict=True))
+        ]
+        self.norm_out = GroupNorm(groups, widths[0])
+        self.conv_out = nn.Conv2d(widths[0], config.out_ch, 3, padding=1)
+
+    def pieces(self) -> list:
+        """Functions from array to array, whose composition is the decoder."""
+        levels = [piece for level in reversed(self.up) for piece in level.pieces()]
+        return [self.conv_in, *self.mid.pieces(), *levels, lambda x: self.conv_out(self.norm_out(x, silu=True))]
+
+
+class VAE(nn.Module):
+    """Encoder and decoder of one checkpoint."""
+
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        """The compute type."""
+        return self.decoder.conv_in.bias.dtype
+
+    def encode(self, x: mx.array, run=lambda piece, *args: piece(*args)) -> tuple[mx.array, mx.array]:
+        """The posterior of an image.
+
+        Args:
+            x: (B, H, W, 3) in [-1, 1], sides divisible by 8.
+            run: called as run(piece, x) for each piece in order, so that the caller evaluates piece by piece.
+
+        Returns:
+            Mean and log variance (clipped to [-30, 20] as the references do), each (B, H/8, W/8, 16).
+        """
+        x = x.astype(self.dtype)
+        for piece in self.encoder.pieces():
+            x = run(piece, x)
+        mean, logvar = mx.split(x, 2, axis=-1)
+        return mean, mx.clip(logvar, -30.0, 20.0)
+
+    def decode(self, z: mx.array, run=lambda piece, *args: piece(*args)) -> mx.array:
+        """Pixels of a latent.
+
+        Args:
+            z: (B, h, w, 16), not scaled: latents / scale_factor + shift_factor.
+            run: as in `encode`.
+
+        Returns:
+            (B, 8 h, 8 w, 3), about [-1, 1], not clipped.
+        """
+        x = z.astype(self.dtype)
+        for piece in self.decoder.pieces():
+            x = run(piece, x)
+        return x
+
+
+def pixels_from_image(image: Image.Image, width: int, height: int) -> mx.array:
+    """An image as the encoder reads it, (1, height, width, 3) float32 in [-1, 1].
+
+    Turned upright by its EXIF orientation, transparency flattened on white, resized with Lanczos as diffusers'
+    VaeImageProcessor does.
+    """
+    image = ImageOps.exif_transpose(image)
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = image.convert("RGB")
+    if image.size != (width, height):
+        image = image.resize((width, height), Image.Resampling.LANCZOS)
+    values = np.asarray(image, dtype=np.float32) / 255.0
+    return mx.array(2.0 * values - 1.0)[None]
+
+
+def pixels_to_bytes(x: mx.array, rule: str) -> mx.array:
+    """Decoded pixels as uint8.
+
+    Args:
+        x: (B, H, W, 3), about [-1, 1].
+        rule: "round" as diffusers, or "truncate" as BFL's save_image and ComfyUI.
+    """
+    x = mx.clip(x.astype(mx.float32), -1.0, 1.0)
+    if rule == "round":
+        return mx.round((x * 0.5 + 0.5) * 255).astype(mx.uint8)
+    return (127.5 * (x + 1.0)).astype(mx.uint8)
