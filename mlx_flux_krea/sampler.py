@@ -1,0 +1,103 @@
+"""The flow sampler: schedule, packing, positions and the Euler loop.
+
+Rectified flow (Liu et al. 2022; Lipman et al. 2022): x = (1 - sigma) * image + sigma * noise, and the transformer gives
+dx / d sigma. Formulas are those of black-forest-labs/flux (src/flux/sampling.py) and of diffusers'
+FlowMatchEulerDiscreteScheduler, which agree to 1.2e-7. B batch, L image tokens, h and w latent size.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+import mlx.core as mx
+import numpy as np
+
+from .config import Schedule
+
+
+def shift_mu(schedule: Schedule, image_seq_len: int) -> float:
+    """mu, linear in the number of image tokens (Esser et al. 2024, section 5.3.2, for why resolution matters)."""
+    slope = (schedule.max_shift - schedule.base_shift) / (schedule.max_image_seq_len - schedule.base_image_seq_len)
+    return schedule.base_shift + slope * (image_seq_len - schedule.base_image_seq_len)
+
+
+def make_sigmas(
+    schedule: Schedule, image_seq_len: int, num_inference_steps: int, sigmas: Sequence[float] = ()
+) -> np.ndarray:
+    """The noise levels of a run.
+
+    Args:
+        schedule: the model's shift.
+        image_seq_len: L, the number of packed latents.
+        num_inference_steps: n.
+        sigmas: n levels of one's own, before the shift, falling; empty: linspace(1, 1/n, n).
+
+    Returns:
+        (n + 1,) float32, from the first level down to 0.
+    """
+    levels = np.array(sigmas if len(sigmas) else np.linspace(1.0, 1 / num_inference_steps, num_inference_steps))
+    levels = levels.astype(np.float32)  # and all that follows, as in diffusers: the same to the last bit
+    if schedule.shift == "dynamic":
+        shift = np.float32(math.exp(shift_mu(schedule, image_seq_len)))
+        levels = shift / (shift + (1 / levels - 1))
+    return np.append(levels, np.float32(0))
+
+
+def first_step(num_inference_steps: int, strength: float) -> int:
+    """How many steps image-to-image leaves out: diffusers' sense of strength, 1 runs them all."""
+    return int(max(num_inference_steps - min(num_inference_steps * strength, num_inference_steps), 0))
+
+
+def pack(x: mx.array) -> mx.array:
+    """Patches of 2 x 2 as tokens: "b c (h ph) (w pw) -> b (h w) (c ph pw)"."""
+    b, c, h, w = x.shape
+    return x.reshape(b, c, h // 2, 2, w // 2, 2).transpose(0, 2, 4, 1, 3, 5).reshape(b, h * w // 4, 4 * c)
+
+
+def unpack(x: mx.array, height: int, width: int) -> mx.array:
+    """The reverse of `pack` for a latent of height x width: "b (h w) (c ph pw) -> b c (h ph) (w pw)"."""
+    b, _, c = x.shape
+    x = x.reshape(b, height // 2, width // 2, c // 4, 2, 2)
+    return x.transpose(0, 3, 1, 4, 2, 5).reshape(b, c // 4, height, width)
+
+
+def position_ids(text_length: int, height: int, width: int) -> mx.array:
+    """Rope positions of all tokens of a picture.
+
+    Args:
+        text_length: S.
+        height: h, of the latent.
+        width: w, of the latent.
+
+    Returns:
+        (S + h w / 4, 3) int32: text at (0, 0, 0), image tokens at (0, row, column).
+    """
+    rows, columns = np.meshgrid(np.arange(height // 2), np.arange(width // 2), indexing="ij")
+    image = np.stack([np.zeros_like(rows), rows, columns], axis=-1).reshape(-1, 3)
+    return mx.array(np.concatenate([np.zeros((text_length, 3), image.dtype), image]).astype(np.int32))
+
+
+def add_noise(image_latents: mx.array, noise: mx.array, sigma: float) -> mx.array:
+    """Where image-to-image starts: sigma * noise + (1 - sigma) * image."""
+    return sigma * noise + (1.0 - sigma) * image_latents
+
+
+def euler(
+    model: Callable[[mx.array, int], mx.array], latents: mx.array, sigmas: np.ndarray, start: int = 0
+) -> Iterator[mx.array]:
+    """Euler's method from sigmas[start] to the end.
+
+    Args:
+        model: from latents (B, L, 64) and the index of a step to the velocity.
+        latents: (B, L, 64), kept in their type.
+        sigmas: (n + 1,).
+        start: first step.
+
+    Yields:
+        Latents after each step, lazy. What is sent back replaces them (`send`), so that a callback can change a run.
+    """
+    for i in range(start, len(sigmas) - 1):
+        velocity = model(latents, i)
+        step = float(sigmas[i + 1] - sigmas[i])
+        latents = latents + (step * velocity.astype(mx.float32)).astype(latents.dtype)
+        replaced = yield latents
+        latents = latents if replaced is None else replaced

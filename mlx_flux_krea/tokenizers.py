@@ -1,0 +1,174 @@
+"""Text to token ids as the reference pipelines see it, with what was cut off.
+
+Both tokenizers give what the classes of transformers 4 give (without ftfy), which diffusers, BFL and krea use:
+CLIPTokenizer and T5TokenizerFast. transformers itself is not needed; a folder holds the published tokenizer files.
+"""
+
+import json
+import re
+import unicodedata
+from dataclasses import dataclass
+from pathlib import Path
+
+import sentencepiece
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+from .errors import ModelError
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A tokenized prompt."""
+
+    ids: list[int]  # padded to the length asked for
+    count: int  # how many are not padding, start and end tokens included
+    cut: str  # the text that did not fit, as decoded from its tokens; "" where all fitted
+
+
+# Blocks that BERT's tokenizer, and so CLIP's in transformers 4, sets apart with spaces: one token a character.
+_CJK = (
+    (0x4E00, 0x9FFF), (0x3400, 0x4DBF), (0x20000, 0x2A6DF), (0x2A700, 0x2B73F),
+    (0x2B740, 0x2B81F), (0x2B820, 0x2CEAF), (0xF900, 0xFAFF), (0x2F800, 0x2FA1F),
+)  # fmt: skip
+_CLIP_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
+
+
+class CLIPTokenizer:
+    """CLIP's lower-case byte-pair encoding, from vocab.json and merges.txt or from tokenizer.json.
+
+    Text in front of the merges is cleaned as transformers 4 does without ftfy: control and zero-width characters go,
+    any whitespace is a space, CJK characters stand alone, Unicode is composed (NFC).
+
+    Args:
+        folder: holds the files.
+
+    Raises:
+        ModelError: files missing or damaged.
+    """
+
+    def __init__(self, folder: Path):
+        vocab, merges = _read_bpe(folder)
+        try:
+            bpe = models.BPE(vocab=vocab, merges=merges, continuing_subword_prefix="", end_of_word_suffix="</w>")
+            self._start, self._end = vocab["<|startoftext|>"], vocab["<|endoftext|>"]
+        except Exception as error:  # the tokenizers library raises plain Exception
+            raise ModelError(f"the tokenizer in {folder} is damaged: {error}", "CLIP's vocabulary and merges") from None
+        self._bpe = Tokenizer(bpe)
+        words = pre_tokenizers.Split(Regex(_CLIP_WORDS), behavior="removed", invert=True)
+        self._bpe.pre_tokenizer = pre_tokenizers.Sequence(
+            [words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        )
+        self._bpe.decoder = decoders.ByteLevel()
+        self.vocab_size = max(vocab.values()) + 1
+
+    def __call__(self, text: str, max_length: int = 77) -> Tokens:
+        """Ids with start and end token, padded with the end token."""
+        ids = []
+        for part in re.split(r"(<\|startoftext\|>|<\|endoftext\|>)", text):
+            if part in ("<|startoftext|>", "<|endoftext|>"):
+                ids.append(self._start if part == "<|startoftext|>" else self._end)
+            else:
+                ids += self._bpe.encode(_clean(part)).ids
+        room = max_length - 2
+        cut = self._bpe.decode(ids[room:]).replace("</w>", " ").strip()
+        ids = [self._start, *ids[:room], self._end]
+        return Tokens(ids + [self._end] * (max_length - len(ids)), len(ids), cut)
+
+
+class T5Tokenizer:
+    """T5's sentencepiece model, from tokenizer.json or spiece.model, whichever the folder holds.
+
+    Special tokens written in the text (`</s>`, `<extra_id_0>`) become themselves, as in the references.
+
+    Args:
+        folder: holds the file.
+
+    Raises:
+        ModelError: files missing or damaged.
+    """
+
+    def __init__(self, folder: Path):
+        fast, slow = folder / "tokenizer.json", folder / "spiece.model"
+        try:
+            if fast.exists():
+                tokenizer = Tokenizer.from_file(str(fast))
+                tokenizer.no_padding()
+                tokenizer.no_truncation()
+                self._encode = lambda text: tokenizer.encode(text, add_special_tokens=False).ids
+                self._decode = tokenizer.decode
+                self._pad, self._end = tokenizer.token_to_id("<pad>"), tokenizer.token_to_id("</s>")
+                self.vocab_size = max(tokenizer.get_vocab().values()) + 1
+            elif slow.exists():
+                self._pieces = sentencepiece.SentencePieceProcessor(model_file=str(slow))
+                self._encode, self._decode = self._encode_pieces, self._decode_pieces
+                self._pad, self._end = self._pieces.pad_id(), self._pieces.eos_id()
+                self._special = self._special_tokens(folder)
+                self.vocab_size = max(self._pieces.get_piece_size(), *(i + 1 for i in self._special.values()))
+            else:
+                raise ModelError(f"{folder} holds no T5 tokenizer", "tokenizer.json or spiece.model")
+        except ModelError:
+            raise
+        except Exception as error:  # both libraries raise what they like on a damaged file
+            raise ModelError(f"the tokenizer in {folder} is damaged: {error}", "T5's own file, unchanged") from None
+        if self._pad is None or self._end is None or min(self._pad, self._end) < 0:
+            raise ModelError(f"the tokenizer in {folder} has no <pad> or no </s>", "a T5 tokenizer")
+
+    def __call__(self, text: str, max_length: int) -> Tokens:
+        """Ids with the end token, padded."""
+        ids = self._encode(text)
+        cut = self._decode(ids[max_length - 1 :]).strip()
+        ids = [*ids[: max_length - 1], self._end]
+        return Tokens(ids + [self._pad] * (max_length - len(ids)), len(ids), cut)
+
+    def _special_tokens(self, folder: Path) -> dict[str, int]:
+        config = folder / "tokenizer_config.json"
+        extra = json.loads(config.read_text(encoding="utf-8")).get("extra_ids", 100) if config.exists() else 100
+        first = self._pieces.get_piece_size()
+        special = {f"<extra_id_{n}>": first + extra - 1 - n for n in range(extra)}
+        return special | {t: self._pieces.piece_to_id(t) for t in ("<pad>", "</s>", "<unk>")}
+
+    def _encode_pieces(self, text: str) -> list[int]:
+        ids = []
+        for part in re.split(r"(<pad>|</s>|<unk>|<extra_id_\d+>)", text):
+            ids += [self._special[part]] if part in self._special else self._pieces.encode(part)
+        return ids
+
+    def _decode_pieces(self, ids: list[int]) -> str:
+        return self._pieces.decode([i for i in ids if i < self._pieces.get_piece_size()])
+
+
+def _read_bpe(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Vocabulary and merges, from either form of the published files."""
+    try:
+        if (folder / "vocab.json").exists():
+            vocab = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+            lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
+            merges = [line for line in lines if line and not line.startswith("#version")]
+        elif (folder / "tokenizer.json").exists():
+            model = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+            vocab, merges = model["vocab"], model["merges"]
+        else:
+            raise ModelError(f"{folder} holds no CLIP tokenizer", "vocab.json and merges.txt, or tokenizer.json")
+        pairs = [tuple(m.split(" ") if isinstance(m, str) else m) for m in merges]
+        return vocab, pairs
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(
+            f"the tokenizer in {folder} cannot be read: {error!r}", "CLIP's own files, unchanged"
+        ) from None
+
+
+def _clean(text: str) -> str:
+    """What BERT's BasicTokenizer makes of a text, as CLIPTokenizer calls it: words in lower case, one space between."""
+    characters = []
+    for char in text:
+        code = ord(char)
+        if char in "\t\n\r" or unicodedata.category(char) == "Zs":
+            characters.append(" ")
+        elif code == 0xFFFD or unicodedata.category(char).startswith("C"):
+            continue
+        elif any(low <= code <= high for low, high in _CJK):
+            characters.append(f" {char} ")
+        else:
+            characters.append(char)
+    words = unicodedata.normalize("NFC", "".join(characters)).split()
+    return " ".join(word.lower() for word in words)
