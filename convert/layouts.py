@@ -1,0 +1,267 @@
+"""The known layouts: what identifies them, which table names their tensors, and where their sizes come from.
+
+Look-alikes are rows too, refused by name. A new layout is a row here and a table in `maps.py`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+
+from mlx.utils import tree_flatten
+
+from mlx_flux_krea import config as configs
+from mlx_flux_krea.config import CLIPConfig, T5Config, VAEConfig
+from mlx_flux_krea.errors import ModelError
+from mlx_flux_krea.weights import COMPONENTS
+
+from . import maps
+from .remap import Plan, plan
+from .sources import Source, Tensor
+
+# Every prefix that published single files put in front of their names.
+PREFIXES = ("", "model.diffusion_model.", "diffusion_model.", "vae.", "text_encoders.clip_l.transformer.")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One way to name the tensors of one component."""
+
+    name: str
+    component: str
+    probe: tuple[str, ...]  # tensors that only this layout has together
+    table: tuple
+    dropped: tuple = ()
+    convert_config: Callable[[dict], dict] | None = None  # from the config.json that belongs to this layout
+
+
+@dataclass(frozen=True)
+class Found:
+    """A layout found in a source."""
+
+    source: Source
+    layout: Layout
+    tensors: dict[str, Tensor]  # prefix taken off
+
+
+def _require(obj: dict, where: str, **expected) -> None:
+    """Fields that would change the computation must have the values that ours is written for."""
+    for name, value in expected.items():
+        if name in obj and obj[name] != value:
+            raise ModelError(f"{where}: {name} is {obj[name]!r}", repr(value), "this is another network")
+
+
+def _diffusers_flux(obj: dict) -> dict:
+    _require(obj, "transformer/config.json", patch_size=1)
+    heads, width = obj["num_attention_heads"], obj["attention_head_dim"]
+    return {
+        "in_channels": obj["in_channels"],
+        "out_channels": obj.get("out_channels") or obj["in_channels"],
+        "vec_in_dim": obj["pooled_projection_dim"],
+        "context_in_dim": obj["joint_attention_dim"],
+        "hidden_size": heads * width,
+        "mlp_ratio": 4.0,
+        "num_heads": heads,
+        "depth": obj["num_layers"],
+        "depth_single_blocks": obj["num_single_layers"],
+        "axes_dim": obj.get("axes_dims_rope", [16, 56, 56]),  # the published config leaves it out
+        "theta": 10_000,
+        "guidance_embed": obj["guidance_embeds"],
+    }
+
+
+def _diffusers_vae(obj: dict) -> dict:
+    _require(
+        obj, "vae/config.json", act_fn="silu", use_quant_conv=False, use_post_quant_conv=False,
+        mid_block_add_attention=True, latents_mean=None, latents_std=None,
+    )  # fmt: skip
+    widths = obj["block_out_channels"]
+    return {
+        "in_channels": obj["in_channels"],
+        "out_ch": obj["out_channels"],
+        "ch": widths[0],
+        "ch_mult": [w // widths[0] for w in widths],
+        "num_res_blocks": obj["layers_per_block"],
+        "z_channels": obj["latent_channels"],
+        "norm_num_groups": obj["norm_num_groups"],
+        "scale_factor": obj["scaling_factor"],
+        "shift_factor": obj["shift_factor"],
+    }
+
+
+def _transformers_clip(obj: dict) -> dict:
+    _require(obj, "text_encoder/config.json", hidden_act="quick_gelu")
+    return {f.name: obj[f.name] for f in fields(CLIPConfig)}
+
+
+def _transformers_t5(obj: dict) -> dict:
+    _require(obj, "text_encoder_2/config.json", feed_forward_proj="gated-gelu", dense_act_fn="gelu_new")
+    return {f.name: obj[f.name] for f in fields(T5Config) if f.name in obj} | {
+        "relative_attention_max_distance": obj.get("relative_attention_max_distance", 128)  # younger than some configs
+    }
+
+
+LAYOUTS = (
+    Layout(
+        "transformer, Black Forest Labs", "transformer",
+        ("double_blocks.0.img_attn.norm.query_norm.scale", "single_blocks.0.linear1.weight"),
+        maps.FLUX_BFL,
+    ),
+    Layout(
+        "transformer, Black Forest Labs names with norm weights", "transformer",
+        ("double_blocks.0.img_attn.norm.query_norm.weight", "single_blocks.0.linear1.weight"),
+        maps.FLUX_BFL_NORM_WEIGHT,
+    ),
+    Layout(
+        "transformer, diffusers", "transformer",
+        ("transformer_blocks.0.attn.norm_added_q.weight", "transformer_blocks.0.ff.net.0.proj.weight",
+         "single_transformer_blocks.0.proj_mlp.weight"),
+        maps.FLUX_DIFFUSERS, convert_config=_diffusers_flux,
+    ),
+    Layout(
+        "VAE, Black Forest Labs", "vae",
+        ("encoder.down.0.block.0.conv1.weight", "decoder.mid.attn_1.q.weight"),
+        maps.VAE_BFL,
+    ),
+    Layout(
+        "VAE, diffusers", "vae",
+        ("encoder.down_blocks.0.resnets.0.conv1.weight", "decoder.mid_block.attentions.0.to_q.weight"),
+        maps.VAE_DIFFUSERS, convert_config=_diffusers_vae,
+    ),
+    Layout(
+        "CLIP text model", "text_encoder",
+        ("text_model.embeddings.token_embedding.weight", "text_model.final_layer_norm.weight"),
+        maps.CLIP, maps.CLIP_DROPPED, _transformers_clip,
+    ),
+    Layout(
+        "CLIP text model, transformers 5", "text_encoder",
+        ("embeddings.token_embedding.weight", "final_layer_norm.weight"),
+        maps.CLIP_TRANSFORMERS_5, maps.CLIP_DROPPED, _transformers_clip,
+    ),
+    Layout(
+        "T5 v1.1 encoder", "text_encoder_2",
+        ("shared.weight", "encoder.block.0.layer.1.DenseReluDense.wi_0.weight"),
+        maps.T5, maps.T5_DROPPED, _transformers_t5,
+    ),
+)  # fmt: skip
+
+# (a part of a tensor name that gives it away, what it is): other models that people have in the same folders
+LOOK_ALIKES = (
+    ("distilled_guidance_layer.", "Chroma"),
+    ("double_stream_modulation_img.", "FLUX.2"),
+    ("redux_up.", "FLUX.1 Redux"),
+    ("joint_blocks.0.", "Stable Diffusion 3"),
+    ("input_blocks.0.", "Stable Diffusion 1, 2 or XL"),
+    (".lora_A.", "a LoRA"),
+    (".lora_down.", "a LoRA"),
+    ("lora_unet_", "a LoRA"),
+    (".absmax", "a bitsandbytes NF4 file"),
+    (".qweight", "a Nunchaku SVDQuant file"),
+)
+
+
+def identify(source: Source) -> Found:
+    """The layout of a source, from its names alone.
+
+    Raises:
+        ModelError: another model (named, where it is known), or a network of another kind than its folder says.
+    """
+    for fragment, model in LOOK_ALIKES:
+        if any(fragment in name for name in source.tensors):
+            raise ModelError(f"{source.path} is {model}", "FLUX.1 Krea [dev] or one of its kin")
+    for prefix in PREFIXES:
+        tensors = {n[len(prefix) :]: t for n, t in source.tensors.items() if n.startswith(prefix)}
+        for layout in LAYOUTS:
+            if all(name in tensors for name in layout.probe):
+                if len(tensors) < len(source.tensors):
+                    other = next(n for n in source.tensors if not n.startswith(prefix))
+                    raise ModelError(f"{source.path} holds more than a {layout.name} ({other})", "one component")
+                if source.component not in (None, layout.component):
+                    raise ModelError(f"{source.path} holds a {layout.name}", f"a {source.component}")
+                return Found(source, layout, tensors)
+    first = ", ".join(sorted(source.tensors)[:3])
+    raise ModelError(
+        f"{source.path} is no layout that is known here (it holds {first})", "see flux-krea convert --help"
+    )
+
+
+def target_shapes(component: str, config) -> dict[str, tuple[int, ...]]:
+    """Our tensors of a component in the order of its modules, with MLX's axes."""
+    module = COMPONENTS[component][1](config)
+    return {name: tuple(array.shape) for name, array in tree_flatten(module.parameters())}
+
+
+def make_plan(found: Found) -> tuple[object, Plan]:
+    """Sizes and the complete mapping of a component.
+
+    Sizes come from the layout's own config.json; where it has none (single files), from the published config with these
+    shapes; else from a config.json beside the file, ours or in BFL's form.
+
+    Raises:
+        ModelError: sizes unknown, or tensors missing, left over or of another shape.
+    """
+    component, layout = found.layout.component, found.layout
+    where = str(found.source.path)
+    beside = found.source.config()
+    if layout.convert_config and beside is not None and (found.source.component or not _is_ours(beside, component)):
+        try:
+            sizes = layout.convert_config(beside)
+        except KeyError as error:
+            raise ModelError(f"the config.json of {where} lacks {error}", f"the config of a {layout.name}") from None
+        config = configs.from_json(COMPONENTS[component][0], sizes, f"{where}/config.json")
+        return config, _plan(found, config)
+    refused: list[ModelError] = []
+    for config in _PUBLISHED[component]:
+        try:
+            return config, _plan(found, config)
+        except ModelError as error:
+            refused.append(error)
+    if beside is None:
+        raise ModelError(
+            f"{where} has other sizes than the published {layout.name} ({refused[0].found})",
+            "a config.json beside it with heads and other sizes that shapes do not tell",
+        )
+    config = _read_beside(beside, component, f"{found.source.folder}/config.json")
+    return config, _plan(found, config)
+
+
+_PUBLISHED = {
+    "transformer": (configs.FLUX_DEV, configs.FLUX_SCHNELL),
+    "text_encoder": (configs.CLIP_L,),
+    "text_encoder_2": (configs.T5_XXL,),
+    "vae": (configs.FLUX_VAE,),
+}
+# sections of a config.json in BFL's form, and fields of it that must have these values or do not matter
+_BFL_SECTIONS = {"transformer": "flux", "text_encoder": "clip", "text_encoder_2": "t5", "vae": "ae"}
+_BFL_FIXED = {
+    "transformer": {"qkv_bias": True},
+    "text_encoder": {"hidden_act": "quick_gelu"},
+    "text_encoder_2": {"feed_forward": "gated gelu (tanh form)"},
+    "vae": {},
+}
+
+
+def _plan(found: Found, config) -> Plan:
+    last = len(config.ch_mult) - 1 if isinstance(config, VAEConfig) else 0
+    shapes = target_shapes(found.layout.component, config)
+    return plan(found.tensors, found.layout.table, found.layout.dropped, shapes, last, str(found.source.path))
+
+
+def _is_ours(obj: dict, component: str) -> bool:
+    return _BFL_SECTIONS[component] in obj or obj.keys() <= {
+        "dtype",
+        *(f.name for f in fields(COMPONENTS[component][0])),
+    }
+
+
+def _read_beside(obj: dict, component: str, where: str):
+    """Sizes from a config.json beside a single file: ours, or in the form of BFL's parameter classes."""
+    section = _BFL_SECTIONS[component]
+    if section in obj and isinstance(obj[section], dict):
+        sizes = dict(obj[section])
+        _require(sizes, where, **_BFL_FIXED[component])
+        for name in (*_BFL_FIXED[component], "resolution"):
+            sizes.pop(name, None)
+        if component == "vae" and "ae_norm_num_groups" in obj:
+            sizes["norm_num_groups"] = obj["ae_norm_num_groups"]
+    else:
+        sizes = {k: v for k, v in obj.items() if k != "dtype"}
+    return configs.from_json(COMPONENTS[component][0], sizes, where)

@@ -1,0 +1,115 @@
+"""The name tables: for every tensor of ours, where a layout keeps it. Data only; `remap.py` applies it.
+
+A row is (our name, where it comes from). The first row that fits a name counts. Slots in names:
+
+    {n} {m}   a number            {-n}    the same number counted from the other end
+    {x}       one part of a name  {rest}  any number of parts        *   "weight" or "bias"
+
+Where a tensor comes from is a name (the same values; axes of convolutions follow from the shapes), or
+
+    Rows(a, b, ...)   the parts of a fused matrix, one after another
+    Swap(a)           the two halves of its rows exchanged
+
+A table of dropped tensors names what some files hold and we leave out on purpose: (their name, the reason). Facts:
+black-forest-labs/flux (src/flux/model.py, modules/autoencoder.py), diffusers (transformer_flux.py, autoencoder_kl.py).
+"""
+
+
+class _Op:
+    def __init__(self, *names: str):
+        self.names = names
+
+
+class Rows(_Op):
+    """Sources one after another along the first axis."""
+
+
+class Swap(_Op):
+    """The halves of the first axis exchanged."""
+
+
+SAME = (("{rest}", "{rest}"),)
+
+# --- the transformer ---
+
+FLUX_BFL = SAME
+FLUX_BFL_NORM_WEIGHT = (("{rest}_norm.scale", "{rest}_norm.weight"), *SAME)
+
+_D, _S = "transformer_blocks.{n}", "single_transformer_blocks.{n}"
+FLUX_DIFFUSERS = (
+    ("img_in.*", "x_embedder.*"),
+    ("txt_in.*", "context_embedder.*"),
+    ("time_in.in_layer.*", "time_text_embed.timestep_embedder.linear_1.*"),
+    ("time_in.out_layer.*", "time_text_embed.timestep_embedder.linear_2.*"),
+    ("vector_in.in_layer.*", "time_text_embed.text_embedder.linear_1.*"),
+    ("vector_in.out_layer.*", "time_text_embed.text_embedder.linear_2.*"),
+    ("guidance_in.in_layer.*", "time_text_embed.guidance_embedder.linear_1.*"),
+    ("guidance_in.out_layer.*", "time_text_embed.guidance_embedder.linear_2.*"),
+    ("double_blocks.{n}.img_mod.lin.*", f"{_D}.norm1.linear.*"),
+    ("double_blocks.{n}.img_attn.qkv.*", Rows(f"{_D}.attn.to_q.*", f"{_D}.attn.to_k.*", f"{_D}.attn.to_v.*")),
+    ("double_blocks.{n}.img_attn.norm.query_norm.scale", f"{_D}.attn.norm_q.weight"),
+    ("double_blocks.{n}.img_attn.norm.key_norm.scale", f"{_D}.attn.norm_k.weight"),
+    ("double_blocks.{n}.img_attn.proj.*", f"{_D}.attn.to_out.0.*"),
+    ("double_blocks.{n}.img_mlp.0.*", f"{_D}.ff.net.0.proj.*"),
+    ("double_blocks.{n}.img_mlp.2.*", f"{_D}.ff.net.2.*"),
+    ("double_blocks.{n}.txt_mod.lin.*", f"{_D}.norm1_context.linear.*"),
+    (
+        "double_blocks.{n}.txt_attn.qkv.*",
+        Rows(f"{_D}.attn.add_q_proj.*", f"{_D}.attn.add_k_proj.*", f"{_D}.attn.add_v_proj.*"),
+    ),
+    ("double_blocks.{n}.txt_attn.norm.query_norm.scale", f"{_D}.attn.norm_added_q.weight"),
+    ("double_blocks.{n}.txt_attn.norm.key_norm.scale", f"{_D}.attn.norm_added_k.weight"),
+    ("double_blocks.{n}.txt_attn.proj.*", f"{_D}.attn.to_add_out.*"),
+    ("double_blocks.{n}.txt_mlp.0.*", f"{_D}.ff_context.net.0.proj.*"),
+    ("double_blocks.{n}.txt_mlp.2.*", f"{_D}.ff_context.net.2.*"),
+    (
+        "single_blocks.{n}.linear1.*",
+        Rows(f"{_S}.attn.to_q.*", f"{_S}.attn.to_k.*", f"{_S}.attn.to_v.*", f"{_S}.proj_mlp.*"),
+    ),
+    ("single_blocks.{n}.linear2.*", f"{_S}.proj_out.*"),
+    ("single_blocks.{n}.norm.query_norm.scale", f"{_S}.attn.norm_q.weight"),
+    ("single_blocks.{n}.norm.key_norm.scale", f"{_S}.attn.norm_k.weight"),
+    ("single_blocks.{n}.modulation.lin.*", f"{_S}.norm.linear.*"),
+    ("final_layer.linear.*", "proj_out.*"),
+    # the one place where the order differs: shift, scale in BFL's file; scale, shift in diffusers'
+    ("final_layer.adaLN_modulation.1.*", Swap("norm_out.linear.*")),
+)
+
+# --- the autoencoder ---
+
+VAE_BFL = SAME
+VAE_DIFFUSERS = (
+    ("{x}.conv_in.*", "{x}.conv_in.*"),
+    ("encoder.down.{n}.block.{m}.nin_shortcut.*", "encoder.down_blocks.{n}.resnets.{m}.conv_shortcut.*"),
+    ("encoder.down.{n}.block.{m}.{x}.*", "encoder.down_blocks.{n}.resnets.{m}.{x}.*"),
+    ("encoder.down.{n}.downsample.conv.*", "encoder.down_blocks.{n}.downsamplers.0.conv.*"),
+    ("{x}.mid.block_1.{rest}", "{x}.mid_block.resnets.0.{rest}"),
+    ("{x}.mid.block_2.{rest}", "{x}.mid_block.resnets.1.{rest}"),
+    ("{x}.mid.attn_1.norm.*", "{x}.mid_block.attentions.0.group_norm.*"),
+    ("{x}.mid.attn_1.q.*", "{x}.mid_block.attentions.0.to_q.*"),
+    ("{x}.mid.attn_1.k.*", "{x}.mid_block.attentions.0.to_k.*"),
+    ("{x}.mid.attn_1.v.*", "{x}.mid_block.attentions.0.to_v.*"),
+    ("{x}.mid.attn_1.proj_out.*", "{x}.mid_block.attentions.0.to_out.0.*"),
+    # our decoder counts its levels from the largest, diffusers from the smallest
+    ("decoder.up.{n}.block.{m}.nin_shortcut.*", "decoder.up_blocks.{-n}.resnets.{m}.conv_shortcut.*"),
+    ("decoder.up.{n}.block.{m}.{x}.*", "decoder.up_blocks.{-n}.resnets.{m}.{x}.*"),
+    ("decoder.up.{n}.upsample.conv.*", "decoder.up_blocks.{-n}.upsamplers.0.conv.*"),
+    ("{x}.norm_out.*", "{x}.conv_norm_out.*"),
+    ("{x}.conv_out.*", "{x}.conv_out.*"),
+)
+
+# --- the text encoders ---
+
+CLIP = SAME
+CLIP_TRANSFORMERS_5 = (("text_model.{rest}", "{rest}"),)
+CLIP_DROPPED = (
+    ("{rest}.position_ids", "positions are counted, not stored"),
+    ("text_projection.weight", "FLUX.1 reads the vector before this projection"),
+    ("logit_scale", "belongs to CLIP's training"),
+)
+
+T5 = SAME
+T5_DROPPED = (
+    ("encoder.embed_tokens.weight", "a second copy of shared.weight"),
+    ("logit_scale", "not a part of T5"),
+)

@@ -1,0 +1,125 @@
+"""Applies a name table: every key of a source matched or refused, every tensor of ours filled, every shape agreeing."""
+
+import re
+from dataclasses import dataclass
+from functools import cache
+
+import mlx.core as mx
+
+from mlx_flux_krea.errors import ModelError
+
+from .maps import Rows, Swap
+from .sources import Tensor
+
+_SLOTS = {
+    "{n}": r"(?P<n>\d+)",
+    "{m}": r"(?P<m>\d+)",
+    "{x}": r"(?P<x>[^.]+)",
+    "{rest}": r"(?P<rest>.+)",
+    "*": r"(?P<star>weight|bias)",
+}
+
+
+@dataclass(frozen=True)
+class Target:
+    """One tensor of ours, and how it is made."""
+
+    name: str
+    shape: tuple[int, ...]
+    sources: tuple[Tensor, ...]
+    swap: bool
+
+    def make(self) -> mx.array:
+        """Reads the sources and puts them together, in the type in which they are stored."""
+        parts = [_in_our_axes(tensor.read(), len(self.shape)) for tensor in self.sources]
+        array = parts[0] if len(parts) == 1 else mx.concatenate(parts)
+        return mx.concatenate(mx.split(array, 2)[::-1]) if self.swap else array
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A whole component: its tensors in our order, and what was left out on purpose."""
+
+    targets: tuple[Target, ...]
+    dropped: tuple[tuple[str, str], ...]  # name, reason
+
+
+def plan(tensors: dict[str, Tensor], table, dropped, shapes: dict[str, tuple[int, ...]], last: int, what: str) -> Plan:
+    """Matches a source with our tensors, on names and shapes alone.
+
+    Args:
+        tensors: of the source, prefixes already taken off.
+        table: rows of `maps.py`.
+        dropped: rows of tensors left out.
+        shapes: our tensors in our order, MLX's axes.
+        last: what `{-n}` counts from.
+        what: the source, for errors.
+
+    Raises:
+        ModelError: a tensor missing, left over or of another shape; the first few are named.
+    """
+    targets, missing, problems, used = [], [], [], set()
+    for name, shape in shapes.items():
+        names, swap = _find_row(name, table, last)
+        absent = [n for n in names if n not in tensors]
+        if absent or not names:
+            missing += absent or [name]
+            continue
+        used.update(names)
+        sources = tuple(tensors[n] for n in names)
+        made = _shape([_shape_in_our_axes(t.shape, len(shape)) for t in sources])
+        if made != tuple(shape):
+            stored = " + ".join(str(list(t.shape)) for t in sources)
+            problems.append(f"{names[0]} has shape {stored}, expected what makes {list(shape)}")
+        targets.append(Target(name, tuple(shape), sources, swap))
+    left = [n for n in tensors if n not in used]
+    reasons = {n: reason for n in left for pattern, reason in dropped if _pattern(pattern).fullmatch(n)}
+    unknown = [n for n in left if n not in reasons]
+    problems = [f"lacks {n}" for n in missing] + [f"has the unknown tensor {n}" for n in unknown] + problems
+    if problems:
+        more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise ModelError(f"{what} {'; '.join(problems[:3])}{more}", todo="is it complete, and a model of this kind?")
+    return Plan(tuple(targets), tuple(sorted(reasons.items())))
+
+
+def _find_row(name: str, table, last: int) -> tuple[list[str], bool]:
+    """Source names of one of our tensors, and whether its halves are exchanged."""
+    for ours, theirs in table:
+        match = _pattern(ours).fullmatch(name)
+        if match:
+            templates = theirs.names if isinstance(theirs, Rows | Swap) else (theirs,)
+            return [_fill(t, match.groupdict(), last) for t in templates], isinstance(theirs, Swap)
+    return [], False
+
+
+@cache
+def _pattern(template: str) -> re.Pattern:
+    parts = re.split(r"(\{\w+\}|\*)", template)
+    return re.compile("".join(_SLOTS.get(part) or re.escape(part) for part in parts))
+
+
+def _fill(template: str, slots: dict[str, str], last: int) -> str:
+    if "n" in slots:
+        template = template.replace("{-n}", str(last - int(slots["n"])))
+    for slot, value in slots.items():
+        template = template.replace("*" if slot == "star" else "{" + slot + "}", value)
+    return template
+
+
+def _shape(parts: list[tuple[int, ...]]) -> tuple[int, ...]:
+    if len(parts) > 1 and len({p[1:] for p in parts}) == 1 and parts[0]:
+        return (sum(p[0] for p in parts), *parts[0][1:])
+    return parts[0] if len(parts) == 1 else ()
+
+
+def _shape_in_our_axes(shape: tuple[int, ...], ndim: int) -> tuple[int, ...]:
+    if len(shape) == 4 and ndim == 2 and shape[2:] == (1, 1):
+        return shape[:2]
+    return (shape[0], shape[2], shape[3], shape[1]) if len(shape) == 4 and ndim == 4 else tuple(shape)
+
+
+def _in_our_axes(array: mx.array, ndim: int) -> mx.array:
+    """Convolutions from torch's OIHW to OHWI; a 1 x 1 convolution whose place is a matrix becomes one."""
+    if array.ndim == 4 and ndim == 2:
+        return array.reshape(array.shape[:2])
+    return array.transpose(0, 2, 3, 1) if array.ndim == 4 else array

@@ -1,0 +1,261 @@
+"""The model folder: the one format that the library reads, and how its weights become modules.
+
+    NAME/
+      model_index.json          what it is, its schedule and defaults, what it was made from (config.ModelIndex)
+      transformer/              config.json: sizes, and "dtype", the type of every array that is not quantized
+      text_encoder/    (CLIP)   model-0000k-of-0000n.safetensors: tensors in a fixed order, each block in one piece, the
+      text_encoder_2/  (T5)         modulation layers of the transformer in shards of their own
+      vae/                      model.safetensors.index.json: which shard holds which tensor
+      tokenizer/  tokenizer_2/  the tokenizers' own files
+      manifest.json             sha256 and size of every other file
+
+Names are those of Black Forest Labs for the transformer and the VAE, those of transformers for the encoders. Loading is
+strict (every tensor matched, shape and dtype checked before anything is read) and lazy: an array is read when it is
+first evaluated, and a cast to another compute type never holds two copies of the whole.
+"""
+
+import json
+import os
+import re
+import struct
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+from safetensors import SafetensorError, safe_open
+
+from . import config as configs
+from .clip import CLIPText
+from .errors import ModelError
+from .t5 import T5Encoder
+from .transformer import Flux
+from .vae import VAE
+
+COMPONENTS = {
+    "transformer": (configs.FluxConfig, Flux),
+    "text_encoder": (configs.CLIPConfig, CLIPText),
+    "text_encoder_2": (configs.T5Config, T5Encoder),
+    "vae": (configs.VAEConfig, VAE),
+}
+DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # MLX's names, and those of safetensors
+INDEX = "model.safetensors.index.json"
+_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies in its file."""
+
+    dtype: str  # safetensors' spelling
+    shape: tuple[int, ...]
+    start: int  # bytes from the beginning of the file
+    end: int
+
+
+def home() -> Path:
+    """Where converted models live: $FLUX_KREA_HOME, else the platform's folder for application data."""
+    if os.environ.get("FLUX_KREA_HOME"):
+        return Path(os.environ["FLUX_KREA_HOME"]).expanduser()
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Application Support" / "flux-krea"
+    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "flux-krea"
+
+
+def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """Tensors and metadata of a safetensors file, without reading a tensor.
+
+    The safetensors library judges the header (sizes, overlaps, holes, types); then its offsets can be trusted.
+
+    Raises:
+        ModelError: not a readable, complete safetensors file.
+    """
+    try:
+        with safe_open(path, "numpy"):
+            pass
+        with open(path, "rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(length))
+    except (SafetensorError, OSError, ValueError, struct.error) as error:
+        reason = str(error).removeprefix("Error while deserializing header: ")
+        raise ModelError(
+            f"{path} cannot be read: {reason}", "a complete safetensors file", "copy or download it again"
+        ) from None
+    metadata = header.pop("__metadata__", None) or {}
+    base = 8 + length
+    infos = {
+        name: TensorInfo(t["dtype"], tuple(t["shape"]), base + t["data_offsets"][0], base + t["data_offsets"][1])
+        for name, t in header.items()
+    }
+    return infos, metadata
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object from a file.
+
+    Raises:
+        ModelError: missing, not JSON, or not an object.
+    """
+    try:
+        obj = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(f"{path} is missing") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{path} cannot be read: {error}", "a JSON file") from None
+    if not isinstance(obj, dict):
+        raise ModelError(f"{path} holds a {type(obj).__name__}", "a JSON object")
+    return obj
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A model folder whose JSON was read and checked; no weights yet."""
+
+    path: Path
+    index: configs.ModelIndex
+    sizes: dict[str, object]  # component: its config
+    dtypes: dict[str, str]  # component: the type of its arrays
+
+    @property
+    def requires_filters(self) -> bool:
+        """Whether the licence demands filters or review."""
+        return configs.requires_filters(self.sizes["transformer"], self.index)
+
+    def tensors(self, component: str) -> dict[str, tuple[Path, TensorInfo]]:
+        """Every tensor of a component with its shard, as the shards' own headers have it.
+
+        Raises:
+            ModelError: a shard missing or damaged, or the index and the shards contradict each other.
+        """
+        folder = self.path / component
+        weight_map = read_json(folder / INDEX).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(s, str) for s in weight_map.values()):
+            raise ModelError(f"{folder / INDEX} has no weight_map", "an index written by flux-krea convert")
+        found = {}
+        for shard in sorted(set(weight_map.values())):
+            if not _SHARD.fullmatch(shard):
+                raise ModelError(f"{folder / INDEX} names the file {shard!r}", "model-0000k-of-0000n.safetensors")
+            infos, _ = read_header(folder / shard)
+            found |= {name: (folder / shard, info) for name, info in infos.items()}
+        wrong = {n for n in found.keys() | weight_map.keys() if n not in found or found[n][0].name != weight_map.get(n)}
+        if wrong:
+            raise ModelError(
+                f"{folder / INDEX} and its shards disagree about {_some(wrong)}", "the same tensors in both"
+            )
+        return found
+
+    def load(self, component: str, dtype: mx.Dtype) -> nn.Module:
+        """A network with its weights, lazy.
+
+        Args:
+            component: a key of `COMPONENTS`.
+            dtype: the compute type; T5 and the VAE compute in bfloat16 where float16 is asked for.
+
+        Raises:
+            ModelError: a tensor is missing, not expected, or of another shape or type than the sizes say.
+        """
+        cls = COMPONENTS[component][1]
+        module = cls(self.sizes[component])
+        expected = {name: array.shape for name, array in tree_flatten(module.parameters())}
+        found = self.tensors(component)
+        check_tensors(
+            self.path / component,
+            {name: (info.dtype, info.shape) for name, (_, info) in found.items()},
+            {name: (DTYPES[self.dtypes[component]], shape) for name, shape in expected.items()},
+        )
+        if dtype == mx.float16 and component in ("text_encoder_2", "vae"):
+            dtype = mx.bfloat16
+        arrays = []
+        for shard in sorted({path for path, _ in found.values()}):
+            arrays += [(name, array.astype(dtype)) for name, array in mx.load(str(shard)).items()]
+        module.load_weights(arrays, strict=True)
+        module.eval()
+        return module
+
+
+def open_model(path: Path) -> ModelFolder:
+    """Reads and checks the JSON of a model folder.
+
+    Raises:
+        ModelError: not a model folder of ours, or a component or a field is missing or wrong.
+    """
+    index_path = path / "model_index.json"
+    convert = f"convert it first: flux-krea convert {path}"
+    if not path.exists():
+        raise ModelError(f"there is nothing at {path}", "a model folder")
+    if not path.is_dir():
+        raise ModelError(f"{path} is a file", "a model folder", convert)
+    if not index_path.exists():
+        raise ModelError(f"{path} has no model_index.json", "a model folder", convert)
+    obj = read_json(index_path)
+    if "format" not in obj:
+        raise ModelError(f"{path} was not made by flux-krea convert", "a model folder", convert)
+    if obj.pop("_class_name", None) != "FluxPipeline":
+        raise ModelError(f"{index_path} is not of a FluxPipeline", '"_class_name": "FluxPipeline"')
+    index = configs.from_json(configs.ModelIndex, obj, str(index_path))
+    sizes, dtypes = {}, {}
+    for component, (config_class, _) in COMPONENTS.items():
+        where = path / component / "config.json"
+        if not where.exists():
+            raise ModelError(f"{path} has no {component}/config.json", f"the components {', '.join(COMPONENTS)}")
+        fields = read_json(where)
+        dtypes[component] = fields.pop("dtype", None)
+        if dtypes[component] not in DTYPES:
+            raise ModelError(f"{where}: dtype is {dtypes[component]!r}", f"one of {', '.join(DTYPES)}")
+        sizes[component] = configs.from_json(config_class, fields, str(where))
+    return ModelFolder(path, index, sizes, dtypes)
+
+
+def find_model(model: str | os.PathLike | None) -> Path:
+    """The folder meant by a path, by the name of an installed model, or by nothing (the only one installed).
+
+    Raises:
+        ModelError: nothing there, or more than one where none was named.
+    """
+    installed = sorted(p.parent for p in (home() / "models").glob("*/model_index.json"))
+    names = ", ".join(p.name for p in installed)
+    if model is None:
+        if len(installed) == 1:
+            return installed[0]
+        if installed:
+            raise ModelError(f"several models are installed: {names}", "", "name one with -m")
+        todo = "convert one: flux-krea convert SOURCE, or name a folder with -m"
+        raise ModelError(f"no model is installed in {home() / 'models'}", "", todo)
+    path = Path(model).expanduser()
+    if not path.exists() and path.name == str(model) and (home() / "models" / path).exists():
+        return home() / "models" / path
+    if not path.exists():
+        known = f"a path, or one of {names}" if names else "the path of a model folder"
+        raise ModelError(f"there is no model {str(model)!r}", known, f"convert it first: flux-krea convert {model}")
+    return path
+
+
+def check_tensors(where: Path, found: dict, expected: dict) -> None:
+    """Compares (dtype, shape) of every tensor with what should be there.
+
+    Raises:
+        ModelError: naming the first few that are missing, not expected, of another shape or of another type.
+    """
+    problems = []
+    if missing := expected.keys() - found.keys():
+        problems.append(f"{len(missing)} missing ({_some(missing)})")
+    if extra := found.keys() - expected.keys():
+        problems.append(f"{len(extra)} not expected ({_some(extra)})")
+    for name in sorted(found.keys() & expected.keys()):
+        if tuple(found[name][1]) != tuple(expected[name][1]):
+            problems.append(f"{name} has shape {list(found[name][1])}, expected {list(expected[name][1])}")
+        elif found[name][0] != expected[name][0]:
+            problems.append(f"{name} is {found[name][0]}, expected {expected[name][0]}")
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise ModelError(
+            f"the tensors in {where} are not those of its config: {'; '.join(problems[:3])}{more}",
+            todo="convert the model again",
+        )
+
+
+def _some(names) -> str:
+    names = sorted(names)
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
