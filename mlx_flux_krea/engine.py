@@ -1,0 +1,95 @@
+"""The one thread that loads and runs.
+
+MLX streams belong to the thread that made them, and a lazy array can be evaluated in that thread only. So everything
+that pipelines compute is computed here, one job after another, and callers may be any thread.
+
+The thread is a daemon that is never ended. MLX's cache of compiled functions is local to a thread and needs the
+interpreter to be torn down: a thread that ends together with the interpreter aborts the process (mlx 0.32.4), one that
+sleeps does not.
+"""
+
+import atexit
+import queue
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, wait
+
+from .errors import Interrupted
+
+
+class Engine:
+    """A pipeline's share of the thread: its jobs, and the means to stop them."""
+
+    def __init__(self):
+        self._stops: set[threading.Event] = set()  # one for each job that waits or runs
+
+    def run(self, function: Callable, *args):
+        """The function's result, computed in the engine's thread; from within that thread, directly.
+
+        An exception that reaches the waiting caller, such as KeyboardInterrupt, stops the function at its next `check`
+        and goes on once it has stopped.
+        """
+        thread = _thread()
+        if threading.current_thread() is thread:
+            return function(*args)
+        future: Future = Future()
+        stop = threading.Event()
+        self._stops.add(stop)
+        _jobs.put((future, stop, function, args))
+        try:
+            return future.result()
+        finally:
+            if not future.done():
+                stop.set()
+                wait([future])
+            self._stops.discard(stop)
+
+    def interrupt(self) -> None:
+        """Stops what waits or runs, at its next `check`; without effect where nothing does."""
+        for stop in list(self._stops):
+            stop.set()
+
+    def check(self) -> None:
+        """Called between evaluations, in the engine's thread.
+
+        Raises:
+            Interrupted: somebody asked to stop.
+        """
+        if _running and _running[0].is_set():
+            raise Interrupted("stopped on request")
+
+
+_jobs: queue.SimpleQueue = queue.SimpleQueue()
+_running: list[threading.Event] = []  # the stop of the job at hand
+_started: list[threading.Thread] = []
+_starting = threading.Lock()
+
+
+def _thread() -> threading.Thread:
+    with _starting:
+        if not _started:
+            _started.append(threading.Thread(target=_work, name="flux-krea", daemon=True))
+            _started[0].start()
+            atexit.register(_stop_all)
+    return _started[0]
+
+
+def _work() -> None:
+    while True:
+        future, stop, function, args = _jobs.get()
+        _running[:] = [stop]
+        try:
+            future.set_result(function(*args))
+        except BaseException as error:
+            future.set_exception(error)
+        _running.clear()
+        del future, stop, function, args  # a sleeping thread keeps nothing alive
+
+
+def _stop_all() -> None:
+    """The interpreter ends: what still runs stops after the piece at hand, and then the thread sleeps."""
+    for stop in list(_running):
+        stop.set()
+    idle: Future = Future()
+    _jobs.put((idle, threading.Event(), lambda: None, ()))
+    wait([idle])
