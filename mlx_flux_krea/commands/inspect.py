@@ -1,0 +1,130 @@
+"""flux-krea inspect: what a file or folder is. Reads headers, never tensors."""
+
+import json
+from pathlib import Path
+
+import click
+
+
+@click.command()
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+def inspect(path, as_json):
+    """Say what PATH is: a model folder, foreign weights, or a picture made here.
+
+    \b
+    Examples:
+      flux-krea inspect flux1-krea-dev.safetensors
+      flux-krea inspect out.png
+    """
+    from mlx_flux_krea.errors import ModelError
+    from mlx_flux_krea.provenance import FORMATS
+
+    if not path.exists():
+        raise ModelError(f"there is nothing at {path}", "a file or a folder")
+    if path.suffix.lower() in FORMATS:
+        facts, lines = _picture(path)
+    elif path.is_dir() and _is_ours(path):
+        facts, lines = _model(path)
+    else:
+        facts, lines = _foreign(path)
+    click.echo(json.dumps(facts, ensure_ascii=False) if as_json else lines)
+
+
+def _is_ours(path: Path) -> bool:
+    from mlx_flux_krea.weights import read_json
+
+    index = path / "model_index.json"
+    return index.exists() and "format" in read_json(index)
+
+
+def _picture(path: Path) -> tuple[dict, str]:
+    from mlx_flux_krea.provenance import read_record
+
+    from .terminal import table
+
+    record = read_record(path)
+    if record is None:
+        return {"kind": "picture", "record": None}, f"{path} carries no record of ours"
+    return {"kind": "picture", "record": record}, table(list(record.items()))
+
+
+def _model(path: Path) -> tuple[dict, str]:
+    """One of our own folders."""
+    from mlx_flux_krea.config import to_json
+    from mlx_flux_krea.weights import COMPONENTS, open_model
+
+    from .terminal import number, size, table
+
+    folder = open_model(path)
+    components = {}
+    for name in COMPONENTS:
+        infos = [info for _, info in folder.tensors(name).values()]
+        components[name] = {
+            "dtype": folder.dtypes[name],
+            "tensors": len(infos),
+            "parameters": sum(_count(info.shape) for info in infos),
+            "bytes": sum(info.end - info.start for info in infos),
+            "config": to_json(folder.sizes[name]),
+        }
+    index = to_json(folder.index)
+    filters = "required" if folder.requires_filters else "none"
+    facts = {"kind": "model folder", **index, "filters": filters, "components": components}
+    rows = [("component", "dtype", "tensors", "parameters", "size")]
+    rows += [(n, c["dtype"], c["tensors"], number(c["parameters"]), size(c["bytes"])) for n, c in components.items()]
+    default = folder.index.defaults
+    steps = f"{default.num_inference_steps} steps, guidance {default.guidance_scale:g}"
+    about = [
+        ("model", f"{index['name']} ({index['base']})"),
+        ("licence", index["license"]),
+        ("filters", filters),
+        ("defaults", f"{default.width} x {default.height}, {steps}"),
+        ("shift", index["schedule"]["shift"]),
+        ("made from", ", ".join(source["file"] for source in index["source"])),
+    ]
+    return facts, table(about) + "\n\n" + table(rows, right=(2, 3, 4))
+
+
+def _foreign(path: Path) -> tuple[dict, str]:
+    """Whatever the converter can open."""
+    from mlx_flux_krea.convert.layouts import identify
+    from mlx_flux_krea.convert.sources import open_sources
+    from mlx_flux_krea.errors import ModelError
+
+    from .terminal import number, size, table
+
+    rows, facts = [("file", "layout", "types", "tensors", "parameters", "size")], []
+    for source in open_sources([path]):
+        try:
+            found = identify(source).layout
+            layout, component, problem = found.name, found.component, None
+        except ModelError as error:
+            layout, component, problem = "not known", None, str(error)
+        dtypes: dict[str, int] = {}
+        for tensor in source.tensors.values():
+            dtypes[tensor.dtype] = dtypes.get(tensor.dtype, 0) + 1
+        fact = {
+            "path": str(source.path),
+            "layout": layout,
+            "component": component,
+            "problem": problem,
+            "dtypes": dtypes,
+            "tensors": len(source.tensors),
+            "parameters": sum(_count(tensor.shape) for tensor in source.tensors.values()),
+            "bytes": source.bytes,
+            "metadata": source.metadata,
+        }
+        facts.append(fact)
+        types = ", ".join(f"{n} {t}" for t, n in sorted(dtypes.items()))
+        rows.append((source.path.name, layout, types, fact["tensors"], number(fact["parameters"]), size(source.bytes)))
+    text = table(rows, right=(3, 4, 5))
+    for problem in (fact["problem"] for fact in facts):
+        text += f"\n{problem}" if problem else ""
+    return {"kind": "weights", "sources": facts}, text
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    count = 1
+    for side in shape:
+        count *= side
+    return count

@@ -1,0 +1,133 @@
+"""What the commands have in common: progress lines, tables and sizes for people. Everything here writes to stderr."""
+
+import logging
+import sys
+import time
+
+from tqdm import tqdm
+
+_STAGES = {
+    "text": ("reading the prompt", "layer"),
+    "image": ("reading the image", "stage"),
+    "modulation": ("preparing", "layer"),
+    "denoise": ("drawing", "step"),
+    "decode": ("developing", "stage"),
+}
+_FORMAT = "{desc:<20} {percentage:3.0f}% |{bar}| {n:.{digits}f}/{total:.0f} {unit}s, {rate_inv_fmt}, {remaining} left"
+
+
+def say(text: str) -> None:
+    """A line for the person who waits."""
+    tqdm.write(text, file=sys.stderr)
+
+
+class PipelineProgress:
+    """The pipeline's progress as one line a stage, with seconds per step and time left; silent without a terminal.
+
+    A stage of less than half a second shows nothing.
+    """
+
+    def __init__(self):
+        self._stage = None
+        self._bar = None
+
+    def __call__(self, stage: str, done: float, total: int) -> None:
+        """As `FluxPipeline` reports it."""
+        if stage != self._stage:
+            self.close()
+            label, unit = _STAGES[stage]
+            self._stage = stage
+            layout = _FORMAT.replace("{digits}", "1" if unit == "step" else "0")
+            self._bar = tqdm(
+                total=total, desc=label, unit=unit, bar_format=layout, delay=0.5, disable=None, leave=False
+            )
+        self._bar.update(done - self._bar.n)
+        if done >= total:
+            self.close()
+
+    def close(self) -> None:
+        """Takes the line away."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar, self._stage = None, None
+
+
+class ByteProgress:
+    """Bytes done of all, with speed and time left."""
+
+    def __init__(self):
+        self._bar = None
+
+    def __call__(self, label: str, done: int, total: int) -> None:
+        """As `convert` reports it."""
+        if self._bar is None:
+            self._bar = tqdm(total=total, unit="B", unit_scale=True, delay=0.5, disable=None, leave=False)
+        self._bar.set_description(f"{label:<16}", refresh=False)
+        self._bar.update(done - self._bar.n)
+
+    def close(self) -> None:
+        """Takes the line away."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+class NoteHandler(logging.Handler):
+    """The library's notes (a size changed, a prompt cut off) as lines on stderr."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """One note."""
+        say(f"note: {record.getMessage()}")
+
+
+def show_notes() -> None:
+    """Sends the library's notes to stderr."""
+    logger = logging.getLogger("mlx_flux_krea")
+    if not any(isinstance(handler, NoteHandler) for handler in logger.handlers):
+        logger.addHandler(NoteHandler())
+        logger.propagate = False
+
+
+def table(rows: list[tuple], right: tuple[int, ...] = ()) -> str:
+    """Rows as aligned columns.
+
+    Args:
+        rows: cells, of any type.
+        right: columns aligned to the right.
+    """
+    cells = [[str(cell) for cell in row] for row in rows]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
+    lines = (
+        "  ".join(
+            cell.rjust(w) if i in right else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in cells
+    )
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def size(count: int) -> str:
+    """Bytes for people: 23.8 GB."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if count < 1000 or unit == "TB":
+            return f"{count:.0f} {unit}" if unit in ("B", "kB") else f"{count:.1f} {unit}"
+        count /= 1000
+
+
+def number(count: int) -> str:
+    """Parameters for people: 11.90 B."""
+    for limit, unit in ((1e9, " B"), (1e6, " M"), (1e3, " k")):
+        if count >= limit:
+            return f"{count / limit:.2f}{unit}"
+    return str(count)
+
+
+class Stopwatch:
+    """Seconds since it was made."""
+
+    def __init__(self):
+        self._start = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """Now."""
+        return time.perf_counter() - self._start
