@@ -1,0 +1,32 @@
+"""Model folders of the reference's tiny pipeline, made once a session by the converter."""
+
+import pytest
+from helpers import PIPELINE, TOKENIZERS
+from mlx_flux_krea.convert import convert
+
+from mlx_flux_krea import FluxPipeline
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory):
+    """The tiny pipeline in float32."""
+    return convert([PIPELINE], tmp_path_factory.mktemp("models") / "tiny", dtype="float32", tokenizers=TOKENIZERS).path
+
+
+@pytest.fixture(scope="session")
+def pipe(model):
+    return FluxPipeline.from_pretrained(model)
+
+
+@pytest.fixture(scope="session")
+def pipe_bf16(model):
+    return FluxPipeline.from_pretrained(model, dtype="bfloat16")
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    """Nothing is read from or written to the home folder of whoever runs the tests."""
+    monkeypatch.setenv("FLUX_KREA_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    return tmp_path / "home"

@@ -1,0 +1,143 @@
+"""Makes the files of this folder from the reference cases and the published vocabularies, which are not in the tree.
+
+    python tests/data/make.py REFERENCE TOKENIZERS
+
+REFERENCE holds `pipeline`, `bfl`, `images`, `goldens.json` and `goldens.safetensors`, TOKENIZERS holds `clip` and `t5`.
+
+Weights and images are copied. Goldens are the keys that the tests read. The tokenizers are our own: byte-pair merges
+made here, which give the reference's ids for the prompts of the goldens, and single characters for any other text, so
+that whole runs can be compared without the published vocabularies.
+"""
+
+import json
+import random
+import shutil
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from mlx_flux_krea.tokenizers import CLIPTokenizer, _clean
+
+HERE = Path(__file__).parent
+UNUSED = ("lora", "vit", "llava")  # goldens of rooms that do not exist yet
+ASCII = [chr(c) for c in range(33, 127)]
+
+
+def main(reference: Path, tokenizers: Path) -> None:
+    target = HERE / "reference"
+    shutil.rmtree(target, ignore_errors=True)
+    skip = shutil.ignore_patterns("tokenizer", "tokenizer_2")
+    shutil.copytree(reference / "pipeline", target / "pipeline", ignore=skip)
+    shutil.copytree(reference / "bfl", target / "bfl")
+    shutil.copytree(reference / "images", target / "images", ignore=shutil.ignore_patterns("lora*"))
+    arrays = mx.load(str(reference / "goldens.safetensors"))
+    facts = json.loads((reference / "goldens.json").read_text())
+    mx.save_safetensors(str(target / "goldens.safetensors"), {k: v for k, v in arrays.items() if not _unused(k)})
+    for path in target.rglob("*"):
+        path.chmod(0o755 if path.is_dir() else 0o644)
+    kept = {k: v for k, v in facts.items() if k not in UNUSED and k != "keys"}
+    kept["runs"] = {k: v for k, v in kept["runs"].items() if not _unused(k)}
+    (target / "goldens.json").write_text(json.dumps(kept))
+    prompts = sorted(
+        {text["prompt"] for text in facts["text"]} | {p for run in kept["runs"].values() for p in _prompts(run)}
+    )
+    make_clip(prompts, CLIPTokenizer(tokenizers / "clip"), HERE / "tokenizers" / "tokenizer")
+    make_t5(
+        prompts, Tokenizer.from_file(str(tokenizers / "t5" / "tokenizer.json")), HERE / "tokenizers" / "tokenizer_2"
+    )
+
+
+def _unused(key: str) -> bool:
+    return key.startswith(UNUSED)
+
+
+def _prompts(run: dict) -> list[str]:
+    return [*run["prompts"], *(run.get(key) for key in ("prompt_2", "negative_prompt") if run.get(key))]
+
+
+def make_clip(prompts: list[str], real: CLIPTokenizer, folder: Path) -> None:
+    """vocab.json and merges.txt, in the published form."""
+    tokens = {}
+    for prompt in prompts:
+        encoding = real._bpe.encode(_clean(prompt))
+        tokens |= dict(zip(encoding.tokens, encoding.ids, strict=True))
+    pieces = {token: tuple(token) for token in tokens}
+    pieces |= {token: (*token[:-5], token[-5:]) for token in tokens if token.endswith("</w>")}
+    alphabet = [char + end for char in ASCII for end in ("", "</w>")]
+    special = {"<|startoftext|>": 49406, "<|endoftext|>": 49407}
+
+    def wrong(vocab, merges) -> set[str]:
+        write_clip(vocab, merges, folder)
+        ours = CLIPTokenizer(folder)._bpe
+        return different(prompts, lambda p: real._bpe.encode(_clean(p)), lambda p: ours.encode(_clean(p)))
+
+    search(pieces, alphabet, tokens | special, wrong)
+
+
+def write_clip(vocab: dict[str, int], merges: list[tuple[str, str]], folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps(vocab))
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(f"{a} {b}" for a, b in merges) + "\n")
+
+
+def different(prompts: list[str], real, ours) -> set[str]:
+    """The real tokens of every prompt whose ids differ at their place."""
+    wrong = set()
+    for prompt in prompts:
+        theirs, mine = real(prompt), ours(prompt)
+        if theirs.ids != mine.ids:
+            wrong |= set(theirs.tokens) - set(mine.tokens)
+    return wrong
+
+
+def make_t5(prompts: list[str], full: Tokenizer, folder: Path) -> None:
+    """tokenizer.json: byte-pair merges in place of T5's unigrams, with the same ids."""
+    tokens = {}
+    for prompt in prompts:
+        encoding = full.encode(prompt, add_special_tokens=False)
+        tokens |= dict(zip(encoding.tokens, encoding.ids, strict=True))
+    special = {"<pad>": 0, "</s>": 1, "<unk>": 2}
+
+    def wrong(vocab, merges) -> set[str]:
+        folder.mkdir(parents=True, exist_ok=True)
+        tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", fuse_unk=True))
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(prepend_scheme="always")]
+        )
+        tokenizer.decoder = decoders.Metaspace()
+        tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
+        return different(prompts, lambda p: full.encode(p, add_special_tokens=False), tokenizer.encode)
+
+    search({token: tuple(token) for token in tokens}, [*ASCII, "▁"], tokens | special, wrong)
+
+
+def search(pieces: dict[str, tuple[str, ...]], alphabet: list[str], known: dict[str, int], encode) -> None:
+    """Tries orders and directions of merging the letters of each word until all words give the known ids."""
+    choose, words = random.Random(0), list(pieces)
+    from_left = {word: not word.startswith("▁") for word in words}  # "▁" alone is a token too: it joins last
+    for _ in range(5000):
+        merges, symbols = {}, dict.fromkeys(alphabet)
+        for word in words:
+            parts = list(pieces[word])
+            symbols |= dict.fromkeys(parts)
+            while len(parts) > 1:
+                at = slice(0, 2) if from_left[word] else slice(len(parts) - 2, len(parts))
+                merges.setdefault(tuple(parts[at]))
+                parts[at] = ["".join(parts[at])]
+                symbols |= dict.fromkeys(parts)
+        free = (i for i in range(3, 49406) if i not in set(known.values()))
+        vocab = known | {symbol: next(free) for symbol in symbols if symbol not in known}
+        wrong = encode(vocab, list(merges))
+        if not wrong:
+            return
+        for word in wrong & set(words):  # those first, and the other way round now and then
+            words.remove(word)
+            words.insert(choose.randrange(len(words) // 4 + 1), word)
+            from_left[word] = choose.random() < 0.5 and not word.startswith("▁")
+    raise SystemExit(f"no order of merges was found; wrong to the end: {wrong}")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

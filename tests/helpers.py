@@ -1,0 +1,136 @@
+"""What the tests share: fixtures on disk, goldens, and the two measures of difference."""
+
+import functools
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+from PIL import Image
+
+from mlx_flux_krea import config as configs
+
+ROOT = Path(__file__).parent.parent
+DATA = ROOT / "tests" / "data"
+REFERENCE = DATA / "reference"
+TOKENIZERS = DATA / "tokenizers"
+PIPELINE = REFERENCE / "pipeline"
+SINGLE_FILES = [REFERENCE / "bfl" / f"{name}.safetensors" for name in ("flux1-tiny", "ae", "clip_l", "t5xxl")]
+
+
+@functools.cache
+def goldens() -> dict[str, mx.array]:
+    return mx.load(str(REFERENCE / "goldens.safetensors"))
+
+
+@functools.cache
+def facts() -> dict:
+    return json.loads((REFERENCE / "goldens.json").read_text())
+
+
+def image(name: str) -> Image.Image:
+    return Image.open(REFERENCE / name)
+
+
+def nhwc(x: mx.array) -> mx.array:
+    return x.transpose(0, 2, 3, 1)
+
+
+def rel(a: mx.array, b: mx.array) -> float:
+    """||a - b|| / ||b|| over the whole tensor, b the reference."""
+    a, b = (np.array(x.astype(mx.float32), np.float64) for x in (a, b))
+    assert a.shape == b.shape, f"{a.shape} and {b.shape}"
+    return float(np.linalg.norm(a - b) / np.linalg.norm(b))
+
+
+def max_abs(a: mx.array, b: mx.array) -> float:
+    return float(mx.abs(a.astype(mx.float32) - b.astype(mx.float32)).max())
+
+
+def assert_close(a: mx.array, b: mx.array, bar: float, what: str = "") -> None:
+    """Relative error below the bar; a failure shows the largest difference and where it is."""
+    error = rel(a, b)
+    if not error <= bar:
+        difference = np.abs(np.array(a.astype(mx.float32)) - np.array(b.astype(mx.float32)))
+        where = tuple(int(i) for i in np.unravel_index(difference.argmax(), difference.shape))
+        raise AssertionError(
+            f"{what}: rel {error:.2e} > {bar:.0e}; largest difference {difference.max():.2e} at {where}"
+        )
+
+
+def psnr(a: Image.Image, b: Image.Image) -> float:
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    assert a.shape == b.shape, f"{a.shape} and {b.shape}"
+    error = np.mean((a - b) ** 2)
+    return 99.0 if error == 0 else float(10 * np.log10(255**2 / error))
+
+
+def levels(a: Image.Image, b: Image.Image) -> int:
+    """The largest difference of two pictures, of 255."""
+    return int(np.abs(np.asarray(a, np.int64) - np.asarray(b, np.int64)).max())
+
+
+def run_command(*args, cwd: Path, timeout: float = 120, **env) -> subprocess.CompletedProcess:
+    """The installed `flux-krea`, as a user runs it."""
+    command = [str(Path(sys.executable).parent / "flux-krea"), *map(str, args)]
+    return subprocess.run(
+        command, cwd=cwd, env={**os.environ, **env}, capture_output=True, text=True, timeout=timeout, check=False
+    )
+
+
+def edit_json(path: Path, **changes) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def edit_tensors(path: Path, edit) -> None:
+    """Writes a safetensors file again after `edit` changed its dictionary of arrays."""
+    arrays = dict(mx.load(str(path)))
+    mx.eval(arrays)
+    edit(arrays)
+    mx.save_safetensors(str(path), arrays)
+
+
+def without_guidance(target: Path) -> Path:
+    """The reference's pipeline as schnell is: no guidance embedding, no shift; one file for the transformer."""
+    shutil.copytree(PIPELINE, target)
+    folder = target / "transformer"
+    arrays = {}
+    for shard in sorted(folder.glob("*.safetensors")):
+        arrays |= mx.load(str(shard))
+    mx.eval(arrays)
+    for path in folder.glob("*.safetensors*"):
+        path.unlink()
+    kept = {name: array for name, array in arrays.items() if "guidance_embedder" not in name}
+    mx.save_safetensors(str(folder / "diffusion_pytorch_model.safetensors"), kept)
+    edit_json(folder / "config.json", guidance_embeds=False)
+    edit_json(target / "scheduler" / "scheduler_config.json", use_dynamic_shifting=False, shift=1.0)
+    return target
+
+
+def full_size_folder(path: Path, filters: str, guidance_embed: bool = True) -> Path:
+    """The JSON of a model folder of FLUX.1's published size; no weights."""
+    index = configs.ModelIndex(
+        name="big",
+        base="FLUX.1 Krea [dev]",
+        license="flux-1-dev-non-commercial",
+        filters=filters,
+        max_sequence_length=512,
+        schedule=configs.Schedule(),
+        defaults=configs.Defaults(1024, 1024, 28, 4.5),
+    )
+    flux = configs.FLUX_DEV if guidance_embed else configs.FLUX_SCHNELL
+    sizes = {
+        "transformer": flux,
+        "text_encoder": configs.CLIP_L,
+        "text_encoder_2": configs.T5_XXL,
+        "vae": configs.FLUX_VAE,
+    }
+    for name, config in sizes.items():
+        (path / name).mkdir(parents=True)
+        (path / name / "config.json").write_text(json.dumps({"dtype": "bfloat16", **configs.to_json(config)}))
+    (path / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline", **configs.to_json(index)}))
+    return path

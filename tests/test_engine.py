@@ -1,0 +1,133 @@
+"""The thread that computes: stopping it, and leaving it."""
+
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from mlx_flux_krea.engine import Engine
+from mlx_flux_krea.errors import Interrupted
+
+
+def busy(engine: Engine, started: threading.Event, ended: list) -> None:
+    started.set()
+    try:
+        while True:
+            engine.check()
+            time.sleep(0.001)
+    finally:
+        ended.append(True)
+
+
+def test_jobs_run_in_one_thread_that_is_not_the_callers():
+    engine, other = Engine(), Engine()
+    names = {e.run(lambda: threading.current_thread().name) for e in (engine, other)}
+    assert names == {"flux-krea"}
+
+
+def test_a_job_may_run_another_one():
+    engine = Engine()
+    assert engine.run(lambda: engine.run(lambda: 7)) == 7
+
+
+def test_interrupt_stops_this_engines_job_and_the_next_one_runs():
+    engine, started, ended = Engine(), threading.Event(), []
+    threading.Thread(target=lambda: (started.wait(), engine.interrupt())).start()
+    with pytest.raises(Interrupted):
+        engine.run(busy, engine, started, ended)
+    assert ended == [True]
+    assert engine.run(lambda: engine.check() or 1) == 1
+
+
+def test_interrupting_one_pipeline_leaves_anothers_job_alone():
+    engine, other = Engine(), Engine()
+
+    def work():
+        other.interrupt()
+        engine.check()
+        return 1
+
+    assert engine.run(work) == 1
+
+
+def test_a_job_that_waits_is_stopped_too():
+    engine, started, ended, seen = Engine(), threading.Event(), [], []
+
+    def second():
+        started.wait()
+        try:
+            engine.run(lambda: engine.check())
+        except Interrupted:
+            seen.append("second")
+
+    def stop():
+        started.wait()
+        while len(engine._stops) < 2:
+            time.sleep(0.001)
+        engine.interrupt()
+
+    threads = [threading.Thread(target=t) for t in (second, stop)]
+    for thread in threads:
+        thread.start()
+    with pytest.raises(Interrupted):
+        engine.run(busy, engine, started, ended)
+    for thread in threads:
+        thread.join()
+    assert seen == ["second"]
+
+
+def test_a_keyboard_interrupt_waits_until_the_job_has_stopped():
+    """In a process of its own, since the signal goes to its main thread."""
+    script = """
+import os, signal, threading, time
+from mlx_flux_krea.engine import Engine
+engine = Engine()
+ended = []
+def job():
+    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+    try:
+        while True:
+            engine.check()
+            time.sleep(0.01)
+    finally:
+        time.sleep(0.2)
+        ended.append(True)
+try:
+    engine.run(job)
+except KeyboardInterrupt:
+    print("interrupted", ended)
+"""
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=30, check=False)
+    assert (ran.returncode, ran.stdout) == (0, "interrupted [True]\n"), ran.stderr
+
+
+def test_the_process_ends_cleanly_with_compiled_functions_in_the_thread():
+    """A thread that ends together with the interpreter aborts the process (mlx 0.32.4); ours must not."""
+    script = """
+import mlx.core as mx
+from mlx_flux_krea.engine import Engine
+square = mx.compile(lambda x: x * x + 1)
+Engine().run(lambda: mx.eval(square(mx.ones(3))))
+"""
+    for _ in range(5):
+        ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+        assert ran.returncode == 0, ran.stderr
+
+
+def test_the_process_ends_cleanly_while_a_job_runs():
+    script = """
+import threading, time
+from mlx_flux_krea.engine import Engine
+engine, started = Engine(), threading.Event()
+def job():
+    started.set()
+    while True:
+        engine.check()
+        time.sleep(0.01)
+threading.Thread(target=lambda: engine.run(job), daemon=True).start()
+started.wait()
+"""
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=30, check=False)
+    assert ran.returncode == 0, ran.stderr

@@ -1,0 +1,167 @@
+"""Each network alone, in float32, against diffusers, transformers and BFL's code; the bars are the reference's."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from helpers import assert_close, facts, goldens, image, max_abs, nhwc
+
+from mlx_flux_krea import clip, sampler, t5, transformer, vae
+from mlx_flux_krea.vae import pixels_from_image, pixels_to_bytes
+from mlx_flux_krea.weights import open_model
+
+
+@pytest.fixture(scope="module")
+def networks(model):
+    folder = open_model(model)
+    return {name: folder.load(name, mx.float32) for name in ("transformer", "text_encoder", "text_encoder_2", "vae")}
+
+
+def forward(flux, i: int) -> mx.array:
+    names = ("hidden_states", "timestep", "guidance", "pooled", "encoder_hidden_states", "img_ids", "txt_ids")
+    return flux(*(goldens()[f"forward.{i}.{name}"] for name in names))
+
+
+@pytest.mark.parametrize("i", range(3))
+def test_a_transformer_call_equals_the_reference(networks, i):
+    assert_close(forward(networks["transformer"], i), goldens()[f"forward.{i}.output"], 3e-5)
+
+
+def test_every_block_of_a_call_equals_the_reference(networks):
+    flux, g = networks["transformer"], goldens()
+    seen = []
+
+    def run(piece, *args):
+        result = piece(*args)
+        if isinstance(piece, transformer.DoubleStreamBlock):
+            seen.append(result)
+        if isinstance(piece, transformer.SingleStreamBlock):
+            seen.append((result[:, 7:], result[:, :7]))
+        return result
+
+    i = "forward.0."
+    vec = flux.vec(g[i + "timestep"], g[i + "guidance"], g[i + "pooled"])
+    assert_close(vec, g[i + "trace.temb"], 3e-5, "vec")
+    pe = transformer.rope(mx.concatenate([g[i + "txt_ids"], g[i + "img_ids"]]), flux.config.axes_dim, flux.config.theta)
+    cos, sin = pe[0][..., 0], pe[0][..., 1]
+    assert max_abs(mx.repeat(cos, 2, axis=-1), g[i + "trace.rope_cos"]) < 1e-6
+    assert max_abs(mx.repeat(sin, 2, axis=-1), g[i + "trace.rope_sin"]) < 1e-6
+    flux.forward(g[i + "hidden_states"], flux.txt_in(g[i + "encoder_hidden_states"]), flux.modulations(vec), pe, run)
+    for (img, txt), name in zip(seen, ("double0", "double1", "single0", "single1", "single2"), strict=True):
+        assert_close(img, g[f"{i}trace.{name}.img"], 3e-5, f"{name} img")
+        assert_close(txt, g[f"{i}trace.{name}.txt"], 3e-5, f"{name} txt")
+
+
+def test_a_batch_gives_what_each_of_its_members_gives_alone(networks):
+    flux, g = networks["transformer"], goldens()
+    both = forward(flux, 1)
+    names = ("hidden_states", "timestep", "guidance", "pooled", "encoder_hidden_states")
+    for b in range(2):
+        one = flux(*(g[f"forward.1.{n}"][b : b + 1] for n in names), g["forward.1.img_ids"], g["forward.1.txt_ids"])
+        assert_close(one, both[b : b + 1], 1e-6)
+
+
+@pytest.mark.parametrize("i", range(5))
+def test_text_encoders_equal_the_reference(networks, i):
+    g = goldens()
+    assert_close(networks["text_encoder_2"](g[f"text.{i}.t5_ids"]), g[f"text.{i}.t5_hidden"], 3e-5, "T5")
+    hidden, pooled = networks["text_encoder"](g[f"text.{i}.clip_ids"])
+    assert_close(hidden, g[f"text.{i}.clip_hidden"], 2e-5, "CLIP hidden")
+    assert_close(pooled, g[f"text.{i}.clip_pooled"], 2e-5, "CLIP pooled")
+
+
+def test_t5_position_buckets_equal_the_reference():
+    ours = t5.relative_position_buckets(np.arange(-300, 301), 32, 128)
+    assert ours.tolist() == goldens()["text.t5_buckets"].tolist()
+
+
+def test_clip_pools_at_the_end_token_that_its_config_names(networks):
+    """With an end token other than 2 the first position of that id counts, whatever larger ids come before."""
+    import dataclasses
+
+    network = networks["text_encoder"]
+    ids = mx.array([[49406, 49407, 320, 7, 320]])
+    hidden, first_of_largest = network(ids)
+    other = clip.CLIPText(dataclasses.replace(network.config, eos_token_id=7))
+    other.update(network.parameters())
+    assert mx.array_equal(first_of_largest, hidden[:, 1])
+    assert mx.array_equal(other(ids)[1], hidden[:, 3])
+
+
+def test_vae_decoding_equals_the_reference(networks):
+    g = goldens()
+    assert_close(networks["vae"].decode(nhwc(g["vae.z"]) / 0.3611 + 0.1159), nhwc(g["vae.decoded"]), 3e-5)
+
+
+def test_vae_encoding_equals_the_reference(networks):
+    g = goldens()
+    picture = image("images/input.png")
+    mean, logvar = networks["vae"].encode(pixels_from_image(picture, *picture.size))
+    assert_close(mean, nhwc(g["vae.mean"]), 5e-5, "mean")
+    assert_close(logvar, nhwc(g["vae.logvar"]), 5e-5, "logvar")
+    config = networks["vae"].config
+    assert_close((mean - config.shift_factor) * config.scale_factor, nhwc(g["vae.latents_from_mean"]), 5e-5, "latents")
+
+
+def test_an_image_of_another_size_is_resized_as_the_reference_does():
+    resized = pixels_from_image(image("images/input_other_size.png"), 96, 64)
+    assert max_abs(resized, nhwc(goldens()["vae.input_resized"])) == 0
+
+
+def test_group_statistics_do_not_depend_on_the_chunks(monkeypatch):
+    x = mx.random.normal((1, 37, 20, 16), key=mx.random.key(0)) * 3 + 100  # a mean far from zero, chunks of uneven size
+    whole = vae.group_statistics(x, 4)
+    monkeypatch.setattr(vae, "_STATISTICS_CHUNK", 5 * 20 * 16)
+    chunked = vae.group_statistics(x, 4)
+    exact = np.array(x, np.float64).reshape(1, -1, 4, 4)
+    for mean, variance in (whole, chunked):
+        np.testing.assert_allclose(mean, exact.mean((1, 3)), rtol=1e-6)
+        np.testing.assert_allclose(variance, exact.var((1, 3)), rtol=1e-5)
+
+
+def test_attention_in_chunks_equals_attention_at_once(networks, monkeypatch):
+    block = networks["vae"].decoder.mid.attn_1
+    x = mx.random.normal((1, 6, 10, 32), key=mx.random.key(0))
+    whole = block(x)
+    monkeypatch.setattr(vae, "_ATTENTION_CHUNK", 7)
+    assert_close(block(x), whole, 1e-6)
+
+
+def test_floats_become_bytes_by_rounding_or_by_truncating():
+    x = mx.array([-1.5, -1.0, -0.9999, 0.0, 0.0039, 0.999, 1.0, 2.0])
+    assert pixels_to_bytes(x, "round").tolist() == [0, 0, 0, 128, 128, 255, 255, 255]
+    assert pixels_to_bytes(x, "truncate").tolist() == [0, 0, 0, 127, 127, 254, 255, 255]
+
+
+def test_packing_is_undone_by_unpacking_and_orders_channels_before_patches():
+    x = mx.arange(2 * 16 * 4 * 6).reshape(2, 16, 4, 6)
+    packed = sampler.pack(x)
+    assert packed.shape == (2, 6, 64)
+    assert mx.array_equal(sampler.unpack(packed, 4, 6), x)
+    # token (row 1, column 2), channel 3, patch position (0, 1)
+    assert packed[1, 5, 3 * 4 + 1].item() == x[1, 3, 2, 5].item()
+
+
+def test_positions_are_row_and_column_after_zeros_for_the_text():
+    assert sampler.position_ids(2, 4, 6).tolist() == [[0, 0, 0]] * 2 + [[0, r, c] for r in range(2) for c in range(3)]
+
+
+@pytest.mark.parametrize(("who", "rows"), [("diffusers", 48), ("bfl", 52), ("krea", 12)])
+def test_sigmas_equal_every_schedule_of_the_references(who, rows):
+    # krea's code can also bend the schedule by an exponent, which none of its programs uses
+    cases = [row for row in facts()["schedule"][who] if row.get("sigma", 1.0) == 1.0]
+    assert len(cases) == rows
+    for row in cases:
+        bounds = {name: row[name] for name in ("base_shift", "max_shift") if name in row}
+        schedule = sampler.Schedule(shift="dynamic" if row.get("shift", True) else "none", **bounds)
+        ours = sampler.make_sigmas(schedule, row["image_seq_len"], row["steps"])
+        theirs = np.array(row["sigmas"] if who == "diffusers" else row["timesteps"])
+        assert np.abs(ours - theirs).max() <= (0 if who == "diffusers" else 5e-7), row
+        if "mu" in row:
+            assert abs(sampler.shift_mu(schedule, row["image_seq_len"]) - row["mu"]) < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("steps", "strength", "left_out"), [(8, 0.6, 3), (10, 1.0, 0), (10, 0.9, 1), (28, 0.35, 18), (4, 0.1, 3)]
+)
+def test_strength_leaves_out_as_many_steps_as_diffusers_does(steps, strength, left_out):
+    assert sampler.first_step(steps, strength) == left_out

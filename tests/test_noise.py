@@ -1,0 +1,114 @@
+"""Random streams against torch's own numbers, both eras, and against MLX's."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from helpers import facts, goldens, max_abs
+
+from mlx_flux_krea import noise, sampler
+from mlx_flux_krea.errors import UsageError
+from mlx_flux_krea.noise import MLXSeedStream, TorchStream, draw
+from mlx_flux_krea.presets import RECIPES
+
+SEEDS = (0, 1, 42, 2**31, 2**63 - 1)
+CASES = [
+    (prefix, era, seed, dtype)
+    for prefix, era, dtypes in (
+        ("rng", "rounded", ("float32", "bfloat16", "float16")),
+        ("rng_legacy", "stepwise", ("bfloat16", "float16")),
+    )
+    for seed in SEEDS
+    for dtype in dtypes
+]
+
+
+def assert_drawn(ours: mx.array, theirs: mx.array, small: int = 0) -> None:
+    """The bars of the reference's README; the first `small` numbers were drawn below 16 at a time."""
+    if theirs.dtype == mx.float32:
+        assert max_abs(ours, theirs) <= 5e-6
+        if small:
+            assert max_abs(ours[:small], theirs[:small]) <= 5e-7
+        return
+    assert ours.dtype == theirs.dtype
+    ours, theirs = (np.array(x.flatten().view(mx.int16), np.int64) for x in (ours, theirs))
+    ours, theirs = (np.where(x < 0, -32768 - x, x) for x in (ours, theirs))  # neighbours in the type differ by one
+    assert (ours == theirs).mean() >= 0.995
+    assert np.abs(ours - theirs).max() <= 1
+
+
+@pytest.mark.parametrize(("prefix", "era", "seed", "dtype"), CASES)
+def test_torch_numbers_are_repeated(prefix, era, seed, dtype):
+    key, kind, checked = f"{prefix}.{seed}.{dtype}.", getattr(mx, dtype), 0
+    facts_ = facts()["rng"]
+    if key + "small" in goldens():
+        drawn = mx.concatenate([TorchStream(seed).normal((n,), kind, era) for n in facts_["small_sizes"]])
+        assert_drawn(drawn, goldens()[key + "small"], small=sum(range(1, 16)))
+        checked += 1
+    if key + "sequence" in goldens():
+        stream = TorchStream(seed)
+        drawn = mx.concatenate([stream.normal((n,), kind, era) for n in facts_["sequence"]])
+        assert_drawn(drawn, goldens()[key + "sequence"])
+        checked += 1
+    if key + "big" in goldens():
+        assert_drawn(TorchStream(seed).normal(tuple(facts_["big_shape"]), kind, era), goldens()[key + "big"])
+        checked += 1
+    assert checked >= 2
+
+
+@pytest.mark.parametrize("k", range(4))
+@pytest.mark.parametrize(("key", "recipe"), [("noise", "diffusers"), ("noise_legacy", "bfl")])
+def test_bfl_noise_is_repeated(k, key, recipe):
+    golden = goldens()[f"{key}.{k}.bfloat16"]
+    seed = facts()["noise"][k]["seed"]
+    assert_drawn(draw(recipe, seed, golden.shape, mx.bfloat16), golden)
+    if key == "noise":
+        assert_drawn(draw("diffusers", seed, golden.shape, mx.float32), goldens()[f"noise.{k}.float32"])
+
+
+def test_a_seed_counts_with_its_low_32_bits_in_torch():
+    assert mx.array_equal(
+        draw("diffusers", 42, (1, 16, 8, 8), mx.float32), draw("diffusers", 2**32 + 42, (1, 16, 8, 8), mx.float32)
+    )
+
+
+def test_a_list_of_seeds_draws_each_picture_alone_and_one_seed_draws_the_batch():
+    shape = (2, 16, 8, 8)
+    alone = draw("diffusers", [7, 8], shape, mx.float32)
+    assert mx.array_equal(alone[1:], draw("diffusers", 8, (1, *shape[1:]), mx.float32))
+    batch = draw("diffusers", 7, shape, mx.float32)
+    assert mx.array_equal(batch[:1], alone[:1])
+    assert not mx.array_equal(batch[1:], alone[1:])
+
+
+def test_mlx_streams_are_what_mflux_and_mlx_examples_draw():
+    shape = (1, 16, 8, 12)
+    packed = mx.random.normal([1, 24, 64], key=mx.random.key(3))
+    assert mx.array_equal(sampler.pack(draw("mflux", 3, shape, mx.float32)), packed)
+    mx.random.seed(3)
+    first, second = mx.random.normal((1, 8, 12, 16), dtype=mx.bfloat16), mx.random.normal((4,))
+    assert mx.array_equal(draw("mlx-examples", 3, shape, mx.bfloat16), first.transpose(0, 3, 1, 2))
+    stream = MLXSeedStream(3)
+    stream.normal((1, 8, 12, 16), mx.bfloat16, None)
+    assert mx.array_equal(stream.normal((4,), mx.float32, None), second)
+
+
+def test_recipes_with_a_type_of_their_own_draw_in_it():
+    drawn = draw("bfl", 0, (1, 16, 8, 8), mx.float32)
+    assert drawn.dtype == mx.float32
+    assert max_abs(drawn, draw("bfl", 0, (1, 16, 8, 8), mx.bfloat16)) == 0
+    assert float(mx.abs(draw("bfl", 0, (1, 16, 64, 64), mx.float32)).max()) < 3.34  # uniforms of 8 bits end there
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_draws_standard_normal_numbers_of_the_right_shape(name):
+    drawn = draw(name, 5, (2, 16, 32, 32), mx.float32)
+    assert drawn.shape == (2, 16, 32, 32)
+    assert abs(float(drawn.mean())) < 0.02
+    assert abs(float(drawn.std()) - 1) < 0.02
+
+
+def test_tools_that_draw_on_a_gpu_are_named_as_not_repeatable():
+    with pytest.raises(UsageError, match="cannot be repeated"):
+        noise.find_recipe("replicate")
+    with pytest.raises(UsageError, match="one of diffusers, bfl"):
+        noise.find_recipe("automatic1111")

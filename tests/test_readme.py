@@ -1,0 +1,88 @@
+"""Every command of the README, run as it stands there."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import DATA, ROOT, image, levels
+from PIL import Image
+
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(kind: str) -> list[str]:
+    return re.findall(rf"```{kind}\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """A folder that looks like the checkout as far as the README's commands see it."""
+    folder = tmp_path_factory.mktemp("readme")
+    (folder / "tests").mkdir()
+    (folder / "tests" / "data").symlink_to(DATA)
+    return folder
+
+
+def run(command, folder):
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    ran = subprocess.run(command, cwd=folder, env=environment, shell=True, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, f"{command}\n{ran.stderr}"
+    return ran
+
+
+def test_the_first_command_installs_and_makes_the_picture_of_the_readme(workplace):
+    install, convert, generate = (part.strip() for part in blocks("sh")[0].split("&&\n"))
+    assert install == 'python3 -m venv .venv && . .venv/bin/activate && pip install -e ".[tests]"'  # as .ci/run does
+    run(convert, workplace)
+    run(generate, workplace)
+    assert levels(Image.open(workplace / "out.png"), Image.open(ROOT / "docs" / "tiny.png")) <= 1
+    assert levels(Image.open(workplace / "out.png"), image("images/t2i_4.0.png")) <= 1
+
+
+def test_the_second_command_is_the_one_that_runs_this():
+    assert blocks("sh")[1] == "python -m pytest\n"
+    assert "python -m pytest\n" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_the_other_commands_work_in_their_order(workplace):
+    if not (workplace / "tiny").exists():
+        pytest.fail("the first command did not run")
+    commands = [line for block in blocks("sh")[2:] for line in block.splitlines()]
+    assert len(commands) == 6
+    for command in commands:
+        run(command, workplace)
+    made = {path.name for path in workplace.iterdir()}
+    assert {"frog.png", "again.webp", "out-2.png", "out-3.png"} <= made
+
+
+def test_the_python_example_works(workplace):
+    (example,) = blocks("python")
+    run(f"{sys.executable} -c '{example}'", workplace)
+    assert Image.open(workplace / "hello.png").size == (64, 64)
+
+
+def test_commands_that_need_the_real_weights_are_only_shown():
+    for line in blocks("bash")[0].splitlines():
+        ran = run(f"{line.split()[0]} {line.split()[1]} --help", ROOT)
+        for option in re.findall(r" (--?[a-z-]+)", line):
+            assert option in ran.stdout
+
+
+def test_every_file_in_the_tree_exists():
+    (tree,) = blocks("text")
+    folder = ROOT
+    for line in tree.splitlines():
+        names = re.split(r" {2,}", line.strip())
+        inside = line.startswith("  ")
+        for name in names:
+            if re.fullmatch(r"[a-z_0-9]+(\.py|/)", name):
+                path = (folder if inside else ROOT) / name
+                assert path.exists(), path
+                if not inside and name.endswith("/"):
+                    folder = ROOT / name
+    listed = set(re.findall(r"[a-z_0-9]+\.py", tree))
+    ours = {p.name for p in [*(ROOT / "convert").glob("*.py"), *(ROOT / "mlx_flux_krea").glob("*.py")]}
+    assert ours - {"__init__.py"} <= listed

@@ -1,0 +1,116 @@
+"""Token ids against transformers' own, for every prompt of the goldens."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from helpers import ROOT, TOKENIZERS, facts
+
+from mlx_flux_krea.errors import ModelError
+from mlx_flux_krea.tokenizers import CLIPTokenizer, T5Tokenizer
+
+
+@pytest.fixture(scope="module")
+def published():
+    """The real vocabularies, which are not ours to commit."""
+    named = os.environ.get("FLUX_KREA_TOKENIZERS")
+    folder = Path(named) if named else ROOT.parent / "shared" / "tokenizers"
+    if not named and not folder.exists():
+        pytest.skip("the published vocabularies are not here; $FLUX_KREA_TOKENIZERS says where")
+    assert (folder / "golden.json").exists(), f"{folder} holds no golden.json"
+    return folder
+
+
+@pytest.fixture(scope="module")
+def prompts(published):
+    prompts = json.loads((published / "golden.json").read_text())["prompts"]
+    assert len(prompts) == 71
+    return prompts
+
+
+def test_clip_ids_equal_transformers_for_every_prompt(published, prompts):
+    tokenizer = CLIPTokenizer(published / "clip")
+    assert [p["name"] for p in prompts if tokenizer(p["text"]).ids != p["clip"]] == []
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "spiece.model"])
+def test_t5_ids_equal_transformers_for_every_prompt(published, prompts, file, tmp_path):
+    shutil.copy(published / "t5" / file, tmp_path)
+    tokenizer = T5Tokenizer(tmp_path)
+    assert [p["name"] for p in prompts if tokenizer(p["text"], 512).ids != p["t5"]] == []
+
+
+def test_clip_reads_a_folder_that_holds_only_tokenizer_json(published, prompts, tmp_path):
+    vocab = json.loads((published / "clip" / "vocab.json").read_text())
+    lines = (published / "clip" / "merges.txt").read_text().split("\n")[1:]
+    merges = [line.split(" ") for line in lines if line]
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"type": "BPE", "vocab": vocab, "merges": merges}}))
+    tokenizer = CLIPTokenizer(tmp_path)
+    assert [p["name"] for p in prompts if tokenizer(p["text"]).ids != p["clip"]] == []
+
+
+def test_the_tokenizers_of_the_tests_give_the_ids_of_the_goldens():
+    clip, t5 = CLIPTokenizer(TOKENIZERS / "tokenizer"), T5Tokenizer(TOKENIZERS / "tokenizer_2")
+    used = {text["prompt"] for text in facts()["text"]}
+    checked = 0
+    for row in facts()["tokens"]:
+        if row["prompt"] in used:
+            assert clip(row["prompt"]).ids[: len(row["clip_ids"])] == row["clip_ids"]
+            assert t5(row["prompt"], 512).ids[: len(row["t5_ids"])] == row["t5_ids"]
+            checked += 1
+    assert checked >= 2
+
+
+def test_what_is_cut_off_is_told():
+    clip, t5 = CLIPTokenizer(TOKENIZERS / "tokenizer"), T5Tokenizer(TOKENIZERS / "tokenizer_2")
+    long = "cat " * 75 + "holding a sign"
+    tokens = clip(long)
+    assert (len(tokens.ids), tokens.count, tokens.cut) == (77, 77, "holding a sign")
+    assert tokens.ids[-1] == 49407
+    tokens = t5("cat holding a sign that says hello world", 6)
+    assert tokens.ids[-1] == 1
+    assert (len(tokens.ids), tokens.count) == (6, 6)
+    assert tokens.cut.endswith("hello world")
+
+
+def test_nothing_is_cut_off_where_everything_fits():
+    tokens = CLIPTokenizer(TOKENIZERS / "tokenizer")("cat " * 75)
+    assert (tokens.count, tokens.cut) == (77, "")
+    tokens = CLIPTokenizer(TOKENIZERS / "tokenizer")("a cat")
+    assert (tokens.count, tokens.cut, tokens.ids[4:]) == (4, "", [49407] * 73)
+
+
+@pytest.mark.parametrize(
+    ("files", "says"),
+    [
+        ({}, "holds no CLIP tokenizer"),
+        ({"vocab.json": "{}"}, "cannot be read"),
+        ({"vocab.json": "{", "merges.txt": ""}, "cannot be read"),
+        ({"vocab.json": "{}", "merges.txt": ""}, "is damaged"),
+        ({"vocab.json": '{"a": 0}', "merges.txt": "a b"}, "is damaged"),
+        ({"tokenizer.json": '{"model": {}}'}, "cannot be read"),
+    ],
+)
+def test_a_damaged_clip_tokenizer_is_named(tmp_path, files, says):
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(ModelError, match=says):
+        CLIPTokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("files", "says"),
+    [
+        ({}, "holds no T5 tokenizer"),
+        ({"tokenizer.json": "{"}, "is damaged"),
+        ({"spiece.model": "not a model"}, "is damaged"),
+        ({"tokenizer.json": '{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}'}, "has no <pad>"),
+    ],
+)
+def test_a_damaged_t5_tokenizer_is_named(tmp_path, files, says):
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(ModelError, match=says):
+        T5Tokenizer(tmp_path)

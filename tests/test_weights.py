@@ -1,0 +1,172 @@
+"""Our own folder: strict, and clear about what is wrong with it."""
+
+import dataclasses
+import json
+import shutil
+import struct
+
+import mlx.core as mx
+import pytest
+from helpers import PIPELINE, REFERENCE, edit_json, edit_tensors, full_size_folder
+
+from mlx_flux_krea import FluxPipeline
+from mlx_flux_krea import config as configs
+from mlx_flux_krea.errors import ModelError
+from mlx_flux_krea.weights import find_model, home, open_model
+
+
+@pytest.fixture
+def folder(model, tmp_path):
+    """A copy, to be damaged."""
+    return shutil.copytree(model, tmp_path / "copy")
+
+
+def shard(folder, component="vae"):
+    return sorted((folder / component).glob("*.safetensors"))[0]
+
+
+def damage(folder, how):
+    file = shard(folder)
+    data = file.read_bytes()
+    if how == "tensor missing":
+        edit_tensors(file, lambda a: a.pop("decoder.conv_in.bias"))
+    elif how == "tensor missing in the index too":
+        edit_tensors(file, lambda a: a.pop("decoder.conv_in.bias"))
+        index = folder / "vae" / "model.safetensors.index.json"
+        weights = json.loads(index.read_text())["weight_map"]
+        del weights["decoder.conv_in.bias"]
+        edit_json(index, weight_map=weights)
+    elif how == "wrong shape":
+        edit_tensors(file, lambda a: a.update({"decoder.conv_in.bias": mx.zeros((33,))}))
+    elif how == "wrong type":
+        edit_tensors(file, lambda a: a.update({"decoder.conv_in.bias": a["decoder.conv_in.bias"].astype(mx.float16)}))
+    elif how == "truncated":
+        file.write_bytes(data[:-1])
+    elif how == "header larger than the file":
+        file.write_bytes(struct.pack("<Q", 2**40) + data[8:])
+    elif how == "shard missing":
+        file.unlink()
+    elif how == "index missing":
+        (folder / "vae" / "model.safetensors.index.json").unlink()
+    elif how == "index names a file outside":
+        index = folder / "vae" / "model.safetensors.index.json"
+        weights = json.loads(index.read_text())["weight_map"]
+        edit_json(index, weight_map=dict.fromkeys(weights, "../transformer/model-00001-of-00002.safetensors"))
+    elif how == "tokenizer missing":
+        shutil.rmtree(folder / "tokenizer")
+
+
+@pytest.mark.parametrize(
+    ("how", "says"),
+    [
+        ("tensor missing", "disagree about decoder.conv_in.bias"),
+        ("tensor missing in the index too", r"1 missing \(decoder.conv_in.bias\)"),
+        ("wrong shape", r"decoder.conv_in.bias has shape \[33\], expected \[32\]"),
+        ("wrong type", "decoder.conv_in.bias is F16, expected F32"),
+        ("truncated", "cannot be read: incomplete metadata"),
+        ("header larger than the file", "cannot be read: header too large"),
+        ("shard missing", "cannot be read: No such file"),
+        ("index missing", "index.json is missing"),
+        ("index names a file outside", r"names the file '\.\./transformer"),
+        ("tokenizer missing", "holds no CLIP tokenizer"),
+    ],
+)
+def test_a_damaged_folder_is_refused_by_name(folder, how, says):
+    damage(folder, how)
+    pipe = FluxPipeline.from_pretrained(folder)
+    with pytest.raises(ModelError, match=says) as caught:
+        pipe("a", seed=1, height=32, width=32, num_inference_steps=1)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "says"),
+    [
+        ("model_index.json", {"more": 1}, "unknown fields: more"),
+        ("model_index.json", {"format": 2}, "format is 2"),
+        ("model_index.json", {"filters": "off"}, 'filters is "off"'),
+        ("model_index.json", {"defaults": {"width": 64}}, "lacks height"),
+        ("model_index.json", {"schedule": {"shift": "static"}}, 'shift is "static"'),
+        ("model_index.json", {"_class_name": "Other"}, "is not of a FluxPipeline"),
+        ("vae/config.json", {"dtype": "int8"}, "dtype is 'int8'"),
+        ("vae/config.json", {"ch": "16"}, "ch is str '16'; expected int"),
+        ("vae/config.json", {"ch": 0}, "ch is 0; expected a number from 1"),
+        ("vae/config.json", {"norm_num_groups": 5}, "not divisible by 5 groups"),
+        ("transformer/config.json", {"depth": 10**9}, "depth is 1000000000; expected a number from 0 to 512"),
+        ("transformer/config.json", {"num_heads": 3}, "not divisible by num_heads 3"),
+        ("transformer/config.json", {"axes_dim": [8, 12]}, "three even numbers"),
+        ("transformer/config.json", {"mlp_ratio": float("inf")}, "mlp_ratio is inf"),
+        ("text_encoder/config.json", {"num_attention_heads": 5}, "not divisible by 5 heads"),
+        ("text_encoder_2/config.json", {"relative_attention_num_buckets": 30}, "not divisible by 4"),
+    ],
+)
+def test_a_wrong_field_is_named(folder, file, changes, says):
+    edit_json(folder / file, **changes)
+    with pytest.raises(ModelError, match=says):
+        open_model(folder)
+
+
+def test_a_missing_component_is_named(folder):
+    shutil.rmtree(folder / "text_encoder_2")
+    with pytest.raises(ModelError, match=r"has no text_encoder_2/config\.json"):
+        open_model(folder)
+
+
+@pytest.mark.parametrize("name", ["model_index.json", "vae/config.json"])
+@pytest.mark.parametrize("text", ["", "[]", "{", "\xff", "[" * 100_000])
+def test_json_that_is_none_is_refused(folder, name, text):
+    (folder / name).write_bytes(text.encode("latin-1"))
+    with pytest.raises(ModelError, match=r"cannot be read|holds a list"):
+        open_model(folder)
+
+
+@pytest.mark.parametrize("path", [PIPELINE, PIPELINE / "vae", REFERENCE / "bfl" / "ae.safetensors"])
+def test_foreign_weights_are_sent_to_the_converter(path):
+    with pytest.raises(ModelError, match="convert it first: flux-krea convert"):
+        FluxPipeline.from_pretrained(path)
+
+
+def test_a_hub_id_or_a_wrong_name_is_sent_to_the_converter():
+    with pytest.raises(ModelError, match=r"flux-krea convert black-forest-labs/FLUX\.1-Krea-dev"):
+        FluxPipeline.from_pretrained("black-forest-labs/FLUX.1-Krea-dev")
+
+
+def test_the_only_installed_model_is_taken_and_several_are_asked_about(model):
+    with pytest.raises(ModelError, match="no model is installed"):
+        find_model(None)
+    for name in ("one", "two"):
+        shutil.copytree(model, home() / "models" / name)
+        if name == "one":
+            assert find_model(None) == home() / "models" / "one"
+    with pytest.raises(ModelError, match="several models are installed: one, two"):
+        find_model(None)
+    assert find_model("two") == home() / "models" / "two"
+    with pytest.raises(ModelError, match="one of one, two"):
+        find_model("three")
+
+
+def test_published_sizes_go_through_json_unchanged():
+    for config in (configs.FLUX_DEV, configs.FLUX_SCHNELL, configs.T5_XXL, configs.CLIP_L, configs.FLUX_VAE):
+        text = json.dumps(configs.to_json(config))
+        assert configs.from_json(type(config), json.loads(text), "here") == config
+
+
+@pytest.mark.parametrize(
+    ("change", "required"),
+    [({}, True), ({"axes_dim": (8, 60, 60)}, True), ({"guidance_embed": False}, False), ({"depth": 8}, False)],
+)
+def test_filters_are_required_by_what_the_transformer_is(change, required, tmp_path):
+    folder = open_model(full_size_folder(tmp_path / "big", filters="none"))
+    assert configs.requires_filters(dataclasses.replace(configs.FLUX_DEV, **change), folder.index) is required
+    strict = dataclasses.replace(folder.index, filters="required")
+    assert configs.requires_filters(dataclasses.replace(configs.FLUX_DEV, **change), strict)
+
+
+def test_loading_reads_nothing_until_it_is_evaluated(model):
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    flux = open_model(model).load("transformer", mx.bfloat16)
+    assert mx.get_active_memory() - before < 10_000
+    mx.eval(flux.parameters())
+    size = sum(info.end - info.start for _, info in open_model(model).tensors("transformer").values())
+    assert mx.get_active_memory() - before == pytest.approx(size / 2, rel=0.2)  # float32 in the file, half of it here
