@@ -160,6 +160,8 @@ def main(argv: list[str] | None = None) -> None:
     except Exception:
         traceback.print_exc()
         code = _fail("this is a bug in flux-krea; please report it with the lines above", 1)
+    for end in (signal.SIGINT, signal.SIGTERM):  # what there was to do is done or undone
+        signal.signal(end, signal.SIG_IGN)
     sys.exit(code)
 
 

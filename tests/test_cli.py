@@ -25,7 +25,7 @@ SMALL = ["--width", "48", "--height", "32", "--steps", "2"]
 def command(tmp_path, monkeypatch, capsys):
     """Runs the command's own main in this process and gives (exit code, stdout, stderr)."""
     monkeypatch.chdir(tmp_path)
-    before = signal.getsignal(signal.SIGTERM)
+    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
 
     def run(*args):
         with pytest.raises(SystemExit) as end:
@@ -34,7 +34,8 @@ def command(tmp_path, monkeypatch, capsys):
         return end.value.code or 0, out, err
 
     yield run
-    signal.signal(signal.SIGTERM, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 # --- the real program ---
