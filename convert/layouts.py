@@ -5,20 +5,24 @@ Look-alikes are rows too, refused by name. A new layout is a row here and a tabl
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import cache
 
 from mlx.utils import tree_flatten
 
 from mlx_flux_krea import config as configs
 from mlx_flux_krea.config import CLIPConfig, T5Config, VAEConfig
 from mlx_flux_krea.errors import ModelError
-from mlx_flux_krea.weights import COMPONENTS
+from mlx_flux_krea.weights import COMPONENTS, build
 
 from . import maps
 from .remap import Plan, plan
-from .sources import Source, Tensor
+from .sources import STORED, Source, Tensor
 
 # Every prefix that published single files put in front of their names.
-PREFIXES = ("", "model.diffusion_model.", "diffusion_model.", "vae.", "text_encoders.clip_l.transformer.")
+PREFIXES = (
+    "", "model.diffusion_model.", "diffusion_model.", "vae.",
+    "text_encoders.clip_l.transformer.", "text_encoders.t5xxl.transformer.",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,7 @@ class Layout:
     probe: tuple[str, ...]  # tensors that only this layout has together
     table: tuple
     dropped: tuple = ()
-    convert_config: Callable[[dict], dict] | None = None  # from the config.json that belongs to this layout
+    convert_config: Callable[[dict, str], dict] | None = None  # our sizes from this layout's config.json and its name
 
 
 @dataclass(frozen=True)
@@ -42,19 +46,61 @@ class Found:
     tensors: dict[str, Tensor]  # prefix taken off
 
 
-def _require(obj: dict, where: str, **expected) -> None:
-    """Fields that would change the computation must have the values that ours is written for."""
+def require(obj: dict, where: str, todo: str = "this is another network", **expected) -> None:
+    """Fields that would change the computation must have the value, or one of the values, that ours is written for.
+
+    Raises:
+        ModelError: another value; a field that is not there is no problem.
+    """
     for name, value in expected.items():
-        if name in obj and obj[name] != value:
-            raise ModelError(f"{where}: {name} is {obj[name]!r}", repr(value), "this is another network")
+        values = value if isinstance(value, tuple) else (value,)
+        if name in obj and obj[name] not in values:
+            raise ModelError(f"{where}: {name} is {_short(obj[name])}", " or ".join(map(repr, values)), todo)
 
 
-def _diffusers_flux(obj: dict) -> dict:
-    _require(obj, "transformer/config.json", patch_size=1)
+# Kinds of fields that are computed with here: a test, and what it asks for. `configs.from_json` checks all others.
+_KINDS = {
+    int: (lambda v: type(v) is int and 0 < v <= 65536, "a number from 1 to 65536"),
+    float: (lambda v: type(v) in (int, float) and -1e9 <= v <= 1e9, "a number"),
+    bool: (lambda v: type(v) is bool, "true or false"),
+    list: (lambda v: type(v) is list and 0 < len(v) <= 16 and all(map(_KINDS[int][0], v)), "a list of sizes"),
+}
+
+
+def _read(obj: dict, where: str, **kinds: type) -> dict:
+    """The fields named, each of its kind.
+
+    Raises:
+        ModelError: a field missing or of another kind.
+    """
+    for name, kind in kinds.items():
+        fits, expected = _KINDS[kind]
+        if name not in obj:
+            raise ModelError(f"{where} lacks {name!r}", f"the fields {', '.join(kinds)}")
+        if not fits(obj[name]):
+            raise ModelError(f"{where}: {name} is {_short(obj[name])}", expected)
+    return {name: obj[name] for name in kinds}
+
+
+def _short(value) -> str:
+    text = ascii(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _diffusers_flux(obj: dict, where: str) -> dict:
+    require(obj, where, patch_size=1)
+    if obj.get("out_channels") is None:
+        obj = obj | {"out_channels": obj.get("in_channels")}
+    obj = {"axes_dims_rope": [16, 56, 56]} | obj  # the published config leaves it out
+    obj = _read(
+        obj, where, num_attention_heads=int, attention_head_dim=int, in_channels=int, out_channels=int,
+        pooled_projection_dim=int, joint_attention_dim=int, num_layers=int, num_single_layers=int,
+        axes_dims_rope=list, guidance_embeds=bool,
+    )  # fmt: skip
     heads, width = obj["num_attention_heads"], obj["attention_head_dim"]
     return {
         "in_channels": obj["in_channels"],
-        "out_channels": obj.get("out_channels") or obj["in_channels"],
+        "out_channels": obj["out_channels"],
         "vec_in_dim": obj["pooled_projection_dim"],
         "context_in_dim": obj["joint_attention_dim"],
         "hidden_size": heads * width,
@@ -62,18 +108,24 @@ def _diffusers_flux(obj: dict) -> dict:
         "num_heads": heads,
         "depth": obj["num_layers"],
         "depth_single_blocks": obj["num_single_layers"],
-        "axes_dim": obj.get("axes_dims_rope", [16, 56, 56]),  # the published config leaves it out
+        "axes_dim": obj["axes_dims_rope"],
         "theta": 10_000,
         "guidance_embed": obj["guidance_embeds"],
     }
 
 
-def _diffusers_vae(obj: dict) -> dict:
-    _require(
-        obj, "vae/config.json", act_fn="silu", use_quant_conv=False, use_post_quant_conv=False,
+def _diffusers_vae(obj: dict, where: str) -> dict:
+    require(
+        obj, where, act_fn="silu", use_quant_conv=False, use_post_quant_conv=False,
         mid_block_add_attention=True, latents_mean=None, latents_std=None,
     )  # fmt: skip
+    obj = _read(
+        obj, where, in_channels=int, out_channels=int, block_out_channels=list, layers_per_block=int,
+        latent_channels=int, norm_num_groups=int, scaling_factor=float, shift_factor=float,
+    )  # fmt: skip
     widths = obj["block_out_channels"]
+    if any(width % widths[0] for width in widths):
+        raise ModelError(f"{where}: block_out_channels is {_short(widths)}", "multiples of the first")
     return {
         "in_channels": obj["in_channels"],
         "out_ch": obj["out_channels"],
@@ -87,16 +139,20 @@ def _diffusers_vae(obj: dict) -> dict:
     }
 
 
-def _transformers_clip(obj: dict) -> dict:
-    _require(obj, "text_encoder/config.json", hidden_act="quick_gelu")
-    return {f.name: obj[f.name] for f in fields(CLIPConfig)}
+def _transformers_clip(obj: dict, where: str) -> dict:
+    require(obj, where, hidden_act="quick_gelu")
+    return {f.name: obj[f.name] for f in fields(CLIPConfig) if f.name in obj}
 
 
-def _transformers_t5(obj: dict) -> dict:
-    _require(obj, "text_encoder_2/config.json", feed_forward_proj="gated-gelu", dense_act_fn="gelu_new")
-    return {f.name: obj[f.name] for f in fields(T5Config) if f.name in obj} | {
-        "relative_attention_max_distance": obj.get("relative_attention_max_distance", 128)  # younger than some configs
-    }
+# the tanh form of GELU, as transformers calls it; "gated-gelu" alone means it too
+_TANH_GELU = ("gelu_new", "gelu_pytorch_tanh")
+
+
+def _transformers_t5(obj: dict, where: str) -> dict:
+    gated = ("gated-gelu", *(f"gated-{name}" for name in _TANH_GELU))
+    require(obj, where, feed_forward_proj=gated, dense_act_fn=_TANH_GELU)
+    obj = {"relative_attention_max_distance": 128} | obj  # younger than some configs
+    return {f.name: obj[f.name] for f in fields(T5Config) if f.name in obj}
 
 
 LAYOUTS = (
@@ -155,7 +211,16 @@ LOOK_ALIKES = (
     ("lora_unet_", "a LoRA"),
     (".absmax", "a bitsandbytes NF4 file"),
     (".qweight", "a Nunchaku SVDQuant file"),
+    ("scaled_fp8", "a scaled fp8 file"),
+    (".scale_weight", "a scaled fp8 file"),
+    (".weight_scale", "a scaled fp8 file"),
+    (".comfy_quant", "a scaled fp8 file"),
 )
+# the same by the shape of what reads the latents: they take a picture or a mask beside them, which is not known here
+_WIDER = {(3072, 384): "FLUX.1 Fill", (3072, 128): "FLUX.1 Canny or Depth"}
+
+
+_WANTED = "FLUX.1 Krea [dev] or one of its kin, in 16 or 32 bits"
 
 
 def identify(source: Source) -> Found:
@@ -166,7 +231,7 @@ def identify(source: Source) -> Found:
     """
     for fragment, model in LOOK_ALIKES:
         if any(fragment in name for name in source.tensors):
-            raise ModelError(f"{source.path} is {model}", "FLUX.1 Krea [dev] or one of its kin")
+            raise ModelError(f"{source.path} is {model}", _WANTED)
     for prefix in PREFIXES:
         tensors = {n[len(prefix) :]: t for n, t in source.tensors.items() if n.startswith(prefix)}
         for layout in LAYOUTS:
@@ -176,6 +241,9 @@ def identify(source: Source) -> Found:
                     raise ModelError(f"{source.path} holds more than a {layout.name} ({other})", "one component")
                 if source.component not in (None, layout.component):
                     raise ModelError(f"{source.path} holds a {layout.name}", f"a {source.component}")
+                for name in ("img_in.weight", "x_embedder.weight"):
+                    if name in tensors and tensors[name].shape in _WIDER:
+                        raise ModelError(f"{source.path} is {_WIDER[tensors[name].shape]}", _WANTED)
                 return Found(source, layout, tensors)
     first = ", ".join(sorted(source.tensors)[:3])
     raise ModelError(
@@ -183,10 +251,10 @@ def identify(source: Source) -> Found:
     )
 
 
+@cache
 def target_shapes(component: str, config) -> dict[str, tuple[int, ...]]:
     """Our tensors of a component in the order of its modules, with MLX's axes."""
-    module = COMPONENTS[component][1](config)
-    return {name: tuple(array.shape) for name, array in tree_flatten(module.parameters())}
+    return {name: tuple(array.shape) for name, array in tree_flatten(build(component, config).parameters())}
 
 
 def make_plan(found: Found) -> tuple[object, Plan]:
@@ -196,17 +264,22 @@ def make_plan(found: Found) -> tuple[object, Plan]:
     shapes; else from a config.json beside the file, ours or in BFL's form.
 
     Raises:
-        ModelError: sizes unknown, or tensors missing, left over or of another shape.
+        ModelError: sizes unknown, or tensors missing, left over, of another shape or of a type that cannot be decoded.
     """
+    config, made = _fit(found)
+    for tensor in (t for target in made.targets for t in target.sources):
+        if tensor.dtype not in STORED:
+            known = ", ".join(STORED)
+            raise ModelError(f"{tensor.path}: {tensor.name} is stored as {tensor.dtype}", f"one of {known}")
+    return config, made
+
+
+def _fit(found: Found) -> tuple[object, Plan]:
     component, layout = found.layout.component, found.layout
     where = str(found.source.path)
-    beside = found.source.config()
+    beside, file = found.source.config(), f"{found.source.folder / 'config.json'}"
     if layout.convert_config and beside is not None and (found.source.component or not _is_ours(beside, component)):
-        try:
-            sizes = layout.convert_config(beside)
-        except KeyError as error:
-            raise ModelError(f"the config.json of {where} lacks {error}", f"the config of a {layout.name}") from None
-        config = configs.from_json(COMPONENTS[component][0], sizes, f"{where}/config.json")
+        config = configs.from_json(COMPONENTS[component][0], layout.convert_config(beside, file), file)
         return config, _plan(found, config)
     refused: list[ModelError] = []
     for config in _PUBLISHED[component]:
@@ -219,7 +292,7 @@ def make_plan(found: Found) -> tuple[object, Plan]:
             f"{where} has other sizes than the published {layout.name} ({refused[0].found})",
             "a config.json beside it with heads and other sizes that shapes do not tell",
         )
-    config = _read_beside(beside, component, f"{found.source.folder}/config.json")
+    config = _read_beside(beside, component, file)
     return config, _plan(found, config)
 
 
@@ -257,7 +330,7 @@ def _read_beside(obj: dict, component: str, where: str):
     section = _BFL_SECTIONS[component]
     if section in obj and isinstance(obj[section], dict):
         sizes = dict(obj[section])
-        _require(sizes, where, **_BFL_FIXED[component])
+        require(sizes, where, **_BFL_FIXED[component])
         for name in (*_BFL_FIXED[component], "resolution"):
             sizes.pop(name, None)
         if component == "vae" and "ae_norm_num_groups" in obj:

@@ -1,5 +1,6 @@
 """Applies a name table: every key of a source matched or refused, every tensor of ours filled, every shape agreeing."""
 
+import math
 import re
 from dataclasses import dataclass
 from functools import cache
@@ -42,6 +43,11 @@ class Plan:
 
     targets: tuple[Target, ...]
     dropped: tuple[tuple[str, str], ...]  # name, reason
+
+    @property
+    def parameters(self) -> int:
+        """Numbers in all tensors."""
+        return sum(math.prod(target.shape) for target in self.targets)
 
 
 def plan(tensors: dict[str, Tensor], table, dropped, shapes: dict[str, tuple[int, ...]], last: int, what: str) -> Plan:

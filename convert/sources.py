@@ -14,8 +14,8 @@ import numpy as np
 from mlx_flux_krea.errors import ModelError
 from mlx_flux_krea.weights import COMPONENTS, TensorInfo, read_header, read_json
 
-# How stored types become arrays: the numpy type of the bytes, and MLX's view of it.
-_STORED = {
+# How stored types become arrays: the numpy type of the bytes, and MLX's view of it. A plan with others is refused.
+STORED = {
     "F32": (np.float32, mx.float32),
     "F16": (np.float16, mx.float16),
     "BF16": (np.uint16, mx.bfloat16),
@@ -44,18 +44,18 @@ class Tensor:
         return self.info.dtype
 
     def read(self) -> mx.array:
-        """The tensor as an array of its own type.
+        """The tensor as an array of its own type, one of `STORED`.
 
         Raises:
-            ModelError: a type that cannot be decoded, or a file that ends too early.
+            ModelError: the file cannot be read, or ends too early.
         """
-        if self.dtype not in _STORED:
-            known = ", ".join(_STORED)
-            raise ModelError(f"{self.path}: {self.name} is stored as {self.dtype}", f"one of {known}")
-        stored, view = _STORED[self.dtype]
-        with open(self.path, "rb") as file:
-            file.seek(self.info.start)
-            data = file.read(self.info.end - self.info.start)
+        stored, view = STORED[self.dtype]
+        try:
+            with open(self.path, "rb") as file:
+                file.seek(self.info.start)
+                data = file.read(self.info.end - self.info.start)
+        except OSError as error:
+            raise ModelError(f"{self.path} cannot be read: {error.strerror}", "a file that can") from None
         if len(data) < self.info.end - self.info.start:
             raise ModelError(f"{self.path} ended inside {self.name}", "a complete file", "copy or download it again")
         return mx.array(np.frombuffer(data, stored).reshape(self.shape)).view(view)
@@ -91,14 +91,31 @@ def open_sources(paths: list[Path]) -> list[Source]:
     """Everything that the given files and folders hold.
 
     Raises:
-        ModelError: nothing there, nothing that is a checkpoint, a pickle, or a damaged file.
+        ModelError: nothing there, nothing that is a checkpoint, a model folder of ours, a pickle, or a damaged file.
     """
     return [source for path in paths for source in _open(path)]
 
 
+def is_model_folder(path: Path) -> bool:
+    """Whether this is a model folder that the converter made, and not one in diffusers' layout."""
+    try:
+        return "format" in read_json(path / "model_index.json")
+    except ModelError:
+        return False
+
+
+def printable(text: str) -> str:
+    """With everything but letters, signs and spaces escaped: what a file calls itself must not steer a terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def _open(path: Path) -> list[Source]:
+    _check_path(path)
     if not path.exists():
         raise ModelError(f"there is nothing at {path}", "a folder or a .safetensors file")
+    if ours := next((p for p in (path, *path.absolute().parents[:2]) if is_model_folder(p)), None):
+        todo = f"generate with it: -m {ours} (it cannot be converted to another type or quantized yet)"
+        raise ModelError(f"{ours} is a model folder already", "the weights it was made from", todo)
     if path.is_file():
         return [_open_file(path)]
     if (path / "model_index.json").exists():  # a pipeline: one folder a component
@@ -119,7 +136,7 @@ def _open_folder(folder: Path, component: str | None = None) -> list[Source]:
     checkpoints = [p for p in files if p.suffix == ".safetensors"]
     if not checkpoints:
         found = f"only {files[0].name}" if files else "no weights"
-        raise ModelError(f"{folder} holds {found}", ".safetensors files")
+        raise ModelError(f"{folder} holds {found}", ".safetensors files", "GGUF is not read yet, pickles never")
     if component and len(checkpoints) > 1:
         names = ", ".join(p.name for p in checkpoints[:3])
         raise ModelError(f"{folder} holds {len(checkpoints)} files and no index ({names})", "one, or an index")
@@ -127,30 +144,54 @@ def _open_folder(folder: Path, component: str | None = None) -> list[Source]:
 
 
 def _open_file(path: Path, component: str | None = None) -> Source:
+    _check_path(path)
     if path.suffix in _PICKLED:
         todo = "take the .safetensors of the same model"
         raise ModelError(f"{path} is a pickle, which can run any program when opened", "a .safetensors file", todo)
-    infos, metadata = read_header(path)
-    return Source(path, (path,), {n: Tensor(n, path, i) for n, i in infos.items()}, metadata, component)
+    if path.suffix == ".gguf":
+        raise ModelError(f"{path} is a GGUF file, which is not read yet", "a .safetensors file")
+    tensors, metadata = _read_tensors(path)
+    return Source(path, (path,), tensors, metadata, component)
 
 
 def _open_shards(index: Path, component: str | None) -> Source:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ModelError(f"{index} has no weight_map", "an index of shards")
+    _check_names(index, weight_map)
     tensors, files, metadata = {}, [], {}
     for shard in sorted({str(s) for s in weight_map.values()}):
         if shard != os.path.basename(shard) or not re.fullmatch(r"[^/\\\0]+\.safetensors", shard):
             raise ModelError(f"{index} names the file {shard!r}", "a .safetensors file in the same folder")
+        _check_names(index, [shard])
         path = index.parent / shard
         if not path.exists():
             raise ModelError(f"{index.parent} lacks the shard {shard}", "every file of the index", "download it again")
-        infos, shard_metadata = read_header(path)
-        if twice := infos.keys() & tensors.keys():
+        shard_tensors, shard_metadata = _read_tensors(path)
+        if twice := shard_tensors.keys() & tensors.keys():
             raise ModelError(f"{sorted(twice)[0]} is in two shards of {index.parent}", "every tensor once")
-        tensors |= {n: Tensor(n, path, i) for n, i in infos.items()}
+        tensors |= shard_tensors
         files.append(path)
         metadata |= shard_metadata
     if lost := weight_map.keys() - tensors.keys():
         raise ModelError(f"{sorted(lost)[0]} is in {index.name} and in no shard", "shards that match their index")
     return Source(index.parent, tuple(files), tensors, metadata, component)
+
+
+def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    infos, metadata = read_header(path)
+    _check_names(path, infos)
+    return {n: Tensor(n, path, i) for n, i in infos.items()}, metadata
+
+
+def _check_path(path: Path) -> None:
+    try:
+        str(path.resolve()).encode()
+    except UnicodeEncodeError:
+        raise ModelError(f"the name of {printable(str(path))} is not UTF-8", "one that is", "rename it") from None
+
+
+def _check_names(path: Path, names) -> None:
+    """No network has such names; from here on they can be shown as they are."""
+    if odd := next((n for n in names if not n.isprintable()), None):
+        raise ModelError(f"{path} holds the name {printable(odd)}", "letters, numbers and dots")

@@ -1,82 +1,176 @@
 """Writes a model folder: shards in our order of tensors, one tensor in memory at a time, under a temporary name.
 
-The folder takes its final name only when everything in it is on disk. What an interrupted run leaves is a hidden folder
-beside the target, which the next run removes.
+The folder takes its final name only when everything in it is on disk and was read back. Beside the target lie, hidden,
+
+    .NAME.PID.partial   a folder in the making, or one to be deleted; the next run removes what a killed one left
+    .NAME.PID.old       the model that is being replaced, until the new one stands in its place; the next run puts back
+                        what a killed one left so
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import struct
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_flux_krea.errors import ModelError, ResourceError, UsageError
-from mlx_flux_krea.weights import DTYPES, INDEX
+from mlx_flux_krea.weights import DTYPES, INDEX, check_tensors, open_model
 
 from .remap import Plan, Target
+from .sources import is_model_folder
 
 SHARD_BYTES = 4 * 2**30  # a shard ends with the block that reaches this
 _MODULATION = ("_mod.lin.", ".modulation.lin.", "adaLN_modulation.")
 
 
+class Folder:
+    """A model folder in the making. What is written is hashed as it passes by, and is on disk when the call returns.
+
+    Args:
+        path: where it is made; must exist.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.files: dict[str, dict] = {}  # as in manifest.json: name: {"sha256", "bytes"}
+
+    def write(self, name: str, chunks: Iterable[bytes | memoryview]) -> None:
+        """One file, of the chunks one after another."""
+        path, digest, size = self.path / name, hashlib.sha256(), 0
+        path.parent.mkdir(exist_ok=True)
+        with open(path, "xb") as file:
+            for chunk in chunks:
+                file.write(chunk)
+                digest.update(chunk)
+                size += len(chunk)
+            file.flush()
+            os.fsync(file.fileno())
+        self.files[name] = {"sha256": digest.hexdigest(), "bytes": size}
+
+    def write_json(self, name: str, obj) -> None:
+        """JSON as people read it, the same bytes for the same object."""
+        self.write(name, [_json(obj)])
+
+    def finish(self, index: dict, plans: dict[str, tuple[object, Plan]], dtype: str) -> None:
+        """manifest.json and, last of all, model_index.json; then everything is read back as the library will.
+
+        Args:
+            index: of model_index.json.
+            plans: config and plan of every component.
+            dtype: of every array.
+
+        Raises:
+            UsageError: what is on the disk is not what was written.
+        """
+        text = _json(index)
+        last = {"model_index.json": {"sha256": hashlib.sha256(text).hexdigest(), "bytes": len(text)}}
+        self.write_json("manifest.json", dict(sorted((self.files | last).items())))
+        self.write("model_index.json", [text])
+        with hashing([self.path / name for name in self.files], workers=4) as hashes:
+            for name, written in self.files.items():
+                if hashes[self.path / name].result() != written["sha256"]:
+                    raise UsageError(
+                        f"{name} reads back as something else than was written into {self.path.parent}",
+                        "a disk that keeps what it is given",
+                        "choose another with -o",
+                    )
+        model = open_model(self.path)
+        for component, (_, plan) in plans.items():
+            tensors = {name: (info.dtype, info.shape) for name, (_, info) in model.tensors(component).items()}
+            expected = {t.name: (DTYPES[dtype], t.shape) for t in plan.targets}
+            check_tensors(self.path / component, tensors, expected)
+        for folder in {(self.path / name).parent for name in self.files}:
+            _sync(folder)
+
+
 @contextlib.contextmanager
-def new_folder(target: Path, force: bool) -> Iterator[Path]:
+def new_folder(
+    target: Path, force: bool, placing: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
+) -> Iterator[Folder]:
     """A temporary folder that becomes `target` when the block ends well, and nothing otherwise.
 
     Args:
-        target: the final name.
-        force: an existing folder is replaced, once the new one is complete.
+        target: the final name, resolved.
+        force: a model folder there is replaced, once the new one is complete.
+        placing: gives the context in which the folder takes its name.
 
     Raises:
-        UsageError: the target exists, or its parent cannot be written.
+        UsageError: something is in the way by now, or the parent cannot be written.
+        ResourceError: the disk is full.
     """
-    check_target(target, force)
+    partial = target.parent / f".{target.name}.{os.getpid()}.partial"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        for left in target.parent.glob(f".{target.name}.*.partial"):
-            if not _alive(left):
-                shutil.rmtree(left)
-        partial = target.parent / f".{target.name}.{os.getpid()}.partial"
         partial.mkdir()
     except OSError as error:
         raise UsageError(
             f"{target.parent} cannot be written: {error.strerror}", todo="choose another folder with -o"
         ) from None
     try:
-        yield partial
-        if target.exists():
-            old = target.parent / f".{target.name}.old.{os.getpid()}.partial"
-            target.rename(old)
-            partial.rename(target)
-            shutil.rmtree(old)
-        else:
-            partial.rename(target)
-        _sync(target.parent)
+        yield Folder(partial)
+        with placing():
+            _place(partial, target, force)
     except OSError as error:
-        if error.errno == 28:  # ENOSPC
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise ResourceError(
                 f"the disk of {target} is full", todo="make room, or choose another disk with -o"
             ) from None
-        raise
+        raise UsageError(f"{target} cannot be written: {error.strerror}", todo="choose another place with -o") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def check_target(target: Path, force: bool) -> None:
-    """Refuses a target before any work.
+def recover(target: Path) -> None:
+    """Ends what killed runs left beside a target: an old model goes back to its place, everything else goes."""
+    if not target.parent.is_dir():
+        return
+    pattern = re.compile(rf"\.{re.escape(target.name)}\.(\d+)\.(partial|old)")
+    left = [(p, m) for p in target.parent.iterdir() if (m := pattern.fullmatch(p.name)) and not _alive(int(m[1]))]
+    for path, match in sorted(left, key=str, reverse=True):
+        if match[2] == "partial":
+            shutil.rmtree(path)
+        elif not target.exists():
+            path.rename(target)
+        elif is_model_folder(target):
+            shutil.rmtree(path.rename(path.with_suffix(".partial")))
+
+
+def check_target(target: Path, force: bool, sources: Iterable[Path] = ()) -> None:
+    """Refuses a target that is not to be written.
+
+    Args:
+        target: resolved.
+        force: a model folder may stand there.
+        sources: resolved; none may lie in the target, nor the target in one of them.
 
     Raises:
-        UsageError: it exists and is not to be replaced, or is no folder.
+        UsageError: something is in the way that is not to be replaced, or never is.
     """
-    if target.exists() and not (target.is_dir() and (force or not any(target.iterdir()))):
-        what = "exists" if target.is_dir() else "is a file"
-        raise UsageError(f"{target} {what}", "a new folder", "choose another with -o, or replace it with --force")
+    for source in sources:
+        if target == source or target in source.parents or source in target.parents:
+            raise UsageError(f"the target {target} overlaps the source {source}", "a folder apart", "choose it with -o")
+    if not (target.exists() or target.is_symlink()):
+        return
+    if not target.is_dir():
+        raise UsageError(f"{target} is a file", "a new folder", "choose another with -o")
+    if not any(target.iterdir()):
+        return
+    if not is_model_folder(target):
+        raise UsageError(
+            f"{target} exists and is no model folder, which alone --force replaces", "a new folder", "choose it with -o"
+        )
+    if not force:
+        raise UsageError(f"{target} exists", "a new folder", "choose another with -o, or replace it with --force")
 
 
 def check_disk(target: Path, need: int) -> None:
@@ -95,16 +189,23 @@ def check_disk(target: Path, need: int) -> None:
 
 def output_bytes(plan: Plan, dtype: str) -> int:
     """Bytes of a component in this type."""
-    return sum(_bytes(target, dtype) for target in plan.targets)
+    return plan.parameters * getattr(mx, dtype).size
 
 
 def write_component(
-    folder: Path, config: dict, plan: Plan, dtype: str, done: Callable[[int], None], allow_nonfinite: bool = False
+    folder: Folder,
+    component: str,
+    config: dict,
+    plan: Plan,
+    dtype: str,
+    done: Callable[[int], None],
+    allow_nonfinite: bool = False,
 ) -> None:
     """Writes config.json, shards and index of one component.
 
     Args:
-        folder: of the component; made here.
+        folder: the model folder.
+        component: its name there.
         config: sizes, as JSON.
         plan: its tensors.
         dtype: "float32", "bfloat16" or "float16", of every array.
@@ -114,44 +215,76 @@ def write_component(
     Raises:
         ModelError: NaN or infinities in a tensor, or a value that does not fit the type.
     """
-    folder.mkdir()
-    write_json(folder / "config.json", {"dtype": dtype, **config})
+
+    def chunks(targets: list[Target]) -> Iterator[bytes | memoryview]:
+        yield _header(targets, dtype)
+        for target in targets:
+            data = _array_bytes(target, dtype, allow_nonfinite)
+            yield data
+            done(len(data))
+
+    folder.write_json(f"{component}/config.json", {"dtype": dtype, **config})
     shards = _shards(plan, dtype)
     weight_map = {}
     for number, targets in enumerate(shards, 1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         weight_map |= {target.name: name for target in targets}
-        with open(folder / name, "wb") as file:
-            file.write(_header(targets, dtype))
-            for target in targets:
-                data = _array_bytes(target, dtype, allow_nonfinite)
-                file.write(data)
-                done(len(data))
-            file.flush()
-            os.fsync(file.fileno())
-    total = output_bytes(plan, dtype)
-    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        folder.write(f"{component}/{name}", chunks(targets))
+    metadata = {"total_size": output_bytes(plan, dtype)}
+    folder.write_json(f"{component}/{INDEX}", {"metadata": metadata, "weight_map": weight_map})
 
 
-def write_json(path: Path, obj) -> None:
-    """JSON as people read it, the same bytes for the same object."""
-    path.write_text(json.dumps(obj, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+@contextlib.contextmanager
+def hashing(paths: Iterable[Path], workers: int = 1) -> Iterator[dict[Path, Future[str]]]:
+    """The sha256 of files, computed beside other work; what is not done when the block ends is given up at once."""
+    stop = threading.Event()
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            yield {path: pool.submit(sha256, path, stop) for path in paths}
+        finally:
+            stop.set()
 
 
-def write_manifest(folder: Path) -> None:
-    """manifest.json: sha256 and size of every file in the folder."""
-    files = sorted(p for p in folder.rglob("*") if p.is_file())
-    entries = {p.relative_to(folder).as_posix(): {"sha256": sha256(p), "bytes": p.stat().st_size} for p in files}
-    write_json(folder / "manifest.json", entries)
+def sha256(path: Path, stop: threading.Event | None = None) -> str:
+    """Of a file, in hexadecimal.
 
-
-def sha256(path: Path) -> str:
-    """Of a file, in hexadecimal."""
+    Raises:
+        CancelledError: `stop` was set.
+        ModelError: the file cannot be read.
+    """
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(2**22):
-            digest.update(chunk)
+    try:
+        with open(path, "rb") as file:
+            while chunk := file.read(2**22):
+                if stop and stop.is_set():
+                    raise CancelledError
+                digest.update(chunk)
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read: {error.strerror}", "a file that can") from None
     return digest.hexdigest()
+
+
+def _json(obj) -> bytes:
+    return (json.dumps(obj, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _place(partial: Path, target: Path, force: bool) -> None:
+    """Gives a complete folder its name. At any moment the old model or the new one is whole on the disk."""
+    check_target(target, force)  # much time has passed
+    old = partial.with_suffix(".old")
+    try:
+        if force and target.exists():
+            target.rename(old)
+        partial.rename(target)  # fails on anything but an empty folder
+    except BaseException as error:
+        if old.exists() and not target.exists():
+            old.rename(target)
+        if isinstance(error, OSError) and error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise UsageError(f"{target} appeared meanwhile", "a free name", "choose another with -o") from None
+        raise
+    _sync(target.parent)
+    if old.exists():
+        old.rename(partial)  # as such it is deleted, by the next run at the latest
 
 
 def _shards(plan: Plan, dtype: str) -> list[list[Target]]:
@@ -209,16 +342,15 @@ def _array_bytes(target: Target, dtype: str, allow_nonfinite: bool) -> memoryvie
     return memoryview(np.asarray(array.reshape(-1).view(mx.uint8)))
 
 
-def _alive(partial: Path) -> bool:
-    """Whether the process that made a temporary folder still runs."""
-    pid = partial.name.split(".")[-2]
+def _alive(pid: int) -> bool:
+    """Whether the process that made a temporary folder still runs, and is not this one."""
     try:
-        os.kill(int(pid), 0)
-    except (ValueError, ProcessLookupError):
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:
         return True
-    return int(pid) != os.getpid()
+    return pid != os.getpid()
 
 
 def _sync(folder: Path) -> None:

@@ -11,13 +11,14 @@ import struct
 import subprocess
 import sys
 import time
+from concurrent.futures import CancelledError
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
 from helpers import PIPELINE, SINGLE_FILES, TOKENIZERS, edit_json, edit_tensors, levels, without_guidance
-from mlx_flux_krea.convert import convert, layouts, maps, remap, write
+from mlx_flux_krea.convert import convert, index, layouts, maps, remap, write
 from mlx_flux_krea.convert.sources import open_sources
 from safetensors import safe_open
 
@@ -206,9 +207,7 @@ def test_the_index_says_what_the_model_was_made_from(model):
     ],
 )
 def test_the_family_follows_from_sizes_and_names(names, config, base, guidance, license):
-    from mlx_flux_krea.convert import _family
-
-    family = _family(config, names)
+    family = index._family(config, names)
     assert (family.base, family.defaults.guidance_scale, family.license) == (base, guidance, license)
 
 
@@ -216,7 +215,49 @@ def test_schnells_kind_is_converted_with_its_schedule(tmp_path):
     path = run(without_guidance(tmp_path / "source"), out=tmp_path / "out").path
     folder = open_model(path)
     assert folder.index.schedule.shift == "none"
+    assert folder.index.max_sequence_length == 256
     assert not folder.sizes["transformer"].guidance_embed
+
+
+def test_without_a_scheduler_the_guidance_embedding_decides_the_schedule(tmp_path):
+    for guided in (True, False):
+        source = tmp_path / f"source-{guided}"
+        shutil.copytree(PIPELINE, source) if guided else without_guidance(source)
+        shutil.rmtree(source / "scheduler")
+        made = open_model(run(source, out=tmp_path / f"out-{guided}").path).index
+        assert (made.schedule.shift, made.max_sequence_length) == (("dynamic", 512) if guided else ("none", 256))
+
+
+def test_a_model_is_named_after_what_it_is_and_not_after_the_way_to_it(tmp_path, monkeypatch, home):
+    """The current folder, a link, and the hub's cache, where a folder is called by its hash and files are links."""
+    real = Path(shutil.copytree(PIPELINE, tmp_path / "tiny-krea"))
+    (tmp_path / "link").symlink_to(real)
+    hub = tmp_path / "models--somebody--Tiny-Krea-2"
+    (hub / "snapshots").mkdir(parents=True)
+    shutil.copytree(PIPELINE, hub / "snapshots" / "0123abc")
+    monkeypatch.chdir(real)
+    for source, name in (
+        (".", "tiny-krea"),
+        (tmp_path / "link", "tiny-krea"),
+        (hub / "snapshots" / "0123abc", "Tiny-Krea-2"),
+    ):
+        report = run(source)
+        assert report.path == home / "models" / f"{name}-fp32"
+        assert open_model(report.path).index.name == name
+        shutil.rmtree(report.path)
+
+
+def test_the_family_is_known_by_the_name_in_the_hubs_cache(tmp_path):
+    hub = tmp_path / "models--black-forest-labs--FLUX.1-Krea-dev"
+    (hub / "blobs").mkdir(parents=True)
+    (hub / "snapshots" / "0123abc").mkdir(parents=True)
+    (hub / "blobs" / "fedc").write_bytes(b"")
+    file = hub / "snapshots" / "0123abc" / "transformer.safetensors"
+    file.symlink_to(Path("..", "..", "blobs", "fedc"))
+    (tmp_path / "link.safetensors").symlink_to(file)
+    for path in (file, file.parent, tmp_path / "link.safetensors", tmp_path / "flux1-krea-dev.safetensors"):
+        assert index._family(configs.FLUX_DEV, index._names(path)[1]).base == "FLUX.1 Krea [dev]"
+    assert index._family(configs.FLUX_DEV, index._names(tmp_path / "flux1-dev")[1]).base == "FLUX.1 [dev]"
 
 
 # --- full scale, names and shapes only ---
@@ -387,16 +428,6 @@ def test_look_alikes_are_refused_by_name(tmp_path, tensors, says):
         run(file, out=tmp_path / "out")
 
 
-def test_a_types_that_cannot_be_decoded_is_named(singles, tmp_path):
-    file = singles / "ae.safetensors"
-    data = file.read_bytes()
-    length = struct.unpack("<Q", data[:8])[0]
-    header = data[8 : 8 + length].replace(b'"F32"', b'"U32"')
-    file.write_bytes(data[:8] + header + data[8 + length :])
-    with pytest.raises(ModelError, match="is stored as U32; expected one of F32, F16, BF16"):
-        run(singles, out=tmp_path / "out")
-
-
 @pytest.mark.parametrize(
     ("make", "says"),
     [
@@ -494,20 +525,226 @@ def test_a_tokenizer_larger_than_its_encoder_is_refused(source, tmp_path):
 # --- where it is written ---
 
 
-def test_an_existing_target_is_kept_unless_it_is_to_be_replaced(source, tmp_path):
+def test_only_a_model_folder_is_ever_replaced(source, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "mine.txt").write_text("keep")
+    for force in (False, True):
+        with pytest.raises(UsageError, match=r"exists and is no model folder.*expected a new folder") as caught:
+            run(source, out=out, force=force)
+        assert caught.value.exit_code == 2
+    (out / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')  # diffusers' own, and not ours
+    with pytest.raises(UsageError, match="no model folder"):
+        run(source, out=out, force=True)
+    assert (out / "mine.txt").read_text() == "keep"
+    assert hidden(tmp_path) == []
+
+
+def test_a_model_is_replaced_when_it_is_to_be_and_the_new_one_is_complete(source, tmp_path):
+    out = run(source, out=tmp_path / "out").path
+    before = (out / "model_index.json").read_text()
     with pytest.raises(UsageError, match=r"exists.*--force"):
         run(source, out=out)
-    assert (out / "mine.txt").read_text() == "keep"
-    damage(source, "NaN")
+    changed = Path(shutil.copytree(source, tmp_path / "changed"))
+    damage(changed, "NaN")
     with pytest.raises(ModelError):
-        run(source, out=out, force=True)
-    assert (out / "mine.txt").read_text() == "keep"  # a failed conversion replaces nothing
-    run(PIPELINE, out=out, force=True)
-    assert not (out / "mine.txt").exists()
+        run(changed, out=out, force=True)
+    assert (out / "model_index.json").read_text() == before
+    run(changed, out=out, force=True, allow_nonfinite=True)
+    assert (out / "model_index.json").read_text() != before
     assert hidden(tmp_path) == []
+
+
+def test_an_empty_folder_is_as_good_as_none(source, tmp_path):
+    (tmp_path / "out").mkdir()
+    assert open_model(run(source, out=tmp_path / "out").path)
+
+
+@pytest.mark.parametrize("where", ["source", ".", "source/vae", "source/new", "source/vae/new", "link", "link/new"])
+def test_a_target_that_overlaps_a_source_is_refused(source, tmp_path, where):
+    (tmp_path / "link").symlink_to(source)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UsageError, match="overlaps the source") as caught:
+        run(source, out=tmp_path / where, force=True)
+    assert caught.value.exit_code == 2
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_target_may_not_hold_what_a_source_links_to(source, tmp_path):
+    """As files in the hub's cache do."""
+    out = run(source, out=tmp_path / "out").path
+    vae = source / "vae" / "diffusion_pytorch_model.safetensors"
+    vae.rename(out / "linked.safetensors")
+    vae.symlink_to(out / "linked.safetensors")
+    with pytest.raises(UsageError, match="overlaps the source"):
+        run(source, out=out, force=True)
+
+
+def test_a_link_as_target_stays_a_link(source, tmp_path):
+    real = run(source, out=tmp_path / "real").path
+    (tmp_path / "link").symlink_to(real)
+    assert run(source, out=tmp_path / "link", force=True).path == tmp_path / "link"
+    assert (tmp_path / "link").is_symlink()
+    assert open_model(real)
+    assert hidden(tmp_path) == []
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_what_appears_meanwhile_is_not_replaced(source, tmp_path, force):
+    out = tmp_path / "out"
+
+    def appear(*step):
+        out.mkdir(exist_ok=True)
+        (out / "mine.txt").write_text("keep")
+
+    with pytest.raises(UsageError):
+        run(source, out=out, force=force, progress=appear)
+    assert [p.name for p in out.iterdir()] == ["mine.txt"]
+    assert hidden(tmp_path) == []
+
+
+def test_what_appears_at_the_last_moment_is_not_replaced(source, tmp_path, monkeypatch):
+    out, check = tmp_path / "out", write.check_target
+
+    def appear(target, force, sources=()):
+        check(target, force, sources)
+        if not sources:  # just before the rename
+            shutil.copytree(source, out)
+
+    monkeypatch.setattr(write, "check_target", appear)
+    with pytest.raises(UsageError, match="appeared meanwhile") as caught:
+        run(source, out=out)
+    assert caught.value.exit_code == 2
+    assert not filecmp.dircmp(source, out).diff_files
+    assert hidden(tmp_path) == []
+
+
+def test_a_replacement_that_fails_gives_the_old_model_back(source, tmp_path, monkeypatch):
+    out, rename = run(source, out=tmp_path / "out").path, Path.rename
+    before = (out / "manifest.json").stat().st_ino
+
+    def fail(path, target):
+        if path.suffix == ".partial":
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(KeyboardInterrupt):
+        run(source, out=out, force=True)
+    assert (out / "manifest.json").stat().st_ino == before
+    assert hidden(tmp_path) == []
+
+
+_KILLED_RENAMING = """
+import os, signal, sys
+from pathlib import Path
+from mlx_flux_krea.convert import convert
+rename = Path.rename
+def kill(path, target):
+    after = rename(path, target)
+    if str(path).endswith(sys.argv[4]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return after
+Path.rename = kill
+convert([sys.argv[1]], sys.argv[2], dtype="float32", tokenizers=sys.argv[3], force=True)
+"""
+
+
+@pytest.mark.parametrize(("after", "again"), [("/out", False), ("/out", True), (".partial", False), (".old", True)])
+def test_a_replacement_killed_at_any_rename_keeps_one_model_whole(source, tmp_path, after, again):
+    """After the old model went aside, after the new one took its place, after the old one was given up."""
+    out = run(source, out=tmp_path / "out").path
+    old = (out / "manifest.json").stat().st_ino
+    command = [sys.executable, "-c", _KILLED_RENAMING, source, out, TOKENIZERS, after]
+    assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
+    assert len(hidden(tmp_path)) == (2 if after == "/out" else 1)
+    if again:
+        run(source, out=out, force=True)
+    else:
+        with pytest.raises(UsageError, match="exists"):
+            run(source, out=out)
+        assert ((out / "manifest.json").stat().st_ino == old) == (after == "/out")
+    assert FluxPipeline.from_pretrained(out)("a", seed=1, height=32, width=32, num_inference_steps=1).images
+    assert hidden(tmp_path) == []
+
+
+def test_recovery_touches_only_what_belongs_to_the_target(source, tmp_path):
+    kept = [".out.v2.99999999.old", ".other.99999999.old", ".out.99999999.old.txt", f".out.{os.getppid()}.partial"]
+    for name in kept:
+        (tmp_path / name).mkdir()
+    (tmp_path / ".out.99999999.partial").mkdir()
+    write.recover(tmp_path / "o.t")
+    assert (tmp_path / ".out.99999999.partial").exists()
+    run(source, out=tmp_path / "out")
+    assert sorted(hidden(tmp_path)) == sorted(kept)
+
+
+def test_everything_is_on_the_disk_before_the_folder_has_its_name(source, tmp_path, monkeypatch):
+    out, synced, sync = tmp_path / "out", {}, os.fsync
+
+    def watch(descriptor):
+        synced.setdefault(os.fstat(descriptor).st_ino, out.exists())
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", watch)
+    run(source, out=out)
+    for path in (out, *out.rglob("*")):
+        assert synced[path.stat().st_ino] is False, path
+    assert synced[tmp_path.stat().st_ino] is True
+
+
+@pytest.mark.parametrize("name", ["model-00001-of-00002.safetensors", "config.json", "vocab.json", "model_index.json"])
+def test_what_the_disk_did_not_keep_is_found_before_the_folder_has_its_name(source, tmp_path, monkeypatch, name):
+    """One bit of one file, turned while it is written."""
+
+    class Bad:
+        def __init__(self, file):
+            self.file = file
+
+        def write(self, data):
+            self.file.write(bytes([data[0] ^ 1]) + bytes(data[1:]))
+
+        def __getattr__(self, attribute):
+            return getattr(self.file, attribute)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            self.file.close()
+
+    def bad_open(path, mode):
+        return Bad(open(path, mode)) if Path(path).name == name and "x" in mode else open(path, mode)
+
+    monkeypatch.setattr(write, "open", bad_open, raising=False)
+    with pytest.raises(UsageError, match=rf"{name} reads back as something else"):
+        run(source, out=tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["source"]
+
+
+def test_the_file_that_makes_a_folder_a_model_is_written_last(source, tmp_path, monkeypatch):
+    written, real = [], write.Folder.write
+
+    def watch(folder, name, chunks):
+        real(folder, name, chunks)
+        written.append(name)
+
+    monkeypatch.setattr(write.Folder, "write", watch)
+    out = run(source, out=tmp_path / "out").path
+    assert written[-1] == "model_index.json"
+    assert sorted(written) == sorted(p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file())
+
+
+def test_stopping_does_not_wait_for_the_hash_of_a_large_file(tmp_path):
+    large = tmp_path / "large"
+    with open(large, "wb") as file:
+        file.truncate(2**34)  # with nothing on the disk
+    start = time.perf_counter()
+    with write.hashing([large]) as hashes:
+        time.sleep(0.1)
+    assert time.perf_counter() - start < 5
+    with pytest.raises(CancelledError):
+        hashes[large].result()
 
 
 def test_a_file_in_the_place_of_the_target_is_refused(source, tmp_path):
@@ -576,7 +813,7 @@ convert([sys.argv[1]], sys.argv[2], dtype="float32", tokenizers=sys.argv[3], pro
 
 
 def test_two_conversions_at_once_do_not_disturb_one_another(source, tmp_path):
-    slow = _KILLED.replace("time.sleep(60)", "time.sleep(0.02)")
+    slow = _KILLED.replace("time.sleep(60)", "time.sleep(0.005)")
     command = [sys.executable, "-c", slow, source, tmp_path / "out", TOKENIZERS]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     assert process.stdout.readline() == "writing\n"
@@ -616,3 +853,31 @@ def test_progress_reaches_the_end(source, tmp_path):
         == seen[-1][2]
         == sum(int(np.prod(t.shape)) * 4 for s in open_sources([source]) for t in s.tensors.values())
     )
+
+
+@pytest.mark.parametrize(("path", "code"), [("config.json", 130), (".partial", 0)])
+def test_a_signal_before_the_folder_has_its_name_undoes_it_and_after_that_does_nothing(source, tmp_path, path, code):
+    command = [sys.executable, "-c", _SIGNALLED, path, "convert", source, "-o", tmp_path / "out"]
+    command += ["--tokenizers", TOKENIZERS, "--force"]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (ran.returncode, (tmp_path / "out").exists()) == (code, code == 0), ran.stderr
+    assert "Traceback" not in ran.stderr
+    assert hidden(tmp_path) == []
+
+
+_SIGNALLED = """
+import os, signal, sys
+from pathlib import Path
+import cli
+from mlx_flux_krea.convert import write
+rename, write_file = Path.rename, write.Folder.write
+def signalled(function):
+    def call(path, *rest):
+        result = function(path, *rest)
+        if any(str(part).endswith(sys.argv[1]) for part in (path, *rest)):
+            os.kill(os.getpid(), signal.SIGINT)
+        return result
+    return call
+Path.rename, write.Folder.write = signalled(rename), signalled(write_file)
+cli.main(sys.argv[2:])
+"""

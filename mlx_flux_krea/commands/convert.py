@@ -1,10 +1,13 @@
 """flux-krea convert: foreign weights into a model folder."""
 
+import contextlib
 import dataclasses
 import json
 from pathlib import Path
 
 import click
+
+from . import signals
 
 
 @click.command()
@@ -20,7 +23,7 @@ import click
     help="Type of the weights in the folder.",
 )
 @click.option("--tokenizers", type=click.Path(path_type=Path), help="A folder with tokenizer/ and tokenizer_2/ in it.")
-@click.option("--force", is_flag=True, help="Replace an existing folder.")
+@click.option("--force", is_flag=True, help="Replace an existing model folder.")
 @click.option("--allow-nonfinite", is_flag=True, help="Accept weights that hold NaN or infinities.")
 @click.option("--json", "as_json", is_flag=True, help="Print a report as JSON.")
 def convert(sources, output, dtype, tokenizers, force, allow_nonfinite, as_json):
@@ -48,6 +51,7 @@ def convert(sources, output, dtype, tokenizers, force, allow_nonfinite, as_json)
             force=force,
             allow_nonfinite=allow_nonfinite,
             progress=progress,
+            placing=_placing,
         )
     finally:
         progress.close()
@@ -59,3 +63,11 @@ def convert(sources, output, dtype, tokenizers, force, allow_nonfinite, as_json)
             say(f"left out of {component.name}: {name} ({reason})")
     say(f"{report.base}, {dtype}, in {watch.seconds:.1f} s")
     click.echo(json.dumps({**dataclasses.asdict(report), "path": str(report.path)}) if as_json else report.path)
+
+
+@contextlib.contextmanager
+def _placing():
+    """A folder that has its name is a success, whatever signal comes."""
+    with signals.held():
+        yield
+        signals.finish()

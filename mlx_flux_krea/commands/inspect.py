@@ -1,6 +1,7 @@
 """flux-krea inspect: what a file or folder is. Reads headers, never tensors."""
 
 import json
+import math
 from pathlib import Path
 
 import click
@@ -17,6 +18,7 @@ def inspect(path, as_json):
       flux-krea inspect flux1-krea-dev.safetensors
       flux-krea inspect out.png
     """
+    from mlx_flux_krea.convert.sources import printable
     from mlx_flux_krea.errors import ModelError
     from mlx_flux_krea.provenance import FORMATS
 
@@ -28,7 +30,7 @@ def inspect(path, as_json):
         facts, lines = _model(path)
     else:
         facts, lines = _foreign(path)
-    click.echo(json.dumps(facts, ensure_ascii=False) if as_json else lines)
+    click.echo(_json(facts) if as_json else "\n".join(map(printable, lines.split("\n"))))
 
 
 def _is_ours(path: Path) -> bool:
@@ -63,7 +65,7 @@ def _model(path: Path) -> tuple[dict, str]:
         components[name] = {
             "dtype": folder.dtypes[name],
             "tensors": len(infos),
-            "parameters": sum(_count(info.shape) for info in infos),
+            "parameters": sum(math.prod(info.shape) for info in infos),
             "bytes": sum(info.end - info.start for info in infos),
             "config": to_json(folder.sizes[name]),
         }
@@ -110,7 +112,7 @@ def _foreign(path: Path) -> tuple[dict, str]:
             "problem": problem,
             "dtypes": dtypes,
             "tensors": len(source.tensors),
-            "parameters": sum(_count(tensor.shape) for tensor in source.tensors.values()),
+            "parameters": sum(math.prod(tensor.shape) for tensor in source.tensors.values()),
             "bytes": source.bytes,
             "metadata": source.metadata,
         }
@@ -123,8 +125,7 @@ def _foreign(path: Path) -> tuple[dict, str]:
     return {"kind": "weights", "sources": facts}, text
 
 
-def _count(shape: tuple[int, ...]) -> int:
-    count = 1
-    for side in shape:
-        count *= side
-    return count
+def _json(facts: dict) -> str:
+    """Readable where it can be shown as it is: what stands in a file must not steer a terminal."""
+    text = json.dumps(facts, ensure_ascii=False)
+    return text if text.isprintable() else json.dumps(facts)

@@ -1,0 +1,91 @@
+"""What `model_index.json` says of a conversion: family, licence, schedule and defaults, from sizes and names."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from mlx_flux_krea import __version__, presets
+from mlx_flux_krea import config as configs
+from mlx_flux_krea.errors import ModelError
+from mlx_flux_krea.weights import read_json
+
+from .layouts import Found, require
+
+# Fields of diffusers' scheduler_config.json that would change the picture, and what our sampler is written for.
+_SCHEDULER = {
+    "_class_name": "FlowMatchEulerDiscreteScheduler",
+    "num_train_timesteps": 1000,
+    "use_dynamic_shifting": (True, False),
+    "invert_sigmas": False,
+    "shift_terminal": None,
+    "use_karras_sigmas": False,
+    "use_exponential_sigmas": False,
+    "use_beta_sigmas": False,
+    "time_shift_type": "exponential",
+    "stochastic_sampling": False,
+}
+
+
+def make_index(found: dict[str, Found], config: configs.FluxConfig) -> configs.ModelIndex:
+    """The facts of a model folder, without the records of its sources.
+
+    Args:
+        found: the layout of every component.
+        config: of the transformer.
+
+    Raises:
+        ModelError: a scheduler that is not ours.
+    """
+    source = found["transformer"].source
+    inside = source.component or source.folder.name == "transformer"
+    root = source.folder.resolve().parent if inside else source.path
+    name, names = _names(root)
+    family = _family(config, names)
+    scheduler = root / "scheduler" / "scheduler_config.json"
+    if scheduler.exists():
+        schedule = _schedule(read_json(scheduler), str(scheduler))
+    else:
+        schedule = presets.DYNAMIC_SHIFT if config.guidance_embed else presets.NO_SHIFT
+    index = configs.ModelIndex(
+        name=name,
+        base=family.base,
+        license=family.license,
+        filters="none",
+        max_sequence_length=(
+            presets.MAX_SEQUENCE_LENGTH if config.guidance_embed else presets.MAX_SEQUENCE_LENGTH_SCHNELL
+        ),
+        schedule=schedule,
+        defaults=family.defaults,
+        converter=__version__,
+    )
+    return replace(index, filters="required" if configs.requires_filters(config, index) else "none")
+
+
+def _names(root: Path) -> tuple[str, list[str]]:
+    """What a source is called, and every name of it that may tell the family.
+
+    In the hub's cache (models--ORG--NAME/snapshots/HASH, files there being links to blobs/HASH) it is called NAME.
+    """
+    real = root.resolve()
+    hub = [part.split("--")[-1] for part in real.parts if part.startswith("models--")]
+    name = root.stem if root.is_file() else hub[-1] if hub and real.parent.name == "snapshots" else real.name
+    return name.lstrip(".") or "model", [n.lower() for n in (root.name, real.name, *hub)]
+
+
+def _family(config: configs.FluxConfig, names: list[str]) -> presets.Family:
+    if config == configs.FLUX_SCHNELL:
+        return presets.SCHNELL
+    if config != configs.FLUX_DEV:
+        return presets.OTHER
+    kin = (presets.KREA, presets.KONTEXT)
+    return next((f for f in kin if any(f.hint in name for name in names)), presets.DEV)
+
+
+def _schedule(obj: dict, where: str) -> configs.Schedule:
+    """From diffusers' scheduler_config.json."""
+    require({"_class_name": None} | obj, where, "this model needs another sampler", **_SCHEDULER)
+    if not obj.get("use_dynamic_shifting"):
+        if obj.get("shift", 1.0) != 1.0:
+            raise ModelError(f"{where} has a fixed shift of {obj['shift']!a}", "a dynamic shift, or none")
+        return presets.NO_SHIFT
+    fields = ("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len")
+    return configs.from_json(configs.Schedule, {f: obj[f] for f in fields if f in obj}, where)
