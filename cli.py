@@ -3,22 +3,27 @@
 Heavy imports stay inside the verbs, so that help answers at once.
 """
 
+# ruff: noqa: E402
+from mlx_flux_krea.commands import signals
+
+signals.install()  # before anything that takes time
+
+import contextlib
+import errno
+import itertools
 import json
-import signal
+import os
 import sys
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
 
-from mlx_flux_krea import __version__
+from mlx_flux_krea import __version__, presets
 from mlx_flux_krea.commands.convert import convert
 from mlx_flux_krea.commands.inspect import inspect
-from mlx_flux_krea.errors import FluxKreaError, UsageError
-
-
-class Terminated(BaseException):
-    """SIGTERM arrived."""
+from mlx_flux_krea.errors import FluxKreaError, UsageError, printable
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -49,7 +54,7 @@ cli.add_command(inspect)
 @click.option("--guidance", type=float, help="How closely to follow the prompt.  [default: the model's]")
 @click.option("--seed", type=int, help="Repeats a picture.  [default: a new one, which is shown]")
 @click.option(
-    "-n", "--num-images", type=click.IntRange(1), default=1, show_default=True, help="With seeds that count up."
+    "-n", "--num-images", type=click.IntRange(1, 1000), default=1, show_default=True, help="With seeds that count up."
 )
 @click.option(
     "--noise", default="diffusers", show_default=True, help="Whose seed: diffusers, bfl, comfy, mflux, mlx-examples."
@@ -59,11 +64,11 @@ cli.add_command(inspect)
     "--true-cfg-scale", type=float, default=1.0, show_default=True, help="Above 1: doubles the time of a step."
 )
 @click.option("--image", type=click.Path(path_type=Path), help="An image to start from.")
-@click.option("--strength", type=float, help="How far to go from the image, 0 to 1.  [default: 0.6]")
+@click.option("--strength", type=float, help=f"How far to go from the image, 0 to 1.  [default: {presets.STRENGTH}]")
 @click.option(
     "--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), help="Compute type.  [default: the model's]"
 )
-@click.option("--force", is_flag=True, help="Overwrite the output; otherwise the next free name is taken.")
+@click.option("--force", is_flag=True, help="Replace the output, also a link; otherwise the next free name is taken.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object instead of paths.")
 def generate(prompt, model, output, num_images, dtype, force, as_json, **options):
     """Make a picture from PROMPT.
@@ -74,9 +79,9 @@ def generate(prompt, model, output, num_images, dtype, force, as_json, **options
     """
     from mlx_flux_krea.commands.terminal import PipelineProgress, say, show_notes
 
-    paths = _free_names(output, num_images, force)
-    names = {"steps": "num_inference_steps", "guidance": "guidance_scale"}
-    request = {names.get(name, name): value for name, value in options.items() if value is not None}
+    _check_output(output)
+    in_python = {"steps": "num_inference_steps", "guidance": "guidance_scale"}
+    request = {in_python.get(name, name): value for name, value in options.items() if value is not None}
     seed = request.pop("seed", None)
 
     from mlx_flux_krea import FluxPipeline
@@ -85,19 +90,27 @@ def generate(prompt, model, output, num_images, dtype, force, as_json, **options
     show_notes()
     pipe = FluxPipeline.from_pretrained(model, dtype=dtype)
     seed = random_seed() if seed is None else seed
+    if seed + num_images > 2**64:
+        raise UsageError(f"seed {seed} and {num_images - 1} after it", f"at most {2**64 - 1}")
     progress = PipelineProgress()
-    images = []
+    names, images = _names(output), []
     try:
-        for number, path in enumerate(paths):
+        for number in range(num_images):
             result = pipe(prompt, seed=seed + number, progress=progress, **request)
-            result.images[0].save(path)
-            stages = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in result.seconds.items())
-            say(f"seed {seed + number}: {stages}")
-            images.append({"path": str(path), **result.records[0], "notes": result.notes, "seconds": result.seconds})
-            if not as_json:
-                click.echo(path)
+            with signals.held():  # a picture that has its name is also reported
+                if number == num_images - 1:
+                    signals.finish()
+                path = _save(result.images[0], names, force)
+                if path != output and not images:
+                    say(f"note: {printable(str(output))} exists; writing {printable(str(path))}")
+                stages = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in result.seconds.items())
+                say(f"seed {seed + number}: {stages}")
+                more = {"notes": result.notes, "seconds": result.seconds}
+                images.append({"path": str(path), **result.records[0], **more})
+                if not as_json:
+                    click.echo(path)
     except FluxKreaError as error:
-        if images and error.exit_code != 130:
+        if images:
             error.exit_code = 7
         raise
     finally:
@@ -106,8 +119,8 @@ def generate(prompt, model, output, num_images, dtype, force, as_json, **options
             click.echo(json.dumps({"images": images}, ensure_ascii=False))
 
 
-def _free_names(output: Path, count: int, force: bool) -> list[Path]:
-    """The files to write: the name given, then with -2, -3 and so on; taken ones are passed over without --force.
+def _check_output(output: Path) -> None:
+    """Finds out before any work whether a picture can be written there.
 
     Raises:
         UsageError: not a name that can be written, or of a format that is not known.
@@ -116,57 +129,96 @@ def _free_names(output: Path, count: int, force: bool) -> list[Path]:
 
     from mlx_flux_krea.provenance import FORMATS
 
-    if output.is_dir():
+    if os.path.isdir(output):
         raise UsageError(f"{output} is a folder", "the name of a file", f"write -o {output / 'out.png'}")
+    if os.path.exists(output) and not os.path.isfile(output):
+        raise UsageError(f"{output} is a device or a pipe", "the name of a file")
     if output.suffix.lower() not in FORMATS:
         raise UsageError(f"{output} ends in {output.suffix or 'nothing'!r}", f"one of {', '.join(FORMATS)}")
     folder = output.parent
-    if not folder.is_dir():
-        raise UsageError(f"there is no folder {folder}", "one that exists", f"make it: mkdir -p {folder}")
-    try:
-        tempfile.TemporaryFile(dir=folder).close()
+    try:  # under a name a little longer than any that will be needed
+        tempfile.NamedTemporaryFile(prefix=f".{output.name}-", suffix=".0000000-0000000.partial", dir=folder).close()
     except OSError as error:
-        raise UsageError(f"{folder} cannot be written: {error.strerror}", "", "choose another folder with -o") from None
-    paths: list[Path] = []
-    number = 1
-    while len(paths) < count:
-        path = output if number == 1 else output.with_stem(f"{output.stem}-{number}")
-        if force or not path.exists():
-            paths.append(path)
-        number += 1
-    if not force and paths[0] != output:
-        click.echo(f"note: {output} exists; writing {paths[0]}", err=True)
-    return paths
+        if error.errno == errno.ENOENT and not os.path.exists(folder):
+            raise UsageError(f"there is no folder {folder}", "one that exists", f"make it: mkdir -p {folder}") from None
+        raise UsageError(f"{output} cannot be written: {error.strerror}", "", "choose another place with -o") from None
+
+
+def _names(output: Path) -> Iterator[Path]:
+    """The name given, then with -2, -3 and so on."""
+    return (output if n == 1 else output.with_stem(f"{output.stem}-{n}") for n in itertools.count(1))
+
+
+def _save(picture, names: Iterator[Path], force: bool) -> Path:
+    """Saves under the next name; without --force under the next that is free at this moment, whoever else writes."""
+    for path in names:
+        if force or not os.path.lexists(path):
+            try:
+                picture.save(path, force=force)
+                return path
+            except FileExistsError:
+                continue
 
 
 def main(argv: list[str] | None = None) -> None:
     """The console script: runs the command and exits with its code."""
-
-    def terminate(signum, frame):
-        raise Terminated
-
-    signal.signal(signal.SIGTERM, terminate)
     try:
-        code = cli.main(argv, standalone_mode=False) or 0
-    except FluxKreaError as error:
-        code = _fail(str(error), error.exit_code)
-    except click.ClickException as error:
-        error.show()
-        code = 2
-    except (KeyboardInterrupt, click.Abort):
-        code = _fail("interrupted", 130)
-    except Terminated:
-        code = _fail("terminated", 143)
-    except Exception:
-        traceback.print_exc()
-        code = _fail("this is a bug in flux-krea; please report it with the lines above", 1)
-    for end in (signal.SIGINT, signal.SIGTERM):  # what there was to do is done or undone
-        signal.signal(end, signal.SIG_IGN)
+        signals.listen()
+        code = _run(sys.argv[1:] if argv is None else argv)
+        signals.finish()
+    except signals.Stopped as stopped:
+        code = _fail(stopped.message, stopped.exit_code)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:  # or the interpreter tries again at its end, complains, and exits with another code
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     sys.exit(code)
 
 
+def _run(argv: list[str]) -> int:
+    """Runs the command; every error becomes one line and its exit code."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started this
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+    sys.stdout.reconfigure(errors="surrogateescape")  # names of files are bytes
+    try:
+        with cli.make_context("flux-krea", list(argv) or ["--help"]) as context:
+            cli.invoke(context)
+        return 0
+    except Exception as error:
+        signals.check()
+        return _report(error)
+
+
+def _report(error: Exception) -> int:
+    """The one place that maps errors to exit codes."""
+    if isinstance(error, click.exceptions.Exit):  # of --help and --version
+        return error.exit_code
+    if isinstance(error, FluxKreaError):
+        return _fail(str(error), error.exit_code)
+    if isinstance(error, click.ClickException):
+        command = error.ctx.command_path if getattr(error, "ctx", None) else "flux-krea"
+        return _fail(f"{error.format_message().rstrip('.?')}; try {command} --help", 2)
+    if isinstance(error, OSError):
+        return _os_error(error)
+    traceback.print_exception(error)
+    return _fail("this is a bug in flux-krea; please report it with the lines above", 1)
+
+
+def _os_error(error: OSError) -> int:
+    """What the system refused. Whatever writes files says itself that it cannot: this was our output, or a reading."""
+    disk_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    if not any(frame.f_code is click.echo.__code__ for frame, _ in traceback.walk_tb(error.__traceback__)):
+        return _fail(f"{error.filename or 'a file'} cannot be read: {error.strerror or error}", 8 if disk_full else 3)
+    if error.errno == errno.EPIPE:  # the reader went away, and knows it
+        return 2
+    return _fail(f"the output cannot be written: {error.strerror}", 8 if disk_full else 2)
+
+
 def _fail(message: str, code: int) -> int:
-    click.echo(f"flux-krea: {message}", err=True)
+    with contextlib.suppress(OSError):
+        click.echo(f"flux-krea: {printable(message)}", err=True)
     return code
 
 

@@ -1,6 +1,7 @@
 """Sizes of the networks and the facts of a model folder, as frozen dataclasses; the published ones as instances.
 
-JSON goes in and out strictly: an unknown field, a missing field or a field of another type is an error that names it.
+JSON goes in and out strictly: an unknown field, a missing field, a field of another type or outside its limits is an
+error that names it. The limits lie far around everything published, and keep a hostile file from filling the memory.
 Field names are those of the public code: FluxParams and AutoEncoderParams of black-forest-labs/flux, and the
 `config.json` of T5 and CLIP in transformers.
 """
@@ -9,25 +10,32 @@ import dataclasses
 import types
 import typing
 from dataclasses import dataclass, field
+from typing import Annotated
 
 from .errors import ModelError
+
+# a type with the least and the most that a file may say
+Width = Annotated[int, 1, 2**16]  # of a layer: channels, positions, buckets
+Count = Annotated[int, 1, 512]  # of layers, heads, groups
+Epsilon = Annotated[float, 1e-12, 0.1]
+Shift = Annotated[float, -20.0, 20.0]
 
 
 @dataclass(frozen=True)
 class FluxConfig:
     """Sizes of the flow transformer (FluxParams in black-forest-labs/flux, src/flux/model.py)."""
 
-    in_channels: int  # of a packed latent: 16 latent channels of a patch of 2 x 2
-    out_channels: int
-    vec_in_dim: int  # width of CLIP's pooled vector
-    context_in_dim: int  # width of T5
-    hidden_size: int
-    mlp_ratio: float
-    num_heads: int
-    depth: int  # double blocks
-    depth_single_blocks: int
-    axes_dim: tuple[int, ...]  # rope widths of the three position axes; their sum is the head width
-    theta: int
+    in_channels: Width  # of a packed latent: 16 latent channels of a patch of 2 x 2
+    out_channels: Width
+    vec_in_dim: Width  # width of CLIP's pooled vector
+    context_in_dim: Width  # width of T5
+    hidden_size: Width
+    mlp_ratio: Annotated[float, 1 / 16, 64.0]
+    num_heads: Count
+    depth: Annotated[int, 0, 512]  # double blocks
+    depth_single_blocks: Annotated[int, 0, 512]
+    axes_dim: tuple[Width, ...]  # rope widths of the three position axes; their sum is the head width
+    theta: Annotated[int, 1, 2**30]
     guidance_embed: bool
 
     @property
@@ -48,6 +56,8 @@ class FluxConfig:
             return (
                 f"axes_dim {list(self.axes_dim)} are not three even numbers with the sum {self.head_dim} (head width)"
             )
+        if not self.mlp_size:
+            return f"mlp_ratio {self.mlp_ratio} of hidden_size {self.hidden_size} is nothing"
         return None
 
 
@@ -55,20 +65,23 @@ class FluxConfig:
 class T5Config:
     """Sizes of a T5 v1.1 encoder (transformers' T5Config; gated tanh-GELU, no biases)."""
 
-    d_model: int
-    d_kv: int
-    d_ff: int
-    num_heads: int
-    num_layers: int
-    vocab_size: int
-    relative_attention_num_buckets: int
-    relative_attention_max_distance: int
-    layer_norm_epsilon: float
+    d_model: Width
+    d_kv: Width
+    d_ff: Width
+    num_heads: Count
+    num_layers: Count
+    vocab_size: Annotated[int, 1, 2**22]
+    relative_attention_num_buckets: Width
+    relative_attention_max_distance: Width
+    layer_norm_epsilon: Epsilon
 
     def problem(self) -> str | None:
         """What contradicts itself in these numbers, or None."""
         if self.relative_attention_num_buckets % 4:
             return f"relative_attention_num_buckets {self.relative_attention_num_buckets} is not divisible by 4"
+        exact = self.relative_attention_num_buckets // 4  # distances with a bucket of their own
+        if self.relative_attention_max_distance <= exact:
+            return f"relative_attention_max_distance {self.relative_attention_max_distance} is not above {exact}"
         return None
 
 
@@ -76,14 +89,16 @@ class T5Config:
 class CLIPConfig:
     """Sizes of CLIP's text model (transformers' CLIPTextConfig; quick GELU, causal)."""
 
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    vocab_size: int
-    max_position_embeddings: int
-    layer_norm_eps: float
-    eos_token_id: int  # 2 in every published file, which means: the first position of the largest id
+    hidden_size: Width
+    intermediate_size: Width
+    num_hidden_layers: Count
+    num_attention_heads: Count
+    vocab_size: Annotated[int, 1, 2**22]
+    max_position_embeddings: Annotated[int, 2, 2**16]  # a prompt has at least its start and its end
+    layer_norm_eps: Epsilon
+    eos_token_id: Annotated[
+        int, 0, 2**22
+    ]  # 2 in every published file, which means: the first position of the largest id
 
     def problem(self) -> str | None:
         """What contradicts itself in these numbers, or None."""
@@ -96,15 +111,15 @@ class CLIPConfig:
 class VAEConfig:
     """Sizes of the autoencoder (AutoEncoderParams in black-forest-labs/flux, and the groups, a literal there)."""
 
-    in_channels: int
-    out_ch: int
-    ch: int
-    ch_mult: tuple[int, ...]
-    num_res_blocks: int
-    z_channels: int
-    norm_num_groups: int
-    scale_factor: float  # latents = (z - shift_factor) * scale_factor
-    shift_factor: float
+    in_channels: Annotated[int, 3, 3]
+    out_ch: Annotated[int, 3, 3]
+    ch: Width
+    ch_mult: tuple[Annotated[int, 1, 64], ...]
+    num_res_blocks: Annotated[int, 1, 16]
+    z_channels: Annotated[int, 1, 1024]
+    norm_num_groups: Count
+    scale_factor: Annotated[float, 1e-6, 1e6]  # latents = (z - shift_factor) * scale_factor
+    shift_factor: Annotated[float, -1e6, 1e6]
 
     @property
     def downsampling(self) -> int:
@@ -113,7 +128,9 @@ class VAEConfig:
 
     def problem(self) -> str | None:
         """What contradicts itself in these numbers, or None."""
-        for mult in self.ch_mult:
+        if not 1 <= len(self.ch_mult) <= 8:
+            return f"ch_mult has {len(self.ch_mult)} levels and not 1 to 8"
+        for mult in (1, *self.ch_mult):
             if self.ch * mult % self.norm_num_groups:
                 return f"{self.ch * mult} channels are not divisible by {self.norm_num_groups} groups"
         return None
@@ -143,17 +160,20 @@ class Schedule:
     """How sigmas are shifted: exp(mu), with mu linear in the number of image tokens, or not at all (schnell)."""
 
     shift: str = "dynamic"  # or "none"
-    base_shift: float = 0.5
-    max_shift: float = 1.15
-    base_image_seq_len: int = 256
-    max_image_seq_len: int = 4096
+    base_shift: Shift = 0.5
+    max_shift: Shift = 1.15
+    base_image_seq_len: Annotated[int, 1, 2**20] = 256
+    max_image_seq_len: Annotated[int, 1, 2**20] = 4096
 
     def problem(self) -> str | None:
         """What contradicts itself in these numbers, or None."""
         if self.shift not in ("dynamic", "none"):
             return f'shift is "{self.shift}" and not "dynamic" or "none"'
-        if self.max_image_seq_len == self.base_image_seq_len:
-            return "base_image_seq_len and max_image_seq_len are equal"
+        tokens = self.max_image_seq_len - self.base_image_seq_len
+        if tokens <= 0:
+            return f"max_image_seq_len {self.max_image_seq_len} is not above base_image_seq_len"
+        if abs(self.max_shift - self.base_shift) / tokens > 2.5e-4:  # exp(mu) of the largest picture is a float32
+            return f"a shift from {self.base_shift} to {self.max_shift} within {tokens} tokens is too steep"
         return None
 
 
@@ -161,10 +181,10 @@ class Schedule:
 class Defaults:
     """What a picture is made with where the user does not say."""
 
-    width: int
-    height: int
-    num_inference_steps: int
-    guidance_scale: float
+    width: Annotated[int, 16, 8192]
+    height: Annotated[int, 16, 8192]
+    num_inference_steps: Annotated[int, 1, 1000]
+    guidance_scale: Annotated[float, 0.0, 1000.0]
 
 
 @dataclass(frozen=True)
@@ -173,7 +193,7 @@ class Source:
 
     file: str
     sha256: str
-    bytes: int
+    bytes: Annotated[int, 0, 2**60]
     layout: str
 
 
@@ -185,12 +205,12 @@ class ModelIndex:
     base: str
     license: str
     filters: str  # "required" | "none"; what the transformer is can only add the requirement
-    max_sequence_length: int
+    max_sequence_length: Annotated[int, 1, 4096]
     schedule: Schedule
     defaults: Defaults
     source: tuple[Source, ...] = field(default=())
     converter: str = ""
-    format: int = 1
+    format: Annotated[int, 1, 2**30] = 1
 
     def problem(self) -> str | None:
         """What contradicts itself in these facts, or None."""
@@ -209,6 +229,26 @@ def requires_filters(config: FluxConfig, index: ModelIndex) -> bool:
     """
     size = ("hidden_size", "num_heads", "depth", "depth_single_blocks", "guidance_embed")
     return index.filters == "required" or all(getattr(config, f) == getattr(FLUX_DEV, f) for f in size)
+
+
+def check_parts(flux: FluxConfig, t5: T5Config, clip: CLIPConfig, vae: VAEConfig) -> None:
+    """Checks that the components of a model fit together.
+
+    Raises:
+        ModelError: naming the first two that do not, with their numbers.
+    """
+    kin = {384: "FLUX.1 Fill", 128: "FLUX.1 Canny and Depth"}.get(flux.in_channels)
+    todo = f"{kin} has these, and is not supported yet" if kin else "take the components of one model"
+    rows = (
+        ("in_channels", "vae", "4 * z_channels", 4 * vae.z_channels),  # a patch of 2 x 2
+        ("out_channels", "vae", "4 * z_channels", 4 * vae.z_channels),
+        ("context_in_dim", "text_encoder_2", "d_model", t5.d_model),
+        ("vec_in_dim", "text_encoder", "hidden_size", clip.hidden_size),
+    )
+    for name, other, theirs, expected in rows:
+        if getattr(flux, name) != expected:
+            found = f"transformer and {other} do not fit: {name} is {getattr(flux, name)}"
+            raise ModelError(found, f"{expected} ({theirs} of the {other})", todo)
 
 
 def to_json(config) -> dict:
@@ -230,52 +270,43 @@ def from_json(cls, obj, where: str):
     if not isinstance(obj, dict):
         raise ModelError(f"{where} holds {_kind(obj)}", "a JSON object")
     fields = {f.name: f for f in dataclasses.fields(cls)}
-    unknown = sorted(set(obj) - set(fields))
-    if unknown:
-        raise ModelError(f"{where} has unknown fields: {', '.join(unknown[:5])}", f"only {', '.join(fields)}")
+    if unknown := sorted(set(obj) - set(fields)):
+        raise ModelError(f"{where} has unknown fields: {_some(unknown)}", f"only {', '.join(fields)}")
     required = [n for n, f in fields.items() if f.default is dataclasses.MISSING]
-    missing = [n for n in required if n not in obj]
-    if missing:
-        raise ModelError(f"{where} lacks {', '.join(missing[:5])}", f"the fields {', '.join(required)}")
-    hints = typing.get_type_hints(cls)
-    config = cls(
-        **{n: _checked(hints[n], value, f"{where}: {n}", _RANGES.get(n, (1, 2**24))) for n, value in obj.items()}
-    )
+    if missing := [n for n in required if n not in obj]:
+        raise ModelError(f"{where} lacks {_some(missing)}", f"the fields {', '.join(required)}")
+    hints = typing.get_type_hints(cls, include_extras=True)
+    config = cls(**{n: _checked(hints[n], value, f"{where}: {n}") for n, value in obj.items()})
     problem = config.problem() if hasattr(config, "problem") else None
     if problem:
         raise ModelError(f"{where}: {problem}", "numbers that agree", "take the file from the original model")
     return config
 
 
-# What an integer may be, where it is not a size (a hostile file should not make us build a billion blocks).
-_RANGES = {
-    "depth": (0, 512),
-    "depth_single_blocks": (0, 512),
-    "num_layers": (1, 512),
-    "num_hidden_layers": (1, 512),
-    "eos_token_id": (0, 2**24),
-    "bytes": (0, 2**60),
-}
-
-
-def _checked(hint, value, where: str, limits: tuple[int, int]):
-    """`value` as the annotated type: integers within their limits, floats finite, lists as tuples."""
+def _checked(hint, value, where: str):
+    """`value` as the annotated type: numbers within their limits, lists as tuples."""
     if dataclasses.is_dataclass(hint):
         return from_json(hint, value, where)
     if isinstance(hint, types.GenericAlias):  # tuple[X, ...]
         if not isinstance(value, list | tuple):
             raise ModelError(f"{where} is {_kind(value)}", "a list")
-        return tuple(_checked(hint.__args__[0], v, where, limits) for v in value)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if type(value) is not hint:
+        return tuple(_checked(hint.__args__[0], v, where) for v in value)
+    low, high = getattr(hint, "__metadata__", (None, None))
+    hint = hint if low is None else hint.__origin__
+    if type(value) is not hint and not (hint is float and type(value) is int):
         raise ModelError(f"{where} is {_kind(value)}", hint.__name__)
-    low, high = limits if hint is int else (-1e9, 1e9)
-    if hint in (int, float) and not low <= value <= high:
-        raise ModelError(f"{where} is {value}", f"a number from {low} to {high}")
-    return value
+    if low is not None and not low <= value <= high:
+        raise ModelError(f"{where} is {_kind(value)}", f"a number from {low} to {high}" if low < high else f"{low}")
+    return hint(value)
 
 
 def _kind(value) -> str:
-    text = repr(value)
-    return f"{type(value).__name__} {text if len(text) < 40 else text[:37] + '...'}"
+    return f"{type(value).__name__} {_short(repr(value))}"
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(_short(name) for name in names[:5])
+
+
+def _short(text: str) -> str:
+    return text if len(text) < 40 else text[:37] + "..."

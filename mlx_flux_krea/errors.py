@@ -4,7 +4,7 @@ A message has up to three parts: what was found, what was expected, what to do n
 they are plain `ValueError`s in MLX's form, with the class and the argument in brackets.
 """
 
-__all__ = ["FiltersError", "FluxKreaError", "Interrupted", "ModelError", "ResourceError", "UsageError"]
+__all__ = ["FiltersError", "FluxKreaError", "Interrupted", "ModelError", "ResourceError", "UsageError", "printable"]
 
 
 class FluxKreaError(Exception):
@@ -55,3 +55,8 @@ class Interrupted(FluxKreaError):
     """Stopped by `FluxPipeline.interrupt()` or by a signal; nothing was released."""
 
     exit_code = 130
+
+
+def printable(text: str) -> str:
+    """The text as one line for a terminal: what does not print, such as an escape in a file's name, is spelled out."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -64,6 +64,8 @@ DEV = Family("FLUX.1 [dev]", "dev", "flux-1-dev-non-commercial", Defaults(1024, 
 SCHNELL = Family("FLUX.1 [schnell]", "schnell", "apache-2.0", Defaults(1024, 1024, 4, 0.0))
 OTHER = Family("FLUX architecture, other sizes", "", "unknown", Defaults(1024, 1024, 28, 4.5))
 
+STRENGTH = 0.6  # how far image-to-image goes from its image (FluxImg2ImgPipeline)
+
 DYNAMIC_SHIFT = Schedule()
 NO_SHIFT = Schedule(shift="none")
 

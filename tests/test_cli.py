@@ -7,25 +7,26 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 from helpers import PIPELINE, REFERENCE, ROOT, TOKENIZERS, full_size_folder, image, levels, run_command
 from PIL import Image
 
-import cli
+from mlx_flux_krea.errors import printable
 from mlx_flux_krea.provenance import read_record
 
 CAT = "A cat holding a sign that says hello world"
 SMALL = ["--width", "48", "--height", "32", "--steps", "2"]
+CODES = {signal.SIGINT: (130, "interrupted"), signal.SIGTERM: (143, "terminated"), signal.SIGHUP: (143, "terminated")}
 
 
 @pytest.fixture
 def command(tmp_path, monkeypatch, capsys):
     """Runs the command's own main in this process and gives (exit code, stdout, stderr)."""
     monkeypatch.chdir(tmp_path)
-    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in (*CODES, signal.SIGALRM)}
+    import cli  # takes the signals
 
     def run(*args):
         with pytest.raises(SystemExit) as end:
@@ -64,13 +65,11 @@ def test_python_cli_py_works_from_the_checkout():
 
 
 def test_help_answers_at_once(tmp_path):
-    """Well under half a second: no mlx. The best of three, since machines are noisy."""
-    times = []
-    for _ in range(3):
-        start = time.perf_counter()
-        assert "Example" in run_command("--help", cwd=tmp_path).stdout
-        times.append(time.perf_counter() - start)
-    assert min(times) < 0.4
+    """Well under half a second, of the processor: how busy the machine is does not count."""
+    before = os.times()
+    assert "Example" in run_command("--help", cwd=tmp_path).stdout
+    after = os.times()
+    assert after.children_user + after.children_system - before.children_user - before.children_system < 0.4
 
 
 def test_help_fits_the_screen_and_shows_an_example(tmp_path):
@@ -81,35 +80,168 @@ def test_help_fits_the_screen_and_shows_an_example(tmp_path):
         assert "Example" in text
 
 
-@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-@pytest.mark.parametrize("delay", [0.25, 0.5, 1.0, 1.5, 2.5])
-def test_a_signal_ends_generating_at_any_time_and_leaves_nothing(model, tmp_path, sent, code, delay):
-    arguments = ["generate", CAT, "-m", str(model), "--width", "256", "--height", "256", "--steps", "200"]
-    process = start(arguments, tmp_path)
-    time.sleep(delay)
-    process.send_signal(sent)
-    out, err = process.communicate(timeout=20)
-    assert (process.returncode, out) == (code, ""), err
-    assert err.splitlines()[-1] == f"flux-krea: {'interrupted' if code == 130 else 'terminated'}"
-    assert "Traceback" not in err
+def start(arguments, folder, patch="", python=()):
+    """The command as a process of its own, with a patch of this program's code that makes a moment visible."""
+    code = f"import os, sys, time\nimport cli\n{patch}\ncli.main(sys.argv[1:])"
+    program = ["-c", code] if patch else [str(Path(sys.executable).parent / "flux-krea")]
+    command = [sys.executable, *python, *program, *map(str, arguments)]
+    return subprocess.Popen(
+        command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+
+
+def end(process, sent, marker, count=1):
+    """Sends the signal when stderr showed the marker so often; gives stdout, and stderr without such lines."""
+    seen = []
+    for line in process.stderr:
+        seen.append(line)
+        count -= marker in line
+        if not count:
+            process.send_signal(sent)
+            break
+    out, rest = process.communicate(timeout=30)
+    lines = "".join([*seen, rest]).splitlines()
+    return out, [line for line in lines if marker not in line and not line.startswith("import time:")]
+
+
+SLOW = ["--width", "256", "--height", "256", "--steps", "200"]
+
+
+@pytest.mark.parametrize("imports", range(5, 360, 30))
+def test_a_signal_in_the_middle_of_the_imports_is_neither_lost_nor_a_crash(model, tmp_path, imports):
+    sent = list(CODES)[imports // 30 % 3]
+    process = start(["generate", CAT, "-m", model, *SLOW], tmp_path, python=["-X", "importtime"])
+    for line in process.stderr:  # the first thing that the command imports: from here on it takes signals
+        if "commands.signals" in line:
+            break
+    out, err = end(process, sent, "import time:", imports)
+    code, word = CODES[sent]
+    assert (process.returncode, out, err) == (code, "", [f"flux-krea: {word}"])
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("delay", [0.3, 0.4, 0.5, 0.6, 0.8])
-def test_a_signal_ends_converting_at_any_time_and_leaves_nothing_or_the_whole(tmp_path, delay):
-    arguments = ["convert", str(PIPELINE), "--tokenizers", str(TOKENIZERS), "-o", "tiny"]
-    process = start(arguments, tmp_path)
-    time.sleep(delay)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=20)
-    assert process.returncode in (0, 130), err
-    assert "Traceback" not in err
-    assert [p.name for p in tmp_path.iterdir()] == (["tiny"] if process.returncode == 0 else [])
+@pytest.mark.parametrize(
+    ("sent", "steps"), [(signal.SIGINT, 0), (signal.SIGTERM, 1), (signal.SIGHUP, 30), (signal.SIGINT, 30)]
+)
+def test_a_signal_ends_generating_and_leaves_nothing(model, tmp_path, sent, steps):
+    patch = """
+from mlx_flux_krea.commands.terminal import PipelineProgress
+PipelineProgress.__call__ = lambda *progress: print("at", *progress[1:], file=sys.stderr, flush=True)"""
+    process = start(["generate", CAT, "-m", model, *SLOW], tmp_path, patch)
+    out, err = end(process, sent, "at denoise" if steps else "at text", steps or 1)
+    code, word = CODES[sent]
+    assert (process.returncode, out) == (code, "")
+    assert [line for line in err if not line.startswith("at ")] == [f"flux-krea: {word}"]
+    assert list(tmp_path.iterdir()) == []
 
 
-def start(arguments, folder):
-    command = [str(Path(sys.executable).parent / "flux-krea"), *arguments]
-    return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+KILL = "os.kill(os.getpid(), 15)"
+LOSING = {
+    "an import": "import swallowing",
+    "__del__": "Odd()",
+    "what comes before main": KILL,
+}
+
+
+@pytest.mark.parametrize("where", LOSING)
+def test_a_signal_where_an_exception_would_be_lost_waits_for_a_better_moment(model, tmp_path, where):
+    (tmp_path / "swallowing.py").write_text(f"import os\ntry:\n    {KILL}\nexcept BaseException:\n    pass")
+    inside = f"""
+from mlx_flux_krea import pipeline
+class Odd:
+    def __del__(self): {KILL}
+def call(*args, **options):
+    {LOSING[where]}
+    time.sleep(2)
+    os._exit(0)
+pipeline.FluxPipeline.__call__ = call"""
+    patch = LOSING[where] if "main" in where else inside
+    process = start(["generate", CAT, "-m", model, *SLOW, "-o", "a.png"], tmp_path, patch)
+    out, err = process.communicate(timeout=30)
+    assert (process.returncode, out, err) == (143, "", "flux-krea: terminated\n")
+    assert not (tmp_path / "a.png").exists()
+
+
+def test_a_second_ctrl_c_does_not_disturb_what_the_first_undoes(tmp_path):
+    patch = """
+import shutil
+from mlx_flux_krea.convert import write
+component, remove = write.write_component, shutil.rmtree
+def write_component(*args): print("moment", file=sys.stderr, flush=True); component(*args); time.sleep(60)
+def rmtree(*args, **kwargs): os.kill(os.getpid(), 2); remove(*args, **kwargs)
+write.write_component, shutil.rmtree = write_component, rmtree"""
+    process = start(["convert", PIPELINE, "--tokenizers", TOKENIZERS, "-o", "tiny"], tmp_path, patch)
+    out, err = end(process, signal.SIGINT, "moment")
+    assert (process.returncode, out, err) == (130, "", ["flux-krea: interrupted"])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_signal_counts_even_where_undoing_fails(model, tmp_path):
+    patch = """
+from mlx_flux_krea import pipeline
+def call(*args, **options):
+    try:
+        print("moment", file=sys.stderr, flush=True)
+        time.sleep(60)
+    finally:
+        open("nowhere/at all")
+pipeline.FluxPipeline.__call__ = call"""
+    process = start(["generate", CAT, "-m", model, *SMALL], tmp_path, patch)
+    out, err = end(process, signal.SIGTERM, "moment")
+    assert (process.returncode, out, err) == (143, "", ["flux-krea: terminated"])
+
+
+@pytest.mark.parametrize("moment", ["write_component", "write_component again", "_sync", "_place", "after _place"])
+def test_a_signal_ends_converting_and_leaves_nothing_or_the_whole(tmp_path, moment):
+    name = moment.split()[1 if moment.startswith("after") else 0]
+    patch = f"""
+from mlx_flux_krea.convert import write
+original = write.{name}
+def visible(*args):
+    if {moment.startswith("after")}: original(*args)
+    print("moment", file=sys.stderr, flush=True)
+    time.sleep(0.3)
+    if not {moment.startswith("after")}: original(*args)
+write.{name} = visible"""
+    process = start(["convert", PIPELINE, "--tokenizers", TOKENIZERS, "-o", "tiny"], tmp_path, patch)
+    out, err = end(process, signal.SIGINT, "moment", 2 if moment.endswith("again") else 1)
+    if "_place" in moment:
+        assert (process.returncode, out) == (0, "tiny\n"), err
+        assert [p.name for p in tmp_path.iterdir()] == ["tiny"]
+    else:
+        assert (process.returncode, out, err) == (130, "", ["flux-krea: interrupted"])
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_signals_that_the_caller_ignores_stay_ignored(model, tmp_path):
+    patch = """
+from mlx_flux_krea.commands.terminal import PipelineProgress
+PipelineProgress.__call__ = lambda *progress: print("moment", file=sys.stderr, flush=True)"""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        process = start(["generate", CAT, "-m", model, *SMALL], tmp_path, patch)
+        out, _ = end(process, signal.SIGHUP, "moment")
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert (process.returncode, out) == (0, "out.png\n")
+
+
+def test_a_picture_that_has_its_name_is_reported_whatever_arrives(model, tmp_path):
+    patch = """
+from mlx_flux_krea import pipeline
+save = pipeline.Picture.save
+def slow(*args, **kwargs):
+    save(*args, **kwargs)
+    print("moment", file=sys.stderr, flush=True)
+    time.sleep(0.3)
+pipeline.Picture.save = slow
+from mlx_flux_krea.commands.terminal import PipelineProgress
+PipelineProgress.close = lambda self: time.sleep(0.2)"""
+    for count, code, names in ((1, 130, ["out.png"]), (2, 0, ["out-2.png", "out-3.png"])):
+        process = start(["generate", CAT, "-m", model, "-n", 2, *SMALL], tmp_path, patch)
+        out, _ = end(process, signal.SIGINT, "moment", count)
+        assert (process.returncode, out.split()) == (code, names)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out-2.png", "out-3.png", "out.png"]
 
 
 def test_a_prompt_that_is_not_utf8_is_refused(model, tmp_path):
@@ -162,6 +294,55 @@ def test_outputs_take_the_next_free_name_unless_forced(command, model, tmp_path)
     code, out, _ = command("generate", CAT, "-m", model, "--seed", 2, "--force", *SMALL)
     assert (code, out) == (0, "out.png\n")
     assert (tmp_path / "out.png").read_bytes() != first
+
+
+@pytest.mark.parametrize("links", [True, False], ids=["", "on a disk without links"])
+def test_a_name_that_somebody_took_meanwhile_is_left_to_them(command, model, tmp_path, monkeypatch, links):
+    from mlx_flux_krea.provenance import Picture
+
+    original = Picture.save
+
+    def late(self, path, **options):
+        if path.name == "out.png":
+            path.write_text("theirs")
+        original(self, path, **options)
+
+    def refuse(*args, **kwargs):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(Picture, "save", late)
+    if not links:
+        monkeypatch.setattr(os, "link", refuse)
+    code, out, err = command("generate", CAT, "-m", model, "-n", 2, *SMALL)
+    assert (code, out.split()) == (0, ["out-2.png", "out-3.png"])
+    assert "note: out.png exists; writing out-2.png" in err
+    assert (tmp_path / "out.png").read_text() == "theirs"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out-2.png", "out-3.png", "out.png"]
+
+
+def test_a_link_is_replaced_and_not_followed(command, model, tmp_path):
+    (tmp_path / "theirs.png").write_text("theirs")
+    for target in ("theirs.png", "nowhere.png"):
+        (tmp_path / "out.png").unlink(missing_ok=True)
+        (tmp_path / "out.png").symlink_to(target)
+        assert command("generate", CAT, "-m", model, *SMALL)[1] in ("out-2.png\n", "out-3.png\n")
+        assert (tmp_path / "out.png").is_symlink()
+        assert command("generate", CAT, "-m", model, "--force", *SMALL)[1] == "out.png\n"
+        assert not (tmp_path / "out.png").is_symlink()
+    assert (tmp_path / "theirs.png").read_text() == "theirs"
+    assert not (tmp_path / "nowhere.png").exists()
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="its file systems take only UTF-8")
+def test_a_name_that_is_not_utf8_is_written_and_printed_as_it_is(model, tmp_path):
+    command = [str(Path(sys.executable).parent / "flux-krea"), "generate", CAT, "-m", str(model), "-o", b"caf\xe9.png"]
+    for says in (b"", b"note: caf\\udce9.png exists; writing caf\\udce9-2.png\n"):
+        strict = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}
+        ran = subprocess.run([*command, *SMALL], cwd=tmp_path, env=strict, capture_output=True, check=False)
+        name = b"caf\xe9-2.png" if says else b"caf\xe9.png"
+        assert (ran.returncode, ran.stdout) == (0, name + b"\n"), ran.stderr
+        assert ran.stderr.startswith(says)
+        assert (tmp_path / os.fsdecode(name)).exists()
 
 
 def test_several_images_have_seeds_that_count_up_each_drawn_alone(command, model, tmp_path):
@@ -223,6 +404,8 @@ def test_the_size_follows_the_options_and_is_floored_with_a_word(command, model,
     assert code == 0
     assert "note: 70 x 40 is no multiple of 16: the picture is 64 x 32" in err
     assert Image.open(tmp_path / "out.png").size == (64, 32)
+    _, _, err = command("generate", CAT, "-m", model, "-n", 3, "--width", 70, "--height", 40, "--steps", 1)
+    assert err.count("note: 70 x 40") == 1
 
 
 def test_an_empty_prompt_works_and_a_long_one_is_reported(command, model):
@@ -241,9 +424,9 @@ def test_the_only_installed_model_is_used(command, model, home):
 def refused(result, code, says):
     assert result[0] == code, result[2]
     assert result[1] == ""
-    line = result[2].strip().splitlines()[-1]
+    (line,) = result[2].splitlines()
+    assert line.startswith("flux-krea: ")
     assert says in line, line
-    assert "Traceback" not in result[2]
 
 
 @pytest.mark.parametrize(
@@ -271,7 +454,14 @@ def refused(result, code, says):
         (["-o", "a.gif"], 2, "ends in '.gif'"),
         (["-o", "a"], 2, "ends in 'nothing'"),
         (["-o", "nowhere/a.png"], 2, "there is no folder nowhere"),
-        (["extra"], 2, "unexpected extra argument"),
+        (["-o", "/dev/null"], 2, "/dev/null is a device or a pipe"),
+        (["-o", "a" * 300 + ".png"], 2, "cannot be written: File name too long"),
+        (["-o", "a" * 240 + ".png"], 2, "cannot be written: File name too long"),
+        (["--image", "a" * 300], 2, "File name too long"),
+        (["-m", "a" * 300], 3, "File name too long"),
+        (["-m", "red\x1b[31m\nred\udce9"], 3, r"'red\x1b[31m\nred\udce9'"),
+        (["--widht", "3"], 2, "'--width'?); try flux-krea generate --help"),
+        (["extra"], 2, "unexpected extra argument (extra); try flux-krea generate --help"),
     ],
 )
 def test_what_cannot_be_used_ends_in_one_line_and_its_code(command, model, tmp_path, options, code, says):
@@ -293,6 +483,65 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_model_is_read(com
         locked = tmp_path / "locked"
         locked.mkdir(mode=0o500)
     refused(command("generate", CAT, "-m", "nothing", "-o", locked / "a.png"), 2, "cannot be written")
+
+
+def test_an_output_that_is_a_pipe_is_refused_and_not_replaced(command, tmp_path):
+    os.mkfifo(tmp_path / "a.png")
+    refused(command("generate", CAT, "-m", "nothing", "--force", "-o", "a.png"), 2, "a.png is a device or a pipe")
+
+
+def test_a_picture_that_grows_beyond_what_the_system_allows_leaves_one_line_and_no_file(model, tmp_path):
+    patch = """
+import resource
+from mlx_flux_krea.provenance import Picture
+resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))"""
+    process = start(["generate", CAT, "-m", model, *SMALL], tmp_path, patch)
+    out, err = process.communicate(timeout=30)
+    assert (process.returncode, out) == (2, "")
+    assert err == "flux-krea: out.png cannot be written: File too large; choose another place\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize(
+    ("redirection", "code", "says"),
+    [
+        ("> /dev/full", 8, "flux-krea: the output cannot be written: No space left on device\n"),
+        ("2> /dev/full", 0, ""),
+        ("> /dev/full 2>&1", 8, ""),
+        (">&-", 0, ""),
+        ("2>&-", 0, ""),
+        ("| true", 2, ""),
+    ],
+)
+def test_output_that_nobody_takes_ends_quietly_and_with_its_code(model, tmp_path, redirection, code, says, unbuffered):
+    if "/dev/full" in redirection and not Path("/dev/full").exists():
+        pytest.skip("this system has no /dev/full")
+    program = Path(sys.executable).parent / "flux-krea"
+    script = f"{program} inspect {model} {redirection}; exit ${{PIPESTATUS[0]}}"
+    ran = subprocess.run(
+        ["bash", "-c", script], cwd=tmp_path, env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (ran.returncode, ran.stderr) == (code, says)
+
+
+def test_results_are_written_even_when_nobody_reads_what_is_said(model, tmp_path):
+    script = f"{Path(sys.executable).parent / 'flux-krea'} generate cat -m {model} {' '.join(SMALL)} 2> /dev/full"
+    if not Path("/dev/full").exists():
+        pytest.skip("this system has no /dev/full")
+    ran = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stdout) == (0, "out.png\n")
+
+
+def test_without_arguments_the_command_shows_its_help(command):
+    code, out, _ = command()
+    assert (code, out) == (0, command("--help")[1])
+    refused(command("genrate"), 2, "No such command 'genrate'")
+
+
+def test_what_does_not_print_is_spelled_out():
+    assert printable("a\x1b[2J\nb\u202ec\udce9é 漢字") == r"a\x1b[2J\nb\u202ec\udce9é 漢字"
 
 
 def test_a_failure_after_the_first_picture_ends_with_7_and_keeps_it(command, model, tmp_path, monkeypatch):

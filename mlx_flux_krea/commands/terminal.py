@@ -1,10 +1,13 @@
-"""What the commands have in common: progress lines, tables and sizes for people. Everything here writes to stderr."""
+"""What the commands have in common: progress lines and notes, on stderr; tables and sizes for people, as text."""
 
+import contextlib
 import logging
 import sys
 import time
 
 from tqdm import tqdm
+
+from mlx_flux_krea.errors import printable
 
 _STAGES = {
     "text": ("reading the prompt", "layer"),
@@ -17,8 +20,9 @@ _FORMAT = "{desc:<20} {percentage:3.0f}% |{bar}| {n:.{digits}f}/{total:.0f} {uni
 
 
 def say(text: str) -> None:
-    """A line for the person who waits."""
-    tqdm.write(text, file=sys.stderr)
+    """A line for the person who waits, if there still is one."""
+    with contextlib.suppress(OSError):
+        tqdm.write(text, file=sys.stderr)
 
 
 class PipelineProgress:
@@ -72,19 +76,25 @@ class ByteProgress:
 
 
 class NoteHandler(logging.Handler):
-    """The library's notes (a size changed, a prompt cut off) as lines on stderr."""
+    """The library's notes (a size changed, a prompt cut off) as lines on stderr, each of them once."""
+
+    def __init__(self):
+        super().__init__()
+        self._shown: set[str] = set()
 
     def emit(self, record: logging.LogRecord) -> None:
         """One note."""
-        say(f"note: {record.getMessage()}")
+        note = printable(record.getMessage())
+        if note not in self._shown:
+            say(f"note: {note}")
+        self._shown.add(note)
 
 
 def show_notes() -> None:
     """Sends the library's notes to stderr."""
     logger = logging.getLogger("mlx_flux_krea")
-    if not any(isinstance(handler, NoteHandler) for handler in logger.handlers):
-        logger.addHandler(NoteHandler())
-        logger.propagate = False
+    logger.handlers = [NoteHandler()]
+    logger.propagate = False
 
 
 def table(rows: list[tuple], right: tuple[int, ...] = ()) -> str:
