@@ -6,15 +6,18 @@ that pipelines compute is computed here, one job after another, and callers may 
 The thread is a daemon that is never ended. MLX's cache of compiled functions is local to a thread and needs the
 interpreter to be torn down: a thread that ends together with the interpreter aborts the process (mlx 0.32.4), one that
 sleeps does not.
+
+A fork copies no thread: the child of a process that has computed gets an error, that of one that has not may compute.
 """
 
 import atexit
+import os
 import queue
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, wait
 
-from .errors import Interrupted
+from .errors import Interrupted, UsageError
 
 
 class Engine:
@@ -28,6 +31,9 @@ class Engine:
 
         An exception that reaches the waiting caller, such as KeyboardInterrupt, stops the function at its next `check`
         and goes on once it has stopped.
+
+        Raises:
+            UsageError: this process was forked from one that had computed.
         """
         thread = _thread()
         if threading.current_thread() is thread:
@@ -37,6 +43,8 @@ class Engine:
         self._stops.add(stop)
         _jobs.put((future, stop, function, args))
         try:
+            while not future.done():  # a signal that comes just before an endless wait would not end it
+                wait([future], timeout=0.2)
             return future.result()
         finally:
             if not future.done():
@@ -67,6 +75,9 @@ _starting = threading.Lock()
 
 def _thread() -> threading.Thread:
     with _starting:
+        if _started and not _started[0].is_alive():
+            todo = 'start workers by "spawn": multiprocessing.set_start_method("spawn")'
+            raise UsageError("this process was forked from one that had used MLX", "a process of its own", todo)
         if not _started:
             _started.append(threading.Thread(target=_work, name="flux-krea", daemon=True))
             _started[0].start()
@@ -86,8 +97,19 @@ def _work() -> None:
         del future, stop, function, args  # a sleeping thread keeps nothing alive
 
 
+def _after_fork() -> None:
+    """In the child: nobody holds the lock, which another thread may have held."""
+    global _starting
+    _starting = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
 def _stop_all() -> None:
     """The interpreter ends: what still runs stops after the piece at hand, and then the thread sleeps."""
+    if not _started[0].is_alive():  # in a forked child
+        return
     for stop in list(_running):
         stop.set()
     idle: Future = Future()

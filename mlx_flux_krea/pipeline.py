@@ -7,12 +7,10 @@ what, and where a run can be stopped. All of it happens in the engine's thread; 
 import contextlib
 import hashlib
 import logging
-import operator
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
-from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -26,7 +24,7 @@ from .engine import Engine
 from .errors import FiltersError, ModelError, UsageError
 from .prompts import Encoded, PromptEncoder
 from .provenance import SOFTWARE, Picture
-from .request import Request, Result
+from .request import Request, Result, check_values, open_image
 from .transformer import Flux, rope
 from .vae import VAE, pixels_from_image, pixels_to_bytes
 from .weights import DTYPES, ModelFolder, find_model, open_model
@@ -54,6 +52,7 @@ class FluxPipeline:
         self._encoder = PromptEncoder(folder, self._dtype)
         self._networks: dict[str, nn.Module] = {}
         self._progress: Progress | None = None
+        self._checked = False
 
     @classmethod
     def from_pretrained(
@@ -76,8 +75,6 @@ class FluxPipeline:
             raise UsageError(f'no type is called "{dtype}"', f"one of {', '.join(DTYPES)}")
         if memory != "auto":
             raise UsageError(f"memory is {memory!r}", '"auto", the only plan so far')
-        if dtype == "float32":
-            os.environ.setdefault("MLX_ENABLE_TF32", "0")  # an M5 rounds the products of float32 otherwise
         return cls(folder, dtype)
 
     def __call__(
@@ -133,8 +130,8 @@ class FluxPipeline:
             image: an image to start from, or its path.
             strength: 0 to 1, how much of the schedule the image goes through; 0.6 where an image is given.
             output_type: "pil", "np" ((B, H, W, 3) float32 in [0, 1]) or "latent" ((B, L, 64) packed).
-            callback_on_step_end: called as (pipe, step, timestep, {"latents": ...}) in the engine's thread; a dict that
-                it returns with "latents" replaces them.
+            callback_on_step_end: called as (pipe, step, timestep, {"latents": ...}) in the engine's thread; where it
+                returns {"latents": ...}, they are replaced.
             max_sequence_length: tokens of T5; None: the folder's.
             progress: called as (stage, done, total) after every piece, in the engine's thread.
 
@@ -152,34 +149,31 @@ class FluxPipeline:
                 f"{self.folder.index.base} may only be used with content filters, which this version does not have yet",
                 todo="flux-krea inspect shows the model; generating waits for the filters",
             )
-        arrays = {
-            "latents": latents,
-            "prompt_embeds": prompt_embeds,
-            "pooled_prompt_embeds": pooled_prompt_embeds,
-            "negative_prompt_embeds": negative_prompt_embeds,
-            "negative_pooled_prompt_embeds": negative_pooled_prompt_embeds,
-        }
-        arrays = {name: mx.array(array) for name, array in arrays.items() if array is not None}
-        mx.eval(arrays)  # a lazy array belongs to the caller's thread
+        if callback_on_step_end is not None and not callable(callback_on_step_end):
+            raise UsageError(f"callback_on_step_end is {type(callback_on_step_end).__name__}", "a function")
         request = Request(
-            prompt=_texts(prompt),
-            prompt_2=_texts(prompt_2),
-            negative_prompt=_texts(negative_prompt),
-            negative_prompt_2=_texts(negative_prompt_2),
+            prompt=prompt,
+            prompt_2=prompt_2,
+            negative_prompt=negative_prompt,
+            negative_prompt_2=negative_prompt_2,
             true_cfg_scale=true_cfg_scale,
             height=height,
             width=width,
             num_inference_steps=num_inference_steps,
-            sigmas=None if sigmas is None else tuple(float(s) for s in sigmas),
+            sigmas=sigmas,
             guidance_scale=guidance_scale,
             num_images_per_prompt=num_images_per_prompt,
-            seed=_seed(seed),
+            seed=seed,
             noise=noise,
-            image=_open_image(image),
+            latents=latents,
+            prompt_embeds=prompt_embeds,
+            pooled_prompt_embeds=pooled_prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds,
+            negative_pooled_prompt_embeds=negative_pooled_prompt_embeds,
+            image=open_image(image),
             strength=strength,
             output_type=output_type,
             max_sequence_length=max_sequence_length,
-            **arrays,
         )
         return self._engine.run(self._generate, request, callback_on_step_end, progress)
 
@@ -199,7 +193,7 @@ class FluxPipeline:
             UsageError: not texts, or a length that the model does not take.
             ModelError: encoders or tokenizers missing or damaged.
         """
-        request = Request(prompt=_texts(prompt), prompt_2=_texts(prompt_2), max_sequence_length=max_sequence_length)
+        request = Request(prompt=prompt, prompt_2=prompt_2, max_sequence_length=max_sequence_length)
 
         def encode() -> tuple[mx.array, mx.array]:
             resolved, _ = self._resolve(request)
@@ -233,7 +227,7 @@ class FluxPipeline:
         for note in notes:
             logger.warning(note)
         seconds: dict[str, float] = {}
-        self._progress = progress
+        outer, self._progress = self._progress, progress  # a callback may make pictures of its own
         try:
             with _timed(seconds, "text"):
                 conditions = self._conditions(request)
@@ -242,7 +236,7 @@ class FluxPipeline:
             with _timed(seconds, "decode"):
                 images = latents if request.output_type == "latent" else self._decode(request, latents)
         finally:
-            self._progress = None
+            self._progress = outer
             mx.clear_cache()
         records = tuple(self._record() | request.record(i) for i in range(request.batch))
         if request.output_type == "pil":
@@ -254,8 +248,13 @@ class FluxPipeline:
         return Result(images, ("released",) * request.batch, seeds, tuple(notes), records, seconds)
 
     def _resolve(self, request: Request) -> tuple[Request, list[str]]:
+        """The request with defaults, once it and the folder are known to be sound; no weight is read before."""
         multiple = 2 * self.folder.sizes["vae"].downsampling  # a token is a patch of 2 x 2 latents
-        return request.resolved(self.folder.index, self.folder.sizes["transformer"], multiple)
+        resolved = request.resolved(self.folder.index, self.folder.sizes["transformer"], multiple)
+        if not self._checked:
+            self.folder.check()
+            self._checked = True
+        return resolved
 
     def _encode(self, pairs: list[tuple[str, str]], length: int) -> list[Encoded]:
         encoded = self._encoder.encode(pairs, length, lambda pieces: self._runner("text", pieces))
@@ -269,18 +268,10 @@ class FluxPipeline:
         encoded = self._encode(pairs + negative_pairs, request.max_sequence_length)
         positive, negative = encoded[: len(pairs)], encoded[len(pairs) :]
         if request.prompt_embeds is not None:
-            positive = self._given(request.prompt_embeds, request.pooled_prompt_embeds)
+            positive = _given(request.prompt_embeds, request.pooled_prompt_embeds)
         if request.negative_prompt_embeds is not None:
-            negative = self._given(request.negative_prompt_embeds, request.negative_pooled_prompt_embeds)
+            negative = _given(request.negative_prompt_embeds, request.negative_pooled_prompt_embeds)
         return positive, negative * request.prompts if len(negative) == 1 else negative
-
-    def _given(self, embeds: mx.array, pooled: mx.array) -> list[Encoded]:
-        sizes = self.folder.sizes["transformer"]
-        if embeds.ndim != 3 or embeds.shape[2] != sizes.context_in_dim:
-            raise UsageError(f"prompt embeds have shape {embeds.shape}", f"(prompts, tokens, {sizes.context_in_dim})")
-        if pooled.shape != (len(embeds), sizes.vec_in_dim):
-            raise UsageError(f"pooled embeds have shape {pooled.shape}", f"({len(embeds)}, {sizes.vec_in_dim})")
-        return [Encoded(embeds[i : i + 1], pooled[i : i + 1]) for i in range(len(embeds))]
 
     def _denoise(self, request: Request, conditions: tuple, callback: Callable | None) -> mx.array:
         """Latents (B, L, 64) at the end of the schedule."""
@@ -288,8 +279,6 @@ class FluxPipeline:
         size = request.height // down, request.width // down
         sigmas = sampler.make_sigmas(self.folder.index.schedule, size[0] * size[1] // 4, steps, request.sigmas or ())
         start = 0 if request.image is None else sampler.first_step(steps, request.strength)
-        if start >= steps:
-            raise UsageError(f"strength {request.strength:g} of {steps} steps runs no step", "more of either")
         latents = self._start(request, size, float(sigmas[start]))
         run = sampler.euler(self._velocity(request, conditions, sigmas, start, size), latents, sigmas, start)
         replaced = None
@@ -306,36 +295,28 @@ class FluxPipeline:
         They stay in float32 through the loop. That costs nothing, and more than halves the distance of a bfloat16 run
         of 28 steps from the float32 picture (0.011 to 0.005 on the reference's weights; diffusers rounds every step).
         """
-        shape = (request.batch, size[0] * size[1] // 4, self.folder.sizes["transformer"].in_channels)
         if request.latents is not None:
-            if request.latents.shape != shape:
-                raise UsageError(f"latents have shape {request.latents.shape}", f"{shape} for this size and batch")
             return request.latents.astype(mx.float32)
-        posterior = None if request.image is None else self._encode_image(request)
         one_stream = isinstance(request.seed, int)
-        batch = request.batch if one_stream else 1
-        parts = []
-        for seed in (request.seed,) if one_stream else request.seed:
-            stream = noises.Stream(request.noise, seed, self._dtype)
-            clean = None if posterior is None else self._image_latents(request, posterior, stream)
-            drawn = stream.noise((batch, self.folder.sizes["vae"].z_channels, *size)).astype(mx.float32)
-            parts.append(sampler.pack(drawn if clean is None else sampler.add_noise(clean, drawn, sigma)))
-        return mx.concatenate(parts)
+        shape = (request.batch if one_stream else 1, self.folder.sizes["vae"].z_channels, *size)
+        recipe = noises.find_recipe(request.noise)
+        dtype = mx.float32 if recipe.dtype else self._dtype  # what a tool draws in a type of its own is not rounded
+        streams = [noises.Stream(recipe, s, dtype) for s in ((request.seed,) if one_stream else request.seed)]
+        # one image is one sample of the first stream, as in diffusers, whatever the number of streams
+        clean = None if request.image is None else self._image_latents(request, streams[0])
+        drawn = mx.concatenate([stream.noise(shape) for stream in streams]).astype(mx.float32)
+        return sampler.pack(drawn if clean is None else sampler.add_noise(clean, drawn, sigma))
 
-    def _encode_image(self, request: Request) -> tuple[mx.array, mx.array]:
+    def _image_latents(self, request: Request, stream: noises.Stream) -> mx.array:
+        """(1, 16, h, w) float32, scaled and shifted: the posterior's mean, or a sample, drawn before the noise."""
         vae = self._network("vae")
         run = self._runner("image", len(vae.encoder.pieces()))
         posterior = vae.encode(pixels_from_image(request.image, request.width, request.height), run)
         _check_finite("the image encoder", *posterior)
-        return posterior
-
-    def _image_latents(self, request: Request, posterior: tuple, stream: noises.Stream) -> mx.array:
-        """(1, 16, h, w), scaled and shifted: the posterior's mean, or a sample, drawn before the noise."""
         mean, logvar = (moment.transpose(0, 3, 1, 2).astype(mx.float32) for moment in posterior)
         if noises.find_recipe(request.noise).posterior == "sample":
             mean = mean + mx.exp(0.5 * logvar) * stream.normal(mean.shape)
-        config = self.folder.sizes["vae"]
-        return (mean - config.shift_factor) * config.scale_factor
+        return (mean - vae.config.shift_factor) * vae.config.scale_factor
 
     def _velocity(self, request: Request, conditions: tuple, sigmas: np.ndarray, start: int, size) -> Callable:
         """The model that the sampler integrates. What does not depend on the latents is computed here, once."""
@@ -377,14 +358,17 @@ class FluxPipeline:
             return None
         answer = callback(self, step, 1000 * sigma, {"latents": latents})
         self._engine.check()
-        replaced = (answer or {}).get("latents")
-        if replaced is None or replaced is latents:
+        if answer is None:
             return None
-        if replaced.shape != latents.shape:
-            raise UsageError(f"the callback's latents have shape {replaced.shape}", f"{latents.shape}")
-        replaced = replaced.astype(latents.dtype)
-        mx.eval(replaced)
-        return replaced
+        if not isinstance(answer, dict) or answer.keys() - {"latents"}:
+            what = ", ".join(map(repr, answer)) if isinstance(answer, dict) else type(answer).__name__
+            raise UsageError(f"the callback returned {what}", 'None, or a dict with "latents"')
+        replaced = answer.get("latents", latents)
+        if not isinstance(replaced, mx.array) or replaced.shape != latents.shape:
+            found = getattr(replaced, "shape", type(replaced).__name__)
+            raise UsageError(f"the callback's latents are {found}", f"an mlx array of shape {latents.shape}")
+        check_values("the callback's latents", replaced)
+        return replaced.astype(latents.dtype)
 
     def _decode(self, request: Request, latents: mx.array) -> list[np.ndarray]:
         """Pixels (H, W, 3) of each picture: uint8, or float32 in [0, 1] for "np"."""
@@ -450,33 +434,8 @@ class FluxPipeline:
         return run
 
 
-def _texts(texts) -> str | tuple[str, ...] | None:
-    return texts if texts is None or isinstance(texts, str) else tuple(texts)
-
-
-def _seed(seed):
-    """Whole numbers of any kind as int, lists of them as tuples; what else was given is the request's to refuse."""
-    if isinstance(seed, Sequence | np.ndarray) and not isinstance(seed, str):
-        return tuple(_seed(s) for s in seed)
-    try:
-        return seed if isinstance(seed, bool) else operator.index(seed)
-    except TypeError:
-        return seed
-
-
-def _open_image(image) -> Image.Image | None:
-    """A loaded image, so that a broken file is found before any work."""
-    if isinstance(image, str | os.PathLike):
-        path = Path(image).expanduser()
-        try:
-            with Image.open(path) as opened:
-                opened.load()
-                return opened
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise UsageError(f"{path} cannot be opened: {error}", "an image") from None
-    if image is not None and not isinstance(image, Image.Image):
-        raise UsageError(f"image is {type(image).__name__}", "a PIL image or a path")
-    return image
+def _given(embeds: mx.array, pooled: mx.array) -> list[Encoded]:
+    return [Encoded(embeds[i : i + 1], pooled[i : i + 1]) for i in range(len(embeds))]
 
 
 def _check_finite(what: str, *arrays: mx.array) -> None:

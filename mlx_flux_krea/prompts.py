@@ -1,6 +1,7 @@
 """Prompts to what the transformer reads: T5's states and CLIP's pooled vector. Results are kept, encoders are not."""
 
 import logging
+import traceback
 from collections import OrderedDict
 from collections.abc import Callable
 
@@ -39,6 +40,19 @@ class PromptEncoder:
     def __init__(self, folder: ModelFolder, dtype: mx.Dtype):
         self._folder, self._dtype = folder, dtype
         self._kept: OrderedDict[tuple, Encoded] = OrderedDict()
+        self._tokenizers: tuple[CLIPTokenizer, T5Tokenizer] | None = None
+
+    def _open_tokenizers(self) -> tuple[CLIPTokenizer, T5Tokenizer]:
+        """Before any weight is read, so that what is wrong with them is found early."""
+        classes = {"text_encoder": CLIPTokenizer, "text_encoder_2": T5Tokenizer}
+        opened = []
+        for component, cls in classes.items():
+            path = self._folder.path / component.replace("text_encoder", "tokenizer")
+            opened.append(cls(path))
+            known = self._folder.sizes[component].vocab_size
+            if opened[-1].vocab_size > known:
+                raise ModelError(f"{path} has {opened[-1].vocab_size} tokens", f"{known} at most, as {component} has")
+        return tuple(opened)
 
     def encode(self, pairs: list[tuple[str, str]], length: int, make_run: Callable[[int], Callable]) -> list[Encoded]:
         """Encodes pairs of (text for CLIP, text for T5).
@@ -54,13 +68,18 @@ class PromptEncoder:
         keys = [(*pair, length) for pair in pairs]
         missing = [key for key in dict.fromkeys(keys) if key not in self._kept]
         if missing:
-            tokenizers = CLIPTokenizer(self._folder.path / "tokenizer"), T5Tokenizer(self._folder.path / "tokenizer_2")
-            networks = [self._folder.load(name, self._dtype) for name in ("text_encoder", "text_encoder_2")]
-            run = make_run(len(missing) * (networks[1].config.num_layers + 4))
-            for key in missing:
-                self._kept[key] = self._encode(key, tokenizers, networks, run)
-            del networks
-            mx.clear_cache()
+            self._tokenizers = self._tokenizers or self._open_tokenizers()
+            try:
+                networks = [self._folder.load(name, self._dtype) for name in ("text_encoder", "text_encoder_2")]
+                run = make_run(len(missing) * (networks[1].config.num_layers + 4))
+                for key in missing:
+                    self._kept[key] = self._encode(key, networks, run)
+            except BaseException as error:
+                traceback.clear_frames(error.__traceback__)  # who keeps the traceback, as notebooks do, would keep T5
+                raise
+            finally:
+                networks = run = None
+                mx.clear_cache()
         encoded = [self._kept[key] for key in keys]
         for key in keys:
             self._kept.move_to_end(key)
@@ -68,20 +87,13 @@ class PromptEncoder:
             self._kept.popitem(last=False)
         return encoded
 
-    @staticmethod
-    def _encode(key: tuple[str, str, int], tokenizers, networks, run) -> Encoded:
+    def _encode(self, key: tuple[str, str, int], networks, run) -> Encoded:
         clip_text, t5_text, length = key
         clip, t5 = networks
-        lengths = clip.config.max_position_embeddings, length
+        texts = ("CLIP", clip_text, clip.config.max_position_embeddings), ("T5", t5_text, length)
         ids, cut = [], []
-        for name, tokenizer, network, text, size in zip(
-            ("CLIP", "T5"), tokenizers, networks, (clip_text, t5_text), lengths, strict=True
-        ):
+        for tokenizer, (name, text, size) in zip(self._tokenizers, texts, strict=True):
             tokens = tokenizer(text, size)
-            if max(tokens.ids) >= network.config.vocab_size:
-                raise ModelError(
-                    f"{name}'s tokenizer gives the id {max(tokens.ids)}", f"ids below {network.config.vocab_size}"
-                )
             if tokens.cut:
                 cut.append(f"{name} reads {size} tokens; not read: {tokens.cut[:200]!r}")
                 logger.warning(cut[-1])

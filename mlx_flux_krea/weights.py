@@ -34,6 +34,10 @@ from .t5 import T5Encoder
 from .transformer import Flux
 from .vae import VAE
 
+# An M5 would round the products of float32 to TF32, where float32 was asked for and in the float32 parts of a bfloat16
+# run. MLX reads this once, at its first product; networks get their weights here, so that we are in time.
+os.environ.setdefault("MLX_ENABLE_TF32", "0")
+
 COMPONENTS = {
     "transformer": (configs.FluxConfig, Flux),
     "text_encoder": (configs.CLIPConfig, CLIPText),
@@ -73,13 +77,11 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
         ModelError: not a readable, complete safetensors file.
     """
     try:
-        with safe_open(path, "numpy"):
-            pass
-        with open(path, "rb") as file:
+        with open(path, "rb") as file, safe_open(path, "numpy"):
             (length,) = struct.unpack("<Q", file.read(8))
             header = json.loads(file.read(length))
     except (SafetensorError, OSError, ValueError, struct.error) as error:
-        reason = str(error).removeprefix("Error while deserializing header: ")
+        reason = getattr(error, "strerror", None) or str(error).removeprefix("Error while deserializing header: ")
         raise ModelError(
             f"{path} cannot be read: {reason}", "a complete safetensors file", "copy or download it again"
         ) from None
@@ -146,6 +148,15 @@ class ModelFolder:
             )
         return found
 
+    def check(self) -> None:
+        """Compares the headers of every shard with the sizes; reads no weights.
+
+        Raises:
+            ModelError: a tensor is missing, not expected, or of another shape or type than the sizes say.
+        """
+        for component in COMPONENTS:
+            self._skeleton(component)
+
     def load(self, component: str, dtype: mx.Dtype) -> nn.Module:
         """A network with its weights, lazy.
 
@@ -156,15 +167,7 @@ class ModelFolder:
         Raises:
             ModelError: a tensor is missing, not expected, or of another shape or type than the sizes say.
         """
-        cls = COMPONENTS[component][1]
-        module = cls(self.sizes[component])
-        expected = {name: array.shape for name, array in tree_flatten(module.parameters())}
-        found = self.tensors(component)
-        check_tensors(
-            self.path / component,
-            {name: (info.dtype, info.shape) for name, (_, info) in found.items()},
-            {name: (DTYPES[self.dtypes[component]], shape) for name, shape in expected.items()},
-        )
+        module, found = self._skeleton(component)
         if dtype == mx.float16 and component in ("text_encoder_2", "vae"):
             dtype = mx.bfloat16
         arrays = []
@@ -174,12 +177,31 @@ class ModelFolder:
         module.eval()
         return module
 
+    def _skeleton(self, component: str) -> tuple[nn.Module, dict[str, tuple[Path, TensorInfo]]]:
+        """The network without its weights, and the tensors that are those weights."""
+        module = build(component, self.sizes[component])
+        found = self.tensors(component)
+        check_tensors(
+            self.path / component,
+            {name: (info.dtype, info.shape) for name, (_, info) in found.items()},
+            {name: (DTYPES[self.dtypes[component]], array.shape) for name, array in tree_flatten(module.parameters())},
+        )
+        return module, found
+
+
+def build(component: str, sizes) -> nn.Module:
+    """A network of these sizes without its weights. MLX would draw initial ones: its stream is left as it was."""
+    high, low = mx.random.state[0].tolist()
+    module = COMPONENTS[component][1](sizes)
+    mx.random.seed(high << 32 | low)
+    return module
+
 
 def open_model(path: Path) -> ModelFolder:
     """Reads and checks the JSON of a model folder.
 
     Raises:
-        ModelError: not a model folder of ours, or a component or a field is missing or wrong.
+        ModelError: not a model folder of ours, a component or a field missing or wrong, or components that do not fit.
     """
     index_path = path / "model_index.json"
     convert = f"convert it first: flux-krea convert {path}"
@@ -202,9 +224,10 @@ def open_model(path: Path) -> ModelFolder:
             raise ModelError(f"{path} has no {component}/config.json", f"the components {', '.join(COMPONENTS)}")
         fields = read_json(where)
         dtypes[component] = fields.pop("dtype", None)
-        if dtypes[component] not in DTYPES:
+        if dtypes[component] not in list(DTYPES):
             raise ModelError(f"{where}: dtype is {dtypes[component]!r}", f"one of {', '.join(DTYPES)}")
         sizes[component] = configs.from_json(config_class, fields, str(where))
+    configs.check_parts(*(sizes[name] for name in ("transformer", "text_encoder_2", "text_encoder", "vae")))
     return ModelFolder(path, index, sizes, dtypes)
 
 
@@ -214,7 +237,8 @@ def find_model(model: str | os.PathLike | None) -> Path:
     Raises:
         ModelError: nothing there, or more than one where none was named.
     """
-    installed = sorted(p.parent for p in (home() / "models").glob("*/model_index.json"))
+    found = (home() / "models").glob("*/model_index.json")
+    installed = sorted(p.parent for p in found if not p.parent.name.startswith("."))  # hidden ones are half-made
     names = ", ".join(p.name for p in installed)
     if model is None:
         if len(installed) == 1:
@@ -224,7 +248,7 @@ def find_model(model: str | os.PathLike | None) -> Path:
         todo = "convert one: flux-krea convert SOURCE, or name a folder with -m"
         raise ModelError(f"no model is installed in {home() / 'models'}", "", todo)
     path = Path(model).expanduser()
-    if not path.exists() and path.name == str(model) and (home() / "models" / path).exists():
+    if not path.exists() and home() / "models" / path in installed:
         return home() / "models" / path
     if not path.exists():
         known = f"a path, or one of {names}" if names else "the path of a model folder"

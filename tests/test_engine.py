@@ -131,3 +131,39 @@ started.wait()
 """
     ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=30, check=False)
     assert ran.returncode == 0, ran.stderr
+
+
+FORK = """
+import os, signal, sys
+import mlx.core as mx
+from mlx_flux_krea.engine import Engine
+engine = Engine()
+product = lambda: float((mx.ones((64, 64)) @ mx.ones((64, 64))).sum())
+{before}
+child = os.fork()
+if not child:
+    signal.alarm(20)
+    try:
+        print(engine.run(product), flush=True)
+    except ValueError as error:
+        print(error, flush=True)
+    sys.exit(3)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+print(engine.run(product))
+"""
+
+
+@pytest.mark.parametrize(
+    ("before", "said"),
+    [
+        ("engine.run(product)", "this process was forked from one that had used MLX; expected a process"),
+        ("", "262144.0"),
+    ],
+)
+def test_a_forked_child_computes_or_says_why_not_and_ends(before, said):
+    script = FORK.format(before=before)
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    assert ran.returncode == 0, ran.stderr
+    lines = ran.stdout.splitlines()
+    assert lines[0].startswith(said)
+    assert lines[1:] == ["3", "262144.0"]

@@ -1,6 +1,13 @@
 """Whole runs against diffusers' pipelines and BFL's sampling code, in float32 and in bfloat16."""
 
+import gc
+import hashlib
+import io
+import struct
 import threading
+import weakref
+import zlib
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
@@ -20,11 +27,19 @@ from helpers import (
     without_guidance,
 )
 from mlx_flux_krea.convert import convert
+from PIL import ExifTags, Image
 
-from mlx_flux_krea import FluxPipeline, sampler
+from mlx_flux_krea import FluxPipeline, noise, sampler
+from mlx_flux_krea.config import Defaults
 from mlx_flux_krea.errors import FiltersError, Interrupted, UsageError
+from mlx_flux_krea.provenance import SOFTWARE
+from mlx_flux_krea.request import Request, open_image
+from mlx_flux_krea.transformer import Flux
+from mlx_flux_krea.vae import pixels_from_image
+from mlx_flux_krea.weights import ModelFolder
 
 CAT = "A cat holding a sign that says hello world"
+SMALL = {"height": 32, "width": 48, "num_inference_steps": 2}
 
 
 def arguments(name: str) -> dict:
@@ -52,6 +67,35 @@ def latents_of(pipe, **call) -> tuple:
     seen = []
     result = pipe(callback_on_step_end=lambda pipe, step, timestep, kwargs: seen.append(kwargs["latents"]), **call)
     return result, mx.stack(seen)
+
+
+def start_of(pipe, **call) -> mx.array:
+    """What the loop starts from."""
+    seen, original = [], sampler.euler
+
+    def euler(model, latents, *args):
+        mx.eval(latents)
+        seen.append(latents)
+        return original(model, latents, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampler, "euler", euler)
+        pipe(**call)
+    return seen[0]
+
+
+@pytest.fixture
+def loaded(monkeypatch):
+    """A weak reference to every network that is loaded from here on, by its component."""
+    networks, original = {}, ModelFolder.load
+
+    def load(self, component, dtype):
+        network = original(self, component, dtype)
+        networks[component] = weakref.ref(network)
+        return network
+
+    monkeypatch.setattr(ModelFolder, "load", load)
+    return networks
 
 
 @pytest.mark.parametrize("name", ["t2i_4", "t2i_8", "t2i_list", "cfg_4", "t2i_short"])
@@ -90,28 +134,79 @@ def test_image_to_image_from_the_mean_equals_the_reference(pipe):
     assert psnr(result.images[0], image("images/img2img_8.mean.0.png")) >= 49
 
 
-def test_the_bfl_recipe_starts_from_the_mean_and_its_own_noise(pipe):
-    """Its noise is golden in test_noise; here: the mean, and the place where noise and image meet."""
-    from mlx_flux_krea import noise
-
+@pytest.mark.parametrize("recipe", ["bfl", "comfy", "mflux", "mlx-examples"])
+def test_other_recipes_start_from_the_mean_and_their_own_noise(pipe, recipe):
+    """The noise is golden in test_noise; here: the mean, and the place where noise and image meet."""
     call = arguments("img2img_8.mean")
-    drawn = noise.draw("bfl", call["seed"], (1, 16, 8, 12), mx.float32)
-    start = sampler.add_noise(
-        goldens()["img2img_8.mean.image_latents"], drawn, facts()["runs"]["img2img_8.mean"]["start_sigma"]
-    )
-    seen = []
-    flux = pipe.transformer
-    original = type(flux).forward
+    drawn = noise.draw(recipe, call["seed"], (1, 16, 8, 12), mx.float32)
+    mean = goldens()["img2img_8.mean.image_latents"]
+    expected = sampler.add_noise(mean, drawn, facts()["runs"]["img2img_8.mean"]["start_sigma"])
+    assert_close(start_of(pipe, **call, noise=recipe), sampler.pack(expected), 5e-5)
 
-    def forward(self, img, *args):
-        seen.append(img)
-        return original(self, img, *args)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(type(flux), "forward", forward)
-        pipe(**call, noise="bfl")
-    assert len(seen) == 5
-    assert_close(seen[0], sampler.pack(start), 5e-5)
+@pytest.mark.parametrize("seeds", [[9, 3, 9], [4]])
+def test_one_image_is_sampled_once_by_the_first_of_several_streams(pipe, seeds):
+    """As diffusers does with a list of generators; the other streams draw their noise from their beginning."""
+    call = arguments("img2img_8.sample") | {"seed": seeds, "num_images_per_prompt": len(seeds)}
+    call["num_inference_steps"] = 2
+    run = facts()["runs"]["img2img_8.sample"]
+    mean, logvar = (goldens()[f"vae.{name}"] for name in ("mean", "logvar"))
+    streams = [noise.Stream("diffusers", seed, mx.float32) for seed in seeds]
+    clean = (mean + mx.exp(0.5 * logvar) * streams[0].normal(mean.shape) - 0.1159) * 0.3611
+    drawn = mx.concatenate([stream.noise(mean.shape) for stream in streams])
+    sigma = sampler.make_sigmas(pipe.folder.index.schedule, run["height"] * run["width"] // 256, 2)[0]
+    assert_close(start_of(pipe, **call), sampler.pack(sampler.add_noise(clean, drawn, float(sigma))), 5e-5)
+    records = pipe(**call).records
+    assert [record.get("image_seed") for record in records] == [None, 9, 9][: len(seeds)]
+
+
+@pytest.mark.parametrize("recipe", ["comfy", "mflux"])
+def test_float32_noise_is_not_rounded_in_a_bfloat16_run(pipe_bf16, recipe):
+    drawn = noise.draw(recipe, 3, (1, 16, 4, 6), mx.float32)
+    assert mx.array_equal(start_of(pipe_bf16, prompt=CAT, seed=3, noise=recipe, **SMALL), sampler.pack(drawn))
+
+
+@pytest.mark.parametrize("recipe", ["diffusers", "bfl", "mlx-examples"])
+def test_bfloat16_noise_is_drawn_in_bfloat16(pipe_bf16, recipe):
+    drawn = noise.draw(recipe, 3, (1, 16, 4, 6), mx.bfloat16).astype(mx.float32)
+    start = start_of(pipe_bf16, prompt=CAT, seed=3, noise=recipe, **SMALL)
+    assert start.dtype == mx.float32
+    assert mx.array_equal(start, sampler.pack(drawn))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "to_bytes"),
+    [("diffusers", np.round), ("bfl", np.floor), ("comfy", np.floor), ("mflux", np.round), ("mlx-examples", np.floor)],
+)
+def test_floats_become_bytes_as_in_the_tool(pipe, recipe, to_bytes):
+    call = {"prompt": CAT, "seed": 3, "noise": recipe, **SMALL}
+    floats = pipe(**call, output_type="np").images[0]
+    assert (to_bytes(floats * 255) == np.asarray(pipe(**call).images[0])).mean() > 0.99
+
+
+def test_timesteps_are_rounded_on_their_way_as_in_diffusers(pipe_bf16, monkeypatch):
+    """(1000 * sigma) in bfloat16, divided by 1000 in bfloat16; numbers from torch 2.13."""
+    seen, original = [], Flux.vec
+
+    def vec(self, timestep, *args):
+        seen.append(timestep)
+        return original(self, timestep, *args)
+
+    monkeypatch.setattr(Flux, "vec", vec)
+    pipe_bf16(CAT, seed=1, height=32, width=48, num_inference_steps=7)
+    assert seen[0].dtype == mx.bfloat16
+    numbers = [1.0, 0.90234375, 0.80078125, 0.6796875, 0.54296875, 0.388671875, 0.2080078125]
+    assert seen[0].astype(mx.float32).tolist() == numbers
+
+
+@pytest.mark.parametrize(("bias", "clipped"), [(100.0, 20.0), (-100.0, -30.0)])
+def test_the_posteriors_log_variance_is_clipped(model, bias, clipped):
+    from mlx_flux_krea.weights import open_model
+
+    vae = open_model(model).load("vae", mx.float32)
+    vae.encoder.conv_out.bias = mx.full(vae.encoder.conv_out.bias.shape, bias)
+    _, logvar = vae.encode(mx.zeros((1, 16, 16, 3)))
+    assert mx.array_equal(logvar, mx.full(logvar.shape, clipped))
 
 
 @pytest.mark.parametrize(("name", "golden"), [("t2i_4", "bfl_4"), ("t2i_8", "bfl_8")])
@@ -172,8 +267,6 @@ def test_float16_computes_the_text_and_the_image_in_bfloat16(model):
 
 # --- what a call may say ---
 
-SMALL = {"height": 32, "width": 48, "num_inference_steps": 2}
-
 
 def test_several_seeds_are_several_single_runs(pipe):
     both = pipe(CAT, seed=[3, 9], num_images_per_prompt=2, output_type="latent", **SMALL)
@@ -184,8 +277,6 @@ def test_several_seeds_are_several_single_runs(pipe):
 
 
 def test_one_seed_draws_the_whole_batch_and_prompts_come_before_their_copies(pipe):
-    from mlx_flux_krea import noise
-
     prompts = [CAT, "blurry"]
     batch = pipe(prompts, seed=3, num_images_per_prompt=2, output_type="latent", **SMALL).images
     start = sampler.pack(noise.draw("diffusers", 3, (4, 16, 4, 6), mx.float32))
@@ -268,17 +359,108 @@ def test_what_the_encoders_did_not_read_is_told(pipe):
 
 
 def test_an_image_without_a_size_keeps_its_shape_at_the_models_area(pipe):
-    from dataclasses import replace
-
-    from mlx_flux_krea.config import Defaults
-    from mlx_flux_krea.request import Request
-
     index = replace(pipe.folder.index, defaults=Defaults(64, 64, 4, 4.5))
     tall = image("images/input_other_size.png")  # 110 x 150
     resolved, _ = Request(prompt="", image=tall).resolved(index, pipe.folder.sizes["transformer"], 16)
     assert (resolved.width, resolved.height) == (48, 64)
     resolved, _ = Request(prompt="", image=tall, width=96).resolved(index, pipe.folder.sizes["transformer"], 16)
     assert (resolved.width, resolved.height) == (96, 128)
+
+
+def test_one_negative_embedding_serves_every_prompt(pipe):
+    embeds, pooled = pipe.encode_prompt([CAT, "", "blurry"])
+    negative = {"negative_prompt_embeds": embeds[2:], "negative_pooled_prompt_embeds": pooled[2:]}
+    call = {"true_cfg_scale": 2, "seed": 1, "output_type": "latent", **SMALL}
+    by_embeds = pipe([CAT, ""], **negative, **call).images
+    assert mx.array_equal(by_embeds, pipe([CAT, ""], negative_prompt="blurry", **call).images)
+
+
+def test_numbers_and_sequences_of_any_library_are_taken(pipe):
+    plain = {"height": 32, "width": 48, "seed": [3, 9], "guidance_scale": 2.5, "sigmas": [1.0, 0.5]}
+    numpy = {
+        "height": np.int64(32), "width": np.int32(48), "seed": np.array([3, 9]), "guidance_scale": np.float32(2.5),
+        "sigmas": np.array([1.0, 0.5], np.float32), "num_images_per_prompt": np.uint8(2),
+    }  # fmt: skip
+    by_numpy = pipe((CAT,), **numpy)
+    by_plain = pipe([CAT], **plain, num_images_per_prompt=2)
+    assert by_numpy.records == by_plain.records
+    assert levels(by_numpy.images[1], by_plain.images[1]) == 0
+    assert type(by_numpy.seeds[0]) is int
+
+
+def test_the_record_says_everything_that_decides_the_picture(model):
+    picture = image("images/input_other_size.png").convert("RGB")
+    call = {
+        "prompt": [CAT, ""], "prompt_2": ["a", "b"], "negative_prompt": "c", "negative_prompt_2": "d",
+        "true_cfg_scale": 2.0, "height": 40, "width": 50, "sigmas": [0.9, 0.4], "guidance_scale": 3.5, "noise": "mflux",
+        "num_images_per_prompt": 2, "seed": [5, 6, 7, 8], "image": picture, "strength": 0.7, "max_sequence_length": 16,
+    }  # fmt: skip
+    pipe = FluxPipeline.from_pretrained(model)
+    record = pipe(**call).records[3]
+    versions = {name: record.pop(name) for name in ("mlx", "manifest_sha256", "model", "base")}
+    assert versions["manifest_sha256"] == hashlib.sha256((model / "manifest.json").read_bytes()).hexdigest()
+    assert versions["model"] == pipe.folder.index.name
+    assert record == {
+        "software": SOFTWARE, "dtype": "float32", "prompt": "", "prompt_2": "b", "negative_prompt": "c",
+        "negative_prompt_2": "d", "true_cfg_scale": 2.0, "width": 48, "height": 32, "num_inference_steps": 2,
+        "sigmas": [0.9, 0.4], "guidance_scale": 3.5, "seed": 8, "noise": "mflux", "strength": 0.7,
+        "image": {"width": 110, "height": 150, "rgb_sha256": hashlib.sha256(picture.tobytes()).hexdigest()},
+        "max_sequence_length": 16,
+    }  # fmt: skip
+    batch = pipe([CAT, "x"], seed=5, **SMALL).records[1]
+    assert (batch["seed"], batch["batch"]) == (5, [1, 2])
+    assert pipe(CAT, latents=mx.zeros((1, 6, 64)), **SMALL).records[0]["given"] == ["latents"]
+
+
+# --- memory ---
+
+
+def test_the_encoders_are_gone_before_the_first_step(model, loaded):
+    alive = []
+
+    def callback(pipe, step, timestep, kwargs):
+        gc.collect()
+        alive.append([name for name, network in loaded.items() if network() is not None])
+
+    FluxPipeline.from_pretrained(model)(CAT, seed=1, callback_on_step_end=callback, **SMALL)
+    assert alive == [["transformer"]] * 2
+    assert loaded.keys() == {"text_encoder", "text_encoder_2", "transformer", "vae"}
+
+
+def test_the_traceback_of_an_interrupt_keeps_no_encoder(model, loaded):
+    pipe = FluxPipeline.from_pretrained(model)
+    with pytest.raises(Interrupted) as caught:
+        pipe(CAT, seed=1, progress=lambda stage, done, total: done > 3 and pipe.interrupt(), **SMALL)
+    gc.collect()
+    assert caught.value.__traceback__ is not None
+    assert loaded.keys() == {"text_encoder", "text_encoder_2"}
+    assert [network() for network in loaded.values()] == [None, None]
+
+
+def test_the_last_32_prompts_are_kept(model, loaded):
+    pipe = FluxPipeline.from_pretrained(model)
+
+    def encode(prompts) -> bool:
+        """Whether an encoder was needed."""
+        loaded.clear()
+        pipe.encode_prompt(prompts, max_sequence_length=4)
+        return bool(loaded)
+
+    assert encode([str(i) for i in range(32)])
+    assert not encode("0")  # and is now the last one used
+    assert encode("new")
+    assert not encode("0")
+    assert encode("1")
+
+
+def test_a_network_that_is_built_leaves_mlxs_random_stream_alone(model):
+    from mlx_flux_krea.weights import open_model
+
+    mx.random.seed(2**63 + 5)
+    expected = mx.random.normal((3,))
+    mx.random.seed(2**63 + 5)
+    open_model(model).load("transformer", mx.float32)
+    assert mx.array_equal(mx.random.normal((3,)), expected)
 
 
 def test_an_empty_prompt_works(pipe):
@@ -348,6 +530,37 @@ def test_an_error_in_the_callback_reaches_the_caller(pipe):
         pipe(CAT, seed=1, callback_on_step_end=callback, **SMALL)
 
 
+@pytest.mark.parametrize(
+    ("answer", "says"),
+    [
+        (lambda latents: {"latent": latents}, "the callback returned 'latent'"),
+        (lambda latents: latents, "the callback returned array"),
+        (lambda latents: {"latents": latents[:, 1:]}, r"the callback's latents are \(1, 5, 64\)"),
+        (lambda latents: {"latents": 3}, "the callback's latents are int"),
+        (lambda latents: {"latents": latents * float("nan")}, "the callback's latents holds NaN"),
+        (lambda latents: {"latents": latents.astype(mx.int32)}, "the callback's latents holds mlx.core.int32"),
+    ],
+)
+def test_what_a_callback_may_not_return_is_refused(pipe, answer, says):
+    def callback(pipe, step, timestep, kwargs):
+        return answer(kwargs["latents"])
+
+    with pytest.raises(UsageError, match=says):
+        pipe(CAT, seed=1, callback_on_step_end=callback, **SMALL)
+
+
+def test_a_callback_may_make_a_picture_and_progress_goes_on(pipe):
+    stages = []
+
+    def callback(pipe, step, timestep, kwargs):
+        stages.clear()
+        assert pipe("another", seed=step, **SMALL).images
+        assert stages == []  # it reports to nobody
+
+    pipe(CAT, seed=1, callback_on_step_end=callback, progress=lambda *args: stages.append(args[0]), **SMALL)
+    assert set(stages) == {"decode"}
+
+
 def test_progress_counts_every_stage_to_its_end(model):
     seen = {}
 
@@ -373,20 +586,34 @@ def test_progress_counts_every_stage_to_its_end(model):
 
 IMAGE = {"image": REFERENCE / "images" / "input.png"}
 EMBEDS = {"prompt_embeds": mx.zeros((1, 4, 14)), "pooled_prompt_embeds": mx.zeros((1, 16))}
+NEGATIVE = {"negative_prompt_embeds": mx.zeros((2, 4, 14)), "negative_pooled_prompt_embeds": mx.zeros((2, 16))}
 
 
 @pytest.mark.parametrize(
     ("call", "says"),
     [
         ({}, "there is no prompt"),
-        ({"prompt": []}, "a text or a list of texts"),
+        ({"prompt": []}, "prompt is an empty list"),
+        ({"prompt": 5}, "prompt is int; expected a text or a list of texts"),
+        ({"prompt": {"a"}}, "prompt is set"),
         ({"prompt": [1]}, "prompt holds int"),
         ({"prompt": "\udcff"}, "not valid UTF-8"),
         ({"prompt": CAT, "prompt_2": ["a", "b"]}, "2 texts in prompt_2"),
         ({"prompt": CAT, **EMBEDS}, "both given"),
         ({"prompt_embeds": mx.zeros((1, 4, 14))}, "pooled form is missing"),
-        ({"prompt_embeds": mx.zeros((1, 4, 3)), "pooled_prompt_embeds": mx.zeros((1, 16))}, "prompt embeds have shape"),
-        ({"prompt_embeds": mx.zeros((1, 4, 14)), "pooled_prompt_embeds": mx.zeros((1, 3))}, "pooled embeds have shape"),
+        ({"prompt_embeds": mx.zeros((1, 4, 3)), "pooled_prompt_embeds": mx.zeros((1, 16))}, "^prompt_embeds has shape"),
+        (
+            {"prompt_embeds": mx.zeros((1, 4, 14)), "pooled_prompt_embeds": mx.zeros((1, 3))},
+            "pooled_prompt_embeds has sh",
+        ),
+        ({"prompt_embeds": mx.zeros((0, 4, 14)), "pooled_prompt_embeds": mx.zeros((0, 16))}, "prompt_embeds has shape"),
+        (
+            {"prompt_embeds": mx.zeros((1, 4, 14), mx.int32), "pooled_prompt_embeds": EMBEDS["pooled_prompt_embeds"]},
+            "int32",
+        ),
+        ({**EMBEDS, "pooled_prompt_embeds": mx.full((1, 16), float("inf"))}, "pooled_prompt_embeds holds NaN or inf"),
+        ({"prompt": ["a", "b", "c"], "true_cfg_scale": 2, **NEGATIVE}, "negative_prompt_embeds holds 2 prompts"),
+        ({"prompt_embeds": "abc", "pooled_prompt_embeds": mx.zeros((1, 16))}, "prompt_embeds is str"),
         ({**EMBEDS, "prompt_2": "a"}, "prompt_2 is given without prompt"),
         ({"prompt": CAT, "negative_prompt": "a"}, "does nothing at true_cfg_scale 1"),
         ({"prompt": CAT, "true_cfg_scale": 3}, "needs a negative prompt"),
@@ -403,33 +630,144 @@ EMBEDS = {"prompt_embeds": mx.zeros((1, 4, 14)), "pooled_prompt_embeds": mx.zero
         ({"prompt": CAT, "seed": -1}, "seed is -1"),
         ({"prompt": CAT, "seed": 2**64}, "seed is"),
         ({"prompt": CAT, "seed": 1.5}, "seed is 1.5"),
+        ({"prompt": CAT, "seed": True}, "seed is True"),
+        ({"prompt": CAT, "seed": [2**64], "num_images_per_prompt": 1}, "seed is 18446744073709551616"),
+        ({"prompt": CAT, "num_images_per_prompt": 10**9}, "num_images_per_prompt is 1000000000"),
+        ({"prompt": [CAT] * 2, "num_images_per_prompt": 501}, "1002 images in one call; expected 1000 at most"),
+        ({"prompt": CAT, "width": 48.0, "height": 32}, "width is 48.0"),
+        ({"prompt": CAT, "true_cfg_scale": "3"}, "true_cfg_scale is '3'"),
         ({"prompt": CAT, "seed": [1, 2]}, "2 seeds for 1 images"),
         ({"prompt": CAT, "noise": "krea"}, "cannot be repeated"),
         ({"prompt": CAT, "noise": "x"}, "no noise recipe"),
+        ({"prompt": CAT, "noise": ["x"]}, r"noise is \('x',\)"),
         ({"prompt": CAT, "strength": 0.5}, "does nothing without an image"),
         ({"prompt": CAT, **IMAGE, "strength": 1.5}, "strength is 1.5"),
         ({"prompt": CAT, **IMAGE, "strength": 0.0, "num_inference_steps": 8}, "runs no step"),
         ({"prompt": CAT, "image": 3}, "image is int"),
         ({"prompt": CAT, "image": "nothing.png"}, "cannot be opened"),
         ({"prompt": CAT, "image": __file__}, "cannot be opened"),
-        ({"prompt": CAT, "latents": mx.zeros((1, 5, 64))}, "latents have shape"),
+        ({"prompt": CAT, "latents": mx.zeros((1, 5, 64))}, r"latents has shape \(1, 5, 64\); expected \(1, 6, 64\)"),
+        ({"prompt": CAT, "latents": mx.full((1, 6, 64), float("nan"))}, "latents holds NaN"),
+        ({"prompt": CAT, "latents": np.zeros((1, 6, 64), np.int64)}, "latents holds mlx.core.int64"),
         ({"prompt": CAT, "latents": mx.zeros((1, 6, 64)), "seed": 1}, "beside a seed"),
         ({"prompt": CAT, "sigmas": [0.5, 1.0]}, "falling numbers"),
+        ({"prompt": CAT, "sigmas": 0.5}, "falling numbers"),
+        ({"prompt": CAT, "sigmas": []}, "falling numbers"),
+        ({"prompt": CAT, "sigmas": [0.5, 0.0]}, "falling numbers"),
+        ({"prompt": CAT, "sigmas": ["a"]}, "a level of sigmas is 'a'"),
+        ({"prompt": CAT, "sigmas": np.linspace(1, 0.1, 1001)}, "the number of sigmas is 1001"),
         ({"prompt": CAT, "sigmas": [1.0, 0.5], "num_inference_steps": 3}, "2 sigmas and 3 steps"),
-        ({"prompt": CAT, "output_type": "pt"}, 'output_type is "pt"'),
+        ({"prompt": CAT, "output_type": "pt"}, "output_type is 'pt'"),
+        ({"prompt": CAT, "callback_on_step_end": 3}, "callback_on_step_end is int"),
         ({"prompt": CAT, "max_sequence_length": 513}, "max_sequence_length is 513"),
         ({"prompt": CAT, "num_inference_steps": True}, "num_inference_steps is True"),
     ],
 )
-def test_what_cannot_be_used_is_refused_before_any_weight_is_read(model, call, says):
+def test_what_cannot_be_used_is_refused_before_any_weight_is_read(model, monkeypatch, call, says):
     pipe = FluxPipeline.from_pretrained(model)
+    monkeypatch.delattr(ModelFolder, "load")
     size = {"height": 32, "width": 48} if "height" not in call and "width" not in call else {}
     with pytest.raises(UsageError, match=says) as caught:
         pipe(**size, **call)
     assert caught.value.exit_code == 2
     assert isinstance(caught.value, ValueError)
-    if "embeds" not in says and "latents" not in says and "step" not in says:
-        assert pipe._networks == {}
+    assert "\n" not in str(caught.value)
+
+
+# --- input images ---
+
+CORNERS = np.array([[[255, 0, 0], [0, 255, 0], [0, 0, 255]], [[255, 255, 0], [0, 255, 255], [255, 0, 255]]], np.uint8)
+
+
+@pytest.mark.parametrize("as_path", [True, False])
+@pytest.mark.parametrize(
+    ("orientation", "upright"),
+    [(1, CORNERS), (2, CORNERS[:, ::-1]), (3, CORNERS[::-1, ::-1]), (6, np.rot90(CORNERS, -1)), (8, np.rot90(CORNERS))],
+)
+def test_an_image_is_turned_upright_before_its_size_is_taken(pipe, tmp_path, orientation, upright, as_path):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    Image.fromarray(CORNERS).save(tmp_path / "a.png", exif=exif)
+    opened = open_image(tmp_path / "a.png" if as_path else Image.open(tmp_path / "a.png"))
+    assert np.array_equal(np.asarray(opened), upright)
+    index = replace(pipe.folder.index, defaults=Defaults(64, 64, 4, 4.5))
+    resolved, _ = Request(prompt="", image=opened).resolved(index, pipe.folder.sizes["transformer"], 16)
+    assert (resolved.width > resolved.height) == (upright.shape[1] > upright.shape[0])
+    assert np.array_equal(np.array(pixels_from_image(opened, *opened.size))[0] > 0, upright > 0)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "PA", "P"])
+def test_transparency_is_flattened_on_white(mode):
+    half = Image.fromarray(np.array([[[0, 0, 0, 128], [0, 0, 0, 0], [0, 0, 0, 255]]], np.uint8), "RGBA")
+    if mode == "P":
+        half = Image.new("P", (3, 1))
+        half.putpalette([0, 0, 0, 9, 9, 9])
+        half.putpixel((1, 0), 1)
+        half.info["transparency"] = 1
+        expected = [0, 255, 0]
+    else:
+        half, expected = half.convert(mode), [127, 255, 0]
+    before = half.tobytes()
+    assert np.asarray(open_image(half))[0].tolist() == [[v] * 3 for v in expected]
+    assert half.tobytes() == before
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.tiff"])
+def test_16_bit_grey_keeps_its_greys(tmp_path, name):
+    grey = np.array([[0, 257, 128 * 257, 65535]], np.uint16)
+    Image.fromarray(grey).save(tmp_path / name)
+    assert np.asarray(open_image(tmp_path / name))[0, :, 0].tolist() == [0, 1, 128, 255]
+
+
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_images_whose_white_is_not_known_are_refused(mode):
+    with pytest.raises(UsageError, match=f"the image has mode {mode}, whose white is not known"):
+        open_image(Image.new(mode, (4, 4)))
+
+
+def png(width: int, height: int, *chunks: tuple[bytes, bytes]) -> bytes:
+    """A PNG by hand, grey; IHDR first."""
+    header = (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
+    parts = [
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        for name, data in (header, *chunks)
+    ]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def hostile() -> dict[str, bytes]:
+    pixels = (b"IDAT", zlib.compress(b"\0" * 20))
+    jpeg = io.BytesIO()
+    Image.new("RGB", (64, 64), "red").save(jpeg, "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\x01\0" + b"\xff" * 12)
+    return {
+        "bomb": png(60_000, 60_000, pixels, (b"IEND", b"")),
+        "truncated": png(64, 64, (b"IDAT", zlib.compress(b"\0" * 20)[:6])),
+        "no size": png(0, 5, pixels, (b"IEND", b"")),
+        "broken exif": png(4, 4, (b"eXIf", b"II\x99\0junk"), pixels, (b"IEND", b"")),
+        "text": b"no image",
+        "nothing": b"",
+        "truncated jpeg": jpeg.getvalue()[:-200],
+    }
+
+
+@pytest.mark.parametrize("name", hostile())
+def test_hostile_images_are_refused_by_name(tmp_path, name):
+    (tmp_path / "a.png").write_bytes(hostile()[name])
+    with pytest.raises(UsageError, match=r"a\.png cannot be opened: \w") as caught:
+        open_image(tmp_path / "a.png")
+    assert "\n" not in str(caught.value)
+    try:
+        opened = Image.open(tmp_path / "a.png")
+    except Exception:
+        return  # Pillow refuses it at once
+    with pytest.raises(UsageError, match="the image cannot be opened"):
+        open_image(opened)
+
+
+@pytest.mark.parametrize("size", [(0, 5), (5, 0)])
+def test_an_image_without_pixels_is_refused(size):
+    with pytest.raises(UsageError, match=r"the image (is|cannot be opened)"):
+        open_image(Image.new("RGB", size))
 
 
 def test_unknown_types_and_plans_are_refused(model):
@@ -444,6 +782,10 @@ def test_guidance_is_refused_where_the_model_has_none(model, tmp_path):
     source = without_guidance(tmp_path / "source")
     pipe = FluxPipeline.from_pretrained(convert([source], tmp_path / "model", tokenizers=TOKENIZERS).path)
     assert pipe.folder.index.schedule.shift == "none"
+    assert pipe.folder.index.max_sequence_length == 256
+    assert pipe.encode_prompt(CAT)[0].shape == (1, 256, 14)
+    with pytest.raises(UsageError, match="max_sequence_length is 257"):
+        pipe(CAT, max_sequence_length=257, **SMALL)
     with pytest.raises(UsageError, match="no guidance embedding"):
         pipe(CAT, guidance_scale=4.5, **SMALL)
     assert pipe(CAT, seed=1, **SMALL).images

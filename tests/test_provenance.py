@@ -1,10 +1,13 @@
 """What a saved picture says about itself, in every format and whatever the privacy level."""
 
+import copy
 import io
+import logging
+import pickle
 
 import numpy as np
 import pytest
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, PngImagePlugin
 
 from mlx_flux_krea.errors import ResourceError, UsageError
 from mlx_flux_krea.provenance import SOFTWARE, Picture, read_record
@@ -18,6 +21,14 @@ def picture():
     return Picture.from_pixels(PIXELS, RECORD)
 
 
+def assert_marked(file) -> None:
+    with Image.open(file) as image:
+        xmp = image.info.get("xmp") or image.info.get("XML:com.adobe.xmp")
+        xmp = xmp.decode() if isinstance(xmp, bytes) else xmp
+        assert "digitalsourcetype/trainedAlgorithmicMedia</" in xmp
+        assert image.getexif()[ExifTags.Base.Software].startswith("AI generated;txt2img;flux")
+
+
 @pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.jpeg", "a.webp", "A.PNG"])
 def test_the_record_comes_back_from_every_format(picture, tmp_path, name):
     picture.save(tmp_path / name)
@@ -29,11 +40,7 @@ def test_the_record_comes_back_from_every_format(picture, tmp_path, name):
 @pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.webp"])
 def test_every_file_says_that_a_machine_made_it(picture, tmp_path, name, metadata):
     picture.save(tmp_path / name, metadata=metadata)
-    with Image.open(tmp_path / name) as image:
-        xmp = image.info.get("xmp") or image.info.get("XML:com.adobe.xmp")
-        xmp = xmp.decode() if isinstance(xmp, bytes) else xmp
-        assert "digitalsourcetype/trainedAlgorithmicMedia</" in xmp
-        assert image.getexif()[ExifTags.Base.Software].startswith("AI generated;txt2img;flux")
+    assert_marked(tmp_path / name)
     if metadata == "minimal":
         assert read_record(tmp_path / name) is None
         assert "кот".encode() not in (tmp_path / name).read_bytes()
@@ -55,10 +62,102 @@ def test_png_keeps_every_pixel_and_pillows_own_options_are_obeyed(picture, tmp_p
     assert (tmp_path / "worst.jpg").stat().st_size < (tmp_path / "best.jpg").stat().st_size
 
 
-def test_an_open_file_is_written_too(picture):
-    file = io.BytesIO()
-    picture.save(file, "PNG")
+@pytest.mark.parametrize("format", ["PNG", "png", "Jpeg", "webp"])
+def test_an_open_file_is_written_too_whatever_the_case_of_its_format(picture, format):
+    upper, file = io.BytesIO(), io.BytesIO()
+    picture.save(file, format)
+    picture.save(upper, format.upper())
+    assert file.getvalue() == upper.getvalue()  # quality too
     assert read_record(file) == RECORD
+    assert_marked(file)
+
+
+@pytest.mark.parametrize("as_bytes", [True, False])
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP"])
+def test_exif_of_ones_own_is_written_beside_the_marker(picture, format, as_bytes):
+    exif, file = Image.Exif(), io.BytesIO()
+    exif[ExifTags.Base.Artist] = "somebody"
+    exif[ExifTags.Base.Software] = "something else"
+    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = b"ASCII\0\0\0mine"
+    picture.save(file, format, exif=exif.tobytes() if as_bytes else exif)
+    assert_marked(file)
+    assert read_record(file) == RECORD
+    with Image.open(file) as image:
+        assert image.getexif()[ExifTags.Base.Artist] == "somebody"
+    assert exif[ExifTags.Base.Software] == "something else"  # the caller's own stays as it is
+
+
+def test_png_texts_of_ones_own_are_written_beside_the_marker(picture):
+    info, file = PngImagePlugin.PngInfo(), io.BytesIO()
+    info.add_text("Comment", "mine")
+    info.add_text("flux-krea", "{}")
+    info.add_itxt("XML:com.adobe.xmp", "<x/>")
+    picture.save(file, "PNG", pnginfo=info)
+    assert_marked(file)
+    assert read_record(file) == RECORD
+    with Image.open(file) as image:
+        assert image.info["Comment"] == "mine"
+    assert b"<x/>" not in file.getvalue()  # for readers that take the first of two
+    assert len(info.chunks) == 3
+
+
+def test_the_marker_cannot_be_replaced(picture):
+    with pytest.raises(UsageError, match="xmp is given"):
+        picture.save(io.BytesIO(), "WEBP", xmp=b"<x/>")
+
+
+@pytest.mark.parametrize("format", ["GIF", "BMP", "TIFF", "ICO", "PPM", "TGA", "JPEG2000"])
+def test_formats_that_cannot_carry_the_marker_are_refused(picture, tmp_path, format):
+    for arguments in ((tmp_path / f"a.{format.lower()}",), (tmp_path / "a.png", format), (io.BytesIO(), format)):
+        with pytest.raises(UsageError, match=r"none that keeps the record .* one of \.png"):
+            picture.save(*arguments)
+    with pytest.raises(UsageError, match="the name ''"):
+        picture.save(io.BytesIO())
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("twin", [copy.copy, copy.deepcopy, lambda p: pickle.loads(pickle.dumps(p)), Picture.copy])
+def test_whole_copies_keep_the_record(picture, twin):
+    other, file = twin(picture), io.BytesIO()
+    assert (type(other), other.record) == (Picture, RECORD)
+    assert np.array_equal(np.asarray(other), PIXELS)
+    other.save(file, "PNG")
+    assert read_record(file) == RECORD
+
+
+def test_a_record_too_long_for_a_jpeg_is_cut_and_says_so(tmp_path, caplog):
+    """Whatever the text: JSON writes a Cyrillic letter with six bytes, an emoji with twelve."""
+    for text in ("word " * 16_000, "кот" * 30_000, "😀" * 9_000):
+        record = RECORD | {"prompt": text, "negative_prompt": "short"}
+        exif = Image.Exif()
+        exif[ExifTags.Base.Artist] = "a" * 1000
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            Picture.from_pixels(PIXELS, record).save(tmp_path / "a.jpg", exif=exif)
+        assert "texts were cut" in caplog.text
+        assert_marked(tmp_path / "a.jpg")
+        kept = read_record(tmp_path / "a.jpg")
+        assert text.startswith(kept["prompt"])
+        assert len(str(kept["prompt"].encode("unicode_escape"))) > 40_000
+        assert kept == record | {"prompt": kept["prompt"], "truncated": True}
+    for name in ("a.png", "a.webp"):
+        Picture.from_pixels(PIXELS, record).save(tmp_path / name)
+        assert read_record(tmp_path / name) == record
+
+
+def test_hostile_files_are_no_pictures(tmp_path, monkeypatch):
+    Image.new("L", (64, 64)).save(tmp_path / "bomb.png")
+    with monkeypatch.context() as patch:
+        patch.setattr(Image, "MAX_IMAGE_PIXELS", 16)
+        with pytest.raises(UsageError, match=r"bomb\.png cannot be opened: .*decompression bomb"):
+            read_record(tmp_path / "bomb.png")
+    Image.new("L", (4, 4)).save(tmp_path / "exif.png", exif=b"Exif\0\0II\x99\0junk")
+    with pytest.raises(UsageError, match=r"exif\.png cannot be opened"):
+        read_record(tmp_path / "exif.png")
+    info = PngImagePlugin.PngInfo()
+    info.add_text("flux-krea", "[" * 100_000)
+    Image.new("L", (4, 4)).save(tmp_path / "deep.png", pnginfo=info)
+    assert read_record(tmp_path / "deep.png") is None
 
 
 def test_an_existing_file_is_replaced_whole_or_not_at_all(picture, tmp_path, monkeypatch):
@@ -80,7 +179,7 @@ def test_an_existing_file_is_replaced_whole_or_not_at_all(picture, tmp_path, mon
 
 
 def test_what_cannot_be_written_is_refused(picture, tmp_path):
-    with pytest.raises(UsageError, match="known format"):
+    with pytest.raises(UsageError, match="none that keeps"):
         picture.save(tmp_path / "a.xyz")
     with pytest.raises(UsageError, match="cannot be written"):
         picture.save(tmp_path / "nowhere" / "a.png")

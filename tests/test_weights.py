@@ -3,8 +3,11 @@
 import dataclasses
 import gc
 import json
+import os
 import shutil
 import struct
+import subprocess
+import sys
 
 import mlx.core as mx
 import pytest
@@ -13,7 +16,7 @@ from helpers import PIPELINE, REFERENCE, edit_json, edit_tensors, full_size_fold
 from mlx_flux_krea import FluxPipeline
 from mlx_flux_krea import config as configs
 from mlx_flux_krea.errors import ModelError
-from mlx_flux_krea.weights import find_model, home, open_model
+from mlx_flux_krea.weights import ModelFolder, find_model, home, open_model
 
 
 @pytest.fixture
@@ -53,8 +56,19 @@ def damage(folder, how):
         index = folder / "vae" / "model.safetensors.index.json"
         weights = json.loads(index.read_text())["weight_map"]
         edit_json(index, weight_map=dict.fromkeys(weights, "../transformer/model-00001-of-00002.safetensors"))
+    elif how == "unreadable":
+        file.unlink()
+        file.mkdir()
     elif how == "tokenizer missing":
         shutil.rmtree(folder / "tokenizer")
+    elif how == "tokenizer damaged":
+        for name in ("tokenizer.json", "spiece.model"):
+            if (folder / "tokenizer_2" / name).exists():
+                (folder / "tokenizer_2" / name).write_bytes(b"{}")
+    elif how == "tokenizer of another model":
+        embedding = "text_model.embeddings.token_embedding.weight"
+        edit_tensors(shard(folder, "text_encoder"), lambda a: a.update({embedding: a[embedding][:-1]}))
+        edit_json(folder / "text_encoder" / "config.json", vocab_size=49407)
 
 
 @pytest.mark.parametrize(
@@ -69,11 +83,15 @@ def damage(folder, how):
         ("shard missing", "cannot be read: No such file"),
         ("index missing", "index.json is missing"),
         ("index names a file outside", r"names the file '\.\./transformer"),
+        ("unreadable", "cannot be read: Is a directory"),
         ("tokenizer missing", "holds no CLIP tokenizer"),
+        ("tokenizer damaged", "tokenizer_2 is damaged"),
+        ("tokenizer of another model", "tokenizer has 49408 tokens; expected 49407 at most, as text_encoder has"),
     ],
 )
-def test_a_damaged_folder_is_refused_by_name(folder, how, says):
+def test_a_damaged_folder_is_refused_by_name_before_any_weight_is_read(folder, how, says, monkeypatch):
     damage(folder, how)
+    monkeypatch.delattr(ModelFolder, "load")
     pipe = FluxPipeline.from_pretrained(folder)
     with pytest.raises(ModelError, match=says) as caught:
         pipe("a", seed=1, height=32, width=32, num_inference_steps=1)
@@ -90,13 +108,17 @@ def test_a_damaged_folder_is_refused_by_name(folder, how, says):
         ("model_index.json", {"schedule": {"shift": "static"}}, 'shift is "static"'),
         ("model_index.json", {"_class_name": "Other"}, "is not of a FluxPipeline"),
         ("vae/config.json", {"dtype": "int8"}, "dtype is 'int8'"),
+        ("vae/config.json", {"dtype": []}, r"dtype is \[\]"),
+        ("transformer/config.json", {"in_channels": 384}, "transformer and vae do not fit: in_channels is 384"),
+        ("transformer/config.json", {"vec_in_dim": 17}, "transformer and text_encoder do not fit: vec_in_dim is 17"),
+        ("transformer/config.json", {"context_in_dim": 17}, "transformer and text_encoder_2 do not fit: context"),
         ("vae/config.json", {"ch": "16"}, "ch is str '16'; expected int"),
-        ("vae/config.json", {"ch": 0}, "ch is 0; expected a number from 1"),
+        ("vae/config.json", {"ch": 0}, "ch is .*0; expected a number from 1"),
         ("vae/config.json", {"norm_num_groups": 5}, "not divisible by 5 groups"),
-        ("transformer/config.json", {"depth": 10**9}, "depth is 1000000000; expected a number from 0 to 512"),
+        ("transformer/config.json", {"depth": 10**9}, "depth is .*1000000000; expected a number from 0 to 512"),
         ("transformer/config.json", {"num_heads": 3}, "not divisible by num_heads 3"),
         ("transformer/config.json", {"axes_dim": [8, 12]}, "three even numbers"),
-        ("transformer/config.json", {"mlp_ratio": float("inf")}, "mlp_ratio is inf"),
+        ("transformer/config.json", {"mlp_ratio": float("inf")}, "mlp_ratio is .*inf"),
         ("text_encoder/config.json", {"num_attention_heads": 5}, "not divisible by 5 heads"),
         ("text_encoder_2/config.json", {"relative_attention_num_buckets": 30}, "not divisible by 4"),
     ],
@@ -144,6 +166,30 @@ def test_the_only_installed_model_is_taken_and_several_are_asked_about(model):
     assert find_model("two") == home() / "models" / "two"
     with pytest.raises(ModelError, match="one of one, two"):
         find_model("three")
+
+
+def test_half_made_folders_are_no_models(model):
+    shutil.copytree(model, home() / "models" / "one")
+    shutil.copytree(model, home() / "models" / ".two.123.partial")
+    assert find_model(None) == home() / "models" / "one"
+    with pytest.raises(ModelError, match="there is no model"):
+        find_model(".two.123.partial")
+
+
+@pytest.mark.parametrize(("before", "after"), [(None, "0"), ("1", "1")])
+def test_products_of_float32_are_not_rounded_to_tf32_unless_the_user_says_so(before, after):
+    """Seen in the process's own environment, where MLX looks once."""
+    script = """
+import ctypes
+from mlx_flux_krea import FluxPipeline
+libc = ctypes.CDLL(None)
+libc.getenv.restype = ctypes.c_char_p
+print(libc.getenv(b"MLX_ENABLE_TF32").decode())
+"""
+    env = {name: value for name, value in os.environ.items() if name != "MLX_ENABLE_TF32"}
+    env |= {} if before is None else {"MLX_ENABLE_TF32": before}
+    ran = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == after
 
 
 def test_published_sizes_go_through_json_unchanged():
