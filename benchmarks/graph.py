@@ -5,7 +5,8 @@
 No Mac is needed: `mx.export_function` lists every primitive with shapes and types, and weights are views of one zero,
 so that the full model takes no memory. On a CPU the `mx.fast` functions fall apart into primitives, and compiled
 functions are inlined, so each of them is replaced by one marker primitive with the same result type, to count as a GPU
-would launch.
+would launch; what is inside them is listed apart (`kernels`). Strides are followed from view to view, because Metal
+copies where a kernel cannot read them: a reshape that is no view, a norm of rows that do not lie side by side, a mask.
 
 A pass is a kernel that reads or writes an array at least as large as the text stream (512 x 3072 values) and is no
 matrix product, convolution or attention. Traffic is what passes read and write. Ends with one JSON line.
@@ -20,38 +21,34 @@ from dataclasses import dataclass, field
 from unittest import mock
 
 import mlx.core as mx
-from mlx.utils import tree_map
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten, tree_map
+from numpy.lib.stride_tricks import as_strided
 
-from mlx_flux_krea import sampler, transformer, vae
-from mlx_flux_krea.config import FLUX_DEV, FLUX_VAE
+from mlx_flux_krea import clip, sampler, t5, transformer, vae
+from mlx_flux_krea.config import CLIP_L, FLUX_DEV, FLUX_VAE, T5_XXL
 
-TEXT_TOKENS = 512
+TEXT_TOKENS, STEPS = 512, 28
 BIG = TEXT_TOKENS * FLUX_DEV.hidden_size
 PRODUCTS = {"Matmul", "AddMM", "QuantizedMatmul", "GatherMM", "Convolution"}
-VIEWS = {
-    "Transpose",
-    "ExpandDims",
-    "Squeeze",
-    "Broadcast",
-    "Slice",
-    "Split",
-    "Reshape",
-    "Flatten",
-    "Unflatten",
-    "StopGradient",
-}
+VIEWS = {"Transpose", "ExpandDims", "Squeeze", "Broadcast", "Slice", "Split", "Reshape", "Flatten", "Unflatten"}
 # one primitive stands for each fused kernel; none of them is used by the networks themselves
 MARKERS = {
     "ArcSinh": "fast.rms_norm",
     "ArcTanh": "fast.layer_norm",
-    "ArcTan2": "fast.scaled_dot_product_attention",
+    "Depends": "fast.scaled_dot_product_attention",
     "Expm1": "gelu",
     "Log1p": "rope",
     "Remainder": "gated_residual",
     "Power": "affine",
     "LogAddExp": "affine_silu",
     "Negative": "squared_deviation",
+    "Erf": "silu",
+    "Floor": "contiguous",  # no fused kernel, but a primitive that cannot be exported
 }
+NORMS, ATTENTION = ("ArcSinh", "ArcTanh"), "Depends"
+FUSED_HEADS = (64, 72, 80, 96, 128)  # widths whose attention Metal has in one kernel (ScaledDotProductAttention)
 
 
 @dataclass
@@ -70,66 +67,96 @@ class Count:
     results: list = field(default_factory=list)  # types of what comes out
 
 
-def count(function, *args) -> Count:
-    """Exports the graph of function(*args) and counts it."""
-    shapes, sources, nodes, result = {}, {}, [], Count()
+def count(function, *args, fused: bool = True) -> Count:
+    """Exports the graph of function(*args) and counts it, with markers for fused kernels or with what is in them."""
+    events, result = [], Count()
+    with as_on_a_gpu() if fused else contextlib.nullcontext():
+        mx.export_function(events.append, function, *args)
+    layouts, dtypes = {}, {}
 
-    def callback(event):
-        if event["type"] == "primitive":
-            for name, shape, dtype in event["inputs"] + event["outputs"]:
-                shapes[name] = (shape, dtype)
-            inputs, outputs = [i[0] for i in event["inputs"]], [o[0] for o in event["outputs"]]
-            nodes.append((event["name"], inputs, outputs))
-            sources.update(dict.fromkeys(outputs, (event["name"], inputs)))
-        elif event["type"] in ("inputs", "outputs"):
-            for name, shape, dtype in event[event["type"]]:
-                shapes[name] = (shape, dtype)
-            if event["type"] == "outputs":
-                result.results = [dtype for _, _, dtype in event["outputs"]]
-        elif event["type"] == "constants":
-            shapes.update({name: (array.shape, array.dtype) for name, array in event["constants"]})
+    def nbytes(name):  # what is broadcast is read once
+        read = (n for n, stride in zip(layouts[name].shape, layouts[name].strides, strict=True) if stride)
+        return math.prod(read) * dtypes[name].size
 
-    with as_on_a_gpu():
-        mx.export_function(callback, function, *args)
-
-    def bytes_of(name):  # what is broadcast is read once
-        while name in sources and sources[name][0] == "Broadcast":
-            name = sources[name][1][0]
-        shape, dtype = shapes[name]
-        return math.prod(shape) * dtype.size
-
-    def is_transposed(name):
-        while name in sources and sources[name][0] in VIEWS:
-            if sources[name][0] == "Transpose":
-                return True
-            if sources[name][0] in ("Reshape", "Flatten"):
-                return False
-            name = sources[name][1][0]
-        return False
-
-    for name, inputs, outputs in nodes:
-        size = max(math.prod(shapes[o][0]) for o in outputs)
-        result.primitives += 1
-        result.names[name] += 1
-        result.dtypes.update(str(shapes[o][1]).removeprefix("mlx.core.") for o in outputs)
-        copies = name in ("Reshape", "Flatten") and is_transposed(inputs[0])
-        if name in PRODUCTS:
-            result.products += 1
-            result.float32_products += shapes[outputs[0]][1] == mx.float32
-        elif name == "ArcTan2" or (name in VIEWS and not copies):
-            continue
-        elif max(size, *(math.prod(shapes[i][0]) for i in inputs), 0) < BIG:
+    def kernel(name, inputs, outputs):
+        if max(layouts[array].size for array in (*inputs, *outputs)) < BIG:
             result.small += 1
         else:
             result.passes += 1
-            result.traffic += sum(map(bytes_of, inputs)) + sum(map(bytes_of, outputs))
+            result.traffic += sum(map(nbytes, (*inputs, *outputs)))
             result.big[MARKERS.get(name, name)] += 1
+
+    for event in events:
+        if event["type"] in ("inputs", "outputs"):
+            dtypes.update({name: dtype for name, _, dtype in event[event["type"]]})
+            layouts.update({name: layout(shape) for name, shape, _ in event[event["type"]]})
+            result.results = [dtype for _, _, dtype in event[event["type"]]]  # the outputs come last
+        elif event["type"] == "constants":
+            dtypes.update({name: array.dtype for name, array in event["constants"]})
+            layouts.update({name: layout(array.shape) for name, array in event["constants"]})
+        elif event["type"] == "primitive":
+            name, inputs, outputs = event["name"], *([a[0] for a in event[side]] for side in ("inputs", "outputs"))
+            dtypes.update({array: dtype for array, _, dtype in event["outputs"]})
+            layouts.update({array: layout(shape) for array, shape, _ in event["outputs"]})
+            result.primitives += 1
+            result.names[name] += 1
+            result.dtypes.update(str(dtype).removeprefix("mlx.core.") for _, _, dtype in event["outputs"])
+            if name in VIEWS:
+                try:
+                    views = view(name, layouts[inputs[0]], event["outputs"], event["arguments"])
+                    layouts.update(zip(outputs, views, strict=True))
+                except ValueError:  # no strides say it
+                    kernel(f"copy in {name}", inputs, outputs)
+                continue
+            if name in PRODUCTS:
+                result.products += 1
+                result.float32_products += dtypes[outputs[0]] == mx.float32
+            elif name == ATTENTION:
+                for array in inputs:
+                    if layouts[array].strides[-1] != 1:
+                        kernel("copy before attention", [array], [array])
+                b, h, s, d = layouts[outputs[0]].shape  # it writes heads side by side
+                layouts[outputs[0]] = layout((b, s, h, d)).transpose(0, 2, 1, 3)
+            else:
+                if name in NORMS and not has_rows_side_by_side(layouts[inputs[0]]):
+                    kernel(f"copy before {MARKERS[name]}", inputs, outputs)
+                kernel(name, outputs if name == "Gather" else inputs, outputs)  # of a table only some rows are read
     return result
+
+
+def layout(shape) -> np.ndarray:
+    """An array of nothing but shape and strides, in elements: it owns no memory, and nobody may read it."""
+    strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
+    return as_strided(np.empty(1, np.int8), tuple(shape), strides)
+
+
+def view(name: str, x: np.ndarray, outputs: list, arguments: list) -> list[np.ndarray]:
+    """The layouts of views of x.
+
+    Raises:
+        ValueError: it takes a copy.
+    """
+    if name == "Transpose":
+        return [x.transpose(arguments[0])]
+    if name == "Broadcast":
+        return [np.broadcast_to(x, outputs[0][1])]
+    if name == "Slice":
+        return [x[tuple(map(slice, *arguments))]]
+    if name == "Split":
+        return np.split(x, *arguments)
+    return [x.reshape(outputs[0][1], copy=False)]
+
+
+def has_rows_side_by_side(x: np.ndarray) -> bool:
+    """What the norms of Metal need: no gaps, and rows of the last axis one after the other."""
+    gapless = sum((n - 1) * stride for n, stride in zip(x.shape, x.strides, strict=True)) == x.size - 1
+    return gapless and x.strides[-1] == 1 and (x.ndim == 1 or x.shape[-2] == 1 or x.strides[-2] == x.shape[-1])
 
 
 @contextlib.contextmanager
 def as_on_a_gpu():
     """Replaces what is one kernel on a GPU by one primitive."""
+    in_pieces = mx.fast.scaled_dot_product_attention
 
     def promoted(*arrays):
         dtypes = [a.dtype for a in arrays if a is not None]
@@ -142,13 +169,19 @@ def as_on_a_gpu():
         return mx.arctanh(x.astype(promoted(x, weight, bias)))
 
     def attention(q, k, v, *, scale, mask=None):
-        dtype = promoted(q, k, v)
-        return mx.arctan2(q.astype(dtype), (k[..., :1, :] + v[..., :1, :]).astype(dtype))
+        if q.shape[-1] not in FUSED_HEADS:
+            return in_pieces(q, k, v, scale=scale, mask=mask)
+        others = [array for array in (k, v, mask) if isinstance(array, mx.array)]
+        return mx.depends([q.astype(promoted(q, k, v))], others)[0]
 
     patches = [
         mock.patch.object(mx.fast, "rms_norm", rms_norm),
         mock.patch.object(mx.fast, "layer_norm", layer_norm),
         mock.patch.object(mx.fast, "scaled_dot_product_attention", attention),
+        mock.patch.object(mx, "contiguous", mx.floor),
+        mock.patch.object(nn, "silu", mx.erf),
+        mock.patch.object(nn, "gelu_approx", mx.expm1),
+        mock.patch.object(nn, "gelu_fast_approx", mx.expm1),
         mock.patch.object(transformer, "gelu", mx.expm1),
         mock.patch.object(transformer, "apply_rope", lambda x, pe: mx.log1p(x)),
         mock.patch.object(transformer, "gated_residual", lambda x, gate, y: mx.remainder(x, y)),
@@ -176,7 +209,7 @@ def weightless(module, dtype: mx.Dtype):
 
 
 def transformer_graphs(width: int, height: int, dtype: mx.Dtype, config=FLUX_DEV) -> dict[str, Count]:
-    """One double block, one single block and a whole step."""
+    """One double block, one single block, a whole step, and what is computed once for all steps."""
     tokens, size = (width // 16) * (height // 16), config.hidden_size
     flux = weightless(transformer.Flux(config), dtype)
     ids = sampler.position_ids(TEXT_TOKENS, height // 8, width // 8)
@@ -186,13 +219,53 @@ def transformer_graphs(width: int, height: int, dtype: mx.Dtype, config=FLUX_DEV
     img, txt = zeros((1, tokens, size), dtype), zeros((1, TEXT_TOKENS, size), dtype)
     x = zeros((1, TEXT_TOKENS + tokens, size), dtype)
     double, single = flux.double_blocks[0], flux.single_blocks[0]
+
+    def conditioning(times, guidance, pooled, text, ids):
+        modulations = flux.modulations(flux.vec(times, guidance, pooled))
+        arrays = flux.txt_in(text), modulations, transformer.rope(ids, config.axes_dim, config.theta)
+        return [array for _, array in tree_flatten(arrays)]
+
+    rows = [zeros((STEPS,), mx.float32)] * 2 + [zeros((STEPS, config.vec_in_dim), dtype)]
+    text = zeros((1, TEXT_TOKENS, config.context_in_dim), dtype)
     return {
         "double block": count(lambda img, txt: double(img, txt, mods[0], pe), img, txt),
         "single block": count(lambda x: single(x, mods[config.depth], pe), x),
         "step": count(
             lambda latents, txt: flux.forward(latents, txt, mods, pe), zeros((1, tokens, 64), mx.float32), txt
         ),
+        "conditioning": count(conditioning, *rows, text, ids),
     }
+
+
+def text_graphs(dtype: mx.Dtype, t5_config=T5_XXL, clip_config=CLIP_L) -> dict[str, Count]:
+    """The text encoders, one prompt."""
+    networks = {
+        "T5": (t5.T5Encoder(t5_config), TEXT_TOKENS),
+        "CLIP": (clip.CLIPText(clip_config), clip_config.max_position_embeddings),
+    }
+    return {
+        name: count(weightless(network, dtype), zeros((1, length), mx.int32))
+        for name, (network, length) in networks.items()
+    }
+
+
+def kernel_graphs(dtype: mx.Dtype) -> dict[str, Count]:
+    """What is inside the kernels that markers stand for, as far as they are not MLX's own."""
+    x, wide, row = zeros((1, 1, 8, 128), dtype), zeros((1, 1, 8, 128), mx.float32), zeros((128,), mx.float32)
+    pe = transformer.rope(sampler.position_ids(0, 4, 8), FLUX_DEV.axes_dim, FLUX_DEV.theta)
+    calls = {
+        "gelu": (transformer.gelu, x),
+        "rope": (lambda x: transformer.apply_rope(x, pe), x),
+        "gated_residual": (transformer.gated_residual, x, x, x),
+        "affine": (vae.affine, x, row, row),
+        "affine_silu": (vae.affine_silu, x, row, row),
+        "squared_deviation": (vae.squared_deviation, x, row),
+        "silu": (nn.silu, x),
+        "gelu of T5": (nn.gelu_approx, wide),
+        "gelu of CLIP": (nn.gelu_fast_approx, wide),
+        "bytes": (lambda x: vae.pixels_to_bytes(x, "round"), x),
+    }
+    return {name: count(*call, fused=False) for name, call in calls.items()}
 
 
 def vae_graphs(width: int, height: int, dtype: mx.Dtype, config=FLUX_VAE) -> dict[str, Count]:
@@ -226,6 +299,7 @@ def main():
     args = parser.parse_args()
     dtype = getattr(mx, args.dtype)
     graphs = transformer_graphs(args.width, args.height, dtype) | vae_graphs(args.width, args.height, dtype)
+    graphs |= text_graphs(dtype)
     print("| graph | primitives | products (float32) | passes | traffic, GB | small kernels |")
     print("|---|---|---|---|---|---|")
     for name, c in graphs.items():

@@ -17,10 +17,10 @@ import numpy as np
 from helpers import PIPELINE, TOKENIZERS, facts, goldens, image, levels, max_abs, nhwc, psnr, rel
 from mlx_flux_krea.convert import convert
 from test_networks import forward
+from test_noise import CASES, SEEDS, repeated
 from test_pipeline import arguments, latents_of
 
 from mlx_flux_krea import FluxPipeline, sampler
-from mlx_flux_krea.noise import TorchStream
 from mlx_flux_krea.vae import pixels_from_image
 from mlx_flux_krea.weights import open_model
 
@@ -68,21 +68,13 @@ def runs(pipe):
 
 
 def noise():
-    for prefix, era, dtypes in (
-        ("rng", "rounded", ("float32", "bfloat16", "float16")),
-        ("rng_legacy", "stepwise", ("bfloat16",)),
-    ):
-        for dtype in dtypes:
-            pairs = [
-                (TorchStream(seed).normal(tuple(facts()["rng"]["big_shape"]), getattr(mx, dtype), era), goldens()[key])
-                for seed in facts()["rng"]["seeds"]
-                if (key := f"{prefix}.{seed}.{dtype}.big") in goldens()
-            ]
-            if dtype == "float32":
-                yield f"noise, {dtype}, largest difference", max(max_abs(a, b) for a, b in pairs), 5e-6
-            else:
-                equal = min(float((a == b).mean()) for a, b in pairs)
-                yield f"noise, {dtype}, {era}, share equal", equal, 0.995
+    for prefix, era, dtype in dict.fromkeys((prefix, era, dtype) for prefix, era, _, dtype in CASES):
+        pairs = [pair for seed in SEEDS for pair in repeated(prefix, era, seed, dtype).values()]
+        if dtype == "float32":
+            yield f"noise, {dtype}, largest difference", max(max_abs(a, b) for a, b in pairs), 5e-6
+        else:
+            equal = min(float((a == b).mean()) for a, b in pairs)
+            yield f"noise, {dtype}, {era}, share equal", equal, 0.995
 
 
 def bfloat16(model):

@@ -145,7 +145,8 @@ class T5Encoder(nn.Module):
             self.config.relative_attention_max_distance,
         )
         table = self.encoder.block[0].layer[0].SelfAttention.relative_attention_bias
-        return table(mx.array(buckets.astype(np.int32))).transpose(2, 0, 1)[None]
+        bias = table(mx.array(buckets.astype(np.int32))).transpose(2, 0, 1)[None]
+        return mx.contiguous(bias)  # else every block's attention copies it on Metal
 
     def __call__(self, ids: mx.array, run=lambda piece, *args: piece(*args)) -> mx.array:
         """Encodes padded ids.

@@ -75,10 +75,17 @@ class CLIPTokenizer:
         return Tokens(ids + [self._end] * (max_length - len(ids)), len(ids), cut)
 
 
+# Appended to a sentencepiece model, these override its normalizer: no space is put in front of the text (field 3 of
+# normalizer_spec, which is field 3 of the model), and in the second, none is taken away (field 4).
+_INSIDE = b"\x1a\x02\x18\x00"
+_SPACES_KEPT = b"\x1a\x04\x18\x00\x20\x00"
+
+
 class T5Tokenizer:
     """T5's sentencepiece model, from tokenizer.json or spiece.model, whichever the folder holds.
 
-    Special tokens written in the text (`</s>`, `<extra_id_0>`) become themselves, as in the references.
+    Special tokens written in the text (`</s>`, `<extra_id_0>`) become themselves, and what follows one begins a word
+    only after a space. So T5TokenizerFast of transformers 4 reads the published files; transformers 5 always does.
 
     Args:
         folder: holds the file.
@@ -100,6 +107,9 @@ class T5Tokenizer:
                 self.vocab_size = max(tokenizer.get_vocab().values()) + 1
             elif slow.exists():
                 self._pieces = sentencepiece.SentencePieceProcessor(model_file=str(slow))
+                proto = self._pieces.serialized_model_proto()
+                self._inside = sentencepiece.SentencePieceProcessor(model_proto=proto + _INSIDE)
+                self._normalizer = sentencepiece.SentencePieceNormalizer(model_proto=proto + _SPACES_KEPT)
                 self._encode, self._decode = self._encode_pieces, self._decode_pieces
                 self._pad, self._end = self._pieces.pad_id(), self._pieces.eos_id()
                 self._special = self._special_tokens(folder)
@@ -129,8 +139,12 @@ class T5Tokenizer:
 
     def _encode_pieces(self, text: str) -> list[int]:
         ids = []
-        for part in re.split(r"(<pad>|</s>|<unk>|<extra_id_\d+>)", text):
-            ids += [self._special[part]] if part in self._special else self._pieces.encode(part)
+        for i, part in enumerate(re.split(f"({'|'.join(self._special)})", text)):
+            if part in self._special:
+                ids.append(self._special[part])
+            else:
+                starts_a_word = i == 0 or self._normalizer.normalize(part).startswith("▁")
+                ids += (self._pieces if starts_a_word else self._inside).encode(part)
         return ids
 
     def _decode_pieces(self, ids: list[int]) -> str:

@@ -8,46 +8,65 @@ import graph
 import mlx.core as mx
 import pytest
 
+# what MLX has a Metal kernel for, of what the networks could use; no sort, no factorization, nothing that loads
 ALLOWED = {
-    *graph.PRODUCTS,
-    *graph.VIEWS,
-    *graph.MARKERS,
-    "Add",
-    "AsType",
-    "Concatenate",
-    "Divide",
-    "Multiply",
-    "Pad",
-    "Reduce",
-    "Sqrt",
-    "Square",
-    "Subtract",
-}
+    *graph.PRODUCTS, *graph.VIEWS, *graph.MARKERS,
+    "Add", "Arange", "ArgReduce", "AsType", "Concatenate", "Cos", "Divide", "Gather", "GatherAxis",
+    "Maximum", "Minimum", "Multiply", "Pad", "Reduce", "Round", "Sigmoid", "Sin", "Softmax", "Sqrt", "Square",
+    "Subtract", "Tanh",
+}  # fmt: skip
+INDICES = {"int32", "uint32"}
 # primitives, passes, gigabytes of traffic
 BUDGET = {
-    "double block": (90, 20, 1.0),
-    "single block": (35, 9, 0.95),
-    "step": (2800, 730, 55),
-    "decode": (2700, 550, 62),
-    "encode": (1600, 320, 35),
+    "double block": (90, 23, 1.05),
+    "single block": (35, 10, 1.0),
+    "step": (2800, 820, 58),
+    "conditioning": (330, 0, 0),
+    "T5": (1050, 200, 4.5),
+    "CLIP": (560, 0, 0),
+    "decode": (2700, 570, 64),
+    "encode": (1650, 340, 36),
 }
 
 
 @pytest.fixture(scope="module")
 def graphs():
-    return graph.transformer_graphs(1024, 1024, mx.bfloat16) | graph.vae_graphs(1024, 1024, mx.bfloat16)
+    full = (1024, 1024, mx.bfloat16)
+    return graph.transformer_graphs(*full) | graph.vae_graphs(*full) | graph.text_graphs(mx.bfloat16)
 
 
 @pytest.mark.parametrize("name", BUDGET)
 def test_only_what_the_gpu_has_is_asked_for(graphs, name):
     assert set(graphs[name].names) <= ALLOWED
-    assert set(graphs[name].dtypes) <= {"bfloat16", "float32"}
+    assert set(graphs[name].dtypes) <= {"bfloat16", "float32"} | (INDICES if name == "CLIP" else set())
+
+
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16, mx.float32])
+def test_inside_the_kernels_is_only_what_the_gpu_has(dtype):
+    """Markers hide what they stand for, so that it is listed by itself."""
+    given = str(dtype).removeprefix("mlx.core.")
+    for name, count in graph.kernel_graphs(dtype).items():
+        assert set(count.names) <= ALLOWED - {"Matmul", "Softmax"}, name
+        assert set(count.dtypes) <= {given, "float32"} | ({"uint8"} if name == "bytes" else set()), name
+        results = dict.fromkeys(("squared_deviation", "gelu of T5", "gelu of CLIP"), mx.float32) | {"bytes": mx.uint8}
+        assert count.results == [results.get(name, dtype)], name
 
 
 @pytest.mark.parametrize("name", BUDGET)
 def test_no_product_of_a_bfloat16_model_is_float32(graphs, name):
+    assert graphs[name].products > 0
     assert graphs[name].float32_products == 0
+
+
+@pytest.mark.parametrize("name", BUDGET.keys() - {"conditioning"})
+def test_what_comes_out_of_a_bfloat16_model_is_bfloat16(graphs, name):
     assert set(graphs[name].results) == {mx.bfloat16}
+
+
+def test_only_the_rope_tables_of_the_conditioning_are_float32(graphs):
+    *modulations, cos, sin = graphs["conditioning"].results
+    assert set(modulations) == {mx.bfloat16}
+    assert cos == sin == mx.float32
 
 
 @pytest.mark.parametrize("name", ["double block", "single block", "step"])
@@ -64,9 +83,69 @@ def test_the_budget_holds(graphs, name):
     assert count.traffic <= gigabytes * 1e9
 
 
-def test_products_of_a_step_are_those_of_the_model(graphs):
+def test_products_are_those_of_the_model(graphs):
     """8 in a double block, 2 in a single one, the way in and the way out: qkv and qkv+mlp are one product each."""
     assert graphs["step"].products == 19 * 8 + 38 * 2 + 2
+    # text, time, guidance and vector on their way in; two modulations of a double block, one of any other layer
+    assert graphs["conditioning"].products == 1 + 3 * 2 + 19 * 2 + 38 + 1
+    assert graphs["T5"].products == 24 * 7
+    assert graphs["CLIP"].products == 12 * 6
+
+
+def test_copies_that_metal_makes_are_counted(graphs):
+    """Queries and keys are slices of one product, and a norm's rows must lie side by side; T5's bias is copied once."""
+    copies = {name: sum(n for kernel, n in graphs[name].big.items() if kernel.startswith("copy")) for name in graphs}
+    assert copies["double block"] == 4
+    assert copies["single block"] == 2
+    assert copies["step"] == 19 * 4 + 38 * 2
+    assert copies["decode"] == 3  # one for each doubling of the size
+    assert copies["encode"] == copies["T5"] == 0
+    assert graphs["T5"].big["contiguous"] == 1
+
+
+def test_attention_that_metal_does_not_fuse_is_counted_in_its_parts(graphs):
+    """Head width 512 of the autoencoder: 16 chunks of queries, each two products and a softmax over all positions."""
+    for name in ("decode", "encode"):
+        assert graphs[name].big["Softmax"] == graphs[name].names["Matmul"] / 2 == 16
+        assert "Depends" not in graphs[name].names
+
+
+LAYOUTS = {
+    "heads are a view": (lambda x: heads(x), {}),
+    "undone by a copy": (lambda x: heads(x).reshape(1, -1), {"copy in Reshape": 1}),
+    "repeated by a copy": (lambda x: mx.broadcast_to(x, (2, *x.shape[1:])).reshape(1, -1), {"copy in Reshape": 1}),
+    "a norm of rows side by side": (lambda x: norm(x.reshape(1, 4608, -1, 128)), {"fast.rms_norm": 1}),
+    "a norm of heads": (lambda x: norm(heads(x)), {"fast.rms_norm": 1, "copy before fast.rms_norm": 1}),
+    "a norm of some columns": (lambda x: norm(heads(x)[:, :9]), {"fast.rms_norm": 1, "copy before fast.rms_norm": 1}),
+    "a norm of half of the heads": (
+        lambda x: norm(x.reshape(1, 4608, 72, 128)[:, :, :36]), {"fast.rms_norm": 1, "copy before fast.rms_norm": 1},
+    ),
+    "a norm of some rows": (lambda x: norm(x[:, 512:].reshape(1, 4096, -1, 128)), {"fast.rms_norm": 1}),
+    "attention reads heads and writes them side by side": (
+        lambda x: attend(*[heads(x)] * 3).transpose(0, 2, 1, 3).reshape(1, 4608, -1), {},
+    ),
+    "attention of columns": (
+        lambda x: attend(*[x.reshape(1, -1, 128, 4608).swapaxes(2, 3)] * 3), {"copy before attention": 3},
+    ),
+}  # fmt: skip
+
+
+def heads(x):
+    return x.reshape(1, 4608, -1, 128).transpose(0, 2, 1, 3)
+
+
+def norm(x):
+    return mx.fast.rms_norm(x, mx.ones((128,), mx.bfloat16), 1e-6)
+
+
+def attend(q, k, v):
+    return mx.fast.scaled_dot_product_attention(q, k, v, scale=1.0)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_strides_are_followed_as_metal_follows_them(name):
+    function, passes = LAYOUTS[name]
+    assert graph.count(function, graph.zeros((1, 4608, 9216), mx.bfloat16)).big == passes
 
 
 def test_a_silent_promotion_would_be_seen(monkeypatch):

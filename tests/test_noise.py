@@ -36,23 +36,31 @@ def assert_drawn(ours: mx.array, theirs: mx.array, small: int = 0) -> None:
     assert np.abs(ours - theirs).max() <= 1
 
 
+def repeated(prefix: str, era: str, seed: int, dtype: str) -> dict[str, tuple[mx.array, mx.array]]:
+    """Our numbers and torch's of each kind of draw: sizes 1 to 40 each from the seed, several in a row, one large."""
+    sizes, kind = facts()["rng"], getattr(mx, dtype)
+    stream = TorchStream(seed)
+    ours = {
+        "small": mx.concatenate([TorchStream(seed).normal((n,), kind, era) for n in sizes["small_sizes"]]),
+        "sequence": mx.concatenate([stream.normal((n,), kind, era) for n in sizes["sequence"]]),
+        "big": TorchStream(seed).normal(tuple(sizes["big_shape"]), kind, era),
+    }
+    theirs = {name: goldens().get(f"{prefix}.{seed}.{dtype}.{name}") for name in ours}
+    return {name: (ours[name], theirs[name]) for name in ours if theirs[name] is not None}
+
+
 @pytest.mark.parametrize(("prefix", "era", "seed", "dtype"), CASES)
 def test_torch_numbers_are_repeated(prefix, era, seed, dtype):
-    key, kind, checked = f"{prefix}.{seed}.{dtype}.", getattr(mx, dtype), 0
-    facts_ = facts()["rng"]
-    if key + "small" in goldens():
-        drawn = mx.concatenate([TorchStream(seed).normal((n,), kind, era) for n in facts_["small_sizes"]])
-        assert_drawn(drawn, goldens()[key + "small"], small=sum(range(1, 16)))
-        checked += 1
-    if key + "sequence" in goldens():
-        stream = TorchStream(seed)
-        drawn = mx.concatenate([stream.normal((n,), kind, era) for n in facts_["sequence"]])
-        assert_drawn(drawn, goldens()[key + "sequence"])
-        checked += 1
-    if key + "big" in goldens():
-        assert_drawn(TorchStream(seed).normal(tuple(facts_["big_shape"]), kind, era), goldens()[key + "big"])
-        checked += 1
-    assert checked >= 2
+    pairs = repeated(prefix, era, seed, dtype)
+    assert {"small", "sequence"} <= pairs.keys()
+    for name, (ours, theirs) in pairs.items():
+        assert_drawn(ours, theirs, small=sum(range(1, 16)) if name == "small" else 0)
+
+
+def test_zeros_are_positive_as_torchs_are():
+    drawn = np.array(TorchStream(0).normal((4096,), mx.bfloat16, "stepwise").astype(mx.float32))
+    assert (drawn == 0).sum() > 4  # a uniform of 8 bits is often 0
+    assert not np.signbit(drawn[drawn == 0]).any()
 
 
 @pytest.mark.parametrize("k", range(4))
@@ -90,6 +98,14 @@ def test_mlx_streams_are_what_mflux_and_mlx_examples_draw():
     stream = MLXSeedStream(3)
     stream.normal((1, 8, 12, 16), mx.bfloat16, None)
     assert mx.array_equal(stream.normal((4,), mx.float32, None), second)
+
+
+def test_mlx_streams_give_the_numbers_of_the_mlx_that_the_recipes_were_read_from():
+    """MLX could change its streams; a seed of these recipes would then mean another picture, and must say so."""
+    packed = sampler.pack(draw("mflux", 3, (1, 16, 4, 4), mx.float32))[0, 0, :4]
+    nhwc = draw("mlx-examples", 3, (1, 16, 4, 4), mx.float32).transpose(0, 2, 3, 1)[0, 0, 0, :4]
+    np.testing.assert_allclose(packed, [-0.361305, 0.021158, 0.017233, -1.000535], atol=1e-5)
+    np.testing.assert_allclose(nhwc, [-0.271484, -0.625, 0.898438, -0.06543], atol=0.02)  # drawn in bfloat16
 
 
 def test_recipes_with_a_type_of_their_own_draw_in_it():

@@ -2,7 +2,8 @@
 
     pytest -m parity
 
-Weights are drawn here, saved by diffusers, converted by us, and both pipelines make the same pictures from them.
+Weights are drawn here, saved by diffusers, converted by us, and both pipelines make the same pictures of the same
+texts: each with its own tokenizers, encoders, transformer, sampler, autoencoder and noise.
 """
 
 import contextlib
@@ -48,6 +49,24 @@ def random_weights(module, generator, scale=0.3):
                 parameter.copy_(drawn * scale * (9 if parameter.ndim == 4 else 1) / np.sqrt(parameter[0].numel() / 3))
 
 
+def clip_tokenizer():
+    from transformers import CLIPTokenizer
+
+    return CLIPTokenizer.from_pretrained(TOKENIZERS / "tokenizer", model_max_length=77)
+
+
+def t5_tokenizer():
+    """The tests' small T5 vocabulary in transformers' class; what T5's own class adds is the end token."""
+    from tokenizers import Tokenizer, processors
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer.from_file(str(TOKENIZERS / "tokenizer_2" / "tokenizer.json"))
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=512
+    )
+
+
 @pytest.fixture(scope="module", params=range(len(SHAPES)), ids=lambda i: f"shape{i}")
 def both(request, tmp_path_factory):
     """diffusers' pipelines (text to image, image to image) and ours, over the same weights."""
@@ -56,6 +75,7 @@ def both(request, tmp_path_factory):
     from diffusers import FluxPipeline as Theirs
     from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
+    torch.set_num_threads(1)  # tensors are tiny, and threads only wait for each other
     shape = SHAPES[request.param]
     generator = torch.Generator().manual_seed(1000 + request.param)
     transformer = FluxTransformer2DModel(
@@ -91,8 +111,8 @@ def both(request, tmp_path_factory):
     (folder / "source" / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
     shutil.copytree(TOKENIZERS, folder / "source", dirs_exist_ok=True)
     parts = {
-        "scheduler": scheduler, "vae": vae, "text_encoder": clip, "tokenizer": None, "text_encoder_2": t5,
-        "tokenizer_2": None, "transformer": transformer,
+        "scheduler": scheduler, "vae": vae, "text_encoder": clip, "tokenizer": clip_tokenizer(), "text_encoder_2": t5,
+        "tokenizer_2": t5_tokenizer(), "transformer": transformer,
     }  # fmt: skip
     theirs, theirs_from_image = Theirs(**parts), FluxImg2ImgPipeline(**parts)
     for pipeline in (theirs, theirs_from_image):
@@ -101,140 +121,163 @@ def both(request, tmp_path_factory):
     return theirs, theirs_from_image, ours
 
 
-def embeds(theirs, ours, prompt: str, prompt_2: str | None = None, length: int = 40) -> dict:
-    """What transformers makes of a prompt; its ids are ours, which test_tokenizers holds to the published ones."""
-    import torch
-
-    from mlx_flux_krea.tokenizers import CLIPTokenizer, T5Tokenizer
-
-    clip_ids = CLIPTokenizer(ours.folder.path / "tokenizer")(prompt).ids
-    t5_ids = T5Tokenizer(ours.folder.path / "tokenizer_2")(prompt if prompt_2 is None else prompt_2, length).ids
-    with torch.no_grad():
-        pooled = theirs.text_encoder(torch.tensor([clip_ids])).pooler_output
-        states = theirs.text_encoder_2(torch.tensor([t5_ids]))[0]
-    return {"prompt_embeds": states, "pooled_prompt_embeds": pooled}
-
-
-def run_theirs(pipeline, seeds, call, **options):
-    """Latents after every step, and the pictures."""
-    import torch
-
+def latents_and_images(pipe, seeds, call) -> tuple[np.ndarray, list]:
+    """Latents after every step, and the pictures, of either pipeline."""
     seen = []
 
     def callback(pipe, step, timestep, kwargs):
-        seen.append(kwargs["latents"].float().numpy().copy())
+        seen.append(np.asarray(kwargs["latents"]))
         return {}
 
-    single = isinstance(seeds, int)
-    generators = [torch.Generator().manual_seed(s) for s in ([seeds] if single else seeds)]
+    if isinstance(pipe, FluxPipeline):
+        return pipe(seed=seeds, callback_on_step_end=callback, **call), seen
+    import torch
+
+    generators = [torch.Generator().manual_seed(seed) for seed in np.atleast_1d(seeds).tolist()]
+    generator = generators[0] if isinstance(seeds, int) else generators
     with torch.no_grad(), contextlib.redirect_stderr(None):
-        images = pipeline(
-            **call, **options, generator=generators[0] if single else generators, callback_on_step_end=callback
-        ).images
-    return np.stack(seen), images
+        return pipe(generator=generator, callback_on_step_end=callback, **call), seen
 
 
-def run_ours(pipe, seeds, **call):
-    seen = []
-
-    def callback(pipe, step, timestep, kwargs):
-        seen.append(np.array(kwargs["latents"]))
-
-    return pipe(seed=seeds, callback_on_step_end=callback, **call), np.stack(seen)
-
-
-def assert_same(ours, theirs, our_images, their_images):
-    for step, (a, b) in enumerate(zip(ours, theirs, strict=True)):
-        error = np.linalg.norm(a - b) / np.linalg.norm(b)
-        assert error <= 1e-4, f"step {step}: {error:.2e}"
-    assert theirs[-1].std() > 0.1
-    for a, b in zip(our_images, their_images, strict=True):
+def assert_same(ours, theirs, seeds, **call):
+    """One call of both pipelines: every step's latents and every picture."""
+    call = {"prompt": PROMPT, "max_sequence_length": 40, **call}
+    if ours.folder.sizes["transformer"].guidance_embed:
+        call |= {"guidance_scale": 3.7}
+    (our_result, our_latents), (their_result, their_latents) = (
+        latents_and_images(p, seeds, call) for p in (ours, theirs)
+    )
+    for step, (a, b) in enumerate(zip(our_latents, their_latents, strict=True)):
+        for i, (one, other) in enumerate(zip(a, b, strict=True)):
+            error = np.linalg.norm(one - other) / np.linalg.norm(other)
+            assert error <= 1e-4, f"step {step} of picture {i}: {error:.2e}"
+    assert their_latents[-1].std() > 0.1
+    for a, b in zip(our_result.images, their_result.images, strict=True):
         assert np.asarray(b).std() > 5  # a picture that varies
         assert psnr(a, b) >= 60
         assert levels(a, b) <= 1
 
 
-def guided(pipe) -> dict:
-    return {"guidance_scale": 3.7} if pipe.folder.sizes["transformer"].guidance_embed else {}
+@pytest.mark.parametrize(("prompt", "prompt_2"), [(PROMPT, None), ("", "cat " * 60), ("sign " * 90, "hello, world!")])
+def test_encoders_give_what_transformers_gives(both, prompt, prompt_2):
+    import torch
 
-
-def test_encoders_give_what_transformers_gives(both):
     theirs, _, ours = both
-    for prompt, prompt_2 in ((PROMPT, None), ("", "cat " * 60)):
-        reference = embeds(theirs, ours, prompt, prompt_2)
-        states, pooled = ours.encode_prompt(prompt, prompt_2, max_sequence_length=40)
-        for a, b, bar in (
-            (states, reference["prompt_embeds"], 3e-5),
-            (pooled, reference["pooled_prompt_embeds"], 2e-5),
-        ):
-            b = b.numpy()
-            assert np.linalg.norm(np.array(a) - b) / np.linalg.norm(b) < bar
+    with torch.no_grad(), contextlib.redirect_stderr(None):
+        states, pooled, _ = theirs.encode_prompt(prompt, prompt_2, max_sequence_length=40)
+    pairs = zip(
+        ours.encode_prompt(prompt, prompt_2, max_sequence_length=40), (states, pooled), (3e-5, 2e-5), strict=True
+    )
+    for a, b, bar in pairs:
+        assert np.linalg.norm(np.array(a) - b.numpy()) / np.linalg.norm(b.numpy()) < bar
 
 
-@pytest.mark.parametrize(("width", "height", "steps"), [(64, 64, 4), (112, 48, 3), (48, 144, 2)])
-def test_text_to_image_with_a_prompt_of_its_own_for_t5(both, width, height, steps):
+@pytest.mark.parametrize(
+    ("width", "height", "steps", "seed"), [(64, 64, 4, 11), (112, 48, 3, 2**32 + 5), (48, 144, 2, 0)]
+)
+def test_text_to_image(both, width, height, steps, seed):
     theirs, _, ours = both
-    size = {"width": width, "height": height, "num_inference_steps": steps, **guided(ours)}
-    call = embeds(theirs, ours, PROMPT, "blurry, low quality")
-    a = run_ours(ours, 11, prompt=PROMPT, prompt_2="blurry, low quality", max_sequence_length=40, **size)
-    b = run_theirs(theirs, 11, call, **size)
-    assert_same(a[1], b[0], a[0].images, b[1])
+    assert_same(ours, theirs, seed, width=width, height=height, num_inference_steps=steps)
+
+
+def test_a_prompt_of_its_own_for_t5(both):
+    theirs, _, ours = both
+    assert_same(ours, theirs, 3, prompt_2="blurry, low quality", width=80, height=48, num_inference_steps=3)
 
 
 @pytest.mark.parametrize("seeds", [5, [8, 3, 8, 1]], ids=["one seed", "list of seeds"])
 def test_several_images_of_several_prompts(both, seeds):
-    import torch
-
     theirs, _, ours = both
-    size = {"width": 64, "height": 32, "num_inference_steps": 3, **guided(ours)}
-    each = [embeds(theirs, ours, prompt) for prompt in (PROMPT, "")]
-    # two of each, prompt by prompt: diffusers repeats texts so, but of embeds only T5's half
-    call = {name: torch.cat([e[name] for e in each]).repeat_interleave(2, dim=0) for name in each[0]}
-    b = run_theirs(theirs, seeds, call, **size)
-    a = run_ours(ours, seeds, prompt=[PROMPT, ""], num_images_per_prompt=2, max_sequence_length=40, **size)
-    assert_same(a[1], b[0], a[0].images, b[1])
+    texts = {"prompt": [PROMPT, ""], "prompt_2": ["a red circle", "water"]}
+    assert_same(ours, theirs, seeds, **texts, num_images_per_prompt=2, width=64, height=32, num_inference_steps=3)
 
 
 def test_true_cfg(both):
     theirs, _, ours = both
-    size = {"width": 48, "height": 64, "num_inference_steps": 3, "true_cfg_scale": 2.5, **guided(ours)}
-    call = embeds(theirs, ours, PROMPT)
-    call |= {f"negative_{name}": value for name, value in embeds(theirs, ours, "blurry").items()}
-    b = run_theirs(theirs, 2, call, **size)
-    a = run_ours(ours, 2, prompt=PROMPT, negative_prompt="blurry", max_sequence_length=40, **size)
-    assert_same(a[1], b[0], a[0].images, b[1])
+    texts = {"negative_prompt": "blurry", "negative_prompt_2": "low quality", "true_cfg_scale": 2.5}
+    assert_same(ours, theirs, 2, **texts, width=48, height=64, num_inference_steps=3)
+
+
+def test_true_cfg_of_several_images_of_several_prompts(both):
+    theirs, _, ours = both
+    texts = {"prompt": [PROMPT, "cat"], "negative_prompt": ["", "blurry"], "true_cfg_scale": 1.7}
+    size = {"width": 32, "height": 48, "num_inference_steps": 2}
+    assert_same(ours, theirs, [1, 2, 3, 4], **texts, num_images_per_prompt=2, **size)
 
 
 def test_sigmas_of_ones_own(both):
     theirs, _, ours = both
-    own = [0.9, 0.6, 0.2]
-    size = {"width": 48, "height": 48, "sigmas": own, **guided(ours)}
-    b = run_theirs(theirs, 4, embeds(theirs, ours, PROMPT), num_inference_steps=3, **size)
-    a = run_ours(ours, 4, prompt=PROMPT, max_sequence_length=40, **size)
-    assert_same(a[1], b[0], a[0].images, b[1])
+    assert_same(ours, theirs, 4, sigmas=[0.9, 0.6, 0.2], num_inference_steps=3, width=48, height=80)
+
+
+def picture(width: int, height: int) -> Image.Image:
+    noise = np.random.default_rng(0).integers(0, 256, (9, 13, 3), dtype=np.uint8)
+    return Image.fromarray(noise).resize((width, height))
 
 
 @pytest.mark.parametrize(("strength", "steps"), [(0.6, 7), (0.95, 4), (1.0, 3)])
 def test_image_to_image(both, strength, steps):
     _, theirs, ours = both
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (9, 13, 3), dtype=np.uint8)).resize((90, 61))
     size = {"width": 64, "height": 48, "num_inference_steps": steps, "strength": strength}
-    size |= guided(ours) or {}
-    call = embeds(theirs, ours, PROMPT) | {"image": picture}
-    b = run_theirs(theirs, 6, call, **size)
-    a = run_ours(ours, 6, prompt=PROMPT, image=picture, max_sequence_length=40, **size)
-    assert_same(a[1], b[0], a[0].images, b[1])
+    assert_same(ours, theirs, 6, image=picture(90, 61), prompt_2="a blue square", **size)
 
 
-def test_noise_of_sizes_of_ones_own():
+def test_image_to_image_with_true_cfg(both):
+    _, theirs, ours = both
+    texts = {"negative_prompt": "blurry", "true_cfg_scale": 2.0}
+    size = {"width": 48, "height": 96, "num_inference_steps": 4, "strength": 0.7}
+    assert_same(ours, theirs, 9, image=picture(30, 70), **texts, **size)
+
+
+@pytest.mark.parametrize("seeds", [5, [8, 3, 1]], ids=["one seed", "list of seeds"])
+def test_several_images_of_an_image(both, seeds):
+    _, theirs, ours = both
+    size = {"width": 64, "height": 32, "num_inference_steps": 4, "strength": 0.7}
+    assert_same(ours, theirs, seeds, image=picture(64, 32), num_images_per_prompt=3, **size)
+
+
+SIZES = (1, 2, 15, 16, 17, 31, 33, 47, 100, 1000)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_noise_of_any_size_is_torchs(dtype):
     import torch
 
-    for seed, shape in ((3, (1, 16, 6, 10)), (2**40 + 9, (3, 16, 14, 34))):
-        for ours, theirs in ((mx.float32, torch.float32), (mx.bfloat16, torch.bfloat16), (mx.float16, torch.float16)):
-            b = torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed), dtype=theirs).float().numpy()
-            a = np.array(noise.draw("diffusers", seed, shape, ours).astype(mx.float32))
-            if ours == mx.float32:
-                assert np.abs(a - b).max() <= 5e-6
-            else:
-                assert (a == b).mean() >= 0.995
-                assert np.abs(a - b).max() <= 0.016
+    streams = noise.TorchStream(7), torch.Generator().manual_seed(7)
+    for shape in (*((size,) for size in SIZES), (1, 16, 6, 10), (3, 16, 14, 34), (7, 5, 3)):
+        a = np.array(streams[0].normal(shape, getattr(mx, dtype), "rounded").astype(mx.float32))
+        b = torch.randn(shape, generator=streams[1], dtype=getattr(torch, dtype)).float().numpy()
+        if dtype == "float32":
+            assert np.abs(a - b).max() <= 5e-6
+        else:
+            assert (a == b).mean() >= 0.995
+            assert np.abs(a - b).max() <= 0.016
+
+
+@pytest.mark.parametrize(("dtype", "bits"), [("bfloat16", 8), ("float16", 11)])
+def test_noise_of_older_torch_is_its_algorithm_in_torchs_own_16_bit_arithmetic(dtype, bits):
+    """`normal_fill` as torch 2.7 and before ran it, from today's tensors: a uniform is the low bits of a word."""
+    import torch
+
+    kind, generator, stream = (
+        getattr(torch, dtype),
+        torch.Generator().manual_seed(2**31 + 3),
+        noise.TorchStream(2**31 + 3),
+    )
+
+    def uniforms(size):
+        return torch.randint(0, 2**bits, (size,), generator=generator).to(kind) / 2**bits
+
+    def box_muller(block):
+        radius, theta = torch.sqrt(-2 * torch.log(1 - block[:8])), 2 * np.pi * block[8:]
+        return torch.cat([radius * torch.cos(theta), radius * torch.sin(theta)])
+
+    for size in [size for size in SIZES if size >= 16]:
+        b = uniforms(size)
+        for start in range(0, size - 15, 16):
+            b[start : start + 16] = box_muller(b[start : start + 16])
+        if size % 16:
+            b[-16:] = box_muller(uniforms(16))
+        a = np.array(stream.normal((size,), getattr(mx, dtype), "stepwise").astype(mx.float32))
+        assert (a == b.float().numpy()).mean() >= 0.99
+        assert np.abs(a - b.float().numpy()).max() <= 0.032
