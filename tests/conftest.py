@@ -1,10 +1,20 @@
 """Model folders of the reference's tiny pipeline, made once a session by the converter."""
 
+import signal
+
 import pytest
 from helpers import PIPELINE, TOKENIZERS
 from mlx_flux_krea.convert import convert
 
 from mlx_flux_krea import FluxPipeline
+
+
+@pytest.fixture(scope="session", autouse=True)
+def signals():
+    """As a terminal has them: in the background, or under nohup, tests and what they start would ignore some."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")
