@@ -13,14 +13,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mlx_flux_krea import config as configs
-from mlx_flux_krea.errors import ModelError, UsageError
+from mlx_flux_krea.errors import ModelError, UsageError, printable
 from mlx_flux_krea.weights import COMPONENTS, DTYPES, home
 
 from . import write
 from .index import make_index
 from .layouts import Found, identify, make_plan
 from .remap import Plan
-from .sources import open_sources, printable
+from .sources import open_sources
 from .tokenizers import find_tokenizers
 
 __all__ = ["Component", "Report", "convert"]

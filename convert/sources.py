@@ -11,7 +11,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from mlx_flux_krea.errors import ModelError
+from mlx_flux_krea.errors import ModelError, printable
 from mlx_flux_krea.weights import COMPONENTS, TensorInfo, read_header, read_json
 
 # How stored types become arrays: the numpy type of the bytes, and MLX's view of it. A plan with others is refused.
@@ -102,11 +102,6 @@ def is_model_folder(path: Path) -> bool:
         return "format" in read_json(path / "model_index.json")
     except ModelError:
         return False
-
-
-def printable(text: str) -> str:
-    """With everything but letters, signs and spaces escaped: what a file calls itself must not steer a terminal."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _open(path: Path) -> list[Source]:

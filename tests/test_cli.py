@@ -9,12 +9,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from helpers import PIPELINE, REFERENCE, ROOT, TOKENIZERS, full_size_folder, image, levels, run_command
 from PIL import Image
 
 from mlx_flux_krea.errors import printable
-from mlx_flux_krea.provenance import read_record
+from mlx_flux_krea.provenance import Picture, read_record
 
 CAT = "A cat holding a sign that says hello world"
 SMALL = ["--width", "48", "--height", "32", "--steps", "2"]
@@ -616,6 +617,13 @@ def test_inspect_names_foreign_files_without_reading_tensors(command, monkeypatc
         "text_encoder_2",
         "vae",
     ]
+
+
+def test_inspect_shows_no_control_characters_of_a_picture(command, tmp_path):
+    record = {"software": "s", "prompt": "a\x1b[2Jb"}
+    Picture.from_pixels(np.zeros((16, 16, 3), np.uint8), record).save(tmp_path / "a.png")
+    code, out, _ = command("inspect", tmp_path / "a.png")
+    assert (code, r"a\x1b[2Jb" in out, "\x1b" in out) == (0, True, False)
 
 
 def test_inspect_says_what_it_does_not_know(command, tmp_path):

@@ -18,26 +18,19 @@ def inspect(path, as_json):
       flux-krea inspect flux1-krea-dev.safetensors
       flux-krea inspect out.png
     """
-    from mlx_flux_krea.convert.sources import printable
-    from mlx_flux_krea.errors import ModelError
+    from mlx_flux_krea.convert.sources import is_model_folder
+    from mlx_flux_krea.errors import ModelError, printable
     from mlx_flux_krea.provenance import FORMATS
 
     if not path.exists():
         raise ModelError(f"there is nothing at {path}", "a file or a folder")
     if path.suffix.lower() in FORMATS:
         facts, lines = _picture(path)
-    elif path.is_dir() and _is_ours(path):
+    elif is_model_folder(path):
         facts, lines = _model(path)
     else:
         facts, lines = _foreign(path)
     click.echo(_json(facts) if as_json else "\n".join(map(printable, lines.split("\n"))))
-
-
-def _is_ours(path: Path) -> bool:
-    from mlx_flux_krea.weights import read_json
-
-    index = path / "model_index.json"
-    return index.exists() and "format" in read_json(index)
 
 
 def _picture(path: Path) -> tuple[dict, str]:
