@@ -42,9 +42,9 @@ def draw(
     Returns:
         Array of this shape and type, in torch's order of axes whatever the order of drawing.
     """
-    if not isinstance(seed, int):
+    if isinstance(seed, Sequence):
         return mx.concatenate([Stream(recipe, s, dtype).noise((1, *shape[1:])) for s in seed])
-    return Stream(recipe, seed, dtype).noise(shape)
+    return Stream(recipe, int(seed), dtype).noise(shape)
 
 
 class Stream:

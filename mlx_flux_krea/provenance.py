@@ -11,6 +11,8 @@ import json
 import logging
 import os
 import threading
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from xml.sax.saxutils import escape
 
@@ -126,7 +128,7 @@ def replacing(path: Path, force: bool = True):
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise ResourceError(f"the disk of {path} is full", "", "make room, or choose another place") from None
-        raise UsageError(f"{path} cannot be written: {error.strerror}", "", "choose another place") from None
+        raise UsageError(f"{path} cannot be written: {error.strerror or error}", "", "choose another place") from None
     finally:
         with contextlib.suppress(OSError):
             partial.unlink()
@@ -142,19 +144,36 @@ def _claim(partial: Path, path: Path) -> None:
         open(path, "xb").close()
 
 
+@contextlib.contextmanager
+def opened(image: Image.Image | str | os.PathLike) -> Iterator[Image.Image]:
+    """An image or an image file, open within the block, with one error for all that can be wrong with it.
+
+    Raises:
+        UsageError: not an image, or broken.
+    """
+    is_path = not isinstance(image, Image.Image)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # twice as many pixels are an error
+            with Image.open(image) if is_path else contextlib.nullcontext(image) as file:
+                yield file
+    except UsageError:
+        raise
+    except Exception as error:  # on hostile files Pillow and its decoders raise what they like
+        reason = " ".join(str(error).split()) or type(error).__name__
+        name = image if is_path else "the image"
+        raise UsageError(f"{name} cannot be opened: {reason}", "an image") from None
+
+
 def read_record(path: Path) -> dict | None:
     """The record in a picture's file; None where it has none.
 
     Raises:
         UsageError: not an image.
     """
-    try:
-        with Image.open(path) as image:
-            text = image.info.get(_KEY)
-            comment = image.getexif().get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment)
-    except Exception as error:  # on hostile files Pillow and its decoders raise what they like
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UsageError(f"{path} cannot be opened: {reason}", "an image") from None
+    with opened(path) as image:
+        text = image.info.get(_KEY)
+        comment = image.getexif().get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment)
     if text is None and isinstance(comment, bytes) and comment.startswith(_ASCII):
         text = comment[len(_ASCII) :].decode("ascii", "replace")
     try:

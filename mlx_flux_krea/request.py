@@ -1,6 +1,5 @@
 """What a caller asks for and what comes back, as frozen objects; every check that needs no weights is here."""
 
-import contextlib
 import hashlib
 import math
 import numbers
@@ -10,7 +9,6 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -20,6 +18,7 @@ from . import presets
 from .config import FluxConfig, ModelIndex
 from .errors import UsageError
 from .noise import find_recipe
+from .provenance import opened
 from .sampler import first_step
 
 OUTPUT_TYPES = ("pil", "np", "latent")
@@ -291,25 +290,19 @@ def open_image(image: Image.Image | str | os.PathLike | None) -> Image.Image | N
         return None
     if not isinstance(image, str | os.PathLike | Image.Image):
         raise UsageError(f"image is {type(image).__name__}", "a PIL image or a path")
-    is_path = not isinstance(image, Image.Image)
-    name = str(image) if is_path else "the image"
-    try:
-        with Image.open(Path(image).expanduser()) if is_path else contextlib.nullcontext(image) as opened:
-            mode = opened.mode
-            if mode in ("I", "F"):
-                raise UsageError(f"{name} has mode {mode}, whose white is not known", "8 or 16 bits, grey or RGB")
-            upright = ImageOps.exif_transpose(opened)  # a copy, whole in memory
-            if mode.startswith("I;16"):
-                upright = Image.fromarray(np.round(np.asarray(upright) / 257).astype(np.uint8))
-            if mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in upright.info:
-                upright = upright.convert("LA" if mode == "La" else "RGBA").convert("RGBA")
-                upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright)
-            upright = upright.convert("RGB")
-    except UsageError:
-        raise
-    except Exception as error:  # on hostile files Pillow and its decoders raise what they like
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UsageError(f"{name} cannot be opened: {reason}", "an image") from None
+    image = os.path.expanduser(image) if isinstance(image, str | os.PathLike) else image
+    name = image if isinstance(image, str) else "the image"
+    with opened(image) as file:
+        mode = file.mode
+        if mode in ("I", "F"):
+            raise UsageError(f"{name} has mode {mode}, whose white is not known", "8 or 16 bits, grey or RGB")
+        upright = ImageOps.exif_transpose(file)  # a copy, whole in memory
+        if mode.startswith("I;16"):
+            upright = Image.fromarray(np.round(np.asarray(upright) / 257).astype(np.uint8))
+        if mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in upright.info:
+            upright = upright.convert("LA" if mode == "La" else "RGBA").convert("RGBA")
+            upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright)
+        upright = upright.convert("RGB")
     if 0 in upright.size:
         raise UsageError(f"{name} is {upright.width} x {upright.height}", "at least one pixel")
     return upright

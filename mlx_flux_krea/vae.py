@@ -11,7 +11,7 @@ from functools import partial
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from .config import VAEConfig
 
@@ -273,16 +273,10 @@ class VAE(nn.Module):
 
 
 def pixels_from_image(image: Image.Image, width: int, height: int) -> mx.array:
-    """An image as the encoder reads it, (1, height, width, 3) float32 in [-1, 1].
+    """An RGB image as the encoder reads it, (1, height, width, 3) float32 in [-1, 1].
 
-    Turned upright by its EXIF orientation, transparency flattened on white, resized with Lanczos as diffusers'
-    VaeImageProcessor does.
+    Resized with Lanczos, as diffusers' VaeImageProcessor does.
     """
-    image = ImageOps.exif_transpose(image)
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = image.convert("RGB")
     if image.size != (width, height):
         image = image.resize((width, height), Image.Resampling.LANCZOS)
     values = np.asarray(image, dtype=np.float32) / 255.0

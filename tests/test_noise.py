@@ -86,6 +86,7 @@ def test_a_list_of_seeds_draws_each_picture_alone_and_one_seed_draws_the_batch()
     batch = draw("diffusers", 7, shape, mx.float32)
     assert mx.array_equal(batch[:1], alone[:1])
     assert not mx.array_equal(batch[1:], alone[1:])
+    assert mx.array_equal(draw("diffusers", np.int64(7), shape, mx.float32), batch)
 
 
 def test_mlx_streams_are_what_mflux_and_mlx_examples_draw():

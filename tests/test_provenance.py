@@ -11,6 +11,7 @@ from PIL import ExifTags, Image, PngImagePlugin
 
 from mlx_flux_krea.errors import ResourceError, UsageError
 from mlx_flux_krea.provenance import SOFTWARE, Picture, read_record
+from mlx_flux_krea.request import open_image
 
 RECORD = {"software": SOFTWARE, "prompt": 'кот "猫" <b>&amp;</b> 😀\n\\u0041', "seed": 2**64 - 1, "guidance_scale": 4.5}
 PIXELS = np.arange(24 * 16 * 3, dtype=np.uint8).reshape(16, 24, 3)
@@ -145,12 +146,17 @@ def test_a_record_too_long_for_a_jpeg_is_cut_and_says_so(tmp_path, caplog):
         assert read_record(tmp_path / name) == record
 
 
-def test_hostile_files_are_no_pictures(tmp_path, monkeypatch):
+def test_hostile_files_are_no_pictures_and_large_ones_are(tmp_path, monkeypatch, recwarn):
     Image.new("L", (64, 64)).save(tmp_path / "bomb.png")
     with monkeypatch.context() as patch:
         patch.setattr(Image, "MAX_IMAGE_PIXELS", 16)
         with pytest.raises(UsageError, match=r"bomb\.png cannot be opened: .*decompression bomb"):
             read_record(tmp_path / "bomb.png")
+    with monkeypatch.context() as patch:
+        patch.setattr(Image, "MAX_IMAGE_PIXELS", 64 * 63)
+        assert read_record(tmp_path / "bomb.png") is None
+        assert open_image(tmp_path / "bomb.png").size == (64, 64)
+    assert not recwarn.list
     Image.new("L", (4, 4)).save(tmp_path / "exif.png", exif=b"Exif\0\0II\x99\0junk")
     with pytest.raises(UsageError, match=r"exif\.png cannot be opened"):
         read_record(tmp_path / "exif.png")
