@@ -70,7 +70,7 @@ cli.add_command(inspect)
 )
 @click.option("--force", is_flag=True, help="Replace the output, also a link; otherwise the next free name is taken.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object instead of paths.")
-def generate(prompt, model, output, num_images, dtype, force, as_json, **options):
+def generate(prompt, model, output, num_images, dtype, image, force, as_json, **options):
     """Make a picture from PROMPT.
 
     \b
@@ -85,10 +85,11 @@ def generate(prompt, model, output, num_images, dtype, force, as_json, **options
     seed = request.pop("seed", None)
 
     from mlx_flux_krea import FluxPipeline
-    from mlx_flux_krea.request import random_seed
+    from mlx_flux_krea.request import open_image, random_seed
 
     show_notes()
     pipe = FluxPipeline.from_pretrained(model, dtype=dtype)
+    request["image"] = open_image(image)  # once: the first picture may take its name
     seed = random_seed() if seed is None else seed
     if seed + num_images > 2**64:
         raise UsageError(f"seed {seed} and {num_images - 1} after it", f"at most {2**64 - 1}")
@@ -137,7 +138,10 @@ def _check_output(output: Path) -> None:
         raise UsageError(f"{output} ends in {output.suffix or 'nothing'!r}", f"one of {', '.join(FORMATS)}")
     folder = output.parent
     try:  # under a name a little longer than any that will be needed
-        tempfile.NamedTemporaryFile(prefix=f".{output.name}-", suffix=".0000000-0000000.partial", dir=folder).close()
+        with signals.held():
+            tempfile.NamedTemporaryFile(
+                prefix=f".{output.name}-", suffix=".0000000-0000000.partial", dir=folder
+            ).close()
     except OSError as error:
         if error.errno == errno.ENOENT and not os.path.exists(folder):
             raise UsageError(f"there is no folder {folder}", "one that exists", f"make it: mkdir -p {folder}") from None
@@ -167,6 +171,7 @@ def main(argv: list[str] | None = None) -> None:
         code = _run(sys.argv[1:] if argv is None else argv)
         signals.finish()
     except signals.Stopped as stopped:
+        signals.finish()
         code = _fail(stopped.message, stopped.exit_code)
     for stream in (sys.stdout, sys.stderr):
         try:

@@ -36,11 +36,16 @@ class Engine:
             UsageError: this process was forked from one that had computed.
         """
         thread = _thread()
-        if threading.current_thread() is thread:
-            return function(*args)
         future: Future = Future()
         stop = threading.Event()
         self._stops.add(stop)
+        if threading.current_thread() is thread:
+            _running.append(stop)
+            try:
+                return function(*args)
+            finally:
+                _running.remove(stop)
+                self._stops.discard(stop)
         _jobs.put((future, stop, function, args))
         try:
             while not future.done():  # a signal that comes just before an endless wait would not end it
@@ -63,12 +68,12 @@ class Engine:
         Raises:
             Interrupted: somebody asked to stop.
         """
-        if _running and _running[0].is_set():
+        if any(stop.is_set() for stop in _running):
             raise Interrupted("stopped on request")
 
 
 _jobs: queue.SimpleQueue = queue.SimpleQueue()
-_running: list[threading.Event] = []  # the stop of the job at hand
+_running: list[threading.Event] = []  # the stops of the job at hand and of those within it
 _started: list[threading.Thread] = []
 _starting = threading.Lock()
 

@@ -140,6 +140,12 @@ KILL = "os.kill(os.getpid(), 15)"
 LOSING = {
     "an import": "import swallowing",
     "__del__": "Odd()",
+    "a weak reference": f"odd = Odd2(); kept = weakref.ref(odd, lambda _: {KILL}); del odd",
+    "somebody's except": f"""
+    try:
+        {KILL}
+    except BaseException:
+        pass""",
     "what comes before main": KILL,
 }
 
@@ -148,9 +154,11 @@ LOSING = {
 def test_a_signal_where_an_exception_would_be_lost_waits_for_a_better_moment(model, tmp_path, where):
     (tmp_path / "swallowing.py").write_text(f"import os\ntry:\n    {KILL}\nexcept BaseException:\n    pass")
     inside = f"""
+import weakref
 from mlx_flux_krea import pipeline
 class Odd:
     def __del__(self): {KILL}
+class Odd2: pass
 def call(*args, **options):
     {LOSING[where]}
     time.sleep(2)
@@ -159,7 +167,8 @@ pipeline.FluxPipeline.__call__ = call"""
     patch = LOSING[where] if "main" in where else inside
     process = start(["generate", CAT, "-m", model, *SLOW, "-o", "a.png"], tmp_path, patch)
     out, err = process.communicate(timeout=30)
-    assert (process.returncode, out, err) == (143, "", "flux-krea: terminated\n")
+    assert (process.returncode, out, err.splitlines()[-1]) == (143, "", "flux-krea: terminated")
+    assert "Exception ignored" not in err or "weak" in where
     assert not (tmp_path / "a.png").exists()
 
 
@@ -354,6 +363,15 @@ def test_several_images_have_seeds_that_count_up_each_drawn_alone(command, model
     assert [read_record(tmp_path / name)["seed"] for name in ("a.webp", "a-2.webp")] == [7, 8]
     command("generate", CAT, "-m", model, "--seed", 8, "-o", "alone.webp", *SMALL)
     assert levels(Image.open(tmp_path / "a-2.webp"), Image.open(tmp_path / "alone.webp")) == 0
+
+
+def test_every_image_starts_from_the_picture_that_was_there_before_the_first(command, model, tmp_path):
+    image("images/input.png").save(tmp_path / "a.png")
+    start = ["generate", CAT, "-m", model, "--image", "a.png", "--steps", 4, "--strength", 0.5]
+    command(*start, "--seed", 8, "-o", "alone.png")
+    code, _, err = command(*start, "--seed", 7, "-n", 2, "--force", "-o", "a.png")
+    assert code == 0, err
+    assert levels(Image.open(tmp_path / "a-2.png"), Image.open(tmp_path / "alone.png")) == 0
 
 
 def test_a_seed_that_was_chosen_is_shown_and_repeats_the_picture(command, model, tmp_path):
@@ -620,10 +638,10 @@ def test_inspect_names_foreign_files_without_reading_tensors(command, monkeypatc
 
 
 def test_inspect_shows_no_control_characters_of_a_picture(command, tmp_path):
-    record = {"software": "s", "prompt": "a\x1b[2Jb"}
+    record = {"software": "s", "prompt": "a\x1b[2Jb\nseed  7"}
     Picture.from_pixels(np.zeros((16, 16, 3), np.uint8), record).save(tmp_path / "a.png")
     code, out, _ = command("inspect", tmp_path / "a.png")
-    assert (code, r"a\x1b[2Jb" in out, "\x1b" in out) == (0, True, False)
+    assert (code, r"a\x1b[2Jb\nseed" in out, "\x1b" in out, out.count("\n")) == (0, True, False, 2)
 
 
 def test_inspect_says_what_it_does_not_know(command, tmp_path):

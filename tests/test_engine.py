@@ -52,6 +52,23 @@ def test_interrupting_one_pipeline_leaves_anothers_job_alone():
     assert engine.run(work) == 1
 
 
+def test_interrupt_reaches_a_job_within_anothers_job():
+    engine, inner = Engine(), Engine()
+
+    def job():
+        inner.interrupt()
+        inner.check()
+
+    def outer():
+        with pytest.raises(Interrupted):
+            inner.run(job)
+        engine.check()
+        return 1
+
+    assert engine.run(outer) == 1
+    assert not inner._stops
+
+
 def test_a_job_that_waits_is_stopped_too():
     engine, started, ended, seen = Engine(), threading.Event(), [], []
 

@@ -2,17 +2,18 @@
 
 An exception out of a signal handler appears between any two instructions. In the middle of an import it is swallowed
 or breaks an extension module, in `__del__` it is printed and forgotten, before `main` nobody catches it. There the
-signal is kept, and a timer looks again and again. It is raised once: a second Ctrl-C does not disturb the undoing.
+signal is kept. A timer looks again and again until `finish`, also after it was raised, for somebody may have swallowed
+it unseen. Where what was done is being undone, nothing is raised: a second Ctrl-C does not disturb that.
 """
 
 import contextlib
 import signal
+import sys
 
 _STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _RETRY = 0.02  # seconds
 _arrived: list[int] = []  # the signals that were kept
 _holds = ["until main"]  # reasons to keep them
-_raised: list["Stopped"] = []
 
 
 class Stopped(BaseException):
@@ -36,8 +37,8 @@ def listen() -> None:
 
 def check() -> None:
     """Raises `Stopped` again where another exception has taken its place, such as a failure in a `finally`."""
-    if _raised:
-        raise _raised[0]
+    if _undoing():
+        raise Stopped(_arrived[0])
 
 
 @contextlib.contextmanager
@@ -59,17 +60,22 @@ def finish() -> None:
 
 def _arrive(number: int, frame) -> None:
     _arrived.append(number)
+    signal.signal(signal.SIGALRM, _look)
+    signal.setitimer(signal.ITIMER_REAL, _RETRY, _RETRY)
     _look(number, frame)
 
 
 def _look(_, frame) -> None:
-    if _holds or _fragile(frame):
-        signal.signal(signal.SIGALRM, _look)
-        signal.setitimer(signal.ITIMER_REAL, _RETRY, _RETRY)
-    else:
-        finish()
-        _raised.append(Stopped(_arrived[0]))
-        raise _raised[0]
+    if not (_holds or _fragile(frame) or _undoing()):
+        raise Stopped(_arrived[0])
+
+
+def _undoing() -> bool:
+    """Whether what runs now, such as a `finally`, runs because of a `Stopped`."""
+    error = sys.exc_info()[1]
+    while error and not isinstance(error, Stopped):
+        error = error.__context__
+    return error is not None
 
 
 def _fragile(frame) -> bool:

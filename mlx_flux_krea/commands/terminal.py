@@ -104,7 +104,7 @@ def table(rows: list[tuple], right: tuple[int, ...] = ()) -> str:
         rows: cells, of any type.
         right: columns aligned to the right.
     """
-    cells = [[str(cell) for cell in row] for row in rows]
+    cells = [[printable(str(cell)) for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
     lines = (
         "  ".join(
