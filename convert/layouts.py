@@ -15,7 +15,7 @@ from mlx_flux_krea.errors import ModelError
 from mlx_flux_krea.weights import COMPONENTS, build
 
 from . import maps
-from .remap import Plan, plan
+from .remap import Misfit, Plan, plan
 from .sources import STORED, Source, Tensor
 
 # Every prefix that published single files put in front of their names.
@@ -35,6 +35,7 @@ class Layout:
     table: tuple
     dropped: tuple = ()
     convert_config: Callable[[dict, str], dict] | None = None  # our sizes from this layout's config.json and its name
+    config_kinds: tuple[str, ...] = ()  # what such a config.json says that it is of, in `_class_name` or `model_type`
 
 
 @dataclass(frozen=True)
@@ -170,7 +171,7 @@ LAYOUTS = (
         "transformer, diffusers", "transformer",
         ("transformer_blocks.0.attn.norm_added_q.weight", "transformer_blocks.0.ff.net.0.proj.weight",
          "single_transformer_blocks.0.proj_mlp.weight"),
-        maps.FLUX_DIFFUSERS, convert_config=_diffusers_flux,
+        maps.FLUX_DIFFUSERS, (), _diffusers_flux, ("FluxTransformer2DModel",),
     ),
     Layout(
         "VAE, Black Forest Labs", "vae",
@@ -180,22 +181,22 @@ LAYOUTS = (
     Layout(
         "VAE, diffusers", "vae",
         ("encoder.down_blocks.0.resnets.0.conv1.weight", "decoder.mid_block.attentions.0.to_q.weight"),
-        maps.VAE_DIFFUSERS, convert_config=_diffusers_vae,
+        maps.VAE_DIFFUSERS, (), _diffusers_vae, ("AutoencoderKL",),
     ),
     Layout(
         "CLIP text model", "text_encoder",
         ("text_model.embeddings.token_embedding.weight", "text_model.final_layer_norm.weight"),
-        maps.CLIP, maps.CLIP_DROPPED, _transformers_clip,
+        maps.CLIP, maps.CLIP_DROPPED, _transformers_clip, ("clip_text_model", "clip"),
     ),
     Layout(
         "CLIP text model, transformers 5", "text_encoder",
         ("embeddings.token_embedding.weight", "final_layer_norm.weight"),
-        maps.CLIP_TRANSFORMERS_5, maps.CLIP_DROPPED, _transformers_clip,
+        maps.CLIP_TRANSFORMERS_5, maps.CLIP_DROPPED, _transformers_clip, ("clip_text_model", "clip"),
     ),
     Layout(
         "T5 v1.1 encoder", "text_encoder_2",
         ("shared.weight", "encoder.block.0.layer.1.DenseReluDense.wi_0.weight"),
-        maps.T5, maps.T5_DROPPED, _transformers_t5,
+        maps.T5, maps.T5_DROPPED, _transformers_t5, ("t5",),
     ),
 )  # fmt: skip
 
@@ -247,7 +248,7 @@ def identify(source: Source) -> Found:
                 return Found(source, layout, tensors)
     first = ", ".join(sorted(source.tensors)[:3])
     raise ModelError(
-        f"{source.path} is no layout that is known here (it holds {first})", "see flux-krea convert --help"
+        f"{source.path} is no layout that is known here (it holds {first})", todo="see flux-krea convert --help"
     )
 
 
@@ -260,8 +261,8 @@ def target_shapes(component: str, config) -> dict[str, tuple[int, ...]]:
 def make_plan(found: Found) -> tuple[object, Plan]:
     """Sizes and the complete mapping of a component.
 
-    Sizes come from the layout's own config.json; where it has none (single files), from the published config with these
-    shapes; else from a config.json beside the file, ours or in BFL's form.
+    Sizes come from the layout's own config.json; where it has none (single files, beside whatever else), from the
+    published config with these shapes; else from a config.json beside the file, ours, in BFL's form or the layout's.
 
     Raises:
         ModelError: sizes unknown, or tensors missing, left over, of another shape or of a type that cannot be decoded.
@@ -278,21 +279,25 @@ def _fit(found: Found) -> tuple[object, Plan]:
     component, layout = found.layout.component, found.layout
     where = str(found.source.path)
     beside, file = found.source.config(), f"{found.source.folder / 'config.json'}"
-    if layout.convert_config and beside is not None and (found.source.component or not _is_ours(beside, component)):
-        config = configs.from_json(COMPONENTS[component][0], layout.convert_config(beside, file), file)
-        return config, _plan(found, config)
-    refused: list[ModelError] = []
-    for config in _PUBLISHED[component]:
-        try:
-            return config, _plan(found, config)
-        except ModelError as error:
-            refused.append(error)
-    if beside is None:
-        raise ModelError(
-            f"{where} has other sizes than the published {layout.name} ({refused[0].found})",
-            "a config.json beside it with heads and other sizes that shapes do not tell",
-        )
-    config = _read_beside(beside, component, file)
+    named = found.source.component
+    own = beside is not None and layout.convert_config and (named or not _is_ours(beside, component))
+    if not (own and (named or _kind(beside) in layout.config_kinds)):
+        refused: list[Misfit] = []
+        for config in _PUBLISHED[component]:
+            try:
+                return config, _plan(found, config)
+            except Misfit as error:
+                refused.append(error)
+        nearest = min(refused, key=lambda error: len(error.problems))
+        if beside is None and nearest.same_sizes:
+            raise nearest
+        if beside is None:
+            raise ModelError(
+                f"{where} has other sizes than the published {layout.name} ({nearest.found})",
+                "a config.json beside it with heads and other sizes that shapes do not tell",
+            )
+    sizes = layout.convert_config(beside, file) if own else _beside(beside, component, file)
+    config = configs.from_json(COMPONENTS[component][0], sizes, file)
     return config, _plan(found, config)
 
 
@@ -318,6 +323,10 @@ def _plan(found: Found, config) -> Plan:
     return plan(found.tensors, found.layout.table, found.layout.dropped, shapes, last, str(found.source.path))
 
 
+def _kind(obj: dict):
+    return obj.get("_class_name", obj.get("model_type"))
+
+
 def _is_ours(obj: dict, component: str) -> bool:
     return _BFL_SECTIONS[component] in obj or obj.keys() <= {
         "dtype",
@@ -325,8 +334,8 @@ def _is_ours(obj: dict, component: str) -> bool:
     }
 
 
-def _read_beside(obj: dict, component: str, where: str):
-    """Sizes from a config.json beside a single file: ours, or in the form of BFL's parameter classes."""
+def _beside(obj: dict, component: str, where: str) -> dict:
+    """Our sizes from a config.json beside a single file: ours, or in the form of BFL's parameter classes."""
     section = _BFL_SECTIONS[component]
     if section in obj and isinstance(obj[section], dict):
         sizes = dict(obj[section])
@@ -335,6 +344,5 @@ def _read_beside(obj: dict, component: str, where: str):
             sizes.pop(name, None)
         if component == "vae" and "ae_norm_num_groups" in obj:
             sizes["norm_num_groups"] = obj["ae_norm_num_groups"]
-    else:
-        sizes = {k: v for k, v in obj.items() if k != "dtype"}
-    return configs.from_json(COMPONENTS[component][0], sizes, where)
+        return sizes
+    return {k: v for k, v in obj.items() if k != "dtype"}

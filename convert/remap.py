@@ -50,6 +50,21 @@ class Plan:
         return sum(math.prod(target.shape) for target in self.targets)
 
 
+class Misfit(ModelError):
+    """A source whose tensors are not those of a network of these sizes.
+
+    Args:
+        what: the source.
+        problems: all of them.
+        same_sizes: no tensor is of another shape.
+    """
+
+    def __init__(self, what: str, problems: list[str], same_sizes: bool):
+        self.problems, self.same_sizes = problems, same_sizes
+        more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
+        super().__init__(f"{what} {'; '.join(problems[:3])}{more}", todo="is it complete, and a model of this kind?")
+
+
 def plan(tensors: dict[str, Tensor], table, dropped, shapes: dict[str, tuple[int, ...]], last: int, what: str) -> Plan:
     """Matches a source with our tensors, on names and shapes alone.
 
@@ -62,9 +77,9 @@ def plan(tensors: dict[str, Tensor], table, dropped, shapes: dict[str, tuple[int
         what: the source, for errors.
 
     Raises:
-        ModelError: a tensor missing, left over or of another shape; the first few are named.
+        Misfit: a tensor missing, left over or of another shape; the first few are named.
     """
-    targets, missing, problems, used = [], [], [], set()
+    targets, missing, shaped, used = [], [], [], set()
     for name, shape in shapes.items():
         names, swap = _find_row(name, table, last)
         absent = [n for n in names if n not in tensors]
@@ -76,15 +91,14 @@ def plan(tensors: dict[str, Tensor], table, dropped, shapes: dict[str, tuple[int
         made = _shape([_shape_in_our_axes(t.shape, len(shape)) for t in sources])
         if made != tuple(shape):
             stored = " + ".join(str(list(t.shape)) for t in sources)
-            problems.append(f"{names[0]} has shape {stored}, expected what makes {list(shape)}")
+            shaped.append(f"{names[0]} has shape {stored}, expected what makes {list(shape)}")
         targets.append(Target(name, tuple(shape), sources, swap))
     left = [n for n in tensors if n not in used]
     reasons = {n: reason for n in left for pattern, reason in dropped if _pattern(pattern).fullmatch(n)}
     unknown = [n for n in left if n not in reasons]
-    problems = [f"lacks {n}" for n in missing] + [f"has the unknown tensor {n}" for n in unknown] + problems
+    problems = [f"lacks {n}" for n in missing] + [f"has the unknown tensor {n}" for n in unknown] + shaped
     if problems:
-        more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise ModelError(f"{what} {'; '.join(problems[:3])}{more}", todo="is it complete, and a model of this kind?")
+        raise Misfit(what, problems, same_sizes=not shaped)
     return Plan(tuple(targets), tuple(sorted(reasons.items())))
 
 
