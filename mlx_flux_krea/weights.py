@@ -17,6 +17,7 @@ first evaluated, and a cast to another compute type never holds two copies of th
 import json
 import os
 import re
+import shlex
 import struct
 import sys
 from dataclasses import dataclass
@@ -62,7 +63,7 @@ class TensorInfo:
 def home() -> Path:
     """Where converted models live: $FLUX_KREA_HOME, else the platform's folder for application data."""
     if os.environ.get("FLUX_KREA_HOME"):
-        return Path(os.environ["FLUX_KREA_HOME"]).expanduser()
+        return Path(os.path.expanduser(os.environ["FLUX_KREA_HOME"]))
     if sys.platform == "darwin":
         return Path.home() / "Library" / "Application Support" / "flux-krea"
     return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "flux-krea"
@@ -204,7 +205,7 @@ def open_model(path: Path) -> ModelFolder:
         ModelError: not a model folder of ours, a component or a field missing or wrong, or components that do not fit.
     """
     index_path = path / "model_index.json"
-    convert = f"convert it first: flux-krea convert {path}"
+    convert = f"convert it first: flux-krea convert {shlex.quote(str(path))}"
     if not path.exists():
         raise ModelError(f"there is nothing at {path}", "a model folder")
     if not path.is_dir():
@@ -247,12 +248,14 @@ def find_model(model: str | os.PathLike | None) -> Path:
             raise ModelError(f"several models are installed: {names}", "", "name one with -m")
         todo = "convert one: flux-krea convert SOURCE, or name a folder with -m"
         raise ModelError(f"no model is installed in {home() / 'models'}", "", todo)
-    path = Path(model).expanduser()
+    path = Path(os.path.expanduser(model))
     if not path.exists() and home() / "models" / path in installed:
         return home() / "models" / path
     if not path.exists():
         known = f"a path, or one of {names}" if names else "the path of a model folder"
-        raise ModelError(f"there is no model {str(model)!r}", known, f"convert it first: flux-krea convert {model}")
+        raise ModelError(
+            f"there is no model {str(model)!r}", known, "convert a downloaded folder: flux-krea convert FOLDER"
+        )
     return path
 
 

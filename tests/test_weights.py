@@ -149,9 +149,24 @@ def test_foreign_weights_are_sent_to_the_converter(path):
         FluxPipeline.from_pretrained(path)
 
 
-def test_a_hub_id_or_a_wrong_name_is_sent_to_the_converter():
-    with pytest.raises(ModelError, match=r"flux-krea convert black-forest-labs/FLUX\.1-Krea-dev"):
-        FluxPipeline.from_pretrained("black-forest-labs/FLUX.1-Krea-dev")
+def test_a_command_that_is_suggested_can_be_typed_as_it_is(tmp_path):
+    (tmp_path / "my model").mkdir()
+    with pytest.raises(ModelError, match=r"flux-krea convert '.*/my model'$"):
+        FluxPipeline.from_pretrained(tmp_path / "my model")
+
+
+def test_a_hub_id_or_a_wrong_name_is_sent_to_the_converter_with_a_folder():
+    for name in ("black-forest-labs/FLUX.1-Krea-dev", "tyni"):
+        with pytest.raises(ModelError, match=r"no model '.*convert a downloaded folder: flux-krea convert FOLDER$"):
+            FluxPipeline.from_pretrained(name)
+
+
+def test_a_user_that_does_not_exist_is_a_name_like_others(monkeypatch):
+    with pytest.raises(ModelError, match="there is no model '~nosuchuser/tiny'"):
+        find_model("~nosuchuser/tiny")
+    monkeypatch.setenv("FLUX_KREA_HOME", "~nosuchuser")
+    with pytest.raises(ModelError, match="no model is installed in ~nosuchuser/models"):
+        find_model(None)
 
 
 def test_the_only_installed_model_is_taken_and_several_are_asked_about(model):
