@@ -7,6 +7,8 @@ sources opens files, layouts recognises them, maps names their tensors, remap pu
 tokenizers add what weights do not say, write stores it all.
 """
 
+import os
+import shlex
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -20,7 +22,7 @@ from . import write
 from .index import make_index
 from .layouts import Found, identify, make_plan
 from .remap import Plan
-from .sources import open_sources
+from .sources import is_model_folder, open_sources
 from .tokenizers import find_tokenizers
 
 __all__ = ["Component", "Report", "convert"]
@@ -67,7 +69,8 @@ def convert(
         out: the model folder to make; None: models/NAME-TYPE in the home folder (`weights.home`).
         dtype: of every array: "bfloat16", "float16" or "float32".
         tokenizers: a folder with `tokenizer` and `tokenizer_2` (or `clip` and `t5`), where the sources have none.
-        force: an existing model folder is replaced, once the new one is complete; nothing else ever is.
+        force: an existing model folder is replaced, once the new one is complete; nothing else ever is, nor a folder
+            with files in it that the converter did not write.
         allow_nonfinite: weights may hold NaN and infinities.
         progress: called with the component at work, the bytes written so far and in all.
         placing: gives the context in which the complete folder takes its name, for callers who handle signals.
@@ -79,20 +82,20 @@ def convert(
     """
     if dtype not in DTYPES:
         raise UsageError(f'no type is called "{dtype}"', f"one of {', '.join(DTYPES)}")
-    paths = [Path(path).expanduser() for path in sources]
+    paths = [Path(os.path.expanduser(path)) for path in sources]
     found = _components(paths)
     plans = {component: make_plan(f) for component, f in found.items()}
     configs.check_parts(*(plans[name][0] for name in ("transformer", "text_encoder_2", "text_encoder", "vae")))
     index = make_index(found, plans["transformer"][0])
-    path = Path(out).expanduser() if out else home() / "models" / f"{index.name}-{_SHORT[dtype]}"
-    files = [file for f in found.values() for file in f.source.files]
-    target = _checked_target(path, force, [*paths, *files])
+    path = Path(os.path.expanduser(out)) if out else home() / "models" / f"{index.name}-{_SHORT[dtype]}"
+    target = _resolved(path)
     tokens = find_tokenizers(found, plans, tokenizers)
     total = sum(write.output_bytes(plan, dtype) for _, plan in plans.values())
-    write.check_disk(target, total + 2**26)
+    sizes = {file: file.stat().st_size for f in found.values() for file in f.source.files}
 
     written = 0
-    with write.new_folder(target, force, placing) as folder, write.hashing(files) as hashes:
+    with write.new_folder(target, force, [*paths, *sizes], placing) as folder, write.hashing(sizes) as hashes:
+        write.check_disk(target, total + 2**26)
         for component in COMPONENTS:
             config, plan = plans[component]
 
@@ -103,11 +106,10 @@ def convert(
                     progress(component, written, total)
 
             write.write_component(folder, component, configs.to_json(config), plan, dtype, done, allow_nonfinite)
-        for name, own in tokens.items():
-            for file in own:
-                folder.write(f"{name}/{file.name}", [file.read_bytes()])
+        for name, data in tokens.items():
+            folder.write(name, [data])
         records = tuple(
-            configs.Source(_record_name(file, f), hashes[file].result(), file.stat().st_size, f.layout.name)
+            configs.Source(_record_name(file, f), hashes[file].result(), sizes[file], f.layout.name)
             for f in found.values()
             for file in f.source.files
         )
@@ -119,6 +121,11 @@ def convert(
 
 
 def _components(paths: list[Path]) -> dict[str, Found]:
+    folders = (folder for path in paths if os.path.exists(path) for folder in (path, *path.absolute().parents[:2]))
+    if ours := next(filter(is_model_folder, folders), None):
+        name = shlex.quote(str(ours))
+        todo = f"generate with it: -m {name} (it cannot be converted to another type or quantized yet)"
+        raise ModelError(f"{ours} is a model folder already", "the weights it was made from", todo)
     found: dict[str, Found] = {}
     for source in open_sources(paths):
         one = identify(source)
@@ -133,15 +140,13 @@ def _components(paths: list[Path]) -> dict[str, Found]:
     return {c: found[c] for c in COMPONENTS}
 
 
-def _checked_target(path: Path, force: bool, sources: list[Path]) -> Path:
-    target = path.resolve()
+def _resolved(path: Path) -> Path:
+    target = os.path.realpath(path)  # what Path.resolve raises for links in a circle differs between versions
     try:
-        str(target).encode()
+        target.encode()
     except UnicodeEncodeError:
-        raise UsageError(f"the name {printable(str(target))} is not UTF-8", "one that is", "choose with -o") from None
-    write.recover(target)
-    write.check_target(target, force, {source.resolve() for source in sources})
-    return target
+        raise UsageError(f"the name {printable(target)} is not UTF-8", "one that is", "choose with -o") from None
+    return Path(target)
 
 
 def _record_name(file: Path, found: Found) -> str:

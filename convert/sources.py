@@ -91,26 +91,25 @@ def open_sources(paths: list[Path]) -> list[Source]:
     """Everything that the given files and folders hold.
 
     Raises:
-        ModelError: nothing there, nothing that is a checkpoint, a model folder of ours, a pickle, or a damaged file.
+        ModelError: nothing there, nothing that is a checkpoint, a pickle, or a damaged file.
     """
     return [source for path in paths for source in _open(path)]
 
 
 def is_model_folder(path: Path) -> bool:
-    """Whether this is a model folder that the converter made, and not one in diffusers' layout."""
-    try:
-        return "format" in read_json(path / "model_index.json")
-    except ModelError:
-        return False
+    """Whether this is a model folder that the converter made, and not one in diffusers' layout.
+
+    Raises:
+        ModelError: its model_index.json cannot be read, so that it could be either.
+    """
+    index = path / "model_index.json"
+    return os.path.lexists(index) and "format" in read_json(index)
 
 
 def _open(path: Path) -> list[Source]:
     _check_path(path)
-    if not path.exists():
+    if not os.path.exists(path):
         raise ModelError(f"there is nothing at {path}", "a folder or a .safetensors file")
-    if ours := next((p for p in (path, *path.absolute().parents[:2]) if is_model_folder(p)), None):
-        todo = f"generate with it: -m {ours} (it cannot be converted to another type or quantized yet)"
-        raise ModelError(f"{ours} is a model folder already", "the weights it was made from", todo)
     if path.is_file():
         return [_open_file(path)]
     if (path / "model_index.json").exists():  # a pipeline: one folder a component
@@ -130,8 +129,10 @@ def _open_folder(folder: Path, component: str | None = None) -> list[Source]:
     files = sorted(p for p in folder.iterdir() if p.suffix in _LISTED and not p.name.startswith("."))
     checkpoints = [p for p in files if p.suffix == ".safetensors"]
     if not checkpoints:
-        found = f"only {files[0].name}" if files else "no weights"
-        raise ModelError(f"{folder} holds {found}", ".safetensors files", "GGUF is not read yet, pickles never")
+        if not files:
+            raise ModelError(f"{folder} holds no weights", ".safetensors files")
+        todo = "GGUF is not read yet, pickles never"
+        raise ModelError(f"{folder} holds only {files[0].name}", ".safetensors files", todo)
     if component and len(checkpoints) > 1:
         names = ", ".join(p.name for p in checkpoints[:3])
         raise ModelError(f"{folder} holds {len(checkpoints)} files and no index ({names})", "one, or an index")
@@ -181,7 +182,7 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def _check_path(path: Path) -> None:
     try:
-        str(path.resolve()).encode()
+        os.path.realpath(path).encode()
     except UnicodeEncodeError:
         raise ModelError(f"the name of {printable(str(path))} is not UTF-8", "one that is", "rename it") from None
 

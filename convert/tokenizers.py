@@ -1,5 +1,6 @@
 """Where the tokenizers of a conversion come from: beside the sources, a folder given, or the hub's cache."""
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,10 +37,8 @@ _FILES = (
 _HUB = ("black-forest-labs/FLUX.1-Krea-dev", "black-forest-labs/FLUX.1-dev", "black-forest-labs/FLUX.1-schnell")
 
 
-def find_tokenizers(
-    found: dict[str, Found], plans: dict[str, tuple], given: str | Path | None
-) -> dict[str, tuple[Path, ...]]:
-    """The files of `tokenizer` and `tokenizer_2`, opened once to see that they are whole.
+def find_tokenizers(found: dict[str, Found], plans: dict[str, tuple], given: str | Path | None) -> dict[str, bytes]:
+    """The files of `tokenizer` and `tokenizer_2` under their names in a model folder, whole as far as can be seen.
 
     Args:
         found: the layout of every component; tokenizers may lie beside them.
@@ -49,10 +48,10 @@ def find_tokenizers(
     Raises:
         ModelError: none found, a damaged one, or one with more ids than its encoder knows.
     """
-    if given is not None and not Path(given).expanduser().is_dir():
+    roots = [Path(os.path.expanduser(given))] if given is not None else []
+    if roots and not roots[0].is_dir():
         raise ModelError(f"there is no folder {given}", "a folder with tokenizer and tokenizer_2")
     beside = [found[component].source for component in ("text_encoder", "text_encoder_2", "transformer")]
-    roots = [Path(given).expanduser()] if given is not None else []
     roots += [source.folder.parent if source.component else source.folder for source in beside]
     files = {}
     for name, kind in _KINDS.items():
@@ -67,8 +66,15 @@ def find_tokenizers(
         size, known = kind.read(folder).vocab_size, plans[kind.encoder][0].vocab_size
         if size > known:
             raise ModelError(f"the tokenizer in {folder} has {size} ids", f"at most the {known} of {kind.encoder}")
-        files[name] = tuple(folder / file for file in _FILES if (folder / file).exists())
+        files |= {f"{name}/{file}": _read(folder / file) for file in _FILES if (folder / file).exists()}
     return files
+
+
+def _read(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise ModelError(f"{file} cannot be read: {error.strerror}", "a file that can") from None
 
 
 def _folders(name: str, kind: _Kind, roots: list[Path]) -> Iterator[Path]:

@@ -2,17 +2,18 @@
 
 The folder takes its final name only when everything in it is on disk and was read back. Beside the target lie, hidden,
 
-    .NAME.PID.partial   a folder in the making, or one to be deleted; the next run removes what a killed one left
-    .NAME.PID.old       the model that is being replaced, until the new one stands in its place; the next run puts back
-                        what a killed one left so
+    .NAME.flux-krea.lock      locked while a conversion runs: one at a time has this target. The system takes the lock
+                              back from a process that ends in any way; whoever gets it next clears up
+    .NAME.flux-krea.partial   a folder in the making, or one to be deleted
+    .NAME.flux-krea.old       the model that is being replaced, until the new one stands in its place
 """
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
-import re
 import shutil
 import struct
 import threading
@@ -24,13 +25,14 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_flux_krea.errors import ModelError, ResourceError, UsageError
-from mlx_flux_krea.weights import DTYPES, INDEX, check_tensors, open_model
+from mlx_flux_krea.weights import DTYPES, INDEX, check_tensors, open_model, read_json
 
 from .remap import Plan, Target
 from .sources import is_model_folder
 
 SHARD_BYTES = 4 * 2**30  # a shard ends with the block that reaches this
 _MODULATION = ("_mod.lin.", ".modulation.lin.", "adaLN_modulation.")
+_OF_THE_SYSTEM = {".DS_Store", ".localized", "Thumbs.db", "desktop.ini"}  # nobody misses them
 
 
 class Folder:
@@ -95,82 +97,95 @@ class Folder:
 
 @contextlib.contextmanager
 def new_folder(
-    target: Path, force: bool, placing: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
+    target: Path,
+    force: bool,
+    sources: Iterable[Path] = (),
+    placing: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
 ) -> Iterator[Folder]:
     """A temporary folder that becomes `target` when the block ends well, and nothing otherwise.
 
     Args:
         target: the final name, resolved.
         force: a model folder there is replaced, once the new one is complete.
+        sources: none may lie in the target, nor the target in one of them.
         placing: gives the context in which the folder takes its name.
 
     Raises:
-        UsageError: something is in the way by now, or the parent cannot be written.
+        UsageError: something is in the way, also by now, or the target cannot be written.
         ResourceError: the disk is full.
     """
-    partial = target.parent / f".{target.name}.{os.getpid()}.partial"
+    check_apart(target, sources)
+    partial = _beside(target, "partial")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial.mkdir()
-    except OSError as error:
-        raise UsageError(
-            f"{target.parent} cannot be written: {error.strerror}", todo="choose another folder with -o"
-        ) from None
-    try:
-        yield Folder(partial)
-        with placing():
-            _place(partial, target, force)
+        with _parents(target), _lock(target):
+            _recover(target)
+            check_target(target, force)
+            try:
+                partial.mkdir()
+                yield Folder(partial)
+                with placing():
+                    _place(partial, target, force)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise ResourceError(
                 f"the disk of {target} is full", todo="make room, or choose another disk with -o"
             ) from None
-        raise UsageError(f"{target} cannot be written: {error.strerror}", todo="choose another place with -o") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        reason = error.strerror or error
+        raise UsageError(f"{target} cannot be written: {reason}", todo="choose another place with -o") from None
 
 
-def recover(target: Path) -> None:
-    """Ends what killed runs left beside a target: an old model goes back to its place, everything else goes."""
-    if not target.parent.is_dir():
-        return
-    pattern = re.compile(rf"\.{re.escape(target.name)}\.(\d+)\.(partial|old)")
-    left = [(p, m) for p in target.parent.iterdir() if (m := pattern.fullmatch(p.name)) and not _alive(int(m[1]))]
-    for path, match in sorted(left, key=str, reverse=True):
-        if match[2] == "partial":
-            shutil.rmtree(path)
-        elif not target.exists():
-            path.rename(target)
-        elif is_model_folder(target):
-            shutil.rmtree(path.rename(path.with_suffix(".partial")))
+def check_apart(target: Path, sources: Iterable[Path]) -> None:
+    """Refuses a target that overlaps a source.
+
+    Args:
+        target: resolved.
+        sources: files and folders.
+
+    Raises:
+        UsageError: one lies in the other.
+    """
+    for source in {Path(os.path.realpath(source)) for source in sources}:
+        if target == source or target in source.parents or source in target.parents:
+            raise UsageError(f"the target {target} overlaps the source {source}", "a folder apart", "choose it with -o")
 
 
-def check_target(target: Path, force: bool, sources: Iterable[Path] = ()) -> None:
+def check_target(target: Path, force: bool) -> None:
     """Refuses a target that is not to be written.
 
     Args:
         target: resolved.
-        force: a model folder may stand there.
-        sources: resolved; none may lie in the target, nor the target in one of them.
+        force: a model folder may stand there, with nothing in it but what the converter wrote.
 
     Raises:
         UsageError: something is in the way that is not to be replaced, or never is.
     """
-    for source in sources:
-        if target == source or target in source.parents or source in target.parents:
-            raise UsageError(f"the target {target} overlaps the source {source}", "a folder apart", "choose it with -o")
-    if not (target.exists() or target.is_symlink()):
+    if not os.path.lexists(target):
         return
     if not target.is_dir():
-        raise UsageError(f"{target} is a file", "a new folder", "choose another with -o")
+        what = "a link that leads nowhere" if target.is_symlink() else "a file"
+        raise UsageError(f"{target} is {what}", "a new folder", "choose another with -o")
     if not any(target.iterdir()):
         return
-    if not is_model_folder(target):
+    try:
+        if not is_model_folder(target):
+            raise UsageError(
+                f"{target} exists and is no model folder, which alone --force replaces",
+                "a new folder",
+                "choose it with -o",
+            )
+        if not force:
+            raise UsageError(f"{target} exists", "a new folder", "choose another with -o, or replace it with --force")
+        other = _not_ours(target)
+    except ModelError as error:  # what was here, nobody knows
+        raise UsageError(f"{target} exists, and {error.found}", "a new folder", "choose it with -o") from None
+    if other:
         raise UsageError(
-            f"{target} exists and is no model folder, which alone --force replaces", "a new folder", "choose it with -o"
+            f"{target} also holds {other}, which --force would delete",
+            "only the files in its manifest.json",
+            "move it away, or choose another folder with -o",
         )
-    if not force:
-        raise UsageError(f"{target} exists", "a new folder", "choose another with -o, or replace it with --force")
 
 
 def check_disk(target: Path, need: int) -> None:
@@ -342,15 +357,66 @@ def _array_bytes(target: Target, dtype: str, allow_nonfinite: bool) -> memoryvie
     return memoryview(np.asarray(array.reshape(-1).view(mx.uint8)))
 
 
-def _alive(pid: int) -> bool:
-    """Whether the process that made a temporary folder still runs, and is not this one."""
+def _beside(target: Path, what: str) -> Path:
+    return target.with_name(f".{target.name}.flux-krea.{what}")
+
+
+@contextlib.contextmanager
+def _parents(target: Path) -> Iterator[None]:
+    """Makes the folders above a target; those that stay empty go again."""
+    missing = [folder for folder in target.parents if not folder.exists()]  # the deepest first
     try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        return True
-    return pid != os.getpid()
+        for folder in reversed(missing):
+            folder.mkdir(exist_ok=True)
+        yield
+    finally:
+        for folder in missing:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+
+@contextlib.contextmanager
+def _lock(target: Path) -> Iterator[None]:
+    """No other conversion has this target in the block. The file is removed while it is locked."""
+    path = _beside(target, "lock")
+    with open(path, "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            ours = os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+        except (BlockingIOError, FileNotFoundError):  # locked, or removed by its holder since we opened it
+            ours = False
+        if not ours:
+            raise UsageError(
+                f"another conversion is writing {target}", "one at a time", "wait for it, or choose another with -o"
+            )
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def _recover(target: Path) -> None:
+    """Ends what a killed run left beside a target: an old model goes back to its place, everything else goes."""
+    partial, old = _beside(target, "partial"), _beside(target, "old")
+    if partial.exists():
+        shutil.rmtree(partial)
+    if old.exists():
+        if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+            old.rename(target)
+        else:  # the new one, or check_target refuses what it is
+            with contextlib.suppress(ModelError):
+                if is_model_folder(target):
+                    shutil.rmtree(old.rename(partial))
+
+
+def _not_ours(target: Path) -> str | None:
+    """What somebody else put into a model folder: the first that its manifest does not name."""
+    known = {Path("manifest.json"), *map(Path, read_json(target / "manifest.json"))}
+    known |= {folder for file in known for folder in file.parents}
+    for path in sorted(target.rglob("*")):
+        if path.relative_to(target) not in known and path.name not in _OF_THE_SYSTEM and path.name[:2] != "._":
+            return path.relative_to(target).as_posix()
+    return None
 
 
 def _sync(folder: Path) -> None:

@@ -1,5 +1,6 @@
 """Every layout of this issue into the same folder; what is damaged, incomplete or something else is refused by name."""
 
+import fcntl
 import filecmp
 import itertools
 import json
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import CancelledError
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -53,7 +55,7 @@ def weight_files(folder: Path) -> list[str]:
 
 
 def hidden(folder: Path) -> list[str]:
-    return [p.name for p in folder.iterdir() if p.name.startswith(".")]
+    return sorted(p.name for p in folder.iterdir() if p.name.startswith("."))
 
 
 # --- the same content from every layout ---
@@ -417,7 +419,7 @@ def test_values_too_large_for_the_type_are_refused(source, tmp_path):
         ({"transformer.x_embedder.lora_A.weight": 2}, "is a LoRA"),
         ({"redux_up.weight": 2}, "is FLUX.1 Redux"),
         ({"double_blocks.0.img_attn.qkv.weight.absmax": 1}, "bitsandbytes"),
-        ({"something.else": 1}, "no layout that is known here"),
+        ({"something.else": 1}, r"no layout that is known here \(it holds something.else\); see flux-krea"),
         ({}, "no layout that is known here"),
     ],
 )
@@ -468,6 +470,30 @@ def test_sizes_that_shapes_do_not_tell_are_asked_for(singles, tmp_path):
     (singles / "config.json").unlink()
     with pytest.raises(ModelError, match=r"other sizes than the published.*config.json beside it"):
         run(singles, out=tmp_path / "out")
+
+
+def test_a_tensor_missing_in_a_single_file_is_named(model, singles, monkeypatch):
+    """Against the published sizes that are nearest; none of the problem is that sizes are not known."""
+    sizes = open_model(model).sizes["transformer"]
+    published = (replace(sizes, guidance_embed=False), sizes)
+    monkeypatch.setitem(layouts._PUBLISHED, "transformer", published)
+    edit_tensors(singles / "flux1-tiny.safetensors", lambda a: a.pop("txt_in.bias"))
+    (singles / "config.json").unlink()
+    (source,) = open_sources([singles / "flux1-tiny.safetensors"])
+    with pytest.raises(ModelError, match=r"flux1-tiny.safetensors lacks txt_in.bias; is it complete"):
+        layouts.make_plan(layouts.identify(source))
+
+
+def test_a_file_of_published_sizes_may_lie_beside_somebody_elses_config(model, source, monkeypatch):
+    sizes = open_model(model).sizes["vae"]
+    monkeypatch.setitem(layouts._PUBLISHED, "vae", (sizes,))
+    config = source / "vae" / "config.json"
+    own = json.loads(config.read_text())
+    found = layouts.identify(open_sources([source / "vae"])[0])
+    config.write_text('{"_class_name": "UNet2DConditionModel", "in_channels": 4}')
+    assert layouts.make_plan(found)[0] == sizes
+    config.write_text(json.dumps(own | {"scaling_factor": 0.5}))  # one that says it is of a VAE is believed
+    assert layouts.make_plan(found)[0].scale_factor == 0.5
 
 
 def test_our_own_config_beside_a_file_is_read_too(singles, tmp_path, model):
@@ -540,6 +566,44 @@ def test_only_a_model_folder_is_ever_replaced(source, tmp_path):
     assert hidden(tmp_path) == []
 
 
+@pytest.mark.parametrize("name", ["mine.txt", "transformer/lora.safetensors", "pictures/frog.png", "empty/", "link"])
+def test_a_model_folder_with_somebodys_own_files_is_not_replaced(source, tmp_path, name):
+    out = run(source, out=tmp_path / "out").path
+    if name == "link":
+        (out / name).symlink_to(tmp_path)
+    else:
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).mkdir() if name.endswith("/") else (out / name).write_text("keep")
+    before = sorted(out.rglob("*"))
+    first = name.split("/")[0] if name[0] in "pe" else name
+    with pytest.raises(
+        UsageError, match=rf"out also holds {first}, which --force would delete.*move it away"
+    ) as caught:
+        run(source, out=out, force=True)
+    assert caught.value.exit_code == 2
+    assert sorted(out.rglob("*")) == before
+    assert hidden(tmp_path) == []
+
+
+def test_what_a_system_leaves_in_folders_does_not_keep_a_model(source, tmp_path):
+    out = run(source, out=tmp_path / "out").path
+    for name in (".DS_Store", "vae/.DS_Store", "._manifest.json", "Thumbs.db"):
+        (out / name).write_bytes(b"")
+    run(source, out=out, force=True)
+    assert not (out / ".DS_Store").exists()
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "model_index.json"])
+@pytest.mark.parametrize("text", [None, "{"])
+def test_a_folder_that_does_not_say_what_it_is_or_holds_is_not_replaced(source, tmp_path, name, text):
+    out = run(source, out=tmp_path / "out").path
+    (out / name).write_text(text) if text else (out / name).unlink()
+    with pytest.raises(UsageError, match=rf"out exists and is no model|{name} (is missing|cannot be read)") as caught:
+        run(source, out=out, force=True)
+    assert caught.value.exit_code == 2
+    assert (out / "vae" / "config.json").exists()
+
+
 def test_a_model_is_replaced_when_it_is_to_be_and_the_new_one_is_complete(source, tmp_path):
     out = run(source, out=tmp_path / "out").path
     before = (out / "model_index.json").read_text()
@@ -606,9 +670,9 @@ def test_what_appears_meanwhile_is_not_replaced(source, tmp_path, force):
 def test_what_appears_at_the_last_moment_is_not_replaced(source, tmp_path, monkeypatch):
     out, check = tmp_path / "out", write.check_target
 
-    def appear(target, force, sources=()):
-        check(target, force, sources)
-        if not sources:  # just before the rename
+    def appear(target, force):
+        check(target, force)
+        if ".out.flux-krea.partial" in hidden(tmp_path):  # just before the rename
             shutil.copytree(source, out)
 
     monkeypatch.setattr(write, "check_target", appear)
@@ -657,7 +721,9 @@ def test_a_replacement_killed_at_any_rename_keeps_one_model_whole(source, tmp_pa
     old = (out / "manifest.json").stat().st_ino
     command = [sys.executable, "-c", _KILLED_RENAMING, source, out, TOKENIZERS, after]
     assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
-    assert len(hidden(tmp_path)) == (2 if after == "/out" else 1)
+    left = [".out.flux-krea.lock", *([".out.flux-krea.old"] if after != ".old" else [])]
+    left += [".out.flux-krea.partial"] if after != ".partial" else []
+    assert hidden(tmp_path) == left
     if again:
         run(source, out=out, force=True)
     else:
@@ -669,14 +735,11 @@ def test_a_replacement_killed_at_any_rename_keeps_one_model_whole(source, tmp_pa
 
 
 def test_recovery_touches_only_what_belongs_to_the_target(source, tmp_path):
-    kept = [".out.v2.99999999.old", ".other.99999999.old", ".out.99999999.old.txt", f".out.{os.getppid()}.partial"]
-    for name in kept:
+    kept = [".other.flux-krea.old", ".out.flux-krea.old.txt", ".out.old", ".out.partial", ".out.v2.flux-krea.partial"]
+    for name in (*kept, ".out.flux-krea.partial"):
         (tmp_path / name).mkdir()
-    (tmp_path / ".out.99999999.partial").mkdir()
-    write.recover(tmp_path / "o.t")
-    assert (tmp_path / ".out.99999999.partial").exists()
     run(source, out=tmp_path / "out")
-    assert sorted(hidden(tmp_path)) == sorted(kept)
+    assert hidden(tmp_path) == kept
 
 
 def test_everything_is_on_the_disk_before_the_folder_has_its_name(source, tmp_path, monkeypatch):
@@ -753,6 +816,71 @@ def test_a_file_in_the_place_of_the_target_is_refused(source, tmp_path):
         run(source, out=tmp_path / "out", force=True)
 
 
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("a" * 300, "cannot be written: File name too long"),
+        ("a" * 250, "cannot be written: File name too long"),
+        ("file/new", "cannot be written: Not a directory"),
+        ("file/x/new", "cannot be written: Not a directory"),
+        ("/proc/x", "cannot be written"),
+        ("/proc/x/y", "cannot be written"),
+        ("loop", "is a link that leads nowhere"),
+        ("loop/new", "cannot be written"),
+    ],
+)
+def test_a_target_that_cannot_be_written_is_a_matter_of_usage(source, tmp_path, name, says):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "loop").symlink_to("loop")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UsageError, match=says) as caught:
+        run(source, out=tmp_path / name)
+    assert caught.value.exit_code == 2
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_folders_made_for_a_target_go_with_it_and_others_stay(source, tmp_path):
+    damage(source, "NaN")
+    (tmp_path / "mine").mkdir()
+    for out in (tmp_path / "x" / "y" / "z", tmp_path / "mine" / "z"):
+        with pytest.raises(ModelError, match="NaN"):
+            run(source, out=out)
+    assert [p.name for p in sorted(tmp_path.iterdir())] == ["mine", "source"]
+    assert run(source, out=tmp_path / "x" / "y" / "z", allow_nonfinite=True).path.exists()
+
+
+@pytest.mark.parametrize("made", [".partial", "/x"])
+def test_a_signal_at_any_folder_that_is_made_leaves_none(source, tmp_path, monkeypatch, made):
+    mkdir = Path.mkdir
+
+    def signalled(path, *args, **kwargs):
+        mkdir(path, *args, **kwargs)
+        if str(path).endswith(made):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "mkdir", signalled)
+    with pytest.raises(KeyboardInterrupt):
+        run(source, out=tmp_path / "x" / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["source"]
+
+
+def test_users_that_do_not_exist_are_names_like_others(source, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelError, match="there is nothing at ~nosuchuser/a"):
+        run("~nosuchuser/a")
+    with pytest.raises(ModelError, match="there is no folder ~nosuchuser/a"):
+        convert([source], "out", tokenizers="~nosuchuser/a")
+    assert run(source, out="~nosuchuser/a").path == Path("~nosuchuser/a")
+    assert open_model(tmp_path / "~nosuchuser" / "a")
+
+
+def test_a_source_that_is_a_circle_of_links_is_refused(tmp_path):
+    (tmp_path / "a").symlink_to("b")
+    (tmp_path / "b").symlink_to("a")
+    with pytest.raises(ModelError, match="there is nothing at"):
+        run(tmp_path / "a", out=tmp_path / "out")
+
+
 def test_without_a_target_the_model_goes_home(source, home):
     report = convert([source], dtype="bfloat16", tokenizers=TOKENIZERS)
     assert report.path == home / "models" / "source-bf16"
@@ -789,14 +917,15 @@ def test_a_disk_that_fills_up_leaves_nothing(source, tmp_path, monkeypatch):
     assert hidden(tmp_path) == []
 
 
-def test_a_killed_conversion_leaves_no_model_and_the_next_one_clears_up(source, tmp_path):
+def test_a_killed_conversion_leaves_no_model_and_the_next_one_clears_up(source, tmp_path, monkeypatch):
     command = [sys.executable, "-c", _KILLED, source, tmp_path / "out", TOKENIZERS]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "writing\n"
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (tmp_path / "out").exists()
-    assert len(hidden(tmp_path)) == 1
+    assert hidden(tmp_path) == [".out.flux-krea.lock", ".out.flux-krea.partial"]
+    monkeypatch.setattr(os, "kill", lambda *args: None)  # whoever has its number by now
     run(source, out=tmp_path / "out")
     assert hidden(tmp_path) == []
     assert open_model(tmp_path / "out")
@@ -822,6 +951,38 @@ def test_two_conversions_at_once_do_not_disturb_one_another(source, tmp_path):
     assert process.returncode == 0
     assert open_model(tmp_path / "out")
     assert open_model(tmp_path / "other")
+
+
+def test_a_target_that_another_conversion_writes_is_refused_and_left_to_it(source, tmp_path):
+    slow = _KILLED.replace("time.sleep(60)", "sys.stdin.readline()")
+    command = [sys.executable, "-c", slow, source, tmp_path / "out", TOKENIZERS]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "writing\n"
+    for force in (False, True):
+        with pytest.raises(UsageError, match=r"another conversion is writing .*out; expected one at a time; wait"):
+            run(source, out=tmp_path / "out", force=force)
+    assert hidden(tmp_path) == [".out.flux-krea.lock", ".out.flux-krea.partial"]
+    process.communicate("")
+    assert process.returncode == 0
+    assert open_model(tmp_path / "out")
+    assert hidden(tmp_path) == []
+
+
+@pytest.mark.parametrize("another", [False, True])
+def test_a_lock_whose_file_went_before_it_was_taken_is_none(tmp_path, monkeypatch, another):
+    """Its holder removed it in between; another run may have made the next one."""
+    file, flock = tmp_path / ".out.flux-krea.lock", fcntl.flock
+
+    def late(*args):
+        file.rename(tmp_path / "gone")
+        if another:
+            file.touch()
+        flock(*args)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with pytest.raises(UsageError, match="another conversion is writing"), write._lock(tmp_path / "out"):
+        pytest.fail("taken")
+    assert file.exists() == another
 
 
 def test_hostile_headers_are_refused_without_a_crash(source, tmp_path):

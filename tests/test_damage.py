@@ -10,11 +10,13 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from helpers import DATA, PIPELINE, SINGLE_FILES, TOKENIZERS, edit_json, edit_tensors
 from mlx_flux_krea.convert import convert, index, layouts
 from mlx_flux_krea.convert.sources import open_sources
 
 from mlx_flux_krea import config as configs
+from mlx_flux_krea.commands.inspect import inspect
 from mlx_flux_krea.errors import ModelError
 from mlx_flux_krea.weights import open_model
 
@@ -253,6 +255,20 @@ def test_a_source_whose_name_is_not_utf8_is_refused_early(singles, tmp_path):
 # --- what is something else ---
 
 
+@pytest.mark.parametrize("part", ["transformer", "vae/model-00001-of-00001.safetensors"])
+def test_a_part_of_a_model_folder_of_ours_can_be_inspected(model, part):
+    shown = CliRunner().invoke(inspect, [str(model / part)], catch_exceptions=False)
+    assert (shown.exit_code, "Black Forest Labs" in shown.output) == (0, True)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", ""])
+def test_a_model_folder_whose_index_is_damaged_is_not_taken_for_another(model, tmp_path, text):
+    folder = Path(shutil.copytree(model, tmp_path / "copy"))
+    (folder / "model_index.json").write_text(text)
+    with pytest.raises(ModelError, match=r"copy/model_index\.json (cannot be read|holds a list)"):
+        CliRunner().invoke(inspect, [str(folder)], catch_exceptions=False)
+
+
 def test_a_model_folder_of_ours_is_no_source(model, tmp_path):
     for path in (model, model / "transformer", next((model / "vae").glob("*.safetensors"))):
         with pytest.raises(ModelError, match=r"is a model folder already.*generate with it.*quantized yet"):
@@ -265,6 +281,9 @@ def test_gguf_is_named_and_not_read_yet(tmp_path):
     with pytest.raises(ModelError, match=r"is a GGUF file, which is not read yet; expected a \.safetensors file"):
         run(file, out=tmp_path / "out")
     with pytest.raises(ModelError, match=r"holds only flux1.*GGUF is not read yet"):
+        run(tmp_path, out=tmp_path / "out")
+    file.unlink()
+    with pytest.raises(ModelError, match=r"holds no weights; expected \.safetensors files$"):
         run(tmp_path, out=tmp_path / "out")
 
 
@@ -336,6 +355,13 @@ def test_a_damaged_tokenizer_is_not_passed_over(source, tmp_path):
     shutil.copytree(DATA / "tokenizers", tmp_path / "some")
     (tmp_path / "some" / "tokenizer" / "vocab.json").write_text("{")
     with pytest.raises(ModelError, match="some/tokenizer cannot be read"):
+        convert([source], tmp_path / "out", tokenizers=tmp_path / "some")
+
+
+def test_a_file_of_a_tokenizer_that_cannot_be_read_is_not_the_targets_fault(source, tmp_path):
+    shutil.copytree(DATA / "tokenizers", tmp_path / "some")
+    (tmp_path / "some" / "tokenizer" / "special_tokens_map.json").mkdir()
+    with pytest.raises(ModelError, match=r"special_tokens_map\.json cannot be read: Is a directory"):
         convert([source], tmp_path / "out", tokenizers=tmp_path / "some")
 
 
