@@ -1,0 +1,245 @@
+"""What the nano model gets right, by a checker that looks at pixels alone.
+
+    python benchmarks/nano.py MODEL [--prompts 200]
+
+Prompts are scenes with combinations of shape, colour and background that training never drew. `judge` finds the
+background from the picture's border, then every coloured patch, its colour and the shape it fits best, and compares
+with what the sentence said. It knows no network.
+"""
+
+import argparse
+import functools
+import itertools
+import json
+import random
+import shutil
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+from PIL import Image, ImageDraw
+from tqdm import tqdm
+
+from mlx_flux_krea import FluxPipeline
+from mlx_flux_krea.nano import scenes
+
+_PALETTE = np.array(list(scenes.COLOURS.values()), float)
+_NAMES = list(scenes.COLOURS)
+_SIDE = 48  # of a patch when its shape is compared
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A patch of the picture."""
+
+    shape: str
+    fit: float  # overlap with that shape, 0 to 1
+    colour: str
+    x: float  # middle of its box, in pixels
+    y: float
+    width: int
+    height: int
+
+
+def background(pixels: np.ndarray) -> np.ndarray:
+    """The background of (H, W, 3) pixels as a straight line of colours from top to bottom, (H, 3)."""
+    height, width, _ = pixels.shape
+    edge = np.zeros((height, width), bool)
+    edge[:2], edge[-2:], edge[:, :2], edge[:, -2:] = True, True, True, True
+    rows, values = np.nonzero(edge)[0], pixels[edge].astype(float)
+    keep = np.ones(len(rows), bool)
+    for _ in range(3):
+        line = np.polyfit(rows[keep], values[keep], 1)
+        off = np.linalg.norm(values - rows[:, None] * line[0] - line[1], axis=1)
+        keep = off <= max(np.percentile(off, 80), 6)
+    return np.arange(height)[:, None] * line[0] + line[1]
+
+
+def nearest(colour: np.ndarray) -> str:
+    """The name of the colour closest to this one."""
+    return _NAMES[int(np.linalg.norm(_PALETTE - colour, axis=1).argmin())]
+
+
+def patches(mask: np.ndarray) -> list[np.ndarray]:
+    """The connected parts of a mask, each a mask of its own; specks below 30 pixels are left out."""
+    labels = np.where(mask, np.arange(1, mask.size + 1).reshape(mask.shape), 0)
+    while True:
+        padded = np.pad(labels, 1)
+        best = np.max([padded[1 + y : padded.shape[0] - 1 + y, 1 + x : padded.shape[1] - 1 + x]
+                       for y in (-1, 0, 1) for x in (-1, 0, 1)], axis=0)  # fmt: skip
+        grown = np.where(mask, best, 0)
+        if (grown == labels).all():
+            break
+        labels = grown
+    numbers, sizes = np.unique(labels[labels > 0], return_counts=True)
+    return [labels == n for n, size in zip(numbers, sizes, strict=True) if size >= 30]
+
+
+@functools.cache
+def _stencils() -> dict[str, np.ndarray]:
+    made = {}
+    for shape in scenes.SHAPES:
+        picture = Image.new("L", (400, 400))
+        scenes.outline(ImageDraw.Draw(picture), shape, 200, 200, 180)
+        made[shape] = _fitted(np.array(picture) > 0)
+    return made
+
+
+def _fitted(mask: np.ndarray) -> np.ndarray:
+    """The mask's box, stretched to the size that is compared; values in [0, 1]."""
+    ys, xs = np.nonzero(mask)
+    box = Image.fromarray((mask[ys.min() : ys.max() + 1, xs.min() : xs.max() + 1] * 255).astype(np.uint8))
+    return np.asarray(box.resize((_SIDE, _SIDE), Image.Resampling.BILINEAR), float) / 255
+
+
+def look(pixels: np.ndarray) -> list[Seen]:
+    """What stands in front of the background of (H, W, 3) pixels."""
+    away = np.linalg.norm(pixels.astype(float) - background(pixels)[:, None], axis=2)
+    seen = []
+    for part in patches(away > 40):
+        colour = np.median(pixels[part & (away >= np.median(away[part]) * 0.8)], axis=0)
+        own = part & (np.linalg.norm(pixels - colour, axis=2) < np.maximum(away, 1))  # nearer to it than to the ground
+        ys, xs = np.nonzero(own if own.sum() >= 20 else part)
+        mask = _fitted(own if own.sum() >= 20 else part)
+        fits = {s: np.minimum(mask, t).sum() / np.maximum(mask, t).sum() for s, t in _stencils().items()}
+        shape = max(fits, key=fits.get)
+        seen.append(
+            Seen(shape, fits[shape], nearest(colour), (xs.min() + xs.max()) / 2, (ys.min() + ys.max()) / 2,
+                 int(xs.max() - xs.min() + 1), int(ys.max() - ys.min() + 1))
+        )  # fmt: skip
+    return seen
+
+
+def judge(pixels: np.ndarray, scene: scenes.Scene) -> list[str]:
+    """What is wrong with a picture of a scene; nothing: it is entirely right."""
+    ground = background(pixels)
+    faults = [
+        f"background is {nearest(colour)} and not {name} at the {end}"
+        for colour, name, end in zip((ground[0], ground[-1]), scene.background, ("top", "bottom"), strict=True)
+        if nearest(colour) != name
+    ]
+    seen = look(pixels)
+    if len(seen) != len(scene.things):
+        return [*faults, f"{len(seen)} things and not {len(scene.things)}"]
+
+    def wrong(order) -> list[str]:
+        return [
+            f"a {s.colour} {s.shape} ({s.fit:.2f}) and not a {t.colour} {t.shape}"
+            for s, t in zip(order, scene.things, strict=True)
+            if (s.colour, s.shape) != (t.colour, t.shape) or s.fit < 0.6 or not 0.7 < s.width / s.height < 1.43
+        ]
+
+    order = min(itertools.permutations(seen), key=lambda o: (len(wrong(o)), _misplaced(o, scene) is not None))
+    faults += wrong(order)
+    misplaced = _misplaced(order, scene)
+    return faults + ([misplaced] if misplaced else [])
+
+
+def _misplaced(seen, scene: scenes.Scene) -> str | None:
+    xs, ys = [s.x / scene.width for s in seen], [s.y / scene.height for s in seen]
+    if len(seen) == 1:
+        if scene.where is None:
+            return None
+        wanted = scenes.PLACES[scene.where]
+        right = all(
+            (share < 0.48, 0.35 < share < 0.65, share > 0.52)[int(want * 2)]
+            for share, want in zip((xs[0], ys[0]), wanted, strict=True)
+        )
+        return None if right else f"at {xs[0]:.2f}, {ys[0]:.2f} and not {scene.where}"
+    if len(seen) == 2:
+        values, first = (xs if scene.where in ("left of", "right of") else ys), scene.where in ("left of", "above")
+        return None if (values[0] < values[1]) == first else f"the first is not {scene.where} the second"
+    if not xs[0] < xs[1]:
+        return "the first is not left of the second"
+    right = ys[2] < min(ys[:2]) if scene.where == "above" else ys[2] > max(ys[:2])
+    return None if right else f"the third is not {scene.where}"
+
+
+# --- the table ---
+
+
+def scenes_to_judge(count: int) -> list[tuple[scenes.Scene, str]]:
+    """Held-out scenes of one and two things in turn, each with a sentence."""
+    rng = random.Random(0)
+    drawn = [scenes.sample(rng, 1 + n % 2, held_out=True) for n in range(count)]
+    return [(scene, scenes.describe(scene, rng)) for scene in drawn]
+
+
+def rounded(source: Path, target: Path, bits: int, group_size: int, mode: str) -> Path:
+    """A copy of a model folder whose linear layers went through `mx.quantize` and back, in float32.
+
+    Transformer and encoders; not the VAE, not embeddings, as a quantizing converter would leave them.
+    """
+    shutil.copytree(source, target)
+    for path in sorted(target.glob("t*/*.safetensors")):
+        arrays = mx.load(str(path))
+        for name, array in arrays.items():
+            arrays[name] = array.astype(mx.float32)
+            if array.ndim == 2 and name.endswith(".weight") and "embed" not in name and "shared" not in name:
+                packed = mx.quantize(arrays[name], group_size, bits, mode)
+                arrays[name] = mx.dequantize(*packed, group_size=group_size, bits=bits, mode=mode).astype(mx.float32)
+        mx.eval(arrays)
+        mx.save_safetensors(str(path), arrays)
+    for path in target.glob("t*/config.json"):
+        if "dtype" in (facts := json.loads(path.read_text())):
+            path.write_text(json.dumps(facts | {"dtype": "float32"}))
+    return target
+
+
+def measure(
+    folder: Path, asked: list[tuple[scenes.Scene, str]], steps: int, dtype: str = "float32"
+) -> dict[int, float]:
+    """The share of pictures that are entirely right, by the number of things."""
+    pipe = FluxPipeline.from_pretrained(folder, dtype=dtype)
+    right, total = Counter(), Counter()
+    for number, (scene, sentence) in enumerate(tqdm(asked, desc=f"{folder.name}, {steps} steps", leave=False)):
+        image = pipe(sentence, seed=number, num_inference_steps=steps, guidance_scale=4.5).images[0]
+        total[len(scene.things)] += 1
+        right[len(scene.things)] += not judge(np.array(image), scene)
+    return {things: right[things] / total[things] for things in sorted(total)}
+
+
+def reconstruction(folder: Path, count: int = 200) -> float:
+    """Mean PSNR in dB of held-out scenes through encoder and decoder."""
+    vae = FluxPipeline.from_pretrained(folder, dtype="float32").vae
+    ratios = []
+    for scene, _ in scenes_to_judge(count):
+        pixels = np.asarray(scenes.draw(scene), np.float32) / 127.5 - 1
+        made = np.array(vae.decode(vae.encode(mx.array(pixels)[None])))[0].clip(-1, 1)
+        ratios.append(10 * np.log10(4 / np.mean((made - pixels) ** 2)))
+    return float(np.mean(ratios))
+
+
+WIDTHS = [("bf16", None)]
+WIDTHS += [
+    (f"{bits} bit, groups of {group}", (bits, group, "affine")) for bits in (8, 6, 5, 4, 3) for group in (32, 64, 128)
+]
+WIDTHS += [("mxfp4", (4, 32, "mxfp4")), ("nvfp4", (4, 16, "nvfp4"))]
+
+
+def main() -> None:
+    """Prints the table of widths and of steps."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--prompts", type=int, default=200)
+    parser.add_argument("model", type=Path, help="What `python -m mlx_flux_krea.nano.train` made: WORK/export/model.")
+    given = parser.parse_args()
+    asked = scenes_to_judge(given.prompts)
+    print(f"reconstruction of held-out scenes: {reconstruction(given.model):.1f} dB")
+    print(f"{'':24}one thing   two things   ({given.prompts} prompts, guidance 4.5)")
+
+    def row(label: str, shares: dict[int, float]) -> None:
+        print(f"{label:24}{shares[1]:9.1%}{shares[2]:13.1%}", flush=True)
+
+    with tempfile.TemporaryDirectory() as work:
+        for label, how in WIDTHS:
+            folder = rounded(given.model, Path(work) / label, *how) if how else given.model
+            row(label, measure(folder, asked, 28))
+        for steps in (50, 20, 12, 8, 4):
+            row(f"bf16, {steps} steps", measure(given.model, asked, steps))
+
+
+if __name__ == "__main__":
+    main()
