@@ -176,8 +176,8 @@ def convert(
     )
     measured = [replace(g, error=_error(g, losses[name])) for name in COMPONENTS for g in groups[name]]
     measured.sort(key=lambda group: -1 if group.error is None else group.error, reverse=True)
-    notes = _regained(own.layers, layers) if own else ()
-    return Report(path, index.base, dtype, quantize, components, tuple(measured), notes)
+    notes = _notes(own.layers, layers) if own else ()
+    return Report(path, index.base, dtype, recipe.quantize, components, tuple(measured), notes)
 
 
 def _label(recipe: quantizing.Recipe, dtype: str) -> str:
@@ -216,17 +216,14 @@ def _error(group: Group, losses: dict[str, tuple[float, float]]) -> float | None
     return math.sqrt(sum(error for error, _ in lost) / max(sum(all_ for _, all_ in lost), 1e-30)) if lost else None
 
 
-def _regained(before: dict[str, Layers], after: dict[str, Layers]) -> tuple[str, ...]:
+def _notes(before: dict[str, Layers], after: dict[str, Layers]) -> tuple[str, ...]:
     """Where a model of ours gets more bits than it had."""
-    return tuple(
-        f"{component} was quantized to fewer bits before: more bits give nothing of that back"
-        for component in after
-        if any(q and (new is None or new.bits > q.bits) for q, new in _pairs(before[component], after[component]))
-    )
-
-
-def _pairs(before: Layers, after: Layers) -> list[tuple]:
-    return [(before[path], after[path]) for path in after]
+    more = [
+        name
+        for name, layers in before.items()
+        if any(q and (after[name][path] is None or after[name][path].bits > q.bits) for path, q in layers.items())
+    ]
+    return tuple(f"{name} had fewer bits before, and more give nothing of what was lost back" for name in more)
 
 
 def _roots(found: dict[str, Found]) -> list[Path]:

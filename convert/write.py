@@ -62,12 +62,14 @@ class Folder:
             digest.update(chunk)
 
         with open(path, "xb") as file, ThreadPoolExecutor(1) as pool:
-            writing = pool.submit(put, b"")
+            writing: Future | None = None
             for chunk in chunks:  # the next one is made while this one is written
-                writing.result()
+                if writing:
+                    writing.result()
                 writing = pool.submit(put, chunk)
                 size += len(chunk)
-            writing.result()
+            if writing:
+                writing.result()
             file.flush()
             os.fsync(file.fileno())
         self.files[name] = {"sha256": digest.hexdigest(), "bytes": size}
