@@ -176,7 +176,8 @@ def convert(
     )
     measured = [replace(g, error=_error(g, losses[name])) for name in COMPONENTS for g in groups[name]]
     measured.sort(key=lambda group: -1 if group.error is None else group.error, reverse=True)
-    notes = _notes(own.layers, layers) if own else ()
+    notes = _more_bits(own.layers, layers) if own else ()
+    notes += tuple(f"{g.name}: {g.stored} lost {g.error:.0%} of it; take more bits" for g in measured if _is_bad(g))
     return Report(path, index.base, dtype, recipe.quantize, components, tuple(measured), notes)
 
 
@@ -216,14 +217,19 @@ def _error(group: Group, losses: dict[str, tuple[float, float]]) -> float | None
     return math.sqrt(sum(error for error, _ in lost) / max(sum(all_ for _, all_ in lost), 1e-30)) if lost else None
 
 
-def _notes(before: dict[str, Layers], after: dict[str, Layers]) -> tuple[str, ...]:
+def _more_bits(before: dict[str, Layers], after: dict[str, Layers]) -> tuple[str, ...]:
     """Where a model of ours gets more bits than it had."""
     more = [
         name
         for name, layers in before.items()
         if any(q and (after[name][path] is None or after[name][path].bits > q.bits) for path, q in layers.items())
     ]
-    return tuple(f"{name} had fewer bits before, and more give nothing of what was lost back" for name in more)
+    return tuple(f"{name}: more bits than the source has; what quantizing lost does not come back" for name in more)
+
+
+def _is_bad(group: Group) -> bool:
+    """Beyond what any recipe loses of weights like those that are published; 3 bits lose a fifth."""
+    return group.error is not None and group.error > 0.3
 
 
 def _roots(found: dict[str, Found]) -> list[Path]:

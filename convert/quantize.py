@@ -162,7 +162,7 @@ class Made:
 
     Attributes:
         target: the tensor.
-        source: as it was, in the type in which it was stored.
+        source: as it was, in the type in which it was stored; where it was packed already, its scales.
         checked: what must be finite, in the folder's type.
         parts: what `stored` describes.
         loss: (2,) squares of the error and of the values, summed; None where nothing is quantized.
@@ -189,32 +189,31 @@ def make(target: Target, dtype: str, q: Quantization | None) -> Made:
         dtype: of what is not packed.
         q: how it is quantized.
     """
-    kind = getattr(mx, dtype)
-    if q and q == getattr(target, "q", None):  # from a model folder of ours: rounded once is enough
-        parts = tuple(part if part.dtype in PACKED else part.astype(kind) for part in target.read())
-        floats = tuple(part for part in parts if part.dtype not in PACKED)
-        return _begun(Made(target, parts[1], floats, parts, mx.array([0.0, 1.0])))
-    source = target.make()
-    array = mx.contiguous(source.astype(kind))
-    if q is None:
-        return _begun(Made(target, source, (array,), (array,)))
-    parts = tuple(mx.quantize(array, group_size=q.group_size, bits=q.bits, mode=q.mode))
-    step = max(1, len(source) // _ROWS)
-    some = source[::step].astype(mx.float32)
-    error = dequantize([part[::step] for part in parts], q) - some
-    loss = mx.stack([mx.square(error).sum(), mx.square(some).sum()]) * (len(source) / len(some))
-    return _begun(Made(target, source, (array,), parts, loss))
+    kind, step = getattr(mx, dtype), max(1, target.shape[0] // _ROWS)
+    if q and q == getattr(target, "q", None):  # a model folder of ours has it so: rounding once is enough
+        packed = target.read()
+        source, some = packed[1], dequantize([part[::step] for part in packed], q)
+        parts = tuple(part if part.dtype in PACKED else part.astype(kind) for part in packed)
+        checked = tuple(part for part in parts if part.dtype not in PACKED)
+    else:
+        source = target.make()
+        array = mx.contiguous(source.astype(kind))
+        parts = checked = (array,)
+        if q:
+            parts = tuple(mx.quantize(array, group_size=q.group_size, bits=q.bits, mode=q.mode))
+            some = source[::step].astype(mx.float32)
+    loss = None
+    if q:
+        error = dequantize([part[::step] for part in parts], q) - some
+        loss = mx.stack([mx.square(error).sum(), mx.square(some).sum()]) * (target.shape[0] / len(some))
+    mx.async_eval(*checked, *parts, *([] if loss is None else [loss]))
+    return Made(target, source, checked, parts, loss)
 
 
 def dequantize(parts: Sequence[mx.array], q: Quantization) -> mx.array:
     """The float32 values of `weight`, `scales` and, in mode affine, `biases`."""
     weight, *rest = (part if part.dtype in PACKED else part.astype(mx.float32) for part in parts)
     return mx.dequantize(weight, *rest, group_size=q.group_size, bits=q.bits, mode=q.mode, dtype=mx.float32)
-
-
-def _begun(made: Made) -> Made:
-    mx.async_eval(*made.checked, *made.parts, *([] if made.loss is None else [made.loss]))
-    return made
 
 
 def _is_finite(array: mx.array) -> bool:

@@ -404,6 +404,16 @@ def test_some_rows_tell_the_error_of_all(monkeypatch):
     assert errors[0] == pytest.approx(errors[1], rel=0.01)
 
 
+def test_a_loss_that_no_picture_stands_is_said(small, tmp_path):
+    """Scales of nvfp4 have a smallest value, and so small weights become nothing."""
+    copied = [shutil.copytree(path.parent, tmp_path / path.parent.name) / path.name for path in small]
+    edit_tensors(copied[0], lambda a: a.update({n: a[n] * 0.01 for n in a if "linear1.weight" in n}))
+    report = convert(copied, tmp_path / "out", quantize="nvfp4", tokenizers=TOKENIZERS)
+    assert report.groups[0].name == "single blocks, linear1"
+    assert len(report.notes) == 1
+    assert re.fullmatch(r"single blocks, linear1: nvfp4, bfloat16 lost \d+% of it; take more bits", report.notes[0])
+
+
 def test_the_report_is_for_people_and_for_machines(tmp_path, small):
     call = ["convert", *small, "--tokenizers", TOKENIZERS, "-q", "4", "-o", "model", "--json"]
     ran = run_command(*call, cwd=tmp_path)
@@ -492,9 +502,9 @@ def test_fewer_bits_are_made_of_what_is_there(make, tmp_path):
 def test_more_bits_give_nothing_back_and_the_report_says_so(make, tmp_path, quantize, mode):
     path = make(mode).path
     report = convert([path], tmp_path / "more", quantize=quantize, dtype="float32")
-    named = {note.split()[0] for note in report.notes}
+    named = {note.split(":")[0] for note in report.notes}
     assert named == {"transformer", "text_encoder_2"}
-    assert all("give nothing of what was lost back" in note for note in report.notes)
+    assert all(note.endswith("what quantizing lost does not come back") for note in report.notes)
     if quantize == "none":
         for component in COMPONENTS:
             arrays, values = arrays_of(report.path, component), values_of(path, component)
