@@ -102,8 +102,10 @@ def _readme(index: ModelIndex, licence: Licence | None, changed: str, has_text: 
     else:
         said = "LICENSE.md is what lay beside them." if has_text else "Ask whoever made them."
         rights = f"Which licence these weights have, the files that they were converted from do not say. {said}"
-    return (
-        f"# {printable(index.name)}\n\n{index.base}, as a model folder of mlx-flux-krea. Neither the program nor this "
-        f'folder is a product of whoever trained the model, or endorsed by them.\n\n    flux-krea generate "a frog" '
-        f"-m FOLDER\n    flux-krea verify FOLDER\n\n## Changes\n\n{changed}\n## Licence\n\n{rights}\n"
+    name, base = printable(index.name), printable(index.base)
+    about = (
+        f"{base}, as a model folder of mlx-flux-krea. Neither the program nor this folder is a product of whoever "
+        "trained the model, or endorsed by them."
     )
+    use = '    flux-krea generate "a frog" -m FOLDER\n    flux-krea verify FOLDER'
+    return f"# {name}\n\n{about}\n\n{use}\n\n## Changes\n\n{changed}\n## Licence\n\n{rights}\n"

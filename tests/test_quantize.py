@@ -1,6 +1,8 @@
 """Quantized model folders: what is written, what is read, what is lost, and what is refused."""
 
+import contextlib
 import filecmp
+import functools
 import hashlib
 import json
 import math
@@ -83,6 +85,12 @@ def folder(make, tmp_path):
     return Path(shutil.copytree(make().path, tmp_path / "copy"))
 
 
+@pytest.fixture(scope="module")
+def folder_json(make, tmp_path_factory):
+    """A copy whose JSON is changed and put back."""
+    return Path(shutil.copytree(make().path, tmp_path_factory.mktemp("json") / "copy"))
+
+
 def arrays_of(path: Path, component: str) -> dict[str, mx.array]:
     return {n: a for shard in sorted((path / component).glob("*.safetensors")) for n, a in mx.load(str(shard)).items()}
 
@@ -98,6 +106,15 @@ def values_of(path: Path, component: str) -> dict[str, mx.array]:
     return arrays
 
 
+@functools.cache
+def drawn(path: Path, dtype: str | None = None) -> tuple:
+    """The picture that a folder draws, and its latents."""
+    latents = []
+    pipe = FluxPipeline.from_pretrained(path, dtype=dtype)
+    result = pipe(**CALL, callback_on_step_end=lambda *step: latents.append(step[-1]["latents"]))
+    return result.images[0], latents[-1]
+
+
 # --- reading ---
 
 
@@ -110,12 +127,17 @@ def test_a_quantized_folder_draws_what_its_dequantized_weights_draw(make, tmp_pa
         values = values_of(path, component)
         for shard in (plain / component).glob("*.safetensors"):
             edit_tensors(shard, lambda a: a.update({name: values[name] for name in a}))  # noqa: B023
-    results = [FluxPipeline.from_pretrained(p)(**CALL) for p in (path, plain)]
-    latents = [FluxPipeline.from_pretrained(p)(**CALL, output_type="latent").images for p in (path, plain)]
-    assert rel(*latents) < 1e-5
-    assert levels(*(result.images[0] for result in results)) <= 1
-    unquantized = FluxPipeline.from_pretrained(make("none").path)(**CALL, output_type="latent").images
-    assert 1e-4 < rel(latents[0], unquantized) < 0.7
+    (picture, latents), (expected, expected_latents) = drawn(path), drawn(plain)
+    assert rel(latents, expected_latents) < 1e-5
+    assert levels(picture, expected) <= 1
+    assert 1e-4 < rel(latents, drawn(make("none").path)[1]) < 0.7
+
+
+@pytest.mark.parametrize(("dtype", "bar"), [("bfloat16", 0.05), ("float16", 0.01)])
+@pytest.mark.parametrize("bits", ["4", "mxfp4"])
+def test_a_quantized_folder_draws_in_any_type(make, bits, dtype, bar):
+    path = make(bits, dtype="bfloat16").path
+    assert rel(drawn(path, dtype)[1], drawn(path, "float32")[1]) < bar
 
 
 @pytest.mark.parametrize("quantize", ["8", "nvfp4"])
@@ -233,6 +255,20 @@ def test_what_config_and_shards_do_not_agree_about_is_named(folder, how, says):
         open_model(folder).check()
     assert caught.value.exit_code == 3
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [None, -1, 0, 2**70, 4.0, True, "8", [], {}, [[8]], float("nan"), {"bits": 8}])
+@pytest.mark.parametrize("field", ["bits", "group_size", "mode", "single_blocks.0.linear1", "no.such.layer", ""])
+def test_any_value_in_a_quantization_is_refused_or_is_what_it_was(folder_json, field, value):
+    path = folder_json / "transformer" / "config.json"
+    good = json.loads(path.read_text())
+    path.write_text(json.dumps(good | {"quantization": good["quantization"] | {field: value}}))
+    fine = (field, value) == ("single_blocks.0.linear1", True)
+    try:
+        with contextlib.nullcontext() if fine else pytest.raises(ModelError, match="quantization"):
+            open_model(folder_json).check()
+    finally:
+        path.write_text(json.dumps(good))
 
 
 def test_building_a_quantized_network_leaves_the_random_stream_as_it_was(make):
