@@ -61,7 +61,7 @@ RECIPES: dict[str, dict[str, Quantization]] = {
     "nvfp4": _recipe(_NVFP4, _NVFP4, _AFFINE[8]),
 }
 GROUP_SIZE = 64
-_ROWS = 256  # of a layer, evenly spread, in which its error is measured: a tenth of a percent off, and no time
+_ROWS = 256  # of a layer, evenly spread, in which its error is measured: within 1 % of what all rows give, in no time
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,8 @@
       text_encoder_2/  (T5)         modulation layers of the transformer in shards of their own
       vae/                      model.safetensors.index.json: which shard holds which tensor
       tokenizer/  tokenizer_2/  the tokenizers' own files
+      LICENSE.md  NOTICE        of the weights, as far as their licence is known and asks for it
+      README.md                 what it is and what was done to it
       manifest.json             sha256 and size of every other file
 
 "dtype" is the type of every array that is not quantized, and of scales and biases. Where layers are quantized, in the
