@@ -1,31 +1,38 @@
 """The converter: any known layout of the weights into a model folder (`mlx_flux_krea.weights` documents the format).
 
     from mlx_flux_krea.convert import convert
-    convert(["FLUX.1-Krea-dev"], "models/krea-bf16", dtype="bfloat16")
+    convert(["FLUX.1-Krea-dev"], "models/krea-8bit", quantize="8")
 
-sources opens files, layouts recognises them, maps names their tensors, remap puts tensors together; index and
-tokenizers add what weights do not say, write stores it all.
+sources opens files, layouts recognises them, maps names their tensors, remap puts tensors together; own does all of it
+for folders of ours. quantize chooses bits, index, tokenizers and licence add what weights do not say, write stores it.
 """
 
+import math
 import os
 import shlex
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from mlx_flux_krea import __version__
 from mlx_flux_krea import config as configs
 from mlx_flux_krea.errors import ModelError, UsageError, printable
-from mlx_flux_krea.weights import COMPONENTS, DTYPES, home
+from mlx_flux_krea.weights import COMPONENTS, DTYPES, home, layer_widths
 
+from . import quantize as quantizing
 from . import write
 from .index import make_index
 from .layouts import Found, identify, make_plan
+from .licence import licence_files
+from .own import Own, open_own
+from .quantize import Layers
 from .remap import Plan
 from .sources import is_model_folder, open_sources
 from .tokenizers import find_tokenizers
 
-__all__ = ["Component", "Report", "convert"]
+__all__ = ["Component", "Group", "Report", "convert"]
 _SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 
@@ -38,7 +45,21 @@ class Component:
     files: tuple[str, ...]
     parameters: int
     bytes: int
+    stored: str  # how most of it is
     dropped: tuple[tuple[str, str], ...]  # tensors left out on purpose, with the reason
+    left: tuple[tuple[str, str], ...]  # layers not quantized although the recipe has them, with the reason
+
+
+@dataclass(frozen=True)
+class Group:
+    """Layers of a kind: how they are stored, and what that lost."""
+
+    component: str
+    name: str
+    stored: str
+    parameters: int
+    bytes: int
+    error: float | None  # ||stored - source|| / ||source|| over the quantized layers, from up to 256 rows of each
 
 
 @dataclass(frozen=True)
@@ -48,7 +69,10 @@ class Report:
     path: Path
     base: str
     dtype: str
+    quantize: str
     components: tuple[Component, ...]
+    groups: tuple[Group, ...]  # the one that lost most comes first
+    notes: tuple[str, ...]
 
 
 def convert(
@@ -56,6 +80,8 @@ def convert(
     out: str | Path | None = None,
     *,
     dtype: str = "bfloat16",
+    quantize: str = "none",
+    group_size: int | None = None,
     tokenizers: str | Path | None = None,
     force: bool = False,
     allow_nonfinite: bool = False,
@@ -65,35 +91,45 @@ def convert(
     """Converts what the sources hold into a model folder.
 
     Args:
-        sources: a folder in diffusers' layout, or the files of the components one by one.
-        out: the model folder to make; None: models/NAME-TYPE in the home folder (`weights.home`).
-        dtype: of every array: "bfloat16", "float16" or "float32".
+        sources: a folder in diffusers' layout, the files of the components one by one, or a model folder of ours.
+        out: the model folder to make; None: models/NAME-RECIPE in the home folder (`weights.home`).
+        dtype: of every array that is not packed, and of scales: "bfloat16", "float16" or "float32".
+        quantize: a row of `quantize.RECIPES`. (The command's default is "8".)
+        group_size: how many numbers share a scale, where a recipe leaves the choice: 32, 64 or 128; None: 64.
         tokenizers: a folder with `tokenizer` and `tokenizer_2` (or `clip` and `t5`), where the sources have none.
         force: an existing model folder is replaced, once the new one is complete; nothing else ever is, nor a folder
             with files in it that the converter did not write.
-        allow_nonfinite: weights may hold NaN and infinities.
+        allow_nonfinite: weights may hold NaN and infinities, where nothing is quantized.
         progress: called with the component at work, the bytes written so far and in all.
         placing: gives the context in which the complete folder takes its name, for callers who handle signals.
 
     Raises:
-        UsageError: an option or the target cannot be used.
+        UsageError: an option or the target cannot be used, or options do not go together.
         ModelError: a source is missing, damaged, incomplete or of another kind.
         ResourceError: not enough disk.
     """
     if dtype not in DTYPES:
         raise UsageError(f'no type is called "{dtype}"', f"one of {', '.join(DTYPES)}")
+    recipe = quantizing.find_recipe(quantize, group_size)
+    if allow_nonfinite and quantize != "none":
+        raise UsageError("NaN and infinities are allowed, and quantizing erases them", "one of both", "add -q none")
     paths = [Path(os.path.expanduser(path)) for path in sources]
-    found = _components(paths)
-    plans = {component: make_plan(f) for component, f in found.items()}
+    own = _own(paths)
+    found = own.found if own else _components(paths)
+    plans = own.plans if own else {component: make_plan(f) for component, f in found.items()}
     configs.check_parts(*(plans[name][0] for name in ("transformer", "text_encoder_2", "text_encoder", "vae")))
-    index = make_index(found, plans["transformer"][0])
-    path = Path(os.path.expanduser(out)) if out else home() / "models" / f"{index.name}-{_SHORT[dtype]}"
+    index = own.index if own else make_index(found, plans["transformer"][0])
+    path = Path(os.path.expanduser(out)) if out else home() / "models" / f"{index.name}-{_label(recipe, dtype)}"
     target = _resolved(path)
     tokens = find_tokenizers(found, plans, tokenizers)
-    total = sum(write.output_bytes(plan, dtype) for _, plan in plans.values())
+    layers, left = {}, {}
+    for name, (config, _) in plans.items():
+        layers[name], left[name] = quantizing.choose(name, layer_widths(name, config), recipe)
+    groups = {name: _groups(name, plan, dtype, layers[name]) for name, (_, plan) in plans.items()}
+    total = sum(group.bytes for component in groups.values() for group in component)
     sizes = {file: file.stat().st_size for f in found.values() for file in f.source.files}
 
-    written = 0
+    written, losses = 0, {}
     with write.new_folder(target, force, [*paths, *sizes], placing) as folder, write.hashing(sizes) as hashes:
         write.check_disk(target, total + 2**26)
         for component in COMPONENTS:
@@ -105,27 +141,118 @@ def convert(
                 if progress:
                     progress(component, written, total)
 
-            write.write_component(folder, component, configs.to_json(config), plan, dtype, done, allow_nonfinite)
+            losses[component] = write.write_component(
+                folder, component, configs.to_json(config), plan, dtype, layers[component], done, allow_nonfinite
+            )
         for name, data in tokens.items():
             folder.write(name, [data])
+        if own:
+            own.check({file: hashes[file].result() for file in sizes})
         records = tuple(
             configs.Source(_record_name(file, f), hashes[file].result(), sizes[file], f.layout.name)
             for f in found.values()
             for file in f.source.files
         )
-        index = replace(index, source=records)
+        index = replace(index, source=(own.index.source if own else ()) + records, converter=__version__)
+        stored = {name: _stored(dtype, layers[name]) for name in COMPONENTS}
+        about = licence_files(index, _roots(found), [f"{name}: {how}" for name, how in stored.items()])
+        for name, data in about.items():
+            folder.write(name, [data])
         if progress:
             progress("reading back", total, total)
-        folder.finish({"_class_name": "FluxPipeline", **configs.to_json(index)}, plans, dtype)
-    return _report(path, index, dtype, found, plans)
+        folder.finish({"_class_name": "FluxPipeline", **configs.to_json(index)})
+    components = tuple(
+        Component(
+            name=name,
+            layout=found[name].layout.name,
+            files=tuple(file.name for file in found[name].source.files),
+            parameters=plan.parameters,
+            bytes=sum(group.bytes for group in groups[name]),
+            stored=stored[name],
+            dropped=plan.dropped,
+            left=tuple(left[name].items()),
+        )
+        for name, (_, plan) in plans.items()
+    )
+    measured = [replace(g, error=_error(g, losses[name])) for name in COMPONENTS for g in groups[name]]
+    measured.sort(key=lambda group: -1 if group.error is None else group.error, reverse=True)
+    notes = _more_bits(own.layers, layers) if own else ()
+    notes += tuple(f"{g.name}: {g.stored} lost {g.error:.0%} of it; take more bits" for g in measured if _is_bad(g))
+    return Report(path, index.base, dtype, recipe.quantize, components, tuple(measured), notes)
+
+
+def _label(recipe: quantizing.Recipe, dtype: str) -> str:
+    """As the folder is called: a precision that says it all stands alone."""
+    if recipe.quantize == "none":
+        return _SHORT[dtype]
+    return recipe.label if dtype == "bfloat16" else f"{recipe.label}-{_SHORT[dtype]}"
+
+
+def _groups(component: str, plan: Plan, dtype: str, layers: Layers) -> list[Group]:
+    """The groups of a component in the order of its tensors; errors are not known yet."""
+    groups: dict[str, list] = {}
+    for target in plan.targets:
+        groups.setdefault(quantizing.group_of(component, target.name), []).append(target)
+    return [
+        Group(
+            component=component,
+            name=name,
+            stored=_stored(dtype, {t.name: quantizing.layer_of(t, layers) for t in targets}),
+            parameters=sum(math.prod(t.shape) for t in targets),
+            bytes=sum(quantizing.count_bytes(t, dtype, quantizing.layer_of(t, layers)) for t in targets),
+            error=None,
+        )
+        for name, targets in groups.items()
+    ]
+
+
+def _stored(dtype: str, layers: Layers) -> str:
+    """How most of the layers that are quantized are stored; what is not quantized is of the type."""
+    quantized = Counter(q for q in layers.values() if q)
+    return f"{quantized.most_common(1)[0][0]}, {dtype}" if quantized else dtype
+
+
+def _error(group: Group, losses: dict[str, tuple[float, float]]) -> float | None:
+    lost = [loss for name, loss in losses.items() if quantizing.group_of(group.component, name) == group.name]
+    return math.sqrt(sum(error for error, _ in lost) / max(sum(all_ for _, all_ in lost), 1e-30)) if lost else None
+
+
+def _more_bits(before: dict[str, Layers], after: dict[str, Layers]) -> tuple[str, ...]:
+    """Where a model of ours gets more bits than it had."""
+    more = [
+        name
+        for name, layers in before.items()
+        if any(q and (after[name][path] is None or after[name][path].bits > q.bits) for path, q in layers.items())
+    ]
+    return tuple(f"{name}: more bits than the source has; what quantizing lost does not come back" for name in more)
+
+
+def _is_bad(group: Group) -> bool:
+    """Beyond what any recipe loses of weights like those that are published; 3 bits lose a fifth."""
+    return group.error is not None and group.error > 0.3
+
+
+def _roots(found: dict[str, Found]) -> list[Path]:
+    """Folders in which the licence of the transformer may lie."""
+    source = found["transformer"].source
+    return [source.folder.parent, source.folder] if source.component else [source.folder]
+
+
+def _own(paths: list[Path]) -> Own | None:
+    """The one source, where it is a model folder of ours."""
+    folders = (folder for path in paths if os.path.exists(path) for folder in (path, *path.absolute().parents[:2]))
+    ours = next(filter(is_model_folder, folders), None)
+    if ours is None:
+        return None
+    if paths != [ours]:
+        name = shlex.quote(str(ours))
+        raise ModelError(
+            f"{ours} is a model folder of ours", "nothing beside it, and all of it", f"name it alone: {name}"
+        )
+    return open_own(ours)
 
 
 def _components(paths: list[Path]) -> dict[str, Found]:
-    folders = (folder for path in paths if os.path.exists(path) for folder in (path, *path.absolute().parents[:2]))
-    if ours := next(filter(is_model_folder, folders), None):
-        name = shlex.quote(str(ours))
-        todo = f"generate with it: -m {name} (it cannot be converted to another type or quantized yet)"
-        raise ModelError(f"{ours} is a model folder already", "the weights it was made from", todo)
     found: dict[str, Found] = {}
     for source in open_sources(paths):
         one = identify(source)
@@ -151,24 +278,3 @@ def _resolved(path: Path) -> Path:
 
 def _record_name(file: Path, found: Found) -> str:
     return f"{file.parent.name}/{file.name}" if found.source.component else file.name
-
-
-def _report(
-    path: Path,
-    index: configs.ModelIndex,
-    dtype: str,
-    found: dict[str, Found],
-    plans: dict[str, tuple[object, Plan]],
-) -> Report:
-    components = tuple(
-        Component(
-            name=name,
-            layout=found[name].layout.name,
-            files=tuple(file.name for file in found[name].source.files),
-            parameters=plan.parameters,
-            bytes=write.output_bytes(plan, dtype),
-            dropped=plan.dropped,
-        )
-        for name, (_, plan) in plans.items()
-    )
-    return Report(path, index.base, dtype, components)

@@ -11,12 +11,16 @@ The folder takes its final name only when everything in it is on disk and was re
 import contextlib
 import errno
 import fcntl
+import functools
 import hashlib
+import itertools
 import json
+import math
 import os
 import shutil
 import struct
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from pathlib import Path
@@ -24,9 +28,11 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
+from mlx_flux_krea.config import quantization_to_json
 from mlx_flux_krea.errors import ModelError, ResourceError, UsageError
-from mlx_flux_krea.weights import DTYPES, INDEX, check_tensors, open_model, read_json
+from mlx_flux_krea.weights import INDEX, open_model, read_json
 
+from .quantize import ITEM_BYTES, Layers, Made, count_bytes, layer_of, make, stored
 from .remap import Plan, Target
 from .sources import is_model_folder
 
@@ -50,11 +56,20 @@ class Folder:
         """One file, of the chunks one after another."""
         path, digest, size = self.path / name, hashlib.sha256(), 0
         path.parent.mkdir(exist_ok=True)
-        with open(path, "xb") as file:
-            for chunk in chunks:
-                file.write(chunk)
-                digest.update(chunk)
+
+        def put(chunk: bytes | memoryview) -> None:
+            file.write(chunk)
+            digest.update(chunk)
+
+        with open(path, "xb") as file, ThreadPoolExecutor(1) as pool:
+            writing: Future | None = None
+            for chunk in chunks:  # the next one is made while this one is written
+                if writing:
+                    writing.result()
+                writing = pool.submit(put, chunk)
                 size += len(chunk)
+            if writing:
+                writing.result()
             file.flush()
             os.fsync(file.fileno())
         self.files[name] = {"sha256": digest.hexdigest(), "bytes": size}
@@ -63,13 +78,11 @@ class Folder:
         """JSON as people read it, the same bytes for the same object."""
         self.write(name, [_json(obj)])
 
-    def finish(self, index: dict, plans: dict[str, tuple[object, Plan]], dtype: str) -> None:
+    def finish(self, index: dict) -> None:
         """manifest.json and, last of all, model_index.json; then everything is read back as the library will.
 
         Args:
             index: of model_index.json.
-            plans: config and plan of every component.
-            dtype: of every array.
 
         Raises:
             UsageError: what is on the disk is not what was written.
@@ -86,11 +99,7 @@ class Folder:
                         "a disk that keeps what it is given",
                         "choose another with -o",
                     )
-        model = open_model(self.path)
-        for component, (_, plan) in plans.items():
-            tensors = {name: (info.dtype, info.shape) for name, (_, info) in model.tensors(component).items()}
-            expected = {t.name: (DTYPES[dtype], t.shape) for t in plan.targets}
-            check_tensors(self.path / component, tensors, expected)
+        open_model(self.path).check()
         for folder in {(self.path / name).parent for name in self.files}:
             _sync(folder)
 
@@ -202,20 +211,16 @@ def check_disk(target: Path, need: int) -> None:
         )
 
 
-def output_bytes(plan: Plan, dtype: str) -> int:
-    """Bytes of a component in this type."""
-    return plan.parameters * getattr(mx, dtype).size
-
-
 def write_component(
     folder: Folder,
     component: str,
     config: dict,
     plan: Plan,
     dtype: str,
+    layers: Layers,
     done: Callable[[int], None],
     allow_nonfinite: bool = False,
-) -> None:
+) -> dict[str, tuple[float, float]]:
     """Writes config.json, shards and index of one component.
 
     Args:
@@ -223,45 +228,105 @@ def write_component(
         component: its name there.
         config: sizes, as JSON.
         plan: its tensors.
-        dtype: "float32", "bfloat16" or "float16", of every array.
+        dtype: "float32", "bfloat16" or "float16", of every array that is not packed.
+        layers: how layers are quantized.
         done: called with the bytes just written.
         allow_nonfinite: NaN and infinities pass.
+
+    Returns:
+        Of every quantized tensor, the squares of error and values, summed.
 
     Raises:
         ModelError: NaN or infinities in a tensor, or a value that does not fit the type.
     """
+    losses = {}
 
     def chunks(targets: list[Target]) -> Iterator[bytes | memoryview]:
-        yield _header(targets, dtype)
-        for target in targets:
-            data = _array_bytes(target, dtype, allow_nonfinite)
-            yield data
-            done(len(data))
+        yield _header(targets, dtype, layers)
+        for made in _made(targets, dtype, layers):
+            problem = None if allow_nonfinite else made.problem(dtype)
+            if problem:
+                tensor, nonfinite = made.target.sources[0], problem.startswith("NaN")
+                todo = "download it again" if nonfinite else "use another --dtype"
+                raise ModelError(
+                    f"{tensor.path}: {tensor.name} holds {problem}", "finite weights" if nonfinite else "", todo
+                )
+            for part in made.parts:
+                data = memoryview(np.asarray(part.reshape(-1).view(mx.uint8)))
+                yield data
+                done(len(data))
+            if made.loss is not None:
+                losses[made.target.name] = tuple(made.loss.tolist())
 
-    folder.write_json(f"{component}/config.json", {"dtype": dtype, **config})
-    shards = _shards(plan, dtype)
+    quantization = quantization_to_json(layers)
+    fields = {"quantization": quantization} if quantization else {}
+    folder.write_json(f"{component}/config.json", {"dtype": dtype, **fields, **config})
+    shards = _shards(plan, dtype, layers)
     weight_map = {}
     for number, targets in enumerate(shards, 1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        weight_map |= {target.name: name for target in targets}
+        weight_map |= {part: name for t in targets for part in stored(t, dtype, layer_of(t, layers))}
         folder.write(f"{component}/{name}", chunks(targets))
-    metadata = {"total_size": output_bytes(plan, dtype)}
+    metadata = {"total_size": sum(count_bytes(t, dtype, layer_of(t, layers)) for t in plan.targets)}
     folder.write_json(f"{component}/{INDEX}", {"metadata": metadata, "weight_map": weight_map})
+    return losses
+
+
+def check_manifest(
+    folder: Path, progress: Callable[[str, int, int], None]
+) -> tuple[dict[str, int], dict[str, list[str]]]:
+    """Compares every file of a model folder with its manifest.json.
+
+    Args:
+        folder: of ours.
+        progress: called with a label, the bytes hashed so far and in all; from several threads.
+
+    Returns:
+        The size of every file that is there, and the names of those that differ, are missing or are not listed.
+
+    Raises:
+        ModelError: no manifest.json, or a file that cannot be read.
+    """
+    listed = read_json(folder / "manifest.json")
+    paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    paths = {name: path for name, path in paths.items() if not _of_the_system(path) and name != "manifest.json"}
+    files = {name: path.stat().st_size for name, path in paths.items()}
+    hashed, total = dict.fromkeys(paths.values(), 0), sum(files.values())
+
+    def done(path: Path, count: int) -> None:
+        hashed[path] += count  # one thread a file
+        progress("verifying", sum(hashed.values()), total)
+
+    with hashing(paths.values(), workers=4, done=done) as hashes:
+        found = {n: {"sha256": hashes[path].result(), "bytes": files[n]} for n, path in paths.items()}
+    problems = {
+        "differs": [name for name in found if name in listed and found[name] != listed[name]],
+        "missing": [name for name in listed if name not in found],
+        "not listed": [name for name in found if name not in listed],
+    }
+    return files, problems
 
 
 @contextlib.contextmanager
-def hashing(paths: Iterable[Path], workers: int = 1) -> Iterator[dict[Path, Future[str]]]:
+def hashing(
+    paths: Iterable[Path], workers: int = 1, done: Callable[[Path, int], None] | None = None
+) -> Iterator[dict[Path, Future[str]]]:
     """The sha256 of files, computed beside other work; what is not done when the block ends is given up at once."""
     stop = threading.Event()
     with ThreadPoolExecutor(workers) as pool:
         try:
-            yield {path: pool.submit(sha256, path, stop) for path in paths}
+            yield {path: pool.submit(sha256, path, stop, done) for path in paths}
         finally:
             stop.set()
 
 
-def sha256(path: Path, stop: threading.Event | None = None) -> str:
+def sha256(path: Path, stop: threading.Event | None = None, done: Callable[[Path, int], None] | None = None) -> str:
     """Of a file, in hexadecimal.
+
+    Args:
+        path: the file.
+        stop: ends it early.
+        done: called with the file and the bytes just hashed.
 
     Raises:
         CancelledError: `stop` was set.
@@ -274,6 +339,8 @@ def sha256(path: Path, stop: threading.Event | None = None) -> str:
                 if stop and stop.is_set():
                     raise CancelledError
                 digest.update(chunk)
+                if done:
+                    done(path, len(chunk))
     except OSError as error:
         raise ModelError(f"{path} cannot be read: {error.strerror}", "a file that can") from None
     return digest.hexdigest()
@@ -302,7 +369,25 @@ def _place(partial: Path, target: Path, force: bool) -> None:
         old.rename(partial)  # as such it is deleted, by the next run at the latest
 
 
-def _shards(plan: Plan, dtype: str) -> list[list[Target]]:
+def _made(targets: list[Target], dtype: str, layers: Layers) -> Iterator[Made]:
+    """Two tensors at a time, each on a stream of its own: the next is read while the one before it is computed."""
+    begun: deque[Made] = deque()
+    for target, stream in zip(targets, itertools.cycle(_streams()), strict=False):
+        with mx.stream(stream):
+            begun.append(make(target, dtype, layer_of(target, layers)))
+        if len(begun) == 2:
+            yield begun.popleft()
+            mx.clear_cache()
+    yield from begun
+
+
+@functools.cache
+def _streams() -> tuple:
+    """Two more; in every thread that converts they are its own."""
+    return tuple(mx.new_thread_local_stream(mx.default_device()) for _ in range(2))
+
+
+def _shards(plan: Plan, dtype: str, layers: Layers) -> list[list[Target]]:
     """Modulation apart from the rest; a shard never ends inside a block."""
     modulation = [t for t in plan.targets if any(part in t.name for part in _MODULATION)]
     rest = [t for t in plan.targets if not any(part in t.name for part in _MODULATION)]
@@ -314,7 +399,7 @@ def _shards(plan: Plan, dtype: str) -> list[list[Target]]:
                 shards.append(shard)
                 shard, size = [], 0
             shard.append(target)
-            size += _bytes(target, dtype)
+            size += count_bytes(target, dtype, layer_of(target, layers))
             block = _block(target.name)
         shards += [shard] if shard else []
     return shards
@@ -327,34 +412,18 @@ def _block(name: str) -> str:
     return ".".join(parts[: number + 1])
 
 
-def _bytes(target: Target, dtype: str) -> int:
-    return int(np.prod(target.shape, dtype=np.int64)) * getattr(mx, dtype).size
-
-
-def _header(targets: list[Target], dtype: str) -> bytes:
+def _header(targets: list[Target], dtype: str, layers: Layers) -> bytes:
     """A safetensors header in the order given; the library's own writers sort, and hold everything in memory."""
     entries: dict = {"__metadata__": {"format": "mlx"}}
     offset = 0
     for target in targets:
-        end = offset + _bytes(target, dtype)
-        entries[target.name] = {"dtype": DTYPES[dtype], "shape": list(target.shape), "data_offsets": [offset, end]}
-        offset = end
+        for name, (kind, shape) in stored(target, dtype, layer_of(target, layers)).items():
+            end = offset + math.prod(shape) * ITEM_BYTES[kind]
+            entries[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [offset, end]}
+            offset = end
     header = json.dumps(entries, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)
     return struct.pack("<Q", len(header)) + header
-
-
-def _array_bytes(target: Target, dtype: str, allow_nonfinite: bool) -> memoryview:
-    stored = target.make()
-    array = mx.contiguous(stored.astype(getattr(mx, dtype)))
-    if not allow_nonfinite and not mx.isfinite(array).all().item():
-        tensor = target.sources[0]
-        if mx.isfinite(stored).all().item():
-            raise ModelError(
-                f"{tensor.path}: {tensor.name} holds values too large for {dtype}", todo="use another --dtype"
-            )
-        raise ModelError(f"{tensor.path}: {tensor.name} holds NaN or infinities", "finite weights", "download it again")
-    return memoryview(np.asarray(array.reshape(-1).view(mx.uint8)))
 
 
 def _beside(target: Path, what: str) -> Path:
@@ -414,9 +483,13 @@ def _not_ours(target: Path) -> str | None:
     known = {Path("manifest.json"), *map(Path, read_json(target / "manifest.json"))}
     known |= {folder for file in known for folder in file.parents}
     for path in sorted(target.rglob("*")):
-        if path.relative_to(target) not in known and path.name not in _OF_THE_SYSTEM and path.name[:2] != "._":
+        if path.relative_to(target) not in known and not _of_the_system(path):
             return path.relative_to(target).as_posix()
     return None
+
+
+def _of_the_system(path: Path) -> bool:
+    return path.name in _OF_THE_SYSTEM or path.name[:2] == "._"
 
 
 def _sync(folder: Path) -> None:

@@ -9,6 +9,7 @@ Field names are those of the public code: FluxParams and AutoEncoderParams of bl
 import dataclasses
 import types
 import typing
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Annotated
 
@@ -153,6 +154,73 @@ FLUX_VAE = VAEConfig(
     in_channels=3, out_ch=3, ch=128, ch_mult=(1, 2, 4, 4), num_res_blocks=2, z_channels=16, norm_num_groups=32,
     scale_factor=0.3611, shift_factor=0.1159,
 )  # fmt: skip
+
+
+# how numbers can be stored in few bits (mx.quantize): the bits and the group sizes of each mode
+MODES = {
+    "affine": ((3, 4, 5, 6, 8), (32, 64, 128)),
+    "mxfp4": ((4,), (32,)),
+    "nvfp4": ((4,), (16,)),
+}
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How one matrix is stored in few bits: `group_size` numbers of a row share a scale, in mode affine also a bias."""
+
+    bits: int
+    group_size: int
+    mode: str = "affine"
+
+    def __str__(self) -> str:
+        return f"{self.bits} bits, groups of {self.group_size}" if self.mode == "affine" else self.mode
+
+    def problem(self) -> str | None:
+        """What does not exist of this, or None."""
+        if self.mode not in MODES:
+            return f'mode is "{self.mode}" and not one of {", ".join(MODES)}'
+        for name, known in zip(("bits", "group_size"), MODES[self.mode], strict=True):
+            if getattr(self, name) not in known:
+                return f"{name} is {getattr(self, name)} and not one of {', '.join(map(str, known))} (mode {self.mode})"
+        return None
+
+
+def quantization_to_json(layers: dict[str, Quantization | None]) -> dict | None:
+    """The field `quantization` of a component's config.json, in the form of mlx-lm.
+
+    Args:
+        layers: every layer that could be quantized; None: it is not.
+
+    Returns:
+        What most quantized layers have, then the others by their paths, false where not quantized; None: no layer is.
+    """
+    quantized = [q for q in layers.values() if q]
+    if not quantized:
+        return None
+    most = Counter(quantized).most_common(1)[0][0]
+    others = {path: to_json(q) if q else False for path, q in layers.items() if q != most}
+    return to_json(most) | others
+
+
+def quantization_from_json(obj, where: str) -> tuple[Quantization, dict[str, Quantization | None]]:
+    """What most layers have, and the exceptions by their paths.
+
+    Raises:
+        ModelError: a field or a value that is not known.
+    """
+    if not isinstance(obj, dict):
+        raise ModelError(f"{where} is {_kind(obj)}", "a JSON object")
+    names = {f.name for f in dataclasses.fields(Quantization)}
+    most = from_json(Quantization, {name: obj[name] for name in obj if name in names}, where)
+    others: dict[str, Quantization | None] = {}
+    for path, value in obj.items():
+        if isinstance(value, dict):
+            others[path] = from_json(Quantization, value, f"{where}: {_short(path)}")
+        elif isinstance(value, bool):
+            others[path] = most if value else None
+        elif path not in names:
+            raise ModelError(f"{where}: {_short(path)} is {_kind(value)}", "false, or bits, group_size and mode")
+    return most, others
 
 
 @dataclass(frozen=True)

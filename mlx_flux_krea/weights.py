@@ -2,18 +2,27 @@
 
     NAME/
       model_index.json          what it is, its schedule and defaults, what it was made from (config.ModelIndex)
-      transformer/              config.json: sizes, and "dtype", the type of every array that is not quantized
+      transformer/              config.json: sizes, "dtype" and "quantization" (below)
       text_encoder/    (CLIP)   model-0000k-of-0000n.safetensors: tensors in a fixed order, each block in one piece, the
       text_encoder_2/  (T5)         modulation layers of the transformer in shards of their own
       vae/                      model.safetensors.index.json: which shard holds which tensor
       tokenizer/  tokenizer_2/  the tokenizers' own files
+      LICENSE.md  NOTICE        of the weights, as far as their licence is known and asks for it
+      README.md                 what it is and what was done to it
       manifest.json             sha256 and size of every other file
+
+"dtype" is the type of every array that is not quantized, and of scales and biases. Where layers are quantized, in the
+form of mlx-lm: "quantization" holds bits, group_size and mode of most of them, and by its path each layer with others
+(an object of the same three) or with none (false). Of such a layer, `weight` holds packed numbers (U32), `scales` and,
+in mode affine, `biases` what makes values of them; scales of mxfp4 and nvfp4 are bytes (U8). Embeddings are never
+quantized. Whatever computes with a folder finds this there, and is not told.
 
 Names are those of Black Forest Labs for the transformer and the VAE, those of transformers for the encoders. Loading is
 strict (every tensor matched, shape and dtype checked before anything is read) and lazy: an array is read when it is
 first evaluated, and a cast to another compute type never holds two copies of the whole.
 """
 
+import functools
 import json
 import os
 import re
@@ -46,6 +55,7 @@ COMPONENTS = {
     "vae": (configs.VAEConfig, VAE),
 }
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # MLX's names, and those of safetensors
+PACKED = {mx.uint32: "U32", mx.uint8: "U8"}  # of quantized layers, whatever the folder's type
 INDEX = "model.safetensors.index.json"
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
@@ -119,7 +129,8 @@ class ModelFolder:
     path: Path
     index: configs.ModelIndex
     sizes: dict[str, object]  # component: its config
-    dtypes: dict[str, str]  # component: the type of its arrays
+    dtypes: dict[str, str]  # component: the type of its arrays that are not quantized
+    quantization: dict[str, tuple]  # component: what most layers have, and the exceptions; only where there is some
 
     @property
     def requires_filters(self) -> bool:
@@ -149,6 +160,25 @@ class ModelFolder:
             )
         return found
 
+    def layers(self, component: str) -> dict[str, configs.Quantization | None]:
+        """Every layer of a component that could be quantized, and how it is.
+
+        Raises:
+            ModelError: config.json names other layers, or groups that do not divide a row.
+        """
+        widths = layer_widths(component, self.sizes[component])
+        if component not in self.quantization:
+            return dict.fromkeys(widths)
+        where = f"{self.path / component / 'config.json'}: quantization"
+        most, others = self.quantization[component]
+        if unknown := others.keys() - widths.keys():
+            raise ModelError(f"{where} names {_some(unknown)}", "layers of this network", "convert the model again")
+        layers = {path: others.get(path, most) for path in widths}
+        for path, q in layers.items():
+            if q and widths[path] % q.group_size:
+                raise ModelError(f"{where}: {path} has rows of {widths[path]}", f"a multiple of {q.group_size}")
+        return layers
+
     def check(self) -> None:
         """Compares the headers of every shard with the sizes; reads no weights.
 
@@ -173,29 +203,53 @@ class ModelFolder:
             dtype = mx.bfloat16
         arrays = []
         for shard in sorted({path for path, _ in found.values()}):
-            arrays += [(name, array.astype(dtype)) for name, array in mx.load(str(shard)).items()]
+            for name, array in mx.load(str(shard)).items():
+                arrays.append((name, array if array.dtype in PACKED else array.astype(dtype)))
         module.load_weights(arrays, strict=True)
         module.eval()
         return module
 
     def _skeleton(self, component: str) -> tuple[nn.Module, dict[str, tuple[Path, TensorInfo]]]:
         """The network without its weights, and the tensors that are those weights."""
-        module = build(component, self.sizes[component])
+        module = build(component, self.sizes[component], self.layers(component))
+        dtype = DTYPES[self.dtypes[component]]
         found = self.tensors(component)
         check_tensors(
             self.path / component,
             {name: (info.dtype, info.shape) for name, (_, info) in found.items()},
-            {name: (DTYPES[self.dtypes[component]], array.shape) for name, array in tree_flatten(module.parameters())},
+            {name: (PACKED.get(array.dtype, dtype), array.shape) for name, array in tree_flatten(module.parameters())},
         )
         return module, found
 
 
-def build(component: str, sizes) -> nn.Module:
-    """A network of these sizes without its weights. MLX would draw initial ones: its stream is left as it was."""
+def build(component: str, sizes, layers: dict[str, configs.Quantization | None] | None = None) -> nn.Module:
+    """A network of these sizes without its weights. MLX would draw initial ones: its stream is left as it was.
+
+    Args:
+        component: a key of `COMPONENTS`.
+        sizes: its config.
+        layers: how layers are quantized, by their paths.
+    """
     high, low = mx.random.state[0].tolist()
     module = COMPONENTS[component][1](sizes)
+    quantized = {path: configs.to_json(q) for path, q in (layers or {}).items() if q}
+    nn.quantize(module, class_predicate=lambda path, _: quantized.get(path, False))
     mx.random.seed(high << 32 | low)
     return module
+
+
+@functools.cache
+def layer_widths(component: str, sizes) -> dict[str, int]:
+    """The layers of a network that can be quantized: path and length of a row."""
+    module = build(component, sizes)
+    linear = {f"{path}.weight" for path, layer in module.named_modules() if isinstance(layer, nn.Linear)}
+    weights = ((name, array) for name, array in tree_flatten(module.parameters()) if name in linear)
+    return {name.removesuffix(".weight"): array.shape[1] for name, array in weights}
+
+
+def count_parameters(component: str, sizes) -> int:
+    """Numbers in all tensors, packed ones one by one."""
+    return sum(array.size for _, array in tree_flatten(build(component, sizes).parameters()))
 
 
 def open_model(path: Path) -> ModelFolder:
@@ -218,7 +272,7 @@ def open_model(path: Path) -> ModelFolder:
     if obj.pop("_class_name", None) != "FluxPipeline":
         raise ModelError(f"{index_path} is not of a FluxPipeline", '"_class_name": "FluxPipeline"')
     index = configs.from_json(configs.ModelIndex, obj, str(index_path))
-    sizes, dtypes = {}, {}
+    sizes, dtypes, quantization = {}, {}, {}
     for component, (config_class, _) in COMPONENTS.items():
         where = path / component / "config.json"
         if not where.exists():
@@ -227,9 +281,12 @@ def open_model(path: Path) -> ModelFolder:
         dtypes[component] = fields.pop("dtype", None)
         if dtypes[component] not in list(DTYPES):
             raise ModelError(f"{where}: dtype is {dtypes[component]!r}", f"one of {', '.join(DTYPES)}")
+        if "quantization" in fields:
+            quantized = fields.pop("quantization")
+            quantization[component] = configs.quantization_from_json(quantized, f"{where}: quantization")
         sizes[component] = configs.from_json(config_class, fields, str(where))
     configs.check_parts(*(sizes[name] for name in ("transformer", "text_encoder_2", "text_encoder", "vae")))
-    return ModelFolder(path, index, sizes, dtypes)
+    return ModelFolder(path, index, sizes, dtypes, quantization)
 
 
 def find_model(model: str | os.PathLike | None) -> Path:

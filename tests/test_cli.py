@@ -44,7 +44,8 @@ def command(tmp_path, monkeypatch, capsys):
 
 
 def test_convert_inspect_and_generate_as_a_user_runs_them(tmp_path):
-    ran = run_command("convert", PIPELINE, "--tokenizers", TOKENIZERS, "--dtype", "float32", "-o", "tiny", cwd=tmp_path)
+    call = ["convert", PIPELINE, "--tokenizers", TOKENIZERS, "-q", "none", "--dtype", "float32", "-o", "tiny"]
+    ran = run_command(*call, cwd=tmp_path)
     assert (ran.returncode, ran.stdout) == (0, "tiny\n"), ran.stderr
     assert "transformer, diffusers" in ran.stderr
     ran = run_command("inspect", "tiny", cwd=tmp_path)

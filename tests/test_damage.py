@@ -269,10 +269,10 @@ def test_a_model_folder_whose_index_is_damaged_is_not_taken_for_another(model, t
         CliRunner().invoke(inspect, [str(folder)], catch_exceptions=False)
 
 
-def test_a_model_folder_of_ours_is_no_source(model, tmp_path):
-    for path in (model, model / "transformer", next((model / "vae").glob("*.safetensors"))):
-        with pytest.raises(ModelError, match=r"is a model folder already.*generate with it.*quantized yet"):
-            run(path, out=tmp_path / "out")
+def test_a_part_of_a_model_folder_of_ours_is_no_source(model, tmp_path):
+    for paths in ([model / "transformer"], [next((model / "vae").glob("*.safetensors"))], [model, PIPELINE / "vae"]):
+        with pytest.raises(ModelError, match=rf"is a model folder of ours; expected .*; name it alone: {model}$"):
+            run(*paths, out=tmp_path / "out")
 
 
 def test_gguf_is_named_and_not_read_yet(tmp_path):

@@ -16,24 +16,34 @@ from . import signals
     "-o", "--output", type=click.Path(path_type=Path), help="The model folder to make.  [default: in the home folder]"
 )
 @click.option(
+    "-q",
+    "--quantize",
+    type=click.Choice(["none", "8", "6", "5", "4", "3", "mxfp4", "nvfp4"]),
+    default="8",
+    show_default=True,
+    help="Bits of the large layers.",
+)
+@click.option("--group-size", type=int, help="Numbers that share a scale: 32, 64 or 128.  [default: 64]")
+@click.option(
     "--dtype",
     type=click.Choice(["bfloat16", "float16", "float32"]),
     default="bfloat16",
     show_default=True,
-    help="Type of the weights in the folder.",
+    help="Type of what is not quantized, and of scales.",
 )
 @click.option("--tokenizers", type=click.Path(path_type=Path), help="A folder with tokenizer/ and tokenizer_2/ in it.")
 @click.option("--force", is_flag=True, help="Replace an existing model folder.")
 @click.option("--allow-nonfinite", is_flag=True, help="Accept weights that hold NaN or infinities.")
 @click.option("--json", "as_json", is_flag=True, help="Print a report as JSON.")
-def convert(sources, output, dtype, tokenizers, force, allow_nonfinite, as_json):
+def convert(sources, output, quantize, group_size, dtype, tokenizers, force, allow_nonfinite, as_json):
     """Convert weights into a model folder.
 
-    SOURCES is a folder in diffusers' layout, or the files of transformer, CLIP, T5 and VAE one by one.
+    SOURCES is a folder in diffusers' layout, the files of transformer, CLIP, T5 and VAE one by one, or a model folder.
 
     \b
     Examples:
       flux-krea convert FLUX.1-Krea-dev
+      flux-krea convert FLUX.1-Krea-dev -q 4 -o krea-small
       flux-krea convert flux1-krea-dev.safetensors clip_l.safetensors \\
           t5xxl_fp16.safetensors ae.safetensors --tokenizers FLUX.1-schnell
     """
@@ -47,6 +57,8 @@ def convert(sources, output, dtype, tokenizers, force, allow_nonfinite, as_json)
             sources,
             output,
             dtype=dtype,
+            quantize=quantize,
+            group_size=group_size,
             tokenizers=tokenizers,
             force=force,
             allow_nonfinite=allow_nonfinite,
@@ -55,13 +67,24 @@ def convert(sources, output, dtype, tokenizers, force, allow_nonfinite, as_json)
         )
     finally:
         progress.close()
-    rows = [("component", "parameters", "size", "from")]
-    rows += [(c.name, number(c.parameters), size(c.bytes), c.layout) for c in report.components]
-    say(table(rows, right=(1, 2)))
+    rows = [("component", "stored", "parameters", "size", "from")]
+    rows += [(c.name, c.stored, number(c.parameters), size(c.bytes), c.layout) for c in report.components]
+    say(table(rows, right=(2, 3)))
     for component in report.components:
         for name, reason in component.dropped:
             say(f"left out of {component.name}: {name} ({reason})")
-    say(f"{report.base}, {dtype}, in {watch.seconds:.1f} s")
+        for reason in dict.fromkeys(reason for _, reason in component.left):
+            names = [name for name, why in component.left if why == reason]
+            more = f" and {len(names) - 2} more" if len(names) > 2 else ""
+            say(f"not quantized in {component.name}: {', '.join(names[:2])}{more} ({reason})")
+    quantized = [group for group in report.groups if group.error is not None]
+    if quantized:
+        rows = [("worst first", "stored", "parameters", "size", "error")]
+        rows += [(g.name, g.stored, number(g.parameters), size(g.bytes), f"{g.error:.2%}") for g in quantized]
+        say(table(rows, right=(2, 3, 4)))
+    for note in report.notes:
+        say(f"note: {note}")
+    say(f"{report.base}, in {watch.seconds:.1f} s")
     click.echo(json.dumps({**dataclasses.asdict(report), "path": str(report.path)}) if as_json else report.path)
 
 

@@ -46,8 +46,8 @@ def _picture(path: Path) -> tuple[dict, str]:
 
 def _model(path: Path) -> tuple[dict, str]:
     """One of our own folders."""
-    from mlx_flux_krea.config import to_json
-    from mlx_flux_krea.weights import COMPONENTS, open_model
+    from mlx_flux_krea.config import quantization_to_json, to_json
+    from mlx_flux_krea.weights import COMPONENTS, count_parameters, open_model
 
     from .terminal import number, size, table
 
@@ -57,16 +57,21 @@ def _model(path: Path) -> tuple[dict, str]:
         infos = [info for _, info in folder.tensors(name).values()]
         components[name] = {
             "dtype": folder.dtypes[name],
+            "quantization": quantization_to_json(folder.layers(name)),
             "tensors": len(infos),
-            "parameters": sum(math.prod(info.shape) for info in infos),
+            "parameters": count_parameters(name, folder.sizes[name]),
             "bytes": sum(info.end - info.start for info in infos),
             "config": to_json(folder.sizes[name]),
         }
     index = to_json(folder.index)
     filters = "required" if folder.requires_filters else "none"
     facts = {"kind": "model folder", **index, "filters": filters, "components": components}
-    rows = [("component", "dtype", "tensors", "parameters", "size")]
-    rows += [(n, c["dtype"], c["tensors"], number(c["parameters"]), size(c["bytes"])) for n, c in components.items()]
+    rows = [("component", "stored", "tensors", "parameters", "size")]
+    most = {name: f"{q}, " for name, (q, _) in folder.quantization.items()}
+    rows += [
+        (n, most.get(n, "") + c["dtype"], c["tensors"], number(c["parameters"]), size(c["bytes"]))
+        for n, c in components.items()
+    ]
     default = folder.index.defaults
     steps = f"{default.num_inference_steps} steps, guidance {default.guidance_scale:g}"
     about = [

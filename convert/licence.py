@@ -1,0 +1,111 @@
+"""LICENSE.md, NOTICE and README.md of a model folder: what the licences of weights ask of whoever makes derivatives."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlx_flux_krea.config import ModelIndex
+from mlx_flux_krea.errors import printable
+
+# Section 3(b) of the FLUX.1 [dev] Non-Commercial License prescribes these two sentences. Not ours; not to be reworded.
+ATTRIBUTION_NOTICE = (
+    "The FLUX.1 [dev] Model is licensed by Black Forest Labs Inc. under the FLUX.1 [dev] Non-Commercial License. "
+    "Copyright Black Forest Labs Inc.\n"
+    "IN NO EVENT SHALL BLACK FOREST LABS INC. BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER LIABILITY, WHETHER IN AN "
+    "ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION WITH USE OF THIS MODEL.\n"
+)
+
+
+@dataclass(frozen=True)
+class Licence:
+    """A licence that published weights of this family have."""
+
+    title: str
+    words: str  # found in its text, so that the licence of something else in the same folder is not taken for it
+    url: str
+    notice: str  # what must stand in NOTICE, word for word
+    duties: str
+
+
+LICENCES = {
+    "flux-1-dev-non-commercial": Licence(
+        "FLUX.1 [dev] Non-Commercial License",
+        "Non-Commercial License",
+        "https://github.com/black-forest-labs/flux/blob/main/model_licenses/LICENSE-FLUX1-dev",
+        ATTRIBUTION_NOTICE,
+        "It allows non-commercial use, and asks for content filters or a review of all that these weights make. "
+        "Whoever gets a copy of this folder must get LICENSE.md and NOTICE with it. Their rights come from Black "
+        "Forest Labs, under that licence and no other terms; its sections 5 and 6 disclaim warranty and liability.",
+    ),
+    "apache-2.0": Licence(
+        "Apache License 2.0",
+        "Apache License",
+        "https://www.apache.org/licenses/LICENSE-2.0",
+        "",
+        "Whoever gets a copy of this folder must get LICENSE.md and this page with it.",
+    ),
+}
+_NAMES = ("LICENSE.md", "LICENSE", "LICENSE.txt", "LICENCE.md", "LICENCE", "LICENCE.txt")
+_MOST = 2**20  # bytes of such a file
+
+
+def licence_files(index: ModelIndex, folders: list[Path], stored: list[str]) -> dict[str, bytes]:
+    """The files about rights and duties, by their names.
+
+    Args:
+        index: what the model is and what it was made from.
+        folders: where a licence may lie, the nearest first.
+        stored: a line on every component: how it is stored.
+    """
+    licence = LICENCES.get(index.license)
+    text = next(filter(None, (_find(folder, licence) for folder in folders)), None)
+    if text is None and licence:
+        text = (
+            f"# {licence.title}\n\nThese weights are under the {licence.title}. Its text did not lie beside the files "
+            f"that they were converted from.\nRead it at {licence.url},\nand put it here before you pass them on.\n"
+        ).encode()
+    changed = _changes(index, stored)
+    files = {"README.md": _readme(index, licence, changed, bool(text)).encode()}
+    if text is not None:
+        files["LICENSE.md"] = text
+    if licence and licence.notice:
+        files["NOTICE"] = f"{licence.notice}\n{changed}".encode()
+    return files
+
+
+def _find(folder: Path, licence: Licence | None) -> bytes | None:
+    for name in _NAMES:
+        try:
+            with open(folder / name, "rb") as file:
+                text = file.read(_MOST + 1)
+        except OSError:
+            continue
+        if len(text) <= _MOST and (licence is None or licence.words.encode() in text):
+            return text
+    return None
+
+
+def _changes(index: ModelIndex, stored: list[str]) -> str:
+    lines = [
+        f"The weights in this folder were modified: flux-krea convert {index.converter} changed their names, order and "
+        "precision, for MLX.",
+        "How they are stored:",
+        *(f"- {line}" for line in stored),
+        "What they were made from (sha256), the original first:",
+        *(f"- {printable(source.file)} ({source.sha256})" for source in index.source),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _readme(index: ModelIndex, licence: Licence | None, changed: str, has_text: bool) -> str:
+    if licence:
+        rights = f"These weights are under the {licence.title} (LICENSE.md). {licence.duties}"
+    else:
+        said = "LICENSE.md is what lay beside them." if has_text else "Ask whoever made them."
+        rights = f"Which licence these weights have, the files that they were converted from do not say. {said}"
+    name, base = printable(index.name), printable(index.base)
+    about = (
+        f"{base}, as a model folder of mlx-flux-krea. Neither the program nor this folder is a product of whoever "
+        "trained the model, or endorsed by them."
+    )
+    use = '    flux-krea generate "a frog" -m FOLDER\n    flux-krea verify FOLDER'
+    return f"# {name}\n\n{about}\n\n{use}\n\n## Changes\n\n{changed}\n## Licence\n\n{rights}\n"

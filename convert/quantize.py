@@ -1,0 +1,232 @@
+"""Recipes as data: which layers are stored in how many bits. And what that is, and what it loses, tensor by tensor."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_flux_krea.config import MODES, Quantization
+from mlx_flux_krea.errors import UsageError
+from mlx_flux_krea.weights import DTYPES, PACKED
+
+from .remap import Target
+
+Layers = dict[str, Quantization | None]  # by path: how each layer that could be quantized is stored
+ITEM_BYTES = {DTYPES[name]: getattr(mx, name).size for name in DTYPES} | {t: d.size for d, t in PACKED.items()}
+
+# Groups of layers, as recipes and reports call them: component, group, names of its tensors. The first row counts.
+GROUPS = (
+    ("transformer", "modulation", "double_blocks.*_mod.lin.*"),
+    ("transformer", "modulation", "single_blocks.*.modulation.lin.*"),
+    ("transformer", "modulation", "final_layer.adaLN_modulation.*"),
+    ("transformer", "double blocks, img_attn", "double_blocks.*.img_attn.*"),
+    ("transformer", "double blocks, img_mlp", "double_blocks.*.img_mlp.*"),
+    ("transformer", "double blocks, txt_attn", "double_blocks.*.txt_attn.*"),
+    ("transformer", "double blocks, txt_mlp", "double_blocks.*.txt_mlp.*"),
+    ("transformer", "single blocks, linear1", "single_blocks.*.linear1.*"),
+    ("transformer", "single blocks, linear2", "single_blocks.*.linear2.*"),
+    ("transformer", "single blocks, norms", "single_blocks.*.norm.*"),
+    ("transformer", "final layer", "final_layer.*"),
+    ("transformer", "embedders", "*"),
+    ("text_encoder_2", "T5 attention", "encoder.block.*.SelfAttention.[qkvo].*"),
+    ("text_encoder_2", "T5 feed-forward", "encoder.block.*.DenseReluDense.*"),
+    ("text_encoder_2", "T5 embeddings and norms", "*"),
+    ("text_encoder", "CLIP", "*"),
+    ("vae", "VAE", "*"),
+)
+_BLOCKS = tuple(dict.fromkeys(group for _, group, _ in GROUPS if "blocks, " in group))
+_T5 = ("T5 attention", "T5 feed-forward")
+
+
+def _recipe(blocks: Quantization, t5: Quantization, modulation: Quantization) -> dict[str, Quantization]:
+    return dict.fromkeys(_BLOCKS, blocks) | dict.fromkeys(_T5, t5) | {"modulation": modulation}
+
+
+_AFFINE = {bits: Quantization(bits, 64) for bits in MODES["affine"][0]}
+_MXFP4, _NVFP4 = Quantization(4, 32, "mxfp4"), Quantization(4, 16, "nvfp4")
+
+# What `--quantize` means: groups of layers that are quantized; all others are not. Modulation steers every layer and is
+# read once a picture, so that its bits cost disk alone. Embedders and the final layer are 0.4 % of the parameters.
+RECIPES: dict[str, dict[str, Quantization]] = {
+    "none": {},
+    "8": _recipe(_AFFINE[8], _AFFINE[8], _AFFINE[8]),
+    "6": _recipe(_AFFINE[6], _AFFINE[6], _AFFINE[8]),
+    "5": _recipe(_AFFINE[5], _AFFINE[5], _AFFINE[8]),
+    "4": _recipe(_AFFINE[4], _AFFINE[4], _AFFINE[8]),
+    "3": _recipe(_AFFINE[3], _AFFINE[4], _AFFINE[8]),
+    "mxfp4": _recipe(_MXFP4, _MXFP4, _AFFINE[8]),
+    "nvfp4": _recipe(_NVFP4, _NVFP4, _AFFINE[8]),
+}
+GROUP_SIZE = 64
+_ROWS = 256  # of a layer, evenly spread, in which its error is measured: within 1 % of what all rows give, in no time
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A row of `RECIPES`, with the size of groups that somebody chose."""
+
+    quantize: str
+    group_size: int = GROUP_SIZE
+
+    @property
+    def label(self) -> str:
+        """As in names of folders."""
+        name = f"{self.quantize}bit" if self.quantize.isdigit() else self.quantize
+        return name if self.group_size == GROUP_SIZE else f"{name}-g{self.group_size}"
+
+    def of(self, group: str) -> Quantization | None:
+        """How the layers of a group are quantized."""
+        row = RECIPES[self.quantize].get(group)
+        return Quantization(row.bits, self.group_size) if row and row.mode == "affine" else row
+
+
+def find_recipe(quantize: str, group_size: int | None) -> Recipe:
+    """The recipe of these options.
+
+    Raises:
+        UsageError: no such recipe or group size, or one that has groups of its own.
+    """
+    if quantize not in RECIPES:
+        raise UsageError(f'no precision is called "{quantize}"', f"one of {', '.join(RECIPES)}")
+    if group_size is None:
+        return Recipe(quantize)
+    if not quantize.isdigit():
+        why = "quantizes nothing" if quantize == "none" else f"has groups of {MODES[quantize][1][0]}"
+        raise UsageError(f"a group size of {group_size}, and {quantize} {why}", "no group size", "leave it out")
+    if group_size not in MODES["affine"][1]:
+        raise UsageError(f"a group size of {group_size}", f"one of {', '.join(map(str, MODES['affine'][1]))}")
+    return Recipe(quantize, group_size)
+
+
+def group_of(component: str, name: str) -> str:
+    """The group of a tensor, or of a layer by the name of its weight."""
+    return next(group for c, group, names in GROUPS if c == component and fnmatchcase(name, names))
+
+
+def choose(component: str, widths: dict[str, int], recipe: Recipe) -> tuple[Layers, dict[str, str]]:
+    """How each layer of a component is stored.
+
+    Args:
+        component: a key of `COMPONENTS`.
+        widths: length of a row of every layer that can be quantized.
+        recipe: what was asked for.
+
+    Returns:
+        The quantization of every layer, and of those that stay as they are although the recipe has them, the reason.
+    """
+    layers = {path: recipe.of(group_of(component, f"{path}.weight")) for path in widths}
+    left = {
+        path: f"its rows of {widths[path]} are no multiple of {q.group_size}"
+        for path, q in layers.items()
+        if q and widths[path] % q.group_size
+    }
+    return layers | dict.fromkeys(left), left
+
+
+def layer_of(target: Target, layers: Layers) -> Quantization | None:
+    """How a tensor is quantized: if it is a layer's weight, as the layer."""
+    return layers.get(target.name.removesuffix(".weight")) if target.name.endswith(".weight") else None
+
+
+def stored(target: Target, dtype: str, q: Quantization | None) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """What a tensor of ours is in a file.
+
+    Args:
+        target: the tensor.
+        dtype: of what is not packed.
+        q: how it is quantized.
+
+    Returns:
+        Names, types in safetensors' spelling and shapes, in their order.
+    """
+    if q is None:
+        return {target.name: (DTYPES[dtype], target.shape)}
+    (rows, width), path = target.shape, target.name.removesuffix("weight")
+    affine = q.mode == "affine"
+    scales = (DTYPES[dtype] if affine else PACKED[mx.uint8], (rows, width // q.group_size))
+    parts = {target.name: (PACKED[mx.uint32], (rows, width * q.bits // 32)), f"{path}scales": scales}
+    return parts | {f"{path}biases": scales} if affine else parts
+
+
+def count_bytes(target: Target, dtype: str, q: Quantization | None) -> int:
+    """Bytes of a tensor of ours in a file."""
+    return sum(math.prod(shape) * ITEM_BYTES[kind] for kind, shape in stored(target, dtype, q).values())
+
+
+@dataclass(frozen=True)
+class Made:
+    """A tensor as it will be in the file; computing may still go on.
+
+    Attributes:
+        target: the tensor.
+        source: as it was, in the type in which it was stored; where it was packed already, its scales.
+        checked: what must be finite, in the folder's type.
+        parts: what `stored` describes.
+        loss: (2,) squares of the error and of the values, summed; None where nothing is quantized.
+    """
+
+    target: Target
+    source: mx.array
+    checked: tuple[mx.array, ...]
+    parts: tuple[mx.array, ...]
+    loss: mx.array | None = None
+
+    def problem(self, dtype: str) -> str | None:
+        """Which values are not finite, or None."""
+        if all(map(_is_finite, self.checked)):
+            return None
+        return f"values too large for {dtype}" if mx.isfinite(self.source).all().item() else "NaN or infinities"
+
+
+def make(target: Target, dtype: str, q: Quantization | None) -> Made:
+    """Reads a tensor and begins to make of it what is stored; whoever looks at a part waits for it.
+
+    Args:
+        target: the tensor.
+        dtype: of what is not packed.
+        q: how it is quantized.
+    """
+    kind, step = getattr(mx, dtype), max(1, target.shape[0] // _ROWS)
+    if q and q == getattr(target, "q", None):  # a model folder of ours has it so: rounding once is enough
+        packed = target.read()
+        source, some = packed[1], dequantize([part[::step] for part in packed], q)
+        parts = tuple(part if part.dtype in PACKED else part.astype(kind) for part in packed)
+        checked = tuple(part for part in parts if part.dtype not in PACKED)
+    else:
+        source = target.make()
+        array = mx.contiguous(source.astype(kind))
+        parts = checked = (array,)
+        if q:
+            parts = tuple(mx.quantize(array, group_size=q.group_size, bits=q.bits, mode=q.mode))
+            some = source[::step].astype(mx.float32)
+    loss = None
+    if q:
+        error = dequantize([part[::step] for part in parts], q) - some
+        loss = mx.stack([mx.square(error).sum(), mx.square(some).sum()]) * (target.shape[0] / len(some))
+    mx.async_eval(*checked, *parts, *([] if loss is None else [loss]))
+    return Made(target, source, checked, parts, loss)
+
+
+def dequantize(parts: Sequence[mx.array], q: Quantization) -> mx.array:
+    """The float32 values of `weight`, `scales` and, in mode affine, `biases`."""
+    weight, *rest = (part if part.dtype in PACKED else part.astype(mx.float32) for part in parts)
+    return mx.dequantize(weight, *rest, group_size=q.group_size, bits=q.bits, mode=q.mode, dtype=mx.float32)
+
+
+def _is_finite(array: mx.array) -> bool:
+    """Read as integers without their sign: several times faster than by `mx.isfinite` on a CPU."""
+    kind, limit = _EXPONENTS[array.dtype]
+    bits = np.asarray(array.reshape(-1).view(kind))
+    pieces = (bits[i : i + 2**18] for i in range(0, len(bits), 2**18))  # what fits a cache
+    return all(int((piece << 1).max()) < limit for piece in pieces)
+
+
+# where all bits of the exponent are set, which are NaN and infinities: as integers, the sign shifted out
+_EXPONENTS = {
+    mx.bfloat16: (mx.uint16, 0xFF00),
+    mx.float16: (mx.uint16, 0xF800),
+    mx.float32: (mx.uint32, 0xFF000000),
+}

@@ -1,0 +1,42 @@
+"""flux-krea verify: whether a model folder still is what the converter wrote."""
+
+import json
+
+import click
+
+
+@click.command()
+@click.argument("model")
+@click.option("--json", "as_json", is_flag=True, help="Print a report as JSON.")
+def verify(model, as_json):
+    """Hash every file of MODEL again and compare it with its manifest.
+
+    MODEL is a model folder, or the name of an installed one.
+
+    \b
+    Example:
+      flux-krea verify krea
+    """
+    from mlx_flux_krea.convert.write import check_manifest
+    from mlx_flux_krea.errors import ModelError
+    from mlx_flux_krea.weights import find_model
+
+    from .terminal import ByteProgress, Stopwatch, say, size
+
+    path, watch, progress = find_model(model), Stopwatch(), ByteProgress()
+    try:
+        files, problems = check_manifest(path, progress)
+    finally:
+        progress.close()
+    if as_json:
+        click.echo(json.dumps({"path": str(path), "files": len(files), "bytes": sum(files.values()), **problems}))
+    found = "; ".join(f"{what}: {_some(names)}" for what, names in problems.items() if names)
+    if found:
+        raise ModelError(f"{path} is not what its manifest.json says ({found})", todo="convert the model again")
+    say(f"{len(files)} files, {size(sum(files.values()))}, as they were written; in {watch.seconds:.1f} s")
+    if not as_json:
+        click.echo(path)
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
