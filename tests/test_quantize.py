@@ -352,9 +352,7 @@ def test_a_layer_that_no_group_divides_is_left_and_listed(tmp_path):
     assert "encoder.block.1.layer.0.SelfAttention.o" not in left["text_encoder_2"]
     assert not left["transformer"]
     assert FluxPipeline.from_pretrained(report.path)(**CALL).images
-    said = CliRunner().invoke(
-        convert_command, [str(PIPELINE), "--tokenizers", str(TOKENIZERS), "-o", str(tmp_path / "other")]
-    )
+    said = run_command("convert", PIPELINE, "--tokenizers", TOKENIZERS, "-o", "other", cwd=tmp_path)
     assert "not quantized in text_encoder_2: encoder.block.0.layer.0.SelfAttention.q, " in said.stderr
     assert "and 8 more (its rows of 14 are no multiple of 64)" in said.stderr
 
