@@ -3,12 +3,11 @@
     from mlx_flux_krea.convert import convert
     convert(["FLUX.1-Krea-dev"], "models/krea-bf16", dtype="bfloat16")
 
-sources opens files, layouts recognises them, maps names their tensors, remap puts tensors together; index and
-tokenizers add what weights do not say, write stores it all.
+sources opens files, decode knows their types, layouts recognises them, maps names their tensors, remap puts tensors
+together; index and tokenizers add what weights do not say, write stores it all.
 """
 
 import os
-import shlex
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -22,7 +21,7 @@ from . import write
 from .index import make_index
 from .layouts import Found, identify, make_plan
 from .remap import Plan
-from .sources import is_model_folder, open_sources
+from .sources import open_sources
 from .tokenizers import find_tokenizers
 
 __all__ = ["Component", "Report", "convert"]
@@ -39,6 +38,7 @@ class Component:
     parameters: int
     bytes: int
     dropped: tuple[tuple[str, str], ...]  # tensors left out on purpose, with the reason
+    lost: tuple[tuple[str, str], ...]  # tensors that are not to be had, with the reason; zeros stand there
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,8 @@ def convert(
     """Converts what the sources hold into a model folder.
 
     Args:
-        sources: a folder in diffusers' layout, or the files of the components one by one.
+        sources: a folder (diffusers', ComfyUI's, mflux's, or a model folder), an all-in-one file, or the files of the
+            components one by one.
         out: the model folder to make; None: models/NAME-TYPE in the home folder (`weights.home`).
         dtype: of every array: "bfloat16", "float16" or "float32".
         tokenizers: a folder with `tokenizer` and `tokenizer_2` (or `clip` and `t5`), where the sources have none.
@@ -109,9 +110,8 @@ def convert(
         for name, data in tokens.items():
             folder.write(name, [data])
         records = tuple(
-            configs.Source(_record_name(file, f), hashes[file].result(), sizes[file], f.layout.name)
-            for f in found.values()
-            for file in f.source.files
+            configs.Source(name, hashes[file].result(), sizes[file], layout)
+            for file, (name, layout) in _records(found).items()
         )
         index = replace(index, source=records)
         if progress:
@@ -121,18 +121,13 @@ def convert(
 
 
 def _components(paths: list[Path]) -> dict[str, Found]:
-    folders = (folder for path in paths if os.path.exists(path) for folder in (path, *path.absolute().parents[:2]))
-    if ours := next(filter(is_model_folder, folders), None):
-        name = shlex.quote(str(ours))
-        todo = f"generate with it: -m {name} (it cannot be converted to another type or quantized yet)"
-        raise ModelError(f"{ours} is a model folder already", "the weights it was made from", todo)
     found: dict[str, Found] = {}
     for source in open_sources(paths):
-        one = identify(source)
-        if one.layout.component in found:
-            other = found[one.layout.component].source.path
-            raise ModelError(f"{source.path} and {other} are both a {one.layout.component}", "one of each")
-        found[one.layout.component] = one
+        for one in identify(source):
+            if one.layout.component in found:
+                other = found[one.layout.component].source.path
+                raise ModelError(f"{source.path} and {other} are both a {one.layout.component}", "one of each")
+            found[one.layout.component] = one
     missing = [c for c in COMPONENTS if c not in found]
     if missing:
         have = ", ".join(found) or "nothing"
@@ -149,8 +144,15 @@ def _resolved(path: Path) -> Path:
     return Path(target)
 
 
-def _record_name(file: Path, found: Found) -> str:
-    return f"{file.parent.name}/{file.name}" if found.source.component else file.name
+def _records(found: dict[str, Found]) -> dict[Path, tuple[str, str]]:
+    """What every file is called, and its layout; an all-in-one file has several."""
+    records: dict[Path, tuple[str, str]] = {}
+    for f in found.values():
+        for file in f.source.files:
+            name = f"{file.parent.name}/{file.name}" if f.source.component else file.name
+            before = f"{records[file][1]}; " if file in records else ""
+            records[file] = (name, before + f.layout.name)
+    return records
 
 
 def _report(
@@ -168,6 +170,7 @@ def _report(
             parameters=plan.parameters,
             bytes=write.output_bytes(plan, dtype),
             dropped=plan.dropped,
+            lost=plan.lost,
         )
         for name, (_, plan) in plans.items()
     )

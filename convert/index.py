@@ -9,6 +9,7 @@ from mlx_flux_krea.errors import ModelError
 from mlx_flux_krea.weights import read_json
 
 from .layouts import Found, require
+from .sources import is_model_folder
 
 # Fields of diffusers' scheduler_config.json that would change the picture, and what our sampler is written for.
 _SCHEDULER = {
@@ -38,6 +39,8 @@ def make_index(found: dict[str, Found], config: configs.FluxConfig) -> configs.M
     source = found["transformer"].source
     inside = source.component or source.folder.name == "transformer"
     root = source.folder.resolve().parent if inside else source.path
+    if is_model_folder(root):
+        return _own_index(root / "model_index.json", config)
     name, names = _names(root)
     family = _family(config, names)
     scheduler = root / "scheduler" / "scheduler_config.json"
@@ -57,6 +60,13 @@ def make_index(found: dict[str, Found], config: configs.FluxConfig) -> configs.M
         defaults=family.defaults,
         converter=__version__,
     )
+    return replace(index, filters="required" if configs.requires_filters(config, index) else "none")
+
+
+def _own_index(path: Path, config: configs.FluxConfig) -> configs.ModelIndex:
+    """What a model folder says of itself stays so."""
+    obj = {key: value for key, value in read_json(path).items() if key != "_class_name"}
+    index = replace(configs.from_json(configs.ModelIndex, obj, str(path)), source=(), converter=__version__)
     return replace(index, filters="required" if configs.requires_filters(config, index) else "none")
 
 

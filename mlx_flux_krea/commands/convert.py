@@ -61,6 +61,8 @@ def convert(sources, output, dtype, tokenizers, force, allow_nonfinite, as_json)
     for component in report.components:
         for name, reason in component.dropped:
             say(f"left out of {component.name}: {name} ({reason})")
+        for name, reason in component.lost:
+            say(f"zero in {component.name}: {name} ({reason})")
     say(f"{report.base}, {dtype}, in {watch.seconds:.1f} s")
     click.echo(json.dumps({**dataclasses.asdict(report), "path": str(report.path)}) if as_json else report.path)
 
