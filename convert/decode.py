@@ -45,6 +45,16 @@ def _affine(data: np.ndarray, shape: tuple[int, ...], scales: mx.array, biases: 
     return mx.dequantize(codes, scales, biases, group_size=group, bits=bits)
 
 
+def _float_blocks(mode: str, group: int, bits: int) -> Callable[..., mx.array]:
+    """MLX's blocks of small floats, without biases."""
+
+    def decode(data: np.ndarray, shape: tuple[int, ...], scales: mx.array) -> mx.array:
+        codes = mx.array(data.view(np.uint32).reshape(*shape[:-1], -1))
+        return mx.dequantize(codes, scales, group_size=group, bits=bits, mode=mode, dtype=mx.float32)
+
+    return decode
+
+
 def _ggml(name: str) -> Callable[..., mx.array]:
     def decode(data: np.ndarray, shape: tuple[int, ...]) -> mx.array:
         import gguf
@@ -55,7 +65,7 @@ def _ggml(name: str) -> Callable[..., mx.array]:
     return decode
 
 
-# (numbers, bytes) of a block of ggml's types, and their numbers in the file
+# (numbers, bytes) of a block of ggml's types; below, how a file numbers them
 _BLOCKS = {
     "Q4_0": (32, 18), "Q4_1": (32, 20), "Q5_0": (32, 22), "Q5_1": (32, 24), "Q8_0": (32, 34),
     "Q2_K": (256, 84), "Q3_K": (256, 110), "Q4_K": (256, 144), "Q5_K": (256, 176), "Q6_K": (256, 210),
@@ -66,6 +76,8 @@ GGML = {
     10: "Q2_K", 11: "Q3_K", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K", 20: "IQ4_NL", 23: "IQ4_XS",
 }  # fmt: skip
 
+_MODES = (("mxfp4", 32, 4), ("nvfp4", 16, 4), ("mxfp8", 32, 8))  # with the size of a group, and bits
+
 TYPES = {
     "F32": Type(1, 4, _plain(np.float32, mx.float32)),
     "F16": Type(1, 2, _plain(np.float16, mx.float16)),
@@ -74,7 +86,9 @@ TYPES = {
     "scaled F8_E4M3": Type(1, 1, _scaled_fp8),
     **{name: Type(*block, _ggml(name), "gguf") for name, block in _BLOCKS.items()},
     **{f"{bits}-bit MLX": Type(32, 4 * bits, _affine) for bits in (2, 3, 4, 5, 6, 8)},
+    **{f"{mode} MLX": Type(8, bits, _float_blocks(mode, group, bits)) for mode, group, bits in _MODES},
 }
+PARTS = {**TYPES, "U8": Type(1, 1, lambda data, shape: mx.array(data.reshape(shape)))}  # of scales
 
 
 def _scaled(shape, scale, group) -> tuple[str, tuple[int, ...]] | None:
@@ -90,29 +104,39 @@ def _packed(shape, scales, biases, group) -> tuple[str, tuple[int, ...]] | None:
     return (name, (*shape[:-1], group * scales[-1])) if name in TYPES and not rest else None
 
 
+def _packed_floats(shape, scales, group) -> tuple[str, tuple[int, ...]] | None:
+    """The mode follows from how many codes there are to a scale."""
+    for mode, group, bits in _MODES:
+        if shape and scales == (*shape[:-1], shape[-1] * 32 // bits // group) and shape[-1] * 32 % (bits * group) == 0:
+            return f"{mode} MLX", (*shape[:-1], shape[-1] * 32 // bits)
+    return None
+
+
 # Weights in several tensors: (the stored type of `L.weight`, names beside it, the type and the shape that they make of
 # their shapes, or None where they make none)
 COMPOUNDS = (
     ("F8_E4M3", ("scale_weight",), _scaled),  # as ComfyUI wrote it at first,
     ("F8_E4M3", ("weight_scale",), _scaled),  # and as it does now
     ("U32", ("scales", "biases"), _packed),
+    ("U32", ("scales",), _packed_floats),
 )
 GROUP_SIZE = 64  # of MLX-quantized weights whose folder does not say: mflux knows no other
 
 
-def check(dtype: str, what: str) -> None:
+def check(dtype: str, what: str, known: dict[str, Type] = TYPES) -> None:
     """Refuses a type that cannot be decoded, while nothing has been written yet.
 
     Args:
         dtype: as a tensor has it.
         what: file and tensor.
+        known: `TYPES` for weights, `PARTS` for what belongs to one.
 
     Raises:
         ModelError: naming the types that can, or the package that is missing.
     """
-    if dtype not in TYPES:
-        raise ModelError(f"{what} is stored as {dtype}", f"one of {', '.join(TYPES)}")
-    package = TYPES[dtype].package
+    if dtype not in known:
+        raise ModelError(f"{what} is stored as {dtype}", f"one of {', '.join(known)}")
+    package = known[dtype].package
     if package and not find_spec(package):
         todo = f"pip install 'mlx-flux-krea[{package}]'"
         raise ModelError(f"{what} is stored as {dtype}", f"the package {package}, which decodes it", todo)

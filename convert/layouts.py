@@ -321,6 +321,8 @@ def make_plan(found: Found) -> tuple[object, Plan]:
     config, made = _fit(found)
     for tensor in (t for target in made.targets for t in target.sources):
         decode.check(tensor.dtype, f"{tensor.path}: {tensor.name}")
+        for part in tensor.parts:
+            decode.check(part.dtype, f"{part.path}: {part.name}", decode.PARTS)
     return config, made
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from mlx_flux_krea.errors import ModelError, printable
 from mlx_flux_krea.weights import COMPONENTS, read_header, read_json
 
-from .decode import COMPOUNDS, GROUP_SIZE, TYPES
+from .decode import COMPOUNDS, GROUP_SIZE, PARTS
 from .gguf_header import read_gguf
 
 # Files that execute what they hold when they are opened.
@@ -57,7 +57,7 @@ class Tensor:
             raise ModelError(f"{self.path} cannot be read: {error.strerror}", "a file that can") from None
         if data.size < self.end - self.start:
             raise ModelError(f"{self.path} ended inside {self.name}", "a complete file", "copy or download it again")
-        return TYPES[self.dtype].decode(data, self.shape, *(part.read() for part in self.parts))
+        return PARTS[self.dtype].decode(data, self.shape, *(part.read() for part in self.parts))
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Source:
     path: Path  # the file, or the folder of the shards
     files: tuple[Path, ...]
     tensors: dict[str, Tensor]
-    metadata: dict[str, object]  # GGUF's lists are not among them
+    metadata: dict[str, str]  # GGUF's numbers too; its lists are not among them
     component: str | None = None  # what the folder that it came in says it is
 
     @property
@@ -189,10 +189,10 @@ def _join_shards(path: Path, files: list[Path], component: str | None) -> Source
     return replace(source, tensors=join_parts(tensors, _group_sizes(source)))
 
 
-def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, object]]:
+def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     infos, metadata = read_gguf(path) if path.suffix == ".gguf" else read_header(path)
     _check_names(path, infos)
-    facts = {key: value for key, value in metadata.items() if isinstance(value, str | int | float)}
+    facts = {key: str(value) for key, value in metadata.items() if isinstance(value, str | int | float)}
     return {n: Tensor(n, path, i.dtype, i.shape, i.start, i.end) for n, i in infos.items()}, facts
 
 

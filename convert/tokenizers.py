@@ -60,7 +60,7 @@ def find_tokenizers(found: dict[str, Found], plans: dict[str, tuple], given: str
     roots += [source.folder.parent if source.component else source.folder for source in beside]
     files = {}
     with TemporaryDirectory() as inside:
-        roots += [_unpack(found["text_encoder_2"].source.path, Path(inside))]
+        roots += [unpack(found["text_encoder_2"].source.path, Path(inside))]
         for name, kind in _KINDS.items():
             folder = next(_folders(name, kind, roots), None)
             if folder is None:
@@ -77,8 +77,12 @@ def find_tokenizers(found: dict[str, Found], plans: dict[str, tuple], given: str
     return files
 
 
-def _unpack(source: Path, root: Path) -> Path:
-    """Writes the tokenizer inside a T5 GGUF, if there is one, as ROOT/tokenizer_2/spiece.model. Gives the root."""
+def unpack(source: Path, root: Path) -> Path:
+    """Writes the tokenizer inside a T5 GGUF, if there is one, as ROOT/tokenizer_2/spiece.model. Gives the root.
+
+    Raises:
+        ModelError: it is incomplete or damaged.
+    """
     metadata = read_gguf(source)[1] if source.suffix == ".gguf" else {}
     if metadata.get("tokenizer.ggml.model") == "t5":
         (root / "tokenizer_2").mkdir()

@@ -10,6 +10,7 @@ decoded by the gguf package, MLX, and a table of e4m3.
 
 import functools
 import gzip
+import itertools
 import json
 import math
 import shutil
@@ -204,14 +205,14 @@ def save(path: Path, tensors: dict[str, tuple[str, tuple[int, ...], bytes]], met
 
 
 def save_gguf(path: Path, tensors: dict[str, mx.array], kind: str, arch: str = "flux", add=None):
-    """A GGUF file: matrices of blocks in `kind` where their rows are of whole blocks, others in 16 or 32 bits."""
-    others = kind if kind in SAFETENSORS else "F16"
+    """A GGUF file: matrices of blocks in `kind`, or in turn ("Q4_K+Q8_0"), where rows are of whole blocks."""
+    others, kinds = kind if kind in SAFETENSORS else "F16", itertools.cycle(kind.split("+"))
     writer, choose = gguf.GGUFWriter(path, arch), np.random.default_rng(0)
     if add:
         add(writer)
     for name, array in tensors.items():
         block = ".blk." in name or "_blocks." in name or name.startswith("token_embd")
-        dtype = "F32" if array.ndim == 1 else kind if block else others
+        dtype = "F32" if array.ndim == 1 else next(kinds) if block else others
         numbers, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[dtype]]
         if array.shape[-1] % numbers:
             dtype, numbers = others, 1

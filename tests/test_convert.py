@@ -204,6 +204,7 @@ def test_the_index_says_what_the_model_was_made_from(model):
             4.5,
             "flux-1-dev-non-commercial",
         ),
+        (["flux1-kontext-dev-q4_k_s.gguf"], configs.FLUX_DEV, "FLUX.1 Kontext [dev]", 2.5, "flux-1-dev-non-commercial"),
         (["flux1-dev.safetensors"], configs.FLUX_DEV, "FLUX.1 [dev]", 3.5, "flux-1-dev-non-commercial"),
         (["flux1-krea-lookalike"], configs.FLUX_SCHNELL, "FLUX.1 [schnell]", 0.0, "apache-2.0"),
     ],

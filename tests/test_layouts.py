@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 import sentencepiece
 from click.testing import CliRunner
-from helpers import TOKENIZERS, edit_tensors
+from helpers import TOKENIZERS, edit_json, edit_tensors
 from mlx_flux_krea.convert import convert, decode, layouts
 from mlx_flux_krea.convert.gguf_header import read_gguf
 from mlx_flux_krea.convert.sources import Source, Tensor, join_parts, open_sources
+from mlx_flux_krea.convert.tokenizers import unpack
 
 from mlx_flux_krea import FluxPipeline
 from mlx_flux_krea import config as configs
@@ -255,13 +256,19 @@ STORED = [
     ("all-in-one", {"transformer": "F8_E4M3", "text_encoder_2": "F8_E4M3", "text_encoder": "F16"}),
     ("all-in-one", {"transformer": "scaled", "text_encoder_2": "scaled"}),
     *(("mflux", dict.fromkeys(COMPONENTS, how)) for how in ("BF16", "q4", "q8", "q3", "q6")),
-    *(("GGUF", {"transformer": kind, "text_encoder_2": kind}) for kind in ("F16", "BF16", *decode._BLOCKS)),
+    *(
+        ("GGUF", {"transformer": kind, "text_encoder_2": kind})
+        for kind in ("F16", "BF16", *decode._BLOCKS, "Q4_0+Q8_0+F16+Q6_K+BF16")
+    ),
 ]
 
 
 @pytest.mark.parametrize(("layout", "types"), STORED, ids=[f"{row[0]}-{row[1]['transformer']}" for row in STORED])
 def test_what_a_file_lost_is_read_as_an_independent_decoder_reads_it(model, tmp_path, layout, types):
     source = foreign.write(model, tmp_path / "source", layout, **types)
+    if layout == "GGUF":
+        stored = {tensor.dtype for one in open_sources([source]) for tensor in one.tensors.values()}
+        assert {*types["transformer"].split("+")} <= stored
     assert_same(converted(source, tmp_path), foreign.expected(source, layout))
 
 
@@ -392,6 +399,40 @@ def test_a_model_folder_that_requires_filters_still_does_when_converted(model, t
     assert (made.filters, made.base) == ("required", "FLUX.1 Krea [dev]")
 
 
+QUANTIZED = (  # how our own folders quantize: what stands in config.json, and for `mx.quantize`
+    ({"bits": 8, "group_size": 64, "mode": "affine"}, {"bits": 8, "group_size": 64}),
+    ({"bits": 3, "group_size": 32, "mode": "affine"}, {"bits": 3, "group_size": 32}),
+    ({"bits": 4, "group_size": 32, "mode": "mxfp4"}, {"bits": 4, "group_size": 32, "mode": "mxfp4"}),
+    ({"bits": 4, "group_size": 16, "mode": "nvfp4"}, {"bits": 4, "group_size": 16, "mode": "nvfp4"}),
+)
+
+
+@pytest.mark.parametrize(("said", "how"), QUANTIZED)
+def test_quantized_model_folders_of_ours_are_decoded_as_their_config_says(model, tmp_path, said, how):
+    folder, wanted = Path(shutil.copytree(model, tmp_path / "model")), foreign.arrays_of(model)
+    stored = {}
+    for name, array in wanted["transformer"].items():
+        layer = name.removesuffix(".weight")
+        if array.ndim == 2 and array.shape[-1] % 64 == 0 and layer != "img_in":
+            # one layer is an exception, in its config and here
+            own = how | {"group_size": 64} if layer == "final_layer.linear" and "mode" not in how else how
+            parts = mx.quantize(array, **own)
+            wanted["transformer"][name] = mx.dequantize(*parts, **own)
+            named = zip((name, f"{layer}.scales", f"{layer}.biases"), parts, strict=False)
+            kinds = {mx.uint32: "U32", mx.uint8: "U8", mx.float32: "F32"}
+            stored |= {n: (kinds[a.dtype], a.shape, np.array(a).tobytes()) for n, a in named}
+        else:
+            stored[name] = foreign.plain(array, "F32")
+    for shard in (folder / "transformer").glob("*.safetensors*"):
+        shard.unlink()
+    foreign.save(folder / "transformer" / "model-00001-of-00001.safetensors", stored)
+    weights = dict.fromkeys(stored, "model-00001-of-00001.safetensors")
+    (folder / "transformer" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weights}))
+    said = said | {"final_layer.linear": {"group_size": 64, "bits": said["bits"]}, "img_in": False}
+    edit_json(folder / "transformer" / "config.json", quantization=said)
+    assert_same(converted(folder, tmp_path), wanted)
+
+
 def test_the_tokenizers_of_a_model_folder_go_with_it(model, tmp_path):
     path = convert([model], tmp_path / "out", dtype="bfloat16").path
     assert (path / "tokenizer" / "merges.txt").read_bytes() == (model / "tokenizer" / "merges.txt").read_bytes()
@@ -514,6 +555,16 @@ def test_the_tokenizer_of_a_t5_gguf_is_used_and_gives_the_same_ids(model, tmp_pa
     assert [text for text in TEXTS if ours(text, 64) != own(text, 64)] == []
     assert ours.vocab_size == own.vocab_size
     assert [p.name for p in (path / "tokenizer_2").iterdir()] == ["spiece.model"]
+
+
+def test_the_published_tokenizer_comes_out_of_a_gguf_as_it_went_in(published, tmp_path):
+    def add(writer):
+        add_tokenizer(writer, published / "t5" / "spiece.model", 32128)
+
+    foreign.save_gguf(tmp_path / "t5.gguf", {"token_embd.weight": mx.zeros((2, 32))}, "F16", "t5encoder", add=add)
+    tokenizer = T5Tokenizer(unpack(tmp_path / "t5.gguf", tmp_path) / "tokenizer_2")
+    prompts = json.loads((published / "golden.json").read_text())["prompts"]
+    assert [p["name"] for p in prompts if tokenizer(p["text"], 512).ids != p["t5"]] == []
 
 
 def test_a_tokenizer_named_or_beside_the_source_comes_before_that_of_a_gguf(model, tmp_path, spiece):
