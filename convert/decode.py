@@ -7,6 +7,7 @@ scales beside them) has a type of its own, made by `COMPOUNDS`.
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
+from typing import Protocol
 
 import mlx.core as mx
 import numpy as np
@@ -22,6 +23,16 @@ class Type:
     bytes: int
     decode: Callable[..., mx.array]  # (bytes as uint8, shape, *parts) to an array that holds every value exactly
     package: str | None = None  # needed to decode it
+
+
+class Stored(Protocol):
+    """What is known of a tensor before it is read."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+Made = tuple[str, tuple[int, ...]]  # type and shape of a weight that is kept in several tensors
 
 
 def _plain(stored: type, view: mx.Dtype) -> Callable[..., mx.array]:
@@ -91,29 +102,33 @@ TYPES = {
 PARTS = {**TYPES, "U8": Type(1, 1, lambda data, shape: mx.array(data.reshape(shape)))}  # of scales
 
 
-def _scaled(shape, scale, group) -> tuple[str, tuple[int, ...]] | None:
-    return ("scaled F8_E4M3", shape) if scale in ((), (1,)) else None
+def _scaled(weight: Stored, scale: Stored, group: int) -> Made | None:
+    """One number for the whole weight. Other kinds of fp8 have one for each row or block."""
+    return ("scaled F8_E4M3", weight.shape) if scale.dtype in _FLOATS and scale.shape in ((), (1,)) else None
 
 
-def _packed(shape, scales, biases, group) -> tuple[str, tuple[int, ...]] | None:
-    """From the shapes of codes and scales alone, given the size of a group."""
-    if not shape or len(shape) != len(scales) or scales != biases or shape[:-1] != scales[:-1] or not scales[-1]:
-        return None
-    bits, rest = divmod(32 * shape[-1], group * scales[-1])
-    name = f"{bits}-bit MLX"
-    return (name, (*shape[:-1], group * scales[-1])) if name in TYPES and not rest else None
+def _packed(weight: Stored, scales: Stored, biases: Stored, group: int) -> Made | None:
+    """Bits follow from the shapes, given the size of a group."""
+    *rows, codes = weight.shape or (0,)
+    *same, groups = scales.shape or (0,)
+    bits, rest = divmod(32 * codes, group * groups) if groups else (0, 0)
+    fits = rows and rows == same and scales.shape == biases.shape and not rest and group in (32, 64, 128)
+    known = (name := f"{bits}-bit MLX") in TYPES and {scales.dtype, biases.dtype} <= _FLOATS
+    return (name, (*rows, group * groups)) if fits and known else None
 
 
-def _packed_floats(shape, scales, group) -> tuple[str, tuple[int, ...]] | None:
+def _packed_floats(weight: Stored, scales: Stored, group: int) -> Made | None:
     """The mode follows from how many codes there are to a scale."""
-    for mode, group, bits in _MODES:
-        if shape and scales == (*shape[:-1], shape[-1] * 32 // bits // group) and shape[-1] * 32 % (bits * group) == 0:
-            return f"{mode} MLX", (*shape[:-1], shape[-1] * 32 // bits)
+    *rows, codes = weight.shape or (0,)
+    for mode, numbers, bits in _MODES:
+        if rows and scales.dtype == "U8" and scales.shape == (*rows, 32 * codes // (bits * numbers)) and codes:
+            return f"{mode} MLX", (*rows, 32 * codes // bits)
     return None
 
 
-# Weights in several tensors: (the stored type of `L.weight`, names beside it, the type and the shape that they make of
-# their shapes, or None where they make none)
+_FLOATS = {"F32", "F16", "BF16"}
+# Weights in several tensors: (the stored type of `L.weight`, names beside it, the type and the shape that they make, or
+# None where they make none)
 COMPOUNDS = (
     ("F8_E4M3", ("scale_weight",), _scaled),  # as ComfyUI wrote it at first,
     ("F8_E4M3", ("weight_scale",), _scaled),  # and as it does now
@@ -123,20 +138,19 @@ COMPOUNDS = (
 GROUP_SIZE = 64  # of MLX-quantized weights whose folder does not say: mflux knows no other
 
 
-def check(dtype: str, what: str, known: dict[str, Type] = TYPES) -> None:
+def check(dtype: str, what: str) -> None:
     """Refuses a type that cannot be decoded, while nothing has been written yet.
 
     Args:
         dtype: as a tensor has it.
         what: file and tensor.
-        known: `TYPES` for weights, `PARTS` for what belongs to one.
 
     Raises:
         ModelError: naming the types that can, or the package that is missing.
     """
-    if dtype not in known:
-        raise ModelError(f"{what} is stored as {dtype}", f"one of {', '.join(known)}")
-    package = known[dtype].package
+    if dtype not in TYPES:
+        raise ModelError(f"{what} is stored as {dtype}", f"one of {', '.join(TYPES)}")
+    package = TYPES[dtype].package
     if package and not find_spec(package):
         todo = f"pip install 'mlx-flux-krea[{package}]'"
         raise ModelError(f"{what} is stored as {dtype}", f"the package {package}, which decodes it", todo)

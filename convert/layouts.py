@@ -275,7 +275,10 @@ def identify(source: Source) -> tuple[Found, ...]:
     parts: dict[str, dict[str, Tensor]] = {}
     for name, tensor in source.tensors.items():
         prefix, inner = next(p for p in PREFIXES if name.startswith(p[0]))
-        parts.setdefault(prefix, {})[name.removeprefix(prefix).removeprefix(inner)] = tensor
+        short = name.removeprefix(prefix).removeprefix(inner)
+        if short in parts.setdefault(prefix, {}):
+            raise ModelError(f"{source.path} holds {short} twice, as {name} too", "every tensor once")
+        parts[prefix][short] = tensor
     found = [(prefix, layout, tensors) for prefix, tensors in parts.items() if (layout := _layout(tensors))]
     if not found:
         first = ", ".join(sorted(source.tensors)[:3])
@@ -321,8 +324,6 @@ def make_plan(found: Found) -> tuple[object, Plan]:
     config, made = _fit(found)
     for tensor in (t for target in made.targets for t in target.sources):
         decode.check(tensor.dtype, f"{tensor.path}: {tensor.name}")
-        for part in tensor.parts:
-            decode.check(part.dtype, f"{part.path}: {part.name}", decode.PARTS)
     return config, made
 
 

@@ -71,11 +71,6 @@ class Source:
     component: str | None = None  # what the folder that it came in says it is
 
     @property
-    def bytes(self) -> int:
-        """Size of its files."""
-        return sum(path.stat().st_size for path in self.files)
-
-    @property
     def folder(self) -> Path:
         """Where its files lie."""
         return self.path if self.path.is_dir() else self.path.parent
@@ -209,7 +204,7 @@ def join_parts(tensors: dict[str, Tensor], group_size=lambda layer: GROUP_SIZE) 
         for stored, beside, combine in COMPOUNDS:
             parts = [tensors.get(f"{layer}.{part}") for part in beside]
             if last == "weight" and tensor.dtype == stored and all(parts):
-                made = combine(tensor.shape, *(part.shape for part in parts), group_size(layer))
+                made = combine(tensor, *parts, group_size(layer))
                 if made:
                     dtype, shape = made
                     joined[name] = replace(tensor, dtype=dtype, shape=shape, parts=tuple(parts))

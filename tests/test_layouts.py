@@ -328,6 +328,43 @@ def test_scales_of_activations_and_markers_are_left_out_for_a_reason(model, tmp_
     assert ("img_in.scale_input", "a scale of activations, not of weights") in dropped
 
 
+@pytest.mark.parametrize(
+    ("parts", "scales"),
+    [
+        ({"scales": ("F32", (64, 8))}, "MXFP4 has no scales of 32 bits"),
+        ({"scales": ("U8", (64, 7))}, "no mode has so many"),
+        ({"scales": ("I64", (64, 1)), "biases": ("I64", (64, 1))}, "affine scales are floats"),
+        ({"scales": ("BF16", (64, 3)), "biases": ("BF16", (64, 3))}, "no number of bits"),
+        ({"scales": ("BF16", (64, 1)), "biases": ("BF16", (64, 2))}, "a bias to a scale"),
+        ({"scales": ("BF16", (0,)), "biases": ("BF16", (0,))}, "nothing"),
+        ({"scales": ("BF16", ()), "biases": ("BF16", ())}, "a number"),
+    ],
+)
+def test_parts_that_make_no_weight_are_left_as_they_are_and_so_refused(parts, scales):
+    path = Path("nowhere")
+    tensors = {"a.weight": Tensor("a.weight", path, "U32", (64, 8), 0, 0)}
+    tensors |= {f"a.{n}": Tensor(f"a.{n}", path, dtype, shape, 0, 0) for n, (dtype, shape) in parts.items()}
+    assert join_parts(tensors) == tensors, scales
+    assert join_parts(tensors, lambda layer: 48) == tensors, scales
+
+
+@pytest.mark.parametrize("dtype", ["U32", "F8_E4M3"])
+def test_vectors_are_never_taken_for_packed_weights(dtype):
+    stored = {"a.weight": (dtype, (8,)), "a.scales": ("BF16", (1,)), "a.biases": ("BF16", (1,))}
+    tensors = {n: Tensor(n, Path("nowhere"), kind, shape, 0, 0) for n, (kind, shape) in stored.items()}
+    assert join_parts(tensors) == tensors
+
+
+def test_two_names_that_become_one_are_refused(model, tmp_path):
+    source = foreign.write(model, tmp_path / "source", "all-in-one")
+    twice = {f"text_encoders.clip_l.{n}": mx.zeros((1,)) for n in ("logit_scale", "transformer.logit_scale")}
+    edit_tensors(source / "flux1-krea-dev-all.safetensors", lambda a: a.update(twice))
+    with pytest.raises(
+        ModelError, match=r"holds logit_scale twice, as text_encoders\.clip_l\.(transformer\.)?logit_scale"
+    ):
+        converted(source, tmp_path)
+
+
 @pytest.mark.parametrize("scale", [(64,), (64, 1), (2,)])
 def test_scales_of_another_shape_are_not_guessed_at(model, tmp_path, scale):
     """Per row or per block: other kinds of fp8."""

@@ -59,8 +59,9 @@ def convert(sources, output, dtype, tokenizers, force, allow_nonfinite, as_json)
     rows += [(c.name, number(c.parameters), size(c.bytes), c.layout) for c in report.components]
     say(table(rows, right=(1, 2)))
     for component in report.components:
-        for name, reason in component.dropped:
-            say(f"left out of {component.name}: {name} ({reason})")
+        for reason in dict.fromkeys(reason for _, reason in component.dropped):
+            name, *more = (name for name, why in component.dropped if why == reason)
+            say(f"left out of {component.name}: {name}{f' and {len(more)} more' if more else ''} ({reason})")
         for name, reason in component.lost:
             say(f"zero in {component.name}: {name} ({reason})")
     say(f"{report.base}, {dtype}, in {watch.seconds:.1f} s")
