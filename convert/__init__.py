@@ -3,8 +3,9 @@
     from mlx_flux_krea.convert import convert
     convert(["FLUX.1-Krea-dev"], "models/krea-8bit", quantize="8")
 
-sources opens files, layouts recognises them, maps names their tensors, remap puts tensors together; own does all of it
-for folders of ours. quantize chooses bits, index, tokenizers and licence add what weights do not say, write stores it.
+sources opens files, decode knows their types, layouts recognises them, maps names their tensors, remap puts tensors
+together; own does all of it for folders of ours. quantize chooses bits, index, tokenizers and licence add what weights
+do not say, write stores it.
 """
 
 import math
@@ -47,6 +48,7 @@ class Component:
     bytes: int
     stored: str  # how most of it is
     dropped: tuple[tuple[str, str], ...]  # tensors left out on purpose, with the reason
+    lost: tuple[tuple[str, str], ...]  # tensors that are not to be had, with the reason; zeros stand there
     left: tuple[tuple[str, str], ...]  # layers not quantized although the recipe has them, with the reason
 
 
@@ -91,7 +93,8 @@ def convert(
     """Converts what the sources hold into a model folder.
 
     Args:
-        sources: a folder in diffusers' layout, the files of the components one by one, or a model folder of ours.
+        sources: a folder (diffusers', ComfyUI's, mflux's, or a model folder of ours), an all-in-one file, or the
+            files of the components one by one.
         out: the model folder to make; None: models/NAME-RECIPE in the home folder (`weights.home`).
         dtype: of every array that is not packed, and of scales: "bfloat16", "float16" or "float32".
         quantize: a row of `quantize.RECIPES`. (The command's default is "8".)
@@ -149,9 +152,8 @@ def convert(
         if own:
             own.check({file: hashes[file].result() for file in sizes})
         records = tuple(
-            configs.Source(_record_name(file, f), hashes[file].result(), sizes[file], f.layout.name)
-            for f in found.values()
-            for file in f.source.files
+            configs.Source(name, hashes[file].result(), sizes[file], layout)
+            for file, (name, layout) in _records(found).items()
         )
         index = replace(index, source=(own.index.source if own else ()) + records, converter=__version__)
         stored = {name: _stored(dtype, layers[name]) for name in COMPONENTS}
@@ -170,6 +172,7 @@ def convert(
             bytes=sum(group.bytes for group in groups[name]),
             stored=stored[name],
             dropped=plan.dropped,
+            lost=plan.lost,
             left=tuple(left[name].items()),
         )
         for name, (_, plan) in plans.items()
@@ -255,11 +258,11 @@ def _own(paths: list[Path]) -> Own | None:
 def _components(paths: list[Path]) -> dict[str, Found]:
     found: dict[str, Found] = {}
     for source in open_sources(paths):
-        one = identify(source)
-        if one.layout.component in found:
-            other = found[one.layout.component].source.path
-            raise ModelError(f"{source.path} and {other} are both a {one.layout.component}", "one of each")
-        found[one.layout.component] = one
+        for one in identify(source):
+            if one.layout.component in found:
+                other = found[one.layout.component].source.path
+                raise ModelError(f"{source.path} and {other} are both a {one.layout.component}", "one of each")
+            found[one.layout.component] = one
     missing = [c for c in COMPONENTS if c not in found]
     if missing:
         have = ", ".join(found) or "nothing"
@@ -276,5 +279,12 @@ def _resolved(path: Path) -> Path:
     return Path(target)
 
 
-def _record_name(file: Path, found: Found) -> str:
-    return f"{file.parent.name}/{file.name}" if found.source.component else file.name
+def _records(found: dict[str, Found]) -> dict[Path, tuple[str, str]]:
+    """What every file is called, and its layout; an all-in-one file has several."""
+    records: dict[Path, tuple[str, str]] = {}
+    for f in found.values():
+        for file in f.source.files:
+            name = f"{file.parent.name}/{file.name}" if f.source.component else file.name
+            before = f"{records[file][1]}; " if file in records else ""
+            records[file] = (name, before + f.layout.name)
+    return records

@@ -14,14 +14,16 @@ from mlx_flux_krea.config import CLIPConfig, T5Config, VAEConfig
 from mlx_flux_krea.errors import ModelError
 from mlx_flux_krea.weights import COMPONENTS, build
 
-from . import maps
+from . import decode, maps
 from .remap import Misfit, Plan, plan
-from .sources import STORED, Source, Tensor
+from .sources import Source, Tensor
 
-# Every prefix that published single files put in front of their names.
+# What published files put in front of the names of a component; in an all-in-one file each component has its own. Of
+# the text encoders some tensors lie beside the network, as `text_encoders.clip_l.logit_scale`.
 PREFIXES = (
-    "", "model.diffusion_model.", "diffusion_model.", "vae.",
-    "text_encoders.clip_l.transformer.", "text_encoders.t5xxl.transformer.",
+    ("model.diffusion_model.", ""), ("diffusion_model.", ""), ("vae.", ""),
+    ("text_encoders.clip_l.", "transformer."), ("text_encoders.t5xxl.", "transformer."),
+    ("", ""),
 )  # fmt: skip
 
 
@@ -34,6 +36,7 @@ class Layout:
     probe: tuple[str, ...]  # tensors that only this layout has together
     table: tuple
     dropped: tuple = ()
+    lost: tuple = ()
     convert_config: Callable[[dict, str], dict] | None = None  # our sizes from this layout's config.json and its name
     config_kinds: tuple[str, ...] = ()  # what such a config.json says that it is of, in `_class_name` or `model_type`
 
@@ -171,7 +174,13 @@ LAYOUTS = (
         "transformer, diffusers", "transformer",
         ("transformer_blocks.0.attn.norm_added_q.weight", "transformer_blocks.0.ff.net.0.proj.weight",
          "single_transformer_blocks.0.proj_mlp.weight"),
-        maps.FLUX_DIFFUSERS, (), _diffusers_flux, ("FluxTransformer2DModel",),
+        maps.FLUX_DIFFUSERS, (), (), _diffusers_flux, ("FluxTransformer2DModel",),
+    ),
+    Layout(
+        "transformer, mflux", "transformer",
+        ("transformer_blocks.0.attn.norm_added_q.weight", "transformer_blocks.0.ff.linear1.weight",
+         "single_transformer_blocks.0.proj_mlp.weight"),
+        maps.FLUX_MFLUX, (), maps.FLUX_MFLUX_LOST,
     ),
     Layout(
         "VAE, Black Forest Labs", "vae",
@@ -180,52 +189,79 @@ LAYOUTS = (
     ),
     Layout(
         "VAE, diffusers", "vae",
-        ("encoder.down_blocks.0.resnets.0.conv1.weight", "decoder.mid_block.attentions.0.to_q.weight"),
-        maps.VAE_DIFFUSERS, (), _diffusers_vae, ("AutoencoderKL",),
+        ("encoder.conv_in.weight", "decoder.mid_block.attentions.0.to_q.weight"),
+        maps.VAE_DIFFUSERS, (), (), _diffusers_vae, ("AutoencoderKL",),
+    ),
+    Layout(
+        "VAE, mflux", "vae",
+        ("encoder.conv_in.conv2d.weight", "decoder.mid_block.attentions.0.to_q.weight"),
+        maps.VAE_MFLUX,
     ),
     Layout(
         "CLIP text model", "text_encoder",
         ("text_model.embeddings.token_embedding.weight", "text_model.final_layer_norm.weight"),
-        maps.CLIP, maps.CLIP_DROPPED, _transformers_clip, ("clip_text_model", "clip"),
+        maps.CLIP, maps.CLIP_DROPPED, (), _transformers_clip, ("clip_text_model", "clip"),
     ),
     Layout(
         "CLIP text model, transformers 5", "text_encoder",
         ("embeddings.token_embedding.weight", "final_layer_norm.weight"),
-        maps.CLIP_TRANSFORMERS_5, maps.CLIP_DROPPED, _transformers_clip, ("clip_text_model", "clip"),
+        maps.CLIP_TRANSFORMERS_5, maps.CLIP_DROPPED, (), _transformers_clip, ("clip_text_model", "clip"),
     ),
     Layout(
         "T5 v1.1 encoder", "text_encoder_2",
         ("shared.weight", "encoder.block.0.layer.1.DenseReluDense.wi_0.weight"),
-        maps.T5, maps.T5_DROPPED, _transformers_t5, ("t5",),
+        maps.T5, maps.T5_DROPPED, (), _transformers_t5, ("t5",),
+    ),
+    Layout(
+        "T5 v1.1 encoder, mflux", "text_encoder_2",
+        ("shared.weight", "t5_blocks.0.ff.DenseReluDense.wi_0.weight"),
+        maps.T5_MFLUX, maps.T5_MFLUX_DROPPED,
+    ),
+    Layout(
+        "T5 v1.1 encoder, llama.cpp", "text_encoder_2",
+        ("token_embd.weight", "enc.blk.0.ffn_gate.weight"),
+        maps.T5_GGUF,
     ),
 )  # fmt: skip
 
-# (a part of a tensor name that gives it away, what it is): other models that people have in the same folders
+# (a part of a tensor name that gives it away, what it is): other things that people have in the same folders
 LOOK_ALIKES = (
+    ("lora_", "a LoRA"),  # lora_A, lora_down, lora_unet_
+    (".lora.", "a LoRA"),
+    ("_lora.", "a LoRA"),  # XLabs
+    ("_lora1.", "a LoRA"),
+    (".lokr_w", "a LoRA (LoKr)"),
+    (".hada_w", "a LoRA (LoHa)"),
     ("distilled_guidance_layer.", "Chroma"),
     ("double_stream_modulation_img.", "FLUX.2"),
+    ("txtfusion.", "Krea 2"),  # as Krea names it
+    ("text_fusion.", "Krea 2"),  # as diffusers does
     ("redux_up.", "FLUX.1 Redux"),
     ("joint_blocks.0.", "Stable Diffusion 3"),
+    ("pos_embed.proj.", "Stable Diffusion 3"),
     ("input_blocks.0.", "Stable Diffusion 1, 2 or XL"),
-    (".lora_A.", "a LoRA"),
-    (".lora_down.", "a LoRA"),
-    ("lora_unet_", "a LoRA"),
-    (".absmax", "a bitsandbytes NF4 file"),
+    ("add_embedding.linear_1.", "Stable Diffusion XL"),
+    ("conditioner.embedders.", "Stable Diffusion XL"),
+    ("controlnet_blocks.", "a ControlNet"),
+    ("multi_modal_projector.", "Pixtral, a model for pictures and text"),
+    ("vision_model.", "an encoder of pictures (SigLIP or CLIP)"),
+    ("vit.encoder.", "a classifier of pictures"),
+    ("bitsandbytes__", "a bitsandbytes NF4 or FP4 file"),
+    (".absmax", "a bitsandbytes NF4 or FP4 file"),
     (".qweight", "a Nunchaku SVDQuant file"),
-    ("scaled_fp8", "a scaled fp8 file"),
-    (".scale_weight", "a scaled fp8 file"),
-    (".weight_scale", "a scaled fp8 file"),
-    (".comfy_quant", "a scaled fp8 file"),
+    (".wscales", "a Nunchaku SVDQuant file"),
 )
+# the same by the type of a tensor
+_REFUSED_TYPES = {"F8_E5M2": "an fp8 file of the kind e5m2, whose weights have two bits of precision"}
 # the same by the shape of what reads the latents: they take a picture or a mask beside them, which is not known here
 _WIDER = {(3072, 384): "FLUX.1 Fill", (3072, 128): "FLUX.1 Canny or Depth"}
 
 
-_WANTED = "FLUX.1 Krea [dev] or one of its kin, in 16 or 32 bits"
+_WANTED = "FLUX.1 Krea [dev] or one of its kin, in e4m3, GGUF, MLX's quantization, or 16 or 32 bits"
 
 
-def identify(source: Source) -> Found:
-    """The layout of a source, from its names alone.
+def identify(source: Source) -> tuple[Found, ...]:
+    """What is in a source, from names, types and shapes alone: one component, or those of an all-in-one file.
 
     Raises:
         ModelError: another model (named, where it is known), or a network of another kind than its folder says.
@@ -233,23 +269,41 @@ def identify(source: Source) -> Found:
     for fragment, model in LOOK_ALIKES:
         if any(fragment in name for name in source.tensors):
             raise ModelError(f"{source.path} is {model}", _WANTED)
-    for prefix in PREFIXES:
-        tensors = {n[len(prefix) :]: t for n, t in source.tensors.items() if n.startswith(prefix)}
-        for layout in LAYOUTS:
-            if all(name in tensors for name in layout.probe):
-                if len(tensors) < len(source.tensors):
-                    other = next(n for n in source.tensors if not n.startswith(prefix))
-                    raise ModelError(f"{source.path} holds more than a {layout.name} ({other})", "one component")
-                if source.component not in (None, layout.component):
-                    raise ModelError(f"{source.path} holds a {layout.name}", f"a {source.component}")
-                for name in ("img_in.weight", "x_embedder.weight"):
-                    if name in tensors and tensors[name].shape in _WIDER:
-                        raise ModelError(f"{source.path} is {_WIDER[tensors[name].shape]}", _WANTED)
-                return Found(source, layout, tensors)
-    first = ", ".join(sorted(source.tensors)[:3])
-    raise ModelError(
-        f"{source.path} is no layout that is known here (it holds {first})", todo="see flux-krea convert --help"
-    )
+    for tensor in source.tensors.values():
+        if tensor.dtype in _REFUSED_TYPES:
+            raise ModelError(f"{source.path} is {_REFUSED_TYPES[tensor.dtype]} ({tensor.name})", _WANTED)
+    parts: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in source.tensors.items():
+        prefix, inner = next(p for p in PREFIXES if name.startswith(p[0]))
+        short = name.removeprefix(prefix).removeprefix(inner)
+        if short in parts.setdefault(prefix, {}):
+            raise ModelError(f"{source.path} holds {short} twice, as {name} too", "every tensor once")
+        parts[prefix][short] = tensor
+    found = [(prefix, layout, tensors) for prefix, tensors in parts.items() if (layout := _layout(tensors))]
+    if not found:
+        first = ", ".join(sorted(source.tensors)[:3])
+        says = source.metadata.get("general.architecture")
+        kind = f"says that it is {_short(says)}, and " if says else ""
+        raise ModelError(
+            f"{source.path} is no layout that is known here (it {kind}holds {first})",
+            todo="see flux-krea convert --help",
+        )
+    for prefix, tensors in parts.items():
+        if prefix not in [p for p, *_ in found]:
+            what = f"a {found[0][1].name}" if len(found) == 1 else "the components of FLUX.1"
+            other = next(iter(tensors.values())).name
+            raise ModelError(f"{source.path} holds more than {what} ({other})", "one model, and nothing else")
+    for _, layout, tensors in found:
+        if source.component not in (None, layout.component):
+            raise ModelError(f"{source.path} holds a {layout.name}", f"a {source.component}")
+        for name in ("img_in.weight", "x_embedder.weight"):
+            if name in tensors and tensors[name].shape in _WIDER:
+                raise ModelError(f"{source.path} is {_WIDER[tensors[name].shape]}", _WANTED)
+    return tuple(Found(source, layout, tensors) for _, layout, tensors in found)
+
+
+def _layout(tensors: dict[str, Tensor]) -> Layout | None:
+    return next((layout for layout in LAYOUTS if all(name in tensors for name in layout.probe)), None)
 
 
 @cache
@@ -269,9 +323,7 @@ def make_plan(found: Found) -> tuple[object, Plan]:
     """
     config, made = _fit(found)
     for tensor in (t for target in made.targets for t in target.sources):
-        if tensor.dtype not in STORED:
-            known = ", ".join(STORED)
-            raise ModelError(f"{tensor.path}: {tensor.name} is stored as {tensor.dtype}", f"one of {known}")
+        decode.check(tensor.dtype, f"{tensor.path}: {tensor.name}")
     return config, made
 
 
@@ -280,8 +332,9 @@ def _fit(found: Found) -> tuple[object, Plan]:
     where = str(found.source.path)
     beside, file = found.source.config(), f"{found.source.folder / 'config.json'}"
     named = found.source.component
-    own = beside is not None and layout.convert_config and (named or not _is_ours(beside, component))
-    if not (own and (named or _kind(beside) in layout.config_kinds)):
+    ours = beside is not None and _is_ours(beside, component)
+    own = beside is not None and not ours and layout.convert_config
+    if not (own or ours if named else own and _kind(beside) in layout.config_kinds):
         refused: list[Misfit] = []
         for config in _PUBLISHED[component]:
             try:
@@ -319,8 +372,12 @@ _BFL_FIXED = {
 
 def _plan(found: Found, config) -> Plan:
     last = len(config.ch_mult) - 1 if isinstance(config, VAEConfig) else 0
-    shapes = target_shapes(found.layout.component, config)
-    return plan(found.tensors, found.layout.table, found.layout.dropped, shapes, last, str(found.source.path))
+    layout, shapes = found.layout, target_shapes(found.layout.component, config)
+    dropped = (*layout.dropped, *maps.ANY_DROPPED)
+    return plan(found.tensors, layout.table, dropped, layout.lost, shapes, last, str(found.source.path))
+
+
+_NOT_SIZES = ("dtype", "quantization")  # what a config.json of ours says of the arrays
 
 
 def _kind(obj: dict):
@@ -328,10 +385,8 @@ def _kind(obj: dict):
 
 
 def _is_ours(obj: dict, component: str) -> bool:
-    return _BFL_SECTIONS[component] in obj or obj.keys() <= {
-        "dtype",
-        *(f.name for f in fields(COMPONENTS[component][0])),
-    }
+    known = {*_NOT_SIZES, *(f.name for f in fields(COMPONENTS[component][0]))}
+    return _BFL_SECTIONS[component] in obj or (bool(obj) and obj.keys() <= known)
 
 
 def _beside(obj: dict, component: str, where: str) -> dict:
@@ -345,4 +400,4 @@ def _beside(obj: dict, component: str, where: str) -> dict:
         if component == "vae" and "ae_norm_num_groups" in obj:
             sizes["norm_num_groups"] = obj["ae_norm_num_groups"]
         return sizes
-    return {k: v for k, v in obj.items() if k != "dtype"}
+    return {k: v for k, v in obj.items() if k not in _NOT_SIZES}

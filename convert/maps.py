@@ -5,13 +5,17 @@ A row is (our name, where it comes from). The first row that fits a name counts.
     {n} {m}   a number            {-n}    the same number counted from the other end
     {x}       one part of a name  {rest}  any number of parts        *   "weight" or "bias"
 
-Where a tensor comes from is a name (the same values; axes of convolutions follow from the shapes), or
+Where a tensor comes from is a name (the same values; how convolutions have their axes follows from the shapes), or
 
     Rows(a, b, ...)   the parts of a fused matrix, one after another
     Swap(a)           the two halves of its rows exchanged
 
-A table of dropped tensors names what some files hold and we leave out on purpose: (their name, the reason). Facts:
-black-forest-labs/flux (src/flux/model.py, modules/autoencoder.py), diffusers (transformer_flux.py, autoencoder_kl.py).
+A table of dropped tensors names what some files hold and we leave out on purpose: (their name, the reason); one of lost
+tensors what some files lack, and is zero then: (our name, the reason).
+
+Facts: black-forest-labs/flux (src/flux/model.py, modules/autoencoder.py), diffusers (transformer_flux.py,
+autoencoder_kl.py), mflux (names in files of 0.6 to 0.18), llama.cpp (gguf-py's names of T5), ComfyUI (its guide to
+quantization).
 """
 
 
@@ -29,6 +33,28 @@ class Swap(_Op):
 
 
 SAME = (("{rest}", "{rest}"),)
+
+
+def _renamed(table: tuple, *changes: tuple[str, str]) -> tuple:
+    """A table for a layout that differs from another in a few parts of its names."""
+
+    def rename(source):
+        if isinstance(source, _Op):
+            return type(source)(*map(rename, source.names))
+        for old, new in changes:
+            source = source.replace(old, new)
+        return source
+
+    return tuple((ours, rename(theirs)) for ours, theirs in table)
+
+
+# what any layout may hold beside its weights
+ANY_DROPPED = (
+    ("scaled_fp8", "says that the file is of this kind"),
+    ("{rest}.comfy_quant", "says how the weight is stored"),
+    ("{rest}.scale_input", "a scale of activations, not of weights"),
+    ("{rest}.input_scale", "a scale of activations, not of weights"),
+)
 
 # --- the transformer ---
 
@@ -74,6 +100,10 @@ FLUX_DIFFUSERS = (
     # the one place where the order differs: shift, scale in BFL's file; scale, shift in diffusers'
     ("final_layer.adaLN_modulation.1.*", Swap("norm_out.linear.*")),
 )
+FLUX_MFLUX = _renamed(FLUX_DIFFUSERS, (".net.0.proj.", ".linear1."), (".net.2.", ".linear2."))
+FLUX_MFLUX_LOST = (
+    ("final_layer.adaLN_modulation.1.bias", "mflux 0.16 and later drop it when they save; it cannot be recovered"),
+)
 
 # --- the autoencoder ---
 
@@ -97,6 +127,12 @@ VAE_DIFFUSERS = (
     ("{x}.norm_out.*", "{x}.conv_norm_out.*"),
     ("{x}.conv_out.*", "{x}.conv_out.*"),
 )
+VAE_MFLUX = (
+    ("{x}.conv_in.*", "{x}.conv_in.conv2d.*"),
+    ("{x}.norm_out.*", "{x}.conv_norm_out.norm.*"),
+    ("{x}.conv_out.*", "{x}.conv_out.conv2d.*"),
+    *VAE_DIFFUSERS,
+)
 
 # --- the text encoders ---
 
@@ -112,4 +148,26 @@ T5 = SAME
 T5_DROPPED = (
     ("encoder.embed_tokens.weight", "a second copy of shared.weight"),
     ("logit_scale", "not a part of T5"),
+)
+
+T5_MFLUX = (
+    ("encoder.block.{n}.layer.0.{rest}", "t5_blocks.{n}.attention.{rest}"),
+    ("encoder.block.{n}.layer.1.{rest}", "t5_blocks.{n}.ff.{rest}"),
+    ("encoder.final_layer_norm.weight", "final_layer_norm.weight"),
+    *SAME,
+)
+T5_MFLUX_DROPPED = (
+    ("t5_blocks.{n}.attention.SelfAttention.relative_attention_bias.weight", "a copy of that of block 0"),
+)
+
+T5_GGUF = (
+    ("shared.weight", "token_embd.weight"),
+    ("encoder.block.{n}.layer.0.SelfAttention.relative_attention_bias.weight", "enc.blk.{n}.attn_rel_b.weight"),
+    ("encoder.block.{n}.layer.0.SelfAttention.{x}.weight", "enc.blk.{n}.attn_{x}.weight"),
+    ("encoder.block.{n}.layer.0.layer_norm.weight", "enc.blk.{n}.attn_norm.weight"),
+    ("encoder.block.{n}.layer.1.DenseReluDense.wi_0.weight", "enc.blk.{n}.ffn_gate.weight"),  # the one through GELU
+    ("encoder.block.{n}.layer.1.DenseReluDense.wi_1.weight", "enc.blk.{n}.ffn_up.weight"),
+    ("encoder.block.{n}.layer.1.DenseReluDense.wo.weight", "enc.blk.{n}.ffn_down.weight"),
+    ("encoder.block.{n}.layer.1.layer_norm.weight", "enc.blk.{n}.ffn_norm.weight"),
+    ("encoder.final_layer_norm.weight", "enc.output_norm.weight"),
 )

@@ -8,12 +8,12 @@ import numpy as np
 
 from mlx_flux_krea.config import ModelIndex, Quantization
 from mlx_flux_krea.errors import ModelError
-from mlx_flux_krea.weights import COMPONENTS, PACKED, ModelFolder, open_model, read_json
+from mlx_flux_krea.weights import ModelFolder, open_model, read_json
 
 from .layouts import Found, Layout, target_shapes
-from .quantize import Layers, dequantize
+from .quantize import Layers
 from .remap import Plan, Target
-from .sources import Source, Tensor
+from .sources import open_sources
 
 
 @dataclass(frozen=True)
@@ -22,13 +22,11 @@ class OwnTarget(Target):
 
     q: Quantization | None
 
-    def read(self) -> list[mx.array]:
-        """The tensor, or `weight`, `scales` and `biases`, as they are stored."""
-        return [_read(tensor) for tensor in self.sources]
-
-    def make(self) -> mx.array:
-        """The tensor; where it is packed its values, in float32."""
-        return dequantize(self.read(), self.q) if self.q else self.read()[0]
+    def packed(self) -> list[mx.array]:
+        """`weight`, `scales` and, in mode affine, `biases` of a quantized layer, as they are stored."""
+        (tensor,) = self.sources
+        codes = tensor.data().view(np.uint32).reshape(*tensor.shape[:-1], -1)
+        return [mx.array(codes), *(part.read() for part in tensor.parts)]
 
 
 @dataclass(frozen=True)
@@ -67,28 +65,13 @@ def open_own(path: Path) -> Own:
     folder = open_model(path)
     folder.check()
     found, plans, layers = {}, {}, {}
-    for component in COMPONENTS:
+    for source in open_sources([path]):
+        component = source.component
         config, layers[component] = folder.sizes[component], folder.layers(component)
-        tensors = {n: Tensor(n, file, info) for n, (file, info) in folder.tensors(component).items()}
-        files = tuple(sorted({tensor.path for tensor in tensors.values()}))
-        source = Source(path / component, files, tensors, {}, component)
-        found[component] = Found(source, Layout("flux-krea model folder", component, (), ()), tensors)
+        found[component] = Found(source, Layout("flux-krea model folder", component, (), ()), source.tensors)
         targets = []
         for name, shape in target_shapes(component, config).items():
             q = layers[component].get(name.removesuffix(".weight")) if name.endswith(".weight") else None
-            parts = [name, *(name.removesuffix("weight") + part for part in ("scales", "biases") if q)]
-            targets.append(OwnTarget(name, shape, tuple(tensors[part] for part in parts if part in tensors), False, q))
+            targets.append(OwnTarget(name, shape, (source.tensors[name],), swap=False, torch_axes=False, q=q))
         plans[component] = (config, Plan(tuple(targets), ()))
     return Own(folder, found, plans, layers)
-
-
-def _read(tensor: Tensor) -> mx.array:
-    kinds = {name: getattr(np, str(kind).removeprefix("mlx.core.")) for kind, name in PACKED.items()}
-    if tensor.dtype not in kinds:
-        return tensor.read()
-    count = (tensor.info.end - tensor.info.start) // kinds[tensor.dtype]().itemsize
-    try:
-        data = np.fromfile(tensor.path, kinds[tensor.dtype], count, offset=tensor.info.start)
-        return mx.array(data.reshape(tensor.shape))
-    except (OSError, ValueError):
-        raise ModelError(f"{tensor.path} cannot be read, or ended inside {tensor.name}", "a complete file") from None

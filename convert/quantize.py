@@ -191,7 +191,7 @@ def make(target: Target, dtype: str, q: Quantization | None) -> Made:
     """
     kind, step = getattr(mx, dtype), max(1, target.shape[0] // _ROWS)
     if q and q == getattr(target, "q", None):  # a model folder of ours has it so: rounding once is enough
-        packed = target.read()
+        packed = target.packed()
         source, some = packed[1], dequantize([part[::step] for part in packed], q)
         parts = tuple(part if part.dtype in PACKED else part.astype(kind) for part in packed)
         checked = tuple(part for part in parts if part.dtype not in PACKED)

@@ -27,22 +27,26 @@ class Target:
 
     name: str
     shape: tuple[int, ...]
-    sources: tuple[Tensor, ...]
+    sources: tuple[Tensor, ...]  # none: zeros
     swap: bool
+    torch_axes: bool  # of a convolution
 
     def make(self) -> mx.array:
-        """Reads the sources and puts them together, in the type in which they are stored."""
-        parts = [_in_our_axes(tensor.read(), len(self.shape)) for tensor in self.sources]
+        """Reads the sources and puts them together, in a type that holds every value."""
+        if not self.sources:
+            return mx.zeros(self.shape)
+        parts = [_in_our_axes(tensor.read(), len(self.shape), self.torch_axes) for tensor in self.sources]
         array = parts[0] if len(parts) == 1 else mx.concatenate(parts)
         return mx.concatenate(mx.split(array, 2)[::-1]) if self.swap else array
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A whole component: its tensors in our order, and what was left out on purpose."""
+    """A whole component: its tensors in our order, what was left out on purpose, and what is not to be had."""
 
     targets: tuple[Target, ...]
-    dropped: tuple[tuple[str, str], ...]  # name, reason
+    dropped: tuple[tuple[str, str], ...]  # their name, reason
+    lost: tuple[tuple[str, str], ...] = ()  # our name, reason; zeros stand there
 
     @property
     def parameters(self) -> int:
@@ -65,13 +69,22 @@ class Misfit(ModelError):
         super().__init__(f"{what} {'; '.join(problems[:3])}{more}", todo="is it complete, and a model of this kind?")
 
 
-def plan(tensors: dict[str, Tensor], table, dropped, shapes: dict[str, tuple[int, ...]], last: int, what: str) -> Plan:
+def plan(
+    tensors: dict[str, Tensor],
+    table,
+    dropped,
+    lost,
+    shapes: dict[str, tuple[int, ...]],
+    last: int,
+    what: str,
+) -> Plan:
     """Matches a source with our tensors, on names and shapes alone.
 
     Args:
         tensors: of the source, prefixes already taken off.
         table: rows of `maps.py`.
         dropped: rows of tensors left out.
+        lost: rows of tensors that may be missing.
         shapes: our tensors in our order, MLX's axes.
         last: what `{-n}` counts from.
         what: the source, for errors.
@@ -79,27 +92,32 @@ def plan(tensors: dict[str, Tensor], table, dropped, shapes: dict[str, tuple[int
     Raises:
         Misfit: a tensor missing, left over or of another shape; the first few are named.
     """
-    targets, missing, shaped, used = [], [], [], set()
+    targets, missing, shaped, zeros, used = [], [], [], [], set()
+    torch_axes = not _channels_last(tensors)
     for name, shape in shapes.items():
         names, swap = _find_row(name, table, last)
         absent = [n for n in names if n not in tensors]
+        if absent and (reason := dict(lost).get(name)):
+            zeros.append((name, reason))
+            targets.append(Target(name, tuple(shape), (), swap, torch_axes))
+            continue
         if absent or not names:
             missing += absent or [name]
             continue
         used.update(names)
         sources = tuple(tensors[n] for n in names)
-        made = _shape([_shape_in_our_axes(t.shape, len(shape)) for t in sources])
+        made = _shape([_shape_in_our_axes(t.shape, len(shape), torch_axes) for t in sources])
         if made != tuple(shape):
             stored = " + ".join(str(list(t.shape)) for t in sources)
             shaped.append(f"{names[0]} has shape {stored}, expected what makes {list(shape)}")
-        targets.append(Target(name, tuple(shape), sources, swap))
+        targets.append(Target(name, tuple(shape), sources, swap, torch_axes))
     left = [n for n in tensors if n not in used]
     reasons = {n: reason for n in left for pattern, reason in dropped if _pattern(pattern).fullmatch(n)}
     unknown = [n for n in left if n not in reasons]
     problems = [f"lacks {n}" for n in missing] + [f"has the unknown tensor {n}" for n in unknown] + shaped
     if problems:
         raise Misfit(what, problems, same_sizes=not shaped)
-    return Plan(tuple(targets), tuple(sorted(reasons.items())))
+    return Plan(tuple(targets), tuple(sorted(reasons.items())), tuple(zeros))
 
 
 def _find_row(name: str, table, last: int) -> tuple[list[str], bool]:
@@ -132,14 +150,20 @@ def _shape(parts: list[tuple[int, ...]]) -> tuple[int, ...]:
     return parts[0] if len(parts) == 1 else ()
 
 
-def _shape_in_our_axes(shape: tuple[int, ...], ndim: int) -> tuple[int, ...]:
+def _channels_last(tensors: dict[str, Tensor]) -> bool:
+    """Whether convolutions have MLX's axes, OHWI, and not torch's, OIHW. Kernels are square; one alone may be both."""
+    shapes = [t.shape for t in tensors.values() if len(t.shape) == 4]
+    return any(s[2] != s[3] for s in shapes) and all(s[1] == s[2] for s in shapes)
+
+
+def _shape_in_our_axes(shape: tuple[int, ...], ndim: int, torch_axes: bool) -> tuple[int, ...]:
     if len(shape) == 4 and ndim == 2 and shape[2:] == (1, 1):
         return shape[:2]
-    return (shape[0], shape[2], shape[3], shape[1]) if len(shape) == 4 and ndim == 4 else tuple(shape)
+    return (shape[0], shape[2], shape[3], shape[1]) if torch_axes and len(shape) == ndim == 4 else tuple(shape)
 
 
-def _in_our_axes(array: mx.array, ndim: int) -> mx.array:
+def _in_our_axes(array: mx.array, ndim: int, torch_axes: bool) -> mx.array:
     """Convolutions from torch's OIHW to OHWI; a 1 x 1 convolution whose place is a matrix becomes one."""
     if array.ndim == 4 and ndim == 2:
         return array.reshape(array.shape[:2])
-    return array.transpose(0, 2, 3, 1) if array.ndim == 4 else array
+    return array.transpose(0, 2, 3, 1) if torch_axes and array.ndim == 4 else array

@@ -1,80 +1,78 @@
-"""Opens what people hold: one safetensors file, shards with an index, or a folder of either. Reads headers only.
+"""Opens what people hold: safetensors and GGUF files, shards, or folders of these. Reads headers only.
 
 A source is a lazy list of tensors; each reads itself when asked. Nothing here knows a layout.
 """
 
 import os
 import re
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_flux_krea.errors import ModelError, printable
-from mlx_flux_krea.weights import COMPONENTS, TensorInfo, read_header, read_json
+from mlx_flux_krea.weights import COMPONENTS, read_header, read_json
 
-# How stored types become arrays: the numpy type of the bytes, and MLX's view of it. A plan with others is refused.
-STORED = {
-    "F32": (np.float32, mx.float32),
-    "F16": (np.float16, mx.float16),
-    "BF16": (np.uint16, mx.bfloat16),
-}
+from .decode import COMPOUNDS, GROUP_SIZE, PARTS
+from .gguf_header import read_gguf
+
 # Files that execute what they hold when they are opened.
 _PICKLED = {".ckpt", ".pt", ".pth", ".bin", ".pkl"}
-_LISTED = (".safetensors", ".gguf", *_PICKLED)
+_READ = {".safetensors", ".gguf"}
+# Where ComfyUI keeps the parts of a model, in its folder `models`.
+_COMFYUI = ("checkpoints", "diffusion_models", "unet", "text_encoders", "clip", "vae")
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """One stored tensor."""
+    """One stored tensor, or one weight that is stored in several."""
 
     name: str
     path: Path
-    info: TensorInfo
+    dtype: str  # one of `decode.TYPES`, or what nobody here decodes
+    shape: tuple[int, ...]  # in torch's order of axes, however it is packed
+    start: int  # bytes from the beginning of the file
+    end: int
+    parts: tuple["Tensor", ...] = ()  # scales and the like, in the order of `decode.COMPOUNDS`
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        """In torch's order of axes."""
-        return self.info.shape
+    def bytes(self) -> int:
+        """Of the file, its parts included."""
+        return self.end - self.start + sum(part.bytes for part in self.parts)
 
-    @property
-    def dtype(self) -> str:
-        """As stored, in safetensors' spelling."""
-        return self.info.dtype
-
-    def read(self) -> mx.array:
-        """The tensor as an array of its own type, one of `STORED`.
+    def data(self) -> np.ndarray:
+        """Its bytes, as they are stored.
 
         Raises:
             ModelError: the file cannot be read, or ends too early.
         """
-        stored, view = STORED[self.dtype]
         try:
             with open(self.path, "rb") as file:
-                file.seek(self.info.start)
-                data = file.read(self.info.end - self.info.start)
+                file.seek(self.start)
+                data = np.fromfile(file, np.uint8, self.end - self.start)
         except OSError as error:
             raise ModelError(f"{self.path} cannot be read: {error.strerror}", "a file that can") from None
-        if len(data) < self.info.end - self.info.start:
+        if data.size < self.end - self.start:
             raise ModelError(f"{self.path} ended inside {self.name}", "a complete file", "copy or download it again")
-        return mx.array(np.frombuffer(data, stored).reshape(self.shape)).view(view)
+        return data
+
+    def read(self) -> mx.array:
+        """The tensor as an array, in a type that holds every value."""
+        return PARTS[self.dtype].decode(self.data(), self.shape, *(part.read() for part in self.parts))
 
 
 @dataclass(frozen=True)
 class Source:
-    """One checkpoint: the tensors of a file, or of all shards of an index."""
+    """One checkpoint: the tensors of a file, or of all its shards."""
 
     path: Path  # the file, or the folder of the shards
     files: tuple[Path, ...]
     tensors: dict[str, Tensor]
-    metadata: dict[str, str]
+    metadata: dict[str, str]  # GGUF's numbers too; its lists are not among them
     component: str | None = None  # what the folder that it came in says it is
-
-    @property
-    def bytes(self) -> int:
-        """Size of its files."""
-        return sum(path.stat().st_size for path in self.files)
 
     @property
     def folder(self) -> Path:
@@ -109,15 +107,22 @@ def is_model_folder(path: Path) -> bool:
 def _open(path: Path) -> list[Source]:
     _check_path(path)
     if not os.path.exists(path):
-        raise ModelError(f"there is nothing at {path}", "a folder or a .safetensors file")
+        raise ModelError(f"there is nothing at {path}", "a folder, a .safetensors or a .gguf file")
     if path.is_file():
         return [_open_file(path)]
-    if (path / "model_index.json").exists():  # a pipeline: one folder a component
+    pipeline = (path / "model_index.json").exists()
+    if pipeline or (path / "transformer").is_dir():  # one folder a component; mflux writes no model_index.json
         folders = [path / name for name in COMPONENTS if (path / name).is_dir()]
         if not folders:
             raise ModelError(f"{path} has a model_index.json and no component folder", f"{', '.join(COMPONENTS)}")
         return [source for folder in folders for source in _open_folder(folder, component=folder.name)]
-    return _open_folder(path)
+    folders = [folder for name in _COMFYUI if (folder := path / name).is_dir() and _weights(folder)]
+    return [source for folder in folders or [path] for source in _open_folder(folder)]
+
+
+def _weights(folder: Path) -> list[Path]:
+    """The files in a folder that hold weights, those that are never opened included."""
+    return sorted(p for p in folder.iterdir() if p.suffix in _READ | _PICKLED and not p.name.startswith("."))
 
 
 def _open_folder(folder: Path, component: str | None = None) -> list[Source]:
@@ -126,17 +131,21 @@ def _open_folder(folder: Path, component: str | None = None) -> list[Source]:
         raise ModelError(f"{folder} holds {len(indexes)} indexes", "one", "name the files one by one")
     if indexes:
         return [_open_shards(indexes[0], component)]
-    files = sorted(p for p in folder.iterdir() if p.suffix in _LISTED and not p.name.startswith("."))
-    checkpoints = [p for p in files if p.suffix == ".safetensors"]
+    files = _weights(folder)
+    checkpoints = [p for p in files if p.suffix in _READ]
     if not checkpoints:
         if not files:
-            raise ModelError(f"{folder} holds no weights", ".safetensors files")
-        todo = "GGUF is not read yet, pickles never"
-        raise ModelError(f"{folder} holds only {files[0].name}", ".safetensors files", todo)
+            raise ModelError(f"{folder} holds no weights", ".safetensors or .gguf files")
+        raise ModelError(f"{folder} holds only {files[0].name}", ".safetensors or .gguf files", _NO_PICKLES)
+    if {p.name for p in checkpoints} == {f"{n}.safetensors" for n in range(len(checkpoints))}:  # as mflux writes them
+        return [_join_shards(folder, checkpoints, component)]
     if component and len(checkpoints) > 1:
         names = ", ".join(p.name for p in checkpoints[:3])
         raise ModelError(f"{folder} holds {len(checkpoints)} files and no index ({names})", "one, or an index")
     return [_open_file(path, component) for path in checkpoints]
+
+
+_NO_PICKLES = "pickles are never read: take the .safetensors of the same model"
 
 
 def _open_file(path: Path, component: str | None = None) -> Source:
@@ -144,10 +153,7 @@ def _open_file(path: Path, component: str | None = None) -> Source:
     if path.suffix in _PICKLED:
         todo = "take the .safetensors of the same model"
         raise ModelError(f"{path} is a pickle, which can run any program when opened", "a .safetensors file", todo)
-    if path.suffix == ".gguf":
-        raise ModelError(f"{path} is a GGUF file, which is not read yet", "a .safetensors file")
-    tensors, metadata = _read_tensors(path)
-    return Source(path, (path,), tensors, metadata, component)
+    return _join_shards(path, [path], component)
 
 
 def _open_shards(index: Path, component: str | None) -> Source:
@@ -155,29 +161,77 @@ def _open_shards(index: Path, component: str | None) -> Source:
     if not isinstance(weight_map, dict) or not weight_map:
         raise ModelError(f"{index} has no weight_map", "an index of shards")
     _check_names(index, weight_map)
-    tensors, files, metadata = {}, [], {}
-    for shard in sorted({str(s) for s in weight_map.values()}):
+    shards = sorted({str(s) for s in weight_map.values()})
+    for shard in shards:
         if shard != os.path.basename(shard) or not re.fullmatch(r"[^/\\\0]+\.safetensors", shard):
             raise ModelError(f"{index} names the file {shard!r}", "a .safetensors file in the same folder")
         _check_names(index, [shard])
-        path = index.parent / shard
-        if not path.exists():
+        if not (index.parent / shard).exists():
             raise ModelError(f"{index.parent} lacks the shard {shard}", "every file of the index", "download it again")
-        shard_tensors, shard_metadata = _read_tensors(path)
-        if twice := shard_tensors.keys() & tensors.keys():
-            raise ModelError(f"{sorted(twice)[0]} is in two shards of {index.parent}", "every tensor once")
-        tensors |= shard_tensors
-        files.append(path)
-        metadata |= shard_metadata
-    if lost := weight_map.keys() - tensors.keys():
+    source = _join_shards(index.parent, [index.parent / shard for shard in shards], component)
+    stored = {t.name for tensor in source.tensors.values() for t in (tensor, *tensor.parts)}
+    if lost := weight_map.keys() - stored:
         raise ModelError(f"{sorted(lost)[0]} is in {index.name} and in no shard", "shards that match their index")
-    return Source(index.parent, tuple(files), tensors, metadata, component)
+    return source
+
+
+def _join_shards(path: Path, files: list[Path], component: str | None) -> Source:
+    """One source of all the tensors in the files."""
+    tensors, metadata = {}, {}
+    for file in files:
+        read, facts = _read_tensors(file)
+        if twice := read.keys() & tensors.keys():
+            raise ModelError(f"{sorted(twice)[0]} is in two shards of {path}", "every tensor once")
+        tensors |= read
+        metadata |= facts
+    source = Source(path, tuple(files), tensors, metadata, component)
+    return replace(source, tensors=join_parts(tensors, _group_sizes(source)))
 
 
 def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    infos, metadata = read_header(path)
+    infos, metadata = read_gguf(path) if path.suffix == ".gguf" else read_header(path)
     _check_names(path, infos)
-    return {n: Tensor(n, path, i) for n, i in infos.items()}, metadata
+    facts = {key: str(value) for key, value in metadata.items() if isinstance(value, str | int | float)}
+    return {n: Tensor(n, path, i.dtype, i.shape, i.start, i.end) for n, i in infos.items()}, facts
+
+
+def join_parts(tensors: dict[str, Tensor], group_size=lambda layer: GROUP_SIZE) -> dict[str, Tensor]:
+    """The same tensors, each weight that is stored in several of them being one.
+
+    Args:
+        tensors: as the files have them.
+        group_size: of an MLX-quantized layer, by its name.
+    """
+    joined = dict(tensors)
+    for name, tensor in tensors.items():
+        layer, _, last = name.rpartition(".")
+        for stored, beside, combine in COMPOUNDS:
+            parts = [tensors.get(f"{layer}.{part}") for part in beside]
+            if last == "weight" and tensor.dtype == stored and all(parts):
+                made = combine(tensor, *parts, group_size(layer))
+                if made:
+                    dtype, shape = made
+                    joined[name] = replace(tensor, dtype=dtype, shape=shape, parts=tuple(parts))
+                    for part in parts:
+                        del joined[part.name]
+                    break
+    return joined
+
+
+def _group_sizes(source: Source) -> Callable[[str], int]:
+    """Of the layers of a model folder of ours, which says in its config.json what it quantized and how."""
+
+    @cache
+    def said() -> dict:
+        found = (source.config() or {}).get("quantization")
+        return found if isinstance(found, dict) else {}
+
+    def group_size(layer: str) -> int:
+        own = said().get(layer)
+        sizes = (own.get("group_size") if isinstance(own, dict) else None, said().get("group_size"), GROUP_SIZE)
+        return next(size for size in sizes if type(size) is int and size > 0)
+
+    return group_size
 
 
 def _check_path(path: Path) -> None:

@@ -1,13 +1,18 @@
-"""Where the tokenizers of a conversion come from: beside the sources, a folder given, or the hub's cache."""
+"""Where tokenizers come from: a folder given, beside the sources, inside a T5 GGUF, or the hub's cache."""
 
 import os
+import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
 
 from mlx_flux_krea.errors import ModelError
 from mlx_flux_krea.tokenizers import CLIPTokenizer, T5Tokenizer
 
+from .gguf_header import read_gguf
 from .layouts import Found
 
 
@@ -54,20 +59,81 @@ def find_tokenizers(found: dict[str, Found], plans: dict[str, tuple], given: str
     beside = [found[component].source for component in ("text_encoder", "text_encoder_2", "transformer")]
     roots += [source.folder.parent if source.component else source.folder for source in beside]
     files = {}
-    for name, kind in _KINDS.items():
-        folder = next(_folders(name, kind, roots), None)
-        if folder is None:
-            todo = "put them into DIR/tokenizer and DIR/tokenizer_2 and add --tokenizers DIR"
-            raise ModelError(
-                f"no {name} was found beside the sources or in the hub's cache",
-                kind.wanted,
-                f"{todo} (both are in {_HUB[-1]}, ungated)",
-            )
-        size, known = kind.read(folder).vocab_size, plans[kind.encoder][0].vocab_size
-        if size > known:
-            raise ModelError(f"the tokenizer in {folder} has {size} ids", f"at most the {known} of {kind.encoder}")
-        files |= {f"{name}/{file}": _read(folder / file) for file in _FILES if (folder / file).exists()}
+    with TemporaryDirectory() as inside:
+        roots += [unpack(found["text_encoder_2"].source.path, Path(inside))]
+        for name, kind in _KINDS.items():
+            folder = next(_folders(name, kind, roots), None)
+            if folder is None:
+                todo = "put them into DIR/tokenizer and DIR/tokenizer_2 and add --tokenizers DIR"
+                raise ModelError(
+                    f"no {name} was found beside the sources or in the hub's cache",
+                    kind.wanted,
+                    f"{todo} (both are in {_HUB[-1]}, ungated)",
+                )
+            size, known = kind.read(folder).vocab_size, plans[kind.encoder][0].vocab_size
+            if size > known:
+                raise ModelError(f"the tokenizer in {folder} has {size} ids", f"at most the {known} of {kind.encoder}")
+            files |= {f"{name}/{file}": _read(folder / file) for file in _FILES if (folder / file).exists()}
     return files
+
+
+def unpack(source: Path, root: Path) -> Path:
+    """Writes the tokenizer inside a T5 GGUF, if there is one, as ROOT/tokenizer_2/spiece.model. Gives the root.
+
+    Raises:
+        ModelError: it is incomplete or damaged.
+    """
+    metadata = read_gguf(source)[1] if source.suffix == ".gguf" else {}
+    if metadata.get("tokenizer.ggml.model") == "t5":
+        (root / "tokenizer_2").mkdir()
+        (root / "tokenizer_2" / "spiece.model").write_bytes(_spiece(metadata, source))
+        try:
+            T5Tokenizer(root / "tokenizer_2")
+        except ModelError:
+            raise ModelError(
+                f"the tokenizer inside {source} is damaged", "T5's pieces", "give another with --tokenizers"
+            ) from None
+    return root
+
+
+def _spiece(metadata: dict, source: Path) -> bytes:
+    """A sentencepiece model (its ModelProto, written out) of what llama.cpp keeps of one."""
+    pieces, scores, kinds = (metadata.get(f"tokenizer.ggml.{k}") for k in ("tokens", "scores", "token_type"))
+    charsmap = metadata.get("tokenizer.ggml.precompiled_charsmap", np.zeros(0, np.uint8))
+    arrays = [getattr(array, "dtype", None) for array in (scores, kinds, charsmap)]
+    known = arrays[:2] == [np.float32, np.int32] and arrays[2] in (np.uint8, np.int8)
+    if not known or not isinstance(pieces, list) or not len(pieces) == len(scores) == len(kinds):
+        raise ModelError(f"the tokenizer inside {source} is incomplete", "its tokens, scores and token_type")
+    size = len(pieces)
+    while size and (kinds[size - 1] == _UNUSED or pieces[size - 1].startswith("<extra_id_")):
+        size -= 1  # made up to fill the embedding; sentencepiece's own end before them
+    table = zip(pieces[:size], scores[:size], kinds[:size], strict=True)
+    proto = [_field(1, _field(1, p.encode()) + _field(2, float(s)) + _field(3, int(k))) for p, s, k in table]
+    keys = {3: "add_space_prefix", 4: "remove_extra_whitespaces"}
+    spaces = {number: metadata.get(f"tokenizer.ggml.{key}") is not False for number, key in keys.items()}
+    normalizer = _field(2, charsmap.tobytes()) + b"".join(_field(n, int(value)) for n, value in spaces.items())
+    return b"".join([*proto, _field(2, _field(3, _UNIGRAM)), _field(3, normalizer)])
+
+
+_UNUSED, _UNIGRAM = 5, 1  # sentencepiece's numbers of a kind of piece, and of a kind of model
+
+
+def _field(number: int, value: bytes | int | float) -> bytes:
+    """One field of a protobuf message: bytes, an integer, or a float32."""
+    if isinstance(value, float):
+        return _varint(number << 3 | 5) + struct.pack("<f", value)
+    if isinstance(value, int):
+        return _varint(number << 3) + _varint(value)
+    return _varint(number << 3 | 2) + _varint(len(value)) + value
+
+
+def _varint(value: int) -> bytes:
+    value &= 2**64 - 1  # of a negative number, its two's complement
+    data = bytearray()
+    while value > 127:
+        data.append(value & 127 | 128)
+        value >>= 7
+    return bytes([*data, value])
 
 
 def _read(file: Path) -> bytes:

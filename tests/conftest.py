@@ -1,9 +1,11 @@
 """Model folders of the reference's tiny pipeline, made once a session by the converter."""
 
+import os
 import signal
+from pathlib import Path
 
 import pytest
-from helpers import PIPELINE, TOKENIZERS
+from helpers import PIPELINE, ROOT, TOKENIZERS
 from mlx_flux_krea.convert import convert
 
 from mlx_flux_krea import FluxPipeline
@@ -31,6 +33,17 @@ def pipe(model):
 @pytest.fixture(scope="session")
 def pipe_bf16(model):
     return FluxPipeline.from_pretrained(model, dtype="bfloat16")
+
+
+@pytest.fixture(scope="session")
+def published():
+    """The real vocabularies, which are not ours to commit."""
+    named = os.environ.get("FLUX_KREA_TOKENIZERS")
+    folder = Path(named) if named else ROOT.parent / "shared" / "tokenizers"
+    if not named and not folder.exists():
+        pytest.skip("the published vocabularies are not here; $FLUX_KREA_TOKENIZERS says where")
+    assert (folder / "golden.json").exists(), f"{folder} holds no golden.json"
+    return folder
 
 
 @pytest.fixture(autouse=True)

@@ -204,6 +204,7 @@ def test_the_index_says_what_the_model_was_made_from(model):
             4.5,
             "flux-1-dev-non-commercial",
         ),
+        (["flux1-kontext-dev-q4_k_s.gguf"], configs.FLUX_DEV, "FLUX.1 Kontext [dev]", 2.5, "flux-1-dev-non-commercial"),
         (["flux1-dev.safetensors"], configs.FLUX_DEV, "FLUX.1 [dev]", 3.5, "flux-1-dev-non-commercial"),
         (["flux1-krea-lookalike"], configs.FLUX_SCHNELL, "FLUX.1 [schnell]", 0.0, "apache-2.0"),
     ],
@@ -481,7 +482,7 @@ def test_a_tensor_missing_in_a_single_file_is_named(model, singles, monkeypatch)
     (singles / "config.json").unlink()
     (source,) = open_sources([singles / "flux1-tiny.safetensors"])
     with pytest.raises(ModelError, match=r"flux1-tiny.safetensors lacks txt_in.bias; is it complete"):
-        layouts.make_plan(layouts.identify(source))
+        layouts.make_plan(*layouts.identify(source))
 
 
 def test_a_file_of_published_sizes_may_lie_beside_somebody_elses_config(model, source, monkeypatch):
@@ -489,7 +490,7 @@ def test_a_file_of_published_sizes_may_lie_beside_somebody_elses_config(model, s
     monkeypatch.setitem(layouts._PUBLISHED, "vae", (sizes,))
     config = source / "vae" / "config.json"
     own = json.loads(config.read_text())
-    found = layouts.identify(open_sources([source / "vae"])[0])
+    (found,) = layouts.identify(open_sources([source / "vae"])[0])
     config.write_text('{"_class_name": "UNet2DConditionModel", "in_channels": 4}')
     assert layouts.make_plan(found)[0] == sizes
     config.write_text(json.dumps(own | {"scaling_factor": 0.5}))  # one that says it is of a VAE is believed
@@ -998,7 +999,7 @@ def test_hostile_headers_are_refused_without_a_crash(source, tmp_path):
         vae.write_bytes(changed)
         try:
             for found in map(layouts.identify, open_sources([source / "vae"])):
-                layouts.make_plan(found)
+                layouts.make_plan(*found)
         except ModelError:
             refused += 1
     assert refused > 200

@@ -532,9 +532,9 @@ def test_fewer_bits_are_made_of_what_is_there(make, tmp_path):
 
 
 @pytest.mark.parametrize("quantize", ["8", "none"])
-@pytest.mark.parametrize("mode", ["4", "nvfp4"])
-def test_more_bits_give_nothing_back_and_the_report_says_so(make, tmp_path, quantize, mode):
-    path = make(mode).path
+@pytest.mark.parametrize(("mode", "group"), [("4", None), ("3", 32), ("mxfp4", None), ("nvfp4", None)])
+def test_more_bits_give_nothing_back_and_the_report_says_so(make, tmp_path, quantize, mode, group):
+    path = make(mode, group).path
     report = convert([path], tmp_path / "more", quantize=quantize, dtype="float32")
     named = {note.split(":")[0] for note in report.notes}
     assert named == {"transformer", "text_encoder_2"}

@@ -1,27 +1,14 @@
 """Token ids against transformers' own, for every prompt of the goldens."""
 
 import json
-import os
 import random
 import shutil
-from pathlib import Path
 
 import pytest
-from helpers import ROOT, TOKENIZERS, facts
+from helpers import TOKENIZERS, facts
 
 from mlx_flux_krea.errors import ModelError
 from mlx_flux_krea.tokenizers import CLIPTokenizer, T5Tokenizer
-
-
-@pytest.fixture(scope="module")
-def published():
-    """The real vocabularies, which are not ours to commit."""
-    named = os.environ.get("FLUX_KREA_TOKENIZERS")
-    folder = Path(named) if named else ROOT.parent / "shared" / "tokenizers"
-    if not named and not folder.exists():
-        pytest.skip("the published vocabularies are not here; $FLUX_KREA_TOKENIZERS says where")
-    assert (folder / "golden.json").exists(), f"{folder} holds no golden.json"
-    return folder
 
 
 @pytest.fixture(scope="module")

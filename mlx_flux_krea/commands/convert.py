@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import time
 from pathlib import Path
 
 import click
@@ -38,7 +39,8 @@ from . import signals
 def convert(sources, output, quantize, group_size, dtype, tokenizers, force, allow_nonfinite, as_json):
     """Convert weights into a model folder.
 
-    SOURCES is a folder in diffusers' layout, the files of transformer, CLIP, T5 and VAE one by one, or a model folder.
+    SOURCES is a folder (diffusers', ComfyUI's, mflux's, or a model folder), an all-in-one file, or the files of
+    transformer, CLIP, T5 and VAE one by one, as safetensors or GGUF.
 
     \b
     Examples:
@@ -49,9 +51,9 @@ def convert(sources, output, quantize, group_size, dtype, tokenizers, force, all
     """
     from mlx_flux_krea.convert import convert as run
 
-    from .terminal import ByteProgress, Stopwatch, number, say, size, table
+    from .terminal import ByteProgress, number, say, size, table
 
-    watch, progress = Stopwatch(), ByteProgress()
+    begin, progress = time.perf_counter(), ByteProgress()
     try:
         report = run(
             sources,
@@ -71,8 +73,11 @@ def convert(sources, output, quantize, group_size, dtype, tokenizers, force, all
     rows += [(c.name, c.stored, number(c.parameters), size(c.bytes), c.layout) for c in report.components]
     say(table(rows, right=(2, 3)))
     for component in report.components:
-        for name, reason in component.dropped:
-            say(f"left out of {component.name}: {name} ({reason})")
+        for reason in dict.fromkeys(reason for _, reason in component.dropped):
+            name, *more = (name for name, why in component.dropped if why == reason)
+            say(f"left out of {component.name}: {name}{f' and {len(more)} more' if more else ''} ({reason})")
+        for name, reason in component.lost:
+            say(f"zero in {component.name}: {name} ({reason})")
         for reason in dict.fromkeys(reason for _, reason in component.left):
             names = [name for name, why in component.left if why == reason]
             more = f" and {len(names) - 2} more" if len(names) > 2 else ""
@@ -84,7 +89,7 @@ def convert(sources, output, quantize, group_size, dtype, tokenizers, force, all
         say(table(rows, right=(2, 3, 4)))
     for note in report.notes:
         say(f"note: {note}")
-    say(f"{report.base}, in {watch.seconds:.1f} s")
+    say(f"{report.base}, in {time.perf_counter() - begin:.1f} s")
     click.echo(json.dumps({**dataclasses.asdict(report), "path": str(report.path)}) if as_json else report.path)
 
 

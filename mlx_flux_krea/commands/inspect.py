@@ -96,27 +96,29 @@ def _foreign(path: Path) -> tuple[dict, str]:
     rows, facts = [("file", "layout", "types", "tensors", "parameters", "size")], []
     for source in open_sources([path]):
         try:
-            found = identify(source).layout
-            layout, component, problem = found.name, found.component, None
+            found = [(one.layout.name, one.layout.component, one.tensors.values()) for one in identify(source)]
+            problem = None
         except ModelError as error:
-            layout, component, problem = "not known", None, str(error)
-        dtypes: dict[str, int] = {}
-        for tensor in source.tensors.values():
-            dtypes[tensor.dtype] = dtypes.get(tensor.dtype, 0) + 1
-        fact = {
-            "path": str(source.path),
-            "layout": layout,
-            "component": component,
-            "problem": problem,
-            "dtypes": dtypes,
-            "tensors": len(source.tensors),
-            "parameters": sum(math.prod(tensor.shape) for tensor in source.tensors.values()),
-            "bytes": source.bytes,
-            "metadata": source.metadata,
-        }
-        facts.append(fact)
-        types = ", ".join(f"{n} {t}" for t, n in sorted(dtypes.items()))
-        rows.append((source.path.name, layout, types, fact["tensors"], number(fact["parameters"]), size(source.bytes)))
+            found, problem = [("not known", None, source.tensors.values())], str(error)
+        for layout, component, tensors in found:
+            dtypes: dict[str, int] = {}
+            for tensor in tensors:
+                dtypes[tensor.dtype] = dtypes.get(tensor.dtype, 0) + 1
+            fact = {
+                "path": str(source.path),
+                "layout": layout,
+                "component": component,
+                "problem": problem,
+                "dtypes": dtypes,
+                "tensors": sum(1 + len(tensor.parts) for tensor in tensors),
+                "parameters": sum(math.prod(tensor.shape) for tensor in tensors),
+                "bytes": sum(tensor.bytes for tensor in tensors),
+                "metadata": source.metadata,
+            }
+            facts.append(fact)
+            types = ", ".join(f"{n} {t}" for t, n in sorted(dtypes.items()))
+            counts = fact["tensors"], number(fact["parameters"]), size(fact["bytes"])
+            rows.append((source.path.name, layout, types, *counts))
     text = table(rows, right=(3, 4, 5))
     for problem in (fact["problem"] for fact in facts):
         text += f"\n{problem}" if problem else ""

@@ -3,7 +3,6 @@
 import contextlib
 import logging
 import sys
-import time
 
 from tqdm import tqdm
 
@@ -129,15 +128,3 @@ def number(count: int) -> str:
         if count >= limit:
             return f"{count / limit:.2f}{unit}"
     return str(count)
-
-
-class Stopwatch:
-    """Seconds since it was made."""
-
-    def __init__(self):
-        self._start = time.perf_counter()
-
-    @property
-    def seconds(self) -> float:
-        """Now."""
-        return time.perf_counter() - self._start

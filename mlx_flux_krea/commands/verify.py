@@ -1,6 +1,7 @@
 """flux-krea verify: whether a model folder still is what the converter wrote."""
 
 import json
+import time
 
 import click
 
@@ -21,9 +22,9 @@ def verify(model, as_json):
     from mlx_flux_krea.errors import ModelError
     from mlx_flux_krea.weights import find_model
 
-    from .terminal import ByteProgress, Stopwatch, say, size
+    from .terminal import ByteProgress, say, size
 
-    path, watch, progress = find_model(model), Stopwatch(), ByteProgress()
+    begin, path, progress = time.perf_counter(), find_model(model), ByteProgress()
     try:
         files, problems = check_manifest(path, progress)
     finally:
@@ -33,7 +34,9 @@ def verify(model, as_json):
     found = "; ".join(f"{what}: {_some(names)}" for what, names in problems.items() if names)
     if found:
         raise ModelError(f"{path} is not what its manifest.json says ({found})", todo="convert the model again")
-    say(f"{len(files)} files, {size(sum(files.values()))}, as they were written; in {watch.seconds:.1f} s")
+    say(
+        f"{len(files)} files, {size(sum(files.values()))}, as they were written; in {time.perf_counter() - begin:.1f} s"
+    )
     if not as_json:
         click.echo(path)
 

@@ -1,16 +1,19 @@
 """Makes the files of this folder from the reference cases and the published vocabularies, which are not in the tree.
 
-    python tests/data/make.py REFERENCE TOKENIZERS
+    python tests/data/make.py REFERENCE TOKENIZERS MANIFESTS
 
-REFERENCE holds `pipeline`, `bfl`, `images`, `goldens.json` and `goldens.safetensors`, TOKENIZERS holds `clip` and `t5`.
+REFERENCE holds `pipeline`, `bfl`, `images`, `goldens.json` and `goldens.safetensors`, TOKENIZERS holds `clip` and `t5`,
+MANIFESTS the names, types and shapes of published files and the rules between their layouts.
 
 Weights and images are copied. Goldens are the keys that the tests read. The tokenizers are our own: byte-pair merges
 made here, which give the reference's ids for the prompts of the goldens, and single characters for any other text, so
 that whole runs can be compared without the published vocabularies.
 """
 
+import gzip
 import json
 import random
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -25,7 +28,7 @@ UNUSED = ("lora", "vit", "llava")  # goldens of rooms that do not exist yet
 ASCII = [chr(c) for c in range(33, 127)]
 
 
-def main(reference: Path, tokenizers: Path) -> None:
+def main(reference: Path, tokenizers: Path, manifests: Path) -> None:
     target = HERE / "reference"
     shutil.rmtree(target, ignore_errors=True)
     skip = shutil.ignore_patterns("tokenizer", "tokenizer_2")
@@ -47,6 +50,24 @@ def main(reference: Path, tokenizers: Path) -> None:
     make_t5(
         prompts, Tokenizer.from_file(str(tokenizers / "t5" / "tokenizer.json")), HERE / "tokenizers" / "tokenizer_2"
     )
+    make_layouts(manifests, HERE / "layouts.json.gz")
+
+
+def make_layouts(manifests: Path, target: Path) -> None:
+    """Manifests and rules. Tensors that differ in a number alone are one entry: name, type, shape, numbers."""
+    layouts = {}
+    for path in sorted(manifests.glob("*.json")):
+        entries: dict[str, list[int]] = {}
+        for name, (dtype, shape) in json.loads(path.read_text()).get("tensors", {}).items():
+            number = re.search(r"(?<![^._])\d+(?![^._])", name)
+            template = name if number is None else f"{name[: number.start()]}#{name[number.end() :]}"
+            entries.setdefault(json.dumps([template, dtype, shape]), []).append(number and int(number[0]))
+        if entries:
+            layouts[path.stem] = [[*json.loads(entry), numbers] for entry, numbers in entries.items()]
+    rules = json.loads(gzip.decompress((manifests / "mapping-tables.json.gz").read_bytes()))
+    rules.pop("about")
+    text = json.dumps({"layouts": layouts, "rules": rules}, separators=(",", ":"))
+    target.write_bytes(gzip.compress(text.encode(), 9, mtime=0))
 
 
 def _unused(key: str) -> bool:
@@ -140,4 +161,4 @@ def search(pieces: dict[str, tuple[str, ...]], alphabet: list[str], known: dict[
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(*map(Path, sys.argv[1:4]))

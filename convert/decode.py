@@ -1,0 +1,156 @@
+"""Stored bytes to numbers: every type in which files keep weights, as a row. One tensor at a time; knows no layout.
+
+Types are called as in the headers of safetensors and of GGUF. A weight that is kept in several tensors (codes, with
+scales beside them) has a type of its own, made by `COMPOUNDS`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Protocol
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_flux_krea.errors import ModelError
+
+
+@dataclass(frozen=True)
+class Type:
+    """One way to store numbers: blocks of so many, each of so many bytes."""
+
+    numbers: int
+    bytes: int
+    decode: Callable[..., mx.array]  # (bytes as uint8, shape, *parts) to an array that holds every value exactly
+    package: str | None = None  # needed to decode it
+
+
+class Stored(Protocol):
+    """What is known of a tensor before it is read."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+Made = tuple[str, tuple[int, ...]]  # type and shape of a weight that is kept in several tensors
+
+
+def _plain(stored: type, view: mx.Dtype) -> Callable[..., mx.array]:
+    return lambda data, shape: mx.array(data.view(stored).reshape(shape)).view(view)
+
+
+def _fp8(data: np.ndarray, shape: tuple[int, ...]) -> mx.array:
+    """Every e4m3 number is a bfloat16 too."""
+    return mx.from_fp8(mx.array(data.reshape(shape)), mx.bfloat16)
+
+
+def _scaled_fp8(data: np.ndarray, shape: tuple[int, ...], scale: mx.array) -> mx.array:
+    return _fp8(data, shape).astype(mx.float32) * scale.astype(mx.float32).reshape(())
+
+
+def _affine(data: np.ndarray, shape: tuple[int, ...], scales: mx.array, biases: mx.array) -> mx.array:
+    """MLX's own: scale * code + bias, computed in float32 and so rounded once, to whatever it becomes."""
+    codes = mx.array(data.view(np.uint32).reshape(*shape[:-1], -1))
+    group, bits = shape[-1] // scales.shape[-1], 32 * codes.shape[-1] // shape[-1]
+    scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
+    return mx.dequantize(codes, scales, biases, group_size=group, bits=bits)
+
+
+def _float_blocks(mode: str, group: int, bits: int) -> Callable[..., mx.array]:
+    """MLX's blocks of small floats, without biases."""
+
+    def decode(data: np.ndarray, shape: tuple[int, ...], scales: mx.array) -> mx.array:
+        codes = mx.array(data.view(np.uint32).reshape(*shape[:-1], -1))
+        return mx.dequantize(codes, scales, group_size=group, bits=bits, mode=mode, dtype=mx.float32)
+
+    return decode
+
+
+def _ggml(name: str) -> Callable[..., mx.array]:
+    def decode(data: np.ndarray, shape: tuple[int, ...]) -> mx.array:
+        import gguf
+
+        rows = data.reshape(*shape[:-1], -1)
+        return mx.array(gguf.dequantize(rows, gguf.GGMLQuantizationType[name]))
+
+    return decode
+
+
+# (numbers, bytes) of a block of ggml's types; below, how a file numbers them
+_BLOCKS = {
+    "Q4_0": (32, 18), "Q4_1": (32, 20), "Q5_0": (32, 22), "Q5_1": (32, 24), "Q8_0": (32, 34),
+    "Q2_K": (256, 84), "Q3_K": (256, 110), "Q4_K": (256, 144), "Q5_K": (256, 176), "Q6_K": (256, 210),
+    "IQ4_NL": (32, 18), "IQ4_XS": (256, 136),
+}  # fmt: skip
+GGML = {
+    0: "F32", 1: "F16", 30: "BF16", 2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0",
+    10: "Q2_K", 11: "Q3_K", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K", 20: "IQ4_NL", 23: "IQ4_XS",
+}  # fmt: skip
+
+_MODES = (("mxfp4", 32, 4), ("nvfp4", 16, 4))  # with the size of a group, and bits
+
+TYPES = {
+    "F32": Type(1, 4, _plain(np.float32, mx.float32)),
+    "F16": Type(1, 2, _plain(np.float16, mx.float16)),
+    "BF16": Type(1, 2, _plain(np.uint16, mx.bfloat16)),
+    "F8_E4M3": Type(1, 1, _fp8),
+    "scaled F8_E4M3": Type(1, 1, _scaled_fp8),
+    **{name: Type(*block, _ggml(name), "gguf") for name, block in _BLOCKS.items()},
+    **{f"{bits}-bit MLX": Type(32, 4 * bits, _affine) for bits in (2, 3, 4, 5, 6, 8)},
+    **{f"{mode} MLX": Type(8, bits, _float_blocks(mode, group, bits)) for mode, group, bits in _MODES},
+}
+PARTS = {**TYPES, "U8": Type(1, 1, lambda data, shape: mx.array(data.reshape(shape)))}  # of scales
+
+
+def _scaled(weight: Stored, scale: Stored, group: int) -> Made | None:
+    """One number for the whole weight. Other kinds of fp8 have one for each row or block."""
+    return ("scaled F8_E4M3", weight.shape) if scale.dtype in _FLOATS and scale.shape in ((), (1,)) else None
+
+
+def _packed(weight: Stored, scales: Stored, biases: Stored, group: int) -> Made | None:
+    """Bits follow from the shapes, given the size of a group."""
+    *rows, codes = weight.shape or (0,)
+    *same, groups = scales.shape or (0,)
+    bits, rest = divmod(32 * codes, group * groups) if groups else (0, 0)
+    fits = rows and rows == same and scales.shape == biases.shape and not rest and group in (32, 64, 128)
+    known = (name := f"{bits}-bit MLX") in TYPES and {scales.dtype, biases.dtype} <= _FLOATS
+    return (name, (*rows, group * groups)) if fits and known else None
+
+
+def _packed_floats(weight: Stored, scales: Stored, group: int) -> Made | None:
+    """The mode follows from how many codes there are to a scale."""
+    *rows, codes = weight.shape or (0,)
+    for mode, numbers, bits in _MODES:
+        if rows and scales.dtype == "U8" and scales.shape == (*rows, 32 * codes // (bits * numbers)) and codes:
+            return f"{mode} MLX", (*rows, 32 * codes // bits)
+    return None
+
+
+_FLOATS = {"F32", "F16", "BF16"}
+# Weights in several tensors: (the stored type of `L.weight`, names beside it, the type and the shape that they make, or
+# None where they make none)
+COMPOUNDS = (
+    ("F8_E4M3", ("scale_weight",), _scaled),  # as ComfyUI wrote it at first,
+    ("F8_E4M3", ("weight_scale",), _scaled),  # and as it does now
+    ("U32", ("scales", "biases"), _packed),
+    ("U32", ("scales",), _packed_floats),
+)
+GROUP_SIZE = 64  # of MLX-quantized weights whose folder does not say: mflux knows no other
+
+
+def check(dtype: str, what: str) -> None:
+    """Refuses a type that cannot be decoded, while nothing has been written yet.
+
+    Args:
+        dtype: as a tensor has it.
+        what: file and tensor.
+
+    Raises:
+        ModelError: naming the types that can, or the package that is missing.
+    """
+    if dtype not in TYPES:
+        raise ModelError(f"{what} is stored as {dtype}", f"one of {', '.join(TYPES)}")
+    package = TYPES[dtype].package
+    if package and not find_spec(package):
+        todo = f"pip install 'mlx-flux-krea[{package}]'"
+        raise ModelError(f"{what} is stored as {dtype}", f"the package {package}, which decodes it", todo)
