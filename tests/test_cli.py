@@ -368,7 +368,7 @@ def test_several_images_have_seeds_that_count_up_each_drawn_alone(command, model
 
 def test_every_image_starts_from_the_picture_that_was_there_before_the_first(command, model, tmp_path):
     image("images/input.png").save(tmp_path / "a.png")
-    start = ["generate", CAT, "-m", model, "--image", "a.png", "--steps", 4, "--strength", 0.5]
+    start = ["generate", CAT, "-m", model, "--image", "a.png", *SMALL, "--strength", 0.9]
     command(*start, "--seed", 8, "-o", "alone.png")
     code, _, err = command(*start, "--seed", 7, "-n", 2, "--force", "-o", "a.png")
     assert code == 0, err
