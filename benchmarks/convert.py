@@ -138,6 +138,7 @@ def main():
     given = parser.parse_args()
     print("| bits | seconds | reading back | peak memory | read | hash | quantize | write | share of the slowest |")
     print("|---|---|---|---|---|---|---|---|---|")
+    rows = []
     with tempfile.TemporaryDirectory(dir=given.folder) as name:
         folder = Path(name)
         sources = make(folder)
@@ -156,7 +157,8 @@ def main():
             seconds = [f"{value:.0f} s" for value in (made["seconds"], made["back"], *alone.values())]
             cells = [quantize, *seconds[:2], f"{made['peak'] / 1e9:.2f} GB", *seconds[2:], f"{share:.2f}"]
             print(f"| {' | '.join(cells)} |", flush=True)
-    print(f"\ninput {size / 1e9:.1f} GB")
+            rows.append({"bits": quantize, "input": size, **made, **alone, "share": share})
+    print(json.dumps(rows))
 
 
 if __name__ == "__main__":

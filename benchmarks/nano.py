@@ -230,7 +230,10 @@ def main() -> None:
     print(f"reconstruction of held-out scenes: {reconstruction(given.model):.1f} dB")
     print(f"{'':24}one thing   two things   ({given.prompts} prompts, guidance 4.5)")
 
+    rows = {}
+
     def row(label: str, shares: dict[int, float]) -> None:
+        rows[label] = shares
         print(f"{label:24}{shares[1]:9.1%}{shares[2]:13.1%}", flush=True)
 
     with tempfile.TemporaryDirectory() as work:
@@ -239,6 +242,7 @@ def main() -> None:
             row(label, measure(folder, asked, 28))
         for steps in (50, 20, 12, 8, 4):
             row(f"bf16, {steps} steps", measure(given.model, asked, steps))
+    print(json.dumps(rows))
 
 
 if __name__ == "__main__":
