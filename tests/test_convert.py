@@ -19,7 +19,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from helpers import PIPELINE, SINGLE_FILES, TOKENIZERS, edit_json, edit_tensors, levels, without_guidance
+from helpers import PIPELINE, ROOT, SINGLE_FILES, TOKENIZERS, edit_json, edit_tensors, levels, without_guidance
 from mlx_flux_krea.convert import convert, index, layouts, maps, remap, write
 from mlx_flux_krea.convert.sources import open_sources
 from safetensors import safe_open
@@ -930,6 +930,31 @@ def test_a_killed_conversion_leaves_no_model_and_the_next_one_clears_up(source, 
     run(source, out=tmp_path / "out")
     assert hidden(tmp_path) == []
     assert open_model(tmp_path / "out")
+
+
+def test_fifty_kills_at_random_moments_leave_a_whole_model_or_none(source, tmp_path):
+    """What a kill leaves is cleared up by whoever comes next, and no file lies elsewhere."""
+    command = [sys.executable, "-m", "cli", "convert", source, "--tokenizers", TOKENIZERS, "-o", tmp_path / "out"]
+    choose, whole = random.Random(0), 0
+    begin = time.monotonic()
+    assert subprocess.run(command, cwd=ROOT, capture_output=True, check=False).returncode == 0
+    alone = time.monotonic() - begin
+    for _ in range(50):
+        process = subprocess.Popen(
+            [*command, "--force"], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        time.sleep(choose.uniform(0.4, 1.05) * alone)
+        process.kill()
+        process.wait()
+        left = {name.removeprefix(".out.flux-krea.") for name in hidden(tmp_path)}
+        assert left <= {"lock", "partial", "old"}
+        assert {path.name for path in tmp_path.iterdir() if path.name[0] != "."} <= {"out", "source"}
+        if (tmp_path / "out").exists():
+            whole += 1
+            assert not any(write.check_manifest(tmp_path / "out", lambda *_: None)[1].values())
+    assert whole > 25
+    run(source, out=tmp_path / "out", force=True)
+    assert hidden(tmp_path) == []
 
 
 _KILLED = """

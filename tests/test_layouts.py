@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import re
 import shutil
 import struct
 from pathlib import Path
@@ -668,20 +669,62 @@ def test_fuzzed_gguf_headers_are_read_or_refused_in_one_line(model, tmp_path):
     file = t5_gguf(model, tmp_path / "source", add) / "t5xxl.gguf"
     good, choose, refused = file.read_bytes(), random.Random(0), 0
     end = min(info.start for info in read_gguf(file)[0].values())
-    extreme = [struct.pack("<Q", n) for n in (0, 1, 2**31, 2**32 - 1, 2**63, 2**64 - 1)]
     for turn in range(1000):
-        bad = bytearray(good)
-        for _ in range(choose.randint(1, 3)):
-            at = choose.randrange(end)
-            bad[at : at + 1] = bytes([choose.randrange(256)])
-        if turn % 3 == 0:
-            at = choose.randrange(end - 8)
-            bad[at : at + 8] = choose.choice(extreme)
-        if turn % 5 == 0:
-            del bad[choose.randrange(len(bad)) :]
-        file.write_bytes(bad)
+        file.write_bytes(damaged(good, end, choose, turn))
         refused += refused_in_one_line(file)
     assert refused > 800
+
+
+def damaged(good: bytes, end: int, choose: random.Random, turn: int) -> bytes:
+    bad = bytearray(good)
+    for _ in range(choose.randint(1, 3)):
+        at = choose.randrange(end)
+        bad[at : at + 1] = bytes([choose.randrange(256)])
+    if turn % 3 == 0:
+        at = choose.randrange(end - 8)
+        bad[at : at + 8] = struct.pack("<Q", choose.choice((0, 1, 2**31, 2**32 - 1, 2**63, 2**64 - 1)))
+    if turn % 5 == 0:
+        del bad[choose.randrange(len(bad)) :]
+    return bytes(bad)
+
+
+def test_fuzzed_safetensors_headers_are_read_or_refused_in_one_line(model, tmp_path):
+    """As bytes, and as JSON with other values in it: negative, huge, of another type, a name twice, paths."""
+    source = next((model / "text_encoder_2").glob("*.safetensors"))
+    file, choose, refused = tmp_path / "t5xxl.safetensors", random.Random(0), 0
+    shutil.copy(model / "text_encoder_2" / "config.json", tmp_path)
+    good = source.read_bytes()
+    size = struct.unpack("<Q", good[:8])[0]
+    text, data = good[8 : 8 + size].decode(), good[8 + size :]
+    odd = ("-1", "1e400", str(2**64), "null", '"F32"', "[]", "{}", "NaN", '"../../x"', "true", "0")
+    for turn in range(1000):
+        if turn % 2:
+            file.write_bytes(damaged(good, 8 + size, choose, turn))
+        else:
+            numbers = list(re.finditer(r"(?<=[:,\[])(\d+|\"[A-Z0-9_]+\")(?=[,\]}])", text))
+            one = choose.choice(numbers)
+            bad = (text[: one.start()] + choose.choice(odd) + text[one.end() :]).encode()
+            file.write_bytes(struct.pack("<Q", len(bad)) + bad + data)
+        refused += refused_in_one_line(file)
+    assert refused > 900
+
+
+def test_fuzzed_indexes_are_read_or_refused_in_one_line(model, tmp_path):
+    folder = Path(shutil.copytree(model / "transformer", tmp_path / "transformer"))
+    index = folder / "model.safetensors.index.json"
+    good, choose, refused = index.read_bytes(), random.Random(0), 0
+    names = [
+        f'"{name}"'.encode() for name in ("../a.safetensors", "/etc/passwd", "a\\u0000.safetensors", "x" * 300, "..")
+    ]
+    for turn in range(500):
+        bad = damaged(good, len(good), choose, turn)
+        if turn % 2:
+            shards = list(re.finditer(rb'"model-[^"]+"', good))
+            one = choose.choice(shards)
+            bad = good[: one.start()] + choose.choice(names) + good[one.end() :]
+        index.write_bytes(bad)
+        refused += refused_in_one_line(folder)
+    assert refused > 400
 
 
 def test_gguf_is_read_without_holding_more_than_a_tensor(tmp_path):
