@@ -25,6 +25,7 @@ from .errors import FiltersError, ModelError, UsageError
 from .prompts import Encoded, PromptEncoder
 from .provenance import SOFTWARE, Picture
 from .request import Request, Result, check_values, open_image
+from .residency import Blocks
 from .transformer import Flux, rope
 from .vae import VAE, pixels_from_image, pixels_to_bytes
 from .weights import DTYPES, ModelFolder, find_model, open_model
@@ -49,8 +50,10 @@ class FluxPipeline:
         self.dtype = dtype
         self._dtype: mx.Dtype = getattr(mx, dtype)
         self._engine = Engine()
-        self._encoder = PromptEncoder(folder, self._dtype)
+        self._encoder = PromptEncoder(folder, self._dtype, self._engine.check)
         self._networks: dict[str, nn.Module] = {}
+        self._blocks: Blocks | None = None
+        self._modulations: tuple[tuple, list] | None = None  # of the last call, and what they depend on
         self._progress: Progress | None = None
         self._checked = False
 
@@ -257,7 +260,7 @@ class FluxPipeline:
         return resolved
 
     def _encode(self, pairs: list[tuple[str, str]], length: int) -> list[Encoded]:
-        encoded = self._encoder.encode(pairs, length, lambda pieces: self._runner("text", pieces))
+        encoded = self._encoder.encode(pairs, length, lambda pieces, run: self._runner("text", pieces, run=run))
         for one in encoded:
             _check_finite("a text encoder", one.embeds, one.pooled)
         return encoded
@@ -280,13 +283,14 @@ class FluxPipeline:
         sigmas = sampler.make_sigmas(self.folder.index.schedule, size[0] * size[1] // 4, steps, request.sigmas or ())
         start = 0 if request.image is None else sampler.first_step(steps, request.strength)
         latents = self._start(request, size, float(sigmas[start]))
-        run = sampler.euler(self._velocity(request, conditions, sigmas, start, size), latents, sigmas, start)
-        replaced = None
-        for step in range(steps - start):
-            latents = run.send(replaced)
-            _check_finite(f"step {step + 1} of the transformer", latents)
-            replaced = self._call_back(callback, step, float(sigmas[start + step]), latents)
-            latents = latents if replaced is None else replaced
+        with self._velocity(request, conditions, sigmas, start, size) as velocity:
+            run = sampler.euler(velocity, latents, sigmas, start)
+            replaced = None
+            for step in range(steps - start):
+                latents = run.send(replaced)
+                _check_finite(f"step {step + 1} of the transformer", latents)
+                replaced = self._call_back(callback, step, float(sigmas[start + step]), latents)
+                latents = latents if replaced is None else replaced
         return latents
 
     def _start(self, request: Request, size: tuple[int, int], sigma: float) -> mx.array:
@@ -318,22 +322,17 @@ class FluxPipeline:
             mean = mean + mx.exp(0.5 * logvar) * stream.normal(mean.shape)
         return (mean - vae.config.shift_factor) * vae.config.scale_factor
 
-    def _velocity(self, request: Request, conditions: tuple, sigmas: np.ndarray, start: int, size) -> Callable:
+    @contextlib.contextmanager
+    def _velocity(self, request: Request, conditions: tuple, sigmas: np.ndarray, start: int, size) -> Iterator:
         """The model that the sampler integrates. What does not depend on the latents is computed here, once."""
-        flux: Flux = self._network("transformer")
+        flux = self._flux()
         read = [*conditions[0], *conditions[1]]
-        # rounded as on diffusers' way to the embedding: times 1000, divided by 1000, each in the compute type
-        times = mx.array(sigmas[start:-1] * np.float32(1000)).astype(self._dtype) / 1000
-        steps, rows = len(times), len(times) * len(read)
-        blocks = len(flux.double_blocks) + len(flux.single_blocks)
-        run = self._runner("modulation", blocks + 2 + len(read))
-        guidance = None if request.guidance_scale is None else mx.full((rows,), request.guidance_scale, mx.float32)
-        pooled = mx.repeat(mx.concatenate([one.pooled for one in read]), steps, axis=0)
-        modulations = flux.modulations(run(flux.vec, mx.tile(times, len(read)), guidance, pooled), run)
-        texts = [run(flux.txt_in, one.embeds.astype(flux.dtype)) for one in read]
+        steps = len(sigmas) - 1 - start
+        modulations = self._modulate(flux, sigmas[start:-1], request.guidance_scale, [one.pooled for one in read])
+        texts = [_evaluated(flux.txt_in, one.embeds.astype(flux.dtype)) for one in read]
         tables = [rope(sampler.position_ids(t.shape[1], *size), flux.config.axes_dim, flux.config.theta) for t in texts]
         mx.eval(tables)
-        run = self._runner("denoise", steps * (blocks + 2) * request.batch * (2 if conditions[1] else 1), steps)
+        rounds = steps * request.batch * (2 if conditions[1] else 1)
 
         def one(latents: mx.array, condition: int, step: int) -> mx.array:
             row = condition * steps + step - start
@@ -351,7 +350,41 @@ class FluxPipeline:
                 velocities.append(v)
             return mx.concatenate(velocities)
 
-        return velocity
+        with self._blocks.reading(rounds) if self._blocks else contextlib.nullcontext(_evaluated) as run:
+            run = self._runner("denoise", rounds * (len(flux.blocks) + 2), steps, run)
+            yield velocity
+
+    def _flux(self) -> Flux:
+        """The transformer. Its blocks are read when they run, and kept as far as memory allows."""
+        if "transformer" in self._networks:  # somebody asked for the whole of it, and has it in memory
+            self._blocks = None
+            return self._networks["transformer"]
+        if self._blocks is None:
+            flux: Flux = self.folder.load("transformer", self._dtype)
+            found, check = self.folder.tensors("transformer"), self._engine.check
+            self._blocks = Blocks(flux, found, flux.blocks, self._dtype, None, check)
+            self._modulation = Blocks(flux, found, flux.modulated, self._dtype, 0, check)
+        return self._blocks.network
+
+    def _modulate(self, flux: Flux, sigmas: np.ndarray, guidance: float | None, pooled: list[mx.array]) -> list:
+        """Modulations of all steps of each condition, in one pass over weights that are not kept.
+
+        A second picture of the same prompt, guidance and schedule has them again.
+        """
+        pooled = mx.concatenate(pooled)
+        key = sigmas.tobytes(), guidance, pooled.shape, np.array(pooled.astype(mx.float32)).tobytes()
+        if self._modulations and self._modulations[0] == key:
+            return self._modulations[1]
+        self._modulations = None
+        # rounded as on diffusers' way to the embedding: times 1000, divided by 1000, each in the compute type
+        times = mx.array(sigmas * np.float32(1000)).astype(self._dtype) / 1000
+        rows = len(times) * len(pooled)
+        guidance = None if guidance is None else mx.full((rows,), guidance, mx.float32)
+        with self._modulation.reading(1) if self._blocks else contextlib.nullcontext(_evaluated) as run:
+            run = self._runner("modulation", len(flux.modulated) + 1, run=run)
+            vec = run(flux.vec, mx.tile(times, len(pooled)), guidance, mx.repeat(pooled, len(times), axis=0))
+            self._modulations = key, flux.modulations(vec, run)
+        return self._modulations[1]
 
     def _call_back(self, callback: Callable | None, step: int, sigma: float, latents: mx.array) -> mx.array | None:
         if callback is None:
@@ -410,21 +443,22 @@ class FluxPipeline:
         mx.eval(network.parameters())
         return network
 
-    def _runner(self, stage: str, pieces: int, total: int | None = None) -> Callable:
+    def _runner(self, stage: str, pieces: int, total: int | None = None, run: Callable | None = None) -> Callable:
         """Evaluates piece by piece: short command buffers, bounded memory, and a place to stop after each.
 
         Args:
             stage: for the progress.
             pieces: how many will come.
             total: what the progress counts up to; None: the pieces.
+            run: what evaluates a piece; None: nothing but that.
         """
         total = total or pieces
+        evaluated = run or _evaluated
         done = 0
 
         def run(piece, *args):
             nonlocal done
-            result = piece(*args)
-            mx.eval(result)
+            result = evaluated(piece, *args)
             self._engine.check()
             done += 1
             if self._progress:
@@ -432,6 +466,12 @@ class FluxPipeline:
             return result
 
         return run
+
+
+def _evaluated(piece, *args):
+    result = piece(*args)
+    mx.eval(result)
+    return result
 
 
 def _given(embeds: mx.array, pooled: mx.array) -> list[Encoded]:

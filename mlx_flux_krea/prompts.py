@@ -8,6 +8,7 @@ from collections.abc import Callable
 import mlx.core as mx
 
 from .errors import ModelError
+from .residency import Blocks
 from .tokenizers import CLIPTokenizer, T5Tokenizer
 from .weights import ModelFolder
 
@@ -35,10 +36,11 @@ class PromptEncoder:
     Args:
         folder: the model.
         dtype: the compute type.
+        check: called while weights are waited for; raises to stop.
     """
 
-    def __init__(self, folder: ModelFolder, dtype: mx.Dtype):
-        self._folder, self._dtype = folder, dtype
+    def __init__(self, folder: ModelFolder, dtype: mx.Dtype, check: Callable[[], None]):
+        self._folder, self._dtype, self._check = folder, dtype, check
         self._kept: OrderedDict[tuple, Encoded] = OrderedDict()
         self._tokenizers: tuple[CLIPTokenizer, T5Tokenizer] | None = None
 
@@ -54,13 +56,13 @@ class PromptEncoder:
                 raise ModelError(f"{path} has {opened[-1].vocab_size} tokens", f"{known} at most, as {component} has")
         return tuple(opened)
 
-    def encode(self, pairs: list[tuple[str, str]], length: int, make_run: Callable[[int], Callable]) -> list[Encoded]:
+    def encode(self, pairs: list[tuple[str, str]], length: int, make_run: Callable) -> list[Encoded]:
         """Encodes pairs of (text for CLIP, text for T5).
 
         Args:
             pairs: of each prompt.
             length: tokens of T5.
-            make_run: from a number of pieces to what evaluates them, see `T5Encoder`.
+            make_run: from a number of pieces and what runs one to what also reports and stops, see `T5Encoder`.
 
         Raises:
             ModelError: encoders or tokenizers missing or damaged, or not of one another.
@@ -71,14 +73,17 @@ class PromptEncoder:
             self._tokenizers = self._tokenizers or self._open_tokenizers()
             try:
                 networks = [self._folder.load(name, self._dtype) for name in ("text_encoder", "text_encoder_2")]
-                run = make_run(len(missing) * (networks[1].config.num_layers + 4))
-                for key in missing:
-                    self._kept[key] = self._encode(key, networks, run)
+                t5 = networks[1]
+                blocks = Blocks(t5, self._folder.tensors("text_encoder_2"), t5.pieces, t5.dtype, 0, self._check)
+                with blocks.reading(len(missing)) as run:
+                    run = make_run(len(missing) * (len(t5.pieces) + 3), run)
+                    for key in missing:
+                        self._kept[key] = self._encode(key, networks, run)
             except BaseException as error:
                 traceback.clear_frames(error.__traceback__)  # who keeps the traceback, as notebooks do, would keep T5
                 raise
             finally:
-                networks = run = None
+                networks = t5 = blocks = run = None
                 mx.clear_cache()
         encoded = [self._kept[key] for key in keys]
         for key in keys:

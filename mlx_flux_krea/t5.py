@@ -136,6 +136,16 @@ class T5Encoder(nn.Module):
         self.shared = nn.Embedding(config.vocab_size, config.d_model)
         self.encoder = T5Stack(config)
 
+    @property
+    def dtype(self) -> mx.Dtype:
+        """The compute type."""
+        return self.encoder.final_layer_norm.weight.dtype
+
+    @property
+    def pieces(self) -> list:
+        """What is run one after the other, and has matrices."""
+        return [self.shared, *self.encoder.block]
+
     def position_bias(self, length: int) -> mx.array:
         """The (1, H, S, S) bias that every block adds to its scores; its table belongs to the first block."""
         position = np.arange(length)

@@ -176,6 +176,8 @@ def attention(q: mx.array, k: mx.array, v: mx.array, pe: tuple[mx.array, mx.arra
 class DoubleStreamBlock(nn.Module):
     """Image and text with weights of their own, attending jointly (Esser et al. 2024, MM-DiT)."""
 
+    modulation_layers = ("img_mod", "txt_mod")  # evaluated apart from the rest, by `modulate`
+
     def __init__(self, config: FluxConfig):
         super().__init__()
         dim, mlp, head = config.hidden_size, config.mlp_size, config.head_dim
@@ -215,6 +217,8 @@ class DoubleStreamBlock(nn.Module):
 class SingleStreamBlock(nn.Module):
     """Both streams in one sequence, attention and MLP in parallel (Dehghani et al. 2023, ViT-22B)."""
 
+    modulation_layers = ("modulation",)
+
     def __init__(self, config: FluxConfig):
         super().__init__()
         dim, mlp = config.hidden_size, config.mlp_size
@@ -238,6 +242,8 @@ class SingleStreamBlock(nn.Module):
 
 class LastLayer(nn.Module):
     """Modulated norm and projection to the velocity of each packed latent."""
+
+    modulation_layers = ("adaLN_modulation",)
 
     def __init__(self, config: FluxConfig):
         super().__init__()
@@ -282,6 +288,16 @@ class Flux(nn.Module):
         """The compute type: that of everything which is never quantized."""
         return self.img_in.bias.dtype
 
+    @property
+    def blocks(self) -> list:
+        """All blocks, in the order in which `forward` runs them."""
+        return [*self.double_blocks, *self.single_blocks]
+
+    @property
+    def modulated(self) -> list:
+        """What `modulations` runs, in order."""
+        return [layer.modulate for layer in (*self.blocks, self.final_layer)]
+
     def vec(self, timestep: mx.array, guidance: mx.array | None, pooled: mx.array) -> mx.array:
         """The conditioning vector that drives every modulation.
 
@@ -318,8 +334,7 @@ class Flux(nn.Module):
             What `forward` takes, in the order double blocks, single blocks, final layer; each with N rows.
         """
         vec = nn.silu(vec)
-        layers = [*self.double_blocks, *self.single_blocks, self.final_layer]
-        return [run(layer.modulate, vec) for layer in layers]
+        return [run(modulate, vec) for modulate in self.modulated]
 
     def forward(self, img: mx.array, txt: mx.array, modulations: list, pe, run=call) -> mx.array:
         """One evaluation, given everything that does not depend on the latents.

@@ -239,8 +239,8 @@ def test_bfloat16_stays_bfloat16_at_every_edge(pipe_bf16, monkeypatch):
     seen = {}
     original = FluxPipeline._runner
 
-    def runner(self, stage, *args):
-        run = original(self, stage, *args)
+    def runner(self, stage, *args, **more):
+        run = original(self, stage, *args, **more)
 
         def watched(piece, *inputs):
             result = run(piece, *inputs)
