@@ -23,6 +23,7 @@ import click
 from mlx_flux_krea import __version__, presets
 from mlx_flux_krea.commands.convert import convert
 from mlx_flux_krea.commands.inspect import inspect
+from mlx_flux_krea.commands.plan import plan
 from mlx_flux_krea.commands.verify import verify
 from mlx_flux_krea.errors import FluxKreaError, UsageError, printable
 
@@ -41,6 +42,7 @@ def cli():
 
 cli.add_command(convert)
 cli.add_command(inspect)
+cli.add_command(plan)
 cli.add_command(verify)
 
 

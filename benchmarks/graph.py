@@ -111,6 +111,8 @@ def count(function, *args, fused: bool = True) -> Count:
             if name in PRODUCTS:
                 result.products += 1
                 result.float32_products += dtypes[outputs[0]] == mx.float32
+            elif name == "SliceUpdate":  # in place
+                kernel(name, inputs[1:2], inputs[1:2])
             elif name == ATTENTION:
                 for array in inputs:
                     if layouts[array].strides[-1] != 1:
@@ -277,17 +279,26 @@ def vae_graphs(width: int, height: int, dtype: mx.Dtype, config=FLUX_VAE) -> dic
         "encode": (net.encoder, (1, height, width, config.in_channels)),
     }
     for name, (half, shape) in starts.items():
-        total = Count()
-        for piece in half.pieces():
-            one = count(piece, zeros(shape, dtype))
-            shape = piece(zeros(shape, dtype)).shape
+        graphs[name] = total = Count()
+
+        def run(piece, *args, total=total):
+            arrays = [arg for arg in args if isinstance(arg, mx.array)]
+            one = count(lambda *traced, piece=piece, args=args: piece(*_with(args, traced)), *arrays)
             for attribute in ("primitives", "products", "float32_products", "passes", "small", "traffic"):
                 setattr(total, attribute, getattr(total, attribute) + getattr(one, attribute))
             for attribute in ("names", "big", "dtypes"):
                 getattr(total, attribute).update(getattr(one, attribute))
             total.results = one.results
-        graphs[name] = total
+            return tree_map(lambda a: zeros(a.shape, a.dtype), piece(*args))
+
+        half(zeros(shape, dtype), run)
     return graphs
+
+
+def _with(args: tuple, arrays: tuple) -> list:
+    """The arguments, with others for their arrays."""
+    arrays = iter(arrays)
+    return [next(arrays) if isinstance(arg, mx.array) else arg for arg in args]
 
 
 def main():

@@ -22,6 +22,8 @@ from . import noise as noises
 from . import sampler
 from .engine import Engine
 from .errors import FiltersError, ModelError, UsageError
+from .plan import GB, Plan, Weights, parse_memory, weigh_folder
+from .plan import plan as make_plan
 from .prompts import Encoded, PromptEncoder
 from .provenance import SOFTWARE, Picture
 from .request import Request, Result, check_values, open_image
@@ -43,15 +45,18 @@ class FluxPipeline:
     Attributes:
         folder: what was read of the model folder.
         dtype: the compute type, MLX's name of it.
+        memory: bytes that a run may use; None: what the machine offers when it begins.
     """
 
-    def __init__(self, folder: ModelFolder, dtype: str):
+    def __init__(self, folder: ModelFolder, dtype: str, memory: int | None = None):
         self.folder = folder
         self.dtype = dtype
+        self.memory = memory
         self._dtype: mx.Dtype = getattr(mx, dtype)
         self._engine = Engine()
         self._encoder = PromptEncoder(folder, self._dtype, self._engine.check)
         self._networks: dict[str, nn.Module] = {}
+        self._weights: Weights | None = None
         self._blocks: Blocks | None = None
         self._modulations: tuple[tuple, list] | None = None  # of the last call, and what they depend on
         self._progress: Progress | None = None
@@ -59,26 +64,25 @@ class FluxPipeline:
 
     @classmethod
     def from_pretrained(
-        cls, model: str | os.PathLike | None = None, *, dtype: str | None = None, memory: str = "auto"
+        cls, model: str | os.PathLike | None = None, *, dtype: str | None = None, memory: str | int = "auto"
     ) -> "FluxPipeline":
         """Opens a model folder. Only its JSON is read; weights follow when they are needed.
 
         Args:
             model: a folder made by `flux-krea convert`, or the name of an installed one; None: the only one.
             dtype: the compute type: "bfloat16", "float32", or "float16" (experimental); None: the folder's.
-            memory: "auto".
+            memory: what a run may use, such as "8GB"; what does not fit is read from disk in every step. "auto": what
+                the machine offers.
 
         Raises:
             ModelError: not a model folder, or a damaged one.
-            UsageError: a type or a memory plan that does not exist.
+            UsageError: a type that does not exist, or no amount of memory.
         """
         folder = open_model(find_model(model))
         dtype = dtype or folder.dtypes["transformer"]
         if dtype not in DTYPES:
             raise UsageError(f'no type is called "{dtype}"', f"one of {', '.join(DTYPES)}")
-        if memory != "auto":
-            raise UsageError(f"memory is {memory!r}", '"auto", the only plan so far')
-        return cls(folder, dtype)
+        return cls(folder, dtype, parse_memory(memory))
 
     def __call__(
         self,
@@ -145,6 +149,7 @@ class FluxPipeline:
             UsageError: arguments that cannot be used, or do not go together.
             ModelError: weights missing or damaged.
             FiltersError: the model's licence requires filters.
+            ResourceError: not enough memory for a picture of this size.
             Interrupted: `interrupt` was called.
         """
         if self.folder.requires_filters:
@@ -229,14 +234,18 @@ class FluxPipeline:
         request, notes = self._resolve(request)
         for note in notes:
             logger.warning(note)
+        plan = self.plan(request)
+        if mx.default_device().type == mx.gpu:
+            mx.set_cache_limit(min(max(plan.budget - plan.peak, 2**26), GB))
         seconds: dict[str, float] = {}
+        peaks: dict[str, int] = {}
         outer, self._progress = self._progress, progress  # a callback may make pictures of its own
         try:
-            with _timed(seconds, "text"):
+            with _measured("text", seconds, peaks):
                 conditions = self._conditions(request)
-            with _timed(seconds, "denoise"):
-                latents = self._denoise(request, conditions, callback)
-            with _timed(seconds, "decode"):
+            with _measured("denoise", seconds, peaks):
+                latents = self._denoise(request, conditions, callback, plan)
+            with _measured("decode", seconds, peaks):
                 images = latents if request.output_type == "latent" else self._decode(request, latents)
         finally:
             self._progress = outer
@@ -248,7 +257,20 @@ class FluxPipeline:
             images = np.stack(images)
         seeds = request.seed if isinstance(request.seed, tuple) else () if request.seed is None else (request.seed,)
         notes += dict.fromkeys(note for side in conditions for one in side for note in one.cut)
-        return Result(images, ("released",) * request.batch, seeds, tuple(notes), records, seconds)
+        return Result(images, ("released",) * request.batch, seeds, tuple(notes), records, seconds, plan, peaks)
+
+    def plan(self, request: Request) -> Plan:
+        """What a resolved request takes, and how much of the transformer may stay in memory.
+
+        Raises:
+            ResourceError: not even the smallest plan fits.
+        """
+        self._weights = self._weights or weigh_folder(self.folder, self._dtype)
+        conditions = request.prompts * (2 if request.true_cfg else 1)
+        return make_plan(
+            self._weights, self.folder.sizes, self._dtype, request.width, request.height, request.max_sequence_length,
+            request.num_inference_steps, conditions, request.image is not None, self.memory,
+        )  # fmt: skip
 
     def _resolve(self, request: Request) -> tuple[Request, list[str]]:
         """The request with defaults, once it and the folder are known to be sound; no weight is read before."""
@@ -276,14 +298,14 @@ class FluxPipeline:
             negative = _given(request.negative_prompt_embeds, request.negative_pooled_prompt_embeds)
         return positive, negative * request.prompts if len(negative) == 1 else negative
 
-    def _denoise(self, request: Request, conditions: tuple, callback: Callable | None) -> mx.array:
+    def _denoise(self, request: Request, conditions: tuple, callback: Callable | None, plan: Plan) -> mx.array:
         """Latents (B, L, 64) at the end of the schedule."""
         down, steps = self.folder.sizes["vae"].downsampling, request.num_inference_steps
         size = request.height // down, request.width // down
         sigmas = sampler.make_sigmas(self.folder.index.schedule, size[0] * size[1] // 4, steps, request.sigmas or ())
         start = 0 if request.image is None else sampler.first_step(steps, request.strength)
         latents = self._start(request, size, float(sigmas[start]))
-        with self._velocity(request, conditions, sigmas, start, size) as velocity:
+        with self._velocity(request, conditions, sigmas, start, size, plan) as velocity:
             run = sampler.euler(velocity, latents, sigmas, start)
             replaced = None
             for step in range(steps - start):
@@ -313,9 +335,9 @@ class FluxPipeline:
 
     def _image_latents(self, request: Request, stream: noises.Stream) -> mx.array:
         """(1, 16, h, w) float32, scaled and shifted: the posterior's mean, or a sample, drawn before the noise."""
-        vae = self._network("vae")
-        run = self._runner("image", len(vae.encoder.pieces()))
-        posterior = vae.encode(pixels_from_image(request.image, request.width, request.height), run)
+        vae = self._vae()
+        pixels = pixels_from_image(request.image, request.width, request.height)
+        posterior = vae.encode(pixels, self._runner("image", _count(vae.encode, pixels)))
         _check_finite("the image encoder", *posterior)
         mean, logvar = (moment.transpose(0, 3, 1, 2).astype(mx.float32) for moment in posterior)
         if noises.find_recipe(request.noise).posterior == "sample":
@@ -323,9 +345,9 @@ class FluxPipeline:
         return (mean - vae.config.shift_factor) * vae.config.scale_factor
 
     @contextlib.contextmanager
-    def _velocity(self, request: Request, conditions: tuple, sigmas: np.ndarray, start: int, size) -> Iterator:
+    def _velocity(self, request: Request, conditions: tuple, sigmas: np.ndarray, start: int, size, plan) -> Iterator:
         """The model that the sampler integrates. What does not depend on the latents is computed here, once."""
-        flux = self._flux()
+        flux = self._flux(plan.keep)
         read = [*conditions[0], *conditions[1]]
         steps = len(sigmas) - 1 - start
         modulations = self._modulate(flux, sigmas[start:-1], request.guidance_scale, [one.pooled for one in read])
@@ -354,16 +376,17 @@ class FluxPipeline:
             run = self._runner("denoise", rounds * (len(flux.blocks) + 2), steps, run)
             yield velocity
 
-    def _flux(self) -> Flux:
-        """The transformer. Its blocks are read when they run, and kept as far as memory allows."""
+    def _flux(self, keep: int) -> Flux:
+        """The transformer. Its blocks are read when they run, and so many bytes of them are kept."""
         if "transformer" in self._networks:  # somebody asked for the whole of it, and has it in memory
             self._blocks = None
             return self._networks["transformer"]
         if self._blocks is None:
             flux: Flux = self.folder.load("transformer", self._dtype)
             found, check = self.folder.tensors("transformer"), self._engine.check
-            self._blocks = Blocks(flux, found, flux.blocks, self._dtype, None, check)
+            self._blocks = Blocks(flux, found, flux.blocks, self._dtype, keep, check)
             self._modulation = Blocks(flux, found, flux.modulated, self._dtype, 0, check)
+        self._blocks.allow(keep)
         return self._blocks.network
 
     def _modulate(self, flux: Flux, sigmas: np.ndarray, guidance: float | None, pooled: list[mx.array]) -> list:
@@ -405,10 +428,11 @@ class FluxPipeline:
 
     def _decode(self, request: Request, latents: mx.array) -> list[np.ndarray]:
         """Pixels (H, W, 3) of each picture: uint8, or float32 in [0, 1] for "np"."""
-        vae: VAE = self._network("vae")
+        vae = self._vae()
         config = vae.config
         size = request.height // config.downsampling, request.width // config.downsampling
-        run = self._runner("decode", request.batch * len(vae.decoder.pieces()))
+        pieces = _count(vae.decode, mx.zeros((1, *size, config.z_channels)))
+        run = self._runner("decode", request.batch * pieces)
         rule = noises.find_recipe(request.noise).pixels
         pictures = []
         for i in range(request.batch):
@@ -432,16 +456,15 @@ class FluxPipeline:
             "dtype": self.dtype,
         }
 
-    def _network(self, component: str) -> nn.Module:
-        """A network that stays for the next call."""
+    def _resident(self, component: str) -> nn.Module:
         if component not in self._networks:
             self._networks[component] = self.folder.load(component, self._dtype)
+            mx.eval(self._networks[component].parameters())
         return self._networks[component]
 
-    def _resident(self, component: str) -> nn.Module:
-        network = self._network(component)
-        mx.eval(network.parameters())
-        return network
+    def _vae(self) -> VAE:
+        """For one stage, unless somebody asked for it and has it in memory."""
+        return self._networks.get("vae") or self.folder.load("vae", self._dtype)
 
     def _runner(self, stage: str, pieces: int, total: int | None = None, run: Callable | None = None) -> Callable:
         """Evaluates piece by piece: short command buffers, bounded memory, and a place to stop after each.
@@ -474,6 +497,19 @@ def _evaluated(piece, *args):
     return result
 
 
+def _count(function: Callable, x: mx.array) -> int:
+    """How many pieces a function runs, of which none is evaluated."""
+    count = 0
+
+    def run(piece, *args):
+        nonlocal count
+        count += 1
+        return piece(*args)
+
+    function(x, run)
+    return count
+
+
 def _given(embeds: mx.array, pooled: mx.array) -> list[Encoded]:
     return [Encoded(embeds[i : i + 1], pooled[i : i + 1]) for i in range(len(embeds))]
 
@@ -487,7 +523,9 @@ def _check_finite(what: str, *arrays: mx.array) -> None:
 
 
 @contextlib.contextmanager
-def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+def _measured(stage: str, seconds: dict[str, float], peaks: dict[str, int]) -> Iterator[None]:
+    mx.reset_peak_memory()
     begin = time.perf_counter()
     yield
-    seconds[stage] = time.perf_counter() - begin
+    seconds[stage], peaks[stage] = time.perf_counter() - begin, mx.get_peak_memory()
+    mx.clear_cache()

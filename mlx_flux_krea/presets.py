@@ -64,6 +64,16 @@ DEV = Family("FLUX.1 [dev]", "dev", "flux-1-dev-non-commercial", Defaults(1024, 
 SCHNELL = Family("FLUX.1 [schnell]", "schnell", "apache-2.0", Defaults(1024, 1024, 4, 0.0))
 OTHER = Family("FLUX architecture, other sizes", "", "unknown", Defaults(1024, 1024, 28, 4.5))
 
+# Peak TFLOP/s of Apple's GPUs with all cores: M1 and M2 from metal-benchmarks, M3 and M4 from the hardware table of
+# huggingface.js, M5 measured products from MLX's history.
+CHIPS = {
+    "M1": 2.6, "M1 Pro": 5.3, "M1 Max": 10.6, "M1 Ultra": 21.2,
+    "M2": 3.6, "M2 Pro": 6.8, "M2 Max": 13.6, "M2 Ultra": 27.2,
+    "M3": 4.1, "M3 Pro": 7.4, "M3 Max": 16.4, "M3 Ultra": 32.8,
+    "M4": 4.6, "M4 Pro": 9.2, "M4 Max": 18.4,
+    "M5": 15.4, "M5 Pro": 30.0, "M5 Max": 60.0,
+}  # fmt: skip
+
 STRENGTH = 0.6  # how far image-to-image goes from its image (FluxImg2ImgPipeline)
 
 DYNAMIC_SHIFT = Schedule()

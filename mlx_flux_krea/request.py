@@ -18,6 +18,7 @@ from . import presets
 from .config import FluxConfig, ModelIndex
 from .errors import UsageError
 from .noise import find_recipe
+from .plan import Plan
 from .provenance import opened
 from .sampler import first_step
 
@@ -268,6 +269,8 @@ class Result:
     notes: tuple[str, ...] = ()  # what the user should know: sizes changed, text cut off
     records: tuple[dict, ...] = ()  # of each image: everything that decides it
     seconds: dict[str, float] = field(default_factory=dict)  # of each stage
+    plan: Plan | None = None  # the memory that was expected, in bytes
+    peaks: dict[str, int] = field(default_factory=dict)  # and what each stage took
 
 
 def random_seed() -> int:

@@ -61,12 +61,23 @@ class Unit:
 
     def __init__(self, piece: Callable, prefix: str, found: dict[str, tuple[Path, TensorInfo]]):
         self.module, names = matrices(piece)
+        self.prefix = prefix
         self.tensors: list[tuple[str, Path, TensorInfo, int]] = []
         self.size = 0
         for name in sorted(names, key=lambda name: (str(found[prefix + name][0]), found[prefix + name][1].start)):
             path, info = found[prefix + name]
             self.tensors.append((name, path, info, self.size))
             self.size += -(-(info.end - info.start) // _ALIGNMENT) * _ALIGNMENT
+
+    def computed(self, dtype: mx.Dtype) -> int:
+        """Bytes of the matrices in a compute type."""
+        floats = {name: getattr(mx, mlx).size for mlx, name in DTYPES.items()}
+        return sum(
+            (info.end - info.start) * dtype.size // floats[info.dtype]
+            if info.dtype in floats
+            else info.end - info.start
+            for _, _, info, _ in self.tensors
+        )
 
     def put(self, buffer: mx.array, dtype: mx.Dtype, cast: bool) -> None:
         """Makes what was read into the buffer the module's parameters.
@@ -111,13 +122,11 @@ class Reader:
         target = memoryview(np.array(buffer, copy=False))
         futures = []
         for name, path, info, start in unit.tensors:
-            file = self._open(path)
+            file, what = self._open(path), f"{path}: {unit.prefix}{name}"
             for offset in range(info.start, info.end, _CHUNK):
                 count = min(_CHUNK, info.end - offset)
                 where = start + offset - info.start
-                futures.append(
-                    self._pool.submit(self._fill, file, target[where : where + count], offset, f"{path}: {name}")
-                )
+                futures.append(self._pool.submit(self._fill, file, target[where : where + count], offset, what))
         return futures
 
     def close(self) -> None:
@@ -183,10 +192,19 @@ class Blocks:
         self.units = [Unit(piece, prefixes[id(getattr(piece, "__self__", piece))], found) for piece in pieces]
         self.places = {_key(piece): place for place, piece in enumerate(pieces)}
         self.network, self.dtype, self.check = network, dtype, check
-        self.kept = kept([unit.size for unit in self.units], keep)
+        self.kept = kept([unit.computed(dtype) for unit in self.units], keep)
         self.present: set[int] = set()  # kept, and read
         for unit in self.units:
             unit.drop()
+
+    def allow(self, keep: int) -> None:
+        """Another number of bytes that may stay in memory. What is there stays as far as it may."""
+        sizes = [unit.computed(self.dtype) for unit in self.units]
+        if sum(sizes[place] for place in self.kept) > keep or sum(sizes) <= keep:
+            self.kept = kept(sizes, keep)
+        for place in self.present - self.kept:
+            self.units[place].drop()
+        self.present &= self.kept
 
     @contextlib.contextmanager
     def reading(self, rounds: int) -> Iterator[Callable]:

@@ -3,9 +3,11 @@
 Names are those of black-forest-labs/flux (src/flux/modules/autoencoder.py). Arrays are NHWC, convolution weights OHWI,
 the projections of the attention plain matrices. B batch, H and W pixels or latent positions, C channels, G groups.
 
-Like the other networks this is a function of arrays; `run(piece, *args)` lets the caller evaluate piece by piece.
+Like the other networks this is a function of arrays; `run(piece, *args)` lets the caller evaluate piece by piece. Large
+activations are computed in strips of rows with the statistics of the whole image: the same numbers, in less memory.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import mlx.core as mx
@@ -17,8 +19,17 @@ from .config import VAEConfig
 
 # Values whose float32 copies exist at one time while group statistics are taken (64 MiB).
 _STATISTICS_CHUNK = 2**24
+# Values of one strip, where an activation is computed in strips (32 MiB in 16 bits).
+STRIP = 2**24
 # Queries of the mid attention at one time: its head width, 512, has no fused kernel, so scores are materialised.
 _ATTENTION_CHUNK = 1024
+
+Run = Callable  # run(piece, *args) gives the piece's result, evaluated or not
+
+
+def call(piece, *args):
+    """The runner that does nothing of its own: the graph stays lazy."""
+    return piece(*args)
 
 
 @partial(mx.compile, shapeless=True)
@@ -72,7 +83,7 @@ def group_statistics(x: mx.array, groups: int) -> tuple[mx.array, mx.array]:
 
 
 class GroupNorm(nn.Module):
-    """Group normalisation (Wu and He 2018) over the whole image, optionally with the SiLU that follows."""
+    """Group normalisation (Wu and He 2018) over the whole image: statistics here, applied where rows are used."""
 
     def __init__(self, groups: int, channels: int):
         super().__init__()
@@ -80,13 +91,58 @@ class GroupNorm(nn.Module):
         self.weight = mx.ones((channels,))
         self.bias = mx.zeros((channels,))
 
-    def __call__(self, x: mx.array, silu: bool = False) -> mx.array:
+    def coefficients(self, x: mx.array) -> tuple[mx.array, mx.array]:
+        """Scale and shift, each (B, 1, 1, C) float32: x * scale + shift is the normalised and weighted x."""
         mean, variance = group_statistics(x, self._groups)
         per_group = x.shape[-1] // self._groups
-        # (B, G) to (B, 1, 1, C): x * scale + shift is the normalised and weighted x
         scale = mx.repeat(mx.rsqrt(variance + 1e-6), per_group, axis=-1) * self.weight
         shift = self.bias - mx.repeat(mean, per_group, axis=-1) * scale
-        return (affine_silu if silu else affine)(x, scale[:, None, None], shift[:, None, None])
+        return scale[:, None, None], shift[:, None, None]
+
+
+def in_strips(run: Run, piece: Callable[[int, int], mx.array], height: int, row: int) -> mx.array:
+    """An activation computed in strips of rows, so that what is needed on the way is never as large as itself.
+
+    Args:
+        run: evaluates a piece.
+        piece: from the first row and the row after the last to those rows, (B, rows, W, C).
+        height: all rows.
+        row: values that one row needs.
+    """
+    step = max(1, STRIP // row)
+    if step >= height:
+        return run(piece, 0, height)
+    out = None
+    for top in range(0, height, step):
+        strip = run(piece, top, min(top + step, height))
+        out = run(_write, out, strip, top, height)
+    return out
+
+
+def _write(out: mx.array | None, strip: mx.array, top: int, height: int) -> mx.array:
+    if out is None:
+        out = mx.zeros((strip.shape[0], height, *strip.shape[2:]), strip.dtype)
+    out[:, top : top + strip.shape[1]] = strip  # in place, once it is evaluated: nobody else holds the old array
+    return out
+
+
+def convolve(x: mx.array, conv: nn.Conv2d, top: int, bottom: int, before=None) -> mx.array:
+    """Rows of a 3 x 3 convolution of the whole image, padded with zeros as a whole.
+
+    Args:
+        x: (B, H, W, C), the whole input.
+        conv: its weights.
+        top: the first row wanted.
+        bottom: the row after the last.
+        before: what is done to the input first, of rows.
+    """
+    rows = x[:, max(top - 1, 0) : bottom + 1]
+    if before:
+        rows = before(rows)
+    edges = int(top == 0), int(bottom == x.shape[1])
+    if any(edges):
+        rows = mx.pad(rows, [(0, 0), edges, (0, 0), (0, 0)])
+    return mx.conv2d(rows, conv.weight, padding=(0, 1)) + conv.bias
 
 
 class AttnBlock(nn.Module):
@@ -100,16 +156,16 @@ class AttnBlock(nn.Module):
         self.v = nn.Linear(channels, channels)
         self.proj_out = nn.Linear(channels, channels)
 
-    def __call__(self, x: mx.array) -> mx.array:
+    def __call__(self, x: mx.array, run: Run = call) -> mx.array:
         b, h, w, c = x.shape
-        y = self.norm(x).reshape(b, 1, h * w, c)
-        q, k, v = self.q(y), self.k(y), self.v(y)
+        y = run(lambda: affine(x, *self.norm.coefficients(x)).reshape(b, 1, h * w, c))
+        q, k, v = (run(layer, y) for layer in (self.q, self.k, self.v))
         chunks = [
-            mx.fast.scaled_dot_product_attention(q[:, :, i : i + _ATTENTION_CHUNK], k, v, scale=c**-0.5)
+            run(partial(mx.fast.scaled_dot_product_attention, scale=c**-0.5), q[:, :, i : i + _ATTENTION_CHUNK], k, v)
             for i in range(0, h * w, _ATTENTION_CHUNK)
         ]
         y = chunks[0] if len(chunks) == 1 else mx.concatenate(chunks, axis=2)
-        return x + self.proj_out(y).reshape(b, h, w, c)
+        return run(lambda: x + self.proj_out(y).reshape(b, h, w, c))
 
 
 class ResnetBlock(nn.Module):
@@ -124,10 +180,18 @@ class ResnetBlock(nn.Module):
         if in_channels != out_channels:
             self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
 
-    def __call__(self, x: mx.array) -> mx.array:
-        y = self.conv1(self.norm1(x, silu=True))
-        y = self.conv2(self.norm2(y, silu=True))
-        return y + (self.nin_shortcut(x) if "nin_shortcut" in self else x)
+    def __call__(self, x: mx.array, run: Run = call) -> mx.array:
+        height, row = x.shape[1], x.shape[2] * max(x.shape[3], self.conv1.bias.size)
+        shortcut = self.nin_shortcut if "nin_shortcut" in self else lambda rows: rows
+        y = in_strips(run, _activated(run, self.norm1, self.conv1, x), height, row)
+        second = _activated(run, self.norm2, self.conv2, y)
+        return in_strips(run, lambda a, b: second(a, b) + shortcut(x[:, a:b]), height, row)
+
+
+def _activated(run: Run, norm: GroupNorm, conv: nn.Conv2d, x: mx.array) -> Callable[[int, int], mx.array]:
+    """The piece for `in_strips` that norms the whole image, applies SiLU and convolves."""
+    scale, shift = run(norm.coefficients, x)
+    return lambda top, bottom: convolve(x, conv, top, bottom, lambda rows: affine_silu(rows, scale, shift))
 
 
 class Downsample(nn.Module):
@@ -137,8 +201,13 @@ class Downsample(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
-    def __call__(self, x: mx.array) -> mx.array:
-        return self.conv(mx.pad(x, [(0, 0), (0, 1), (0, 1), (0, 0)]))
+    def __call__(self, x: mx.array, run: Run = call) -> mx.array:
+        def piece(top: int, bottom: int) -> mx.array:
+            rows = x[:, 2 * top : 2 * bottom + 1]
+            edge = 2 * bottom + 1 - 2 * top - rows.shape[1]
+            return self.conv(mx.pad(rows, [(0, 0), (0, edge), (0, 1), (0, 0)]))
+
+        return in_strips(run, piece, x.shape[1] // 2, 2 * x.shape[2] * x.shape[3])
 
 
 class Upsample(nn.Module):
@@ -148,10 +217,16 @@ class Upsample(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
-    def __call__(self, x: mx.array) -> mx.array:
+    def __call__(self, x: mx.array, run: Run = call) -> mx.array:
         b, h, w, c = x.shape
-        x = mx.broadcast_to(x[:, :, None, :, None], (b, h, 2, w, 2, c))
-        return self.conv(x.reshape(b, 2 * h, 2 * w, c))
+
+        def piece(top: int, bottom: int) -> mx.array:
+            first, last = max(top // 2 - 1, 0), min((bottom + 1) // 2 + 1, h)
+            rows = mx.broadcast_to(x[:, first:last, None, :, None], (b, last - first, 2, w, 2, c))
+            rows = rows.reshape(b, 2 * (last - first), 2 * w, c)
+            return convolve(rows, self.conv, top - 2 * first, bottom - 2 * first)
+
+        return in_strips(run, piece, 2 * h, 2 * w * c)
 
 
 class Level(nn.Module):
@@ -198,10 +273,14 @@ class Encoder(nn.Module):
         self.norm_out = GroupNorm(groups, widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.z_channels, 3, padding=1)
 
-    def pieces(self) -> list:
-        """Functions from array to array, whose composition is the encoder."""
+    def __call__(self, x: mx.array, run: Run = call) -> mx.array:
+        """(B, H, W, 3) to (B, H/8, W/8, 2 * 16)."""
+        first = partial(convolve, x, self.conv_in)
+        x = in_strips(run, first, x.shape[1], x.shape[2] * self.conv_in.bias.size)
         levels = [piece for level in self.down for piece in level.pieces()]
-        return [self.conv_in, *levels, *self.mid.pieces(), lambda x: self.conv_out(self.norm_out(x, silu=True))]
+        for piece in (*levels, *self.mid.pieces()):
+            x = piece(x, run)
+        return _last(run, self, x)
 
 
 class Decoder(nn.Module):
@@ -220,10 +299,18 @@ class Decoder(nn.Module):
         self.norm_out = GroupNorm(groups, widths[0])
         self.conv_out = nn.Conv2d(widths[0], config.out_ch, 3, padding=1)
 
-    def pieces(self) -> list:
-        """Functions from array to array, whose composition is the decoder."""
+    def __call__(self, x: mx.array, run: Run = call) -> mx.array:
+        """(B, h, w, 16) to (B, 8 h, 8 w, 3)."""
+        x = run(self.conv_in, x)
         levels = [piece for level in reversed(self.up) for piece in level.pieces()]
-        return [self.conv_in, *self.mid.pieces(), *levels, lambda x: self.conv_out(self.norm_out(x, silu=True))]
+        for piece in (*self.mid.pieces(), *levels):
+            x = piece(x, run)
+        return _last(run, self, x)
+
+
+def _last(run: Run, coder: Encoder | Decoder, x: mx.array) -> mx.array:
+    piece = _activated(run, coder.norm_out, coder.conv_out, x)
+    return in_strips(run, piece, x.shape[1], x.shape[2] * x.shape[3])
 
 
 class VAE(nn.Module):
@@ -240,23 +327,20 @@ class VAE(nn.Module):
         """The compute type."""
         return self.decoder.conv_in.bias.dtype
 
-    def encode(self, x: mx.array, run=lambda piece, *args: piece(*args)) -> tuple[mx.array, mx.array]:
+    def encode(self, x: mx.array, run: Run = call) -> tuple[mx.array, mx.array]:
         """The posterior of an image.
 
         Args:
             x: (B, H, W, 3) in [-1, 1], sides divisible by 8.
-            run: called as run(piece, x) for each piece in order, so that the caller evaluates piece by piece.
+            run: called as run(piece, *args) for each piece in order, so that the caller evaluates piece by piece.
 
         Returns:
             Mean and log variance (clipped to [-30, 20] as the references do), each (B, H/8, W/8, 16).
         """
-        x = x.astype(self.dtype)
-        for piece in self.encoder.pieces():
-            x = run(piece, x)
-        mean, logvar = mx.split(x, 2, axis=-1)
+        mean, logvar = mx.split(self.encoder(x.astype(self.dtype), run), 2, axis=-1)
         return mean, mx.clip(logvar, -30.0, 20.0)
 
-    def decode(self, z: mx.array, run=lambda piece, *args: piece(*args)) -> mx.array:
+    def decode(self, z: mx.array, run: Run = call) -> mx.array:
         """Pixels of a latent.
 
         Args:
@@ -266,10 +350,7 @@ class VAE(nn.Module):
         Returns:
             (B, 8 h, 8 w, 3), about [-1, 1], not clipped.
         """
-        x = z.astype(self.dtype)
-        for piece in self.decoder.pieces():
-            x = run(piece, x)
-        return x
+        return self.decoder(z.astype(self.dtype), run)
 
 
 def pixels_from_image(image: Image.Image, width: int, height: int) -> mx.array:

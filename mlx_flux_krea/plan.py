@@ -1,0 +1,276 @@
+"""How much memory each stage of a run takes, known before anything is read, and what may therefore stay in memory.
+
+Weights are counted exactly, from sizes and precisions alone. What a stage needs besides was measured on the CPU backend
+(benchmarks/memory.py), which materialises attention scores and unfolds convolutions; for Metal, which does neither, it
+is computed from the arrays that a block holds at one time, and was not measured.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from . import config as configs
+from .errors import ResourceError, UsageError
+from .residency import SLOTS, kept, matrices
+from .vae import STRIP
+from .weights import PACKED, ModelFolder, build
+
+GB = 10**9
+_UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": GB, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+# Arrays of T x C that a double and a single block hold at one time, and strips that a convolution needs: on the CPU in
+# float32 and in 16 bits (whose element-wise kernels go through float32 there), and on Metal.
+_BLOCK = {"cpu": {4: (15, 28), 2: (26, 55)}, "gpu": {4: (12, 18), 2: (12, 18)}}
+_STRIPS = {"cpu": {4: 10, 2: 22}, "gpu": {4: 6, 2: 6}}
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What a model's weights take, in bytes.
+
+    Attributes:
+        blocks: the matrices of each block of the transformer, as they are stored.
+        computed: the same in the compute type; where it is another, a block that runs takes both.
+        modulation: of each modulation layer, stored.
+        rest: everything else of the transformer.
+        t5: the matrices of each of its pieces, stored.
+        t5_rest: everything else of T5.
+        clip: all of it.
+        vae: all of it.
+    """
+
+    blocks: tuple[int, ...]
+    computed: tuple[int, ...]
+    modulation: tuple[int, ...]
+    rest: int
+    t5: tuple[int, ...]
+    t5_rest: int
+    clip: int
+    vae: int
+
+    @property
+    def disk(self) -> int:
+        """Bytes of a folder that holds them, where the compute type is the stored one."""
+        rest = self.rest + self.t5_rest + self.clip + self.vae
+        return rest + sum(self.blocks) + sum(self.modulation) + sum(self.t5)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run takes.
+
+    Attributes:
+        budget: bytes that may be used.
+        stages: the peak of each stage in bytes, in the order in which they run.
+        blocks: how many blocks of the transformer stay in memory.
+        of: how many there are.
+        keep: bytes for those that stay.
+        read: bytes read from disk in each step.
+        least: the peak where none stays.
+        most: the peak where all stay.
+    """
+
+    budget: int
+    stages: dict[str, int]
+    blocks: int
+    of: int
+    keep: int
+    read: int
+    least: int
+    most: int
+
+    @property
+    def peak(self) -> int:
+        """The most of any stage."""
+        return max(self.stages.values())
+
+
+def parse_memory(text: str | int) -> int | None:
+    """Bytes meant by "8GB", "512 MiB" or a number; None for "auto".
+
+    Raises:
+        UsageError: none of these.
+    """
+    if isinstance(text, str) and text.strip().lower() == "auto":
+        return None
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]i?b)?", str(text).strip().lower())
+    if isinstance(text, bool) or not match or not 0 < (count := float(match[1]) * _UNITS[match[2] or ""]) < 2**60:
+        raise UsageError(f"memory is {text!r}", '"auto", or an amount such as 8GB')
+    return int(count)
+
+
+def machine_memory() -> int:
+    """Bytes that a run may use on this machine where nobody says: four fifths of what the GPU, or Linux, offers."""
+    device = mx.device_info()
+    offered = device.get("max_recommended_working_set_size")
+    if not offered:
+        with open("/proc/meminfo") as file:
+            offered = next(1024 * int(line.split()[1]) for line in file if line.startswith("MemAvailable"))
+    return int(offered) * 4 // 5
+
+
+def weigh(sizes: dict, layers: dict[str, dict], stored: dict[str, str], dtype: mx.Dtype) -> Weights:
+    """What a model's weights take.
+
+    Args:
+        sizes: of each component, its config.
+        layers: of each component, how its layers are quantized (`ModelFolder.layers`).
+        stored: of each component, the type of its arrays that are not quantized, MLX's name.
+        dtype: the compute type.
+    """
+    flux, t5, clip, vae = (
+        _Sizes(build(name, sizes[name], layers.get(name)), getattr(mx, stored[name]).size, dtype.size)
+        for name in ("transformer", "text_encoder_2", "text_encoder", "vae")
+    )
+    net, t5_net = flux.network, t5.network
+    blocks, computed = zip(*(flux.matrices(piece) for piece in net.blocks), strict=True)
+    modulation, modulated = zip(*(flux.matrices(piece) for piece in net.modulated), strict=True)
+    pieces, read = zip(*(t5.matrices(piece) for piece in t5_net.pieces), strict=True)
+    rest, t5_rest = flux.all - sum(computed) - sum(modulated), t5.all - sum(read)
+    return Weights(blocks, computed, modulation, rest, pieces, t5_rest, clip.all, vae.all)
+
+
+class _Sizes:
+    """Bytes of a network's parameters, stored and in the compute type."""
+
+    def __init__(self, network: nn.Module, stored: int, computed: int):
+        self.network, self._stored, self._computed = network, stored, computed
+        self.all = sum(self._bytes(array, computed) for _, array in tree_flatten(network.parameters()))
+
+    def matrices(self, piece) -> tuple[int, int]:
+        module, names = matrices(piece)
+        arrays = dict(tree_flatten(module.parameters()))
+        return tuple(sum(self._bytes(arrays[n], size) for n in names) for size in (self._stored, self._computed))
+
+    @staticmethod
+    def _bytes(array: mx.array, size: int) -> int:
+        return array.nbytes if array.dtype in PACKED else array.size * size
+
+
+def weigh_folder(folder: ModelFolder, dtype: mx.Dtype) -> Weights:
+    """What the weights of a model folder take."""
+    layers = {name: folder.layers(name) for name in folder.sizes}
+    return weigh(folder.sizes, layers, folder.dtypes, dtype)
+
+
+def plan(
+    weights: Weights,
+    sizes: dict,
+    dtype: mx.Dtype,
+    width: int,
+    height: int,
+    text_length: int,
+    steps: int = 28,
+    conditions: int = 1,
+    image: bool = False,
+    budget: int | None = None,
+    device: str | None = None,
+) -> Plan:
+    """The peak of each stage of a run, with as many blocks kept as the budget allows.
+
+    Args:
+        weights: from `weigh`.
+        sizes: of each component, its config.
+        dtype: the compute type.
+        width: pixels.
+        height: pixels.
+        text_length: S, tokens of T5.
+        steps: n.
+        conditions: prompts and negative prompts of the run.
+        image: whether it begins with one.
+        budget: bytes; None: what the machine offers.
+        device: "cpu" or "gpu"; None: the one in use.
+
+    Raises:
+        ResourceError: not even the smallest plan fits.
+    """
+    budget = budget or machine_memory()
+    device = device or ("gpu" if mx.default_device().type == mx.gpu else "cpu")
+    flux, t5, vae = sizes["transformer"], sizes["text_encoder_2"], sizes["vae"]
+    patch = 2 * vae.downsampling
+    tokens = text_length + width * height // patch**2
+    modulations = 12 * flux.depth + 3 * flux.depth_single_blocks + 2
+    rows = steps * conditions * modulations * flux.hidden_size * dtype.size
+    always = weights.rest + rows + conditions * text_length * flux.hidden_size * dtype.size
+    needs = {
+        "text": _slots(weights.t5, weights.t5) + weights.t5_rest + weights.clip + _text(t5, text_length, dtype, device),
+        "modulation": _slots(weights.modulation, weights.modulation) + weights.rest + rows,
+        "denoise": always + _block(flux, tokens, dtype, device),
+        "decode": always + weights.vae + _planes(vae, width, height, dtype, device),
+    }
+    if image:
+        needs = {"text": needs["text"], "image": weights.vae + needs["decode"] - always, **needs}
+    stages = _stages(needs, weights, set())
+    least, most = max(stages.values()), max(needs.values()) + sum(weights.computed)
+    if least > budget:
+        worst = max(stages, key=stages.get)
+        raise ResourceError(
+            f"{width} x {height} needs {least / GB:.2f} GB of memory to {_VERBS[worst]}, "
+            f"and {budget / GB:.2f} GB may be used",
+            todo="a smaller picture needs less; --memory says what may be used",
+        )
+    keep = budget - max(max(needs.values()), needs["denoise"] + _slots(weights.blocks, weights.computed))
+    if most <= budget:
+        keep = sum(weights.computed)
+    places = kept(weights.computed, max(keep, 0))
+    stages = _stages(needs, weights, places)
+    read = sum(size for place, size in enumerate(weights.blocks) if place not in places)
+    return Plan(budget, stages, len(places), len(weights.blocks), max(keep, 0), read, least, most)
+
+
+_VERBS = {
+    "text": "read the prompt",
+    "image": "read the image",
+    "modulation": "prepare",
+    "denoise": "draw",
+    "decode": "develop",
+}
+
+
+def _stages(needs: dict[str, int], weights: Weights, places: set[int]) -> dict[str, int]:
+    staying = sum(weights.computed[place] for place in places)
+    streamed = [n for n in range(len(weights.blocks)) if n not in places]
+    slots = _slots([weights.blocks[n] for n in streamed], [weights.computed[n] for n in streamed])
+    return {name: need + staying + (slots if name == "denoise" else 0) for name, need in needs.items()}
+
+
+def _slots(stored: Sequence[int], computed: Sequence[int]) -> int:
+    """Buffers of what is streamed, and the copy in another compute type of the piece that runs."""
+    if not stored:
+        return 0
+    cast = max(computed) if tuple(stored) != tuple(computed) else 0
+    return min(SLOTS, len(stored)) * max(stored) + cast
+
+
+def _text(t5: configs.T5Config, length: int, dtype: mx.Dtype, device: str) -> int:
+    scores = 3 * t5.num_heads * length**2 * dtype.size if device == "cpu" else t5.num_heads * length**2 * dtype.size
+    return scores + length * (4 * t5.d_ff * 4 + 4 * t5.d_model * dtype.size)
+
+
+def _block(flux: configs.FluxConfig, tokens: int, dtype: mx.Dtype, device: str) -> int:
+    wide = max(_BLOCK[device][dtype.size]) if flux.depth_single_blocks else _BLOCK[device][dtype.size][0]
+    scores = flux.num_heads * tokens**2 * dtype.size if device == "cpu" else 0
+    return wide * tokens * flux.hidden_size * dtype.size + scores
+
+
+def _planes(vae: configs.VAEConfig, width: int, height: int, dtype: mx.Dtype, device: str) -> int:
+    """The largest residual block of the decoder: its input, what lies between, its output, and some strips."""
+    size, most = 4 if dtype.size == 4 else 2, 0
+    widths = [vae.ch * m for m in vae.ch_mult]
+    for level, (i, o) in enumerate(zip([*widths[1:], widths[-1]], widths, strict=True)):
+        plane = width * height // 4**level
+        strips = _STRIPS[device][size] * min(STRIP, plane * max(i, o))
+        most = max(most, plane * (i + 2 * o) + strips)
+    return most * size
+
+
+def step_flops(flux: configs.FluxConfig, width: int, height: int, text_length: int, patch: int = 16) -> float:
+    """Operations of the products of one step: linear layers and attention of all blocks."""
+    tokens, c = text_length + width * height // patch**2, flux.hidden_size
+    double = 2 * tokens * (4 * c * c + 2 * c * flux.mlp_size)
+    single = 2 * tokens * (c * (3 * c + flux.mlp_size) + (c + flux.mlp_size) * c)
+    attention = 4 * tokens**2 * c
+    return flux.depth * (double + attention) + flux.depth_single_blocks * (single + attention)

@@ -1,0 +1,362 @@
+"""What is in memory when: kept, streamed and half of each draw the same picture, within what was allowed."""
+
+import dataclasses
+import errno
+import gc
+import os
+import shutil
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from helpers import rel
+from mlx_flux_krea.convert import convert
+
+from mlx_flux_krea import FluxPipeline, residency, vae
+from mlx_flux_krea.config import FLUX_VAE
+from mlx_flux_krea.errors import Interrupted, ModelError
+from mlx_flux_krea.residency import Blocks, Reader, Unit, kept, matrices
+from mlx_flux_krea.vae import VAE
+from mlx_flux_krea.weights import open_model, read_header
+
+CAT = "A cat holding a sign that says hello world"
+SMALL = {"height": 32, "width": 48, "num_inference_steps": 2}
+
+# --- pieces ---
+
+
+@pytest.fixture(scope="module")
+def folder(model):
+    return open_model(model)
+
+
+def blocks_of(folder, keep, dtype=mx.float32, **more):
+    flux = folder.load("transformer", dtype)
+    return Blocks(flux, folder.tensors("transformer"), flux.blocks, dtype, keep, **more)
+
+
+def test_a_layer_and_its_modulation_have_all_matrices_between_them(folder):
+    flux = folder.load("transformer", mx.float32)
+    for layer in (*flux.blocks, flux.final_layer):
+        names = [set(matrices(piece)[1]) for piece in (layer, layer.modulate)]
+        assert not names[0] & names[1]
+        assert all("mod" in name or "adaLN" in name for name in names[1])
+    double = set(matrices(flux.double_blocks[0])[1])
+    assert {"img_attn.qkv.weight", "txt_mlp.2.weight"} <= double
+    assert len(double) == 8
+    assert set(matrices(flux.single_blocks[0])[1]) == {"linear1.weight", "linear2.weight"}
+
+
+def test_a_unit_reads_what_the_file_holds(folder):
+    whole, streamed = folder.load("transformer", mx.float32), folder.load("transformer", mx.float32)
+    unit = Unit(streamed.double_blocks[1], "double_blocks.1.", folder.tensors("transformer"))
+    unit.drop()
+    buffer, reader = mx.ones((unit.size,), mx.uint8), Reader(cached=False)
+    for future in reader.read(unit, buffer):
+        future.result()
+    reader.close()
+    unit.put(buffer, mx.float32, cast=False)
+    for name, *_ in unit.tensors:
+        arrays = [dict(flat(net.double_blocks[1]))[name] for net in (whole, streamed)]
+        assert mx.array_equal(*arrays), name
+
+
+def flat(module):
+    from mlx.utils import tree_flatten
+
+    return tree_flatten(module.parameters())
+
+
+@pytest.mark.parametrize("budget", range(0, 120, 7))
+def test_what_is_kept_fits_and_lies_evenly(budget):
+    sizes = [8] * 5 + [4] * 10
+    places = kept(sizes, budget)
+    assert sum(sizes[place] for place in places) <= budget or places == set()
+    gaps = np.diff(sorted(places)) if len(places) > 1 else [1]
+    assert max(gaps) - min(gaps) <= 1
+    assert kept(sizes, None) == kept(sizes, 80) == set(range(15))
+
+
+# --- pictures ---
+
+
+@pytest.fixture(scope="module")
+def models(model, tmp_path_factory):
+    """The tiny pipeline in its own precision, in bfloat16, and quantized as far as its widths allow."""
+    root, made = tmp_path_factory.mktemp("models"), {"float32": model}
+    made["bfloat16"] = convert([model], root / "bf16", dtype="bfloat16").path
+    for bits in ("8", "4"):
+        made[bits] = convert([model], root / bits, quantize=bits, group_size=32, dtype="float32").path
+    return made
+
+
+def pipe_that_keeps(path, share, **more) -> FluxPipeline:
+    """A pipeline that keeps so much of the transformer's blocks, of 1, whatever the machine offers."""
+    pipe = FluxPipeline.from_pretrained(path, **more)
+
+    def plan(request):
+        made = FluxPipeline.plan(pipe, request)
+        return dataclasses.replace(made, keep=int(share * sum(pipe._weights.computed)))
+
+    pipe.plan = plan
+    return pipe
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "8", "4"])
+def test_streamed_kept_and_half_of_each_draw_the_same_bits(models, precision):
+    images = []
+    for share in (1, 0, 0.6):
+        pipe = pipe_that_keeps(models[precision], share)
+        images.append(pipe(CAT, seed=3, output_type="np", **SMALL).images)
+        kept, present, of = (len(x) for x in (pipe._blocks.kept, pipe._blocks.present, pipe._blocks.units))
+        assert kept == present
+        assert (share == 1 and kept == of) or (share == 0 and kept == 0) or 0 < kept < of
+    assert np.array_equal(images[0], images[1])
+    assert np.array_equal(images[0], images[2])
+
+
+def test_a_computed_type_other_than_the_stored_is_streamed_too(models):
+    images = [
+        pipe_that_keeps(models["bfloat16"], share, dtype="float32")(CAT, seed=3, output_type="np", **SMALL).images
+        for share in (1, 0, 0.6)
+    ]
+    assert np.array_equal(images[0], images[1])
+    assert np.array_equal(images[0], images[2])
+
+
+def test_true_cfg_and_several_images_go_round_and_round(model):
+    call = {"negative_prompt": "a dog", "true_cfg_scale": 3.0, "num_images_per_prompt": 2, "output_type": "np"}
+    images = [pipe_that_keeps(model, share)(CAT, seed=[1, 2], **call, **SMALL).images for share in (1, 0)]
+    assert np.array_equal(*images)
+
+
+def test_a_callback_may_draw_with_the_pipeline_that_calls_it(model):
+    alone = pipe_that_keeps(model, 1)(CAT, seed=3, output_type="np", **SMALL).images
+    for share in (0, 0.6, 1):
+        pipe, inner = pipe_that_keeps(model, share), []
+
+        def callback(pipe, *_, inner=inner):
+            inner.append(pipe(CAT, seed=3, output_type="np", **SMALL).images)
+
+        outer = pipe(CAT, seed=3, output_type="np", callback_on_step_end=callback, **SMALL).images
+        assert all(np.array_equal(images, alone) for images in (outer, *inner))
+
+
+def test_at_most_two_pieces_are_in_buffers(model, monkeypatch):
+    counts, original = [], residency._Pass.run
+
+    def watched(self, piece, *args):
+        result = original(self, piece, *args)
+        counts.append(len(self._buffers) + len(self._free))
+        return result
+
+    monkeypatch.setattr(residency._Pass, "run", watched)
+    pipe_that_keeps(model, 0)(CAT, seed=3, **SMALL)
+    assert max(counts) == residency.SLOTS == 2
+
+
+def test_a_pipeline_keeps_less_when_a_picture_needs_more(model):
+    pipe = FluxPipeline.from_pretrained(model)
+    shares, images = iter((1, 0.5, 0, 1)), []
+    pipe.plan = lambda request: dataclasses.replace(
+        FluxPipeline.plan(pipe, request), keep=int(next(shares) * sum(pipe._weights.computed))
+    )
+    present = []
+    for _ in range(4):
+        images.append(pipe(CAT, seed=3, output_type="np", **SMALL).images)
+        present.append(len(pipe._blocks.present))
+    assert present[0] == present[3] == 5
+    assert 0 < present[1] < 5
+    assert present[2] == 0
+    assert all(np.array_equal(images[0], image) for image in images)
+
+
+def test_a_second_picture_prepares_nothing_again(model):
+    pipe, stages = FluxPipeline.from_pretrained(model), []
+
+    def draw(**more):
+        stages.clear()
+        pipe(CAT, seed=3, progress=lambda stage, *_: stages.append(stage), **(SMALL | more))
+        return set(stages)
+
+    assert "modulation" in draw()
+    assert draw() == {"denoise", "decode"}
+    for change in ({"guidance_scale": 2.0}, {"num_inference_steps": 3}, {"height": 64}):
+        assert draw(**change) == {"modulation", "denoise", "decode"}, change
+        assert draw(**change) == {"denoise", "decode"}
+
+
+def test_two_pictures_take_no_more_memory_than_one(model):
+    for share in (0, 1):
+        pipe = pipe_that_keeps(model, share)
+        gc.collect()
+        mx.clear_cache()
+        base = mx.get_active_memory()
+        first, *others = (max(pipe(CAT, seed=seed, **SMALL).peaks.values()) - base for seed in (1, 2, 3))
+        assert max(others) <= 1.01 * first
+
+
+# --- bad luck while reading ---
+
+
+@pytest.fixture
+def copy(model, tmp_path):
+    return Path(shutil.copytree(model, tmp_path / "copy"))
+
+
+def shard_of(path, tensor):
+    return open_model(path).tensors("transformer")[tensor][0]
+
+
+def test_a_file_that_becomes_shorter_is_named_with_its_tensor(copy):
+    shard = shard_of(copy, "single_blocks.2.linear2.weight")
+
+    def cut(pipe, step, *_):
+        os.truncate(shard, shard.stat().st_size // 2)
+
+    with pytest.raises(ModelError, match=rf"{shard.name}: \w+_blocks.*weight: the file has become shorter") as caught:
+        pipe_that_keeps(copy, 0)(CAT, seed=1, callback_on_step_end=cut, **SMALL)
+    assert caught.value.exit_code == 3
+
+
+def test_a_file_that_disappears_is_named(copy):
+    pipe = pipe_that_keeps(copy, 0)
+    pipe(CAT, seed=1, **SMALL)
+    shard = shard_of(copy, "double_blocks.0.img_mlp.0.weight")
+    shard.unlink()
+    with pytest.raises(ModelError, match=f"{shard.name} cannot be read: No such file"):
+        pipe(CAT, seed=1, **SMALL)
+
+
+def test_a_disk_that_fails_is_an_error_with_file_and_tensor(copy, monkeypatch):
+    original = os.preadv
+
+    def preadv(file, buffers, offset):
+        if os.readlink(f"/proc/self/fd/{file}").endswith(shard.name) and offset > shard.stat().st_size // 2:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return original(file, buffers, offset)
+
+    shard = shard_of(copy, "double_blocks.0.img_mlp.0.weight")
+    monkeypatch.setattr(os, "preadv", preadv)
+    with pytest.raises(ModelError, match=rf"{shard.name}: .*weight cannot be read: Input/output error"):
+        pipe_that_keeps(copy, 0)(CAT, seed=1, **SMALL)
+
+
+def test_a_slow_disk_is_waited_for_and_the_wait_can_be_ended(copy, monkeypatch):
+    """One read takes a second; Ctrl-C, or `interrupt`, does not wait for all that are left."""
+    pipe, original, slow = pipe_that_keeps(copy, 0), os.preadv, threading.Event()
+
+    def preadv(file, buffers, offset):
+        if slow.is_set():
+            time.sleep(1)
+        return original(file, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    expected = pipe(CAT, seed=1, output_type="np", **SMALL).images
+    begin = []
+
+    def callback(pipe, step, *_):
+        slow.set()
+        begin.append(time.monotonic())
+        threading.Timer(0.3, pipe.interrupt).start()
+
+    with pytest.raises(Interrupted):
+        pipe(CAT, seed=1, callback_on_step_end=callback, **SMALL)
+    assert time.monotonic() - begin[0] < 5  # of a step that takes ten
+    slow.clear()
+    assert np.array_equal(pipe(CAT, seed=1, output_type="np", **SMALL).images, expected)
+
+
+def test_no_file_stays_open_and_no_thread_stays_behind(copy):
+    def state():
+        return len(os.listdir("/proc/self/fd")), threading.active_count()
+
+    pipe = pipe_that_keeps(copy, 0)
+    pipe(CAT, seed=1, **SMALL)
+    before = state()
+    pipe(CAT, seed=1, **SMALL)
+    with pytest.raises(Interrupted):
+        pipe(CAT, seed=2, callback_on_step_end=lambda pipe, *_: pipe.interrupt(), **SMALL)
+    assert state() == before
+
+
+@pytest.mark.skipif(not hasattr(os, "RWF_NOWAIT"), reason="shown on Linux")
+@pytest.mark.parametrize("cached", [False, True])
+def test_what_is_streamed_leaves_the_page_cache_to_others(cached):
+    """RWF_NOWAIT reads only what is in the page cache; the file lies where the checkout does, on a disk."""
+    linear = nn.Linear(2048, 2048)
+    with tempfile.TemporaryDirectory(dir=Path(__file__).parent) as folder:
+        path = Path(folder) / "linear.safetensors"
+        mx.save_safetensors(str(path), {"layer.weight": linear.weight})
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            layer = nn.Sequential(linear)
+            unit = Unit(layer, "", {"layers.0.weight": (path, read_header(path)[0]["layer.weight"])})
+            reader = Reader(cached)
+            for future in reader.read(unit, mx.zeros((unit.size,), mx.uint8)):
+                future.result()
+            reader.close()
+            middle = path.stat().st_size // 2
+            try:
+                found = os.preadv(file.fileno(), [bytearray(1)], middle, os.RWF_NOWAIT)
+            except BlockingIOError:
+                found = 0
+            except OSError as error:
+                if error.errno != errno.EOPNOTSUPP:
+                    raise
+                pytest.skip("this filesystem cannot say what is cached")
+            assert found == cached
+
+
+# --- the autoencoder in strips ---
+
+
+@pytest.mark.parametrize("strip", [2**9, 2**11, 2**13])
+def test_strips_decode_and_encode_as_the_whole_does(folder, monkeypatch, strip):
+    network = folder.load("vae", mx.float32)
+    mx.random.seed(0)
+    z, x = mx.random.normal((1, 6, 10, 16)), mx.random.normal((1, 48, 80, 3))
+    whole = network.decode(z), *network.encode(x)
+    mx.eval(whole)
+    calls = []
+
+    def run(piece, *args):
+        calls.append(piece)
+        result = piece(*args)
+        mx.eval(result)
+        return result
+
+    monkeypatch.setattr(vae, "STRIP", strip)
+    monkeypatch.setattr(vae, "_STATISTICS_CHUNK", strip)
+    monkeypatch.setattr(vae, "_ATTENTION_CHUNK", 16)
+    parts = network.decode(z, run), *network.encode(x, run)
+    assert len(calls) > 150
+    for a, b in zip(parts, whole, strict=True):
+        assert rel(a, b) < 2e-6
+
+
+def test_strips_take_less_memory_than_the_whole(monkeypatch):
+    config = dataclasses.replace(FLUX_VAE, ch=32, norm_num_groups=8)
+    network, z = VAE(config), mx.zeros((1, 32, 32, 16))
+    mx.eval(network.parameters(), z)
+
+    def run(piece, *args):
+        result = piece(*args)
+        mx.eval(result)
+        return result
+
+    peaks = []
+    for strip in (2**24, 2**18):
+        monkeypatch.setattr(vae, "STRIP", strip)
+        mx.clear_cache()
+        base = mx.get_active_memory()
+        mx.reset_peak_memory()
+        mx.eval(network.decode(z, run))
+        peaks.append(mx.get_peak_memory() - base)
+    assert peaks[1] < peaks[0] / 3
