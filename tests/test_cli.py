@@ -101,7 +101,10 @@ def end(process, sent, marker, count=1):
         if not count:
             process.send_signal(sent)
             break
-    out, rest = process.communicate(timeout=30)
+    try:
+        out, rest = process.communicate(timeout=30)
+    finally:
+        process.kill()
     lines = "".join([*seen, rest]).splitlines()
     return out, [line for line in lines if marker not in line and not line.startswith("import time:")]
 

@@ -233,7 +233,7 @@ def test_a_bfloat16_run_is_as_near_to_the_reference_as_torch_is(pipe_bf16):
 
 
 def test_bfloat16_stays_bfloat16_at_every_edge(pipe_bf16, monkeypatch):
-    """Only latents, which nothing large depends on, are float32."""
+    """Only latents, which nothing large depends on, and the coefficients of group norms are float32."""
     from mlx.utils import tree_flatten
 
     seen = {}
@@ -245,6 +245,7 @@ def test_bfloat16_stays_bfloat16_at_every_edge(pipe_bf16, monkeypatch):
         def watched(piece, *inputs):
             result = run(piece, *inputs)
             arrays = [a for _, a in tree_flatten([result]) if isinstance(a, mx.array)]
+            arrays = [a for a in arrays if stage not in ("image", "decode") or a.size > a.shape[-1]]
             seen.setdefault(stage, set()).update(a.dtype for a in arrays if a.dtype != mx.int32)
             return result
 
