@@ -40,6 +40,7 @@ from safetensors import SafetensorError, safe_open
 from . import config as configs
 from .clip import CLIPText
 from .errors import ModelError
+from .quantized import adopt, choose_products
 from .t5 import T5Encoder
 from .transformer import Flux
 from .vae import VAE
@@ -207,6 +208,7 @@ class ModelFolder:
                 arrays.append((name, array if array.dtype in PACKED else array.astype(dtype)))
         module.load_weights(arrays, strict=True)
         module.eval()
+        choose_products(module, dtype)
         return module
 
     def _skeleton(self, component: str) -> tuple[nn.Module, dict[str, tuple[Path, TensorInfo]]]:
@@ -234,6 +236,7 @@ def build(component: str, sizes, layers: dict[str, configs.Quantization | None] 
     module = COMPONENTS[component][1](sizes)
     quantized = {path: configs.to_json(q) for path, q in (layers or {}).items() if q}
     nn.quantize(module, class_predicate=lambda path, _: quantized.get(path, False))
+    adopt(module)
     mx.random.seed(high << 32 | low)
     return module
 

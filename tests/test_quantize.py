@@ -21,7 +21,7 @@ from mlx_flux_krea.convert import convert, quantize, write
 from mlx_flux_krea.convert.licence import ATTRIBUTION_NOTICE, licence_files
 from mlx_flux_krea.convert.quantize import RECIPES, choose, find_recipe
 
-from mlx_flux_krea import FluxPipeline, presets
+from mlx_flux_krea import FluxPipeline, presets, quantized
 from mlx_flux_krea import config as configs
 from mlx_flux_krea.commands.convert import convert as convert_command
 from mlx_flux_krea.config import Quantization
@@ -686,3 +686,37 @@ def test_progress_of_verify_reaches_the_end(make):
     write.check_manifest(make().path, lambda *step: seen.append(step))
     assert seen[-1][0] == "verifying"
     assert max(done for _, done, _ in seen) == seen[0][2]
+
+
+# --- products ---
+
+
+@pytest.mark.parametrize("kind", [(64, 8, "affine"), (32, 4, "affine"), (32, 4, "mxfp4"), (16, 4, "nvfp4")])
+@pytest.mark.parametrize("bias", [True, False])
+def test_both_ways_to_multiply_give_the_same(kind, bias, monkeypatch):
+    mx.random.seed(1)
+    layer = nn.QuantizedLinear.from_linear(nn.Linear(128, 96, bias=bias), *kind)
+    quantized.adopt(nn.Sequential(layer))
+    for rows in (3, 100):
+        x, results = mx.random.normal((2, rows, 128)), []
+        for dense in (False, True):
+            chosen = {(*kind, mx.float32, many): dense for many in (False, True)}
+            monkeypatch.setattr(quantized, "_faster_dense", chosen)
+            results.append(layer(x))
+        assert rel(*results) < 1e-6
+
+
+def test_products_are_timed_once_for_each_kind_and_type(make, monkeypatch):
+    timed = []
+    monkeypatch.setattr(quantized, "_faster_dense", {})
+    monkeypatch.setattr(quantized, "_is_dense_faster", lambda *what: timed.append(what) or True)
+    folder = open_model(make("4").path)
+    for _ in range(2):
+        folder.load("transformer", mx.float32)
+    kinds = {(64, 4, "affine"), (64, 8, "affine")}
+    assert sorted(timed) == sorted((kind, mx.float32, many) for kind in kinds for many in (False, True))
+
+
+def test_on_the_cpu_many_rows_in_16_bits_are_multiplied_densely():
+    """50 times slower is no matter of chance (research: 0.25 against 5 GFLOP/s)."""
+    assert quantized._is_dense_faster((64, 4, "affine"), mx.bfloat16, True)
