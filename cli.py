@@ -70,9 +70,14 @@ cli.add_command(verify)
 @click.option(
     "--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), help="Compute type.  [default: the model's]"
 )
+@click.option("--quality", type=int, help="1 to 100, of JPEG and WebP.  [default: 95]")
+@click.option(
+    "--metadata", type=click.Choice(["full", "minimal"]), default="full", show_default=True,
+    help="What the picture's file tells: all that made it, or only that a machine did.",
+)  # fmt: skip
 @click.option("--force", is_flag=True, help="Replace the output, also a link; otherwise the next free name is taken.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object instead of paths.")
-def generate(prompt, model, output, num_images, dtype, image, force, as_json, **options):
+def generate(prompt, model, output, num_images, dtype, image, quality, metadata, force, as_json, **options):
     """Make a picture from PROMPT.
 
     \b
@@ -81,7 +86,7 @@ def generate(prompt, model, output, num_images, dtype, image, force, as_json, **
     """
     from mlx_flux_krea.commands.terminal import PipelineProgress, say, show_notes
 
-    _check_output(output)
+    _check_output(output, quality)
     in_python = {"steps": "num_inference_steps", "guidance": "guidance_scale"}
     request = {in_python.get(name, name): value for name, value in options.items() if value is not None}
     seed = request.pop("seed", None)
@@ -103,7 +108,7 @@ def generate(prompt, model, output, num_images, dtype, image, force, as_json, **
             with signals.held():  # a picture that has its name is also reported
                 if number == num_images - 1:
                     signals.finish()
-                path = _save(result.images[0], names, force)
+                path = _save(result.images[0], names, force, metadata=metadata, quality=quality)
                 if path != output and not images:
                     say(f"note: {printable(str(output))} exists; writing {printable(str(path))}")
                 stages = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in result.seconds.items())
@@ -122,15 +127,15 @@ def generate(prompt, model, output, num_images, dtype, image, force, as_json, **
             click.echo(json.dumps({"images": images}, ensure_ascii=False))
 
 
-def _check_output(output: Path) -> None:
+def _check_output(output: Path, quality: int | None = None) -> None:
     """Finds out before any work whether a picture can be written there.
 
     Raises:
-        UsageError: not a name that can be written, or of a format that is not known.
+        UsageError: not a name that can be written, or of a format or a quality that is not known.
     """
     import tempfile
 
-    from mlx_flux_krea.provenance import FORMATS
+    from mlx_flux_krea.provenance import FORMATS, check_quality
 
     if os.path.isdir(output):
         raise UsageError(f"{output} is a folder", "the name of a file", f"write -o {output / 'out.png'}")
@@ -138,6 +143,7 @@ def _check_output(output: Path) -> None:
         raise UsageError(f"{output} is a device or a pipe", "the name of a file")
     if output.suffix.lower() not in FORMATS:
         raise UsageError(f"{output} ends in {output.suffix or 'nothing'!r}", f"one of {', '.join(FORMATS)}")
+    check_quality(quality, FORMATS[output.suffix.lower()])
     folder = output.parent
     try:  # under a name a little longer than any that will be needed
         with signals.held():
@@ -155,12 +161,12 @@ def _names(output: Path) -> Iterator[Path]:
     return (output if n == 1 else output.with_stem(f"{output.stem}-{n}") for n in itertools.count(1))
 
 
-def _save(picture, names: Iterator[Path], force: bool) -> Path:
+def _save(picture, names: Iterator[Path], force: bool, **options) -> Path:
     """Saves under the next name; without --force under the next that is free at this moment, whoever else writes."""
     for path in names:
         if force or not os.path.lexists(path):
             try:
-                picture.save(path, force=force)
+                picture.save(path, force=force, **options)
                 return path
             except FileExistsError:
                 continue

@@ -20,6 +20,7 @@ from PIL import Image
 
 from . import noise as noises
 from . import sampler
+from .config import to_json
 from .engine import Engine
 from .errors import FiltersError, ModelError, UsageError
 from .prompts import Encoded, PromptEncoder
@@ -397,6 +398,8 @@ class FluxPipeline:
             "base": self.folder.index.base,
             "manifest_sha256": hashlib.sha256(manifest.read_bytes()).hexdigest() if manifest.exists() else None,
             "dtype": self.dtype,
+            "quantization": {name: str(most) for name, (most, _) in self.folder.quantization.items()},
+            "schedule": to_json(self.folder.index.schedule),
         }
 
     def _network(self, component: str) -> nn.Module:

@@ -496,6 +496,23 @@ def test_a_model_that_requires_filters_is_inspected_by_its_sizes_and_not_run(com
     refused(command("generate", CAT, "-m", folder), 6, "content filters")
 
 
+def test_metadata_and_quality_are_what_the_command_asks_for(command, model, tmp_path):
+    call = ["generate", "кот", "-m", model, *SMALL, "--seed", "1", "-o", "a.jpg"]
+    assert command(*call)[0] == 0
+    assert command(*call, "--metadata", "minimal", "--quality", "5")[:2] == (0, "a-2.jpg\n")
+    full, minimal = (tmp_path / name for name in ("a.jpg", "a-2.jpg"))
+    assert minimal.stat().st_size < full.stat().st_size
+    assert read_record(full)["prompt"] == "кот"
+    assert read_record(minimal) is None
+    out = command("inspect", minimal)[1]
+    assert "trainedAlgorithmicMedia" in out
+    assert "кот" not in out
+    facts = json.loads(command("inspect", full, "--json")[1])
+    assert facts["parameters"].startswith("кот\nSteps: 2, ")
+    assert facts["record"]["quantization"] == {}
+    refused(command(*call[:-1], "b.png", "--quality", "90"), 2, "quality does nothing in a PNG")
+
+
 def test_a_folder_that_cannot_be_written_is_refused_before_the_model_is_read(command, tmp_path):
     if os.getuid() == 0:  # root may write anywhere but on a filesystem that cannot be written
         locked = Path("/proc")
@@ -642,7 +659,7 @@ def test_inspect_shows_no_control_characters_of_a_picture(command, tmp_path):
     record = {"software": "s", "prompt": "a\x1b[2Jb\nseed  7"}
     Picture.from_pixels(np.zeros((16, 16, 3), np.uint8), record).save(tmp_path / "a.png")
     code, out, _ = command("inspect", tmp_path / "a.png")
-    assert (code, r"a\x1b[2Jb\nseed" in out, "\x1b" in out, out.count("\n")) == (0, True, False, 2)
+    assert (code, r"a\x1b[2Jb\nseed" in out, "\x1b" in out, out.count("\n")) == (0, True, False, 3)
 
 
 def test_inspect_says_what_it_does_not_know(command, tmp_path):
