@@ -22,9 +22,10 @@ from . import noise as noises
 from . import sampler
 from .config import to_json
 from .engine import Engine
-from .errors import FiltersError, ModelError, UsageError
+from .errors import ModelError, UsageError
+from .filters.gate import Policy, open_gate
 from .prompts import Encoded, PromptEncoder
-from .provenance import SOFTWARE, Picture
+from .provenance import SOFTWARE
 from .request import Request, Result, check_values, open_image
 from .transformer import Flux, rope
 from .vae import VAE, pixels_from_image, pixels_to_bytes
@@ -45,9 +46,10 @@ class FluxPipeline:
         dtype: the compute type, MLX's name of it.
     """
 
-    def __init__(self, folder: ModelFolder, dtype: str):
+    def __init__(self, folder: ModelFolder, dtype: str, policy: Policy | None = None):
         self.folder = folder
         self.dtype = dtype
+        self._policy = policy
         self._dtype: mx.Dtype = getattr(mx, dtype)
         self._engine = Engine()
         self._encoder = PromptEncoder(folder, self._dtype)
@@ -57,7 +59,14 @@ class FluxPipeline:
 
     @classmethod
     def from_pretrained(
-        cls, model: str | os.PathLike | None = None, *, dtype: str | None = None, memory: str = "auto"
+        cls,
+        model: str | os.PathLike | None = None,
+        *,
+        dtype: str | None = None,
+        memory: str = "auto",
+        check: str | None = None,
+        nsfw_threshold: float | None = None,
+        integrity_margin: float | None = None,
     ) -> "FluxPipeline":
         """Opens a model folder. Only its JSON is read; weights follow when they are needed.
 
@@ -65,10 +74,14 @@ class FluxPipeline:
             model: a folder made by `flux-krea convert`, or the name of an installed one; None: the only one.
             dtype: the compute type: "bfloat16", "float32", or "float16" (experimental); None: the folder's.
             memory: "auto".
+            check: "filters", "review" (pictures wait for `flux-krea review`) or "both"; None: "filters", and nothing for
+                a model whose licence asks for nothing.
+            nsfw_threshold: a picture passes below this probability; 0.85, or less.
+            integrity_margin: how clear the filter's no must be; 0, or more.
 
         Raises:
             ModelError: not a model folder, or a damaged one.
-            UsageError: a type or a memory plan that does not exist.
+            UsageError: a type, a memory plan or a check that does not exist, or a threshold that would let more pass.
         """
         folder = open_model(find_model(model))
         dtype = dtype or folder.dtypes["transformer"]
@@ -76,7 +89,11 @@ class FluxPipeline:
             raise UsageError(f'no type is called "{dtype}"', f"one of {', '.join(DTYPES)}")
         if memory != "auto":
             raise UsageError(f"memory is {memory!r}", '"auto", the only plan so far')
-        return cls(folder, dtype)
+        thresholds = {"nsfw": nsfw_threshold, "integrity": integrity_margin}
+        strict = {name: value for name, value in ({"check": check} | thresholds).items() if value is not None}
+        if strict and check is None and not folder.requires_filters:
+            raise UsageError("a threshold does nothing: this model requires no filters", "", 'ask for them: "filters"')
+        return cls(folder, dtype, Policy(**strict) if strict else None)
 
     def __call__(
         self,
@@ -142,14 +159,10 @@ class FluxPipeline:
         Raises:
             UsageError: arguments that cannot be used, or do not go together.
             ModelError: weights missing or damaged.
-            FiltersError: the model's licence requires filters.
+            FiltersError: filters that the model's licence requires, or their log, are missing or unhealthy.
+            Withheld: a filter flagged a prompt or the input image. Of pictures, `Result.outcomes` says it.
             Interrupted: `interrupt` was called.
         """
-        if self.folder.requires_filters:
-            raise FiltersError(
-                f"{self.folder.index.base} may only be used with content filters, which this version does not have yet",
-                todo="flux-krea inspect shows the model; generating waits for the filters",
-            )
         if callback_on_step_end is not None and not callable(callback_on_step_end):
             raise UsageError(f"callback_on_step_end is {type(callback_on_step_end).__name__}", "a function")
         request = Request(
@@ -176,7 +189,14 @@ class FluxPipeline:
             output_type=output_type,
             max_sequence_length=max_sequence_length,
         )
+        if self.policy:
+            _check_reviewable(self.policy, request, callback_on_step_end)
         return self._engine.run(self._generate, request, callback_on_step_end, progress)
+
+    @property
+    def policy(self) -> Policy | None:
+        """What pictures must pass; None only where the model's licence asks for nothing."""
+        return self._policy or (Policy() if self.folder.requires_filters else None)
 
     def encode_prompt(
         self,
@@ -224,29 +244,37 @@ class FluxPipeline:
     # --- from here on in the engine's thread ---
 
     def _generate(self, request: Request, callback: Callable | None, progress: Progress | None) -> Result:
-        request, notes = self._resolve(request)
-        for note in notes:
-            logger.warning(note)
-        seconds: dict[str, float] = {}
-        outer, self._progress = self._progress, progress  # a callback may make pictures of its own
-        try:
-            with _timed(seconds, "text"):
-                conditions = self._conditions(request)
-            with _timed(seconds, "denoise"):
-                latents = self._denoise(request, conditions, callback)
-            with _timed(seconds, "decode"):
-                images = latents if request.output_type == "latent" else self._decode(request, latents)
-        finally:
-            self._progress = outer
-            mx.clear_cache()
-        records = tuple(self._record() | request.record(i) for i in range(request.batch))
-        if request.output_type == "pil":
-            images = [Picture.from_pixels(pixels, record) for pixels, record in zip(images, records, strict=True)]
-        elif request.output_type == "np":
-            images = np.stack(images)
+        about = {name: value for name, value in self._record().items() if name != "software"}
+        with open_gate(self.policy, **about) as gate:
+            request, notes = self._resolve(request)
+            gate.check_prompts(request.texts())
+            if request.image is not None:
+                gate.check_input(lambda: _seen(request))
+            notes += gate.notes
+            for note in notes:
+                logger.warning(note)
+            seconds: dict[str, float] = {}
+            outer, self._progress = self._progress, progress  # a callback may make pictures of its own
+            try:
+                with _timed(seconds, "text"):
+                    conditions = self._conditions(request)
+                with _timed(seconds, "denoise"):
+                    latents = self._denoise(request, conditions, callback)
+                with _timed(seconds, "decode"):
+                    images = latents if request.output_type == "latent" else self._decode(request, latents)
+            finally:
+                self._progress = outer
+                mx.clear_cache()
+            records = tuple(self._record() | request.record(i) for i in range(request.batch))
+            outcomes = ("released",) * request.batch
+            if request.output_type == "pil" or self.policy:
+                outcomes, images = gate.release(images, records)
+        if request.output_type == "np":
+            pixels = [np.asarray(one, np.float32) / 255 if self.policy else one for one in images]
+            images = np.stack(pixels) if pixels else np.empty((0, request.height, request.width, 3), np.float32)
         seeds = request.seed if isinstance(request.seed, tuple) else () if request.seed is None else (request.seed,)
         notes += dict.fromkeys(note for side in conditions for one in side for note in one.cut)
-        return Result(images, ("released",) * request.batch, seeds, tuple(notes), records, seconds)
+        return Result(images, outcomes, seeds, tuple(notes), records, seconds)
 
     def _resolve(self, request: Request) -> tuple[Request, list[str]]:
         """The request with defaults, once it and the folder are known to be sound; no weight is read before."""
@@ -383,7 +411,7 @@ class FluxPipeline:
             z = sampler.unpack(latents[i : i + 1], *size).transpose(0, 2, 3, 1)
             x = vae.decode(z / config.scale_factor + config.shift_factor, run)
             _check_finite("the image decoder", x)
-            as_floats = request.output_type == "np"
+            as_floats = request.output_type == "np" and not self.policy  # else of the bytes that were judged
             pixels = mx.clip(x.astype(mx.float32) / 2 + 0.5, 0, 1) if as_floats else pixels_to_bytes(x, rule)
             pictures.append(np.array(pixels[0]))
         return pictures
@@ -435,6 +463,23 @@ class FluxPipeline:
             return result
 
         return run
+
+
+def _check_reviewable(policy: Policy, request: Request, callback: Callable | None) -> None:
+    """Refuses what would hand out, or let in, what cannot be judged."""
+    unjudged = "this model's licence asks for filters or review, and latents are pictures that nobody has judged"
+    if request.output_type == "latent":
+        raise UsageError('output_type is "latent"', '"pil" or "np"', unjudged)
+    if callback is not None:
+        raise UsageError("callback_on_step_end is given, which sees latents", "progress, which sees none", unjudged)
+    if policy.check != "review" and (request.prompt_embeds is not None or request.negative_prompt_embeds is not None):
+        raise UsageError("a prompt is given as embeds, which no filter can read", "a text")
+
+
+def _seen(request: Request) -> np.ndarray:
+    """The input image as the autoencoder sees it: (H, W, 3) uint8."""
+    pixels = pixels_from_image(request.image, request.width, request.height)
+    return np.array(pixels_to_bytes(pixels, "round")[0])
 
 
 def _given(embeds: mx.array, pooled: mx.array) -> list[Encoded]:
