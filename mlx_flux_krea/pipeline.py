@@ -74,8 +74,8 @@ class FluxPipeline:
             model: a folder made by `flux-krea convert`, or the name of an installed one; None: the only one.
             dtype: the compute type: "bfloat16", "float32", or "float16" (experimental); None: the folder's.
             memory: "auto".
-            check: "filters", "review" (pictures wait for `flux-krea review`) or "both"; None: "filters", and nothing for
-                a model whose licence asks for nothing.
+            check: "filters", "review" (pictures wait for `flux-krea review`) or "both"; None: "filters", and
+                nothing for a model whose licence asks for nothing.
             nsfw_threshold: a picture passes below this probability; 0.85, or less.
             integrity_margin: how clear the filter's no must be; 0, or more.
 
