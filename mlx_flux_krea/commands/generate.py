@@ -87,7 +87,7 @@ def generate(prompt, model, output, num_images, dtype, image, quality, metadata,
                 path = None
                 if result.outcomes[0] == "released":
                     path = save(result.images[0], names, force, metadata=metadata, quality=quality)
-                    if path != output and outcomes.count("released") == 1:
+                    if path != output and not any(image["path"] for image in images):
                         say(f"note: {printable(str(output))} exists; writing {printable(str(path))}")
                 else:
                     say(f"seed {seed + number}: {result.outcomes[0]}")
@@ -99,7 +99,7 @@ def generate(prompt, model, output, num_images, dtype, image, quality, metadata,
                     click.echo(path)
         check_outcomes(outcomes)
     except FluxKreaError as error:
-        if "released" in outcomes:
+        if any(image["path"] for image in images):
             error.exit_code = 7
         raise
     finally:

@@ -260,7 +260,7 @@ def open_gate(policy: Policy | None, **about) -> Iterator[Gate | Open]:
         try:
             Ledger().log.append("unfiltered", **about)
         except FiltersError as error:
-            logger.warning("this run is not in the log: %s", error)
+            logger.warning("this run is not in the log: %s", error.found)
         yield Open()
         return
     judges = {} if policy.check == "review" else open_judges()
@@ -280,13 +280,14 @@ def open_judges() -> dict[str, Judge]:
     Raises:
         FiltersError: one is missing, damaged or does not answer as it did when it was converted.
     """
-    judges = {}
+    judges, folder = {}, home() / "filters"
+    missing = [name for name in FILTERS if not (folder / name).is_dir()]
+    if missing:
+        found = f"the model's licence asks for content filters, and {' and '.join(missing)} are not in {folder}"
+        raise FiltersError(found, "", _install(*missing))
     for name in FILTERS:
-        folder = home() / "filters" / name
-        if not folder.is_dir():
-            raise FiltersError(f"the filter {name} is not installed in {folder}", "", _install(name))
-        judges[name] = load_judge(name, folder)
-        check_self_test(name, judges[name], folder / SELF_TEST)
+        judges[name] = load_judge(name, folder / name)
+        check_self_test(name, judges[name], folder / name / SELF_TEST)
     return judges
 
 
@@ -418,8 +419,8 @@ def _is_finite(value) -> bool:
     return isinstance(value, int | float | np.floating) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _install(name: str) -> str:
-    return f"install it: flux-krea convert {FILTERS[name]}; {REVIEW}"
+def _install(*names: str) -> str:
+    return f"install: {', '.join(f'flux-krea convert {FILTERS[name]}' for name in names)}; {REVIEW}"
 
 
 def _outcome(kept: Kept) -> str:
