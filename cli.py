@@ -20,6 +20,8 @@ from mlx_flux_krea import __version__
 from mlx_flux_krea.commands.convert import convert
 from mlx_flux_krea.commands.generate import generate
 from mlx_flux_krea.commands.inspect import inspect
+from mlx_flux_krea.commands.log import log
+from mlx_flux_krea.commands.review import review
 from mlx_flux_krea.commands.verify import verify
 from mlx_flux_krea.errors import FluxKreaError, printable
 
@@ -36,7 +38,7 @@ def cli():
     """
 
 
-for verb in (generate, convert, inspect, verify):
+for verb in (generate, review, convert, inspect, verify, log):
     cli.add_command(verb)
 
 

@@ -22,7 +22,7 @@ from typing import Protocol
 
 import numpy as np
 
-from ..errors import FiltersError, Interrupted, UsageError, Withheld
+from ..errors import FiltersError, FluxKreaError, Interrupted, UsageError, Withheld
 from ..provenance import Picture
 from ..weights import home
 from .instructions import CANARIES
@@ -36,7 +36,7 @@ DELETE_NSFW = 0.98  # a picture at or above it is deleted at once, and waits for
 FILTERS = {"nsfw": "Falconsai/nsfw_image_detection", "pixtral": "mistral-community/pixtral-12b"}
 LABELS = {"nsfw": {"normal", "nsfw"}, "pixtral": {"integrity"}}  # that each filter must answer with
 SELF_TEST = "selftest.json"
-TOLERANCES = {"nsfw": 0.02, "pixtral": 0.25}  # of a probability, and of a difference of logits
+TOLERANCE = 0.25  # of a self-test's logits; a probability near 0 or 1 would hide what became of the weights
 REVIEW = "or review every picture yourself: --check review"
 PIECE, OVERLAP = 1500, 300  # characters of a long prompt that are judged at a time
 _LOOKALIKES = str.maketrans(
@@ -286,7 +286,7 @@ def open_judges() -> dict[str, Judge]:
         found = f"the model's licence asks for content filters, and {' and '.join(missing)} are not in {folder}"
         raise FiltersError(found, "", _install(*missing))
     for name in FILTERS:
-        judges[name] = load_judge(name, folder / name)
+        judges[name] = _asked(name, lambda name=name: load_judge(name, folder / name))
         check_self_test(name, judges[name], folder / name / SELF_TEST)
     return judges
 
@@ -307,9 +307,12 @@ def self_test(name: str, judge: Judge) -> dict[str, float]:
         FiltersError: the answers are wrong, whatever was recorded.
     """
     (labels,) = _image_labels(name, judge, [drawn_picture()])
-    values = {f"drawn picture, {label}": float(value) for label, value in labels.items()}
-    flagged = {"drawn picture": labels["nsfw"] >= NSFW if name == "nsfw" else labels["integrity"] > 0}
-    if name == "pixtral":
+    if name == "nsfw":
+        values = {"drawn picture": _log_odds(labels["nsfw"], labels["normal"])}
+        flagged = {"drawn picture": labels["nsfw"] >= NSFW}
+    else:
+        values = {"drawn picture": float(labels["integrity"])}
+        flagged = {"drawn picture": labels["integrity"] > 0}
         margins = dict(zip(CANARIES, _margins(judge, list(CANARIES)), strict=True))
         values |= margins
         flagged |= {text: margin > 0 for text, margin in margins.items()}
@@ -334,7 +337,7 @@ def check_self_test(name: str, judge: Judge, path: Path) -> None:
         raise FiltersError(f"{path} cannot be read: {error}", "recorded answers", _install(name)) from None
     values = self_test(name, judge)
     if values.keys() != recorded.keys() or not all(
-        abs(value - recorded[text]) <= TOLERANCES[name] for text, value in values.items()
+        abs(value - recorded[text]) <= TOLERANCE for text, value in values.items()
     ):
         found = "does not answer its self-test as it did when it was converted"
         raise FiltersError(f"the filter {name} {found}", "the recorded answers", _install(name))
@@ -404,6 +407,10 @@ def _margins(judge: Judge, texts: list[str]) -> list[float]:
     return [float(margin) for margin in margins]
 
 
+def _log_odds(p: float, q: float) -> float:
+    return math.log(max(p, 1e-30) / max(q, 1e-30))
+
+
 def _asked(name: str, ask: Callable):
     """The answer of a filter; whatever it raises is a `FiltersError`."""
     try:
@@ -411,7 +418,8 @@ def _asked(name: str, ask: Callable):
     except (FiltersError, Interrupted):
         raise
     except Exception as error:
-        found = f"the filter {name} failed: {type(error).__name__}: {error}"
+        kind = "" if isinstance(error, FluxKreaError) else f"{type(error).__name__}: "
+        found = f"the filter {name} failed: {kind}{error}"
         raise FiltersError(found, "", _install(name)) from error
 
 
