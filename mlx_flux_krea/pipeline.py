@@ -244,8 +244,7 @@ class FluxPipeline:
     # --- from here on in the engine's thread ---
 
     def _generate(self, request: Request, callback: Callable | None, progress: Progress | None) -> Result:
-        about = {name: value for name, value in self._record().items() if name != "software"}
-        with open_gate(self.policy, **about) as gate:
+        with open_gate(self.policy, **self._about()) as gate:
             request, notes = self._resolve(request)
             gate.check_prompts(request.texts())
             if request.image is not None:
@@ -416,15 +415,24 @@ class FluxPipeline:
             pictures.append(np.array(pixels[0]))
         return pictures
 
+    def _about(self) -> dict:
+        """What the log should know of this model, as JSON."""
+        facts = ("mlx", "model", "base", "manifest_sha256", "dtype", "quantization")
+        known = {name: value for name, value in self._record().items() if name in facts}
+        return known | {"license": self.folder.index.license, "license_sha256": self._sha256("LICENSE.md")}
+
+    def _sha256(self, name: str) -> str | None:
+        path = self.folder.path / name
+        return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None
+
     def _record(self) -> dict:
         """What of this pipeline decides a picture, as JSON."""
-        manifest = self.folder.path / "manifest.json"
         return {
             "software": SOFTWARE,
             "mlx": version("mlx"),
             "model": self.folder.index.name,
             "base": self.folder.index.base,
-            "manifest_sha256": hashlib.sha256(manifest.read_bytes()).hexdigest() if manifest.exists() else None,
+            "manifest_sha256": self._sha256("manifest.json"),
             "dtype": self.dtype,
             "quantization": {name: str(most) for name, (most, _) in self.folder.quantization.items()},
             "schedule": to_json(self.folder.index.schedule),

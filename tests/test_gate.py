@@ -97,9 +97,10 @@ def withheld(result, code: int, says: str, out: Path) -> None:
 def test_what_passes_is_released_and_the_log_tells_how(command, strict, filters, out, home):
     code, stdout, stderr = command("generate", CAT, "-m", strict, *OPTIONS)
     assert (code, stdout, files(out)) == (0, "out.png\n", ["out.png"]), stderr
-    entries = log(home)
+    entries, index = log(home), json.loads((strict / "model_index.json").read_text())
     assert [e["event"] for e in entries] == ["run", "prompts_passed", "generated", "passed", "released", "written"]
     assert entries[0]["filters"] == {"nsfw": {"source": "a test"}, "pixtral": {"source": "a test"}}
+    assert (entries[0]["model"], entries[0]["license"]) == (index["name"], index["license"])
     assert entries[0]["thresholds"] == {"nsfw": 0.85, "integrity": 0.0}
     assert set(entries[3]["scores"]) == {"nsfw", "integrity"}
     pixels = np.asarray(Image.open(out / "out.png"))
@@ -389,6 +390,36 @@ def test_thresholds_are_stricter_where_the_user_asks(strict, filters):
     with pytest.raises(Withheld, match="at most -4"):
         FluxPipeline.from_pretrained(strict, integrity_margin=4.001)(CAT, seed=1, **SMALL)
     assert FluxPipeline.from_pretrained(strict, integrity_margin=4)(CAT, seed=1, **SMALL).outcomes == ("released",)
+
+
+def test_what_stands_in_a_corner_of_a_long_picture_is_seen():
+    """The classifier makes a square of whatever it sees: a long picture is judged in squares too, all of it."""
+    for shape in ((100, 1000, 3), (1000, 100, 3), (100, 201, 3), (16, 4096, 3)):
+        seen = np.zeros(shape[:2], bool)
+        pixels = np.arange(np.prod(shape), dtype=np.int64).reshape(shape)  # every one of its own
+        whole, *squares = gate._views(pixels)
+        assert whole is pixels
+        for square in squares:
+            assert square.shape[0] == square.shape[1] == min(shape[:2])
+            seen |= np.isin(pixels[..., 0], square[..., 0])
+        assert seen.all()
+    assert len(gate._views(np.zeros((100, 200, 3)))) == 1
+
+
+def test_a_long_picture_is_flagged_by_its_worst_square(filters):
+    class Corner:
+        def images(self, pixels):
+            return [{"normal": 1 - p, "nsfw": p} for p in (float(one.mean() > 200) for one in pixels)]
+
+        def free(self):
+            pass
+
+    pixels = np.zeros((32, 320, 3), np.uint8)
+    pixels[:, -32:] = 255
+    assert gate.Gate(gate.Policy(), None, {"nsfw": Corner()})._scores([pixels, pixels[:, :32]]) == [
+        {"nsfw": 1.0},
+        {"nsfw": 0.0},
+    ]
 
 
 # --- ways around ---

@@ -220,8 +220,11 @@ class Gate:
         """{"nsfw": probability, "integrity": margin} of each picture, one filter after the other."""
         scores: list[dict[str, float]] = [{} for _ in pixels]
         for name, judge in self._judges.items():
-            for one, labels in zip(scores, _image_labels(name, judge, pixels), strict=True):
-                one |= {label: round(float(value), 6) for label, value in labels.items() if label != "normal"}
+            views = [_views(one) if name == "nsfw" else [one] for one in pixels]
+            answers = iter(_image_labels(name, judge, [view for some in views for view in some]))
+            label = "nsfw" if name == "nsfw" else "integrity"
+            for one, some in zip(scores, views, strict=True):
+                one[label] = round(max(float(next(answers)[label]) for _ in some), 6)
             judge.free()
         return scores
 
@@ -374,6 +377,17 @@ def _as_latin(word: str) -> str:
 def _pieces(text: str) -> list[str]:
     """A long text in overlapping pieces, so that nothing hides in the middle of it."""
     return [text[i : i + PIECE] for i in range(0, max(len(text) - OVERLAP, 1), PIECE - OVERLAP)]
+
+
+def _views(pixels: np.ndarray) -> list[np.ndarray]:
+    """The picture, and of a long one its squares: the classifier makes a square of whatever it sees."""
+    side, length = sorted(pixels.shape[:2])
+    if length <= 2 * side:
+        return [pixels]
+    count = -(-length // side)
+    starts = [round(i * (length - side) / (count - 1)) for i in range(count)]
+    upright = pixels.shape[0] == length
+    return [pixels, *(pixels[at : at + side] if upright else pixels[:, at : at + side] for at in starts)]
 
 
 def _image_labels(name: str, judge: Judge, pixels: Sequence[np.ndarray]) -> list[dict[str, float]]:
