@@ -6,7 +6,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from mlx_flux_krea.filters import gate
+from mlx_flux_krea.filters import judges as filters_judges
 from mlx_flux_krea.weights import home, read_header
 
 EYE = {"weight": [9.0, -4.0, 1.0], "bias": [-9.0]}  # of mean red, green and blue
@@ -70,8 +70,8 @@ def install(record: bool = True) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         mx.save_safetensors(str(folder / "model.safetensors"), weights)
         if record:
-            values = gate.self_test(name, CLASSES[name](folder))
-            (folder / gate.SELF_TEST).write_text(json.dumps(values))
+            values = filters_judges.self_test(name, CLASSES[name](folder))
+            (folder / filters_judges.SELF_TEST).write_text(json.dumps(values))
 
 
 def load_judge(name: str, folder: Path):

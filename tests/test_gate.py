@@ -18,6 +18,7 @@ from PIL import Image
 from mlx_flux_krea import FluxPipeline
 from mlx_flux_krea.errors import FiltersError, UsageError, Withheld
 from mlx_flux_krea.filters import gate, instructions
+from mlx_flux_krea.filters import judges as filters_judges
 from mlx_flux_krea.filters.ledger import Ledger, Released, pixel_hash
 from mlx_flux_krea.filters.log import Log
 from mlx_flux_krea.provenance import read_record
@@ -40,9 +41,9 @@ def strict(model, tmp_path_factory):
 
 @pytest.fixture
 def filters(home, monkeypatch):
-    """Both filters installed; what `gate.load_judge` gives can be changed by name."""
+    """Both filters installed; what `filters_judges.load_judge` gives can be changed by name."""
     judges.install()
-    monkeypatch.setattr(gate, "load_judge", judges.load_judge)
+    monkeypatch.setattr(filters_judges, "load_judge", judges.load_judge)
     return home / "filters"
 
 
@@ -145,7 +146,10 @@ def test_without_filters_nothing_is_loaded_and_the_way_out_is_named(command, str
 
 
 def damage_self_test(folder):
-    edit_json(folder / gate.SELF_TEST, **dict.fromkeys(json.loads((folder / gate.SELF_TEST).read_text()), 0.5))
+    edit_json(
+        folder / filters_judges.SELF_TEST,
+        **dict.fromkeys(json.loads((folder / filters_judges.SELF_TEST).read_text()), 0.5),
+    )
 
 
 def truncate(path):
@@ -163,14 +167,26 @@ DAMAGE = {
     "permuted": ("nsfw", edit(lambda a: a.update(weight=a["weight"][::-1])), "does not answer its self-test"),
     "not a number": ("nsfw", edit(lambda a: a.update(bias=mx.array([math.nan]))), "answered"),
     "other weights": ("pixtral", edit(lambda a: a.update(names=mx.zeros((6,), mx.int32) + 65)), "passes 'Mickey"),
-    "no record": ("pixtral", lambda folder: (folder / gate.SELF_TEST).unlink(), "selftest.json cannot be read"),
-    "a cut record": ("pixtral", lambda folder: truncate(folder / gate.SELF_TEST), "selftest.json cannot be read"),
+    "no record": (
+        "pixtral",
+        lambda folder: (folder / filters_judges.SELF_TEST).unlink(),
+        "selftest.json cannot be read",
+    ),
+    "a cut record": (
+        "pixtral",
+        lambda folder: truncate(folder / filters_judges.SELF_TEST),
+        "selftest.json cannot be read",
+    ),
     "an empty record": (
         "pixtral",
-        lambda folder: (folder / gate.SELF_TEST).write_text("{}"),
+        lambda folder: (folder / filters_judges.SELF_TEST).write_text("{}"),
         "does not answer its self-",
     ),
-    "a list": ("nsfw", lambda folder: (folder / gate.SELF_TEST).write_text("[1]"), "selftest.json cannot be read"),
+    "a list": (
+        "nsfw",
+        lambda folder: (folder / filters_judges.SELF_TEST).write_text("[1]"),
+        "selftest.json cannot be read",
+    ),
     "another record": ("nsfw", damage_self_test, "does not answer its self-test"),
     "one missing": ("pixtral", lambda folder: folder.rename(folder.with_name("gone")), "pixtral are not in"),
 }
@@ -229,7 +245,7 @@ ANSWERS = {
 
 def is_drawn(pixels) -> bool:
     """Whether this is the picture of the self-test."""
-    return any(np.array_equal(one, gate.drawn_picture()) for one in pixels)
+    return any(np.array_equal(one, filters_judges.drawn_picture()) for one in pixels)
 
 
 def answer_with(monkeypatch, name: str, method: str, answer) -> None:
@@ -384,6 +400,13 @@ def test_the_threshold_itself_does_not_pass_and_the_clearest_are_deleted(model, 
     assert len(waiting()) == kept
 
 
+@pytest.mark.parametrize(("margin", "passes"), [(0.0, True), (1e-9, False), (-1e-9, True)])
+def test_a_tie_passes_and_nothing_above_it(strict, filters, monkeypatch, margin, passes):
+    answer_with(monkeypatch, "pixtral", "images", lambda pixels: [{"integrity": margin}])
+    result = FluxPipeline.from_pretrained(strict)(CAT, seed=1, **SMALL)
+    assert (result.outcomes == ("released",)) is passes
+
+
 def test_thresholds_are_stricter_where_the_user_asks(strict, filters):
     pipe = FluxPipeline.from_pretrained(strict, nsfw_threshold=1e-6)
     assert pipe(CAT, seed=1, **SMALL).outcomes[0].startswith("withheld: it seems not to be safe")
@@ -507,8 +530,8 @@ KILLED = """
 import os, signal, sys
 sys.path.insert(0, sys.argv[1])
 import judges, cli
-from mlx_flux_krea.filters import gate
-gate.load_judge = judges.load_judge
+from mlx_flux_krea.filters import judges as filters_judges
+filters_judges.load_judge = judges.load_judge
 real = judges.Reader.images
 def die(self, pixels):
     if pixels[0].shape == (32, 48, 3):
