@@ -1,8 +1,8 @@
 """The installed filters: what they must answer with, and how it is known that they are what they were.
 
 When a filter is converted, its answers about a drawn picture and a few prompts are recorded beside its weights. When it
-is opened it must give them again, and they must be the right ones: zeroed or permuted weights, swapped labels or another
-tokenizer do not. What is not a plain, finite answer with the labels that are expected is an error.
+is opened it must give them again, and they must be the right ones: with zeroed or permuted weights, swapped labels or
+another tokenizer they are not. What is not a plain, finite answer with the labels that are expected is an error.
 """
 
 import json
