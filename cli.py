@@ -1,6 +1,6 @@
-"""The `flux-krea` command: its group, `generate`, and the one place that turns errors into exit codes.
+"""The `flux-krea` command: its group, the list of its verbs, and the one place that turns errors into exit codes.
 
-Heavy imports stay inside the verbs, so that help answers at once.
+Verbs keep heavy imports inside themselves, so that help answers at once.
 """
 
 # ruff: noqa: E402
@@ -10,22 +10,21 @@ signals.install()  # before anything that takes time
 
 import contextlib
 import errno
-import itertools
-import json
 import os
 import sys
 import traceback
-from collections.abc import Iterator
-from pathlib import Path
 
 import click
 
-from mlx_flux_krea import __version__, presets
+from mlx_flux_krea import __version__
 from mlx_flux_krea.commands.convert import convert
+from mlx_flux_krea.commands.generate import generate
 from mlx_flux_krea.commands.inspect import inspect
+from mlx_flux_krea.commands.log import log
 from mlx_flux_krea.commands.plan import plan
+from mlx_flux_krea.commands.review import review
 from mlx_flux_krea.commands.verify import verify
-from mlx_flux_krea.errors import FluxKreaError, UsageError, printable
+from mlx_flux_krea.errors import FluxKreaError, printable
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -40,132 +39,8 @@ def cli():
     """
 
 
-cli.add_command(convert)
-cli.add_command(inspect)
-cli.add_command(plan)
-cli.add_command(verify)
-
-
-@cli.command()
-@click.argument("prompt")
-@click.option("-m", "--model", help="A model folder, or the name of an installed one.  [default: the only one]")
-@click.option(
-    "-o", "--output", type=click.Path(path_type=Path), default="out.png", show_default=True, help="PNG, JPEG or WebP."
-)
-@click.option("--width", type=int, help="Pixels, a multiple of 16.  [default: the model's]")
-@click.option("--height", type=int, help="Pixels, a multiple of 16.  [default: the model's]")
-@click.option("--steps", type=int, help="Number of steps.  [default: the model's]")
-@click.option("--guidance", type=float, help="How closely to follow the prompt.  [default: the model's]")
-@click.option("--seed", type=int, help="Repeats a picture.  [default: a new one, which is shown]")
-@click.option(
-    "-n", "--num-images", type=click.IntRange(1, 1000), default=1, show_default=True, help="With seeds that count up."
-)
-@click.option(
-    "--noise", default="diffusers", show_default=True, help="Whose seed: diffusers, bfl, comfy, mflux, mlx-examples."
-)
-@click.option("--negative-prompt", help="What to move away from; needs --true-cfg-scale.")
-@click.option(
-    "--true-cfg-scale", type=float, default=1.0, show_default=True, help="Above 1: doubles the time of a step."
-)
-@click.option("--image", type=click.Path(path_type=Path), help="An image to start from.")
-@click.option("--strength", type=float, help=f"How far to go from the image, 0 to 1.  [default: {presets.STRENGTH}]")
-@click.option(
-    "--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), help="Compute type.  [default: the model's]"
-)
-@click.option("--force", is_flag=True, help="Replace the output, also a link; otherwise the next free name is taken.")
-@click.option("--json", "as_json", is_flag=True, help="Print a JSON object instead of paths.")
-def generate(prompt, model, output, num_images, dtype, image, force, as_json, **options):
-    """Make a picture from PROMPT.
-
-    \b
-    Example:
-      flux-krea generate "a frog holding a sign" --seed 7 -o frog.png
-    """
-    from mlx_flux_krea.commands.terminal import PipelineProgress, say, show_notes
-
-    _check_output(output)
-    in_python = {"steps": "num_inference_steps", "guidance": "guidance_scale"}
-    request = {in_python.get(name, name): value for name, value in options.items() if value is not None}
-    seed = request.pop("seed", None)
-
-    from mlx_flux_krea import FluxPipeline
-    from mlx_flux_krea.request import open_image, random_seed
-
-    show_notes()
-    pipe = FluxPipeline.from_pretrained(model, dtype=dtype)
-    request["image"] = open_image(image)  # once: the first picture may take its name
-    seed = random_seed() if seed is None else seed
-    if seed + num_images > 2**64:
-        raise UsageError(f"seed {seed} and {num_images - 1} after it", f"at most {2**64 - 1}")
-    progress = PipelineProgress()
-    names, images = _names(output), []
-    try:
-        for number in range(num_images):
-            result = pipe(prompt, seed=seed + number, progress=progress, **request)
-            with signals.held():  # a picture that has its name is also reported
-                if number == num_images - 1:
-                    signals.finish()
-                path = _save(result.images[0], names, force)
-                if path != output and not images:
-                    say(f"note: {printable(str(output))} exists; writing {printable(str(path))}")
-                stages = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in result.seconds.items())
-                say(f"seed {seed + number}: {stages}")
-                more = {"notes": result.notes, "seconds": result.seconds}
-                images.append({"path": str(path), **result.records[0], **more})
-                if not as_json:
-                    click.echo(path)
-    except FluxKreaError as error:
-        if images:
-            error.exit_code = 7
-        raise
-    finally:
-        progress.close()
-        if as_json and images:
-            click.echo(json.dumps({"images": images}, ensure_ascii=False))
-
-
-def _check_output(output: Path) -> None:
-    """Finds out before any work whether a picture can be written there.
-
-    Raises:
-        UsageError: not a name that can be written, or of a format that is not known.
-    """
-    import tempfile
-
-    from mlx_flux_krea.provenance import FORMATS
-
-    if os.path.isdir(output):
-        raise UsageError(f"{output} is a folder", "the name of a file", f"write -o {output / 'out.png'}")
-    if os.path.exists(output) and not os.path.isfile(output):
-        raise UsageError(f"{output} is a device or a pipe", "the name of a file")
-    if output.suffix.lower() not in FORMATS:
-        raise UsageError(f"{output} ends in {output.suffix or 'nothing'!r}", f"one of {', '.join(FORMATS)}")
-    folder = output.parent
-    try:  # under a name a little longer than any that will be needed
-        with signals.held():
-            tempfile.NamedTemporaryFile(
-                prefix=f".{output.name}-", suffix=".0000000-0000000.partial", dir=folder
-            ).close()
-    except OSError as error:
-        if error.errno == errno.ENOENT and not os.path.exists(folder):
-            raise UsageError(f"there is no folder {folder}", "one that exists", f"make it: mkdir -p {folder}") from None
-        raise UsageError(f"{output} cannot be written: {error.strerror}", "", "choose another place with -o") from None
-
-
-def _names(output: Path) -> Iterator[Path]:
-    """The name given, then with -2, -3 and so on."""
-    return (output if n == 1 else output.with_stem(f"{output.stem}-{n}") for n in itertools.count(1))
-
-
-def _save(picture, names: Iterator[Path], force: bool) -> Path:
-    """Saves under the next name; without --force under the next that is free at this moment, whoever else writes."""
-    for path in names:
-        if force or not os.path.lexists(path):
-            try:
-                picture.save(path, force=force)
-                return path
-            except FileExistsError:
-                continue
+for verb in (generate, review, convert, inspect, plan, verify, log):
+    cli.add_command(verb)
 
 
 def main(argv: list[str] | None = None) -> None:

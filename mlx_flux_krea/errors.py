@@ -4,7 +4,10 @@ A message has up to three parts: what was found, what was expected, what to do n
 they are plain `ValueError`s in MLX's form, with the class and the argument in brackets.
 """
 
-__all__ = ["FiltersError", "FluxKreaError", "Interrupted", "ModelError", "ResourceError", "UsageError", "printable"]
+__all__ = [
+    "FiltersError", "FluxKreaError", "Interrupted", "ModelError", "ResourceError", "UsageError", "Waiting", "Withheld",
+    "printable",
+]  # fmt: skip
 
 
 class FluxKreaError(Exception):
@@ -39,8 +42,20 @@ class ModelError(FluxKreaError):
     exit_code = 3
 
 
+class Withheld(FluxKreaError):
+    """A filter flagged what was asked for or what was drawn; nothing was released."""
+
+    exit_code = 4
+
+
+class Waiting(FluxKreaError):
+    """What was drawn waits for a person's review."""
+
+    exit_code = 5
+
+
 class FiltersError(FluxKreaError):
-    """Filters that the model's licence requires are missing or unhealthy."""
+    """Filters that the model's licence requires, or their log, are missing or unhealthy; nothing was released."""
 
     exit_code = 6
 

@@ -20,12 +20,14 @@ from PIL import Image
 
 from . import noise as noises
 from . import sampler
+from .config import to_json
 from .engine import Engine
-from .errors import FiltersError, ModelError, UsageError
+from .errors import ModelError, UsageError
+from .filters.gate import Policy, open_gate
 from .plan import GB, Plan, Weights, parse_memory, weigh_folder
 from .plan import plan as make_plan
 from .prompts import Encoded, PromptEncoder
-from .provenance import SOFTWARE, Picture
+from .provenance import SOFTWARE
 from .request import Request, Result, check_values, open_image
 from .residency import Blocks
 from .transformer import Flux, rope
@@ -48,10 +50,11 @@ class FluxPipeline:
         memory: bytes that a run may use; None: what the machine offers when it begins.
     """
 
-    def __init__(self, folder: ModelFolder, dtype: str, memory: int | None = None):
+    def __init__(self, folder: ModelFolder, dtype: str, memory: int | None = None, policy: Policy | None = None):
         self.folder = folder
         self.dtype = dtype
         self.memory = memory
+        self._policy = policy
         self._dtype: mx.Dtype = getattr(mx, dtype)
         self._engine = Engine()
         self._encoder = PromptEncoder(folder, self._dtype, self._engine.check)
@@ -64,7 +67,14 @@ class FluxPipeline:
 
     @classmethod
     def from_pretrained(
-        cls, model: str | os.PathLike | None = None, *, dtype: str | None = None, memory: str | int = "auto"
+        cls,
+        model: str | os.PathLike | None = None,
+        *,
+        dtype: str | None = None,
+        memory: str | int = "auto",
+        check: str | None = None,
+        nsfw_threshold: float | None = None,
+        integrity_margin: float | None = None,
     ) -> "FluxPipeline":
         """Opens a model folder. Only its JSON is read; weights follow when they are needed.
 
@@ -73,16 +83,24 @@ class FluxPipeline:
             dtype: the compute type: "bfloat16", "float32", or "float16" (experimental); None: the folder's.
             memory: what a run may use, such as "8GB"; what does not fit is read from disk in every step. "auto": what
                 the machine offers.
+            check: "filters", "review" (pictures wait for `flux-krea review`) or "both"; None: "filters", and
+                nothing for a model whose licence asks for nothing.
+            nsfw_threshold: a picture passes below this probability; 0.85, or less.
+            integrity_margin: how clear the filter's no must be; 0, or more.
 
         Raises:
             ModelError: not a model folder, or a damaged one.
-            UsageError: a type that does not exist, or no amount of memory.
+            UsageError: a type, an amount of memory or a check that does not exist; a threshold that lets more pass.
         """
         folder = open_model(find_model(model))
         dtype = dtype or folder.dtypes["transformer"]
         if dtype not in DTYPES:
             raise UsageError(f'no type is called "{dtype}"', f"one of {', '.join(DTYPES)}")
-        return cls(folder, dtype, parse_memory(memory))
+        thresholds = {"nsfw": nsfw_threshold, "integrity": integrity_margin}
+        strict = {name: value for name, value in ({"check": check} | thresholds).items() if value is not None}
+        if strict and check is None and not folder.requires_filters:
+            raise UsageError("a threshold does nothing: this model requires no filters", "", 'ask for them: "filters"')
+        return cls(folder, dtype, parse_memory(memory), Policy(**strict) if strict else None)
 
     def __call__(
         self,
@@ -148,15 +166,11 @@ class FluxPipeline:
         Raises:
             UsageError: arguments that cannot be used, or do not go together.
             ModelError: weights missing or damaged.
-            FiltersError: the model's licence requires filters.
+            FiltersError: filters that the model's licence requires, or their log, are missing or unhealthy.
             ResourceError: not enough memory for a picture of this size.
+            Withheld: a filter flagged a prompt or the input image. Of pictures, `Result.outcomes` says it.
             Interrupted: `interrupt` was called.
         """
-        if self.folder.requires_filters:
-            raise FiltersError(
-                f"{self.folder.index.base} may only be used with content filters, which this version does not have yet",
-                todo="flux-krea inspect shows the model; generating waits for the filters",
-            )
         if callback_on_step_end is not None and not callable(callback_on_step_end):
             raise UsageError(f"callback_on_step_end is {type(callback_on_step_end).__name__}", "a function")
         request = Request(
@@ -183,7 +197,14 @@ class FluxPipeline:
             output_type=output_type,
             max_sequence_length=max_sequence_length,
         )
+        if self.policy:
+            _check_reviewable(self.policy, request, callback_on_step_end)
         return self._engine.run(self._generate, request, callback_on_step_end, progress)
+
+    @property
+    def policy(self) -> Policy | None:
+        """What pictures must pass; None only where the model's licence asks for nothing."""
+        return self._policy or (Policy() if self.folder.requires_filters else None)
 
     def encode_prompt(
         self,
@@ -205,6 +226,7 @@ class FluxPipeline:
 
         def encode() -> tuple[mx.array, mx.array]:
             resolved, _ = self._resolve(request)
+            self._check_folder()
             encoded = self._encode(resolved.pairs(), resolved.max_sequence_length)
             embeds, pooled = (
                 mx.concatenate(arrays) for arrays in zip(*((e.embeds, e.pooled) for e in encoded), strict=True)
@@ -232,32 +254,40 @@ class FluxPipeline:
 
     def _generate(self, request: Request, callback: Callable | None, progress: Progress | None) -> Result:
         request, notes = self._resolve(request)
-        for note in notes:
-            logger.warning(note)
         plan = self.plan(request)
-        if mx.default_device().type == mx.gpu:
-            mx.set_cache_limit(min(max(plan.budget - plan.peak, 2**26), GB))
-        seconds: dict[str, float] = {}
-        peaks: dict[str, int] = {}
-        outer, self._progress = self._progress, progress  # a callback may make pictures of its own
-        try:
-            with _measured("text", seconds, peaks):
-                conditions = self._conditions(request)
-            with _measured("denoise", seconds, peaks):
-                latents = self._denoise(request, conditions, callback, plan)
-            with _measured("decode", seconds, peaks):
-                images = latents if request.output_type == "latent" else self._decode(request, latents)
-        finally:
-            self._progress = outer
-            mx.clear_cache()
-        records = tuple(self._record() | request.record(i) for i in range(request.batch))
-        if request.output_type == "pil":
-            images = [Picture.from_pixels(pixels, record) for pixels, record in zip(images, records, strict=True)]
-        elif request.output_type == "np":
-            images = np.stack(images)
+        with open_gate(self.policy, **self._about()) as gate:
+            self._check_folder()
+            gate.check_prompts(request.texts())
+            if request.image is not None:
+                gate.check_input(lambda: _seen(request))
+            notes += gate.notes
+            for note in notes:
+                logger.warning(note)
+            if mx.default_device().type == mx.gpu:
+                mx.set_cache_limit(min(max(plan.budget - plan.peak, 2**26), GB))
+            seconds: dict[str, float] = {}
+            peaks: dict[str, int] = {}
+            outer, self._progress = self._progress, progress  # a callback may make pictures of its own
+            try:
+                with _measured("text", seconds, peaks):
+                    conditions = self._conditions(request)
+                with _measured("denoise", seconds, peaks):
+                    latents = self._denoise(request, conditions, callback, plan)
+                with _measured("decode", seconds, peaks):
+                    images = latents if request.output_type == "latent" else self._decode(request, latents)
+            finally:
+                self._progress = outer
+                mx.clear_cache()
+            records = tuple(self._record() | request.record(i) for i in range(request.batch))
+            outcomes = ("released",) * request.batch
+            if request.output_type == "pil" or self.policy:
+                outcomes, images = gate.release(images, records)
+        if request.output_type == "np":
+            pixels = [np.asarray(one, np.float32) / 255 if self.policy else one for one in images]
+            images = np.stack(pixels) if pixels else np.empty((0, request.height, request.width, 3), np.float32)
         seeds = request.seed if isinstance(request.seed, tuple) else () if request.seed is None else (request.seed,)
         notes += dict.fromkeys(note for side in conditions for one in side for note in one.cut)
-        return Result(images, ("released",) * request.batch, seeds, tuple(notes), records, seconds, plan, peaks)
+        return Result(images, outcomes, seeds, tuple(notes), records, seconds, plan, peaks)
 
     def plan(self, request: Request) -> Plan:
         """What a resolved request takes, and how much of the transformer may stay in memory.
@@ -273,13 +303,15 @@ class FluxPipeline:
         )  # fmt: skip
 
     def _resolve(self, request: Request) -> tuple[Request, list[str]]:
-        """The request with defaults, once it and the folder are known to be sound; no weight is read before."""
+        """The request with defaults, once it is known to be sound."""
         multiple = 2 * self.folder.sizes["vae"].downsampling  # a token is a patch of 2 x 2 latents
-        resolved = request.resolved(self.folder.index, self.folder.sizes["transformer"], multiple)
+        return request.resolved(self.folder.index, self.folder.sizes["transformer"], multiple)
+
+    def _check_folder(self) -> None:
+        """Before a weight is read, and once."""
         if not self._checked:
             self.folder.check()
             self._checked = True
-        return resolved
 
     def _encode(self, pairs: list[tuple[str, str]], length: int) -> list[Encoded]:
         encoded = self._encoder.encode(pairs, length, lambda pieces, run: self._runner("text", pieces, run=run))
@@ -439,21 +471,32 @@ class FluxPipeline:
             z = sampler.unpack(latents[i : i + 1], *size).transpose(0, 2, 3, 1)
             x = vae.decode(z / config.scale_factor + config.shift_factor, run)
             _check_finite("the image decoder", x)
-            as_floats = request.output_type == "np"
+            as_floats = request.output_type == "np" and not self.policy  # else of the bytes that were judged
             pixels = mx.clip(x.astype(mx.float32) / 2 + 0.5, 0, 1) if as_floats else pixels_to_bytes(x, rule)
             pictures.append(np.array(pixels[0]))
         return pictures
 
+    def _about(self) -> dict:
+        """What the log should know of this model, as JSON."""
+        facts = ("mlx", "model", "base", "manifest_sha256", "dtype", "quantization")
+        known = {name: value for name, value in self._record().items() if name in facts}
+        return known | {"license": self.folder.index.license, "license_sha256": self._sha256("LICENSE.md")}
+
+    def _sha256(self, name: str) -> str | None:
+        path = self.folder.path / name
+        return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None
+
     def _record(self) -> dict:
         """What of this pipeline decides a picture, as JSON."""
-        manifest = self.folder.path / "manifest.json"
         return {
             "software": SOFTWARE,
             "mlx": version("mlx"),
             "model": self.folder.index.name,
             "base": self.folder.index.base,
-            "manifest_sha256": hashlib.sha256(manifest.read_bytes()).hexdigest() if manifest.exists() else None,
+            "manifest_sha256": self._sha256("manifest.json"),
             "dtype": self.dtype,
+            "quantization": {name: str(most) for name, (most, _) in self.folder.quantization.items()},
+            "schedule": to_json(self.folder.index.schedule),
         }
 
     def _resident(self, component: str) -> nn.Module:
@@ -508,6 +551,23 @@ def _count(function: Callable, x: mx.array) -> int:
 
     function(x, run)
     return count
+
+
+def _check_reviewable(policy: Policy, request: Request, callback: Callable | None) -> None:
+    """Refuses what would hand out, or let in, what cannot be judged."""
+    unjudged = "this model's licence asks for filters or review, and latents are pictures that nobody has judged"
+    if request.output_type == "latent":
+        raise UsageError('output_type is "latent"', '"pil" or "np"', unjudged)
+    if callback is not None:
+        raise UsageError("callback_on_step_end is given, which sees latents", "progress, which sees none", unjudged)
+    if policy.check != "review" and (request.prompt_embeds is not None or request.negative_prompt_embeds is not None):
+        raise UsageError("a prompt is given as embeds, which no filter can read", "a text")
+
+
+def _seen(request: Request) -> np.ndarray:
+    """The input image as the autoencoder sees it: (H, W, 3) uint8."""
+    pixels = pixels_from_image(request.image, request.width, request.height)
+    return np.array(pixels_to_bytes(pixels, "round")[0])
 
 
 def _given(embeds: mx.array, pooled: mx.array) -> list[Encoded]:

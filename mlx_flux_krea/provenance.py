@@ -1,20 +1,27 @@
 """The record of a picture: what made it, written into the file and read back.
 
 Every file says that a machine made it, whatever else it says: IPTC's digital source type in XMP, and EXIF Software as
-black-forest-labs/flux writes it. With `metadata="full"` (the default) it also carries the record, a JSON object of
-everything that decides the picture. Formats that cannot carry both are refused.
+black-forest-labs/flux writes it. With `metadata="full"` (the default) it also carries what decides the picture:
+
+    the record as JSON     PNG: the text "flux-krea"; JPEG and WebP: in XMP, under a namespace of ours
+    A1111's `parameters`   PNG: the text of that name; all formats: EXIF UserComment, as UTF-16
+
+Formats that cannot carry all this are refused.
 """
 
 import contextlib
+import copy
 import errno
+import io
 import json
 import logging
 import os
+import re
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from xml.sax.saxutils import escape
+from xml.sax.saxutils import escape, unescape
 
 from PIL import ExifTags, Image, PngImagePlugin
 
@@ -27,17 +34,20 @@ SOFTWARE = f"mlx-flux-krea {__version__}"
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 LEVELS = ("full", "minimal")
 _KEY = "flux-krea"  # of the JSON text in a PNG
-_SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/"
+_A1111_KEY = "parameters"  # of A1111's text in a PNG
 _XMP_KEY = "XML:com.adobe.xmp"  # of XMP in a PNG
-_JPEG_EXIF = 65533  # bytes that a JPEG has for EXIF
-_ASCII = b"ASCII\0\0\0"  # EXIF's mark of the character code of a UserComment
+_SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/"
+_UNICODE, _ASCII = b"UNICODE\0", b"ASCII\0\0\0"  # EXIF's marks of the character code of a UserComment
+_JPEG_EXIF, _JPEG_XMP = 65533, 65504  # bytes that a JPEG has for them
+_RECORD = re.compile("<krea:Record>(.*?)</krea:Record>", re.DOTALL)
+_NO_XML = re.compile("[\x7f-\x9f\ud800-\udfff\ufffe\uffff]")  # beside what JSON escapes anyway
 _XMP = """<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>
 <x:xmpmeta xmlns:x="adobe:ns:meta/">
  <rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">
   <rdf:Description rdf:about="" xmlns:xmp="http://ns.adobe.com/xap/1.0/"
-    xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/">
+    xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/" xmlns:krea="urn:mlx-flux-krea:record/">
    <xmp:CreatorTool>{tool}</xmp:CreatorTool>
-   <Iptc4xmpExt:DigitalSourceType>{source_type}</Iptc4xmpExt:DigitalSourceType>
+   <Iptc4xmpExt:DigitalSourceType>{source_type}</Iptc4xmpExt:DigitalSourceType>{record}
   </rdf:Description>
  </rdf:RDF>
 </x:xmpmeta>
@@ -52,6 +62,7 @@ class Picture(Image.Image):
     """
 
     record: dict
+    _kept = ("record",)  # the attributes that a copy has too
 
     @classmethod
     def from_pixels(cls, pixels, record: dict) -> "Picture":
@@ -61,48 +72,71 @@ class Picture(Image.Image):
         picture.record = record
         return picture
 
-    def save(self, fp, format: str | None = None, *, metadata: str = "full", force: bool = True, **params) -> None:
-        """Saves as PNG, JPEG (quality 95, 4:4:4) or WebP (quality 95).
+    def save(
+        self, fp, format: str | None = None, *, metadata="full", quality: int | None = None, force=True, **params
+    ) -> None:
+        """Saves as PNG, JPEG (4:4:4) or WebP.
 
         Args:
             fp: a path, or a file open for writing. A path gets its name only when the file is complete.
             format: "PNG", "JPEG" or "WEBP"; None: from the ending of the path.
             metadata: "full", or "minimal": only that a machine made it.
+            quality: 1 to 100, of JPEG and WebP; None: 95.
             force: a file that stands at the path is replaced.
             params: Pillow's own, over the defaults. What `exif` and `pnginfo` hold is written beside ours.
 
         Raises:
-            UsageError: a format or a level that is not known, a path that cannot be written, or `xmp`, which is ours.
+            UsageError: a format, a level or a quality that is not known, a path that cannot be written, or `xmp`, which
+                is ours.
             FileExistsError: without `force`, the path is taken.
             ResourceError: the disk is full.
         """
         if metadata not in LEVELS:
             raise UsageError(f'no level of metadata is called "{metadata}"', f"one of {', '.join(LEVELS)}")
-        is_file = hasattr(fp, "write")
-        name = str(getattr(fp, "name", "")) if is_file else os.fspath(fp)
+        name = str(getattr(fp, "name", "")) if hasattr(fp, "write") else os.fspath(fp)
         format = format.upper() if format else FORMATS.get(Path(name).suffix.lower())
         if format not in FORMATS.values():
             what = f"the format {format}" if format else f"the name {name!r}"
             raise UsageError(f"{what} is none that keeps the record of a picture", f"one of {', '.join(FORMATS)}")
-        params = _parameters(format, self.record, metadata, **params)
-        with contextlib.nullcontext(fp) if is_file else replacing(Path(fp), force) as file:
-            super().save(file, format, **params)
+        check_quality(quality, format)
+        params = _parameters(
+            format, self.record, metadata, **({} if quality is None else {"quality": quality}), **params
+        )
+        encoded = io.BytesIO()
+        super().save(encoded, format, **params)
+        self._write(fp, encoded.getvalue(), force)
+
+    def _write(self, fp, encoded: bytes, force: bool) -> None:
+        with contextlib.nullcontext(fp) if hasattr(fp, "write") else replacing(Path(fp), force) as file:
+            file.write(encoded)
 
     def copy(self) -> "Picture":
         """The same picture with the same record."""
         picture = super().copy()
-        picture.__class__ = Picture
-        picture.record = dict(self.record)
+        picture.__class__ = type(self)
+        picture.__dict__ |= copy.deepcopy({name: value for name, value in vars(self).items() if name in self._kept})
         return picture
 
     __copy__ = copy
 
     def __getstate__(self) -> list:
-        return [super().__getstate__(), self.record]
+        return [super().__getstate__(), {name: getattr(self, name) for name in self._kept}]
 
     def __setstate__(self, state: list) -> None:
         super().__setstate__(state[0])
-        self.record = state[1]
+        self.__dict__ |= state[1]
+
+
+def check_quality(quality: int | None, format: str) -> None:
+    """Refuses a quality that is none, or that does nothing.
+
+    Raises:
+        UsageError: with the reason.
+    """
+    if quality is not None and format == "PNG":
+        raise UsageError("quality does nothing in a PNG, which loses nothing", "JPEG or WebP", "leave it out")
+    if quality is not None and (type(quality) is not int or not 1 <= quality <= 100):
+        raise UsageError(f"quality is {quality!r}", "a whole number from 1 to 100")
 
 
 @contextlib.contextmanager
@@ -165,19 +199,79 @@ def opened(image: Image.Image | str | os.PathLike) -> Iterator[Image.Image]:
         raise UsageError(f"{name} cannot be opened: {reason}", "an image") from None
 
 
+def read_picture(path: Path) -> dict:
+    """What a picture's file says of itself; None where it says nothing.
+
+    Returns:
+        "source_type" (the last word of IPTC's digital source type), "software" (EXIF), "parameters" (A1111's text) and
+        "record" (ours).
+
+    Raises:
+        UsageError: not an image.
+    """
+    with opened(path) as image:
+        info, exif = image.info, image.getexif()
+        comment = exif.get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment)
+        utf16 = "utf-16-le" if exif.endian == "<" else "utf-16-be"
+    xmp = info.get("xmp") or info.get(_XMP_KEY) or ""
+    xmp = xmp.decode("utf-8", "replace") if isinstance(xmp, bytes) else xmp
+    source_type = re.search(re.escape(_SOURCE_TYPE) + r"(\w+)", xmp)
+    software = exif.get(ExifTags.Base.Software)
+    return {
+        "source_type": source_type and source_type[1],
+        "software": software if isinstance(software, str) else None,
+        "parameters": info.get(_A1111_KEY) or _decode_comment(comment, utf16),
+        "record": _decode_record(info.get(_KEY)) or _decode_record(xmp),
+    }
+
+
 def read_record(path: Path) -> dict | None:
     """The record in a picture's file; None where it has none.
 
     Raises:
         UsageError: not an image.
     """
-    with opened(path) as image:
-        text = image.info.get(_KEY)
-        comment = image.getexif().get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment)
-    if text is None and isinstance(comment, bytes) and comment.startswith(_ASCII):
-        text = comment[len(_ASCII) :].decode("ascii", "replace")
+    return read_picture(path)["record"]
+
+
+def a1111_parameters(record: dict) -> str:
+    """A record as the text that AUTOMATIC1111's interface writes, and others read."""
+    negative, settings = record.get("negative_prompt"), []
+    for name, value in (
+        ("Steps", record.get("num_inference_steps")),
+        ("Sampler", "Euler"),
+        ("CFG scale", record.get("true_cfg_scale", 1)),
+        ("Distilled CFG Scale", record.get("guidance_scale")),
+        ("Seed", record.get("seed")),
+        ("Size", f"{record['width']}x{record['height']}" if "width" in record else None),
+        ("Model hash", (record.get("manifest_sha256") or "")[:10] or None),
+        ("Model", record.get("model")),
+        ("Denoising strength", record.get("strength")),
+        ("Version", record.get("software")),
+    ):
+        text = f"{value:g}" if isinstance(value, float) else str(value)
+        quoted = json.dumps(text, ensure_ascii=False) if re.search("[,:\n]", text) else text
+        settings += [f"{name}: {quoted}"] if value is not None else []
+    lines = [record.get("prompt", ""), *([f"Negative prompt: {negative}"] if negative else []), ", ".join(settings)]
+    return "\n".join(lines)
+
+
+def _decode_comment(comment, utf16: str) -> str | None:
+    if not isinstance(comment, bytes):
+        return None
+    for mark, code in ((_UNICODE, utf16), (_ASCII, "ascii")):
+        if comment.startswith(mark):
+            return comment[len(mark) :].decode(code, "replace")
+    return None
+
+
+def _decode_record(text) -> dict | None:
+    """The record from its JSON, or from XMP that holds it."""
+    text = text if isinstance(text, str) else ""
+    if found := _RECORD.search(text):
+        text = unescape(found[1])
     try:
-        record = json.loads(text) if text else None
+        record = json.loads(text)
     except (ValueError, RecursionError):
         return None
     return record if isinstance(record, dict) and "software" in record else None
@@ -187,37 +281,58 @@ def _parameters(format: str, record: dict, metadata: str, exif=None, pnginfo=Non
     """Pillow's save parameters that carry marker and record, the caller's own beside them."""
     if "xmp" in params:
         raise UsageError("xmp is given", "none: it says that a machine made the picture")
-    from_image = record.get("strength") is not None
-    source_type = "compositeWithTrainedAlgorithmicMedia" if from_image else "trainedAlgorithmicMedia"
-    xmp = _XMP.format(tool=escape(SOFTWARE), source_type=_SOURCE_TYPE + source_type)
     merged = Image.Exif()
     if exif:
         merged.load(exif if isinstance(exif, bytes) else exif.tobytes())
-    merged[ExifTags.Base.Software] = f"AI generated;{'img2img' if from_image else 'txt2img'};flux; {SOFTWARE}"
+    task = "txt2img" if record.get("strength") is None else "img2img"
+    merged[ExifTags.Base.Software] = f"AI generated;{task};flux; {SOFTWARE}"
+    shown = record
+    if format == "JPEG" and metadata == "full":
+        room = _JPEG_EXIF - len(merged.tobytes()) - len(_UNICODE) - 64  # 64: what leads to the comment
+        shown = _fitting(record, lambda one: len(_utf16(a1111_parameters(one))) <= room)
+        record = _fitting(record, lambda one: len(_xmp(one, full=True).encode()) <= _JPEG_XMP)
+    comment = _utf16(a1111_parameters(shown))
+    if metadata == "full":
+        merged.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = _UNICODE + comment
+        merged.endian = ">"  # as the comment is: A1111 reads no other
     if format == "PNG":
         info = PngImagePlugin.PngInfo()
-        ours = tuple(key.encode() + b"\0" for key in (_XMP_KEY, _KEY))
+        ours = tuple(key.encode() + b"\0" for key in (_XMP_KEY, _KEY, _A1111_KEY))
         info.chunks = [chunk for chunk in pnginfo.chunks if not chunk[1].startswith(ours)] if pnginfo else []
-        info.add_itxt(_XMP_KEY, xmp)
+        info.add_itxt(_XMP_KEY, _xmp(record))
         if metadata == "full":
-            info.add_itxt(_KEY, json.dumps(record, ensure_ascii=False))
+            info.add_itxt(_A1111_KEY, comment.decode("utf-16-be"))
+            info.add_itxt(_KEY, _json(record))
         return {**params, "pnginfo": info, "exif": merged}
-    if metadata == "full":
-        room = _JPEG_EXIF - len(merged.tobytes()) - 64 if format == "JPEG" else None  # 64: what leads to the comment
-        merged.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = _ASCII + _fitting(record, room)
     quality = {"quality": 95, "subsampling": 0} if format == "JPEG" else {"quality": 95}
-    return {**quality, **params, "exif": merged, "xmp": xmp.encode()}
+    return {**quality, **params, "exif": merged, "xmp": _xmp(record, metadata == "full").encode()}
 
 
-def _fitting(record: dict, room: int | None) -> bytes:
-    """The record as ASCII JSON of at most `room` bytes; where it is longer, texts are cut and "truncated" is true."""
-    text = json.dumps(record)
-    if room is None or len(text) <= room:
-        return text.encode("ascii")
+def _xmp(record: dict, full: bool = False) -> str:
+    """XMP that says that a machine made the picture, and if `full`, how."""
+    source_type = (
+        "trainedAlgorithmicMedia" if record.get("strength") is None else "compositeWithTrainedAlgorithmicMedia"
+    )
+    ours = f"\n   <krea:Record>{escape(_json(record))}</krea:Record>" if full else ""
+    return _XMP.format(tool=escape(SOFTWARE), source_type=_SOURCE_TYPE + source_type, record=ours)
+
+
+def _json(record: dict) -> str:
+    """One line of JSON that XML can hold."""
+    return _NO_XML.sub(lambda found: f"\\u{ord(found[0]):04x}", json.dumps(record, ensure_ascii=False))
+
+
+def _utf16(text: str) -> bytes:
+    return text.encode("utf-16-be", "replace")
+
+
+def _fitting(record: dict, fits: Callable[[dict], bool]) -> dict:
+    """The record as a JPEG has room for it; where it is longer, texts are cut and "truncated" is true."""
     texts = {name: value for name, value in record.items() if isinstance(value, str)}
-    keep = max(map(len, texts.values()), default=0)
-    while len(text) > room and keep:
+    keep, cut = max(map(len, texts.values()), default=0), record
+    while keep and not fits(cut):
         keep = keep * 9 // 10
-        text = json.dumps(record | {name: value[:keep] for name, value in texts.items()} | {"truncated": True})
-    logger.warning("a JPEG has no room for the whole record: its texts were cut; PNG and WebP keep them")
-    return text.encode("ascii")
+        cut = record | {name: value[:keep] for name, value in texts.items()} | {"truncated": True}
+    if cut is not record:
+        logger.warning("a JPEG has no room for the whole record: its texts were cut; PNG and WebP keep them")
+    return cut

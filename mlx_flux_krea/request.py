@@ -135,6 +135,11 @@ class Request:
         first, second = ((text,) * self.prompts if isinstance(text, str) else text for text in both)
         return list(zip(first, second, strict=True))
 
+    def texts(self) -> list[str]:
+        """Every text that is read, each once."""
+        given = (getattr(self, name) for name in _TEXTS)
+        return list(dict.fromkeys(t for value in given for t in ((value,) if isinstance(value, str) else value or ())))
+
     def record(self, i: int) -> dict:
         """What of this request decides picture i, as JSON."""
         one_stream = isinstance(self.seed, int)
@@ -263,8 +268,10 @@ class Request:
 class Result:
     """What a call gave."""
 
-    images: list  # PIL pictures; one (B, H, W, 3) float array in [0, 1]; or the packed latents (B, L, 64)
-    outcomes: tuple[str, ...]  # of each image: "released"
+    images: (
+        list  # what was released: PIL pictures; one (B, H, W, 3) float array in [0, 1]; or packed latents (B, L, 64)
+    )
+    outcomes: tuple[str, ...]  # of each image that was drawn: "released", "waiting", or "withheld: " and why
     seeds: tuple[int, ...]  # one for the batch or one for each image; none where latents were given
     notes: tuple[str, ...] = ()  # what the user should know: sizes changed, text cut off
     records: tuple[dict, ...] = ()  # of each image: everything that decides it

@@ -47,9 +47,10 @@ def published():
 
 
 @pytest.fixture(autouse=True)
-def home(tmp_path, monkeypatch):
+def home(tmp_path_factory, monkeypatch):
     """Nothing is read from or written to the home folder of whoever runs the tests."""
-    monkeypatch.setenv("FLUX_KREA_HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+    folder = tmp_path_factory.mktemp("home")
+    monkeypatch.setenv("FLUX_KREA_HOME", str(folder / "home"))
+    monkeypatch.setenv("HF_HOME", str(folder / "hub"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    return tmp_path / "home"
+    return folder / "home"

@@ -397,15 +397,16 @@ def test_the_record_says_everything_that_decides_the_picture(model):
     }  # fmt: skip
     pipe = FluxPipeline.from_pretrained(model)
     record = pipe(**call).records[3]
-    versions = {name: record.pop(name) for name in ("mlx", "manifest_sha256", "model", "base")}
+    versions = {name: record.pop(name) for name in ("mlx", "manifest_sha256", "model", "base", "schedule")}
     assert versions["manifest_sha256"] == hashlib.sha256((model / "manifest.json").read_bytes()).hexdigest()
     assert versions["model"] == pipe.folder.index.name
+    assert versions["schedule"]["shift"] == "dynamic"
     assert record == {
-        "software": SOFTWARE, "dtype": "float32", "prompt": "", "prompt_2": "b", "negative_prompt": "c",
-        "negative_prompt_2": "d", "true_cfg_scale": 2.0, "width": 48, "height": 32, "num_inference_steps": 2,
-        "sigmas": [0.9, 0.4], "guidance_scale": 3.5, "seed": 8, "noise": "mflux", "strength": 0.7,
+        "software": SOFTWARE, "dtype": "float32", "quantization": {}, "prompt": "", "prompt_2": "b",
+        "negative_prompt": "c", "negative_prompt_2": "d", "true_cfg_scale": 2.0, "width": 48, "height": 32,
+        "num_inference_steps": 2, "sigmas": [0.9, 0.4], "guidance_scale": 3.5, "seed": 8, "noise": "mflux",
+        "strength": 0.7, "max_sequence_length": 16,
         "image": {"width": 110, "height": 150, "rgb_sha256": hashlib.sha256(picture.tobytes()).hexdigest()},
-        "max_sequence_length": 16,
     }  # fmt: skip
     batch = pipe([CAT, "x"], seed=5, **SMALL).records[1]
     assert (batch["seed"], batch["batch"]) == (5, [1, 2])

@@ -10,10 +10,19 @@ import pytest
 from PIL import ExifTags, Image, PngImagePlugin
 
 from mlx_flux_krea.errors import ResourceError, UsageError
-from mlx_flux_krea.provenance import SOFTWARE, Picture, read_record
+from mlx_flux_krea.provenance import SOFTWARE, Picture, a1111_parameters, read_picture, read_record
 from mlx_flux_krea.request import open_image
 
-RECORD = {"software": SOFTWARE, "prompt": 'кот "猫" <b>&amp;</b> 😀\n\\u0041', "seed": 2**64 - 1, "guidance_scale": 4.5}
+TEXT = 'кот "猫" <b>&amp;</b> ]]> 😀\n\\u0041 \x00\x01\x7f\x9f\ufffe עברית'
+RECORD = {"software": SOFTWARE, "prompt": TEXT, "seed": 2**64 - 1, "guidance_scale": 4.5}
+FULL = RECORD | {
+    "mlx": "0.32.4", "model": "krea, 4-bit", "base": "FLUX.1 Krea [dev]", "manifest_sha256": "0123456789abcdef" * 4,
+    "dtype": "bfloat16", "quantization": {"transformer": "4-bit"}, "prompt_2": "猫", "negative_prompt": "жаба: зла",
+    "negative_prompt_2": "x", "true_cfg_scale": 1.5, "width": 24, "height": 16, "num_inference_steps": 2,
+    "sigmas": [0.9, 0.4], "noise": "mflux", "batch": [0, 2], "strength": 0.6, "max_sequence_length": 512,
+    "schedule": {"shift": "dynamic"}, "image": {"width": 9, "height": 9, "rgb_sha256": "0" * 64}, "image_seed": 3,
+    "given": ["latents"], "notes": None,
+}  # fmt: skip
 PIXELS = np.arange(24 * 16 * 3, dtype=np.uint8).reshape(16, 24, 3)
 
 
@@ -37,14 +46,39 @@ def test_the_record_comes_back_from_every_format(picture, tmp_path, name):
     assert [p.name for p in tmp_path.iterdir()] == [name]
 
 
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.webp"])
+def test_every_field_comes_back_from_every_place(tmp_path, name):
+    Picture.from_pixels(PIXELS, FULL).save(tmp_path / name)
+    read = read_picture(tmp_path / name)
+    assert read["record"] == FULL
+    assert read["source_type"] == "compositeWithTrainedAlgorithmicMedia"
+    assert read["software"] == f"AI generated;img2img;flux; {SOFTWARE}"
+    assert read["parameters"] == (
+        f"{TEXT}\nNegative prompt: жаба: зла\nSteps: 2, Sampler: Euler, CFG scale: 1.5, Distilled CFG Scale: 4.5, "
+        f'Seed: {2**64 - 1}, Size: 24x16, Model hash: 0123456789, Model: "krea, 4-bit", Denoising strength: 0.6, '
+        f"Version: {SOFTWARE}"
+    )
+    with Image.open(tmp_path / name) as image:
+        exif = image.getexif()
+        comment = exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment]
+        assert exif.endian == ">"
+    assert comment == b"UNICODE\0" + read["parameters"].encode("utf-16-be")
+
+
+def test_parameters_need_no_more_than_there_is():
+    assert a1111_parameters({"software": "x", "prompt": "a"}) == "a\nSampler: Euler, CFG scale: 1, Version: x"
+
+
 @pytest.mark.parametrize("metadata", ["full", "minimal"])
 @pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.webp"])
 def test_every_file_says_that_a_machine_made_it(picture, tmp_path, name, metadata):
     picture.save(tmp_path / name, metadata=metadata)
     assert_marked(tmp_path / name)
     if metadata == "minimal":
-        assert read_record(tmp_path / name) is None
-        assert "кот".encode() not in (tmp_path / name).read_bytes()
+        read = read_picture(tmp_path / name)
+        assert (read["record"], read["parameters"]) == (None, None)
+        data = (tmp_path / name).read_bytes()
+        assert not any("кот".encode(code) in data for code in ("utf-8", "utf-16-be", "utf-16-le", "unicode_escape"))
 
 
 def test_a_picture_from_an_image_says_so(tmp_path):
@@ -61,6 +95,15 @@ def test_png_keeps_every_pixel_and_pillows_own_options_are_obeyed(picture, tmp_p
     picture.save(tmp_path / "best.jpg")
     picture.save(tmp_path / "worst.jpg", quality=10)
     assert (tmp_path / "worst.jpg").stat().st_size < (tmp_path / "best.jpg").stat().st_size
+    picture.save(tmp_path / "lossless.webp", lossless=True)
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "lossless.webp")), PIXELS)
+
+
+def test_a_quality_that_is_none_or_does_nothing_is_refused(picture, tmp_path):
+    for name, quality in (("a.png", 90), ("a.jpg", 0), ("a.webp", 101), ("a.jpg", "90"), ("a.jpg", True)):
+        with pytest.raises(UsageError, match="quality"):
+            picture.save(tmp_path / name, quality=quality)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("format", ["PNG", "png", "Jpeg", "webp"])
@@ -80,11 +123,14 @@ def test_exif_of_ones_own_is_written_beside_the_marker(picture, format, as_bytes
     exif[ExifTags.Base.Artist] = "somebody"
     exif[ExifTags.Base.Software] = "something else"
     exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = b"ASCII\0\0\0mine"
+    exif.get_ifd(ExifTags.IFD.GPSInfo)[ExifTags.GPS.GPSMapDatum] = "WGS-84"
+    exif.endian = "<"  # and ours is ">"
     picture.save(file, format, exif=exif.tobytes() if as_bytes else exif)
     assert_marked(file)
     assert read_record(file) == RECORD
     with Image.open(file) as image:
         assert image.getexif()[ExifTags.Base.Artist] == "somebody"
+        assert image.getexif().get_ifd(ExifTags.IFD.GPSInfo)[ExifTags.GPS.GPSMapDatum] == "WGS-84"
     assert exif[ExifTags.Base.Software] == "something else"  # the caller's own stays as it is
 
 
@@ -92,14 +138,16 @@ def test_png_texts_of_ones_own_are_written_beside_the_marker(picture):
     info, file = PngImagePlugin.PngInfo(), io.BytesIO()
     info.add_text("Comment", "mine")
     info.add_text("flux-krea", "{}")
+    info.add_text("parameters", "theirs")
     info.add_itxt("XML:com.adobe.xmp", "<x/>")
     picture.save(file, "PNG", pnginfo=info)
     assert_marked(file)
     assert read_record(file) == RECORD
     with Image.open(file) as image:
         assert image.info["Comment"] == "mine"
-    assert b"<x/>" not in file.getvalue()  # for readers that take the first of two
-    assert len(info.chunks) == 3
+    for theirs in (b"<x/>", b"theirs"):
+        assert theirs not in file.getvalue()  # for readers that take the first of two
+    assert len(info.chunks) == 4
 
 
 def test_the_marker_cannot_be_replaced(picture):
@@ -127,8 +175,8 @@ def test_whole_copies_keep_the_record(picture, twin):
 
 
 def test_a_record_too_long_for_a_jpeg_is_cut_and_says_so(tmp_path, caplog):
-    """Whatever the text: JSON writes a Cyrillic letter with six bytes, an emoji with twelve."""
-    for text in ("word " * 16_000, "кот" * 30_000, "😀" * 9_000):
+    """Whatever the text: UTF-8 writes a Cyrillic letter with two bytes, an emoji with four."""
+    for text in ("word " * 16_000, "кот" * 30_000, "😀" * 19_000, "&" * 30_000):
         record = RECORD | {"prompt": text, "negative_prompt": "short"}
         exif = Image.Exif()
         exif[ExifTags.Base.Artist] = "a" * 1000
@@ -139,7 +187,7 @@ def test_a_record_too_long_for_a_jpeg_is_cut_and_says_so(tmp_path, caplog):
         assert_marked(tmp_path / "a.jpg")
         kept = read_record(tmp_path / "a.jpg")
         assert text.startswith(kept["prompt"])
-        assert len(str(kept["prompt"].encode("unicode_escape"))) > 40_000
+        assert len(kept["prompt"].replace("&", "&amp;").encode()) > 50_000
         assert kept == record | {"prompt": kept["prompt"], "truncated": True}
     for name in ("a.png", "a.webp"):
         Picture.from_pixels(PIXELS, record).save(tmp_path / name)
@@ -164,17 +212,19 @@ def test_hostile_files_are_no_pictures_and_large_ones_are(tmp_path, monkeypatch,
     info.add_text("flux-krea", "[" * 100_000)
     Image.new("L", (4, 4)).save(tmp_path / "deep.png", pnginfo=info)
     assert read_record(tmp_path / "deep.png") is None
+    Image.new("L", (4, 4)).save(tmp_path / "deep.webp", xmp=b"<krea:Record>" + b"[" * 100_000 + b"</krea:Record>\xff")
+    assert read_record(tmp_path / "deep.webp") is None
 
 
 def test_an_existing_file_is_replaced_whole_or_not_at_all(picture, tmp_path, monkeypatch):
     target = tmp_path / "a.png"
     target.write_bytes(b"before")
 
-    def full(*args, **kwargs):
+    def full(*args):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Image.Image, "save", full)
+        patch.setattr("os.fsync", full)
         with pytest.raises(ResourceError, match="is full") as caught:
             picture.save(target)
     assert caught.value.exit_code == 8

@@ -17,7 +17,7 @@ ROWS = {
     "transformer": 1, "t5": 1, "clip": 1, "vae": 1, "quantized": 1, "tokenizers": 1, "noise": 1, "sampler": 1,
     "engine": 1,
     "weights": 2, "residency": 2, "plan": 2, "provenance": 2, "request": 2,
-    "prompts": 3,
+    "prompts": 3, "filters": 3, "filters.instructions": 0,
     "pipeline": 4,
     "convert": 5,
     "commands": 6, "cli": 6, "nano": 6,

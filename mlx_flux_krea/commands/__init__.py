@@ -1,1 +1,1 @@
-"""The verbs of the command line, one file each; `generate` is in cli.py, what they share in terminal.py."""
+"""The verbs of the command line, one file each, and what they share: terminal.py, output.py, signals.py."""

@@ -34,14 +34,17 @@ def inspect(path, as_json):
 
 
 def _picture(path: Path) -> tuple[dict, str]:
-    from mlx_flux_krea.provenance import read_record
+    from mlx_flux_krea.provenance import read_picture
 
     from .terminal import table
 
-    record = read_record(path)
-    if record is None:
-        return {"kind": "picture", "record": None}, f"{path} carries no record of ours"
-    return {"kind": "picture", "record": record}, table(list(record.items()))
+    facts = read_picture(path)
+    if not any(facts.values()):
+        return {"kind": "picture", **facts}, f"{path} carries no record of ours"
+    about = {"made by": facts["source_type"] or "not said", "software": facts["software"] or "not said"}
+    if facts["record"] is None and facts["parameters"]:
+        about["parameters"] = facts["parameters"]
+    return {"kind": "picture", **facts}, table(list((about | (facts["record"] or {})).items()))
 
 
 def _model(path: Path) -> tuple[dict, str]:

@@ -1,8 +1,13 @@
-"""What the commands have in common: progress lines and notes, on stderr; tables and sizes for people, as text."""
+"""What the commands have in common: progress lines, notes and pictures, on stderr; tables and sizes, as text."""
 
+import base64
 import contextlib
 import logging
+import os
+import shutil
+import subprocess
 import sys
+from pathlib import Path
 
 from tqdm import tqdm
 
@@ -128,3 +133,27 @@ def number(count: int) -> str:
         if count >= limit:
             return f"{count / limit:.2f}{unit}"
     return str(count)
+
+
+def show_picture(path: Path) -> bool:
+    """Shows a PNG to the person at this terminal: in it where it can (iTerm2, kitty), else in the platform's viewer.
+
+    Returns:
+        Whether that can be expected to have worked.
+    """
+    program = os.environ.get("LC_TERMINAL") or os.environ.get("TERM_PROGRAM", "")
+    data = base64.b64encode(path.read_bytes()).decode()
+    if program in ("iTerm2", "iTerm.app", "WezTerm"):
+        say(f"\x1b]1337;File=inline=1;preserveAspectRatio=1:{data}\x07")
+        return True
+    if "KITTY_WINDOW_ID" in os.environ or program == "ghostty":
+        chunks = [data[i : i + 4096] for i in range(0, len(data), 4096)]
+        heads = ["a=T,f=100,"] + [""] * (len(chunks) - 1)
+        more = [1] * (len(chunks) - 1) + [0]
+        say("".join(f"\x1b_G{h}m={m};{chunk}\x1b\\" for h, m, chunk in zip(heads, more, chunks, strict=True)))
+        return True
+    viewer = shutil.which("open" if sys.platform == "darwin" else "xdg-open")
+    if viewer is None or (sys.platform != "darwin" and not {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys()):
+        return False
+    ran = subprocess.run([viewer, path], stdin=subprocess.DEVNULL, capture_output=True, check=False)
+    return ran.returncode == 0

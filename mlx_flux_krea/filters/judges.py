@@ -1,0 +1,183 @@
+"""The installed filters: what they must answer with, and how it is known that they are what they were.
+
+When a filter is converted, its answers about a drawn picture and a few prompts are recorded beside its weights. When it
+is opened it must give them again, and they must be the right ones: with zeroed or permuted weights, swapped labels or
+another tokenizer they are not. What is not a plain, finite answer with the labels that are expected is an error.
+"""
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from ..errors import FiltersError, FluxKreaError, Interrupted
+from ..weights import home
+from .instructions import CANARIES
+
+NSFW = 0.85  # a picture passes below this probability
+FILTERS = {"nsfw": "Falconsai/nsfw_image_detection", "pixtral": "mistral-community/pixtral-12b"}
+LABELS = {"nsfw": {"normal", "nsfw"}, "pixtral": {"integrity"}}  # that each filter must answer with
+SELF_TEST = "selftest.json"
+TOLERANCE = 0.25  # of a self-test's logits; a probability near 0 or 1 would hide what became of the weights
+REVIEW = "or review every picture yourself: --check review"
+
+
+class Judge(Protocol):
+    """A filter. The gate reads its numbers and believes nothing else of it.
+
+    Attributes:
+        about: what the log should say: source, hashes, precision.
+    """
+
+    about: dict
+
+    def prompts(self, texts: Sequence[str]) -> Sequence[float]:
+        """Of each text the margin of yes over no ("pixtral" only)."""
+
+    def images(self, pixels: Sequence[np.ndarray]) -> Sequence[dict[str, float]]:
+        """Of each (H, W, 3) uint8 picture, its labels (`LABELS`) with probabilities, or with the margin."""
+
+    def free(self) -> None:
+        """Gives back what was loaded; it may be asked again."""
+
+
+def open_judges() -> dict[str, Judge]:
+    """The installed filters, after their self-tests.
+
+    Raises:
+        FiltersError: one is missing, damaged or does not answer as it did when it was converted.
+    """
+    judges, folder = {}, home() / "filters"
+    missing = [name for name in FILTERS if not (folder / name).is_dir()]
+    if missing:
+        found = f"the model's licence asks for content filters, and {' and '.join(missing)} are not in {folder}"
+        raise FiltersError(found, "", install_command(*missing))
+    for name in FILTERS:
+        judges[name] = _asked(name, lambda name=name: load_judge(name, folder / name))
+        check_self_test(name, judges[name], folder / name / SELF_TEST)
+    return judges
+
+
+def load_judge(name: str, folder: Path) -> Judge:
+    """An installed filter.
+
+    Raises:
+        FiltersError: its files are not what they were.
+    """
+    raise FiltersError(f"this version cannot run the filter {name}", "", REVIEW.removeprefix("or "))
+
+
+def self_test(name: str, judge: Judge) -> dict[str, float]:
+    """What a filter answers about the canaries: a drawn picture, and prompts. The converter records it.
+
+    Raises:
+        FiltersError: the answers are wrong, whatever was recorded.
+    """
+    (labels,) = image_labels(name, judge, [drawn_picture()])
+    if name == "nsfw":
+        values = {"drawn picture": _log_odds(labels["nsfw"], labels["normal"])}
+        flagged = {"drawn picture": labels["nsfw"] >= NSFW}
+    else:
+        values = {"drawn picture": float(labels["integrity"])}
+        flagged = {"drawn picture": labels["integrity"] > 0}
+        margins = dict(zip(CANARIES, margins_of(judge, list(CANARIES)), strict=True))
+        values |= margins
+        flagged |= {text: margin > 0 for text, margin in margins.items()}
+    judge.free()
+    for what, is_flagged in flagged.items():
+        if is_flagged != CANARIES.get(what, False):
+            found = f"the filter {name} fails its self-test: it {'flags' if is_flagged else 'passes'} {what!r}"
+            raise FiltersError(found, "the opposite", install_command(name))
+    return values
+
+
+def check_self_test(name: str, judge: Judge, path: Path) -> None:
+    """Compares what a filter answers with what it answered when it was converted.
+
+    Raises:
+        FiltersError: it differs, or nothing was recorded.
+    """
+    try:
+        recorded = json.loads(path.read_text(encoding="utf-8"))
+        recorded = {text: float(value) for text, value in recorded.items()}
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise FiltersError(f"{path} cannot be read: {error}", "recorded answers", install_command(name)) from None
+    values = self_test(name, judge)
+    if values.keys() != recorded.keys() or not all(
+        abs(value - recorded[text]) <= TOLERANCE for text, value in values.items()
+    ):
+        found = "does not answer its self-test as it did when it was converted"
+        raise FiltersError(f"the filter {name} {found}", "the recorded answers", install_command(name))
+
+
+def drawn_picture() -> np.ndarray:
+    """A sun over a meadow, (128, 192, 3) uint8: nothing that anybody could mind."""
+    y, x = np.mgrid[:128, :192]
+    sky = np.stack([120 + y // 2, 170 + y // 3, 230 - y // 8], axis=-1)
+    meadow = np.stack([60 + (x * y) % 13, 140 + (x + 2 * y) % 17, 50 + (3 * x + y) % 11], axis=-1)
+    picture = np.where((y > 80)[..., None], meadow, sky)
+    picture[(x - 140) ** 2 + (y - 35) ** 2 < 18**2] = (250, 220, 90)
+    return picture.astype(np.uint8)
+
+
+def image_labels(name: str, judge: Judge, pixels: Sequence[np.ndarray]) -> list[dict[str, float]]:
+    """What a filter says of each picture, once it is known to be an answer.
+
+    Raises:
+        FiltersError: it raised, or its labels or numbers are not what they must be.
+    """
+    answers = _asked(name, lambda: [dict(one) for one in judge.images(pixels)])
+    for answer in answers:
+        fits = answer.keys() == LABELS[name] and all(map(_is_finite, answer.values()))
+        if fits and name == "nsfw":
+            fits = all(0 <= p <= 1 for p in answer.values()) and abs(sum(answer.values()) - 1) < 1e-3
+        if not fits:
+            found = ", ".join(f"{label} {value}" for label, value in answer.items())
+            raise FiltersError(
+                f"the filter {name} answered {found}", ", ".join(sorted(LABELS[name])), install_command(name)
+            )
+    if len(answers) != len(pixels):
+        raise FiltersError(f"the filter {name} gave {len(answers)} answers", f"{len(pixels)}", install_command(name))
+    return answers
+
+
+def margins_of(judge: Judge, texts: list[str]) -> list[float]:
+    """Of each text the margin of yes.
+
+    Raises:
+        FiltersError: the filter raised, or its numbers are none.
+    """
+    margins = _asked("pixtral", lambda: list(judge.prompts(texts))) if texts else []
+    if len(margins) != len(texts) or not all(map(_is_finite, margins)):
+        raise FiltersError(
+            f"the filter pixtral answered {margins}", f"{len(texts)} numbers", install_command("pixtral")
+        )
+    return [float(margin) for margin in margins]
+
+
+def _log_odds(p: float, q: float) -> float:
+    return math.log(max(p, 1e-30) / max(q, 1e-30))
+
+
+def _asked(name: str, ask: Callable):
+    """The answer of a filter; whatever it raises is a `FiltersError`."""
+    try:
+        return ask()
+    except (FiltersError, Interrupted):
+        raise
+    except Exception as error:
+        kind = "" if isinstance(error, FluxKreaError) else f"{type(error).__name__}: "
+        found = f"the filter {name} failed: {kind}{error}"
+        raise FiltersError(found, "", install_command(name)) from error
+
+
+def _is_finite(value) -> bool:
+    return isinstance(value, int | float | np.floating) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def install_command(*names: str) -> str:
+    """What to do about filters that are missing or unhealthy."""
+    return f"install: {', '.join(f'flux-krea convert {FILTERS[name]}' for name in names)}; {REVIEW}"

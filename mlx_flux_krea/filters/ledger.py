@@ -1,0 +1,372 @@
+"""Quarantine, log and release: where a picture waits until a filter or a person has vouched for these very pixels.
+
+    HOME/quarantine/RUN.noindex/     of one run: `lock`, held as long as it lives, and IMAGE.png with its record inside
+    HOME/log/log.jsonl               what happened, one JSON object a line (see `Log`)
+    HOME/log/head                    number and hash of its last line, so that a shortened log is noticed
+
+Names are random. Folders are for their owner alone and not indexed by Spotlight. A picture's state is its last event in
+the log, and `FOLLOWS` says which event may follow which; there is no other way out of the quarantine.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import io
+import json
+import os
+import re
+import secrets
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from ..errors import FiltersError, FluxKreaError, ResourceError, UsageError
+from ..provenance import SOFTWARE, Picture, opened, read_record, replacing
+from ..weights import home
+from .log import Log
+
+KEEP_DAYS = 30  # then what nobody has reviewed is deleted
+_SYNCHRONISED = re.compile(
+    "(mobile documents|cloudstorage|icloud drive|dropbox|onedrive|google ?drive)( ?[-(].*)?", re.I
+)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a filter or a person says about one picture.
+
+    Attributes:
+        event: "passed", "flagged", "error", "waiting", "approved" or "rejected".
+        pixels: whose `pixel_hash` it is about.
+        reasons: sentences.
+        scores: of the filters, by name.
+        reviewer: the name of a person, for "approved" and "rejected".
+        answers: that person's, by question.
+    """
+
+    event: str
+    pixels: str
+    reasons: tuple[str, ...] = ()
+    scores: dict[str, float] = field(default_factory=dict)
+    reviewer: str = ""
+    answers: dict[str, bool] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A picture in quarantine.
+
+    Attributes:
+        image: its random name.
+        path: of the PNG.
+        facts: what the log says: "event", "check", "pixels", "scores", "reasons", ...
+    """
+
+    image: str
+    path: Path
+    facts: dict
+
+
+class Released(Picture):
+    """A picture that a filter or a person has vouched for. `save` is `Ledger.release`."""
+
+    image: str
+    root: Path
+    _kept = ("record", "image", "root")
+
+    def _write(self, fp, encoded: bytes, force: bool) -> None:
+        Ledger(self.root).release(self, encoded, fp, force)
+
+
+def pixel_hash(pixels: np.ndarray) -> str:
+    """SHA-256 of (H, W, 3) uint8 pixels and their size."""
+    digest = hashlib.sha256(f"{pixels.dtype} {pixels.shape}".encode())
+    digest.update(np.ascontiguousarray(pixels))
+    return digest.hexdigest()
+
+
+class Ledger:
+    """Quarantine and log of one home folder, shared by all processes.
+
+    Args:
+        root: the home folder; None: `weights.home()`.
+
+    Raises:
+        FiltersError: they cannot be made private, lie where they would be copied to a server, or the log is damaged.
+    """
+
+    def __init__(self, root: Path | None = None):
+        self.root = (root or home()).resolve()
+        self.quarantine = self.root / "quarantine"
+        for folder in (self.quarantine, self.root / "log"):
+            _make_private(folder)
+        self.log = Log(self.root / "log")
+
+    @contextlib.contextmanager
+    def run(self, check: str, **about) -> Iterator["Run"]:
+        """A run of the pipeline: what it draws is kept under its lock.
+
+        What died before is recovered first, what is too old deleted.
+
+        Args:
+            check: "filters", "review" or "both".
+            about: what the log should say of it.
+        """
+        self.recover()
+        with contextlib.ExitStack() as stack:
+            is_mine = False
+            while not is_mine:  # whoever recovers may take a new folder for one that died
+                name = secrets.token_hex(16)
+                folder = self.quarantine / f"{name}.noindex"
+                _make_private(folder)
+                is_mine = stack.enter_context(_locked(folder))
+            self.log.append("run", run=name, check=check, software=SOFTWARE, **about)
+            yield Run(self, folder, name, check)
+
+    def recover(self) -> None:
+        """Marks what runs that died left behind: it waits for a person, and is never released by itself."""
+        now = time.time()
+        for folder in self._folders():
+            with _locked(folder) as is_dead:
+                if not is_dead:
+                    continue
+                for partial in folder.glob(".*.partial"):
+                    partial.unlink(missing_ok=True)
+                for path in folder.glob("*.png"):
+                    self._recover(path, now)
+
+    def _recover(self, path: Path, now: float) -> None:
+        facts = self.log.picture(path.stem)
+        event = facts.get("event")
+        if event in ("rejected", "purged"):
+            path.unlink(missing_ok=True)
+        elif now - path.stat().st_mtime > KEEP_DAYS * 86400:
+            self.log.append("purged", image=path.stem, reasons=[f"older than {KEEP_DAYS} days"])
+            path.unlink(missing_ok=True)
+        elif event is None:  # it died between writing the picture and writing the log, or the log is a new one
+            try:
+                pixels, record = _read(path)
+            except UsageError:
+                self.log.append("purged", image=path.stem, reasons=["its file is damaged"])
+                path.unlink(missing_ok=True)
+                return
+            known = {"check": "review", "pixels": pixel_hash(pixels), "record_sha256": _hash_json(record)}
+            self.log.append("error", image=path.stem, reasons=["never judged: its run died"], **known)
+        elif event == "generated":
+            self.log.append("error", image=path.stem, reasons=["never judged: its run died"])
+        elif event not in ("waiting", "flagged", "error"):  # vouched for, and perhaps never written
+            self.log.append("waiting", image=path.stem, reasons=["its run died before it was written"])
+
+    def waiting(self) -> list[Kept]:
+        """What a person may review now, oldest first: it waits, was flagged, or could not be judged."""
+        self.recover()
+        found = []
+        for folder in self._folders():
+            for path in folder.glob("*.png"):
+                facts = self.log.picture(path.stem)
+                if facts.get("event") in ("waiting", "flagged", "error"):
+                    found.append(Kept(path.stem, path, facts))
+        return sorted(found, key=lambda kept: (kept.facts.get("time", ""), kept.image))
+
+    @contextlib.contextmanager
+    def claimed(self, kept: Kept) -> Iterator[bool]:
+        """Whether the picture is this process's alone within the block; false: somebody else has it, or had."""
+        with _locked(kept.path.parent) as is_mine:
+            yield is_mine and kept.path.exists()
+
+    def settle(self, kept: Kept, verdict: Verdict) -> Kept:
+        """Writes a verdict into the log.
+
+        Raises:
+            ValueError: not a verdict, or one about other pixels.
+            FiltersError: not the time for such a verdict, or the log cannot be written.
+        """
+        if not isinstance(verdict, Verdict):
+            raise ValueError(f"[Ledger.settle] {type(verdict).__name__} is not a Verdict")
+        if verdict.pixels != kept.facts["pixels"]:
+            raise ValueError("[Ledger.settle] the verdict is about other pixels")
+        more = {name: value for name, value in vars(verdict).items() if value and name not in ("event", "pixels")}
+        self.log.append(verdict.event, image=kept.image, pixels=verdict.pixels, **more)
+        return Kept(kept.image, kept.path, self.log.picture(kept.image))
+
+    def hand_over(self, kept: Kept) -> Released:
+        """The picture that was vouched for, out of its file.
+
+        Raises:
+            FiltersError: nobody vouched for it, or the file is not the one that was judged.
+        """
+        try:
+            pixels, record = _read(kept.path)
+            wrong = pixel_hash(pixels) != kept.facts["pixels"] or _hash_json(record) != kept.facts["record_sha256"]
+        except UsageError:
+            wrong = True
+        if wrong:
+            self.log.append("error", image=kept.image, reasons=["its file is not the one that was judged"])
+            raise FiltersError(
+                f"{kept.path} changed after it was judged", "the same pixels and record", "it stays where it is"
+            )
+        self.log.append("released", image=kept.image, pixels=kept.facts["pixels"])
+        picture = Released.from_pixels(pixels, record)
+        picture.image, picture.root = kept.image, self.root
+        return picture
+
+    def discard(self, kept: Kept) -> None:
+        """Deletes the file: it was written elsewhere, handed over, or rejected."""
+        kept.path.unlink(missing_ok=True)
+
+    def release(self, picture: Released, encoded: bytes, fp, force: bool) -> None:
+        """Writes a released picture; nothing else writes what a filtered model drew.
+
+        Order: the log vouches for these pixels, the encoded file is decoded and compared, the log has the file's hash
+        on disk, a temporary file beside the target is written and read back, and takes its name.
+
+        Args:
+            picture: from `hand_over`.
+            encoded: the file's bytes.
+            fp: a path, or a file open for writing.
+            force: a file that stands at the path is replaced.
+
+        Raises:
+            UsageError: the pixels were changed since, or the path cannot be written.
+            FiltersError: the log does not know it, or cannot be written; or the encoded file shows something else.
+            FileExistsError: without `force`, the path is taken.
+            ResourceError: the disk is full.
+        """
+        pixels, facts = np.asarray(picture), self.log.picture(picture.image)
+        if facts.get("event") not in ("released", "written", "unwritten"):
+            raise FiltersError(f"the log in {self.log.path} does not say that this picture was released")
+        if pixel_hash(pixels) != facts["pixels"]:
+            todo = "save a plain copy: PIL.Image.fromarray(numpy.asarray(image))"
+            raise UsageError("the picture was changed after it was released", "the same pixels", todo)
+        _compare(pixels, encoded)
+        digest = hashlib.sha256(encoded).hexdigest()
+        self.log.append("written", image=picture.image, pixels=facts["pixels"], file_sha256=digest)
+        try:
+            with contextlib.nullcontext(fp) if hasattr(fp, "write") else replacing(Path(fp), force) as file:
+                file.write(encoded)
+                if not hasattr(fp, "write"):
+                    file.flush()
+                    if hashlib.sha256(Path(file.name).read_bytes()).hexdigest() != digest:
+                        raise FiltersError(f"{fp} was changed while it was written", "", "write it elsewhere")
+        except BaseException:
+            with contextlib.suppress(FluxKreaError):
+                self.log.append("unwritten", image=picture.image)
+            raise
+
+    def _folders(self) -> list[Path]:
+        return sorted(self.quarantine.glob("*.noindex"))
+
+
+class Run:
+    """One run's part of the quarantine; from `Ledger.run`."""
+
+    def __init__(self, ledger: Ledger, folder: Path, name: str, check: str):
+        self.ledger, self.folder, self.name, self.check = ledger, folder, name, check
+
+    def keep(self, pixels: np.ndarray, record: dict) -> Kept:
+        """Puts (H, W, 3) uint8 pixels with their record into quarantine.
+
+        Raises:
+            ResourceError: the disk is full.
+            FiltersError: the quarantine or the log cannot be written.
+        """
+        image = secrets.token_hex(16)
+        path = self.folder / f"{image}.png"
+        try:
+            Picture.from_pixels(pixels, record).save(path, compress_level=1)
+        except ResourceError:
+            raise
+        except FluxKreaError as error:
+            raise FiltersError(f"the quarantine cannot be written: {error}") from None
+        facts = {"pixels": pixel_hash(pixels), "record_sha256": _hash_json(record), "seed": record.get("seed")}
+        size = {"height": pixels.shape[0], "width": pixels.shape[1]}
+        self.ledger.log.append("generated", image=image, run=self.name, check=self.check, **facts, **size)
+        return Kept(image, path, self.ledger.log.picture(image))
+
+    def note(self, event: str, **facts) -> None:
+        """Writes into the log what is not about a picture of this run, such as a prompt that was flagged."""
+        self.ledger.log.append(event, run=self.name, **facts)
+
+
+def _hash_json(record: dict | None) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
+def _read(path: Path) -> tuple[np.ndarray, dict]:
+    """Pixels and record of a picture in quarantine."""
+    with opened(path) as image:
+        pixels = np.asarray(image)
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
+        raise UsageError(f"{path} is not an RGB image")
+    return pixels, read_record(path) or {}
+
+
+def _compare(pixels: np.ndarray, encoded: bytes) -> None:
+    """Decodes a file again: the same pixels where the format loses nothing, else one picture that looks alike."""
+    with opened(io.BytesIO(encoded)) as image:
+        format, frames, shown = image.format, getattr(image, "n_frames", 1), image.convert("RGB")
+    same = frames == 1 and shown.size == (pixels.shape[1], pixels.shape[0])
+    if same and format == "PNG":
+        same = np.array_equal(np.asarray(shown), pixels)
+    elif same:  # quarters, which no quality moves by 64 of 255
+        quarters = (
+            np.asarray(one.resize((2, 2), Image.Resampling.BOX), int) for one in (shown, Image.fromarray(pixels))
+        )
+        same = np.abs(np.subtract(*quarters)).max() <= 64
+    if not same:
+        raise FiltersError("the encoded file shows something else than what was released", "the same picture")
+
+
+def _make_private(folder: Path) -> None:
+    """A folder for its owner alone.
+
+    Raises:
+        FiltersError: it cannot be made so, or lies where files are copied to a server.
+    """
+    own = Path.home()
+    desktop = sys.platform == "darwin" and {own / "Desktop", own / "Documents"} & set(folder.parents)  # iCloud's choice
+    if desktop or any(map(_SYNCHRONISED.fullmatch, folder.parts)):
+        todo = "name another place in $FLUX_KREA_HOME"
+        raise FiltersError(f"{folder} looks like a folder that is copied to a server", "a private place", todo)
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if folder.is_symlink():
+            raise FiltersError(f"{folder} is a link", "a folder", "remove it")
+        folder.chmod(0o700)
+        if not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
+            raise PermissionError(13, "Permission denied")
+    except OSError as error:
+        todo = "mend its rights, or name another place in $FLUX_KREA_HOME"
+        raise FiltersError(f"{folder} cannot be written: {error.strerror}", "a private folder", todo) from None
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[bool]:
+    """Whether the folder's lock is ours within the block; it goes with the process, however that ends.
+
+    A folder in which no picture is left goes with the block.
+    """
+    try:
+        descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+    except OSError:  # somebody has just removed it
+        yield False
+        return
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_mine = os.path.samestat(os.fstat(descriptor), os.stat(folder / "lock"))
+        except OSError:
+            is_mine = False
+        try:
+            yield is_mine
+        finally:
+            if is_mine and not any(folder.glob("*.png")):
+                shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,203 @@
+"""The log: one JSON object a line, appended under a lock, each with the hash of the line before.
+
+A line is on disk before `append` returns, and so before anything is released on its strength. Whoever owns the machine
+can delete the log, or write another: it shows changes, it does not prevent them. It holds hashes of prompts and pixels,
+never the prompts, the pixels or the names of files.
+"""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from ..errors import FiltersError
+
+# events of a picture, and the events that each may follow
+FOLLOWS = {
+    "generated": (None,),
+    "passed": ("generated",),
+    "flagged": ("generated",),
+    "error": (None, "generated", "passed", "waiting", "flagged", "error", "approved", "released"),
+    "waiting": ("generated", "passed", "approved", "released", "written", "unwritten"),  # for a person
+    "approved": ("waiting", "flagged", "error"),
+    "rejected": ("waiting", "flagged", "error"),
+    "released": ("passed", "approved"),  # "passed" is enough where no review was asked for
+    "written": ("released", "written", "unwritten"),
+    "unwritten": ("written",),
+    "purged": (None, "generated", "passed", "waiting", "flagged", "error", "approved", "released"),
+}
+_START = "0" * 64  # what the first line has for the hash of the line before
+
+
+class Log:
+    """The log in a folder.
+
+    Args:
+        folder: that holds log.jsonl and head; it exists.
+    """
+
+    def __init__(self, folder: Path):
+        self.path = folder / "log.jsonl"
+        self._head = folder / "head"
+        self._entries: list[dict] = []
+        self._hashes = [_START]  # of every line, torn ones included
+        self._pictures: dict[str, dict] = {}
+        self._read_to = 0  # bytes of the file that are in whole lines
+        self._tail = b""  # what a crash left of the last line
+        self._torn = False  # the last whole line is no entry, and needs one that says so
+
+    def picture(self, image: str) -> dict:
+        """What the log says of a picture: the facts of all its events, the last event, and the first's time.
+
+        Raises:
+            FiltersError: the log is damaged.
+        """
+        with self._open():
+            return dict(self._pictures.get(image, {}))
+
+    def read(self) -> list[dict]:
+        """All entries.
+
+        Raises:
+            FiltersError: the log is damaged.
+        """
+        with self._open():
+            return list(self._entries)
+
+    def append(self, event: str, image: str | None = None, **facts) -> dict:
+        """Writes one entry, and returns when it is on disk.
+
+        Args:
+            event: what happened; of a picture, a key of `FOLLOWS`.
+            image: the random name of the picture that it is about.
+            facts: what JSON can hold.
+
+        Raises:
+            FiltersError: the log is damaged or cannot be written, or the event may not follow the picture's last one.
+        """
+        with self._open() as file:
+            if image is not None:
+                self._check_order(event, image)
+            if self._tail:
+                self._write(file, b"\n")
+            if self._torn:
+                self._write(file, self._line(event="torn"))
+            self._write(file, self._line(event=event, **({} if image is None else {"image": image}), **facts))
+            self._write_head()
+            return self._entries[-1]
+
+    def _check_order(self, event: str, image: str) -> None:
+        facts = self._pictures.get(image, {})
+        before = facts.get("event")
+        if event == "released" and before == "passed" and facts["check"] != "filters":
+            before = "passed and not reviewed"
+        if before not in FOLLOWS[event]:
+            raise FiltersError(f'a picture whose state is "{before}" cannot become "{event}"')
+
+    @contextlib.contextmanager
+    def _open(self) -> Iterator:
+        """The file, locked, and everything in it read and verified."""
+        try:
+            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
+        except OSError as error:
+            raise self._unusable(f"cannot be opened: {error.strerror}") from None
+        with open(descriptor, "r+b", buffering=0) as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            self._read(file)
+            yield file
+
+    def _read(self, file) -> None:
+        """Verifies what was appended since the last time.
+
+        Raises:
+            FiltersError: a line was changed, removed or added out of order, or the end is missing.
+        """
+        if os.fstat(file.fileno()).st_size < self._read_to:
+            raise self._damaged("it is shorter than it was")
+        file.seek(self._read_to)
+        *lines, self._tail = file.read().split(b"\n")
+        for line in lines:
+            number, entry = len(self._hashes), _parse(line)
+            follows = entry is None or (entry.get("n"), entry.get("previous")) == (number, self._hashes[-1])
+            if not follows or (self._torn and (entry is None or entry["event"] != "torn")):
+                raise self._damaged(f"line {number} does not follow from line {number - 1}")
+            self._torn = entry is None
+            self._hashes.append(_hash(line))
+            if entry is not None:
+                self._take(entry)
+        self._read_to = file.tell() - len(self._tail)
+        self._check_head()
+
+    def _take(self, entry: dict) -> None:
+        self._entries.append(entry)
+        if "image" in entry:
+            facts = {name: value for name, value in entry.items() if name not in ("n", "previous", "image")}
+            before = self._pictures.get(entry["image"], facts)
+            self._pictures[entry["image"]] = before | facts | {"time": before["time"]}
+
+    def _line(self, **facts) -> bytes:
+        now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        entry = {"n": len(self._hashes), "time": now, **facts, "previous": self._hashes[-1]}
+        return json.dumps(entry, allow_nan=False).encode() + b"\n"
+
+    def _write(self, file, data: bytes) -> None:
+        """All of it on disk, or none of it."""
+        size = file.seek(0, os.SEEK_END)
+        try:
+            if file.write(data) != len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.fsync(file.fileno())
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                file.truncate(size)
+            raise self._unusable(f"cannot be written: {error.strerror}") from None
+        self._read(file)
+
+    def _write_head(self) -> None:
+        partial = self._head.with_suffix(".partial")
+        try:
+            with open(partial, "w") as file:
+                file.write(f"{len(self._hashes) - 1} {self._hashes[-1]}\n")
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, self._head)
+        except OSError as error:
+            raise self._unusable(f"cannot be written: {error.strerror}") from None
+
+    def _check_head(self) -> None:
+        """Raises FiltersError where lines are missing at the end. The head may be one entry behind, after a crash."""
+        try:
+            number, digest = self._head.read_text().split()
+            known = self._hashes[int(number)] == digest
+        except FileNotFoundError:
+            known = len(self._entries) <= 1
+        except (OSError, ValueError, IndexError):
+            known = False
+        if not known:
+            raise self._damaged("its end is missing, or its head")
+
+    def _damaged(self, how: str) -> FiltersError:
+        todo = f"flux-krea log verify says the same; to begin a new log, move {self.path.parent} to another place"
+        return FiltersError(f"{self.path} was changed: {how}", "an unbroken chain", todo)
+
+    def _unusable(self, why: str) -> FiltersError:
+        return FiltersError(
+            f"the log {self.path} {why}", "a file that can be written", "mend that; nothing is released"
+        )
+
+
+def _parse(line: bytes) -> dict | None:
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return entry if isinstance(entry, dict) and isinstance(entry.get("event"), str) and "time" in entry else None
+
+
+def _hash(line: bytes) -> str:
+    return hashlib.sha256(line).hexdigest()
