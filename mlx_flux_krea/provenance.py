@@ -55,8 +55,8 @@ class Picture(Image.Image):
 
     @classmethod
     def from_pixels(cls, pixels, record: dict) -> "Picture":
-        """A picture of (H, W, 3) uint8 pixels with its record."""
-        picture = Image.fromarray(pixels)
+        """A picture of (H, W, 3) uint8 pixels, or of an RGB image, with its record."""
+        picture = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
         picture.__class__ = cls
         picture.record = record
         return picture
@@ -87,6 +87,12 @@ class Picture(Image.Image):
         params = _parameters(format, self.record, metadata, **params)
         with contextlib.nullcontext(fp) if is_file else replacing(Path(fp), force) as file:
             super().save(file, format, **params)
+
+    def enlarged(self, times: int) -> "Picture":
+        """The picture so many times as wide and as high, smoothed; its record says so."""
+        size = (self.width * times, self.height * times)
+        pixels = self.resize(size, Image.Resampling.BICUBIC)
+        return Picture.from_pixels(pixels, self.record | {"enlarged": times})
 
     def copy(self) -> "Picture":
         """The same picture with the same record."""
