@@ -23,24 +23,6 @@ SMALL = ["--width", "48", "--height", "32", "--steps", "2"]
 CODES = {signal.SIGINT: (130, "interrupted"), signal.SIGTERM: (143, "terminated"), signal.SIGHUP: (143, "terminated")}
 
 
-@pytest.fixture
-def command(tmp_path, monkeypatch, capsys):
-    """Runs the command's own main in this process and gives (exit code, stdout, stderr)."""
-    monkeypatch.chdir(tmp_path)
-    before = {number: signal.getsignal(number) for number in (*CODES, signal.SIGALRM)}
-    import cli  # takes the signals
-
-    def run(*args):
-        with pytest.raises(SystemExit) as end:
-            cli.main([str(a) for a in args])
-        out, err = capsys.readouterr()
-        return end.value.code or 0, out, err
-
-    yield run
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
 # --- the real program ---
 
 

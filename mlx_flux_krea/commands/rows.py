@@ -14,6 +14,7 @@ from .options import PER_PICTURE, cast, check_together
 
 _ESCAPED = {r"\{": "\ue000", r"\}": "\ue001", r"\|": "\ue002"}  # while alternatives are looked for
 _GROUP = re.compile(r"\{([^{}]*\|[^{}]*)\}")
+_OPEN = re.compile(r"\{[^{}]*\||\|[^{}]*\}")  # a bar whose brace has no partner
 
 
 def alternatives(prompt: str, limit: int) -> list[tuple[str, str]]:
@@ -36,8 +37,7 @@ def alternatives(prompt: str, limit: int) -> list[tuple[str, str]]:
     literal = _GROUP.split(prompt)
     choices = [group.split("|") for group in literal[1::2]]
     texts = literal[::2]
-    rest = " ".join(texts)
-    if "|" in rest and ("{" in rest or "}" in rest):
+    if _OPEN.search(" ".join(texts)):
         raise UsageError("alternatives are not closed, or stand in others", "{a|b|c}", r"write \{ for a brace")
     count = 1
     for group in choices:
