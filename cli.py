@@ -17,6 +17,7 @@ import traceback
 import click
 
 from mlx_flux_krea import __version__
+from mlx_flux_krea.commands import completion, config, schema
 from mlx_flux_krea.commands.convert import convert
 from mlx_flux_krea.commands.generate import generate
 from mlx_flux_krea.commands.inspect import inspect
@@ -36,7 +37,7 @@ def cli():
     """
 
 
-for verb in (generate, convert, inspect, verify):
+for verb in (generate, convert, inspect, verify, config.config, schema.tool_schema, completion.completion):
     cli.add_command(verb)
 
 
@@ -64,6 +65,8 @@ def _run(argv: list[str]) -> int:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     sys.stdout.reconfigure(errors="surrogateescape")  # names of files are bytes
     try:
+        if asked := os.environ.get(completion.VARIABLE):
+            return completion.answer(cli, asked)
         with cli.make_context("flux-krea", list(argv) or ["--help"]) as context:
             cli.invoke(context)
         return 0

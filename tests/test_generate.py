@@ -460,3 +460,78 @@ def test_another_image_than_the_record_has_is_noted(tiny, command, model, tmp_pa
     code, _, err = command("generate", "--from", "a.png", "-m", model, "--image", "a.png", "-o", "b.png")
     assert code == 0
     assert "note: a.png is not the image that a.png was made from" in err
+
+
+# --- defaults of one's own ---
+
+
+def test_the_config_file_holds_where_the_command_says_nothing(tiny, command, model, tmp_path):
+    assert command("config")[:2] == (0, "")
+    for words in (
+        ["steps", "2"],
+        ["--", "seed", "4", "5"],
+        ["aspect", "16:9"],
+        ["output", "{seed}.png"],
+        ["model", model],
+    ):
+        code, _, err = command("config", *words)
+        assert code == 0, err
+    assert json.loads(command("config", "--json")[1])["seed"] == "4 5"
+    code, out, err = command("generate", CAT, "--width", "32", "--height", "32")
+    assert (code, out.split()) == (0, ["4.png", "5.png"]), err
+    assert read_record(tmp_path / "5.png")["num_inference_steps"] == 2
+    code, out, _ = command("generate", CAT, "--width", "32", "--height", "32", "--seed", "6", "--steps", "1")
+    assert out.split() == ["6.png"]
+    assert read_record(tmp_path / "6.png")["num_inference_steps"] == 1
+    assert command("config", "--unset", "seed")[0] == 0
+    assert "seed" not in json.loads(command("config", "--json")[1])
+
+
+def test_like_and_from_go_before_the_config_file(model):
+    config = {"steps": 5, "guidance": 2.0, "negative_prompt": "blurry", "true_cfg_scale": 2.0, "aspect": "1:1"}
+    (drawing,) = drawings(model, config, prompt=CAT, like="bfl")
+    request = drawing.request
+    assert (request.width, request.num_inference_steps, request.guidance_scale) == (1360, 50, 2.5)
+    assert request.negative_prompt == "blurry"
+    (drawing,) = drawings(model, {"like": "bfl"}, prompt=CAT, steps=5)
+    assert (drawing.request.width, drawing.request.num_inference_steps) == (1360, 5)
+
+
+def test_a_picture_made_again_is_the_same_whatever_the_config_file_says(tiny, command, model, tmp_path):
+    tiny(CAT, "-o", "a.png")
+    for words in (["steps", "2"], ["negative-prompt", "blurry"], ["like", "comfy"], ["num-images", "2"]):
+        command("config", *words)
+    code, out, err = command("generate", "--from", "a.png", "-m", model, "-o", "b.png")
+    assert (code, out) == (0, "b.png\n"), err
+    assert same(tmp_path / "a.png", tmp_path / "b.png")
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["stesp", "3"], "there is no option 'stesp' here; did you mean steps?"),
+        (["prompt", "a"], "there is no option 'prompt' here"),
+        (["steps", "many"], "steps: 'many' is not a valid integer"),
+        (["steps"], "there is no value for steps"),
+        (["--unset"], "--unset has no option"),
+        (["--unset", "steps"], "steps is not set"),
+        (["--unset", "steps", "3"], "steps has a value, and --unset"),
+        (["width", "64"], "--width and --aspect are both given"),
+    ],
+)
+def test_what_the_config_file_cannot_hold_is_refused(command, home, words, says):
+    command("config", "aspect", "1:1")
+    code, out, err = command("config", *words)
+    assert (code, out) == (2, "")
+    assert says in err
+    assert json.loads((home / "config.json").read_text()) == {"aspect": "1:1"}
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"steps": "many"}', '{"force": true}'])
+def test_a_damaged_config_file_stops_generating_and_is_named(tiny, home, tmp_path, text):
+    home.mkdir()
+    (home / "config.json").write_text(text)
+    code, out, err = tiny(CAT)
+    assert (code, out) == (2, "")
+    assert "config.json" in err
+    assert list(tmp_path.glob("*.png")) == []

@@ -12,7 +12,7 @@ import click
 from mlx_flux_krea.errors import FluxKreaError, ModelError, UsageError, printable
 
 from . import signals
-from .options import OPTIONS, SeveralSeeds, check_together
+from .options import OPTIONS, USUAL, SeveralSeeds, check_together
 from .output import check_output, names_from, save
 
 
@@ -33,13 +33,14 @@ def generate(**options):
     if given.get("prompt") == "-":
         given["prompt"] = _standard_input()
 
+    from .config import read_config
     from .jobs import make_jobs, merge, prepare, sheet_name
     from .terminal import say, show_notes
 
-    base = merge({}, given)
+    base = merge(read_config(), given)
     jobs, skipped = make_jobs(base, given)
     jobs = _usable(jobs, lambda job: check_output(job.output) or job, skipped)
-    sheet = sheet_name(base.get("output", Path("out.png"))) if "contact_sheet" in base else None
+    sheet = sheet_name(base.get("output", Path(USUAL["output"]))) if "contact_sheet" in base else None
     if sheet:
         check_output(sheet)
 

@@ -18,7 +18,7 @@ from mlx_flux_krea.request import Request, open_image, random_seed
 from mlx_flux_krea.sampler import fixed_shift
 from mlx_flux_krea.weights import ModelFolder
 
-from .options import BY_NAME, PER_PICTURE, REPLACES, cast
+from .options import BY_NAME, PER_PICTURE, REPLACES, USUAL, cast
 from .rows import alternatives, read_rows
 
 # options of `generate` and what the pipeline calls them; and what only a record holds
@@ -133,7 +133,7 @@ def _jobs_of_row(where: str, base: dict, given: dict, row: dict | UsageError, ra
     for i, (text, chosen) in enumerate(prompts):
         for seed in _seeds(options, random):
             number += 1
-            output = output_name(options.get("output", Path("out.png")), text, seed, number)
+            output = output_name(options.get("output", Path(USUAL["output"])), text, seed, number)
             jobs.append(Job(where, options | {"prompt": text}, seed, chosen or text, first_row + i, output))
     return jobs
 
@@ -173,7 +173,9 @@ def prepare(job: Job, folder: ModelFolder, images: dict) -> Drawing:
     arguments |= {name: options[name] for name in _FROM_RECORD if name in options}
     if "aspect" in options or "megapixels" in options:
         shape = image.size if image else (default.width, default.height)
-        arguments["width"], arguments["height"] = size_of(options.get("aspect"), options.get("megapixels", 1.0), shape)
+        arguments["width"], arguments["height"] = size_of(
+            options.get("aspect"), options.get("megapixels", USUAL["megapixels"]), shape
+        )
     if tool:
         usual = {"num_inference_steps": default.num_inference_steps, "noise": tool.noise}
         if not (image or {"width", "height"} & arguments.keys()):

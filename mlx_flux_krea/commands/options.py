@@ -56,42 +56,60 @@ class SeveralSeeds(click.Command):
         return super().parse_args(ctx, joined)
 
 
-def _option(*names: str, **settings) -> click.Option:
-    return click.Option(names, **settings)
+USUAL: dict[str, object] = {}  # by option: what holds where nobody says otherwise and the model has no word in it
+
+
+def _option(*names: str, help: str, usual=None, **settings) -> click.Option:
+    option = click.Option(names, help=help if usual is None else f"{help}  [default: {usual}]", **settings)
+    if usual is not None and not str(usual).startswith("the "):
+        USUAL[option.name] = usual
+    return option
+
+
+def _installed(ctx, param, incomplete: str) -> list[str]:
+    """For the shell's completion: the names of installed models."""
+    from mlx_flux_krea.weights import home
+
+    names = sorted(path.parent.name for path in (home() / "models").glob("*/model_index.json"))
+    return [name for name in names if name.startswith(incomplete)]
 
 
 _FILE = click.Path(path_type=Path)
 _SIDE = click.IntRange(1, presets.MAX_SIDE)
 _SCALE = click.FloatRange(0, presets.MAX_SCALE)
 _BATCH = click.IntRange(1, presets.MAX_BATCH)
+_STEPS = click.IntRange(1, presets.MAX_STEPS)
 _AREA = click.FloatRange(*presets.MEGAPIXELS)
 _DTYPE = click.Choice(["bfloat16", "float16", "float32"])
-_STRENGTH = f"How far to go from the image.  [default: {presets.STRENGTH}]"
+_ONE = "the only one"
+_MODEL = "the model's"
 OPTIONS = [
-    _option("-m", "--model", help="A model folder, or the name of an installed one.  [default: the only one]"),
-    _option("-o", "--output", type=_FILE, help="PNG, JPEG or WebP; takes {seed}, {n}, {prompt}.  [default: out.png]"),
+    _option(
+        "-m", "--model", help="A model folder, or the name of an installed one.", usual=_ONE, shell_complete=_installed
+    ),
+    _option("-o", "--output", type=_FILE, help="PNG, JPEG or WebP; takes {seed}, {n}, {prompt}.", usual="out.png"),
     _option("--prompts", type=_FILE, help="A file: a prompt a line; or CSV or JSONL, with any option per row."),
-    _option("--width", type=_SIDE, help="Pixels, a multiple of 16.  [default: the model's]"),
-    _option("--height", type=_SIDE, help="Pixels, a multiple of 16.  [default: the model's]"),
+    _option("--width", type=_SIDE, help="Pixels, a multiple of 16.", usual=_MODEL),
+    _option("--height", type=_SIDE, help="Pixels, a multiple of 16.", usual=_MODEL),
     _option("--aspect", type=click.Choice(list(presets.ASPECTS)), help="The shape, instead of width and height."),
-    _option("--megapixels", type=_AREA, help="The area that goes with it.  [default: 1]"),
-    _option("--steps", type=click.IntRange(1, presets.MAX_STEPS), help="Number of steps.  [default: the model's]"),
-    _option("--guidance", type=_SCALE, help="How closely to follow the prompt.  [default: the model's]"),
+    _option("--megapixels", type=_AREA, help="The area that goes with it.", usual=1),
+    _option("--steps", type=_STEPS, help="Number of steps.", usual=_MODEL),
+    _option("--guidance", type=_SCALE, help="How closely to follow the prompt.", usual=_MODEL),
     _option("--seed", type=Seeds(), metavar="N...", help="1, or 1 2 3, or 7+4: four from 7 on.  [default: a new one]"),
-    _option("-n", "--num-images", type=_BATCH, help="With seeds that count up.  [default: 1]"),
+    _option("-n", "--num-images", type=_BATCH, help="With seeds that count up.", usual=1),
     _option("--contact-sheet", is_flag=True, help="All pictures as one besides, a row for each prompt."),
     _option("--like", type=click.Choice(list(presets.TOOLS)), help="What that tool does where you say nothing."),
     _option("--from", "from_", type=_FILE, help="A picture made here, to be made again; options beside it change it."),
-    _option("--noise", help=f"Whose seed: {', '.join(presets.RECIPES)}.  [default: diffusers]"),
+    _option("--noise", help=f"Whose seed: {', '.join(presets.RECIPES)}.", usual="diffusers"),
     _option("--negative-prompt", help="What to move away from; needs --true-cfg-scale."),
-    _option("--true-cfg-scale", type=_SCALE, help="Above 1: doubles the time of a step.  [default: 1]"),
+    _option("--true-cfg-scale", type=_SCALE, help="Above 1: doubles the time of a step.", usual=1),
     _option("--image", type=_FILE, help="An image to start from."),
-    _option("--strength", type=click.FloatRange(0, 1), help=_STRENGTH),
-    _option("--dtype", type=_DTYPE, help="To compute in.  [default: the model's]"),
+    _option("--strength", type=click.FloatRange(0, 1), help="How far to go from the image.", usual=presets.STRENGTH),
+    _option("--dtype", type=_DTYPE, help="To compute in.", usual=_MODEL),
     _option("--force", is_flag=True, help="Replace the output, also a link; otherwise the next free name is taken."),
     _option("--json", "as_json", is_flag=True, help="Print a JSON object instead of paths."),
 ]
-BY_NAME = {option.name: option for option in OPTIONS} | {"prompt": _option("--prompt")}
+BY_NAME = {option.name: option for option in OPTIONS} | {"prompt": _option("--prompt", help="What to draw.")}
 _RUN = ("model", "dtype", "contact_sheet", "prompts", "from_", "force", "as_json")  # of a whole run
 PER_PICTURE = tuple(name for name in BY_NAME if name not in _RUN)
 LASTING = ("model", "dtype", "contact_sheet", *(name for name in PER_PICTURE if name != "prompt"))  # in the config file
