@@ -17,7 +17,7 @@ import traceback
 import click
 
 from mlx_flux_krea import __version__
-from mlx_flux_krea.commands import completion, config, schema
+from mlx_flux_krea.commands import completion, config, schema, shell
 from mlx_flux_krea.commands.convert import convert
 from mlx_flux_krea.commands.generate import generate
 from mlx_flux_krea.commands.inspect import inspect
@@ -37,7 +37,9 @@ def cli():
     """
 
 
-for verb in (generate, convert, inspect, verify, config.config, schema.tool_schema, completion.completion):
+for verb in (
+    generate, shell.shell, convert, inspect, verify, config.config, schema.tool_schema, completion.completion,
+):  # fmt: skip
     cli.add_command(verb)
 
 

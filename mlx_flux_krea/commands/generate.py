@@ -34,19 +34,38 @@ def generate(**options):
         given["prompt"] = _standard_input()
 
     from .config import read_config
-    from .jobs import make_jobs, merge, prepare, sheet_name
+    from .jobs import merge
+
+    make_pictures(merge(read_config(), given), given, force, as_json)
+
+
+def make_pictures(base: dict, given: dict, force: bool, as_json: bool, pipe=None, ends: bool = True) -> list[int]:
+    """All pictures that were asked for, saved and reported.
+
+    Args:
+        base: options that hold for all of them.
+        given: those that were typed, see `jobs.make_jobs`.
+        force: replace what stands in the way.
+        as_json: report as JSON.
+        pipe: of the model; None: opened, once all else is known to be good.
+        ends: whether the command ends with them, and is not to be interrupted any more.
+
+    Returns:
+        Their seeds.
+
+    Raises:
+        UsageError: options that cannot be used, before any work; or rows of a file that were skipped, after it.
+    """
+    from .jobs import make_jobs, prepare, sheet_name
     from .terminal import say, show_notes
 
-    base = merge(read_config(), given)
     jobs, skipped = make_jobs(base, given)
     jobs = _usable(jobs, lambda job: check_output(job.output) or job, skipped)
     sheet = sheet_name(base.get("output", Path(USUAL["output"]))) if "contact_sheet" in base else None
     if sheet:
         check_output(sheet)
 
-    from mlx_flux_krea import FluxPipeline
-
-    pipe = FluxPipeline.from_pretrained(_model(base), dtype=base.get("dtype"))
+    pipe = pipe or open_pipe(base)
     images = {}  # opened once: the first picture may take the name of one
     drawings = _usable(jobs, lambda job: prepare(job, pipe.folder, images), skipped)
     if not drawings:
@@ -59,14 +78,27 @@ def generate(**options):
     for where, error in rows.items():
         say(printable(f"skipped {where}: {error}"))
     _announce(pipe.folder, base, drawings)
-    _draw(pipe, drawings, force, as_json, sheet)
+    _draw(pipe, drawings, force, as_json, sheet, ends)
     if rows:
         error = UsageError(f"{len(rows)} rows of {given['prompts']} were skipped")
         error.exit_code = 7
         raise error
+    return list(dict.fromkeys(drawing.job.seed for drawing in drawings))
 
 
-def _draw(pipe, drawings: list, force: bool, as_json: bool, sheet: Path | None) -> None:
+def open_pipe(base: dict):
+    """The pipeline of the model that was named; else, of a picture to be repeated, the installed one that made it."""
+    from mlx_flux_krea import FluxPipeline
+    from mlx_flux_krea.weights import home
+
+    model, made_by = base.get("model"), base.get("manifest_sha256")
+    if model is None and made_by:
+        found = (path.parent for path in (home() / "models").glob("*/manifest.json") if _sha256(path) == made_by)
+        model = next(found, None)
+    return FluxPipeline.from_pretrained(model, dtype=base.get("dtype"))
+
+
+def _draw(pipe, drawings: list, force: bool, as_json: bool, sheet: Path | None, ends: bool) -> None:
     """Draws and saves one after the other; an error after the first picture ends with 7."""
     from .sheet import contact_sheet, thumbnail
     from .terminal import PipelineProgress, say
@@ -78,7 +110,7 @@ def _draw(pipe, drawings: list, force: bool, as_json: bool, sheet: Path | None) 
             result = pipe(**drawing.arguments, progress=progress)
             picture, record = result.images[drawing.pick], result.records[drawing.pick]
             with signals.held():  # a picture that has its name is also reported
-                if drawing is drawings[-1] and not sheet:
+                if ends and drawing is drawings[-1] and not sheet:
                     signals.finish()
                 first = job.output not in names
                 path = save(picture, names.setdefault(job.output, names_from(job.output)), force)
@@ -98,7 +130,8 @@ def _draw(pipe, drawings: list, force: bool, as_json: bool, sheet: Path | None) 
             across = list(seeds.pop()) if len(seeds) == 1 else [str(n + 1) for n in range(max(map(len, rows)))]
             made = contact_sheet(rows, across, [textwrap.shorten(row[0][0].label, 32) for row in grid.values()])
             with signals.held():
-                signals.finish()
+                if ends:
+                    signals.finish()
                 path = save(made, names_from(sheet), force)
                 report["contact_sheet"] = str(path)
                 if not as_json:
@@ -147,17 +180,6 @@ def _announce(folder, base: dict, drawings: list) -> None:
         *_other_weights(folder, base),
     ):
         note(text)
-
-
-def _model(base: dict) -> str | None:
-    """The model that was named; else, of a picture to be repeated, the installed one that made it."""
-    from mlx_flux_krea.weights import home
-
-    made_by = base.get("manifest_sha256")
-    if "model" in base or not made_by:
-        return base.get("model")
-    found = (path for path in (home() / "models").glob("*/manifest.json") if _sha256(path) == made_by)
-    return next((str(path.parent) for path in found), None)
 
 
 def _other_weights(folder, base: dict) -> list[str]:
