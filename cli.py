@@ -17,6 +17,7 @@ import traceback
 import click
 
 from mlx_flux_krea import __version__
+from mlx_flux_krea.commands import completion, config, schema, shell
 from mlx_flux_krea.commands.convert import convert
 from mlx_flux_krea.commands.generate import generate
 from mlx_flux_krea.commands.inspect import inspect
@@ -39,7 +40,10 @@ def cli():
     """
 
 
-for verb in (generate, review, convert, inspect, plan, verify, log):
+for verb in (
+    generate, shell.shell, review, convert, inspect, plan, verify, log,
+    config.config, schema.tool_schema, completion.completion,
+):  # fmt: skip
     cli.add_command(verb)
 
 
@@ -67,6 +71,8 @@ def _run(argv: list[str]) -> int:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     sys.stdout.reconfigure(errors="surrogateescape")  # names of files are bytes
     try:
+        if asked := os.environ.get(completion.VARIABLE):
+            return completion.answer(cli, asked)
         with cli.make_context("flux-krea", list(argv) or ["--help"]) as context:
             cli.invoke(context)
         return 0

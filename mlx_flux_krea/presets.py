@@ -1,4 +1,4 @@
-"""Data: noise recipes of the reference tools, and the models of the FLUX.1 family with their defaults."""
+"""Data: noise recipes and defaults of the reference tools, sizes, limits, and the models of the FLUX.1 family."""
 
 from dataclasses import dataclass
 
@@ -46,6 +46,63 @@ NOT_REPRODUCIBLE = dict.fromkeys(
     ("krea", "replicate", "fal"),
     "draws its noise on a CUDA device, where the numbers depend on the model of the GPU",
 )
+
+
+@dataclass(frozen=True)
+class Tool:
+    """What another tool makes of the same weights where its user says nothing."""
+
+    defaults: Defaults
+    noise: str  # a row of RECIPES, which also says how floats become bytes
+    source: str
+    mu: float | None = None  # of a shift that is the same for every size, from a table of 10000 levels
+    t5_length: int | None = None  # tokens that T5 is padded to, and beyond which it goes on; None: the model's own
+    differs: str = ""  # what is not the same even where the seed is
+
+
+_CUDA = {"noise": "bfl"}  # no recipe repeats it (NOT_REPRODUCIBLE); this one has its rule from floats to bytes
+TOOLS = {
+    "bfl": Tool(
+        Defaults(1360, 768, 50, 2.5), "bfl", "black-forest-labs/flux 802fb47, src/flux/cli.py",
+        differs="in bfloat16 it rounds after every step; it saves JPEG with a watermark",
+    ),
+    "krea": Tool(Defaults(1024, 1024, 28, 4.5), **_CUDA, source="krea-ai/flux-krea 88238a0, inference.py"),
+    "diffusers": Tool(
+        Defaults(1024, 1024, 28, 3.5), "diffusers", "huggingface/diffusers 58eb52c, FluxPipeline.__call__",
+        differs="in bfloat16 it rounds after every step",
+    ),
+    "comfy": Tool(
+        Defaults(1024, 1024, 20, 3.5), "comfy",
+        "Comfy-Org/workflow_templates, flux1_krea_dev.json; ModelSamplingFlux and the simple scheduler of ComfyUI",
+        mu=1.15, t5_length=256,
+        differs="its template runs fp8 weights, and it reads parentheses in a prompt as weights of words",
+    ),
+    "mflux": Tool(
+        Defaults(1024, 1024, 25, 3.5), "mflux", "filipstrand/mflux 97ac5e6, cli/defaults/defaults.py",
+        differs="its image stream has the exact GELU, where the reference has the tanh form",
+    ),
+    "replicate": Tool(
+        Defaults(1024, 1024, 28, 3.0), **_CUDA, source="replicate/cog-flux 51e81e0, FluxKreaDevPredictor",
+        differs="it runs fp8 weights unless go_fast is off",
+    ),
+    "fal": Tool(Defaults(1024, 768, 28, 4.5), **_CUDA, source="fal.ai, fal-ai/flux/krea: landscape_4_3"),
+}  # fmt: skip
+
+MEGAPIXEL = 1024 * 1024
+# Sizes at one megapixel, those of replicate/cog-flux (predict.py); Krea's own service has 2.35:1 besides.
+ASPECTS = {
+    "1:1": (1024, 1024), "5:4": (1088, 896), "4:3": (1152, 896), "3:2": (1216, 832), "16:9": (1344, 768),
+    "2.35:1": (1568, 672), "21:9": (1536, 640), "4:5": (896, 1088), "3:4": (896, 1152), "2:3": (832, 1216),
+    "9:16": (768, 1344), "9:21": (640, 1536),
+}  # fmt: skip
+MEGAPIXELS = (0.25, 2.3)
+REPEATS_ABOVE = 1.8  # megapixels beyond which the model draws things twice, and stripes (lllyasviel/...-forge#1712)
+
+MAX_SIDE = 8192  # pixels; far above what the model draws well, and below what breaks arithmetic
+MAX_BATCH = 1000  # images of one call
+MAX_STEPS = 1000
+MAX_SCALE = 1000.0  # of guidance and of true CFG
+MAX_PICTURES = 10000  # of one run of the command
 
 
 @dataclass(frozen=True)

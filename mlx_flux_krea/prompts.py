@@ -7,9 +7,8 @@ from collections.abc import Callable
 
 import mlx.core as mx
 
-from .errors import ModelError
 from .residency import Blocks
-from .tokenizers import CLIPTokenizer, T5Tokenizer
+from .tokenizers import Tokens
 from .weights import ModelFolder
 
 logger = logging.getLogger("mlx_flux_krea")
@@ -42,19 +41,6 @@ class PromptEncoder:
     def __init__(self, folder: ModelFolder, dtype: mx.Dtype, check: Callable[[], None]):
         self._folder, self._dtype, self._check = folder, dtype, check
         self._kept: OrderedDict[tuple, Encoded] = OrderedDict()
-        self._tokenizers: tuple[CLIPTokenizer, T5Tokenizer] | None = None
-
-    def _open_tokenizers(self) -> tuple[CLIPTokenizer, T5Tokenizer]:
-        """Before any weight is read, so that what is wrong with them is found early."""
-        classes = {"text_encoder": CLIPTokenizer, "text_encoder_2": T5Tokenizer}
-        opened = []
-        for component, cls in classes.items():
-            path = self._folder.path / component.replace("text_encoder", "tokenizer")
-            opened.append(cls(path))
-            known = self._folder.sizes[component].vocab_size
-            if opened[-1].vocab_size > known:
-                raise ModelError(f"{path} has {opened[-1].vocab_size} tokens", f"{known} at most, as {component} has")
-        return tuple(opened)
 
     def encode(self, pairs: list[tuple[str, str]], length: int, make_run: Callable) -> list[Encoded]:
         """Encodes pairs of (text for CLIP, text for T5).
@@ -70,7 +56,7 @@ class PromptEncoder:
         keys = [(*pair, length) for pair in pairs]
         missing = [key for key in dict.fromkeys(keys) if key not in self._kept]
         if missing:
-            self._tokenizers = self._tokenizers or self._open_tokenizers()
+            _ = self._folder.tokenizers  # before any weight is read, so that what is wrong with them is found early
             try:
                 networks = [self._folder.load(name, self._dtype) for name in ("text_encoder", "text_encoder_2")]
                 t5 = networks[1]
@@ -95,13 +81,26 @@ class PromptEncoder:
     def _encode(self, key: tuple[str, str, int], networks, run) -> Encoded:
         clip_text, t5_text, length = key
         clip, t5 = networks
-        texts = ("CLIP", clip_text, clip.config.max_position_embeddings), ("T5", t5_text, length)
-        ids, cut = [], []
-        for tokenizer, (name, text, size) in zip(self._tokenizers, texts, strict=True):
-            tokens = tokenizer(text, size)
-            if tokens.cut:
-                cut.append(f"{name} reads {size} tokens; not read: {tokens.cut[:200]!r}")
-                logger.warning(cut[-1])
-            ids.append(mx.array([tokens.ids]))
+        tokens = read_prompt(self._folder, clip_text, t5_text, length)
+        cut = cut_off(tokens)
+        for note in cut:
+            logger.warning(note)
+        ids = [mx.array([one.ids]) for one in tokens]
         _, pooled = run(clip, ids[0])
-        return Encoded(t5(ids[1], run), pooled, tuple(cut))
+        return Encoded(t5(ids[1], run), pooled, cut)
+
+
+def read_prompt(folder: ModelFolder, clip_text: str, t5_text: str, length: int) -> tuple[Tokens, Tokens]:
+    """What CLIP and what T5 reads of a prompt; T5 takes `length` tokens.
+
+    Raises:
+        ModelError: tokenizers missing or damaged.
+    """
+    clip, t5 = folder.tokenizers
+    return clip(clip_text, folder.sizes["text_encoder"].max_position_embeddings), t5(t5_text, length)
+
+
+def cut_off(tokens: tuple[Tokens, Tokens]) -> tuple[str, ...]:
+    """Sentences about what did not fit."""
+    named = zip(("CLIP", "T5"), tokens, strict=True)
+    return tuple(f"{name} reads {len(t.ids)} tokens; not read: {t.cut[:200]!r}" for name, t in named if t.cut)

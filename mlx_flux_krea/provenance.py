@@ -66,8 +66,8 @@ class Picture(Image.Image):
 
     @classmethod
     def from_pixels(cls, pixels, record: dict) -> "Picture":
-        """A picture of (H, W, 3) uint8 pixels with its record."""
-        picture = Image.fromarray(pixels)
+        """A picture of (H, W, 3) uint8 pixels, or of an RGB image, with its record."""
+        picture = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
         picture.__class__ = cls
         picture.record = record
         return picture
@@ -109,6 +109,12 @@ class Picture(Image.Image):
     def _write(self, fp, encoded: bytes, force: bool) -> None:
         with contextlib.nullcontext(fp) if hasattr(fp, "write") else replacing(Path(fp), force) as file:
             file.write(encoded)
+
+    def enlarged(self, times: int) -> "Picture":
+        """The picture so many times as wide and as high, smoothed; its record says so."""
+        size = (self.width * times, self.height * times)
+        pixels = self.resize(size, Image.Resampling.BICUBIC)
+        return Picture.from_pixels(pixels, self.record | {"enlarged": times})
 
     def copy(self) -> "Picture":
         """The same picture with the same record."""

@@ -19,13 +19,11 @@ from .config import FluxConfig, ModelIndex
 from .errors import UsageError
 from .noise import find_recipe
 from .plan import Plan
+from .presets import MAX_BATCH, MAX_SCALE, MAX_SIDE, MAX_STEPS
 from .provenance import opened
 from .sampler import first_step
 
 OUTPUT_TYPES = ("pil", "np", "latent")
-MAX_SIDE = 8192  # pixels; far above what the model draws well, and below what breaks arithmetic
-MAX_BATCH = 1000  # images of one call
-MAX_STEPS = 1000
 _TEXTS = ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2")
 _EMBEDS = {"prompt_embeds": "pooled_prompt_embeds", "negative_prompt_embeds": "negative_pooled_prompt_embeds"}
 _ARRAYS = ("latents", *_EMBEDS, *_EMBEDS.values())
@@ -177,8 +175,8 @@ class Request:
         _check_int("height", self.height, 1, 2**20)
         for seed in self.seed if isinstance(self.seed, tuple) else (self.seed,):
             _check_int("seed", seed, 0, 2**64 - 1)
-        _check_float("guidance_scale", self.guidance_scale, 0.0, 1000.0)
-        _check_float("true_cfg_scale", self.true_cfg_scale, 0.0, 1000.0)
+        _check_float("guidance_scale", self.guidance_scale, 0.0, MAX_SCALE)
+        _check_float("true_cfg_scale", self.true_cfg_scale, 0.0, MAX_SCALE)
         _check_float("strength", self.strength, 0.0, 1.0)
         if self.sigmas is not None:
             levels = self.sigmas if isinstance(self.sigmas, tuple) else ()

@@ -42,6 +42,19 @@ def make_sigmas(
     return np.append(levels, np.float32(0))
 
 
+def fixed_shift(schedule: Schedule, image_seq_len: int, num_inference_steps: int, mu: float) -> np.ndarray:
+    """ComfyUI's noise levels, which one mu shifts at every size, as levels that this schedule has yet to shift.
+
+    ComfyUI shifts a table of 10000 levels and picks n of them (ModelSamplingFlux, scheduler "simple").
+
+    Returns:
+        (n,) float64, falling in (0, 1], for `make_sigmas`.
+    """
+    picked = (10000 - np.floor(np.arange(num_inference_steps) * (10000 / num_inference_steps))) / 10000
+    own = shift_mu(schedule, image_seq_len) if schedule.shift == "dynamic" else mu
+    return 1 / (1 + (1 / picked - 1) * math.exp(own - mu))
+
+
 def first_step(num_inference_steps: int, strength: float) -> int:
     """How many steps image-to-image leaves out: diffusers' sense of strength, 1 runs them all."""
     return int(max(num_inference_steps - min(num_inference_steps * strength, num_inference_steps), 0))

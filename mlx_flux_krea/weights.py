@@ -42,6 +42,7 @@ from .clip import CLIPText
 from .errors import ModelError
 from .quantized import adopt, choose_products
 from .t5 import T5Encoder
+from .tokenizers import CLIPTokenizer, T5Tokenizer
 from .transformer import Flux
 from .vae import VAE
 
@@ -137,6 +138,22 @@ class ModelFolder:
     def requires_filters(self) -> bool:
         """Whether the licence demands filters or review."""
         return configs.requires_filters(self.sizes["transformer"], self.index)
+
+    @functools.cached_property
+    def tokenizers(self) -> tuple[CLIPTokenizer, T5Tokenizer]:
+        """Of CLIP and of T5, opened once.
+
+        Raises:
+            ModelError: files missing or damaged, or of more tokens than the encoder knows.
+        """
+        opened = []
+        for component, cls in (("text_encoder", CLIPTokenizer), ("text_encoder_2", T5Tokenizer)):
+            path = self.path / component.replace("text_encoder", "tokenizer")
+            opened.append(cls(path))
+            known = self.sizes[component].vocab_size
+            if opened[-1].vocab_size > known:
+                raise ModelError(f"{path} has {opened[-1].vocab_size} tokens", f"{known} at most, as {component} has")
+        return tuple(opened)
 
     def tensors(self, component: str) -> dict[str, tuple[Path, TensorInfo]]:
         """Every tensor of a component with its shard, as the shards' own headers have it.

@@ -54,3 +54,23 @@ def home(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(folder / "hub"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     return folder / "home"
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch, capsys):
+    """Runs the command's own main in this process and gives (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+    before = {
+        number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGALRM)
+    }
+    import cli  # takes the signals
+
+    def run(*args):
+        with pytest.raises(SystemExit) as end:
+            cli.main([str(a) for a in args])
+        out, err = capsys.readouterr()
+        return end.value.code or 0, out, err
+
+    yield run
+    for number, handler in before.items():
+        signal.signal(number, handler)

@@ -51,11 +51,11 @@ def test_the_other_commands_work_in_their_order(workplace):
     if not (workplace / "tiny").exists():
         pytest.fail("the first command did not run")
     commands = [line for block in blocks("sh")[2:] for line in block.splitlines()]
-    assert len(commands) == 12
+    assert len(commands) == 14
     for command in commands:
         run(command, workplace)
     made = {path.name for path in workplace.iterdir()}
-    assert {"frog.png", "again.webp", "out-2.png", "out-3.png"} <= made
+    assert {"frog.png", "again.webp", "out-2.png", "out-3.png", "frog_2.png", "frog-sheet.png", "frog_3.png"} <= made
 
 
 def test_the_python_example_works(workplace):

@@ -1,108 +1,241 @@
 """flux-krea generate: pictures from prompts."""
 
+import hashlib
 import json
+import sys
+import textwrap
+from collections.abc import Callable
 from pathlib import Path
 
 import click
 
-from mlx_flux_krea import presets
-from mlx_flux_krea.errors import FluxKreaError, UsageError, printable
+from mlx_flux_krea.errors import FluxKreaError, ModelError, UsageError, printable
 
 from . import signals
+from .options import OPTIONS, USUAL, SeveralSeeds, check_together
 from .output import check_outcomes, check_output, names_from, save
 
+_THRESHOLDS = ("nsfw_threshold", "integrity_margin")
 
-@click.command()
-@click.argument("prompt")
-@click.option("-m", "--model", help="A model folder, or the name of an installed one.  [default: the only one]")
-@click.option(
-    "-o", "--output", type=click.Path(path_type=Path), default="out.png", show_default=True, help="PNG, JPEG or WebP."
-)
-@click.option("--width", type=int, help="Pixels, a multiple of 16.  [default: the model's]")
-@click.option("--height", type=int, help="Pixels, a multiple of 16.  [default: the model's]")
-@click.option("--steps", type=int, help="Number of steps.  [default: the model's]")
-@click.option("--guidance", type=float, help="How closely to follow the prompt.  [default: the model's]")
-@click.option("--seed", type=int, help="Repeats a picture.  [default: a new one, which is shown]")
-@click.option(
-    "-n", "--num-images", type=click.IntRange(1, 1000), default=1, show_default=True, help="With seeds that count up."
-)
-@click.option(
-    "--noise", default="diffusers", show_default=True, help="Whose seed: diffusers, bfl, comfy, mflux, mlx-examples."
-)
-@click.option("--negative-prompt", help="What to move away from; needs --true-cfg-scale.")
-@click.option(
-    "--true-cfg-scale", type=float, default=1.0, show_default=True, help="Above 1: doubles the time of a step."
-)
-@click.option("--image", type=click.Path(path_type=Path), help="An image to start from.")
-@click.option("--strength", type=float, help=f"How far to go from the image, 0 to 1.  [default: {presets.STRENGTH}]")
-@click.option(
-    "--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), help="Compute type.  [default: the model's]"
-)
-@click.option("--quality", type=int, help="1 to 100, of JPEG and WebP.  [default: 95]")
-@click.option(
-    "--metadata", type=click.Choice(["full", "minimal"]), default="full", show_default=True,
-    help="What the picture's file tells: all that made it, or only that a machine did.",
-)  # fmt: skip
-@click.option(
-    "--check", type=click.Choice(["filters", "review", "both"]),
-    help="Who looks before a picture is released; review: you do.  [default: filters, if the licence asks for any]",
-)  # fmt: skip
-@click.option("--nsfw-threshold", type=float, help="A picture passes below it; at most 0.85.  [default: 0.85]")
-@click.option("--integrity-margin", type=float, help="How clear the filter's no must be; 0 or more.  [default: 0]")
-@click.option("--force", is_flag=True, help="Replace the output, also a link; otherwise the next free name is taken.")
-@click.option("--json", "as_json", is_flag=True, help="Print a JSON object instead of paths.")
-def generate(prompt, model, output, num_images, dtype, image, quality, metadata, force, as_json, **options):
-    """Make a picture from PROMPT.
+
+@click.command(cls=SeveralSeeds, params=[click.Argument(["prompt"], required=False), *OPTIONS])
+def generate(**options):
+    """Make pictures from PROMPT.
+
+    A PROMPT of - is read from standard input. {a|b} in a prompt makes a picture of each.
 
     \b
-    Example:
+    Examples:
       flux-krea generate "a frog holding a sign" --seed 7 -o frog.png
+      flux-krea generate "a {red|green} frog" --seed 1 2 3 --contact-sheet
     """
-    from mlx_flux_krea.commands.terminal import PipelineProgress, say, show_notes
+    given = {name: value for name, value in options.items() if value is not None and value is not False}
+    force, as_json = given.pop("force", False), given.pop("as_json", False)
+    check_together(given)
+    if given.get("prompt") == "-":
+        given["prompt"] = _standard_input()
 
-    check_output(output, quality)
-    policy = {name: options.pop(name) for name in ("check", "nsfw_threshold", "integrity_margin")}
-    in_python = {"steps": "num_inference_steps", "guidance": "guidance_scale"}
-    request = {in_python.get(name, name): value for name, value in options.items() if value is not None}
-    seed = request.pop("seed", None)
+    from .config import read_config
+    from .jobs import merge
 
-    from mlx_flux_krea import FluxPipeline
-    from mlx_flux_krea.request import open_image, random_seed
+    make_pictures(merge(read_config(), given), given, force, as_json)
 
+
+def make_pictures(base: dict, given: dict, force: bool, as_json: bool, pipe=None, ends: bool = True) -> list[int]:
+    """All pictures that were asked for, saved and reported.
+
+    Args:
+        base: options that hold for all of them.
+        given: those that were typed, see `jobs.make_jobs`.
+        force: replace what stands in the way.
+        as_json: report as JSON.
+        pipe: of the model; None: opened, once all else is known to be good.
+        ends: whether the command ends with them, and is not to be interrupted any more.
+
+    Returns:
+        Their seeds.
+
+    Raises:
+        UsageError: options that cannot be used, before any work; or rows of a file that were skipped, after it.
+    """
+    from .jobs import make_jobs, prepare, sheet_name
+    from .terminal import say, show_notes
+
+    jobs, skipped = make_jobs(base, given)
+    jobs = _usable(jobs, lambda job: check_output(job.output, job.options.get("quality")) or job, skipped)
+    sheet = sheet_name(base.get("output", Path(USUAL["output"]))) if "contact_sheet" in base else None
+    if sheet:
+        check_output(sheet)
+
+    pipe = pipe or open_pipe(base)
+    images = {}  # opened once: the first picture may take the name of one
+    drawings = _usable(jobs, lambda job: prepare(job, pipe.folder, images), skipped)
+    if not drawings:
+        where, error = skipped[0]
+        raise UsageError(f"no row can be used; {where}: {error}")
+    if sheet and len({(d.request.width, d.request.height) for d in drawings}) > 1:
+        raise UsageError("--contact-sheet has pictures of several sizes", "one size")
     show_notes()
-    pipe = FluxPipeline.from_pretrained(model, dtype=dtype, **policy)
-    request["image"] = open_image(image)  # once: the first picture may take its name
-    seed = random_seed() if seed is None else seed
-    if seed + num_images > 2**64:
-        raise UsageError(f"seed {seed} and {num_images - 1} after it", f"at most {2**64 - 1}")
-    progress = PipelineProgress()
-    names, images, outcomes = names_from(output), [], []
+    rows = dict(skipped)  # one reason for each
+    for where, error in rows.items():
+        say(printable(f"skipped {where}: {error}"))
+    _announce(pipe.folder, base, drawings)
+    _draw(pipe, drawings, base, force, as_json, sheet, ends)
+    if rows:
+        error = UsageError(f"{len(rows)} rows of {given['prompts']} were skipped")
+        error.exit_code = 7
+        raise error
+    return list(dict.fromkeys(drawing.job.seed for drawing in drawings))
+
+
+def open_pipe(base: dict):
+    """The pipeline of the model that was named; else, of a picture to be repeated, the installed one that made it."""
+    from mlx_flux_krea import FluxPipeline
+    from mlx_flux_krea.weights import home
+
+    model, made_by = base.get("model"), base.get("manifest_sha256")
+    if model is None and made_by:
+        found = (path.parent for path in (home() / "models").glob("*/manifest.json") if _sha256(path) == made_by)
+        model = next(found, None)
+    said = {name: base[name] for name in ("dtype", "memory", "check", *_THRESHOLDS) if name in base}
+    return FluxPipeline.from_pretrained(model, **said)
+
+
+def _draw(pipe, drawings: list, base: dict, force: bool, as_json: bool, sheet: Path | None, ends: bool) -> None:
+    """Draws and saves one after the other; an error after the first picture ends with 7."""
+    from .sheet import contact_sheet, thumbnail
+    from .terminal import PipelineProgress, say
+
+    progress, names, report, grid, outcomes = PipelineProgress(), {}, {"images": []}, {}, []
     try:
-        for number in range(num_images):
-            result = pipe(prompt, seed=seed + number, progress=progress, **request)
+        for drawing in drawings:
+            job = drawing.job
+            result = pipe(**drawing.arguments, progress=progress)
+            outcome, record, picture, path = result.outcomes[drawing.pick], result.records[drawing.pick], None, None
+            outcomes.append(outcome)
             with signals.held():  # a picture that has its name is also reported
-                if number == num_images - 1:
+                if ends and drawing is drawings[-1] and not sheet:
                     signals.finish()
-                outcomes += result.outcomes
-                path = None
-                if result.outcomes[0] == "released":
-                    path = save(result.images[0], names, force, metadata=metadata, quality=quality)
-                    if path != output and not any(image["path"] for image in images):
-                        say(f"note: {printable(str(output))} exists; writing {printable(str(path))}")
+                if outcome == "released":
+                    picture = result.images[result.outcomes[: drawing.pick].count("released")]
+                    first, kept = job.output not in names, names.setdefault(job.output, names_from(job.output))
+                    how = {name: job.options[name] for name in ("metadata", "quality") if name in job.options}
+                    path = save(picture, kept, force, **how)
+                    if first and path != job.output:
+                        say(f"note: {printable(str(job.output))} exists; writing {printable(str(path))}")
                 else:
-                    say(f"seed {seed + number}: {result.outcomes[0]}")
+                    say(f"seed {job.seed}: {outcome}")
                 stages = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in result.seconds.items())
-                say(f"seed {seed + number}: {stages}")
-                more = {"outcome": result.outcomes[0], "notes": result.notes, "seconds": result.seconds}
-                images.append({"path": path and str(path), **result.records[0], **more})
+                say(f"seed {job.seed}: {stages}")
+                if "verbose" in base:
+                    say(_memory(result))
+                more = {"outcome": outcome, "notes": [*drawing.notes, *result.notes], "seconds": result.seconds}
+                more |= {"peaks": result.peaks, "predicted": result.plan.stages}
+                report["images"].append({"path": path and str(path), **record, **more})
                 if path and not as_json:
                     click.echo(path)
+            if sheet and picture:
+                grid.setdefault(job.row, []).append((job, thumbnail(picture)))
+        if grid:
+            rows = [[small for _, small in row] for row in grid.values()]
+            seeds = {tuple(f"seed {job.seed}" for job, _ in row) for row in grid.values()}
+            across = list(seeds.pop()) if len(seeds) == 1 else [str(n + 1) for n in range(max(map(len, rows)))]
+            made = contact_sheet(rows, across, [textwrap.shorten(row[0][0].label, 32) for row in grid.values()])
+            with signals.held():
+                if ends:
+                    signals.finish()
+                path = save(made, names_from(sheet), force)
+                report["contact_sheet"] = str(path)
+                if not as_json:
+                    click.echo(path)
+        check_outcomes(outcomes)
         check_outcomes(outcomes)
     except FluxKreaError as error:
-        if any(image["path"] for image in images):
+        if any(image["path"] for image in report["images"]):
             error.exit_code = 7
         raise
     finally:
         progress.close()
-        if as_json and images:
-            click.echo(json.dumps({"images": images}, ensure_ascii=False))
+        if as_json and report["images"]:
+            click.echo(json.dumps(report, ensure_ascii=False))
+
+
+def _announce(folder, base: dict, drawings: list) -> None:
+    """What will be drawn, before the work starts: sizes and seeds, how much of the prompts is read, what to know."""
+    from mlx_flux_krea.prompts import cut_off, read_prompt
+
+    from .jobs import tool_notes
+    from .terminal import note, say, several
+
+    requests = [drawing.request for drawing in drawings]
+    texts = dict.fromkeys(
+        (*pair, r.max_sequence_length) for r in requests for pair in r.pairs() + r.pairs(negative=True)
+    )
+    try:
+        read = [read_prompt(folder, *text) for text in texts]
+    except ModelError:  # what is wrong with a model, the pipeline says in its order
+        return
+    parts = [
+        f"{len(drawings)} picture{'s' * (len(drawings) > 1)} of {several(f'{r.width} x {r.height}' for r in requests)}",
+        f"{several(r.num_inference_steps for r in requests)} steps",
+        *([f"guidance {several(f'{r.guidance_scale:g}' for r in requests)}"] if requests[0].guidance_scale else []),
+        f"seed {several(drawing.job.seed for drawing in drawings)}",
+    ]
+    for name, column in zip(("CLIP", "T5"), zip(*read, strict=True), strict=True):
+        counts = sorted({tokens.count for tokens in column})
+        most = "" if len(counts) == 1 else f" to {counts[-1]}"
+        parts.append(f"{name} reads {counts[0]}{most} of {several(len(tokens.ids) for tokens in column)} tokens")
+    say("making " + ", ".join(parts))
+    tools = dict.fromkeys(drawing.job.options["like"] for drawing in drawings if "like" in drawing.job.options)
+    for text in (
+        *(text for tool in tools for text in tool_notes(tool)),
+        *(text for drawing in drawings for text in drawing.notes),
+        *(text for tokens in read for text in cut_off(tokens)),
+        *_other_weights(folder, base),
+    ):
+        note(text)
+
+
+def _other_weights(folder, base: dict) -> list[str]:
+    """Whether a picture is repeated with other weights than those that made it."""
+    manifest = folder.path / "manifest.json"
+    if "manifest_sha256" not in base or (manifest.exists() and _sha256(manifest) == base["manifest_sha256"]):
+        return []
+    return [f"{base['from_']} was made with other weights than those of {folder.path}"]
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _usable(jobs: list, check: Callable, skipped: list) -> list:
+    """What `check` makes of each job; a row of a prompt file that fails is skipped, anything else fails."""
+    good = []
+    for job in jobs:
+        try:
+            good.append(check(job))
+        except UsageError as error:
+            if not job.where:
+                raise
+            skipped.append((job.where, error))
+    return good
+
+
+def _standard_input() -> str:
+    try:
+        return sys.stdin.buffer.read().decode("utf-8-sig").strip()
+    except (AttributeError, OSError, UnicodeDecodeError):
+        raise UsageError("standard input is not UTF-8 text", "a prompt") from None
+
+
+def _memory(result) -> str:
+    """Predicted and measured memory of each stage, side by side."""
+    from .terminal import size, table
+
+    stages, predicted = {"denoise": ("image", "modulation", "denoise")}, result.plan.stages
+    rows = [("stage", "seconds", "memory predicted", "measured")]
+    for stage, seconds in result.seconds.items():
+        expected = max(predicted[name] for name in stages.get(stage, (stage,)) if name in predicted)
+        rows.append((stage, f"{seconds:.1f}", size(expected), size(result.peaks[stage])))
+    kept = f"{result.plan.blocks} of {result.plan.of} blocks of the transformer stay in memory"
+    return f"{table(rows, right=(1, 2, 3))}\n{kept}"

@@ -51,6 +51,12 @@ def held():
         _holds.remove("block")
 
 
+def forget() -> None:
+    """What arrived was dealt with; what comes next raises again."""
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    _arrived.clear()
+
+
 def finish() -> None:
     """What was asked for is done or undone: signals have no effect any more, and the exit code stands."""
     for number in (*_STOPPING, signal.SIGALRM):

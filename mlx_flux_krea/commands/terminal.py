@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from tqdm import tqdm
@@ -27,6 +28,17 @@ def say(text: str) -> None:
     """A line for the person who waits, if there still is one."""
     with contextlib.suppress(OSError):
         tqdm.write(text, file=sys.stderr)
+
+
+def note(text: str) -> None:
+    """A note as the library's own are: shown once, see `show_notes`."""
+    logging.getLogger("mlx_flux_krea").warning(text)
+
+
+def several(values: Iterable) -> str:
+    """The different ones of some values, or the first and the last of many."""
+    shown = list(dict.fromkeys(map(str, values)))
+    return ", ".join(shown if len(shown) <= 6 else [*shown[:3], f"... {shown[-1]}"])
 
 
 class PipelineProgress:
@@ -58,6 +70,11 @@ class PipelineProgress:
         if self._bar is not None:
             self._bar.close()
             self._bar, self._stage = None, None
+
+
+def counted(items: list, label: str, unit: str) -> tqdm:
+    """The items one by one, with how many are done and the time left."""
+    return tqdm(items, desc=label, unit=unit, delay=0.5, disable=None, leave=False)
 
 
 class ByteProgress:

@@ -1,0 +1,121 @@
+"""Prompts as people write them: files with a row for each, and `{a|b}` alternatives in one."""
+
+import csv
+import io
+import itertools
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from mlx_flux_krea.errors import UsageError
+
+from .options import PER_PICTURE, cast, check_together
+
+_ESCAPED = {r"\{": "\ue000", r"\}": "\ue001", r"\|": "\ue002"}  # while alternatives are looked for
+_GROUP = re.compile(r"\{([^{}]*\|[^{}]*)\}")
+_OPEN = re.compile(r"\{[^{}]*\||\|[^{}]*\}")  # a bar whose brace has no partner
+
+
+def alternatives(prompt: str, limit: int) -> list[tuple[str, str]]:
+    r"""Every choice of the `{a|b|c}` in a prompt, the last one changing first; `\{`, `\|` and `\}` are literal.
+
+    Braces without a bar between them are literal too.
+
+    Args:
+        prompt: the text.
+        limit: how many prompts there may be.
+
+    Returns:
+        Of each prompt: the text, and what was chosen ("" where there is no choice).
+
+    Raises:
+        UsageError: alternatives within alternatives, or too many.
+    """
+    for escape, mark in _ESCAPED.items():
+        prompt = prompt.replace(escape, mark)
+    literal = _GROUP.split(prompt)
+    choices = [group.split("|") for group in literal[1::2]]
+    texts = literal[::2]
+    if _OPEN.search(" ".join(texts)):
+        raise UsageError("alternatives are not closed, or stand in others", "{a|b|c}", r"write \{ for a brace")
+    count = 1
+    for group in choices:
+        count *= len(group)
+    if count > limit:
+        raise UsageError(f"the alternatives make {count} prompts", f"{limit} at most")
+
+    def plain(text: str) -> str:
+        for escape, mark in _ESCAPED.items():
+            text = text.replace(mark, escape[1])
+        return text
+
+    prompts = []
+    for chosen in itertools.product(*choices):
+        text = "".join(itertools.chain(*itertools.zip_longest(texts, chosen, fillvalue="")))
+        prompts.append((plain(text), plain(", ".join(part.strip() for part in chosen))))
+    return prompts
+
+
+def read_rows(path: Path) -> Iterator[tuple[str, dict | UsageError]]:
+    """Rows of a prompt file: JSONL or CSV by its ending, else a prompt a line; empty lines do not count.
+
+    Yields:
+        Where a row stands, and its options, or what is wrong with it.
+
+    Raises:
+        UsageError: the file cannot be read, or holds no row.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise UsageError(f"{path} is not UTF-8", "text", "save it as UTF-8") from None
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}", "a file of prompts") from None
+    reader = {".csv": _csv, ".jsonl": _jsonl}.get(path.suffix.lower(), _lines)
+    found = False
+    for line, row in reader(text, path):
+        found = True
+        try:
+            if isinstance(row, UsageError):
+                raise row
+            options = dict(cast(name, value, PER_PICTURE) for name, value in row.items() if value is not None)
+            check_together(options)
+        except UsageError as error:
+            options = error
+        yield f"{path.name}, line {line}", options
+    if not found:
+        raise UsageError(f"{path} holds no prompt", "one a line")
+
+
+def _lines(text: str, path: Path) -> Iterator[tuple[int, dict]]:
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.strip():
+            yield number, {"prompt": line.strip()}
+
+
+def _jsonl(text: str, path: Path) -> Iterator[tuple[int, dict | UsageError]]:
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            row = UsageError(f"this is not JSON: {error}", 'a line such as {"prompt": "a frog", "seed": 7}')
+        yield number, row if isinstance(row, dict | UsageError) else UsageError("this is not a JSON object")
+
+
+def _csv(text: str, path: Path) -> Iterator[tuple[int, dict | UsageError]]:
+    """The first line names the options; an empty cell says nothing."""
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    try:
+        names = [cell.strip() for cell in next(reader, [])]
+        if "prompt" not in [name.lower() for name in names]:
+            raise UsageError(f"{path}: the first line is {','.join(names)!r}", "names of options, prompt among them")
+        for cells in reader:
+            if len(cells) > len(names):
+                yield reader.line_num, UsageError(f"{len(cells)} cells", f"{len(names)}, or quotes around commas")
+            elif any(cell.strip() for cell in cells):
+                yield reader.line_num, {n: c for n, c in zip(names, cells, strict=False) if c.strip()}
+    except csv.Error as error:
+        raise UsageError(f"{path}, line {reader.line_num}: {error}", "CSV") from None

@@ -1,0 +1,45 @@
+"""Contact sheets: many small pictures as one, with what differs between them written at the edges."""
+
+from PIL import Image, ImageDraw, ImageFont
+
+from mlx_flux_krea.provenance import Picture
+
+_GAP = 4  # pixels between pictures
+_TEXT = 14  # pixels, height of the letters
+_SIDE = 512  # pixels, the longer side of a picture that was made smaller
+
+
+def thumbnail(picture: Picture) -> Picture:
+    """The picture at the size that it has in a sheet: as it is, or smaller."""
+    scale = _SIDE / max(picture.size)
+    if scale >= 1:
+        return picture
+    size = tuple(max(1, round(side * scale)) for side in picture.size)
+    return Picture.from_pixels(picture.resize(size, Image.Resampling.LANCZOS), picture.record)
+
+
+def contact_sheet(rows: list[list[Picture]], across: list[str], down: list[str]) -> Picture:
+    """A grid of pictures of one size.
+
+    Args:
+        rows: the pictures, row by row.
+        across: a label for each column.
+        down: a label for each row.
+
+    Returns:
+        The sheet; its record is that of the first picture, with the labels under "sheet".
+    """
+    font = ImageFont.load_default(_TEXT)
+    first = rows[0][0]
+    left = max(int(font.getlength(label)) for label in down) + 2 * _GAP
+    top = _TEXT + 2 * _GAP
+    wide, high = first.width + _GAP, first.height + _GAP
+    sheet = Image.new("RGB", (left + wide * len(across), top + high * len(rows)), "white")
+    pen = ImageDraw.Draw(sheet)
+    for column, label in enumerate(across):
+        pen.text((left + column * wide + first.width // 2, top // 2), label, "black", font, anchor="mm")
+    for row, label in enumerate(down):
+        pen.text((left - 2 * _GAP, top + row * high + first.height // 2), label, "black", font, anchor="rm")
+        for column, picture in enumerate(rows[row]):
+            sheet.paste(picture, (left + column * wide, top + row * high))
+    return Picture.from_pixels(sheet, first.record | {"sheet": {"across": across, "down": down}})

@@ -1,0 +1,139 @@
+"""What is written about the command is true: help pages, the tool schema, completion, the examples."""
+
+import json
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+
+import click
+import pytest
+from helpers import ROOT, run_command
+from PIL import Image
+
+from mlx_flux_krea.provenance import read_record
+
+
+def test_the_help_pages_are_current():
+    page = runpy.run_path(str(ROOT / "docs" / "make.py"))["page"]()
+    assert (ROOT / "docs" / "commands.md").read_text() == page, "run: python docs/make.py"
+
+
+def test_every_verb_and_its_options_are_in_the_help_pages():
+    import cli
+
+    page = (ROOT / "docs" / "commands.md").read_text()
+    for name, command in cli.cli.commands.items():
+        section = page.partition(f"\n## flux-krea {name}\n")[2].partition("\n## ")[0]
+        assert all(option.opts[-1] in section for option in command.params if isinstance(option, click.Option)), name
+
+
+def test_options_and_files_that_the_advice_on_prompting_names_exist():
+    text = (ROOT / "docs" / "prompting.md").read_text()
+    page = (ROOT / "docs" / "commands.md").read_text()
+    for option in set(re.findall(r"--[a-z-]+", text)):
+        assert f"{option} " in page, option
+
+
+# --- tool-schema ---
+
+
+def schema(command, *args):
+    code, out, err = command("tool-schema", *args)
+    assert code == 0, err
+    return json.loads(out)
+
+
+def test_an_answer_to_the_tool_schema_is_a_row_that_is_drawn(command, model, tmp_path):
+    """Every default, and every end of a range that is small enough to be drawn."""
+    properties = schema(command)["parameters"]["properties"]
+    assert (properties["steps"]["default"], properties["guidance"]["default"]) == (28, 4.5)
+    answer = {name: p["default"] for name, p in properties.items() if "default" in p}
+    answer |= {"prompt": "a frog", "width": 32, "height": 32, "steps": properties["steps"]["minimum"]}
+    answer["seed"] = properties["seed"]["maximum"]
+    del answer["megapixels"]  # the schema says that width and height exclude it
+    (tmp_path / "answer.jsonl").write_text(json.dumps(answer))
+    code, _, err = command("generate", "--prompts", "answer.jsonl", "-m", model)
+    assert code == 0, err
+    record = read_record(tmp_path / "out.png")
+    assert (record["seed"], record["num_inference_steps"], record["guidance_scale"]) == (2**64 - 1, 1, 4.5)
+
+
+def test_what_lies_outside_the_schema_is_refused(command, model, tmp_path):
+    properties = schema(command)["parameters"]["properties"]
+    tried = 0
+    for name, p in properties.items():
+        outside = [p["minimum"] - 1, p["maximum"] + 1] if "minimum" in p else ["nonsense"] if "enum" in p else []
+        for value in outside:
+            (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": "a", name: value}))
+            code, out, err = command("generate", "--prompts", "a.jsonl", "-m", model)
+            assert (code, out) == (2, ""), (name, value, err)
+            tried += 1
+    assert tried == 18
+
+
+def test_the_schema_has_the_defaults_of_the_model_that_is_named(command, model):
+    properties = schema(command, "-m", model)["parameters"]["properties"]
+    index = json.loads((model / "model_index.json").read_text())
+    assert properties["guidance"]["default"] == index["defaults"]["guidance_scale"]
+    assert properties["width"]["default"] == index["defaults"]["width"]
+
+
+# --- completion ---
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [("gen", ["generate"]), ("generate --as", ["--aspect"]), ("generate --seed 1 2 --like d", ["diffusers"])],
+)
+def test_the_shell_is_told_what_can_follow(tmp_path, words, found):
+    asked = {"COMP_WORDS": f"flux-krea {words}", "COMP_CWORD": str(len(words.split()))}
+    ran = run_command(cwd=tmp_path, _FLUX_KREA_COMPLETE="bash_complete", **asked)
+    assert (ran.returncode, ran.stdout.split()) == (0, [f"plain,{word}" for word in found])
+
+
+def test_installed_models_are_completed(tmp_path, home):
+    for name in ("krea-8bit", "krea-4bit", "schnell"):
+        (home / "models" / name).mkdir(parents=True)
+        (home / "models" / name / "model_index.json").write_text("{}")
+    asked = {"COMP_WORDS": "flux-krea generate -m k", "COMP_CWORD": "3"}
+    ran = run_command(cwd=tmp_path, _FLUX_KREA_COMPLETE="bash_complete", **asked)
+    assert ran.stdout.split() == ["plain,krea-4bit", "plain,krea-8bit"]
+
+
+@pytest.mark.parametrize("shell", ["zsh", "bash", "fish"])
+def test_the_script_for_each_shell_is_one_that_it_reads(command, tmp_path, shell):
+    code, out, _ = command("completion", shell)
+    assert code == 0
+    assert "_FLUX_KREA_COMPLETE" in out
+    if shutil.which(shell) is None:
+        pytest.skip(f"this machine has no {shell}")
+    (tmp_path / "script").write_text(out)
+    subprocess.run([shell, "-n", str(tmp_path / "script")], check=True)
+
+
+# --- examples ---
+
+
+@pytest.mark.parametrize(
+    ("example", "made"),
+    [
+        ("side_by_side", ["fox-1.png", "fox-2.png", "fox-3.png", "fox-4.png"]),
+        ("from_an_image", ["chair-0.3.png", "chair-0.6.png", "chair-0.9.png", "chair.png"]),
+        ("watch_and_stop", ["lighthouse.png"]),
+    ],
+)
+def test_the_examples_run_on_the_small_model(model, tmp_path, example, made):
+    small = tmp_path / "model"
+    shutil.copytree(model, small)
+    index = json.loads((small / "model_index.json").read_text())
+    index["defaults"]["num_inference_steps"] = 4
+    (small / "model_index.json").write_text(json.dumps(index))
+    program = [sys.executable, str(ROOT / "examples" / f"{example}.py"), str(small), "32"]
+    ran = subprocess.run(program, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert sorted(p.name for p in tmp_path.glob("*.png")) == (made if "stopped" not in ran.stdout else [])
+    for name in tmp_path.glob("*.png"):
+        assert Image.open(name).size == (32, 32)
+    assert len(ran.stdout.splitlines()) >= 3
