@@ -15,6 +15,7 @@ PACKAGE = "mlx_flux_krea"
 ROWS = {
     "errors": 0, "config": 0, "presets": 0,
     "transformer": 1, "t5": 1, "clip": 1, "vae": 1, "tokenizers": 1, "noise": 1, "sampler": 1, "engine": 1,
+    "filters.config": 0, "filters.vit": 1, "filters.pixtral": 1, "filters": 3,
     "weights": 2, "provenance": 2, "request": 2,
     "prompts": 3,
     "pipeline": 4,

@@ -1,0 +1,188 @@
+"""The networks of the content filters, in float32 against transformers; the bars are the reference's."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from helpers import REFERENCE, assert_close, facts, goldens, image, nhwc, pixtral_source, rel
+from mlx_flux_krea.convert import convert
+from PIL import Image
+
+from mlx_flux_krea.filters import pixtral, vit
+from mlx_flux_krea.weights import open_filter
+
+BAR = 3e-5
+CASES = ("text", "image", "two_images")
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory):
+    path = convert([REFERENCE / "vit"], tmp_path_factory.mktemp("vit") / "nsfw").path
+    return open_filter("nsfw", path).load("nsfw", mx.float32)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return pixtral_source(tmp_path_factory.mktemp("llava") / "source")
+
+
+@pytest.fixture(scope="module")
+def folder(source):
+    return convert([source], source.parent / "pixtral", dtype="float32").path
+
+
+@pytest.fixture(scope="module")
+def judge(folder):
+    return open_filter("pixtral", folder).load("pixtral", mx.float32)
+
+
+def case(name: str) -> tuple[list[int], list[mx.array]]:
+    """Token ids and pictures of a golden case; the padding of the smaller picture is taken off."""
+    g = goldens()
+    ids = g[f"llava.{name}.input_ids"][0].tolist()
+    if f"llava.{name}.pixel_values" not in g:
+        return ids, []
+    pixels, sizes = nhwc(g[f"llava.{name}.pixel_values"]), g[f"llava.{name}.image_sizes"].tolist()
+    return ids, [pixels[i : i + 1, :height, :width] for i, (height, width) in enumerate(sizes)]
+
+
+def expected(network, name: str) -> mx.array:
+    """Golden logits at every position, in the order of the network's head."""
+    return goldens()[f"llava.{name}.logits"][..., mx.array(network.config.head_ids)]
+
+
+# --- the classifier ---
+def test_the_classifier_equals_the_reference(classifier):
+    assert_close(classifier(nhwc(goldens()["vit.pixel_values"])), goldens()["vit.logits"], BAR)
+
+
+def test_the_classifier_judges_a_picture_as_the_reference_does(classifier):
+    names = facts()["vit"]["png_inputs"]
+    pixels = mx.concatenate([vit.preprocess(image(name), 32) for name in names])
+    assert mx.array_equal(pixels, nhwc(goldens()["vit.png_pixel_values"]))  # to the bit
+    logits = classifier(pixels)
+    assert_close(logits, goldens()["vit.png_logits"], BAR)
+    for i, one in enumerate(pixels):
+        assert_close(classifier(one[None]), logits[i : i + 1], 1e-6)
+
+
+def test_the_classifier_sees_any_picture_in_its_published_size():
+    picture = image("images/input.png")
+    turned = picture.transpose(Image.Transpose.ROTATE_90)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown turned by 90 degrees to the right
+    turned.getexif().update(exif)
+    upright = vit.preprocess(picture)
+    assert upright.shape == (1, 224, 224, 3)
+    assert mx.array_equal(vit.preprocess(turned), upright)
+    for mode in ("L", "RGBA", "P", "CMYK"):
+        assert vit.preprocess(picture.convert(mode)).shape == (1, 224, 224, 3)
+
+
+# --- Pixtral ---
+@pytest.mark.parametrize("name", CASES)
+def test_every_position_equals_the_reference(judge, name):
+    ids, images = case(name)
+    assert_close(judge.head(judge.hidden(ids, images)), expected(judge, name), BAR)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_call_gives_the_last_position_and_the_margin_of_yes_over_no(judge, name):
+    ids, images = case(name)
+    last = expected(judge, name)[:, -1]
+    assert_close(judge(ids, images), last, BAR)
+    assert_close(judge.margin(ids, images), last[:, 0] - last[:, 1], BAR)
+
+
+@pytest.mark.parametrize("name", CASES[1:])
+def test_pictures_of_any_aspect_become_the_features_of_the_reference(judge, name):
+    _, images = case(name)
+    assert {(a.shape[1], a.shape[2]) for a in images} <= {(40, 64), (64, 48)}
+    features = mx.concatenate([judge.features(pixels) for pixels in images], axis=1)
+    assert_close(features[0], goldens()[f"llava.{name}.image_features"], BAR)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_greedy_tokens_are_those_of_the_reference(judge, name):
+    ids, images = case(name)
+    told = next(c["greedy_next"] for c in facts()["llava"]["cases"] if c["name"] == name)
+    for token in told:
+        found = judge.config.head_ids[int(judge(ids, images).argmax())]
+        assert found == token
+        ids = [*ids, found]
+
+
+def test_a_picture_is_prepared_for_pixtral_to_the_bit(judge):
+    fact = facts()["llava"]["png"]
+    pixels = pixtral.preprocess(image(fact["image"]), judge.config.vision_config)
+    assert mx.array_equal(pixels, nhwc(goldens()["llava.png_pixel_values"]))
+    height, width = fact["image_sizes"][0]
+    assert pixtral.grid(pixels, judge.config.vision_config) == (height // 8, width // 8)
+
+
+@pytest.mark.parametrize(
+    ("size", "small", "patches"),
+    [
+        ((1024, 1024), (512, 512), (32, 32)),
+        ((1360, 768), (681, 384), (24, 43)),
+        ((768, 1360), (384, 681), (43, 24)),
+        ((1024, 768), (591, 443), (28, 37)),
+        ((64, 48), (591, 443), (28, 37)),  # made larger, too
+    ],
+)
+def test_a_picture_is_shown_to_pixtral_at_the_size_that_bfls_filter_shows_it(size, small, patches):
+    picture = pixtral.to_area(Image.new("RGB", size))
+    assert picture.size == small
+    assert pixtral.grid(pixtral.preprocess(picture)) == patches
+
+
+def test_a_picture_that_has_no_such_size_is_an_error():
+    with pytest.raises(ValueError, match="no such form"):
+        pixtral.to_area(Image.new("RGB", (600_000, 1)))
+    with pytest.raises(ValueError, match="too narrow"):
+        pixtral.preprocess(Image.new("RGB", (5000, 1)))
+
+
+@pytest.mark.parametrize(("ids", "pictures"), [([1, 10, 4], 0), ([1, 4], 1), ([1, *[10] * 39, 4], 1)])
+def test_image_tokens_and_patches_must_be_as_many(judge, ids, pictures):
+    _, images = case("image")
+    with pytest.raises(ValueError, match="image tokens for"):
+        judge(ids, images[:pictures])
+
+
+def test_evaluating_piece_by_piece_changes_no_bit_and_passes_every_block(judge, classifier):
+    def run(piece, *args):
+        seen.append(piece)
+        result = piece(*args)
+        mx.eval(result)
+        return result
+
+    for network, args in ((judge, case("two_images")), (classifier, (vit.preprocess(image("images/input.png"), 32),))):
+        seen = []
+        assert mx.array_equal(network(*args, run=run), network(*args))
+        blocks = [*([] if network is classifier else network.vision_tower.layers * 2), *network.layers]
+        assert [id(piece) for piece in seen if isinstance(piece, type(blocks[0]))] == [id(block) for block in blocks]
+
+
+# Random weights of 32 columns lose more by rounding than trained ones of 5120 do: bars are half as much again as was seen
+@pytest.mark.parametrize(
+    ("quantize", "dtype", "bar", "margin_bar"),
+    [
+        ("none", "bfloat16", 0.04, 0.06),
+        ("8", "float32", 0.035, 0.035),
+        ("6", "float32", 0.2, 0.25),
+        ("4", "float32", 0.45, 0.6),
+    ],
+)
+def test_rounded_weights_stay_near(source, tmp_path, quantize, dtype, bar, margin_bar, record_property):
+    """Margins are measured by how far two logits of a position lie apart on average."""
+    group_size = None if quantize == "none" else 32
+    report = convert([source], tmp_path / "out", quantize=quantize, group_size=group_size, dtype=dtype)
+    network = open_filter("pixtral", report.path).load("pixtral", getattr(mx, dtype))
+    for name in CASES:
+        last = expected(network, name)[:, -1]
+        logits = network(*case(name))
+        margin, reference = (float(x[0, 0] - x[0, 1]) for x in (logits, last))
+        record_property(f"{quantize} {dtype} {name}", f"margin {margin:.4f} for {reference:.4f}")
+        assert logits.dtype == mx.float32
+        assert rel(logits, last) < bar
+        assert abs(margin - reference) < margin_bar * float(mx.sqrt(last.var() * 2))
