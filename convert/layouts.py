@@ -193,10 +193,10 @@ def identify(source: Source) -> tuple[Found, ...]:
     parts: dict[str, dict[str, Tensor]] = {}
     for name, tensor in source.tensors.items():
         prefix, inner = next(p for p in PREFIXES if name.startswith(p[0]))
-        short = name.removeprefix(prefix).removeprefix(inner)
-        if short in parts.setdefault(prefix, {}):
-            raise ModelError(f"{source.path} holds {short} twice, as {name} too", "every tensor once")
-        parts[prefix][short] = tensor
+        bare = name.removeprefix(prefix).removeprefix(inner)
+        if bare in parts.setdefault(prefix, {}):
+            raise ModelError(f"{source.path} holds {bare} twice, as {name} too", "every tensor once")
+        parts[prefix][bare] = tensor
     found = [(prefix, layout, tensors) for prefix, tensors in parts.items() if (layout := _layout(tensors))]
     if not found:
         first = ", ".join(sorted(source.tensors)[:3])

@@ -1,7 +1,6 @@
 """The networks of the content filters, in float32 against transformers; the bars are the reference's."""
 
 import mlx.core as mx
-import numpy as np
 import pytest
 from helpers import REFERENCE, assert_close, facts, goldens, image, nhwc, pixtral_source, rel
 from mlx_flux_krea.convert import convert
@@ -163,11 +162,11 @@ def test_evaluating_piece_by_piece_changes_no_bit_and_passes_every_block(judge, 
         assert [id(piece) for piece in seen if isinstance(piece, type(blocks[0]))] == [id(block) for block in blocks]
 
 
-# Random weights of 32 columns lose more by rounding than trained ones of 5120 do: bars are half as much again as was seen
+# Random weights of 32 columns lose more by rounding than trained ones of 5120: bars are half as much again as was seen
 @pytest.mark.parametrize(
     ("quantize", "dtype", "bar", "margin_bar"),
     [
-        ("none", "bfloat16", 0.04, 0.06),
+        ("none", "bfloat16", 0.045, 0.15),
         ("8", "float32", 0.035, 0.035),
         ("6", "float32", 0.2, 0.25),
         ("4", "float32", 0.45, 0.6),
