@@ -189,7 +189,7 @@ class PixtralTokenizer:
         expected = dict(zip(("yes", "no"), ([i] for i in answers), strict=True))
         for word, ids in expected.items():
             found = self._encode(word)
-            if found != ids or self._bpe.decode(ids) != word:
+            if found != ids or self.decode(ids) != word:
                 raise ModelError(f'the tokenizer in {folder} has {found} for "{word}"', f"{ids}", "take Pixtral's own")
         for number, token in _CONTROL.items():
             if self._bpe.token_to_id(token) != number or number in self._encode(token):
@@ -205,6 +205,10 @@ class PixtralTokenizer:
         for part in parts:
             ids += self._encode(part) if isinstance(part, str) else _picture(*part)
         return [*ids, _END_INST]
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of ids, without control tokens."""
+        return self._bpe.decode(ids)
 
     def _encode(self, text: str) -> list[int]:
         return self._bpe.encode(text, add_special_tokens=False).ids

@@ -142,7 +142,9 @@ def renamed(name: str, *changes: tuple[str, str]) -> Source:
 FILTERS = {
     "classifier ViT, transformers 5": (
         "hf-nsfw_image_detection-vit", (r"encoder\.layer\.", "layers."),
-        (r"attention\.attention\.(.)\w+", r"attention.\1_proj"), (r"attention\.output\.dense", "attention.o_proj"), (r"intermediate\.dense", "mlp.fc1"),
+        (r"attention\.attention\.(.)\w+", r"attention.\1_proj"),
+        (r"attention\.output\.dense", "attention.o_proj"),
+        (r"intermediate\.dense", "mlp.fc1"),
         (r"output\.dense", "mlp.fc2"),
     ),
     "Pixtral, transformers 5": (
