@@ -69,7 +69,7 @@ def make_filter_index(found: Found, config) -> FilterIndex:
         found: its layout.
         config: its sizes.
     """
-    name, _ = _names(found.source.path.resolve())
+    name, _ = _names(found.source.folder.resolve())
     for published, base in ((NSFW_VIT, "Falconsai/nsfw_image_detection"), (PIXTRAL_12B, "Pixtral 12B")):
         if config == published:
             return FilterIndex(name, base, "apache-2.0", converter=__version__)

@@ -283,10 +283,13 @@ def _check_filter(found: Found, config, where: str) -> None:
     component = found.layout.component
     for published in _PUBLISHED[component]:
         told, expected = (dict(tree_flatten(configs.to_json(c))) for c in (config, published))
-        differ = [name for name in expected if told.get(name) != expected[name]]
-        if differ and target_shapes(component, config) == target_shapes(component, published):
+        differ = sorted(name for name in told.keys() | expected if told.get(name) != expected.get(name))
+        shapes, others = (target_shapes(component, c) | {"lm_head.weight": ()} for c in (config, published))
+        if differ and shapes == others:
             name = differ[0]
-            raise ModelError(f"{where}: {name} is {short(told.get(name))}", f"{expected[name]}", "take the original")
+            raise ModelError(
+                f"{where}: {name} is {short(told.get(name))}", f"{expected.get(name)}", "take the original"
+            )
     file = found.source.folder / "preprocessor_config.json"
     if file.exists():
         require(read_json(file), str(file), **found.layout.preprocessing(config))
