@@ -28,6 +28,8 @@ from numpy.lib.stride_tricks import as_strided
 
 from mlx_flux_krea import clip, sampler, t5, transformer, vae
 from mlx_flux_krea.config import CLIP_L, FLUX_DEV, FLUX_VAE, T5_XXL
+from mlx_flux_krea.filters import pixtral, vit
+from mlx_flux_krea.filters.config import NSFW_VIT, PIXTRAL_12B
 
 TEXT_TOKENS, STEPS = 512, 28
 BIG = TEXT_TOKENS * FLUX_DEV.hidden_size
@@ -180,6 +182,7 @@ def as_on_a_gpu():
         mock.patch.object(mx.fast, "scaled_dot_product_attention", attention),
         mock.patch.object(mx, "contiguous", mx.floor),
         mock.patch.object(nn, "silu", mx.erf),
+        mock.patch.object(nn, "gelu", mx.expm1),
         mock.patch.object(nn, "gelu_approx", mx.expm1),
         mock.patch.object(nn, "gelu_fast_approx", mx.expm1),
         mock.patch.object(transformer, "gelu", mx.expm1),
@@ -249,6 +252,34 @@ def text_graphs(dtype: mx.Dtype, t5_config=T5_XXL, clip_config=CLIP_L) -> dict[s
     }
 
 
+def filter_graphs(dtype: mx.Dtype, rows: int = 32, columns: int = 32, text: int = 194) -> dict[str, Count]:
+    """The classifier, which computes in float32, and Pixtral with one picture, its decoder in 4 bits."""
+    classifier = weightless(vit.ViT(NSFW_VIT), mx.float32)
+    network = weightless(pixtral.Pixtral(PIXTRAL_12B), dtype)
+    for block in network.layers:
+        nn.quantize(block, group_size=64, bits=4)
+    network.layers = [weightless_packed(block, dtype) for block in network.layers]
+    vision, decoder = PIXTRAL_12B.vision_config, PIXTRAL_12B.text_config
+    ids = [1] * text + ([PIXTRAL_12B.image_token_index] * columns + [12]) * rows
+    pixels = zeros((1, rows * vision.patch_size, columns * vision.patch_size, 3), mx.float32)
+    patches = zeros((1, rows * columns, vision.hidden_size), dtype)
+    x = zeros((1, len(ids), decoder.hidden_size), dtype)
+    turn, turn_patches = network.positions(len(ids)), network.vision_tower.positions(rows, columns)
+    return {
+        "ViT": count(classifier, zeros((1, NSFW_VIT.image_size, NSFW_VIT.image_size, 3), mx.float32)),
+        "Pixtral block": count(lambda x: network.layers[0](x, turn), x),
+        "Pixtral tower block": count(lambda x: network.vision_tower.layers[0](x, turn_patches), patches),
+        "Pixtral": count(lambda pixels: network(ids, [pixels]), pixels),
+    }
+
+
+def weightless_packed(module, dtype: mx.Dtype):
+    """A quantized module with weights that take no memory; packed ones stay integers."""
+    packed = {mx.uint32: mx.uint32}
+    module.update(tree_map(lambda a: zeros(a.shape, packed.get(a.dtype, dtype)), module.parameters()))
+    return module
+
+
 def kernel_graphs(dtype: mx.Dtype) -> dict[str, Count]:
     """What is inside the kernels that markers stand for, as far as they are not MLX's own."""
     x, wide, row = zeros((1, 1, 8, 128), dtype), zeros((1, 1, 8, 128), mx.float32), zeros((128,), mx.float32)
@@ -261,6 +292,7 @@ def kernel_graphs(dtype: mx.Dtype) -> dict[str, Count]:
         "affine_silu": (vae.affine_silu, x, row, row),
         "squared_deviation": (vae.squared_deviation, x, row),
         "silu": (nn.silu, x),
+        "gelu of the filters": (nn.gelu, x),
         "gelu of T5": (nn.gelu_approx, wide),
         "gelu of CLIP": (nn.gelu_fast_approx, wide),
         "bytes": (lambda x: vae.pixels_to_bytes(x, "round"), x),

@@ -1,6 +1,8 @@
 """The networks of the content filters, in float32 against transformers; the bars are the reference's."""
 
 import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
 import pytest
 from helpers import (
     CONTROL,
@@ -276,3 +278,59 @@ def test_a_tokenizer_of_something_else_is_refused(tmp_path):
     path.unlink()
     with pytest.raises(ModelError, match="holds no tokenizer"):
         PixtralTokenizer(tmp_path, answers)
+
+
+# --- mistakes that the numbers must show, each made here once ---
+def rotated_in_pairs(x, pe):
+    """Adjacent numbers turned against each other, as in FLUX.1 and in Mistral's own file."""
+    cos, sin = pe
+    a, b = x[..., ::2], x[..., 1::2]
+    return mx.stack([a * cos - b * sin, b * cos + a * sin], axis=-1).reshape(x.shape)
+
+
+def columns_first(self, rows, columns):
+    width = self.config.head_dim
+    frequencies = self.config.rope_theta ** -(np.arange(0, width, 2) / width)
+    row, column = np.divmod(np.arange(rows * columns), columns)
+    angles = np.outer(column, frequencies[::2]), np.outer(row, frequencies[1::2])
+    return pixtral.rotations(np.concatenate(angles, axis=1))
+
+
+def unmasked(attention):
+    def call(self, x, pe):
+        self._mask = None if self._mask else "causal"
+        result = attention(self, x, pe)
+        self._mask = None if self._mask else "causal"
+        return result
+
+    return call
+
+
+MISTAKES = {
+    "GELU for SiLU": (pixtral.nn, "silu", nn.gelu),
+    "tanh GELU in the projector": (pixtral.nn, "gelu", nn.gelu_approx),
+    "rotation of pairs": (pixtral, "rotate", rotated_in_pairs),
+    "columns before rows": (pixtral.VisionTower, "positions", columns_first),
+    "decoder unmasked, tower causal": (pixtral.Attention, "__call__", unmasked(pixtral.Attention.__call__)),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_in_pixtral_is_seen(judge, monkeypatch, mistake):
+    monkeypatch.setattr(*MISTAKES[mistake])
+    ids, images = case("image")
+    assert rel(judge.head(judge.hidden(ids, images)), expected(judge, "image")) > 2 * BAR
+
+
+def test_a_norm_after_the_tower_is_seen(judge, monkeypatch):
+    original = pixtral.Projector.__call__
+    monkeypatch.setattr(
+        pixtral.Projector, "__call__", lambda self, x: original(self, mx.fast.rms_norm(x, None, eps=1e-5))
+    )
+    ids, images = case("image")
+    assert rel(judge(ids, images), expected(judge, "image")[:, -1]) > 1e-2
+
+
+def test_the_tanh_form_of_gelu_in_the_classifier_is_seen(classifier, monkeypatch):
+    monkeypatch.setattr(vit.nn, "gelu", nn.gelu_approx)
+    assert rel(classifier(nhwc(goldens()["vit.pixel_values"])), goldens()["vit.logits"]) > 2 * BAR
