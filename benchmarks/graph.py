@@ -47,6 +47,7 @@ MARKERS = {
     "LogAddExp": "affine_silu",
     "Negative": "squared_deviation",
     "Erf": "silu",
+    "ArcTan2": "swiglu",
     "Floor": "contiguous",  # no fused kernel, but a primitive that cannot be exported
 }
 NORMS, ATTENTION = ("ArcSinh", "ArcTanh"), "Depends"
@@ -188,6 +189,8 @@ def as_on_a_gpu():
         mock.patch.object(transformer, "gelu", mx.expm1),
         mock.patch.object(transformer, "apply_rope", lambda x, pe: mx.log1p(x)),
         mock.patch.object(transformer, "gated_residual", lambda x, gate, y: mx.remainder(x, y)),
+        mock.patch.object(pixtral, "rotate", lambda x, pe: mx.log1p(x)),
+        mock.patch.object(pixtral, "swiglu", mx.arctan2),
         mock.patch.object(vae, "squared_deviation", lambda x, mean: mx.negative(x.astype(mx.float32))),
         mock.patch.object(vae, "affine", lambda x, scale, shift: mx.power(x, (scale + shift).astype(x.dtype))),
         mock.patch.object(vae, "affine_silu", lambda x, scale, shift: mx.logaddexp(x, (scale + shift).astype(x.dtype))),
@@ -206,8 +209,9 @@ def zeros(shape, dtype: mx.Dtype) -> mx.array:
 
 
 def weightless(module, dtype: mx.Dtype):
-    """The module with weights that take no memory."""
-    module.update(tree_map(lambda a: zeros(a.shape, dtype), module.parameters()))
+    """The module with weights that take no memory; packed ones stay integers."""
+    kinds = {mx.uint32: mx.uint32}
+    module.update(tree_map(lambda a: zeros(a.shape, kinds.get(a.dtype, dtype)), module.parameters()))
     return module
 
 
@@ -255,10 +259,10 @@ def text_graphs(dtype: mx.Dtype, t5_config=T5_XXL, clip_config=CLIP_L) -> dict[s
 def filter_graphs(dtype: mx.Dtype, rows: int = 32, columns: int = 32, text: int = 194) -> dict[str, Count]:
     """The classifier, which computes in float32, and Pixtral with one picture, its decoder in 4 bits."""
     classifier = weightless(vit.ViT(NSFW_VIT), mx.float32)
-    network = weightless(pixtral.Pixtral(PIXTRAL_12B), dtype)
+    network = pixtral.Pixtral(PIXTRAL_12B)
     for block in network.layers:
         nn.quantize(block, group_size=64, bits=4)
-    network.layers = [weightless_packed(block, dtype) for block in network.layers]
+    network = weightless(network, dtype)
     vision, decoder = PIXTRAL_12B.vision_config, PIXTRAL_12B.text_config
     ids = [1] * text + ([PIXTRAL_12B.image_token_index] * columns + [12]) * rows
     pixels = zeros((1, rows * vision.patch_size, columns * vision.patch_size, 3), mx.float32)
@@ -273,17 +277,11 @@ def filter_graphs(dtype: mx.Dtype, rows: int = 32, columns: int = 32, text: int 
     }
 
 
-def weightless_packed(module, dtype: mx.Dtype):
-    """A quantized module with weights that take no memory; packed ones stay integers."""
-    packed = {mx.uint32: mx.uint32}
-    module.update(tree_map(lambda a: zeros(a.shape, packed.get(a.dtype, dtype)), module.parameters()))
-    return module
-
-
 def kernel_graphs(dtype: mx.Dtype) -> dict[str, Count]:
     """What is inside the kernels that markers stand for, as far as they are not MLX's own."""
     x, wide, row = zeros((1, 1, 8, 128), dtype), zeros((1, 1, 8, 128), mx.float32), zeros((128,), mx.float32)
     pe = transformer.rope(sampler.position_ids(0, 4, 8), FLUX_DEV.axes_dim, FLUX_DEV.theta)
+    turns = pixtral.rotations(np.zeros((8, 64)))
     calls = {
         "gelu": (transformer.gelu, x),
         "rope": (lambda x: transformer.apply_rope(x, pe), x),
@@ -292,6 +290,8 @@ def kernel_graphs(dtype: mx.Dtype) -> dict[str, Count]:
         "affine_silu": (vae.affine_silu, x, row, row),
         "squared_deviation": (vae.squared_deviation, x, row),
         "silu": (nn.silu, x),
+        "rope of Pixtral": (lambda x: pixtral.rotate(x, turns), x),
+        "swiglu": (pixtral.swiglu, x, x),
         "gelu of the filters": (nn.gelu, x),
         "gelu of T5": (nn.gelu_approx, wide),
         "gelu of CLIP": (nn.gelu_fast_approx, wide),
@@ -331,7 +331,7 @@ def main():
     args = parser.parse_args()
     dtype = getattr(mx, args.dtype)
     graphs = transformer_graphs(args.width, args.height, dtype) | vae_graphs(args.width, args.height, dtype)
-    graphs |= text_graphs(dtype)
+    graphs |= text_graphs(dtype) | filter_graphs(dtype)
     print("| graph | primitives | products (float32) | passes | traffic, GB | small kernels |")
     print("|---|---|---|---|---|---|")
     for name, c in graphs.items():

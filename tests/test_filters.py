@@ -283,7 +283,7 @@ def test_a_tokenizer_of_something_else_is_refused(tmp_path):
 # --- mistakes that the numbers must show, each made here once ---
 def rotated_in_pairs(x, pe):
     """Adjacent numbers turned against each other, as in FLUX.1 and in Mistral's own file."""
-    cos, sin = pe
+    cos, sin = pe[0][:, 0], pe[0][:, 1]
     a, b = x[..., ::2], x[..., 1::2]
     return mx.stack([a * cos - b * sin, b * cos + a * sin], axis=-1).reshape(x.shape)
 
@@ -307,7 +307,7 @@ def unmasked(attention):
 
 
 MISTAKES = {
-    "GELU for SiLU": (pixtral.nn, "silu", nn.gelu),
+    "GELU for SiLU": (pixtral, "swiglu", lambda gate, up: nn.gelu(gate) * up),
     "tanh GELU in the projector": (pixtral.nn, "gelu", nn.gelu_approx),
     "rotation of pairs": (pixtral, "rotate", rotated_in_pairs),
     "columns before rows": (pixtral.VisionTower, "positions", columns_first),

@@ -8,6 +8,7 @@ B batch (1), S tokens, N patches, H heads, D head width, C width of the decoder,
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -57,16 +58,36 @@ def grid(pixels: mx.array, config: PixtralVisionConfig = PIXTRAL_12B.vision_conf
     return pixels.shape[1] // config.patch_size, pixels.shape[2] // config.patch_size
 
 
+# --- small kernels. Inside they compute in float32 and round once; on a GPU each is one pass over memory. ---
+
+
+@partial(mx.compile, shapeless=True)
+def swiglu(gate: mx.array, up: mx.array) -> mx.array:
+    """silu(gate) * up."""
+    y = gate.astype(mx.float32)
+    return (y * mx.sigmoid(y) * up.astype(mx.float32)).astype(gate.dtype)
+
+
+@mx.compile
+def turn(a: mx.array, b: mx.array, first: mx.array, second: mx.array) -> mx.array:
+    """first * a + second * b, in the type of a."""
+    return (first * a.astype(mx.float32) + second * b.astype(mx.float32)).astype(a.dtype)
+
+
 def rotations(angles: np.ndarray) -> mx.array:
-    """Cosines and sines of (N, D/2) angles: (2, N, D/2) float32. From double precision, whatever the GPU rounds to."""
-    return mx.array(np.stack([np.cos(angles), np.sin(angles)]).astype(np.float32))
+    """What `rotate` turns by (N, D/2) angles with: (2, N, 2, D/2) float32, for the first and the second half of a head.
+
+    Cosines and sines come from double precision: a GPU's own would not be exact for the last of many positions.
+    """
+    cos, sin = np.cos(angles), np.sin(angles)
+    halves = np.stack([cos, sin], axis=1), np.stack([-sin, cos], axis=1)
+    return mx.array(np.stack(halves).astype(np.float32))
 
 
 def rotate(x: mx.array, pe: mx.array) -> mx.array:
     """Turns the pairs (j, j + D/2) of every head of (B, H, N, D) by the angles of its position."""
-    cos, sin = pe
-    a, b = mx.split(x.astype(mx.float32), 2, axis=-1)
-    return mx.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+    halves = x.reshape(*x.shape[:-1], 2, -1)
+    return turn(halves[..., :1, :], halves[..., 1:, :], *pe).reshape(x.shape)
 
 
 class Attention(nn.Module):
@@ -102,7 +123,7 @@ class FeedForward(nn.Module):
         self.down_proj = nn.Linear(hidden, dim, bias=False)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.down_proj(nn.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 class Block(nn.Module):
@@ -116,7 +137,7 @@ class Block(nn.Module):
         self.feed_forward = FeedForward(dim, hidden)
 
     def __call__(self, x: mx.array, pe: mx.array) -> mx.array:
-        """(B, N, C) and the (2, N, D/2) of `rotations` to a new (B, N, C)."""
+        """(B, N, C) and the result of `rotations` to a new (B, N, C)."""
         x = x + self.attention(self.attention_norm(x), pe)
         return x + self.feed_forward(self.ffn_norm(x))
 
@@ -140,7 +161,7 @@ class VisionTower(nn.Module):
         return self.ln_pre(self.patch_conv(pixels.astype(self.ln_pre.weight.dtype)).flatten(1, 2))
 
     def positions(self, rows: int, columns: int) -> mx.array:
-        """Rotations (2, N, D/2): the even frequencies turn with the row, the odd ones with the column."""
+        """Rotations of patches: the even frequencies turn with the row, the odd ones with the column."""
         width = self.config.head_dim
         frequencies = self.config.rope_theta ** -(np.arange(0, width, 2) / width)
         row, column = np.divmod(np.arange(rows * columns), columns)
@@ -210,7 +231,7 @@ class Pixtral(nn.Module):
         return mx.take(mx.concatenate([x, *features], axis=1), mx.array(index.astype(np.int32)), axis=1)
 
     def positions(self, length: int) -> mx.array:
-        """Rotations (2, S, D/2) of the decoder; pictures and text count on alike."""
+        """Rotations of the decoder; pictures and text count on alike."""
         config = self.config.text_config
         frequencies = config.rope_theta ** -(np.arange(0, config.head_dim, 2) / config.head_dim)
         return rotations(np.outer(np.arange(length), frequencies))
