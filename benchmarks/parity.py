@@ -117,7 +117,7 @@ def filters(folder: Path):
     classifier = open_filter("nsfw", path).load("nsfw", mx.float32)
     yield "classifier, logits, rel", rel(classifier(nhwc(g["vit.pixel_values"])), g["vit.logits"]), 3e-5
     source = pixtral_source(folder / "llava")
-    for quantize, dtype, bar in (("none", "float32", 3e-5), ("none", "bfloat16", 0.04), *QUANTIZED):
+    for quantize, dtype, bar in (("none", "float32", 3e-5), ("none", "bfloat16", 0.15), *QUANTIZED):
         group_size = None if quantize == "none" else 32
         path = convert(
             [source], folder / f"{quantize}-{dtype}", dtype=dtype, quantize=quantize, group_size=group_size

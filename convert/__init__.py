@@ -40,6 +40,7 @@ __all__ = ["Component", "Group", "Report", "convert"]
 _SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 # the type, and the recipe of those who ask for what suits
 _DEFAULTS = {"model": ("bfloat16", "8"), "nsfw": ("float32", "none"), "pixtral": ("bfloat16", "4")}
+_KEPT = "what the source has in as few bits or fewer stays as it is"
 
 
 @dataclass(frozen=True)
@@ -143,11 +144,12 @@ def convert(
     path = Path(os.path.expanduser(out)) if out else home() / place
     target = _resolved(path)
     tokens = find_tokenizers(found, plans, tokenizers)
-    layers, left = {}, {}
+    layers, left, notes = {}, {}, ()
     for name, (config, _) in plans.items():
         layers[name], left[name] = quantizing.choose(name, layer_widths(name, config), recipe)
-        if name in FILTERS:
-            layers[name] = quantizing.keep_packed(plans[name][1], layers[name])
+        if name == "pixtral":
+            asked, layers[name] = layers[name], quantizing.keep_packed(plans[name][1], layers[name])
+            notes += (f"-q {quantize}: {_KEPT}",) if asked != layers[name] else ()
     groups = {name: _groups(name, plan, dtype, layers[name]) for name, (_, plan) in plans.items()}
     total = sum(group.bytes for component in groups.values() for group in component)
     sizes = {file: file.stat().st_size for f in found.values() for file in f.source.files}
@@ -199,7 +201,7 @@ def convert(
     )
     measured = [replace(g, error=_error(g, losses[name])) for name in plans for g in groups[name]]
     measured.sort(key=lambda group: -1 if group.error is None else group.error, reverse=True)
-    notes = _more_bits(own.layers, layers) if own else ()
+    notes += _more_bits(own.layers, layers) if own else ()
     notes += tuple(f"{g.name}: {g.stored} lost {g.error:.0%} of it; take more bits" for g in measured if _is_bad(g))
     if kind == "nsfw" and NSFW_SHA256 not in {source.sha256 for source in index.source}:
         notes += (f"{index.name}: not the published classifier, whose sha256 is {NSFW_SHA256}",)

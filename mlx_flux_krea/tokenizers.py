@@ -184,6 +184,8 @@ class PixtralTokenizer:
             ) from None
         self._bpe.no_padding()
         self._bpe.no_truncation()
+        # all added tokens are control tokens, whatever the file calls them, and none is looked for in a text
+        self._bpe.add_special_tokens([token.content for token in self._bpe.get_added_tokens_decoder().values()])
         self._bpe.encode_special_tokens = True
         self.vocab_size = max(self._bpe.get_vocab().values()) + 1
         expected = dict(zip(("yes", "no"), ([i] for i in answers), strict=True))

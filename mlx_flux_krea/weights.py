@@ -208,7 +208,8 @@ class ModelFolder:
 
         Args:
             component: a key of `COMPONENTS`, or of `FILTERS`.
-            dtype: the compute type; where float16 is asked for, all but transformer and CLIP compute in bfloat16.
+            dtype: the compute type; where float16 is asked for, all but transformer and CLIP compute in bfloat16. The
+                classifier always computes in float32.
 
         Raises:
             ModelError: a tensor is missing, not expected, or of another shape or type than the sizes say.
@@ -216,6 +217,7 @@ class ModelFolder:
         module, found = self._skeleton(component)
         if dtype == mx.float16 and component not in ("transformer", "text_encoder"):
             dtype = mx.bfloat16
+        dtype = mx.float32 if component == "nsfw" else dtype
         arrays = []
         for shard in sorted({path for path, _ in found.values()}):
             for name, array in mx.load(str(shard)).items():

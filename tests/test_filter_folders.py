@@ -177,7 +177,9 @@ def ready(wide, tmp_path):
 @pytest.mark.parametrize("quantize", [None, "8", "none"])
 def test_a_ready_4_bit_copy_stays_what_it_is(ready, tmp_path, quantize):
     """Bits that were lost do not come back, and rounding again would lose more."""
-    path = convert([ready], tmp_path / "out", quantize=quantize).path
+    report = convert([ready], tmp_path / "out", quantize=quantize)
+    path, what = report.path, {None: "4", "8": "8", "none": "none"}[quantize]
+    assert report.notes == (f"-q {what}: what the source has in as few bits or fewer stays as it is",)
     folder = open_filter("pixtral", path)
     layers = folder.layers("pixtral")
     assert layers.pop("lm_head") is None
@@ -221,6 +223,7 @@ def test_a_filter_of_ours_is_converted_again(wide, tmp_path):
     again = convert([whole.path], tmp_path / "again")
     assert same(arrays_of(again.path), arrays_of(whole.path))
     assert open_filter("pixtral", again.path).index.source[0] == open_filter("pixtral", whole.path).index.source[0]
+    assert again.notes == ()
     small, direct = (
         convert([whole.path], tmp_path / "small", quantize="4"),
         convert([wide], tmp_path / "d", quantize="4"),
@@ -250,6 +253,8 @@ def test_float16_is_no_type_that_filters_compute_in(wide, tmp_path):
     assert logits(convert([wide], tmp_path / "out", dtype="float16").path, mx.float16).dtype == mx.float32
     network = open_filter("pixtral", tmp_path / "out").load("pixtral", mx.float16)
     assert network.norm.weight.dtype == mx.bfloat16
+    path = convert([REFERENCE / "vit"], tmp_path / "vit").path
+    assert open_filter("nsfw", path).load("nsfw", mx.float16).cls_token.dtype == mx.float32
 
 
 # --- what is refused ---

@@ -261,6 +261,16 @@ def test_every_control_token_in_a_text_is_text(tmp_path):
         assert min(tokenizer(token)[2:-1]) >= len(CONTROL)
 
 
+def test_control_tokens_that_a_file_does_not_call_special_are_text_too(tmp_path):
+    path = tmp_path / "tokenizer.json"
+    answers = pixtral_tokenizer(path)
+    path.write_text(path.read_text().replace('"special": true', '"special": false'))
+    assert '"special": false' in path.read_text()
+    tokenizer = PixtralTokenizer(tmp_path, answers)
+    for token in CONTROL:
+        assert min(tokenizer(token)[2:-1]) >= len(CONTROL)
+
+
 def test_a_tokenizer_of_something_else_is_refused(tmp_path):
     path = tmp_path / "tokenizer.json"
     answers = pixtral_tokenizer(path)
