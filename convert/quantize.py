@@ -138,10 +138,10 @@ def choose(component: str, widths: dict[str, int], recipe: Recipe) -> tuple[Laye
 def keep_packed(plan: Plan, layers: Layers) -> Layers:
     """The same, but what is packed already in as many bits or fewer stays as it is: more would bring nothing back."""
     packed = {t.name.removesuffix(".weight"): t.q for t in plan.targets if t.q}
-    return {path: packed[path] if fewer(packed.get(path), q) else q for path, q in layers.items()}
+    return {path: packed[path] if _fewer(packed.get(path), q) else q for path, q in layers.items()}
 
 
-def fewer(one: Quantization | None, other: Quantization | None) -> bool:
+def _fewer(one: Quantization | None, other: Quantization | None) -> bool:
     """Whether the first has as many bits as the second or fewer; None has them all."""
     return one is not None and (other is None or one.bits <= other.bits)
 

@@ -7,13 +7,12 @@ import foreign
 import mlx.core as mx
 import pytest
 from click.testing import CliRunner
-from helpers import CONTROL, REFERENCE, assert_close, edit_json, edit_tensors, pixtral_source
+from helpers import CONTROL, REFERENCE, assert_close, edit_json, edit_tensors, pixtral_source, run_command
 from mlx_flux_krea.convert import convert, layouts
 from mlx_flux_krea.convert.sources import Source, Tensor
 from mlx_flux_krea.convert.write import check_manifest
 
 from mlx_flux_krea import convert as converter
-from mlx_flux_krea.commands.convert import convert as convert_command
 from mlx_flux_krea.commands.inspect import inspect
 from mlx_flux_krea.config import Quantization
 from mlx_flux_krea.errors import ModelError, UsageError
@@ -88,9 +87,9 @@ def test_the_classifier_is_in_no_other_precision(options, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_command_makes_pixtrals_decoder_4_bits_and_leaves_its_tower_in_16(wide, home):
-    ran = CliRunner().invoke(convert_command, [str(wide), "--json"])
-    assert ran.exit_code == 0, ran.output
+def test_the_command_makes_pixtrals_decoder_4_bits_and_leaves_its_tower_in_16(wide, home, tmp_path):
+    ran = run_command("convert", wide, "--json", cwd=tmp_path)
+    assert ran.returncode == 0, ran.stderr
     assert json.loads(ran.stdout)["path"] == str(home / "filters" / "pixtral")
     folder = open_filter("pixtral")
     for path, q in folder.layers("pixtral").items():

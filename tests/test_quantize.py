@@ -491,8 +491,7 @@ def test_the_command_quantizes_to_8_bits_unless_told_otherwise(tmp_path):
     assert tuple(choices.type.choices) == tuple(RECIPES)
     refused = CliRunner().invoke(convert_command, [str(PIPELINE), "--allow-nonfinite"])
     assert isinstance(refused.exception, UsageError)
-    arguments = [str(PIPELINE), "--tokenizers", str(TOKENIZERS), "--json", "-o", str(tmp_path / "out")]
-    made = json.loads(CliRunner().invoke(convert_command, arguments).stdout)
+    made = json.loads(run_command("convert", PIPELINE, "--tokenizers", TOKENIZERS, "--json", cwd=tmp_path).stdout)
     assert (made["quantize"], made["dtype"]) == ("8", "bfloat16")
 
 
