@@ -28,6 +28,8 @@ from numpy.lib.stride_tricks import as_strided
 
 from mlx_flux_krea import clip, sampler, t5, transformer, vae
 from mlx_flux_krea.config import CLIP_L, FLUX_DEV, FLUX_VAE, T5_XXL
+from mlx_flux_krea.filters import pixtral, vit
+from mlx_flux_krea.filters.config import NSFW_VIT, PIXTRAL_12B
 
 TEXT_TOKENS, STEPS = 512, 28
 BIG = TEXT_TOKENS * FLUX_DEV.hidden_size
@@ -45,6 +47,7 @@ MARKERS = {
     "LogAddExp": "affine_silu",
     "Negative": "squared_deviation",
     "Erf": "silu",
+    "ArcTan2": "swiglu",
     "Floor": "contiguous",  # no fused kernel, but a primitive that cannot be exported
 }
 NORMS, ATTENTION = ("ArcSinh", "ArcTanh"), "Depends"
@@ -182,11 +185,14 @@ def as_on_a_gpu():
         mock.patch.object(mx.fast, "scaled_dot_product_attention", attention),
         mock.patch.object(mx, "contiguous", mx.floor),
         mock.patch.object(nn, "silu", mx.erf),
+        mock.patch.object(nn, "gelu", mx.expm1),
         mock.patch.object(nn, "gelu_approx", mx.expm1),
         mock.patch.object(nn, "gelu_fast_approx", mx.expm1),
         mock.patch.object(transformer, "gelu", mx.expm1),
         mock.patch.object(transformer, "apply_rope", lambda x, pe: mx.log1p(x)),
         mock.patch.object(transformer, "gated_residual", lambda x, gate, y: mx.remainder(x, y)),
+        mock.patch.object(pixtral, "rotate", lambda x, pe: mx.log1p(x)),
+        mock.patch.object(pixtral, "swiglu", mx.arctan2),
         mock.patch.object(vae, "squared_deviation", lambda x, mean: mx.negative(x.astype(mx.float32))),
         mock.patch.object(vae, "affine", lambda x, scale, shift: mx.power(x, (scale + shift).astype(x.dtype))),
         mock.patch.object(vae, "affine_silu", lambda x, scale, shift: mx.logaddexp(x, (scale + shift).astype(x.dtype))),
@@ -205,8 +211,9 @@ def zeros(shape, dtype: mx.Dtype) -> mx.array:
 
 
 def weightless(module, dtype: mx.Dtype):
-    """The module with weights that take no memory."""
-    module.update(tree_map(lambda a: zeros(a.shape, dtype), module.parameters()))
+    """The module with weights that take no memory; packed ones stay integers."""
+    kinds = {mx.uint32: mx.uint32}
+    module.update(tree_map(lambda a: zeros(a.shape, kinds.get(a.dtype, dtype)), module.parameters()))
     return module
 
 
@@ -251,10 +258,32 @@ def text_graphs(dtype: mx.Dtype, t5_config=T5_XXL, clip_config=CLIP_L) -> dict[s
     }
 
 
+def filter_graphs(dtype: mx.Dtype, rows: int = 32, columns: int = 32, text: int = 194) -> dict[str, Count]:
+    """The classifier, which computes in float32, and Pixtral with one picture, its decoder in 4 bits."""
+    classifier = weightless(vit.ViT(NSFW_VIT), mx.float32)
+    network = pixtral.Pixtral(PIXTRAL_12B)
+    for block in network.layers:
+        nn.quantize(block, group_size=64, bits=4)
+    network = weightless(network, dtype)
+    vision, decoder = PIXTRAL_12B.vision_config, PIXTRAL_12B.text_config
+    ids = [1] * text + ([PIXTRAL_12B.image_token_index] * columns + [12]) * rows
+    pixels = zeros((1, rows * vision.patch_size, columns * vision.patch_size, 3), mx.float32)
+    patches = zeros((1, rows * columns, vision.hidden_size), dtype)
+    x = zeros((1, len(ids), decoder.hidden_size), dtype)
+    turn, turn_patches = network.positions(len(ids)), network.vision_tower.positions(rows, columns)
+    return {
+        "ViT": count(classifier, zeros((1, NSFW_VIT.image_size, NSFW_VIT.image_size, 3), mx.float32)),
+        "Pixtral block": count(lambda x: network.layers[0](x, turn), x),
+        "Pixtral tower block": count(lambda x: network.vision_tower.layers[0](x, turn_patches), patches),
+        "Pixtral": count(lambda pixels: network(ids, [pixels]), pixels),
+    }
+
+
 def kernel_graphs(dtype: mx.Dtype) -> dict[str, Count]:
     """What is inside the kernels that markers stand for, as far as they are not MLX's own."""
     x, wide, row = zeros((1, 1, 8, 128), dtype), zeros((1, 1, 8, 128), mx.float32), zeros((128,), mx.float32)
     pe = transformer.rope(sampler.position_ids(0, 4, 8), FLUX_DEV.axes_dim, FLUX_DEV.theta)
+    turns = pixtral.rotations(np.zeros((8, 64)))
     calls = {
         "gelu": (transformer.gelu, x),
         "rope": (lambda x: transformer.apply_rope(x, pe), x),
@@ -263,6 +292,9 @@ def kernel_graphs(dtype: mx.Dtype) -> dict[str, Count]:
         "affine_silu": (vae.affine_silu, x, row, row),
         "squared_deviation": (vae.squared_deviation, x, row),
         "silu": (nn.silu, x),
+        "rope of Pixtral": (lambda x: pixtral.rotate(x, turns), x),
+        "swiglu": (pixtral.swiglu, x, x),
+        "gelu of the filters": (nn.gelu, x),
         "gelu of T5": (nn.gelu_approx, wide),
         "gelu of CLIP": (nn.gelu_fast_approx, wide),
         "bytes": (lambda x: vae.pixels_to_bytes(x, "round"), x),
@@ -310,7 +342,7 @@ def main():
     args = parser.parse_args()
     dtype = getattr(mx, args.dtype)
     graphs = transformer_graphs(args.width, args.height, dtype) | vae_graphs(args.width, args.height, dtype)
-    graphs |= text_graphs(dtype)
+    graphs |= text_graphs(dtype) | filter_graphs(dtype)
     print("| graph | primitives | products (float32) | passes | traffic, GB | small kernels |")
     print("|---|---|---|---|---|---|")
     for name, c in graphs.items():

@@ -14,17 +14,33 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 import mlx.core as mx
 import numpy as np
-from helpers import PIPELINE, TOKENIZERS, facts, goldens, image, levels, max_abs, nhwc, psnr, rel
+from helpers import (
+    PIPELINE,
+    REFERENCE,
+    TOKENIZERS,
+    facts,
+    goldens,
+    image,
+    levels,
+    max_abs,
+    nhwc,
+    pixtral_source,
+    psnr,
+    rel,
+)
 from mlx_flux_krea.convert import convert
+from test_filters import CASES as GOLDEN_CASES
+from test_filters import case, expected
 from test_networks import forward
 from test_noise import CASES, SEEDS, repeated
 from test_pipeline import arguments, latents_of
 
 from mlx_flux_krea import FluxPipeline, sampler
 from mlx_flux_krea.vae import pixels_from_image
-from mlx_flux_krea.weights import open_model
+from mlx_flux_krea.weights import open_filter, open_model
 
 RUNS = ("t2i_4", "t2i_8", "t2i_list", "cfg_4", "t2i_short", "img2img_8.sample")
+QUANTIZED = (("8", "float32", 0.035), ("6", "float32", 0.25), ("4", "float32", 0.6))  # widths of 32 and groups of 32
 
 
 def networks(folder):
@@ -95,11 +111,30 @@ def bfloat16(model):
     yield "bfloat16 run, PNG against torch's, dB", psnr(result.images[0], image("images/bf16.0.png")), 42
 
 
+def filters(folder: Path):
+    g = goldens()
+    path = convert([REFERENCE / "vit"], folder / "nsfw").path
+    classifier = open_filter("nsfw", path).load("nsfw", mx.float32)
+    yield "classifier, logits, rel", rel(classifier(nhwc(g["vit.pixel_values"])), g["vit.logits"]), 3e-5
+    source = pixtral_source(folder / "llava")
+    for quantize, dtype, bar in (("none", "float32", 3e-5), ("none", "bfloat16", 0.15), *QUANTIZED):
+        group_size = None if quantize == "none" else 32
+        path = convert(
+            [source], folder / f"{quantize}-{dtype}", dtype=dtype, quantize=quantize, group_size=group_size
+        ).path
+        network = open_filter("pixtral", path).load("pixtral", getattr(mx, dtype))
+        cases = [(network.head(network.hidden(*case(name))), expected(network, name)) for name in GOLDEN_CASES]
+        what = dtype if quantize == "none" else f"{quantize} bits"
+        yield f"Pixtral, logits of every position, {what}, rel", max(rel(*one) for one in cases), bar
+        margins = [float(mx.abs((a - b)[0, -1, 0] - (a - b)[0, -1, 1]) / (b[0, -1].std() * 2**0.5)) for a, b in cases]
+        yield f"Pixtral, margin of yes over no, {what}, of the spread of margins", max(margins), bar
+
+
 def main():
     with tempfile.TemporaryDirectory() as folder:
         model = convert([PIPELINE], Path(folder) / "tiny", dtype="float32", tokenizers=TOKENIZERS).path
         pipe = FluxPipeline.from_pretrained(model)
-        rows = [*networks(open_model(model)), *runs(pipe), *noise(), *bfloat16(model)]
+        rows = [*networks(open_model(model)), *runs(pipe), *noise(), *bfloat16(model), *filters(Path(folder))]
     print("| compared with the reference | reached | bar |\n|---|---|---|")
     for name, reached, bar in rows:
         print(f"| {name} | {reached:.2g} | {bar:g} |" if bar < 1 else f"| {name} | {reached:.1f} | {bar:g} |")

@@ -3,6 +3,8 @@
     from mlx_flux_krea.convert import convert
     convert(["FLUX.1-Krea-dev"], "models/krea-8bit", quantize="8")
 
+The two networks of the content filters are converted alike, into folders of the same form.
+
 sources opens files, decode knows their types, layouts recognises them, maps names their tensors, remap puts tensors
 together; own does all of it for folders of ours. quantize chooses bits, index, tokenizers and licence add what weights
 do not say, write stores it.
@@ -20,11 +22,12 @@ from pathlib import Path
 from mlx_flux_krea import __version__
 from mlx_flux_krea import config as configs
 from mlx_flux_krea.errors import ModelError, UsageError, printable
-from mlx_flux_krea.weights import COMPONENTS, DTYPES, home, layer_widths
+from mlx_flux_krea.filters.config import NSFW_SHA256
+from mlx_flux_krea.weights import COMPONENTS, DTYPES, FILTERS, KINDS, home, layer_widths
 
 from . import quantize as quantizing
 from . import write
-from .index import make_index
+from .index import make_filter_index, make_index
 from .layouts import Found, identify, make_plan
 from .licence import licence_files
 from .own import Own, open_own
@@ -35,6 +38,9 @@ from .tokenizers import find_tokenizers
 
 __all__ = ["Component", "Group", "Report", "convert"]
 _SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+# the type, and the recipe of those who ask for what suits
+_DEFAULTS = {"model": ("bfloat16", "8"), "nsfw": ("float32", "none"), "pixtral": ("bfloat16", "4")}
+_KEPT = "what the source has in as few bits or fewer stays as it is"
 
 
 @dataclass(frozen=True)
@@ -81,8 +87,8 @@ def convert(
     sources: Sequence[str | Path],
     out: str | Path | None = None,
     *,
-    dtype: str = "bfloat16",
-    quantize: str = "none",
+    dtype: str | None = None,
+    quantize: str | None = "none",
     group_size: int | None = None,
     tokenizers: str | Path | None = None,
     force: bool = False,
@@ -94,10 +100,12 @@ def convert(
 
     Args:
         sources: a folder (diffusers', ComfyUI's, mflux's, or a model folder of ours), an all-in-one file, or the
-            files of the components one by one.
-        out: the model folder to make; None: models/NAME-RECIPE in the home folder (`weights.home`).
-        dtype: of every array that is not packed, and of scales: "bfloat16", "float16" or "float32".
-        quantize: a row of `quantize.RECIPES`. (The command's default is "8".)
+            files of the components one by one; or a filter: the classifier ViT or Pixtral, as published.
+        out: the model folder to make; None: in the home folder (`weights.home`), models/NAME-RECIPE or filters/NAME.
+        dtype: of every array that is not packed, and of scales: "bfloat16", "float16" or "float32"; None: bfloat16.
+            The classifier is kept in float32.
+        quantize: a row of `quantize.RECIPES`; None: what suits, "8", or "4" of Pixtral. The classifier is never
+            quantized, nor is Pixtral's vision tower.
         group_size: how many numbers share a scale, where a recipe leaves the choice: 32, 64 or 128; None: 64.
         tokenizers: a folder with `tokenizer` and `tokenizer_2` (or `clip` and `t5`), where the sources have none.
         force: an existing model folder is replaced, once the new one is complete; nothing else ever is, nor a folder
@@ -111,23 +119,37 @@ def convert(
         ModelError: a source is missing, damaged, incomplete or of another kind.
         ResourceError: not enough disk.
     """
-    if dtype not in DTYPES:
+    if dtype not in (None, *DTYPES):
         raise UsageError(f'no type is called "{dtype}"', f"one of {', '.join(DTYPES)}")
-    recipe = quantizing.find_recipe(quantize, group_size)
+    recipe = quantizing.find_recipe(quantize or "8", group_size)
     if allow_nonfinite and quantize != "none":
         raise UsageError("NaN and infinities are allowed, and quantizing erases them", "one of both", "add -q none")
     paths = [Path(os.path.expanduser(path)) for path in sources]
     own = _own(paths)
     found = own.found if own else _components(paths)
+    kind = next((name for name in found if name in FILTERS), "model")
+    dtype, quantize = dtype or _DEFAULTS[kind][0], quantize or _DEFAULTS[kind][1]
+    if kind == "nsfw" and (dtype, quantize) != _DEFAULTS[kind]:
+        raise UsageError(f"the classifier in {dtype}, -q {quantize}", "float32, -q none", "leave --dtype and -q out")
+    recipe = quantizing.find_recipe(quantize, group_size)
     plans = own.plans if own else {component: make_plan(f) for component, f in found.items()}
-    configs.check_parts(*(plans[name][0] for name in ("transformer", "text_encoder_2", "text_encoder", "vae")))
-    index = own.index if own else make_index(found, plans["transformer"][0])
-    path = Path(os.path.expanduser(out)) if out else home() / "models" / f"{index.name}-{_label(recipe, dtype)}"
+    if own:
+        index = own.index
+    elif kind == "model":
+        configs.check_parts(*(plans[name][0] for name in ("transformer", "text_encoder_2", "text_encoder", "vae")))
+        index = make_index(found, plans["transformer"][0])
+    else:
+        index = make_filter_index(found[kind], plans[kind][0])
+    place = Path("models", f"{index.name}-{_label(recipe, dtype)}") if kind == "model" else Path("filters", kind)
+    path = Path(os.path.expanduser(out)) if out else home() / place
     target = _resolved(path)
     tokens = find_tokenizers(found, plans, tokenizers)
-    layers, left = {}, {}
+    layers, left, notes = {}, {}, ()
     for name, (config, _) in plans.items():
         layers[name], left[name] = quantizing.choose(name, layer_widths(name, config), recipe)
+        if name == "pixtral":
+            asked, layers[name] = layers[name], quantizing.keep_packed(plans[name][1], layers[name])
+            notes += (f"-q {quantize}: {_KEPT}",) if asked != layers[name] else ()
     groups = {name: _groups(name, plan, dtype, layers[name]) for name, (_, plan) in plans.items()}
     total = sum(group.bytes for component in groups.values() for group in component)
     sizes = {file: file.stat().st_size for f in found.values() for file in f.source.files}
@@ -135,8 +157,7 @@ def convert(
     written, losses = 0, {}
     with write.new_folder(target, force, [*paths, *sizes], placing) as folder, write.hashing(sizes) as hashes:
         write.check_disk(target, total + 2**26)
-        for component in COMPONENTS:
-            config, plan = plans[component]
+        for component, (config, plan) in plans.items():
 
             def done(count: int, component: str = component) -> None:
                 nonlocal written
@@ -156,13 +177,14 @@ def convert(
             for file, (name, layout) in _records(found).items()
         )
         index = replace(index, source=(own.index.source if own else ()) + records, converter=__version__)
-        stored = {name: _stored(dtype, layers[name]) for name in COMPONENTS}
+        stored = {name: _stored(dtype, layers[name]) for name in plans}
         about = licence_files(index, _roots(found), [f"{name}: {how}" for name, how in stored.items()])
         for name, data in about.items():
             folder.write(name, [data])
         if progress:
             progress("reading back", total, total)
-        folder.finish({"_class_name": "FluxPipeline", **configs.to_json(index)})
+        class_name = next(name for name, (_, networks) in KINDS.items() if set(networks) == set(plans))
+        folder.finish({"_class_name": class_name, **configs.to_json(index)})
     components = tuple(
         Component(
             name=name,
@@ -177,10 +199,12 @@ def convert(
         )
         for name, (_, plan) in plans.items()
     )
-    measured = [replace(g, error=_error(g, losses[name])) for name in COMPONENTS for g in groups[name]]
+    measured = [replace(g, error=_error(g, losses[name])) for name in plans for g in groups[name]]
     measured.sort(key=lambda group: -1 if group.error is None else group.error, reverse=True)
-    notes = _more_bits(own.layers, layers) if own else ()
+    notes += _more_bits(own.layers, layers) if own else ()
     notes += tuple(f"{g.name}: {g.stored} lost {g.error:.0%} of it; take more bits" for g in measured if _is_bad(g))
+    if kind == "nsfw" and NSFW_SHA256 not in {source.sha256 for source in index.source}:
+        notes += (f"{index.name}: not the published classifier, whose sha256 is {NSFW_SHA256}",)
     return Report(path, index.base, dtype, recipe.quantize, components, tuple(measured), notes)
 
 
@@ -236,8 +260,8 @@ def _is_bad(group: Group) -> bool:
 
 
 def _roots(found: dict[str, Found]) -> list[Path]:
-    """Folders in which the licence of the transformer may lie."""
-    source = found["transformer"].source
+    """Folders in which the licence of the transformer, or of a filter, may lie."""
+    source = next(iter(found.values())).source
     return [source.folder.parent, source.folder] if source.component else [source.folder]
 
 
@@ -263,6 +287,10 @@ def _components(paths: list[Path]) -> dict[str, Found]:
                 other = found[one.layout.component].source.path
                 raise ModelError(f"{source.path} and {other} are both a {one.layout.component}", "one of each")
             found[one.layout.component] = one
+    if found.keys() & FILTERS.keys():
+        if len(found) > 1:
+            raise ModelError(f"the sources hold {', '.join(found)}", "a model, or one filter alone")
+        return found
     missing = [c for c in COMPONENTS if c not in found]
     if missing:
         have = ", ".join(found) or "nothing"

@@ -6,9 +6,11 @@ from pathlib import Path
 from mlx_flux_krea import __version__, presets
 from mlx_flux_krea import config as configs
 from mlx_flux_krea.errors import ModelError
+from mlx_flux_krea.filters.config import NSFW_VIT, PIXTRAL_12B, FilterIndex
 from mlx_flux_krea.weights import read_json
 
-from .layouts import Found, require
+from .layouts import Found
+from .sizes import require
 
 # Fields of diffusers' scheduler_config.json that would change the picture, and what our sampler is written for.
 _SCHEDULER = {
@@ -58,6 +60,20 @@ def make_index(found: dict[str, Found], config: configs.FluxConfig) -> configs.M
         converter=__version__,
     )
     return replace(index, filters="required" if configs.requires_filters(config, index) else "none")
+
+
+def make_filter_index(found: Found, config) -> FilterIndex:
+    """The facts of a filter's folder, without the records of its sources.
+
+    Args:
+        found: its layout.
+        config: its sizes.
+    """
+    name, _ = _names(found.source.folder.resolve())
+    for published, base in ((NSFW_VIT, "Falconsai/nsfw_image_detection"), (PIXTRAL_12B, "Pixtral 12B")):
+        if config == published:
+            return FilterIndex(name, base, "apache-2.0", converter=__version__)
+    return FilterIndex(name, "a network of other sizes", "unknown", converter=__version__)
 
 
 def _names(root: Path) -> tuple[str, list[str]]:

@@ -10,12 +10,14 @@ from functools import cache
 from mlx.utils import tree_flatten
 
 from mlx_flux_krea import config as configs
-from mlx_flux_krea.config import CLIPConfig, T5Config, VAEConfig
+from mlx_flux_krea.config import VAEConfig
 from mlx_flux_krea.errors import ModelError
-from mlx_flux_krea.weights import COMPONENTS, build
+from mlx_flux_krea.filters.config import NSFW_VIT, PIXTRAL_12B, PixtralConfig
+from mlx_flux_krea.weights import FILTERS, NETWORKS, build, read_json
 
-from . import decode, maps
+from . import decode, maps, sizes
 from .remap import Misfit, Plan, plan
+from .sizes import require, short
 from .sources import Source, Tensor
 
 # What published files put in front of the names of a component; in an all-in-one file each component has its own. Of
@@ -39,6 +41,7 @@ class Layout:
     lost: tuple = ()
     convert_config: Callable[[dict, str], dict] | None = None  # our sizes from this layout's config.json and its name
     config_kinds: tuple[str, ...] = ()  # what such a config.json says that it is of, in `_class_name` or `model_type`
+    preprocessing: Callable[[object], dict] | None = None  # what preprocessor_config.json must say, if it is there
 
 
 @dataclass(frozen=True)
@@ -48,115 +51,6 @@ class Found:
     source: Source
     layout: Layout
     tensors: dict[str, Tensor]  # prefix taken off
-
-
-def require(obj: dict, where: str, todo: str = "this is another network", **expected) -> None:
-    """Fields that would change the computation must have the value, or one of the values, that ours is written for.
-
-    Raises:
-        ModelError: another value; a field that is not there is no problem.
-    """
-    for name, value in expected.items():
-        values = value if isinstance(value, tuple) else (value,)
-        if name in obj and obj[name] not in values:
-            raise ModelError(f"{where}: {name} is {_short(obj[name])}", " or ".join(map(repr, values)), todo)
-
-
-# Kinds of fields that are computed with here: a test, and what it asks for. `configs.from_json` checks all others.
-_KINDS = {
-    int: (lambda v: type(v) is int and 0 < v <= 65536, "a number from 1 to 65536"),
-    float: (lambda v: type(v) in (int, float) and -1e9 <= v <= 1e9, "a number"),
-    bool: (lambda v: type(v) is bool, "true or false"),
-    list: (lambda v: type(v) is list and 0 < len(v) <= 16 and all(map(_KINDS[int][0], v)), "a list of sizes"),
-}
-
-
-def _read(obj: dict, where: str, **kinds: type) -> dict:
-    """The fields named, each of its kind.
-
-    Raises:
-        ModelError: a field missing or of another kind.
-    """
-    for name, kind in kinds.items():
-        fits, expected = _KINDS[kind]
-        if name not in obj:
-            raise ModelError(f"{where} lacks {name!r}", f"the fields {', '.join(kinds)}")
-        if not fits(obj[name]):
-            raise ModelError(f"{where}: {name} is {_short(obj[name])}", expected)
-    return {name: obj[name] for name in kinds}
-
-
-def _short(value) -> str:
-    text = ascii(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def _diffusers_flux(obj: dict, where: str) -> dict:
-    require(obj, where, patch_size=1)
-    if obj.get("out_channels") is None:
-        obj = obj | {"out_channels": obj.get("in_channels")}
-    obj = {"axes_dims_rope": [16, 56, 56]} | obj  # the published config leaves it out
-    obj = _read(
-        obj, where, num_attention_heads=int, attention_head_dim=int, in_channels=int, out_channels=int,
-        pooled_projection_dim=int, joint_attention_dim=int, num_layers=int, num_single_layers=int,
-        axes_dims_rope=list, guidance_embeds=bool,
-    )  # fmt: skip
-    heads, width = obj["num_attention_heads"], obj["attention_head_dim"]
-    return {
-        "in_channels": obj["in_channels"],
-        "out_channels": obj["out_channels"],
-        "vec_in_dim": obj["pooled_projection_dim"],
-        "context_in_dim": obj["joint_attention_dim"],
-        "hidden_size": heads * width,
-        "mlp_ratio": 4.0,
-        "num_heads": heads,
-        "depth": obj["num_layers"],
-        "depth_single_blocks": obj["num_single_layers"],
-        "axes_dim": obj["axes_dims_rope"],
-        "theta": 10_000,
-        "guidance_embed": obj["guidance_embeds"],
-    }
-
-
-def _diffusers_vae(obj: dict, where: str) -> dict:
-    require(
-        obj, where, act_fn="silu", use_quant_conv=False, use_post_quant_conv=False,
-        mid_block_add_attention=True, latents_mean=None, latents_std=None,
-    )  # fmt: skip
-    obj = _read(
-        obj, where, in_channels=int, out_channels=int, block_out_channels=list, layers_per_block=int,
-        latent_channels=int, norm_num_groups=int, scaling_factor=float, shift_factor=float,
-    )  # fmt: skip
-    widths = obj["block_out_channels"]
-    if any(width % widths[0] for width in widths):
-        raise ModelError(f"{where}: block_out_channels is {_short(widths)}", "multiples of the first")
-    return {
-        "in_channels": obj["in_channels"],
-        "out_ch": obj["out_channels"],
-        "ch": widths[0],
-        "ch_mult": [w // widths[0] for w in widths],
-        "num_res_blocks": obj["layers_per_block"],
-        "z_channels": obj["latent_channels"],
-        "norm_num_groups": obj["norm_num_groups"],
-        "scale_factor": obj["scaling_factor"],
-        "shift_factor": obj["shift_factor"],
-    }
-
-
-def _transformers_clip(obj: dict, where: str) -> dict:
-    require(obj, where, hidden_act="quick_gelu")
-    return {f.name: obj[f.name] for f in fields(CLIPConfig) if f.name in obj}
-
-
-# the tanh form of GELU, as transformers calls it; "gated-gelu" alone means it too
-_TANH_GELU = ("gelu_new", "gelu_pytorch_tanh")
-
-
-def _transformers_t5(obj: dict, where: str) -> dict:
-    gated = ("gated-gelu", *(f"gated-{name}" for name in _TANH_GELU))
-    require(obj, where, feed_forward_proj=gated, dense_act_fn=_TANH_GELU)
-    obj = {"relative_attention_max_distance": 128} | obj  # younger than some configs
-    return {f.name: obj[f.name] for f in fields(T5Config) if f.name in obj}
 
 
 LAYOUTS = (
@@ -174,7 +68,7 @@ LAYOUTS = (
         "transformer, diffusers", "transformer",
         ("transformer_blocks.0.attn.norm_added_q.weight", "transformer_blocks.0.ff.net.0.proj.weight",
          "single_transformer_blocks.0.proj_mlp.weight"),
-        maps.FLUX_DIFFUSERS, (), (), _diffusers_flux, ("FluxTransformer2DModel",),
+        maps.FLUX_DIFFUSERS, (), (), sizes.diffusers_flux, ("FluxTransformer2DModel",),
     ),
     Layout(
         "transformer, mflux", "transformer",
@@ -190,7 +84,7 @@ LAYOUTS = (
     Layout(
         "VAE, diffusers", "vae",
         ("encoder.conv_in.weight", "decoder.mid_block.attentions.0.to_q.weight"),
-        maps.VAE_DIFFUSERS, (), (), _diffusers_vae, ("AutoencoderKL",),
+        maps.VAE_DIFFUSERS, (), (), sizes.diffusers_vae, ("AutoencoderKL",),
     ),
     Layout(
         "VAE, mflux", "vae",
@@ -200,17 +94,17 @@ LAYOUTS = (
     Layout(
         "CLIP text model", "text_encoder",
         ("text_model.embeddings.token_embedding.weight", "text_model.final_layer_norm.weight"),
-        maps.CLIP, maps.CLIP_DROPPED, (), _transformers_clip, ("clip_text_model", "clip"),
+        maps.CLIP, maps.CLIP_DROPPED, (), sizes.transformers_clip, ("clip_text_model", "clip"),
     ),
     Layout(
         "CLIP text model, transformers 5", "text_encoder",
         ("embeddings.token_embedding.weight", "final_layer_norm.weight"),
-        maps.CLIP_TRANSFORMERS_5, maps.CLIP_DROPPED, (), _transformers_clip, ("clip_text_model", "clip"),
+        maps.CLIP_TRANSFORMERS_5, maps.CLIP_DROPPED, (), sizes.transformers_clip, ("clip_text_model", "clip"),
     ),
     Layout(
         "T5 v1.1 encoder", "text_encoder_2",
         ("shared.weight", "encoder.block.0.layer.1.DenseReluDense.wi_0.weight"),
-        maps.T5, maps.T5_DROPPED, (), _transformers_t5, ("t5",),
+        maps.T5, maps.T5_DROPPED, (), sizes.transformers_t5, ("t5",),
     ),
     Layout(
         "T5 v1.1 encoder, mflux", "text_encoder_2",
@@ -221,6 +115,31 @@ LAYOUTS = (
         "T5 v1.1 encoder, llama.cpp", "text_encoder_2",
         ("token_embd.weight", "enc.blk.0.ffn_gate.weight"),
         maps.T5_GGUF,
+    ),
+    Layout(
+        "classifier ViT", "nsfw",
+        ("vit.embeddings.cls_token", "vit.encoder.layer.0.attention.attention.query.weight", "classifier.weight"),
+        maps.VIT, (), (), sizes.transformers_vit, ("vit",), sizes.vit_preprocessing,
+    ),
+    Layout(
+        "classifier ViT, transformers 5", "nsfw",
+        ("vit.embeddings.cls_token", "vit.layers.0.attention.q_proj.weight", "classifier.weight"),
+        maps.VIT_TRANSFORMERS_5, (), (), sizes.transformers_vit, ("vit",), sizes.vit_preprocessing,
+    ),
+    Layout(
+        "Pixtral", "pixtral",
+        ("language_model.model.embed_tokens.weight", "vision_tower.patch_conv.weight"),
+        maps.PIXTRAL, (), (), sizes.transformers_pixtral, ("llava",), sizes.pixtral_preprocessing,
+    ),
+    Layout(
+        "Pixtral, transformers 5", "pixtral",
+        ("model.language_model.embed_tokens.weight", "model.vision_tower.patch_conv.weight"),
+        maps.PIXTRAL_TRANSFORMERS_5, (), (), sizes.transformers_pixtral, ("llava",), sizes.pixtral_preprocessing,
+    ),
+    Layout(
+        "Pixtral, mlx-vlm", "pixtral",
+        ("language_model.model.embed_tokens.weight", "vision_tower.vision_model.patch_conv.weight"),
+        maps.PIXTRAL_MLX, (), (), sizes.transformers_pixtral, ("llava", "pixtral"), sizes.pixtral_preprocessing,
     ),
 )  # fmt: skip
 
@@ -243,9 +162,8 @@ LOOK_ALIKES = (
     ("add_embedding.linear_1.", "Stable Diffusion XL"),
     ("conditioner.embedders.", "Stable Diffusion XL"),
     ("controlnet_blocks.", "a ControlNet"),
-    ("multi_modal_projector.", "Pixtral, a model for pictures and text"),
-    ("vision_model.", "an encoder of pictures (SigLIP or CLIP)"),
-    ("vit.encoder.", "a classifier of pictures"),
+    ("vision_model.encoder.", "an encoder of pictures (SigLIP or CLIP)"),
+    ("vision_language_adapter.", "Pixtral in Mistral's own names, whose rows are in another order"),
     ("bitsandbytes__", "a bitsandbytes NF4 or FP4 file"),
     (".absmax", "a bitsandbytes NF4 or FP4 file"),
     (".qweight", "a Nunchaku SVDQuant file"),
@@ -275,15 +193,15 @@ def identify(source: Source) -> tuple[Found, ...]:
     parts: dict[str, dict[str, Tensor]] = {}
     for name, tensor in source.tensors.items():
         prefix, inner = next(p for p in PREFIXES if name.startswith(p[0]))
-        short = name.removeprefix(prefix).removeprefix(inner)
-        if short in parts.setdefault(prefix, {}):
-            raise ModelError(f"{source.path} holds {short} twice, as {name} too", "every tensor once")
-        parts[prefix][short] = tensor
+        bare = name.removeprefix(prefix).removeprefix(inner)
+        if bare in parts.setdefault(prefix, {}):
+            raise ModelError(f"{source.path} holds {bare} twice, as {name} too", "every tensor once")
+        parts[prefix][bare] = tensor
     found = [(prefix, layout, tensors) for prefix, tensors in parts.items() if (layout := _layout(tensors))]
     if not found:
         first = ", ".join(sorted(source.tensors)[:3])
         says = source.metadata.get("general.architecture")
-        kind = f"says that it is {_short(says)}, and " if says else ""
+        kind = f"says that it is {short(says)}, and " if says else ""
         raise ModelError(
             f"{source.path} is no layout that is known here (it {kind}holds {first})",
             todo="see flux-krea convert --help",
@@ -349,9 +267,32 @@ def _fit(found: Found) -> tuple[object, Plan]:
                 f"{where} has other sizes than the published {layout.name} ({nearest.found})",
                 "a config.json beside it with heads and other sizes that shapes do not tell",
             )
-    sizes = layout.convert_config(beside, file) if own else _beside(beside, component, file)
-    config = configs.from_json(COMPONENTS[component][0], sizes, file)
+    obj = layout.convert_config(beside, file) if own else _beside(beside, component, file)
+    config = configs.from_json(NETWORKS[component][0], obj, file)
+    if component in FILTERS:
+        _check_filter(found, config, file)
     return config, _plan(found, config)
+
+
+def _check_filter(found: Found, config, where: str) -> None:
+    """A filter may be of other sizes than the published one; with the same shapes it must be the same in all numbers.
+
+    Raises:
+        ModelError: naming the first that is not, or what is prepared for another network.
+    """
+    component = found.layout.component
+    for published in _PUBLISHED[component]:
+        told, expected = (dict(tree_flatten(configs.to_json(c))) for c in (config, published))
+        differ = sorted(name for name in told.keys() | expected if told.get(name) != expected.get(name))
+        shapes, others = (target_shapes(component, c) | {"lm_head.weight": ()} for c in (config, published))
+        if differ and shapes == others:
+            name = differ[0]
+            raise ModelError(
+                f"{where}: {name} is {short(told.get(name))}", f"{expected.get(name)}", "take the original"
+            )
+    file = found.source.folder / "preprocessor_config.json"
+    if file.exists():
+        require(read_json(file), str(file), **found.layout.preprocessing(config))
 
 
 _PUBLISHED = {
@@ -359,6 +300,8 @@ _PUBLISHED = {
     "text_encoder": (configs.CLIP_L,),
     "text_encoder_2": (configs.T5_XXL,),
     "vae": (configs.FLUX_VAE,),
+    "nsfw": (NSFW_VIT,),
+    "pixtral": (PIXTRAL_12B,),
 }
 # sections of a config.json in BFL's form, and fields of it that must have these values or do not matter
 _BFL_SECTIONS = {"transformer": "flux", "text_encoder": "clip", "text_encoder_2": "t5", "vae": "ae"}
@@ -374,7 +317,8 @@ def _plan(found: Found, config) -> Plan:
     last = len(config.ch_mult) - 1 if isinstance(config, VAEConfig) else 0
     layout, shapes = found.layout, target_shapes(found.layout.component, config)
     dropped = (*layout.dropped, *maps.ANY_DROPPED)
-    return plan(found.tensors, layout.table, dropped, layout.lost, shapes, last, str(found.source.path))
+    picked = config.head_ids if isinstance(config, PixtralConfig) else ()
+    return plan(found.tensors, layout.table, dropped, layout.lost, shapes, last, str(found.source.path), picked)
 
 
 _NOT_SIZES = ("dtype", "quantization")  # what a config.json of ours says of the arrays
@@ -385,19 +329,19 @@ def _kind(obj: dict):
 
 
 def _is_ours(obj: dict, component: str) -> bool:
-    known = {*_NOT_SIZES, *(f.name for f in fields(COMPONENTS[component][0]))}
-    return _BFL_SECTIONS[component] in obj or (bool(obj) and obj.keys() <= known)
+    known = {*_NOT_SIZES, *(f.name for f in fields(NETWORKS[component][0]))}
+    return _BFL_SECTIONS.get(component) in obj or (bool(obj) and obj.keys() <= known)
 
 
 def _beside(obj: dict, component: str, where: str) -> dict:
     """Our sizes from a config.json beside a single file: ours, or in the form of BFL's parameter classes."""
-    section = _BFL_SECTIONS[component]
+    section = _BFL_SECTIONS.get(component)
     if section in obj and isinstance(obj[section], dict):
-        sizes = dict(obj[section])
-        require(sizes, where, **_BFL_FIXED[component])
+        own = dict(obj[section])
+        require(own, where, **_BFL_FIXED[component])
         for name in (*_BFL_FIXED[component], "resolution"):
-            sizes.pop(name, None)
+            own.pop(name, None)
         if component == "vae" and "ae_norm_num_groups" in obj:
-            sizes["norm_num_groups"] = obj["ae_norm_num_groups"]
-        return sizes
+            own["norm_num_groups"] = obj["ae_norm_num_groups"]
+        return own
     return {k: v for k, v in obj.items() if k not in _NOT_SIZES}

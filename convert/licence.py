@@ -5,6 +5,7 @@ from pathlib import Path
 
 from mlx_flux_krea.config import ModelIndex
 from mlx_flux_krea.errors import printable
+from mlx_flux_krea.filters.config import FilterIndex
 
 # Section 3(b) of the FLUX.1 [dev] Non-Commercial License prescribes these two sentences. Not ours; not to be reworded.
 ATTRIBUTION_NOTICE = (
@@ -48,7 +49,7 @@ _NAMES = ("LICENSE.md", "LICENSE", "LICENSE.txt", "LICENCE.md", "LICENCE", "LICE
 _MOST = 2**20  # bytes of such a file
 
 
-def licence_files(index: ModelIndex, folders: list[Path], stored: list[str]) -> dict[str, bytes]:
+def licence_files(index: ModelIndex | FilterIndex, folders: list[Path], stored: list[str]) -> dict[str, bytes]:
     """The files about rights and duties, by their names.
 
     Args:
@@ -84,7 +85,7 @@ def _find(folder: Path, licence: Licence | None) -> bytes | None:
     return None
 
 
-def _changes(index: ModelIndex, stored: list[str]) -> str:
+def _changes(index: ModelIndex | FilterIndex, stored: list[str]) -> str:
     lines = [
         f"The weights in this folder were modified: flux-krea convert {index.converter} changed their names, order and "
         "precision, for MLX.",
@@ -96,7 +97,7 @@ def _changes(index: ModelIndex, stored: list[str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _readme(index: ModelIndex, licence: Licence | None, changed: str, has_text: bool) -> str:
+def _readme(index: ModelIndex | FilterIndex, licence: Licence | None, changed: str, has_text: bool) -> str:
     if licence:
         rights = f"These weights are under the {licence.title} (LICENSE.md). {licence.duties}"
     else:
@@ -107,5 +108,7 @@ def _readme(index: ModelIndex, licence: Licence | None, changed: str, has_text: 
         f"{base}, as a model folder of mlx-flux-krea. Neither the program nor this folder is a product of whoever "
         "trained the model, or endorsed by them."
     )
-    use = '    flux-krea generate "a frog" -m FOLDER\n    flux-krea verify FOLDER'
+    use = "    flux-krea verify FOLDER"
+    if isinstance(index, ModelIndex):
+        use = f'    flux-krea generate "a frog" -m FOLDER\n{use}'
     return f"# {name}\n\n{about}\n\n{use}\n\n## Changes\n\n{changed}\n## Licence\n\n{rights}\n"

@@ -9,13 +9,14 @@ Where a tensor comes from is a name (the same values; how convolutions have thei
 
     Rows(a, b, ...)   the parts of a fused matrix, one after another
     Swap(a)           the two halves of its rows exchanged
+    Pick(a)           the few rows of it that are needed
 
 A table of dropped tensors names what some files hold and we leave out on purpose: (their name, the reason); one of lost
 tensors what some files lack, and is zero then: (our name, the reason).
 
 Facts: black-forest-labs/flux (src/flux/model.py, modules/autoencoder.py), diffusers (transformer_flux.py,
 autoencoder_kl.py), mflux (names in files of 0.6 to 0.18), llama.cpp (gguf-py's names of T5), ComfyUI (its guide to
-quantization).
+quantization), transformers 4 and 5 (modeling_vit.py, modeling_llava.py), mlx-vlm (models/pixtral).
 """
 
 
@@ -30,6 +31,10 @@ class Rows(_Op):
 
 class Swap(_Op):
     """The halves of the first axis exchanged."""
+
+
+class Pick(_Op):
+    """Some rows, by their numbers; which ones, the config says."""
 
 
 SAME = (("{rest}", "{rest}"),)
@@ -171,3 +176,44 @@ T5_GGUF = (
     ("encoder.block.{n}.layer.1.layer_norm.weight", "enc.blk.{n}.ffn_norm.weight"),
     ("encoder.final_layer_norm.weight", "enc.output_norm.weight"),
 )
+
+# --- the filters ---
+
+_V = "vit.encoder.layer.{n}"
+VIT = (
+    ("patch_embeddings.*", "vit.embeddings.patch_embeddings.projection.*"),
+    ("layers.{n}.query.*", f"{_V}.attention.attention.query.*"),
+    ("layers.{n}.key.*", f"{_V}.attention.attention.key.*"),
+    ("layers.{n}.value.*", f"{_V}.attention.attention.value.*"),
+    ("layers.{n}.projection.*", f"{_V}.attention.output.dense.*"),
+    ("layers.{n}.intermediate.*", f"{_V}.intermediate.dense.*"),
+    ("layers.{n}.output.*", f"{_V}.output.dense.*"),
+    ("layers.{n}.{rest}", f"{_V}.{{rest}}"),
+    ("layernorm.*", "vit.layernorm.*"),
+    ("classifier.*", "classifier.*"),
+    ("{x}", "vit.embeddings.{x}"),  # cls_token, position_embeddings
+)
+VIT_TRANSFORMERS_5 = _renamed(
+    VIT, ("encoder.layer.", "layers."), (".attention.attention.query.", ".attention.q_proj."),
+    (".attention.attention.key.", ".attention.k_proj."), (".attention.attention.value.", ".attention.v_proj."),
+    (".attention.output.dense.", ".attention.o_proj."), (".intermediate.dense.", ".mlp.fc1."),
+    (".output.dense.", ".mlp.fc2."),
+)  # fmt: skip
+
+_L = "language_model.model.layers.{n}"
+PIXTRAL = (
+    ("layers.{n}.attention_norm.weight", f"{_L}.input_layernorm.weight"),
+    ("layers.{n}.attention.{rest}", f"{_L}.self_attn.{{rest}}"),
+    ("layers.{n}.ffn_norm.weight", f"{_L}.post_attention_layernorm.weight"),
+    ("layers.{n}.feed_forward.{rest}", f"{_L}.mlp.{{rest}}"),
+    ("lm_head.weight", Pick("language_model.lm_head.weight")),
+    ("vision_tower.layers.{rest}", "vision_tower.transformer.layers.{rest}"),
+    ("vision_tower.{rest}", "vision_tower.{rest}"),
+    ("multi_modal_projector.{rest}", "multi_modal_projector.{rest}"),
+    ("{rest}", "language_model.model.{rest}"),  # embed_tokens, norm
+)
+PIXTRAL_TRANSFORMERS_5 = _renamed(
+    PIXTRAL, ("language_model.lm_head.", "lm_head."), ("language_model.model.", "model.language_model."),
+    ("vision_tower.", "model.vision_tower."), ("multi_modal_projector.", "model.multi_modal_projector."),
+)  # fmt: skip
+PIXTRAL_MLX = _renamed(PIXTRAL, ("vision_tower.", "vision_tower.vision_model."))

@@ -3,30 +3,15 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-import mlx.core as mx
-import numpy as np
-
-from mlx_flux_krea.config import ModelIndex, Quantization
+from mlx_flux_krea.config import ModelIndex
 from mlx_flux_krea.errors import ModelError
-from mlx_flux_krea.weights import ModelFolder, open_model, read_json
+from mlx_flux_krea.filters.config import FilterIndex
+from mlx_flux_krea.weights import ModelFolder, open_folder, read_json
 
 from .layouts import Found, Layout, target_shapes
 from .quantize import Layers
 from .remap import Plan, Target
 from .sources import open_sources
-
-
-@dataclass(frozen=True)
-class OwnTarget(Target):
-    """A tensor that is stored under our names and in our axes, in one piece or packed."""
-
-    q: Quantization | None
-
-    def packed(self) -> list[mx.array]:
-        """`weight`, `scales` and, in mode affine, `biases` of a quantized layer, as they are stored."""
-        (tensor,) = self.sources
-        codes = tensor.data().view(np.uint32).reshape(*tensor.shape[:-1], -1)
-        return [mx.array(codes), *(part.read() for part in tensor.parts)]
 
 
 @dataclass(frozen=True)
@@ -39,7 +24,7 @@ class Own:
     layers: dict[str, Layers]
 
     @property
-    def index(self) -> ModelIndex:
+    def index(self) -> ModelIndex | FilterIndex:
         """Its facts; the record of what it was made from goes on in what is made from it."""
         return self.folder.index
 
@@ -62,7 +47,7 @@ def open_own(path: Path) -> Own:
     Raises:
         ModelError: a damaged folder.
     """
-    folder = open_model(path)
+    folder = open_folder(path)
     folder.check()
     found, plans, layers = {}, {}, {}
     for source in open_sources([path]):
@@ -71,7 +56,6 @@ def open_own(path: Path) -> Own:
         found[component] = Found(source, Layout("flux-krea model folder", component, (), ()), source.tensors)
         targets = []
         for name, shape in target_shapes(component, config).items():
-            q = layers[component].get(name.removesuffix(".weight")) if name.endswith(".weight") else None
-            targets.append(OwnTarget(name, shape, (source.tensors[name],), swap=False, torch_axes=False, q=q))
+            targets.append(Target(name, shape, (source.tensors[name],), swap=False, torch_axes=False))
         plans[component] = (config, Plan(tuple(targets), ()))
     return Own(folder, found, plans, layers)

@@ -12,7 +12,7 @@ from mlx_flux_krea.config import MODES, Quantization
 from mlx_flux_krea.errors import UsageError
 from mlx_flux_krea.weights import DTYPES, PACKED
 
-from .remap import Target
+from .remap import Plan, Target
 
 Layers = dict[str, Quantization | None]  # by path: how each layer that could be quantized is stored
 ITEM_BYTES = {DTYPES[name]: getattr(mx, name).size for name in DTYPES} | {t: d.size for d, t in PACKED.items()}
@@ -36,20 +36,29 @@ GROUPS = (
     ("text_encoder_2", "T5 embeddings and norms", "*"),
     ("text_encoder", "CLIP", "*"),
     ("vae", "VAE", "*"),
+    ("nsfw", "classifier of pictures", "*"),
+    ("pixtral", "decoder attention", "layers.*.attention.*"),
+    ("pixtral", "decoder feed-forward", "layers.*.feed_forward.*"),
+    ("pixtral", "decoder embeddings", "embed_tokens.*"),
+    ("pixtral", "decoder head and norms", "[ln]*"),
+    ("pixtral", "vision tower and projector", "*"),
 )
 _BLOCKS = tuple(dict.fromkeys(group for _, group, _ in GROUPS if "blocks, " in group))
 _T5 = ("T5 attention", "T5 feed-forward")
+_DECODER = ("decoder attention", "decoder feed-forward")
 
 
 def _recipe(blocks: Quantization, t5: Quantization, modulation: Quantization) -> dict[str, Quantization]:
-    return dict.fromkeys(_BLOCKS, blocks) | dict.fromkeys(_T5, t5) | {"modulation": modulation}
+    rest = dict.fromkeys(("modulation", "decoder embeddings"), modulation)
+    return dict.fromkeys(_BLOCKS, blocks) | dict.fromkeys((*_T5, *_DECODER), t5) | rest
 
 
 _AFFINE = {bits: Quantization(bits, 64) for bits in MODES["affine"][0]}
 _MXFP4, _NVFP4 = Quantization(4, 32, "mxfp4"), Quantization(4, 16, "nvfp4")
 
 # What `--quantize` means: groups of layers that are quantized; all others are not. Modulation steers every layer and is
-# read once a picture, so that its bits cost disk alone. Embedders and the final layer are 0.4 % of the parameters.
+# read once a picture, so that its bits cost disk alone. Embedders and the final layer are 0.4 % of the parameters. Of
+# Pixtral's embeddings few rows are read, but in 16 bits the table would be larger than all else in memory.
 RECIPES: dict[str, dict[str, Quantization]] = {
     "none": {},
     "8": _recipe(_AFFINE[8], _AFFINE[8], _AFFINE[8]),
@@ -126,6 +135,17 @@ def choose(component: str, widths: dict[str, int], recipe: Recipe) -> tuple[Laye
     return layers | dict.fromkeys(left), left
 
 
+def keep_packed(plan: Plan, layers: Layers) -> Layers:
+    """The same, but what is packed already in as many bits or fewer stays as it is: more would bring nothing back."""
+    packed = {t.name.removesuffix(".weight"): t.q for t in plan.targets if t.q}
+    return {path: packed[path] if _fewer(packed.get(path), q) else q for path, q in layers.items()}
+
+
+def _fewer(one: Quantization | None, other: Quantization | None) -> bool:
+    """Whether the first has as many bits as the second or fewer; None has them all."""
+    return one is not None and (other is None or one.bits <= other.bits)
+
+
 def layer_of(target: Target, layers: Layers) -> Quantization | None:
     """How a tensor is quantized: if it is a layer's weight, as the layer."""
     return layers.get(target.name.removesuffix(".weight")) if target.name.endswith(".weight") else None
@@ -190,7 +210,7 @@ def make(target: Target, dtype: str, q: Quantization | None) -> Made:
         q: how it is quantized.
     """
     kind, step = getattr(mx, dtype), max(1, target.shape[0] // _ROWS)
-    if q and q == getattr(target, "q", None):  # a model folder of ours has it so: rounding once is enough
+    if q and q == target.q:  # it is stored so already: rounding once is enough
         packed = target.packed()
         source, some = packed[1], dequantize([part[::step] for part in packed], q)
         parts = tuple(part if part.dtype in PACKED else part.astype(kind) for part in packed)

@@ -2,14 +2,17 @@
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
 import mlx.core as mx
+import numpy as np
 
+from mlx_flux_krea.config import MODES, Quantization
 from mlx_flux_krea.errors import ModelError
 
-from .maps import Rows, Swap
+from .maps import Pick, Swap
 from .sources import Tensor
 
 _SLOTS = {
@@ -30,6 +33,27 @@ class Target:
     sources: tuple[Tensor, ...]  # none: zeros
     swap: bool
     torch_axes: bool  # of a convolution
+
+    @property
+    def q(self) -> Quantization | None:
+        """How it is packed where it comes from, if it is, in a way that we have too."""
+        if len(self.sources) != 1 or self.swap:
+            return None
+        kind, _, mlx = self.sources[0].dtype.partition(" ")
+        if mlx != "MLX":
+            return None
+        q = Quantization(4, MODES[kind][1][0], kind) if kind in MODES else self._affine(kind)
+        return None if q.problem() else q
+
+    def _affine(self, kind: str) -> Quantization:
+        (tensor,) = self.sources
+        return Quantization(int(kind.removesuffix("-bit")), tensor.shape[-1] // tensor.parts[0].shape[-1])
+
+    def packed(self) -> list[mx.array]:
+        """`weight`, `scales` and, in mode affine, `biases` of what has a `q`, as they are stored."""
+        (tensor,) = self.sources
+        codes = tensor.data().view(np.uint32).reshape(*tensor.shape[:-1], -1)
+        return [mx.array(codes), *(part.read() for part in tensor.parts)]
 
     def make(self) -> mx.array:
         """Reads the sources and puts them together, in a type that holds every value."""
@@ -77,6 +101,7 @@ def plan(
     shapes: dict[str, tuple[int, ...]],
     last: int,
     what: str,
+    picked: Sequence[int] = (),
 ) -> Plan:
     """Matches a source with our tensors, on names and shapes alone.
 
@@ -88,6 +113,7 @@ def plan(
         shapes: our tensors in our order, MLX's axes.
         last: what `{-n}` counts from.
         what: the source, for errors.
+        picked: the rows of `Pick`.
 
     Raises:
         Misfit: a tensor missing, left over or of another shape; the first few are named.
@@ -95,22 +121,24 @@ def plan(
     targets, missing, shaped, zeros, used = [], [], [], [], set()
     torch_axes = not _channels_last(tensors)
     for name, shape in shapes.items():
-        names, swap = _find_row(name, table, last)
+        names, op = _find_row(name, table, last)
         absent = [n for n in names if n not in tensors]
         if absent and (reason := dict(lost).get(name)):
             zeros.append((name, reason))
-            targets.append(Target(name, tuple(shape), (), swap, torch_axes))
+            targets.append(Target(name, tuple(shape), (), op is Swap, torch_axes))
             continue
         if absent or not names:
             missing += absent or [name]
             continue
         used.update(names)
         sources = tuple(tensors[n] for n in names)
+        if op is Pick:
+            sources = tuple(tensors[names[0]].row(number) for number in picked if number < tensors[names[0]].shape[0])
         made = _shape([_shape_in_our_axes(t.shape, len(shape), torch_axes) for t in sources])
         if made != tuple(shape):
             stored = " + ".join(str(list(t.shape)) for t in sources)
             shaped.append(f"{names[0]} has shape {stored}, expected what makes {list(shape)}")
-        targets.append(Target(name, tuple(shape), sources, swap, torch_axes))
+        targets.append(Target(name, tuple(shape), sources, op is Swap, torch_axes))
     left = [n for n in tensors if n not in used]
     reasons = {n: reason for n in left for pattern, reason in dropped if _pattern(pattern).fullmatch(n)}
     unknown = [n for n in left if n not in reasons]
@@ -120,14 +148,14 @@ def plan(
     return Plan(tuple(targets), tuple(sorted(reasons.items())), tuple(zeros))
 
 
-def _find_row(name: str, table, last: int) -> tuple[list[str], bool]:
-    """Source names of one of our tensors, and whether its halves are exchanged."""
+def _find_row(name: str, table, last: int) -> tuple[list[str], type]:
+    """Source names of one of our tensors, and what is done with them."""
     for ours, theirs in table:
         match = _pattern(ours).fullmatch(name)
         if match:
-            templates = theirs.names if isinstance(theirs, Rows | Swap) else (theirs,)
-            return [_fill(t, match.groupdict(), last) for t in templates], isinstance(theirs, Swap)
-    return [], False
+            templates = (theirs,) if isinstance(theirs, str) else theirs.names
+            return [_fill(t, match.groupdict(), last) for t in templates], type(theirs)
+    return [], str
 
 
 @cache

@@ -14,7 +14,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_flux_krea.errors import ModelError, printable
-from mlx_flux_krea.weights import COMPONENTS, read_header, read_json
+from mlx_flux_krea.weights import COMPONENTS, NETWORKS, read_header, read_json
 
 from .decode import COMPOUNDS, GROUP_SIZE, PARTS
 from .gguf_header import read_gguf
@@ -58,6 +58,13 @@ class Tensor:
         if data.size < self.end - self.start:
             raise ModelError(f"{self.path} ended inside {self.name}", "a complete file", "copy or download it again")
         return data
+
+    def row(self, number: int) -> "Tensor":
+        """One row of a matrix, which stays one."""
+        size = (self.end - self.start) // self.shape[0]
+        start = self.start + number * size
+        parts = tuple(part.row(number) if part.shape[:1] == self.shape[:1] else part for part in self.parts)
+        return replace(self, shape=(1, *self.shape[1:]), start=start, end=start + size, parts=parts)
 
     def read(self) -> mx.array:
         """The tensor as an array, in a type that holds every value."""
@@ -112,7 +119,7 @@ def _open(path: Path) -> list[Source]:
         return [_open_file(path)]
     pipeline = (path / "model_index.json").exists()
     if pipeline or (path / "transformer").is_dir():  # one folder a component; mflux writes no model_index.json
-        folders = [path / name for name in COMPONENTS if (path / name).is_dir()]
+        folders = [path / name for name in NETWORKS if (path / name).is_dir()]
         if not folders:
             raise ModelError(f"{path} has a model_index.json and no component folder", f"{', '.join(COMPONENTS)}")
         return [source for folder in folders for source in _open_folder(folder, component=folder.name)]

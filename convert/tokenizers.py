@@ -10,7 +10,8 @@ from tempfile import TemporaryDirectory
 import numpy as np
 
 from mlx_flux_krea.errors import ModelError
-from mlx_flux_krea.tokenizers import CLIPTokenizer, T5Tokenizer
+from mlx_flux_krea.filters.config import PixtralConfig
+from mlx_flux_krea.tokenizers import CLIPTokenizer, PixtralTokenizer, T5Tokenizer
 
 from .gguf_header import read_gguf
 from .layouts import Found
@@ -43,7 +44,9 @@ _HUB = ("black-forest-labs/FLUX.1-Krea-dev", "black-forest-labs/FLUX.1-dev", "bl
 
 
 def find_tokenizers(found: dict[str, Found], plans: dict[str, tuple], given: str | Path | None) -> dict[str, bytes]:
-    """The files of `tokenizer` and `tokenizer_2` under their names in a model folder, whole as far as can be seen.
+    """The files of the tokenizers under their names in a model folder, whole as far as can be seen.
+
+    A model has `tokenizer` and `tokenizer_2`, Pixtral has `tokenizer`, and the classifier has none.
 
     Args:
         found: the layout of every component; tokenizers may lie beside them.
@@ -56,6 +59,8 @@ def find_tokenizers(found: dict[str, Found], plans: dict[str, tuple], given: str
     roots = [Path(os.path.expanduser(given))] if given is not None else []
     if roots and not roots[0].is_dir():
         raise ModelError(f"there is no folder {given}", "a folder with tokenizer and tokenizer_2")
+    if "transformer" not in found:
+        return _of_pixtral(found["pixtral"], plans["pixtral"][0], roots) if "pixtral" in found else {}
     beside = [found[component].source for component in ("text_encoder", "text_encoder_2", "transformer")]
     roots += [source.folder.parent if source.component else source.folder for source in beside]
     files = {}
@@ -75,6 +80,19 @@ def find_tokenizers(found: dict[str, Found], plans: dict[str, tuple], given: str
                 raise ModelError(f"the tokenizer in {folder} has {size} ids", f"at most the {known} of {kind.encoder}")
             files |= {f"{name}/{file}": _read(folder / file) for file in _FILES if (folder / file).exists()}
     return files
+
+
+def _of_pixtral(found: Found, config: PixtralConfig, roots: list[Path]) -> dict[str, bytes]:
+    root = found.source.folder.parent if found.source.component else found.source.folder
+    folders = [folder for root in (*roots, root) for folder in (root / "tokenizer", root)]
+    folder = next((folder for folder in folders if (folder / "tokenizer.json").exists()), None)
+    if folder is None:
+        todo = "put it beside the weights, or add --tokenizers DIR"
+        raise ModelError(f"no tokenizer was found beside {found.source.path}", "Pixtral's tokenizer.json", todo)
+    size, known = PixtralTokenizer(folder, config.head_ids[:2]).vocab_size, config.text_config.vocab_size
+    if size > known:
+        raise ModelError(f"the tokenizer in {folder} has {size} ids", f"at most the {known} of pixtral")
+    return {"tokenizer/tokenizer.json": _read(folder / "tokenizer.json")}
 
 
 def unpack(source: Path, root: Path) -> Path:

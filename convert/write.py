@@ -30,7 +30,7 @@ import numpy as np
 
 from mlx_flux_krea.config import quantization_to_json
 from mlx_flux_krea.errors import ModelError, ResourceError, UsageError
-from mlx_flux_krea.weights import INDEX, open_model, read_json
+from mlx_flux_krea.weights import INDEX, open_folder, read_json
 
 from .quantize import ITEM_BYTES, Layers, Made, count_bytes, layer_of, make, stored
 from .remap import Plan, Target
@@ -99,7 +99,7 @@ class Folder:
                         "a disk that keeps what it is given",
                         "choose another with -o",
                     )
-        open_model(self.path).check()
+        open_folder(self.path).check()
         for folder in {(self.path / name).parent for name in self.files}:
             _sync(folder)
 

@@ -1,7 +1,8 @@
 """Text to token ids as the reference pipelines see it, with what was cut off.
 
-Both tokenizers give what the classes of transformers 4 give (without ftfy), which diffusers, BFL and krea use:
-CLIPTokenizer and T5TokenizerFast. transformers itself is not needed; a folder holds the published tokenizer files.
+The tokenizers of FLUX.1 give what the classes of transformers 4 give (without ftfy), which diffusers, BFL and krea use:
+CLIPTokenizer and T5TokenizerFast. transformers itself is not needed; a folder holds the published tokenizer files. The
+filter for text and pictures has a tokenizer of its own.
 """
 
 import json
@@ -149,6 +150,74 @@ class T5Tokenizer:
 
     def _decode_pieces(self, ids: list[int]) -> str:
         return self._pieces.decode([i for i in ids if i < self._pieces.get_piece_size()])
+
+
+# Pixtral's control tokens (Mistral's third tokenizer); one patch, the end of a row of them, the end of a picture
+_BOS, _INST, _END_INST, _IMG, _IMG_BREAK, _IMG_END = 1, 3, 4, 10, 12, 13
+_CONTROL = {
+    _BOS: "<s>", _INST: "[INST]", _END_INST: "[/INST]", _IMG: "[IMG]", _IMG_BREAK: "[IMG_BREAK]", _IMG_END: "[IMG_END]",
+}  # fmt: skip
+
+
+class PixtralTokenizer:
+    """Pixtral's byte-level encoding of an instruction, from tokenizer.json.
+
+    A control token written in the text is text: only this class sets the frame of a prompt and the place of pictures.
+
+    Args:
+        folder: holds the file.
+        answers: the ids that "yes" and "no" must have.
+
+    Raises:
+        ModelError: the file is missing, damaged or not Pixtral's.
+    """
+
+    def __init__(self, folder: Path, answers: tuple[int, int]):
+        path = folder / "tokenizer.json"
+        if not path.exists():
+            raise ModelError(f"{folder} holds no tokenizer", "Pixtral's tokenizer.json")
+        try:
+            self._bpe = Tokenizer.from_file(str(path))
+        except Exception as error:  # the tokenizers library raises plain Exception
+            raise ModelError(
+                f"the tokenizer in {folder} is damaged: {error}", "Pixtral's own file, unchanged"
+            ) from None
+        self._bpe.no_padding()
+        self._bpe.no_truncation()
+        # all added tokens are control tokens, whatever the file calls them, and none is looked for in a text
+        self._bpe.add_special_tokens([token.content for token in self._bpe.get_added_tokens_decoder().values()])
+        self._bpe.encode_special_tokens = True
+        self.vocab_size = max(self._bpe.get_vocab().values()) + 1
+        expected = dict(zip(("yes", "no"), ([i] for i in answers), strict=True))
+        for word, ids in expected.items():
+            found = self._encode(word)
+            if found != ids or self.decode(ids) != word:
+                raise ModelError(f'the tokenizer in {folder} has {found} for "{word}"', f"{ids}", "take Pixtral's own")
+        for number, token in _CONTROL.items():
+            if self._bpe.token_to_id(token) != number or number in self._encode(token):
+                raise ModelError(f"the tokenizer in {folder} has no {token} of its own as {number}", "Pixtral's own")
+
+    def __call__(self, *parts: str | tuple[int, int]) -> list[int]:
+        """The ids of one instruction.
+
+        Args:
+            parts: text, and pictures as the rows and columns of their patches, in their order.
+        """
+        ids = [_BOS, _INST]
+        for part in parts:
+            ids += self._encode(part) if isinstance(part, str) else _picture(*part)
+        return [*ids, _END_INST]
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of ids, without control tokens."""
+        return self._bpe.decode(ids)
+
+    def _encode(self, text: str) -> list[int]:
+        return self._bpe.encode(text, add_special_tokens=False).ids
+
+
+def _picture(rows: int, columns: int) -> list[int]:
+    return [*([*[_IMG] * columns, _IMG_BREAK] * rows)[:-1], _IMG_END]
 
 
 def _read_bpe(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:

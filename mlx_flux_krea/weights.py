@@ -11,6 +11,9 @@
       README.md                 what it is and what was done to it
       manifest.json             sha256 and size of every other file
 
+A filter's folder is the same with one network in it, nsfw/ or pixtral/, and Pixtral's tokenizer in tokenizer/; what it
+is, model_index.json says in less (filters.config.FilterIndex).
+
 "dtype" is the type of every array that is not quantized, and of scales and biases. Where layers are quantized, in the
 form of mlx-lm: "quantization" holds bits, group_size and mode of most of them, and by its path each layer with others
 (an object of the same three) or with none (false). Of such a layer, `weight` holds packed numbers (U32), `scales` and,
@@ -40,6 +43,9 @@ from safetensors import SafetensorError, safe_open
 from . import config as configs
 from .clip import CLIPText
 from .errors import ModelError
+from .filters.config import FilterIndex, PixtralConfig, ViTConfig
+from .filters.pixtral import Pixtral
+from .filters.vit import ViT
 from .quantized import adopt, choose_products
 from .t5 import T5Encoder
 from .tokenizers import CLIPTokenizer, T5Tokenizer
@@ -55,6 +61,14 @@ COMPONENTS = {
     "text_encoder": (configs.CLIPConfig, CLIPText),
     "text_encoder_2": (configs.T5Config, T5Encoder),
     "vae": (configs.VAEConfig, VAE),
+}
+FILTERS = {"nsfw": (ViTConfig, ViT), "pixtral": (PixtralConfig, Pixtral)}
+NETWORKS = COMPONENTS | FILTERS
+# what folders are: the `_class_name` and the facts in model_index.json, and the networks
+KINDS = {
+    "FluxPipeline": (configs.ModelIndex, tuple(COMPONENTS)),
+    "NSFWFilter": (FilterIndex, ("nsfw",)),
+    "PixtralFilter": (FilterIndex, ("pixtral",)),
 }
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # MLX's names, and those of safetensors
 PACKED = {mx.uint32: "U32", mx.uint8: "U8"}  # of quantized layers, whatever the folder's type
@@ -129,7 +143,8 @@ class ModelFolder:
     """A model folder whose JSON was read and checked; no weights yet."""
 
     path: Path
-    index: configs.ModelIndex
+    kind: str  # a key of `KINDS`
+    index: configs.ModelIndex | FilterIndex
     sizes: dict[str, object]  # component: its config
     dtypes: dict[str, str]  # component: the type of its arrays that are not quantized
     quantization: dict[str, tuple]  # component: what most layers have, and the exceptions; only where there is some
@@ -203,22 +218,24 @@ class ModelFolder:
         Raises:
             ModelError: a tensor is missing, not expected, or of another shape or type than the sizes say.
         """
-        for component in COMPONENTS:
+        for component in self.sizes:
             self._skeleton(component)
 
     def load(self, component: str, dtype: mx.Dtype) -> nn.Module:
         """A network with its weights, lazy.
 
         Args:
-            component: a key of `COMPONENTS`.
-            dtype: the compute type; T5 and the VAE compute in bfloat16 where float16 is asked for.
+            component: a key of `COMPONENTS`, or of `FILTERS`.
+            dtype: the compute type; where float16 is asked for, all but transformer and CLIP compute in bfloat16. The
+                classifier always computes in float32.
 
         Raises:
             ModelError: a tensor is missing, not expected, or of another shape or type than the sizes say.
         """
         module, found = self._skeleton(component)
-        if dtype == mx.float16 and component in ("text_encoder_2", "vae"):
+        if dtype == mx.float16 and component not in ("transformer", "text_encoder"):
             dtype = mx.bfloat16
+        dtype = mx.float32 if component == "nsfw" else dtype
         arrays = []
         for shard in sorted({path for path, _ in found.values()}):
             for name, array in mx.load(str(shard)).items():
@@ -245,12 +262,12 @@ def build(component: str, sizes, layers: dict[str, configs.Quantization | None] 
     """A network of these sizes without its weights. MLX would draw initial ones: its stream is left as it was.
 
     Args:
-        component: a key of `COMPONENTS`.
+        component: a key of `NETWORKS`.
         sizes: its config.
         layers: how layers are quantized, by their paths.
     """
     high, low = mx.random.state[0].tolist()
-    module = COMPONENTS[component][1](sizes)
+    module = NETWORKS[component][1](sizes)
     quantized = {path: configs.to_json(q) for path, q in (layers or {}).items() if q}
     nn.quantize(module, class_predicate=lambda path, _: quantized.get(path, False))
     adopt(module)
@@ -262,7 +279,8 @@ def build(component: str, sizes, layers: dict[str, configs.Quantization | None] 
 def layer_widths(component: str, sizes) -> dict[str, int]:
     """The layers of a network that can be quantized: path and length of a row."""
     module = build(component, sizes)
-    linear = {f"{path}.weight" for path, layer in module.named_modules() if isinstance(layer, nn.Linear)}
+    kinds = (nn.Linear, nn.Embedding) if component == "pixtral" else nn.Linear
+    linear = {f"{path}.weight" for path, layer in module.named_modules() if isinstance(layer, kinds)}
     weights = ((name, array) for name, array in tree_flatten(module.parameters()) if name in linear)
     return {name.removesuffix(".weight"): array.shape[1] for name, array in weights}
 
@@ -278,6 +296,38 @@ def open_model(path: Path) -> ModelFolder:
     Raises:
         ModelError: not a model folder of ours, a component or a field missing or wrong, or components that do not fit.
     """
+    folder = open_folder(path)
+    if folder.kind != "FluxPipeline":
+        raise ModelError(f"{path / 'model_index.json'} is not of a FluxPipeline", '"_class_name": "FluxPipeline"')
+    return folder
+
+
+def open_filter(name: str, path: Path | None = None) -> ModelFolder:
+    """Reads and checks the JSON of a filter's folder.
+
+    Args:
+        name: a key of `FILTERS`.
+        path: its folder; None: where `flux-krea convert` puts it.
+
+    Raises:
+        ModelError: not there, not such a folder, or a field missing or wrong.
+    """
+    path = path or home() / "filters" / name
+    if not path.exists():
+        todo = "convert a downloaded one: flux-krea convert FOLDER"
+        raise ModelError(f"there is no filter at {path}", f"{NETWORKS[name][1].__name__}, converted", todo)
+    folder = open_folder(path)
+    if tuple(folder.sizes) != (name,):
+        raise ModelError(f"{path} is of a {folder.kind}", f"the filter {name}")
+    return folder
+
+
+def open_folder(path: Path) -> ModelFolder:
+    """Reads and checks the JSON of a folder of ours, of whatever kind.
+
+    Raises:
+        ModelError: no folder of ours, a component or a field missing or wrong, or components that do not fit.
+    """
     index_path = path / "model_index.json"
     convert = f"convert it first: flux-krea convert {shlex.quote(str(path))}"
     if not path.exists():
@@ -289,14 +339,16 @@ def open_model(path: Path) -> ModelFolder:
     obj = read_json(index_path)
     if "format" not in obj:
         raise ModelError(f"{path} was not made by flux-krea convert", "a model folder", convert)
-    if obj.pop("_class_name", None) != "FluxPipeline":
+    kind = obj.pop("_class_name", None)
+    if kind not in list(KINDS):
         raise ModelError(f"{index_path} is not of a FluxPipeline", '"_class_name": "FluxPipeline"')
-    index = configs.from_json(configs.ModelIndex, obj, str(index_path))
+    index_class, components = KINDS[kind]
+    index = configs.from_json(index_class, obj, str(index_path))
     sizes, dtypes, quantization = {}, {}, {}
-    for component, (config_class, _) in COMPONENTS.items():
+    for component in components:
         where = path / component / "config.json"
         if not where.exists():
-            raise ModelError(f"{path} has no {component}/config.json", f"the components {', '.join(COMPONENTS)}")
+            raise ModelError(f"{path} has no {component}/config.json", f"the components {', '.join(components)}")
         fields = read_json(where)
         dtypes[component] = fields.pop("dtype", None)
         if dtypes[component] not in list(DTYPES):
@@ -304,9 +356,10 @@ def open_model(path: Path) -> ModelFolder:
         if "quantization" in fields:
             quantized = fields.pop("quantization")
             quantization[component] = configs.quantization_from_json(quantized, f"{where}: quantization")
-        sizes[component] = configs.from_json(config_class, fields, str(where))
-    configs.check_parts(*(sizes[name] for name in ("transformer", "text_encoder_2", "text_encoder", "vae")))
-    return ModelFolder(path, index, sizes, dtypes, quantization)
+        sizes[component] = configs.from_json(NETWORKS[component][0], fields, str(where))
+    if kind == "FluxPipeline":
+        configs.check_parts(*(sizes[name] for name in ("transformer", "text_encoder_2", "text_encoder", "vae")))
+    return ModelFolder(path, kind, index, sizes, dtypes, quantization)
 
 
 def find_model(model: str | os.PathLike | None) -> Path:

@@ -11,6 +11,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from mlx_flux_krea import config as configs
 
@@ -92,6 +93,32 @@ def edit_tensors(path: Path, edit) -> None:
     mx.eval(arrays)
     edit(arrays)
     mx.save_safetensors(str(path), arrays)
+
+
+CONTROL = ["<unk>", "<s>", "</s>", "[INST]", "[/INST]", *(f"[TOOL_{i}]" for i in range(5)), "[IMG]", "<pad>"]
+CONTROL += ["[IMG_BREAK]", "[IMG_END]"]
+
+
+def pixtral_tokenizer(path: Path) -> tuple[int, int]:
+    """A byte-level tokenizer.json with Pixtral's control tokens, and the ids of its words "yes" and "no"."""
+    words = [*CONTROL, *map(chr, range(33, 127)), "\u0120", "ye", "yes", "no"]
+    tokenizer = Tokenizer(
+        models.BPE({word: i for i, word in enumerate(words)}, [("y", "e"), ("ye", "s"), ("n", "o")], unk_token="<unk>")
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(CONTROL)
+    tokenizer.save(str(path))
+    return words.index("yes"), words.index("no")
+
+
+def pixtral_source(target: Path, source: Path = REFERENCE / "llava") -> Path:
+    """A tiny Pixtral as it would be published, with a tokenizer; its config.json asks for the logits of every token."""
+    shutil.copytree(source, target)
+    yes_no = pixtral_tokenizer(target / "tokenizer.json")
+    size = json.loads((target / "config.json").read_text())["text_config"]["vocab_size"]
+    edit_json(target / "config.json", head_ids=[*yes_no, *(i for i in range(size) if i not in yes_no)])
+    return target
 
 
 def without_guidance(target: Path) -> Path:

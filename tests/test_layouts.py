@@ -6,6 +6,7 @@ import random
 import re
 import shutil
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import foreign
@@ -25,6 +26,7 @@ from mlx_flux_krea import FluxPipeline
 from mlx_flux_krea import config as configs
 from mlx_flux_krea.commands.inspect import inspect
 from mlx_flux_krea.errors import ModelError
+from mlx_flux_krea.filters.config import NSFW_VIT, PIXTRAL_12B
 from mlx_flux_krea.tokenizers import T5Tokenizer
 from mlx_flux_krea.weights import COMPONENTS, open_model
 
@@ -33,6 +35,8 @@ PARAMETERS = {
     "text_encoder": 123_060_480,
     "text_encoder_2": 4_762_310_656,
     "vae": 83_819_683,
+    "nsfw": 85_800_194,
+    "pixtral": 12_682_739_712 - (131_072 - 2) * 5120,  # of the head only two rows are kept
 }
 GUIDANCE = (256 + 1) * 3072 + (3072 + 1) * 3072  # of those; schnell has none
 PUBLISHED = {
@@ -40,6 +44,8 @@ PUBLISHED = {
     "text_encoder": configs.CLIP_L,
     "text_encoder_2": configs.T5_XXL,
     "vae": configs.FLUX_VAE,
+    "nsfw": NSFW_VIT,
+    "pixtral": PIXTRAL_12B,
 }
 
 
@@ -74,6 +80,8 @@ LAYOUTS = {
         "comfy-t5xxl": ("text_encoder_2", "T5 v1.1 encoder"),
         "hf-text_encoder_2-t5xxl": ("text_encoder_2", "T5 v1.1 encoder"),
         "gguf-t5xxl": ("text_encoder_2", "T5 v1.1 encoder, llama.cpp"),
+        "hf-nsfw_image_detection-vit": ("nsfw", "classifier ViT"),
+        "hf-pixtral-12b-llava": ("pixtral", "Pixtral"),
     }.items()
     if name.startswith(start)
 }
@@ -93,8 +101,6 @@ REFUSED = {
     "diffusers-transformer-control": "FLUX.1 Canny or Depth",
     "bfl-redux": "FLUX.1 Redux",
     "comfy-sigclip_vision_patch14_384-fp16": "an encoder of pictures",
-    "hf-nsfw_image_detection-vit": "a classifier of pictures",
-    "hf-pixtral-12b-llava": "Pixtral",
     **{name: "a LoRA" for name in foreign.layouts() if name.startswith("lora-")},
 }
 
@@ -122,10 +128,61 @@ def test_every_tensor_of_a_published_layout_is_mapped_or_left_out_for_a_reason(n
     assert lost == (["final_layer.adaLN_modulation.1.bias"] if "v016" in name else [])
 
 
+def renamed(name: str, *changes: tuple[str, str]) -> Source:
+    """A published layout under the names of another program."""
+    source, tensors = published(name), {}
+    for old, tensor in source.tensors.items():
+        new = old
+        for theirs, other in changes:
+            new = re.sub(theirs, other, new)
+        tensors[new] = replace(tensor, name=new)
+    return replace(source, tensors=tensors)
+
+
+FILTERS = {
+    "classifier ViT, transformers 5": (
+        "hf-nsfw_image_detection-vit", (r"encoder\.layer\.", "layers."),
+        (r"attention\.attention\.(.)\w+", r"attention.\1_proj"),
+        (r"attention\.output\.dense", "attention.o_proj"),
+        (r"intermediate\.dense", "mlp.fc1"),
+        (r"output\.dense", "mlp.fc2"),
+    ),
+    "Pixtral, transformers 5": (
+        "hf-pixtral-12b-llava", (r"^(vision_tower|multi_modal)", r"model.\1"), (r"^language_model\.lm_head", "lm_head"),
+        (r"^language_model\.model", "model.language_model"),
+    ),
+    "Pixtral, mlx-vlm": ("hf-pixtral-12b-llava", (r"^vision_tower\.", "vision_tower.vision_model.")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", FILTERS)
+def test_other_names_of_the_filters_are_mapped_to_the_same(layout):
+    """As transformers 5 holds them in memory, and as mlx-vlm writes them."""
+    name, *changes = FILTERS[layout]
+    (found,) = layouts.identify(source := renamed(name, *changes))
+    assert found.layout.name == layout
+    config, plan = layouts.make_plan(found)
+    assert names_in(plan) == source.tensors.keys()
+    assert (config, plan.parameters) == (PUBLISHED[found.layout.component], PARAMETERS[found.layout.component])
+
+
+def test_of_pixtrals_head_only_the_rows_of_yes_and_no_are_read():
+    (found,) = layouts.identify(published("hf-pixtral-12b-llava"))
+    _, plan = layouts.make_plan(replace(found, tensors={n: sized(t) for n, t in found.tensors.items()}))
+    (head,) = (target for target in plan.targets if target.name == "lm_head.weight")
+    assert [(row.start, row.end) for row in head.sources] == [(n * 10_240, (n + 1) * 10_240) for n in (13_059, 2649)]
+
+
+def sized(tensor: Tensor) -> Tensor:
+    return replace(tensor, end=2 * math.prod(tensor.shape))
+
+
 def test_the_all_in_one_file_holds_all_components():
     found = layouts.identify(published("comfy-allinone-dev-fp8"))
     plans = {f.layout.component: (f, layouts.make_plan(f)[1]) for f in found}
-    assert {component: plan.parameters for component, (_, plan) in plans.items()} == PARAMETERS
+    assert {component: plan.parameters for component, (_, plan) in plans.items()} == {
+        c: PARAMETERS[c] for c in COMPONENTS
+    }
     dropped = {name: reason for _, plan in plans.values() for name, reason in plan.dropped}
     assert set(dropped) == {"logit_scale", "text_projection.weight"}
     assert sum(len(names_in(plan)) + len(plan.dropped) for _, plan in plans.values()) == 1442

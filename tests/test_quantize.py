@@ -387,7 +387,7 @@ def test_values_that_are_not_finite_are_seen_wherever_they_are(dtype, place, val
 
 def test_two_tensors_are_in_memory_at_a_time_whatever_their_number():
     class Target:
-        name, shape = "single_blocks.0.linear1.weight", (2048, 4096)
+        name, shape, q = "single_blocks.0.linear1.weight", (2048, 4096), None
 
         def make(self):
             return mx.ones(self.shape, mx.bfloat16)
@@ -425,7 +425,7 @@ def test_the_report_measures_what_each_group_lost_the_worst_first(make, small):
 
 def test_some_rows_tell_the_error_of_all(monkeypatch):
     class Target:
-        name, shape = "a.weight", (6144, 256)
+        name, shape, q = "a.weight", (6144, 256), None
 
         def make(self):
             return mx.random.normal(self.shape, key=mx.random.key(0)) * mx.linspace(1, 3, 6144)[:, None]
@@ -488,9 +488,11 @@ def test_options_that_do_not_go_together_are_refused(options, says, tmp_path):
 
 def test_the_command_quantizes_to_8_bits_unless_told_otherwise(tmp_path):
     choices = next(p for p in convert_command.params if p.name == "quantize")
-    assert (tuple(choices.type.choices), choices.default) == (tuple(RECIPES), "8")
+    assert tuple(choices.type.choices) == tuple(RECIPES)
     refused = CliRunner().invoke(convert_command, [str(PIPELINE), "--allow-nonfinite"])
     assert isinstance(refused.exception, UsageError)
+    made = json.loads(run_command("convert", PIPELINE, "--tokenizers", TOKENIZERS, "--json", cwd=tmp_path).stdout)
+    assert (made["quantize"], made["dtype"]) == ("8", "bfloat16")
 
 
 @pytest.mark.parametrize(

@@ -20,17 +20,13 @@ from . import signals
     "-q",
     "--quantize",
     type=click.Choice(["none", "8", "6", "5", "4", "3", "mxfp4", "nvfp4"]),
-    default="8",
-    show_default=True,
-    help="Bits of the large layers.",
+    help="Bits of the large layers.  [default: 8; of Pixtral 4]",
 )
 @click.option("--group-size", type=int, help="Numbers that share a scale: 32, 64 or 128.  [default: 64]")
 @click.option(
     "--dtype",
     type=click.Choice(["bfloat16", "float16", "float32"]),
-    default="bfloat16",
-    show_default=True,
-    help="Type of what is not quantized, and of scales.",
+    help="Type of what is not quantized, and of scales.  [default: bfloat16]",
 )
 @click.option("--tokenizers", type=click.Path(path_type=Path), help="A folder with tokenizer/ and tokenizer_2/ in it.")
 @click.option("--force", is_flag=True, help="Replace an existing model folder.")
@@ -40,12 +36,14 @@ def convert(sources, output, quantize, group_size, dtype, tokenizers, force, all
     """Convert weights into a model folder.
 
     SOURCES is a folder (diffusers', ComfyUI's, mflux's, or a model folder), an all-in-one file, or the files of
-    transformer, CLIP, T5 and VAE one by one, as safetensors or GGUF.
+    transformer, CLIP, T5 and VAE one by one, as safetensors or GGUF. Or it is a content filter: the folder of
+    Falconsai/nsfw_image_detection or of Pixtral 12B.
 
     \b
     Examples:
       flux-krea convert FLUX.1-Krea-dev
       flux-krea convert FLUX.1-Krea-dev -q 4 -o krea-small
+      flux-krea convert pixtral-12b
       flux-krea convert flux1-krea-dev.safetensors clip_l.safetensors \\
           t5xxl_fp16.safetensors ae.safetensors --tokenizers FLUX.1-schnell
     """

@@ -50,13 +50,13 @@ def _picture(path: Path) -> tuple[dict, str]:
 def _model(path: Path) -> tuple[dict, str]:
     """One of our own folders."""
     from mlx_flux_krea.config import quantization_to_json, to_json
-    from mlx_flux_krea.weights import COMPONENTS, count_parameters, open_model
+    from mlx_flux_krea.weights import count_parameters, open_folder
 
     from .terminal import number, size, table
 
-    folder = open_model(path)
+    folder = open_folder(path)
     components = {}
-    for name in COMPONENTS:
+    for name in folder.sizes:
         infos = [info for _, info in folder.tensors(name).values()]
         components[name] = {
             "dtype": folder.dtypes[name],
@@ -67,23 +67,23 @@ def _model(path: Path) -> tuple[dict, str]:
             "config": to_json(folder.sizes[name]),
         }
     index = to_json(folder.index)
-    filters = "required" if folder.requires_filters else "none"
-    facts = {"kind": "model folder", **index, "filters": filters, "components": components}
+    about = [("model", f"{index['name']} ({index['base']})"), ("licence", index["license"])]
+    if folder.kind == "FluxPipeline":
+        index["filters"] = "required" if folder.requires_filters else "none"
+        default = folder.index.defaults
+        steps = f"{default.num_inference_steps} steps, guidance {default.guidance_scale:g}"
+        about += [
+            ("filters", index["filters"]),
+            ("defaults", f"{default.width} x {default.height}, {steps}"),
+            ("shift", index["schedule"]["shift"]),
+        ]
+    about.append(("made from", ", ".join(source["file"] for source in index["source"])))
+    facts = {"kind": "model folder", **index, "components": components}
     rows = [("component", "stored", "tensors", "parameters", "size")]
     most = {name: f"{q}, " for name, (q, _) in folder.quantization.items()}
     rows += [
         (n, most.get(n, "") + c["dtype"], c["tensors"], number(c["parameters"]), size(c["bytes"]))
         for n, c in components.items()
-    ]
-    default = folder.index.defaults
-    steps = f"{default.num_inference_steps} steps, guidance {default.guidance_scale:g}"
-    about = [
-        ("model", f"{index['name']} ({index['base']})"),
-        ("licence", index["license"]),
-        ("filters", filters),
-        ("defaults", f"{default.width} x {default.height}, {steps}"),
-        ("shift", index["schedule"]["shift"]),
-        ("made from", ", ".join(source["file"] for source in index["source"])),
     ]
     return facts, table(about) + "\n\n" + table(rows, right=(2, 3, 4))
 

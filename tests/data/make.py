@@ -2,8 +2,8 @@
 
     python tests/data/make.py REFERENCE TOKENIZERS MANIFESTS
 
-REFERENCE holds `pipeline`, `bfl`, `images`, `goldens.json` and `goldens.safetensors`, TOKENIZERS holds `clip` and `t5`,
-MANIFESTS the names, types and shapes of published files and the rules between their layouts.
+REFERENCE holds `pipeline`, `bfl`, `vit`, `llava`, `images`, `goldens.json` and `goldens.safetensors`, TOKENIZERS holds
+`clip` and `t5`, MANIFESTS the names, types and shapes of published files and the rules between their layouts.
 
 Weights and images are copied. Goldens are the keys that the tests read. The tokenizers are our own: byte-pair merges
 made here, which give the reference's ids for the prompts of the goldens, and single characters for any other text, so
@@ -24,7 +24,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from mlx_flux_krea.tokenizers import CLIPTokenizer, _clean
 
 HERE = Path(__file__).parent
-UNUSED = ("lora", "vit", "llava")  # goldens of rooms that do not exist yet
+UNUSED = ("lora",)  # goldens of rooms that do not exist yet
 ASCII = [chr(c) for c in range(33, 127)]
 
 
@@ -33,7 +33,8 @@ def main(reference: Path, tokenizers: Path, manifests: Path) -> None:
     shutil.rmtree(target, ignore_errors=True)
     skip = shutil.ignore_patterns("tokenizer", "tokenizer_2")
     shutil.copytree(reference / "pipeline", target / "pipeline", ignore=skip)
-    shutil.copytree(reference / "bfl", target / "bfl")
+    for name in ("bfl", "vit", "llava"):
+        shutil.copytree(reference / name, target / name)
     shutil.copytree(reference / "images", target / "images", ignore=shutil.ignore_patterns("lora*"))
     arrays = mx.load(str(reference / "goldens.safetensors"))
     facts = json.loads((reference / "goldens.json").read_text())

@@ -1,0 +1,197 @@
+"""Our sizes from the config.json of other layouts. What would change the computation is required to be what ours is
+written for; what would not is left alone."""
+
+from dataclasses import fields
+
+from mlx_flux_krea.config import CLIPConfig, T5Config
+from mlx_flux_krea.errors import ModelError
+from mlx_flux_krea.filters.config import PIXTRAL_12B, MistralConfig, PixtralVisionConfig, ViTConfig
+
+
+def require(obj: dict, where: str, todo: str = "this is another network", **expected) -> None:
+    """Fields that would change the computation must have the value, or one of the values, that ours is written for.
+
+    Raises:
+        ModelError: another value; a field that is not there is no problem.
+    """
+    for name, value in expected.items():
+        values = value if isinstance(value, tuple) else (value,)
+        if name in obj and obj[name] not in values:
+            raise ModelError(f"{where}: {name} is {short(obj[name])}", " or ".join(map(repr, values)), todo)
+
+
+# Kinds of fields that are computed with here: a test, and what it asks for. `configs.from_json` checks all others.
+_KINDS = {
+    int: (lambda v: type(v) is int and 0 < v <= 65536, "a number from 1 to 65536"),
+    float: (lambda v: type(v) in (int, float) and -1e9 <= v <= 1e9, "a number"),
+    bool: (lambda v: type(v) is bool, "true or false"),
+    list: (lambda v: type(v) is list and 0 < len(v) <= 16 and all(map(_KINDS[int][0], v)), "a list of sizes"),
+}
+
+
+def read(obj: dict, where: str, **kinds: type) -> dict:
+    """The fields named, each of its kind.
+
+    Raises:
+        ModelError: a field missing or of another kind.
+    """
+    for name, kind in kinds.items():
+        fits, expected = _KINDS[kind]
+        if name not in obj:
+            raise ModelError(f"{where} lacks {name!r}", f"the fields {', '.join(kinds)}")
+        if not fits(obj[name]):
+            raise ModelError(f"{where}: {name} is {short(obj[name])}", expected)
+    return {name: obj[name] for name in kinds}
+
+
+def short(value) -> str:
+    """What a file says, short enough for a message."""
+    text = ascii(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def diffusers_flux(obj: dict, where: str) -> dict:
+    """Of the transformer."""
+    require(obj, where, patch_size=1)
+    if obj.get("out_channels") is None:
+        obj = obj | {"out_channels": obj.get("in_channels")}
+    obj = {"axes_dims_rope": [16, 56, 56]} | obj  # the published config leaves it out
+    obj = read(
+        obj, where, num_attention_heads=int, attention_head_dim=int, in_channels=int, out_channels=int,
+        pooled_projection_dim=int, joint_attention_dim=int, num_layers=int, num_single_layers=int,
+        axes_dims_rope=list, guidance_embeds=bool,
+    )  # fmt: skip
+    heads, width = obj["num_attention_heads"], obj["attention_head_dim"]
+    return {
+        "in_channels": obj["in_channels"],
+        "out_channels": obj["out_channels"],
+        "vec_in_dim": obj["pooled_projection_dim"],
+        "context_in_dim": obj["joint_attention_dim"],
+        "hidden_size": heads * width,
+        "mlp_ratio": 4.0,
+        "num_heads": heads,
+        "depth": obj["num_layers"],
+        "depth_single_blocks": obj["num_single_layers"],
+        "axes_dim": obj["axes_dims_rope"],
+        "theta": 10_000,
+        "guidance_embed": obj["guidance_embeds"],
+    }
+
+
+def diffusers_vae(obj: dict, where: str) -> dict:
+    """Of the autoencoder."""
+    require(
+        obj, where, act_fn="silu", use_quant_conv=False, use_post_quant_conv=False,
+        mid_block_add_attention=True, latents_mean=None, latents_std=None,
+    )  # fmt: skip
+    obj = read(
+        obj, where, in_channels=int, out_channels=int, block_out_channels=list, layers_per_block=int,
+        latent_channels=int, norm_num_groups=int, scaling_factor=float, shift_factor=float,
+    )  # fmt: skip
+    widths = obj["block_out_channels"]
+    if any(width % widths[0] for width in widths):
+        raise ModelError(f"{where}: block_out_channels is {short(widths)}", "multiples of the first")
+    return {
+        "in_channels": obj["in_channels"],
+        "out_ch": obj["out_channels"],
+        "ch": widths[0],
+        "ch_mult": [w // widths[0] for w in widths],
+        "num_res_blocks": obj["layers_per_block"],
+        "z_channels": obj["latent_channels"],
+        "norm_num_groups": obj["norm_num_groups"],
+        "scale_factor": obj["scaling_factor"],
+        "shift_factor": obj["shift_factor"],
+    }
+
+
+def transformers_clip(obj: dict, where: str) -> dict:
+    """Of CLIP."""
+    require(obj, where, hidden_act="quick_gelu")
+    return {f.name: obj[f.name] for f in fields(CLIPConfig) if f.name in obj}
+
+
+# the tanh form of GELU, as transformers calls it; "gated-gelu" alone means it too
+_TANH_GELU = ("gelu_new", "gelu_pytorch_tanh")
+
+
+def transformers_t5(obj: dict, where: str) -> dict:
+    """Of T5."""
+    gated = ("gated-gelu", *(f"gated-{name}" for name in _TANH_GELU))
+    require(obj, where, feed_forward_proj=gated, dense_act_fn=_TANH_GELU)
+    obj = {"relative_attention_max_distance": 128} | obj  # younger than some configs
+    return {f.name: obj[f.name] for f in fields(T5Config) if f.name in obj}
+
+
+def transformers_vit(obj: dict, where: str) -> dict:
+    """Of the classifier: which logit means what must be said, and be what is expected."""
+    if "id2label" not in obj:
+        raise ModelError(f"{where} lacks 'id2label'", "the labels of the classifier")
+    require(obj, where, hidden_act="gelu", qkv_bias=True, num_channels=3, id2label={"0": "normal", "1": "nsfw"})
+    own = {f.name: obj[f.name] for f in fields(ViTConfig) if f.name in obj}
+    return own | {"labels": [obj["id2label"][key] for key in ("0", "1")]}
+
+
+def vit_preprocessing(config) -> dict:
+    """What preprocessor_config.json says where pixels are prepared as `filters.vit` does."""
+    size = ({"height": config.image_size, "width": config.image_size}, config.image_size)
+    return _PREPROCESSING | {"resample": 2, "size": size, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+
+
+def transformers_pixtral(obj: dict, where: str) -> dict:
+    """Of the filter for text and pictures; what the published file leaves out is what transformers takes then.
+
+    `head_ids` are nobody's field but ours; other vocabularies than the published one have other ids.
+    """
+    require(
+        obj, where, projector_hidden_act="gelu", vision_feature_layer=-1, vision_feature_select_strategy="full",
+        multimodal_projector_bias=True, tie_word_embeddings=False,
+    )  # fmt: skip
+    parts = {}
+    for name in ("text_config", "vision_config"):
+        if not isinstance(obj.get(name), dict):
+            raise ModelError(f"{where} lacks {name}", "the sizes of Pixtral")
+        parts[name] = obj[name] | {"rope_theta": _rope_theta(obj[name], f"{where}: {name}")}
+    text, vision = parts.values()
+    require(
+        text, where, model_type="mistral", hidden_act="silu", sliding_window=None, tie_word_embeddings=False,
+        rope_scaling=None,
+    )  # fmt: skip
+    # early files say gelu of the tower, which was trained with SiLU
+    require(vision, where, model_type="pixtral", hidden_act=("silu", "gelu"), num_channels=3)
+    text = {"num_attention_heads": 32} | text
+    defaults = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+    vision = defaults | vision
+    return {
+        "text_config": {f.name: text[f.name] for f in fields(MistralConfig) if f.name in text},
+        "vision_config": {f.name: vision[f.name] for f in fields(PixtralVisionConfig) if f.name in vision},
+        "image_token_index": obj.get("image_token_index", obj.get("image_token_id")),
+        "head_ids": obj.get("head_ids", PIXTRAL_12B.head_ids),
+    }
+
+
+def pixtral_preprocessing(config) -> dict:
+    """What preprocessor_config.json says where pixels are prepared as `filters.pixtral` does."""
+    patch = config.vision_config.patch_size
+    return _PREPROCESSING | {
+        "resample": 3,
+        "size": {"longest_edge": config.vision_config.image_size},
+        "patch_size": ({"height": patch, "width": patch}, patch),
+        "image_mean": [0.48145466, 0.4578275, 0.40821073],
+        "image_std": [0.26862954, 0.26130258, 0.27577711],
+    }
+
+
+_PREPROCESSING = {
+    "do_resize": True, "do_rescale": True, "do_normalize": True, "rescale_factor": (1 / 255, 0.00392156862745098),
+}  # fmt: skip
+
+
+def _rope_theta(obj: dict, where: str):
+    """Of transformers 4's field, 5's, or both."""
+    parameters = obj.get("rope_parameters")
+    parameters = parameters if isinstance(parameters, dict) else {}
+    require(parameters, where, rope_type=("default", "axial"))
+    said = [part["rope_theta"] for part in (obj, parameters) if "rope_theta" in part]
+    if not said or said[0] != said[-1]:
+        raise ModelError(f"{where}: rope_theta is {short(said)}", "one number")
+    return said[0]

@@ -1,0 +1,144 @@
+"""Sizes of the filters' networks, as `mlx_flux_krea.config` has them of all others; the published ones as instances.
+
+Field names are those of the `config.json` of transformers. What a published file says and no field here repeats
+(activations, label names, token ids) is checked when it is converted, and written for that value alone.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from ..config import Count, Epsilon, Source, Width
+
+Vocabulary = Annotated[int, 1, 2**22]
+TokenId = Annotated[int, 0, 2**22]
+Theta = Annotated[float, 1.0, 1e12]
+LABELS = ("normal", "nsfw")  # of the classifier, in the order of its logits
+
+
+@dataclass(frozen=True)
+class ViTConfig:
+    """Sizes of the classifier of pictures (transformers' ViTConfig; erf GELU, biases everywhere, no pooler)."""
+
+    hidden_size: Width
+    intermediate_size: Width
+    num_hidden_layers: Count
+    num_attention_heads: Count
+    image_size: Annotated[int, 1, 4096]  # pixels of each side
+    patch_size: Annotated[int, 1, 1024]
+    layer_norm_eps: Epsilon
+    labels: tuple[str, ...]
+
+    @property
+    def positions(self) -> int:
+        """Patches, and one for the class token before them."""
+        return (self.image_size // self.patch_size) ** 2 + 1
+
+    def problem(self) -> str | None:
+        """What contradicts itself in these numbers, or None."""
+        if self.hidden_size % self.num_attention_heads:
+            return f"hidden_size {self.hidden_size} is not divisible by {self.num_attention_heads} heads"
+        if self.image_size % self.patch_size:
+            return f"image_size {self.image_size} is not divisible by patch_size {self.patch_size}"
+        if self.labels != LABELS:
+            return f"labels are {', '.join(self.labels)[:60]} and not {', '.join(LABELS)}"
+        return None
+
+
+@dataclass(frozen=True)
+class MistralConfig:
+    """Sizes of Pixtral's text decoder (transformers' MistralConfig; gated SiLU, causal, no biases)."""
+
+    vocab_size: Vocabulary
+    hidden_size: Width
+    intermediate_size: Width
+    num_hidden_layers: Count
+    num_attention_heads: Count
+    num_key_value_heads: Count
+    head_dim: Width
+    rms_norm_eps: Epsilon
+    rope_theta: Theta
+
+    def problem(self) -> str | None:
+        """What contradicts itself in these numbers, or None."""
+        if self.num_attention_heads % self.num_key_value_heads:
+            return f"{self.num_attention_heads} heads cannot share {self.num_key_value_heads} of keys and values"
+        return f"head_dim {self.head_dim} is odd" if self.head_dim % 2 else None
+
+
+@dataclass(frozen=True)
+class PixtralVisionConfig:
+    """Sizes of Pixtral's vision tower (transformers' PixtralVisionConfig; gated SiLU, no biases, 2-D rope)."""
+
+    hidden_size: Width
+    intermediate_size: Width
+    num_hidden_layers: Count
+    num_attention_heads: Count
+    image_size: Annotated[int, 1, 4096]  # the longest side, in pixels
+    patch_size: Annotated[int, 1, 1024]
+    rope_theta: Theta
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.hidden_size // self.num_attention_heads
+
+    def problem(self) -> str | None:
+        """What contradicts itself in these numbers, or None."""
+        if self.hidden_size % self.num_attention_heads or self.head_dim % 4:
+            heads = self.num_attention_heads
+            return f"hidden_size {self.hidden_size} is not {heads} heads of a width that 4 divides"
+        return None
+
+
+@dataclass(frozen=True)
+class PixtralConfig:
+    """A decoder that reads text and pictures (transformers' LlavaConfig; the projector has an erf GELU and biases)."""
+
+    text_config: MistralConfig
+    vision_config: PixtralVisionConfig
+    image_token_index: TokenId  # stands for one patch
+    head_ids: tuple[TokenId, ...]  # tokens whose logits are computed: "yes", "no", and others only to look at
+
+    def problem(self) -> str | None:
+        """What contradicts itself in these numbers, or None."""
+        if len(self.head_ids) < 2 or len(set(self.head_ids)) < len(self.head_ids):
+            return "head_ids are not two tokens or more, each of them once"
+        if max(*self.head_ids, self.image_token_index) >= self.text_config.vocab_size:
+            return f"head_ids or image_token_index are not below vocab_size {self.text_config.vocab_size}"
+        return None
+
+
+NSFW_VIT = ViTConfig(
+    hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, image_size=224,
+    patch_size=16, layer_norm_eps=1e-12, labels=LABELS,
+)  # fmt: skip
+PIXTRAL_12B = PixtralConfig(
+    text_config=MistralConfig(
+        vocab_size=131_072, hidden_size=5120, intermediate_size=14_336, num_hidden_layers=40, num_attention_heads=32,
+        num_key_value_heads=8, head_dim=128, rms_norm_eps=1e-5, rope_theta=1e9,
+    ),
+    vision_config=PixtralVisionConfig(
+        hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=1024,
+        patch_size=16, rope_theta=10_000.0,
+    ),
+    image_token_index=10,
+    head_ids=(13_059, 2649),
+)  # fmt: skip
+# of model.safetensors in Falconsai/nsfw_image_detection
+NSFW_SHA256 = "97b2ce64ec146884b37f98ee7944ca4891aa72f6827dc0cb10684a1cbecd5830"
+
+
+@dataclass(frozen=True)
+class FilterIndex:
+    """`model_index.json` of a filter's folder: what it is, and what it was made from."""
+
+    name: str
+    base: str
+    license: str
+    source: tuple[Source, ...] = ()
+    converter: str = ""
+    format: Annotated[int, 1, 2**30] = 1
+
+    def problem(self) -> str | None:
+        """What contradicts itself in these facts, or None."""
+        return None if self.format == 1 else f"format is {self.format}, and this program reads format 1"
