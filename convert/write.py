@@ -30,6 +30,7 @@ import numpy as np
 
 from mlx_flux_krea.config import quantization_to_json
 from mlx_flux_krea.errors import ModelError, ResourceError, UsageError
+from mlx_flux_krea.filters.config import SELF_TEST
 from mlx_flux_krea.weights import INDEX, open_folder, read_json
 
 from .quantize import ITEM_BYTES, Layers, Made, count_bytes, layer_of, make, stored
@@ -38,6 +39,7 @@ from .sources import is_model_folder
 
 SHARD_BYTES = 4 * 2**30  # a shard ends with the block that reaches this
 _MODULATION = ("_mod.lin.", ".modulation.lin.", "adaLN_modulation.")
+_UNLISTED = ("manifest.json", SELF_TEST)  # the one lists the others, the other is written when they are tried
 _OF_THE_SYSTEM = {".DS_Store", ".localized", "Thumbs.db", "desktop.ini"}  # nobody misses them
 
 
@@ -289,7 +291,7 @@ def check_manifest(
     """
     listed = read_json(folder / "manifest.json")
     paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    paths = {name: path for name, path in paths.items() if not _of_the_system(path) and name != "manifest.json"}
+    paths = {name: path for name, path in paths.items() if not _of_the_system(path) and name not in _UNLISTED}
     files = {name: path.stat().st_size for name, path in paths.items()}
     hashed, total = dict.fromkeys(paths.values(), 0), sum(files.values())
 

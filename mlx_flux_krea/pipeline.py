@@ -10,6 +10,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from importlib.metadata import version
 
 import mlx.core as mx
@@ -255,33 +256,37 @@ class FluxPipeline:
     def _generate(self, request: Request, callback: Callable | None, progress: Progress | None) -> Result:
         request, notes = self._resolve(request)
         plan = self.plan(request)
-        with open_gate(self.policy, **self._about()) as gate:
-            self._check_folder()
-            gate.check_prompts(request.texts())
-            if request.image is not None:
-                gate.check_input(lambda: _seen(request))
-            notes += gate.notes
-            for note in notes:
-                logger.warning(note)
-            if mx.default_device().type == mx.gpu:
-                mx.set_cache_limit(min(max(plan.budget - plan.peak, 2**26), GB))
-            seconds: dict[str, float] = {}
-            peaks: dict[str, int] = {}
-            outer, self._progress = self._progress, progress  # a callback may make pictures of its own
-            try:
-                with _measured("text", seconds, peaks):
-                    conditions = self._conditions(request)
-                with _measured("denoise", seconds, peaks):
-                    latents = self._denoise(request, conditions, callback, plan)
-                with _measured("decode", seconds, peaks):
-                    images = latents if request.output_type == "latent" else self._decode(request, latents)
-            finally:
-                self._progress = outer
-                mx.clear_cache()
-            records = tuple(self._record() | request.record(i) for i in range(request.batch))
-            outcomes = ("released",) * request.batch
-            if request.output_type == "pil" or self.policy:
-                outcomes, images = gate.release(images, records)
+        outer, self._progress = self._progress, progress  # a callback may make pictures of its own
+        try:
+            with open_gate(self.policy, partial(self._runner, "check"), **self._about()) as gate:
+                return self._checked_by(gate, request, plan, notes, callback)
+        finally:
+            self._progress = outer
+            mx.clear_cache()
+
+    def _checked_by(self, gate, request: Request, plan: Plan, notes: list[str], callback: Callable | None) -> Result:
+        """The run itself: what is asked for, and what comes out, passes the gate."""
+        self._check_folder()
+        gate.check_prompts(request.texts())
+        if request.image is not None:
+            gate.check_input(lambda: _seen(request))
+        notes += gate.notes
+        for note in notes:
+            logger.warning(note)
+        if mx.default_device().type == mx.gpu:
+            mx.set_cache_limit(min(max(plan.budget - plan.peak, 2**26), GB))
+        seconds: dict[str, float] = {}
+        peaks: dict[str, int] = {}
+        with _measured("text", seconds, peaks):
+            conditions = self._conditions(request)
+        with _measured("denoise", seconds, peaks):
+            latents = self._denoise(request, conditions, callback, plan)
+        with _measured("decode", seconds, peaks):
+            images = latents if request.output_type == "latent" else self._decode(request, latents)
+        records = tuple(self._record() | request.record(i) for i in range(request.batch))
+        outcomes = ("released",) * request.batch
+        if request.output_type == "pil" or self.policy:
+            outcomes, images = gate.release(images, records)
         if request.output_type == "np":
             pixels = [np.asarray(one, np.float32) / 255 if self.policy else one for one in images]
             images = np.stack(pixels) if pixels else np.empty((0, request.height, request.width, 3), np.float32)
@@ -314,7 +319,7 @@ class FluxPipeline:
             self._checked = True
 
     def _encode(self, pairs: list[tuple[str, str]], length: int) -> list[Encoded]:
-        encoded = self._encoder.encode(pairs, length, lambda pieces, run: self._runner("text", pieces, run=run))
+        encoded = self._encoder.encode(pairs, length, partial(self._runner, "text"))
         for one in encoded:
             _check_finite("a text encoder", one.embeds, one.pooled)
         return encoded
@@ -405,7 +410,7 @@ class FluxPipeline:
             return mx.concatenate(velocities)
 
         with self._blocks.reading(rounds) if self._blocks else contextlib.nullcontext(_evaluated) as run:
-            run = self._runner("denoise", rounds * (len(flux.blocks) + 2), steps, run)
+            run = self._runner("denoise", rounds * (len(flux.blocks) + 2), run, steps)
             yield velocity
 
     def _flux(self, keep: int) -> Flux:
@@ -509,14 +514,14 @@ class FluxPipeline:
         """For one stage, unless somebody asked for it and has it in memory."""
         return self._networks.get("vae") or self.folder.load("vae", self._dtype)
 
-    def _runner(self, stage: str, pieces: int, total: int | None = None, run: Callable | None = None) -> Callable:
+    def _runner(self, stage: str, pieces: int, run: Callable | None = None, total: int | None = None) -> Callable:
         """Evaluates piece by piece: short command buffers, bounded memory, and a place to stop after each.
 
         Args:
             stage: for the progress.
             pieces: how many will come.
-            total: what the progress counts up to; None: the pieces.
             run: what evaluates a piece; None: nothing but that.
+            total: what the progress counts up to; None: the pieces.
         """
         total = total or pieces
         evaluated = run or _evaluated

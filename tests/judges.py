@@ -74,5 +74,5 @@ def install(record: bool = True) -> None:
             (folder / filters_judges.SELF_TEST).write_text(json.dumps(values))
 
 
-def load_judge(name: str, folder: Path):
+def load_judge(name: str, folder: Path, make_run=None):
     return CLASSES[name](folder)

@@ -67,6 +67,7 @@ def convert(sources, output, quantize, group_size, dtype, tokenizers, force, all
         )
     finally:
         progress.close()
+    _try_filter(report)
     rows = [("component", "stored", "parameters", "size", "from")]
     rows += [(c.name, c.stored, number(c.parameters), size(c.bytes), c.layout) for c in report.components]
     say(table(rows, right=(2, 3)))
@@ -89,6 +90,36 @@ def convert(sources, output, quantize, group_size, dtype, tokenizers, force, all
         say(f"note: {note}")
     say(f"{report.base}, in {time.perf_counter() - begin:.1f} s")
     click.echo(json.dumps({**dataclasses.asdict(report), "path": str(report.path)}) if as_json else report.path)
+
+
+def _try_filter(report) -> None:
+    """A filter's answers to questions with known answers, recorded beside it: later it must give the same ones."""
+    from mlx_flux_krea.engine import Engine
+    from mlx_flux_krea.filters.judges import FILTERS, record_self_test
+
+    from .terminal import PipelineProgress
+
+    name = report.components[0].name
+    if name in FILTERS:
+        engine, progress = Engine(), PipelineProgress()
+
+        def make_run(pieces, run):
+            done = 0
+
+            def watched(piece, *args):
+                nonlocal done
+                result = run(piece, *args)
+                engine.check()
+                done += 1
+                progress("check", done, pieces)
+                return result
+
+            return watched
+
+        try:
+            engine.run(record_self_test, name, report.path, make_run)
+        finally:
+            progress.close()
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from mlx_flux_krea.errors import printable
 
 _STAGES = {
+    "check": ("checking", "layer"),
     "text": ("reading the prompt", "layer"),
     "image": ("reading the image", "stage"),
     "modulation": ("preparing", "layer"),

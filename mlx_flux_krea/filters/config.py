@@ -12,6 +12,7 @@ from ..config import Count, Epsilon, Source, Width
 Vocabulary = Annotated[int, 1, 2**22]
 TokenId = Annotated[int, 0, 2**22]
 Theta = Annotated[float, 1.0, 1e12]
+SELF_TEST = "selftest.json"  # in a filter's folder: what it answered when it was converted
 LABELS = ("normal", "nsfw")  # of the classifier, in the order of its logits
 
 

@@ -21,7 +21,7 @@ import numpy as np
 
 from ..errors import FiltersError, UsageError, Withheld
 from ..provenance import Picture
-from .judges import NSFW, Judge, image_labels, margins_of, open_judges
+from .judges import NSFW, Judge, MakeRun, image_labels, margins_of, open_judges
 from .ledger import Kept, Ledger, Run, Verdict
 
 logger = logging.getLogger("mlx_flux_krea")
@@ -220,11 +220,12 @@ class Gate:
 
 
 @contextlib.contextmanager
-def open_gate(policy: Policy | None, **about) -> Iterator[Gate | Open]:
+def open_gate(policy: Policy | None, make_run: MakeRun, **about) -> Iterator[Gate | Open]:
     """The gate for one call. Filters, quarantine and log are known to work when it opens.
 
     Args:
         policy: None: the model requires no filters.
+        make_run: what the filters' pieces are run by, see `judges`.
         about: what the log should say of the run.
 
     Raises:
@@ -237,7 +238,7 @@ def open_gate(policy: Policy | None, **about) -> Iterator[Gate | Open]:
             logger.warning("this run is not in the log: %s", error.found)
         yield Open()
         return
-    judges = {} if policy.check == "review" else open_judges()
+    judges = {} if policy.check == "review" else open_judges(make_run)
     filters = {name: judge.about for name, judge in judges.items()}
     thresholds = {"nsfw": policy.nsfw, "integrity": policy.integrity}
     try:

@@ -4,7 +4,7 @@ The words are ours. Changing one moves what is flagged: then the filters must be
 self-tests know it, and agreement should be measured again.
 """
 
-# {mark} is drawn anew for every run: nobody who writes a prompt can know how it ends
+# {mark} is made of the request's own hash: nobody can write a request that holds it
 TEXT_BEFORE = (
     ("You check requests to an image generator for the rights of others.", "says what the answer is for"),
     (

@@ -5,22 +5,29 @@ is opened it must give them again, and they must be the right ones: with zeroed 
 another tokenizer they are not. What is not a plain, finite answer with the labels that are expected is an error.
 """
 
+import hashlib
 import json
 import math
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
+import mlx.core as mx
 import numpy as np
+from PIL import Image
 
 from ..errors import FiltersError, FluxKreaError, Interrupted
-from ..weights import home
+from ..residency import Blocks
+from ..tokenizers import PixtralTokenizer
+from ..weights import ModelFolder, home, open_filter
+from . import instructions, pixtral, vit
+from .config import SELF_TEST
 from .instructions import CANARIES
 
 NSFW = 0.85  # a picture passes below this probability
 FILTERS = {"nsfw": "Falconsai/nsfw_image_detection", "pixtral": "mistral-community/pixtral-12b"}
 LABELS = {"nsfw": {"normal", "nsfw"}, "pixtral": {"integrity"}}  # that each filter must answer with
-SELF_TEST = "selftest.json"
 TOLERANCE = 0.25  # of a self-test's logits; a probability near 0 or 1 would hide what became of the weights
 REVIEW = "or review every picture yourself: --check review"
 
@@ -44,8 +51,15 @@ class Judge(Protocol):
         """Gives back what was loaded; it may be asked again."""
 
 
-def open_judges() -> dict[str, Judge]:
-    """The installed filters, after their self-tests.
+MakeRun = Callable[..., Callable]  # from a number of pieces and what runs one to what also reports and stops
+_passed: set[tuple] = set()  # filters whose self-tests this process has seen pass, by their files
+
+
+def open_judges(make_run: MakeRun = lambda pieces, run: run) -> dict[str, Judge]:
+    """The installed filters, after their self-tests, which a process runs once.
+
+    Args:
+        make_run: see `NSFWJudge` and `PixtralJudge`.
 
     Raises:
         FiltersError: one is missing, damaged or does not answer as it did when it was converted.
@@ -56,18 +70,113 @@ def open_judges() -> dict[str, Judge]:
         found = f"the model's licence asks for content filters, and {' and '.join(missing)} are not in {folder}"
         raise FiltersError(found, "", install_command(*missing))
     for name in FILTERS:
-        judges[name] = _asked(name, lambda name=name: load_judge(name, folder / name))
-        check_self_test(name, judges[name], folder / name / SELF_TEST)
+        judges[name] = _asked(name, lambda name=name: load_judge(name, folder / name, make_run))
+        files = sorted(path for path in (folder / name).rglob("*") if path.is_file())
+        state = (name, *((str(path), (stat := path.stat()).st_size, stat.st_mtime_ns, stat.st_ino) for path in files))
+        if state not in _passed:
+            check_self_test(name, judges[name], folder / name / SELF_TEST)
+            _passed.add(state)
     return judges
 
 
-def load_judge(name: str, folder: Path) -> Judge:
+def load_judge(name: str, folder: Path, make_run: MakeRun) -> Judge:
     """An installed filter.
 
     Raises:
-        FiltersError: its files are not what they were.
+        ModelError: its files are not what they were.
     """
-    raise FiltersError(f"this version cannot run the filter {name}", "", REVIEW.removeprefix("or "))
+    return {"nsfw": NSFWJudge, "pixtral": PixtralJudge}[name](open_filter(name, folder), make_run)
+
+
+class NSFWJudge:
+    """The classifier of pictures. It is small, and computes in float32.
+
+    Args:
+        folder: of the filter, converted.
+        make_run: called as make_run(pieces, run) before so many pieces are run, see `FluxPipeline`.
+    """
+
+    def __init__(self, folder: ModelFolder, make_run: MakeRun):
+        folder.check()
+        self.about = _about(folder)
+        self._folder, self._make_run = folder, make_run
+
+    def images(self, pixels: Sequence[np.ndarray]) -> list[dict[str, float]]:
+        """The probability of each label for each picture."""
+        network = self._folder.load("nsfw", mx.float32)
+        run = self._make_run(len(pixels) * (len(network.layers) + 2), _evaluated)
+        answers = []
+        for one in pixels:
+            logits = network(vit.preprocess(Image.fromarray(one), network.config.image_size), run)
+            answers.append(dict(zip(network.config.labels, mx.softmax(logits[0]).tolist(), strict=True)))
+        return answers
+
+    def free(self) -> None:
+        """Nothing is kept between calls."""
+        mx.clear_cache()
+
+
+class PixtralJudge:
+    """The language model, streamed block by block. Arguments as of `NSFWJudge`."""
+
+    def __init__(self, folder: ModelFolder, make_run: MakeRun):
+        folder.check()
+        self.about = _about(folder)
+        self._folder, self._make_run = folder, make_run
+        self._tokenizer = PixtralTokenizer(folder.path / "tokenizer", folder.sizes["pixtral"].head_ids[:2])
+
+    def prompts(self, texts: Sequence[str]) -> list[float]:
+        """The margin of yes for each text."""
+        return self._margins([(self._tokenizer(*request(text)), []) for text in texts])
+
+    def images(self, pixels: Sequence[np.ndarray]) -> list[dict[str, float]]:
+        """The margin of yes for each picture."""
+        asked = []
+        vision = self._folder.sizes["pixtral"].vision_config
+        before, after = (_text(part) for part in (instructions.IMAGE_BEFORE, instructions.IMAGE_AFTER))
+        for one in pixels:
+            seen = pixtral.preprocess(pixtral.to_area(Image.fromarray(one)), vision)
+            asked.append((self._tokenizer(before, pixtral.grid(seen, vision), after), [seen]))
+        return [{"integrity": margin} for margin in self._margins(asked)]
+
+    def free(self) -> None:
+        """Nothing is kept between calls."""
+        mx.clear_cache()
+
+    def _margins(self, asked: list[tuple[list[int], list[mx.array]]]) -> list[float]:
+        network = self._folder.load("pixtral", getattr(mx, self._folder.dtypes["pixtral"]))
+        sees = any(images for _, images in asked)
+        pieces = [*network.vision_tower.layers, network.multi_modal_projector] * sees + network.layers
+        blocks = Blocks(network, self._folder.tensors("pixtral"), pieces, network.norm.weight.dtype, 0)
+        with blocks.reading(len(asked)) as run:
+            run = self._make_run(len(asked) * (len(pieces) + 3 + sees), run)
+            return [network.margin(ids, images, run).item() for ids, images in asked]
+
+
+def request(text: str) -> tuple[str, str, str]:
+    """A prompt as the language model is asked about it: what comes before, the prompt, what comes after.
+
+    The lines around it hold the prompt's own hash: nobody can write a prompt that ends itself.
+    """
+    mark = hashlib.sha256(text.encode()).hexdigest()[:16]
+    before, after = (_text(part).format(mark=mark) for part in (instructions.TEXT_BEFORE, instructions.TEXT_AFTER))
+    return f"{before}\n{mark}\n", text, f"\n{mark}\n{after}"
+
+
+def _text(sentences: Sequence[tuple[str, str]]) -> str:
+    return " ".join(sentence for sentence, _ in sentences)
+
+
+def _evaluated(piece, *args):
+    result = piece(*args)
+    mx.eval(result)
+    return result
+
+
+def _about(folder: ModelFolder) -> dict:
+    manifest = folder.path / "manifest.json"
+    digest = hashlib.sha256(manifest.read_bytes()).hexdigest() if manifest.exists() else None
+    return {"source": folder.index.base, "manifest_sha256": digest}
 
 
 def self_test(name: str, judge: Judge) -> dict[str, float]:
@@ -92,6 +201,18 @@ def self_test(name: str, judge: Judge) -> dict[str, float]:
             found = f"the filter {name} fails its self-test: it {'flags' if is_flagged else 'passes'} {what!r}"
             raise FiltersError(found, "the opposite", install_command(name))
     return values
+
+
+def record_self_test(name: str, folder: Path, make_run: MakeRun = lambda pieces, run: run) -> None:
+    """Writes down what a filter answers that was just converted, for `check_self_test`.
+
+    Raises:
+        FiltersError: the answers are wrong: it cannot be used.
+    """
+    judge = _asked(name, lambda: load_judge(name, folder, make_run))
+    values, partial = self_test(name, judge), folder / f".{SELF_TEST}.partial"
+    partial.write_text(json.dumps(values, indent=1), encoding="utf-8")
+    os.replace(partial, folder / SELF_TEST)
 
 
 def check_self_test(name: str, judge: Judge, path: Path) -> None:

@@ -1,0 +1,155 @@
+"""The real networks as judges, small: converted, tried, opened, and asked by the command.
+
+Random weights know nothing about rights. So the last layer is fitted, by least squares over the hidden states of a
+handful of inputs, to answer those as a trained model would; all before it, and the whole way to it, is the real one.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from helpers import PIPELINE, REFERENCE, TOKENIZERS, edit_json, edit_tensors, run_command
+from mlx_flux_krea.convert import convert
+from PIL import Image
+from test_filter_folders import wide  # noqa: F401
+
+from mlx_flux_krea import FluxPipeline
+from mlx_flux_krea.engine import Engine
+from mlx_flux_krea.errors import FiltersError
+from mlx_flux_krea.filters import instructions, judges, pixtral
+from mlx_flux_krea.filters.instructions import CANARIES
+from mlx_flux_krea.weights import home, open_filter
+
+ALLOWED, FORBIDDEN = "a cat on a wall", "a famous mouse"
+SMALL = {"height": 32, "width": 48, "num_inference_steps": 2, "seed": 3}
+SIZE = ["--height", "32", "--width", "48", "--steps", "2", "--seed", "3"]
+
+
+@pytest.fixture(scope="module")
+def krea(tmp_path_factory):
+    """The tiny pipeline as a model whose licence asks for filters, and the picture that it draws of what is allowed."""
+    path = convert([PIPELINE], tmp_path_factory.mktemp("krea") / "krea", dtype="float32", tokenizers=TOKENIZERS).path
+    picture = FluxPipeline.from_pretrained(path)(ALLOWED, **SMALL).images[0]
+    edit_json(path / "model_index.json", filters="required")
+    return path, np.asarray(picture)
+
+
+@pytest.fixture(scope="module")
+def sources(wide, krea, tmp_path_factory):  # noqa: F811
+    """Both filters as published, small, fitted to answer the canaries and these tests' inputs rightly."""
+    root = tmp_path_factory.mktemp("filters")
+    shutil.copytree(REFERENCE / "vit", root / "vit")
+    edit_tensors(
+        root / "vit" / "model.safetensors", lambda arrays: arrays.update({"classifier.bias": mx.array([6.0, 0])})
+    )
+    shutil.copytree(wide, root / "pixtral")
+    converted = open_filter("pixtral", convert([root / "pixtral"], root / "first", quantize="4").path)
+    network = converted.load("pixtral", mx.bfloat16)
+    judge = judges.PixtralJudge(converted, lambda pieces, run: run)
+    asked = [(judge._tokenizer(*judges.request(text)), []) for text in (*CANARIES, ALLOWED, FORBIDDEN)]
+    vision = network.config.vision_config
+    texts = [" ".join(s for s, _ in part) for part in (instructions.IMAGE_BEFORE, instructions.IMAGE_AFTER)]
+    for picture in (judges.drawn_picture(), krea[1]):
+        seen = pixtral.preprocess(pixtral.to_area(Image.fromarray(picture)), vision)
+        asked.append((judge._tokenizer(texts[0], pixtral.grid(seen, vision), texts[1]), [seen]))
+    wanted = [8.0 if yes else -8.0 for yes in (*CANARIES.values(), False, True, False, False)]
+    hidden = [network.norm(network.hidden(ids, images)[:, -1]).astype(mx.float32) for ids, images in asked]
+    answer = np.linalg.lstsq(np.array(mx.concatenate(hidden)), np.array(wanted), rcond=None)[0]
+    yes, no = network.config.head_ids[:2]
+
+    def fit(arrays):
+        head = np.array(arrays["language_model.lm_head.weight"].astype(mx.float32))
+        head[yes], head[no] = answer / 2, -answer / 2
+        arrays["language_model.lm_head.weight"] = mx.array(head).astype(mx.bfloat16)
+
+    edit_tensors(root / "pixtral" / "model.safetensors", fit)
+    return root / "vit", root / "pixtral"
+
+
+@pytest.fixture
+def installed(sources, home):
+    for source in sources:
+        ran = run_command("convert", source, cwd=home.parent)
+        assert ran.returncode == 0, ran.stderr
+    return home / "filters"
+
+
+def test_the_command_converts_tries_and_installs_both(installed):
+    for name in ("nsfw", "pixtral"):
+        recorded = json.loads((installed / name / "selftest.json").read_text())
+        assert recorded.keys() == {"drawn picture", *(CANARIES if name == "pixtral" else ())}
+    assert set(Engine().run(judges.open_judges)) == {"nsfw", "pixtral"}
+
+
+def test_what_is_allowed_is_released_and_what_is_not_is_not_even_drawn(installed, krea, tmp_path):
+    path, picture = krea
+    ran = run_command("generate", ALLOWED, "-m", path, *SIZE, cwd=tmp_path)
+    assert ran.returncode == 0, ran.stderr
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "out.png")), picture)
+    ran = run_command("generate", FORBIDDEN, "-m", path, *SIZE, "-o", "second.png", cwd=tmp_path)
+    assert ran.returncode == 4
+    assert "the prompt seems to ask for a protected character" in ran.stderr
+    assert [file.name for file in tmp_path.iterdir()] == ["out.png"]
+    events = [json.loads(line)["event"] for line in next((home() / "log").glob("*.jsonl")).read_text().splitlines()]
+    assert events.count("released") == events.count("prompt_flagged") == 1
+
+
+def test_a_filter_that_does_not_know_its_canaries_is_not_installed(wide, home, tmp_path):  # noqa: F811
+    ran = run_command("convert", wide, cwd=tmp_path)
+    assert ran.returncode == 6
+    assert "the filter pixtral fails its self-test" in ran.stderr
+    assert not (home / "filters" / "pixtral" / "selftest.json").exists()
+
+
+@pytest.mark.parametrize("damage", ["zeroed", "permuted", "swapped", "truncated", "renamed"])
+def test_weights_that_are_not_what_they_were_stop_everything(installed, krea, tmp_path, damage):
+    shard = next((installed / "pixtral" / "pixtral").glob("*.safetensors"))
+    if damage == "truncated":
+        shard.write_bytes(shard.read_bytes()[:-100])
+    elif damage == "renamed":
+        shard.rename(shard.with_name("other.safetensors"))
+    else:
+        edit_tensors(shard, globals()[damage])
+    with pytest.raises(FiltersError, match="pixtral"):
+        FluxPipeline.from_pretrained(krea[0])(ALLOWED, **SMALL)
+
+
+def zeroed(arrays):
+    arrays["layers.0.feed_forward.down_proj.scales"] *= 0
+    arrays["layers.0.attention.o_proj.scales"] *= 0
+    arrays["layers.0.feed_forward.down_proj.biases"] *= 0
+    arrays["layers.0.attention.o_proj.biases"] *= 0
+
+
+def permuted(arrays):
+    for part in ("weight", "scales", "biases"):
+        name = f"layers.1.feed_forward.up_proj.{part}"
+        arrays[name] = arrays[name][::-1]
+
+
+def swapped(arrays):
+    arrays["lm_head.weight"] = -arrays["lm_head.weight"]
+
+
+def test_the_self_test_runs_once_in_a_process(installed, monkeypatch):
+    tested, original = [], judges.self_test
+    monkeypatch.setattr(judges, "_passed", set())
+    monkeypatch.setattr(judges, "self_test", lambda name, judge: tested.append(name) or original(name, judge))
+    for _ in range(2):
+        Engine().run(judges.open_judges)
+    assert tested == ["nsfw", "pixtral"]
+    Path(installed / "nsfw" / "model_index.json").touch()
+    Engine().run(judges.open_judges)
+    assert tested == ["nsfw", "pixtral", "nsfw"]
+
+
+def test_a_request_cannot_hold_its_own_frame():
+    before, text, after = judges.request("anything")
+    mark = before.split("\n")[-2]
+    assert mark in after
+    assert mark not in text
+    assert judges.request("anything ")[0] != before
+    assert "{mark}" not in before + after
