@@ -19,6 +19,7 @@ import click
 from mlx_flux_krea import __version__
 from mlx_flux_krea.commands import completion, config, schema, shell
 from mlx_flux_krea.commands.convert import convert
+from mlx_flux_krea.commands.demo import demo
 from mlx_flux_krea.commands.generate import generate
 from mlx_flux_krea.commands.inspect import inspect
 from mlx_flux_krea.commands.log import log
@@ -41,7 +42,7 @@ def cli():
 
 
 for verb in (
-    generate, shell.shell, review, convert, inspect, plan, verify, log,
+    demo, generate, shell.shell, review, convert, inspect, plan, verify, log,
     config.config, schema.tool_schema, completion.completion,
 ):  # fmt: skip
     cli.add_command(verb)

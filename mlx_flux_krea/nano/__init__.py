@@ -1,1 +1,5 @@
-"""A small model of our own in FLUX.1's architecture: what it draws, and its training. Its weights are not here yet."""
+"""A small model of our own in FLUX.1's architecture, and how it was trained. `model/` is an ordinary model folder."""
+
+from pathlib import Path
+
+FOLDER = Path(__file__).parent / "model"
