@@ -273,16 +273,7 @@ class FluxPipeline:
         notes += gate.notes
         for note in notes:
             logger.warning(note)
-        if mx.default_device().type == mx.gpu:
-            mx.set_cache_limit(min(max(plan.budget - plan.peak, 2**26), GB))
-        seconds: dict[str, float] = {}
-        peaks: dict[str, int] = {}
-        with _measured("text", seconds, peaks):
-            conditions = self._conditions(request)
-        with _measured("denoise", seconds, peaks):
-            latents = self._denoise(request, conditions, callback, plan)
-        with _measured("decode", seconds, peaks):
-            images = latents if request.output_type == "latent" else self._decode(request, latents)
+        conditions, images, seconds, peaks = self._draw(request, plan, callback)
         records = tuple(self._record() | request.record(i) for i in range(request.batch))
         outcomes = ("released",) * request.batch
         if request.output_type == "pil" or self.policy:
@@ -293,6 +284,46 @@ class FluxPipeline:
         seeds = request.seed if isinstance(request.seed, tuple) else () if request.seed is None else (request.seed,)
         notes += dict.fromkeys(note for side in conditions for one in side for note in one.cut)
         return Result(images, outcomes, seeds, tuple(notes), records, seconds, plan, peaks)
+
+    def _draw(self, request: Request, plan: Plan, callback: Callable | None) -> tuple[tuple, list, dict, dict]:
+        """What was read of the prompts; pixels, or latents; and of each stage the seconds and the peak in bytes."""
+        if mx.default_device().type == mx.gpu:
+            mx.set_cache_limit(min(max(plan.budget - plan.peak, 2**26), GB))
+        seconds: dict[str, float] = {}
+        peaks: dict[str, int] = {}
+        with _measured("text", seconds, peaks):
+            conditions = self._conditions(request)
+        with _measured("denoise", seconds, peaks):
+            latents = self._denoise(request, conditions, callback, plan)
+        with _measured("decode", seconds, peaks):
+            images = latents if request.output_type == "latent" else self._decode(request, latents)
+        return conditions, images, seconds, peaks
+
+    def rehearse(self, prompt: str, *, progress: Progress | None = None, **request) -> Result:
+        """Draws and throws away: what a run takes of time and memory, with nothing to be judged or released.
+
+        Args:
+            prompt: a text.
+            progress: as in a call.
+            request: other arguments of a call.
+
+        Returns:
+            A result without pictures.
+        """
+
+        def run() -> Result:
+            resolved, notes = self._resolve(Request(prompt=prompt, **request))
+            plan = self.plan(resolved)
+            outer, self._progress = self._progress, progress
+            try:
+                self._check_folder()
+                _, _, seconds, peaks = self._draw(resolved, plan, None)
+            finally:
+                self._progress = outer
+                mx.clear_cache()
+            return Result([], (), (), tuple(notes), (), seconds, plan, peaks)
+
+        return self._engine.run(run)
 
     def plan(self, request: Request) -> Plan:
         """What a resolved request takes, and how much of the transformer may stay in memory.
