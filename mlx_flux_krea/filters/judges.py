@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image
 
 from ..errors import FiltersError, FluxKreaError, Interrupted
+from ..plan import GB, machine_memory
 from ..residency import Blocks
 from ..tokenizers import PixtralTokenizer
 from ..weights import ModelFolder, home, open_filter
@@ -51,6 +52,7 @@ class Judge(Protocol):
         """Gives back what was loaded; it may be asked again."""
 
 
+_BESIDES = 2 * GB  # what the language model takes besides its blocks
 MakeRun = Callable[..., Callable]  # from a number of pieces and what runs one to what also reports and stops
 _passed: set[tuple] = set()  # filters whose self-tests this process has seen pass, by their files
 
@@ -117,7 +119,10 @@ class NSFWJudge:
 
 
 class PixtralJudge:
-    """The language model, streamed block by block. Arguments as of `NSFWJudge`."""
+    """The language model, block by block: kept for several questions where there is room, else streamed.
+
+    Arguments as of `NSFWJudge`.
+    """
 
     def __init__(self, folder: ModelFolder, make_run: MakeRun):
         folder.check()
@@ -147,7 +152,8 @@ class PixtralJudge:
         network = self._folder.load("pixtral", getattr(mx, self._folder.dtypes["pixtral"]))
         sees = any(images for _, images in asked)
         pieces = [*network.vision_tower.layers, network.multi_modal_projector] * sees + network.layers
-        blocks = Blocks(network, self._folder.tensors("pixtral"), pieces, network.norm.weight.dtype, 0)
+        room = machine_memory() - _BESIDES if len(asked) > 1 else 0  # what runs once is never worth keeping
+        blocks = Blocks(network, self._folder.tensors("pixtral"), pieces, network.norm.weight.dtype, max(room, 0))
         with blocks.reading(len(asked)) as run:
             run = self._make_run(len(asked) * (len(pieces) + 3 + sees), run)
             return [network.margin(ids, images, run).item() for ids, images in asked]
