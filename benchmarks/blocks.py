@@ -22,6 +22,7 @@ from mflux.models.flux.model.flux_transformer.transformer import Transformer
 from mlx.utils import tree_flatten, tree_map_with_path
 
 from mlx_flux_krea import config, quantized, sampler, transformer
+from mlx_flux_krea.engine import evaluated
 
 STREAMS = {"img": ("norm1", ("to_q", "to_k", "to_v"), "to_out.0", ("norm_q", "norm_k"), "ff")}
 STREAMS["txt"] = (
@@ -108,15 +109,10 @@ def steps_of(peer, flux, side: int, text: int):
     txt = flux.txt_in(states)
     mx.eval(latents, states, pooled, pe, mods, txt)
 
-    def run(piece, *args):
-        result = piece(*args)
-        mx.eval(result)
-        return result
-
     def theirs():
         return peer(t=0, config=settings, hidden_states=latents, prompt_embeds=states, pooled_prompt_embeds=pooled)
 
-    return lambda: flux.forward(latents, txt, mods, pe, run), theirs
+    return lambda: flux.forward(latents, txt, mods, pe, evaluated), theirs
 
 
 def timed(step) -> tuple[mx.array, float, int]:

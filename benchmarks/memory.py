@@ -26,6 +26,7 @@ from mlx_flux_krea.convert import convert
 from mlx_flux_krea.convert.quantize import Recipe, choose
 
 from mlx_flux_krea import FluxPipeline, config, vae
+from mlx_flux_krea.engine import evaluated
 from mlx_flux_krea.filters.config import PIXTRAL_12B
 from mlx_flux_krea.plan import _planes
 from mlx_flux_krea.quantized import choose_products
@@ -90,12 +91,7 @@ def decoder(side: int, dtype: mx.Dtype) -> tuple[int, int]:
     base = mx.get_active_memory()
     mx.reset_peak_memory()
 
-    def run(piece, *args):
-        result = piece(*args)
-        mx.eval(result)
-        return result
-
-    mx.eval(network.decode(z, run))
+    mx.eval(network.decode(z, evaluated))
     return _planes(config.FLUX_VAE, side, side, dtype, "cpu"), mx.get_peak_memory() - base
 
 

@@ -16,6 +16,7 @@ import mlx.core as mx
 from mlx.utils import tree_map
 
 from mlx_flux_krea import config, sampler, transformer
+from mlx_flux_krea.engine import evaluated
 
 
 def step_of(flux: transformer.Flux, tokens: int, side: int, dtype: mx.Dtype):
@@ -27,12 +28,7 @@ def step_of(flux: transformer.Flux, tokens: int, side: int, dtype: mx.Dtype):
     mods = flux.modulations(vec)
     mx.eval(img, txt, pe, mods)
 
-    def run(piece, *args):
-        result = piece(*args)
-        mx.eval(result)
-        return result
-
-    return lambda: mx.eval(flux.forward(img, txt, mods, pe, run))
+    return lambda: mx.eval(flux.forward(img, txt, mods, pe, evaluated))
 
 
 def products_of(flux: transformer.Flux, tokens: int, dtype: mx.Dtype):

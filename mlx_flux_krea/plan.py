@@ -154,11 +154,11 @@ class _Sizes:
 
     def dense(self, piece) -> int:
         """Bytes of the quantized matrices of a piece in the compute type."""
-        layers = (layer for _, layer in matrices(piece)[0].named_modules() if isinstance(layer, nn.QuantizedLinear))
-        apart = getattr(piece, "modulation_layers", ())
-        whole = matrices(piece)[0]
-        out = {id(layer) for name in apart for _, layer in whole[name].named_modules()}
-        return sum(8 * a.weight.nbytes // a.bits * self._computed for a in layers if id(a) not in out)
+        module, names = matrices(piece)
+        layers = dict(module.named_modules())
+        owners = [layers[path] for path in {name.rpartition(".")[0] for name in names}]
+        packed = (layer for layer in owners if isinstance(layer, nn.QuantizedLinear))
+        return sum(8 * layer.weight.nbytes // layer.bits * self._computed for layer in packed)
 
     @staticmethod
     def _bytes(array: mx.array, size: int) -> int:
@@ -203,7 +203,7 @@ def plan(
         ResourceError: not even the smallest plan fits.
     """
     budget = budget or machine_memory()
-    device = device or ("gpu" if mx.default_device().type == mx.gpu else "cpu")
+    device = device or mx.default_device().type.name
     flux, t5, vae = sizes["transformer"], sizes["text_encoder_2"], sizes["vae"]
     patch = 2 * vae.downsampling
     tokens = text_length + width * height // patch**2

@@ -17,11 +17,12 @@ import mlx.core as mx
 import numpy as np
 from PIL import Image
 
+from ..engine import evaluated
 from ..errors import FiltersError, FluxKreaError, Interrupted
 from ..plan import GB, machine_memory
 from ..residency import Blocks
 from ..tokenizers import PixtralTokenizer
-from ..weights import ModelFolder, home, open_filter
+from ..weights import ModelFolder, home, open_filter, sha256
 from . import instructions, pixtral, vit
 from .config import SELF_TEST
 from .instructions import CANARIES
@@ -106,7 +107,7 @@ class NSFWJudge:
     def images(self, pixels: Sequence[np.ndarray]) -> list[dict[str, float]]:
         """The probability of each label for each picture."""
         network = self._folder.load("nsfw", mx.float32)
-        run = self._make_run(len(pixels) * (len(network.layers) + 2), _evaluated)
+        run = self._make_run(len(pixels) * (len(network.layers) + 2), evaluated)
         answers = []
         for one in pixels:
             logits = network(vit.preprocess(Image.fromarray(one), network.config.image_size), run)
@@ -173,16 +174,8 @@ def _text(sentences: Sequence[tuple[str, str]]) -> str:
     return " ".join(sentence for sentence, _ in sentences)
 
 
-def _evaluated(piece, *args):
-    result = piece(*args)
-    mx.eval(result)
-    return result
-
-
 def _about(folder: ModelFolder) -> dict:
-    manifest = folder.path / "manifest.json"
-    digest = hashlib.sha256(manifest.read_bytes()).hexdigest() if manifest.exists() else None
-    return {"source": folder.index.base, "manifest_sha256": digest}
+    return {"source": folder.index.base, "manifest_sha256": sha256(folder.path / "manifest.json")}
 
 
 def self_test(name: str, judge: Judge) -> dict[str, float]:
