@@ -17,7 +17,7 @@ import traceback
 import click
 
 from mlx_flux_krea import __version__
-from mlx_flux_krea.commands import completion, config, schema, shell
+from mlx_flux_krea.commands import bench, completion, config, schema, shell
 from mlx_flux_krea.commands.convert import convert
 from mlx_flux_krea.commands.demo import demo
 from mlx_flux_krea.commands.generate import generate
@@ -42,7 +42,7 @@ def cli():
 
 
 for verb in (
-    demo, generate, shell.shell, review, convert, inspect, plan, verify, log,
+    demo, generate, shell.shell, review, convert, inspect, plan, bench.bench, verify, log,
     config.config, schema.tool_schema, completion.completion,
 ):  # fmt: skip
     cli.add_command(verb)

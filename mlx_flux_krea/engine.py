@@ -17,6 +17,8 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future, wait
 
+import mlx.core as mx
+
 from .errors import Interrupted, UsageError
 
 
@@ -70,6 +72,27 @@ class Engine:
         """
         if any(stop.is_set() for stop in _running):
             raise Interrupted("stopped on request")
+
+    def watched(self, run: Callable, report: Callable[[int], None]) -> Callable:
+        """A `run` that can be stopped after each piece, and then reports how many are done."""
+        done = 0
+
+        def run_watched(piece, *args):
+            nonlocal done
+            result = run(piece, *args)
+            self.check()
+            done += 1
+            report(done)
+            return result
+
+        return run_watched
+
+
+def evaluated(piece: Callable, *args):
+    """The `run` of networks whose weights are in memory: one piece after the other is evaluated."""
+    result = piece(*args)
+    mx.eval(result)
+    return result
 
 
 _jobs: queue.SimpleQueue = queue.SimpleQueue()

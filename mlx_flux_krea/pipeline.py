@@ -5,7 +5,6 @@ what, and where a run can be stopped. All of it happens in the engine's thread; 
 """
 
 import contextlib
-import hashlib
 import logging
 import os
 import time
@@ -22,7 +21,7 @@ from PIL import Image
 from . import noise as noises
 from . import sampler
 from .config import to_json
-from .engine import Engine
+from .engine import Engine, evaluated
 from .errors import ModelError, UsageError
 from .filters.gate import Policy, open_gate
 from .plan import GB, Plan, Weights, parse_memory, weigh_folder
@@ -33,7 +32,7 @@ from .request import Request, Result, check_values, open_image
 from .residency import Blocks
 from .transformer import Flux, rope
 from .vae import VAE, pixels_from_image, pixels_to_bytes
-from .weights import DTYPES, ModelFolder, find_model, open_model
+from .weights import DTYPES, ModelFolder, find_model, open_model, sha256
 
 __all__ = ["FluxPipeline", "Request", "Result"]
 
@@ -62,6 +61,7 @@ class FluxPipeline:
         self._networks: dict[str, nn.Module] = {}
         self._weights: Weights | None = None
         self._blocks: Blocks | None = None
+        self._modulation: Blocks | None = None  # its layers, apart from the blocks they belong to
         self._modulations: tuple[tuple, list] | None = None  # of the last call, and what they depend on
         self._progress: Progress | None = None
         self._checked = False
@@ -256,10 +256,15 @@ class FluxPipeline:
     def _generate(self, request: Request, callback: Callable | None, progress: Progress | None) -> Result:
         request, notes = self._resolve(request)
         plan = self.plan(request)
-        outer, self._progress = self._progress, progress  # a callback may make pictures of its own
+        with self._reporting(progress), open_gate(self.policy, partial(self._runner, "check"), **self._about()) as gate:
+            return self._checked_by(gate, request, plan, notes, callback)
+
+    @contextlib.contextmanager
+    def _reporting(self, progress: Progress | None) -> Iterator[None]:
+        """One run, and where it reports to; a callback may make pictures of its own within it."""
+        outer, self._progress = self._progress, progress
         try:
-            with open_gate(self.policy, partial(self._runner, "check"), **self._about()) as gate:
-                return self._checked_by(gate, request, plan, notes, callback)
+            yield
         finally:
             self._progress = outer
             mx.clear_cache()
@@ -273,16 +278,7 @@ class FluxPipeline:
         notes += gate.notes
         for note in notes:
             logger.warning(note)
-        if mx.default_device().type == mx.gpu:
-            mx.set_cache_limit(min(max(plan.budget - plan.peak, 2**26), GB))
-        seconds: dict[str, float] = {}
-        peaks: dict[str, int] = {}
-        with _measured("text", seconds, peaks):
-            conditions = self._conditions(request)
-        with _measured("denoise", seconds, peaks):
-            latents = self._denoise(request, conditions, callback, plan)
-        with _measured("decode", seconds, peaks):
-            images = latents if request.output_type == "latent" else self._decode(request, latents)
+        conditions, images, seconds, peaks = self._draw(request, plan, callback)
         records = tuple(self._record() | request.record(i) for i in range(request.batch))
         outcomes = ("released",) * request.batch
         if request.output_type == "pil" or self.policy:
@@ -293,6 +289,42 @@ class FluxPipeline:
         seeds = request.seed if isinstance(request.seed, tuple) else () if request.seed is None else (request.seed,)
         notes += dict.fromkeys(note for side in conditions for one in side for note in one.cut)
         return Result(images, outcomes, seeds, tuple(notes), records, seconds, plan, peaks)
+
+    def _draw(self, request: Request, plan: Plan, callback: Callable | None) -> tuple[tuple, list, dict, dict]:
+        """What was read of the prompts; pixels, or latents; and of each stage the seconds and the peak in bytes."""
+        if mx.default_device().type == mx.gpu:
+            mx.set_cache_limit(min(max(plan.budget - plan.peak, 2**26), GB))
+        seconds: dict[str, float] = {}
+        peaks: dict[str, int] = {}
+        with _measured("text", seconds, peaks):
+            conditions = self._conditions(request)
+        with _measured("denoise", seconds, peaks):
+            latents = self._denoise(request, conditions, callback, plan)
+        with _measured("decode", seconds, peaks):
+            images = latents if request.output_type == "latent" else self._decode(request, latents)
+        return conditions, images, seconds, peaks
+
+    def rehearse(self, prompt: str, *, progress: Progress | None = None, **request) -> Result:
+        """Draws and throws away: what a run takes of time and memory, with nothing to be judged or released.
+
+        Args:
+            prompt: a text.
+            progress: as in a call.
+            request: other arguments of a call.
+
+        Returns:
+            A result without pictures.
+        """
+
+        def run() -> Result:
+            resolved, notes = self._resolve(Request(prompt=prompt, **request))
+            plan = self.plan(resolved)
+            with self._reporting(progress):
+                self._check_folder()
+                _, _, seconds, peaks = self._draw(resolved, plan, None)
+            return Result([], (), (), tuple(notes), (), seconds, plan, peaks)
+
+        return self._engine.run(run)
 
     def plan(self, request: Request) -> Plan:
         """What a resolved request takes, and how much of the transformer may stay in memory.
@@ -388,7 +420,7 @@ class FluxPipeline:
         read = [*conditions[0], *conditions[1]]
         steps = len(sigmas) - 1 - start
         modulations = self._modulate(flux, sigmas[start:-1], request.guidance_scale, [one.pooled for one in read])
-        texts = [_evaluated(flux.txt_in, one.embeds.astype(flux.dtype)) for one in read]
+        texts = [evaluated(flux.txt_in, one.embeds.astype(flux.dtype)) for one in read]
         tables = [rope(sampler.position_ids(t.shape[1], *size), flux.config.axes_dim, flux.config.theta) for t in texts]
         mx.eval(tables)
         rounds = steps * request.batch * (2 if conditions[1] else 1)
@@ -409,21 +441,22 @@ class FluxPipeline:
                 velocities.append(v)
             return mx.concatenate(velocities)
 
-        with self._blocks.reading(rounds) if self._blocks else contextlib.nullcontext(_evaluated) as run:
+        with self._blocks.reading(rounds) if self._blocks else contextlib.nullcontext(evaluated) as run:
             run = self._runner("denoise", rounds * (len(flux.blocks) + 2), run, steps)
             yield velocity
 
     def _flux(self, keep: int) -> Flux:
         """The transformer. Its blocks are read when they run, and so many bytes of them are kept."""
         if "transformer" in self._networks:  # somebody asked for the whole of it, and has it in memory
-            self._blocks = None
+            self._blocks = self._modulation = None
             return self._networks["transformer"]
         if self._blocks is None:
             flux: Flux = self.folder.load("transformer", self._dtype)
             found, check = self.folder.tensors("transformer"), self._engine.check
             self._blocks = Blocks(flux, found, flux.blocks, self._dtype, keep, check)
             self._modulation = Blocks(flux, found, flux.modulated, self._dtype, 0, check)
-        self._blocks.allow(keep)
+        else:
+            self._blocks.allow(keep)
         return self._blocks.network
 
     def _modulate(self, flux: Flux, sigmas: np.ndarray, guidance: float | None, pooled: list[mx.array]) -> list:
@@ -440,7 +473,7 @@ class FluxPipeline:
         times = mx.array(sigmas * np.float32(1000)).astype(self._dtype) / 1000
         rows = len(times) * len(pooled)
         guidance = None if guidance is None else mx.full((rows,), guidance, mx.float32)
-        with self._modulation.reading(1) if self._blocks else contextlib.nullcontext(_evaluated) as run:
+        with self._modulation.reading(1) if self._blocks else contextlib.nullcontext(evaluated) as run:
             run = self._runner("modulation", len(flux.modulated) + 1, run=run)
             vec = run(flux.vec, mx.tile(times, len(pooled)), guidance, mx.repeat(pooled, len(times), axis=0))
             self._modulations = key, flux.modulations(vec, run)
@@ -485,11 +518,7 @@ class FluxPipeline:
         """What the log should know of this model, as JSON."""
         facts = ("mlx", "model", "base", "manifest_sha256", "dtype", "quantization")
         known = {name: value for name, value in self._record().items() if name in facts}
-        return known | {"license": self.folder.index.license, "license_sha256": self._sha256("LICENSE.md")}
-
-    def _sha256(self, name: str) -> str | None:
-        path = self.folder.path / name
-        return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None
+        return known | {"license": self.folder.index.license, "license_sha256": sha256(self.folder.path / "LICENSE.md")}
 
     def _record(self) -> dict:
         """What of this pipeline decides a picture, as JSON."""
@@ -498,7 +527,7 @@ class FluxPipeline:
             "mlx": version("mlx"),
             "model": self.folder.index.name,
             "base": self.folder.index.base,
-            "manifest_sha256": self._sha256("manifest.json"),
+            "manifest_sha256": sha256(self.folder.path / "manifest.json"),
             "dtype": self.dtype,
             "quantization": {name: str(most) for name, (most, _) in self.folder.quantization.items()},
             "schedule": to_json(self.folder.index.schedule),
@@ -514,35 +543,22 @@ class FluxPipeline:
         """For one stage, unless somebody asked for it and has it in memory."""
         return self._networks.get("vae") or self.folder.load("vae", self._dtype)
 
-    def _runner(self, stage: str, pieces: int, run: Callable | None = None, total: int | None = None) -> Callable:
+    def _runner(self, stage: str, pieces: int, run: Callable = evaluated, total: int | None = None) -> Callable:
         """Evaluates piece by piece: short command buffers, bounded memory, and a place to stop after each.
 
         Args:
             stage: for the progress.
             pieces: how many will come.
-            run: what evaluates a piece; None: nothing but that.
+            run: what evaluates a piece.
             total: what the progress counts up to; None: the pieces.
         """
         total = total or pieces
-        evaluated = run or _evaluated
-        done = 0
 
-        def run(piece, *args):
-            nonlocal done
-            result = evaluated(piece, *args)
-            self._engine.check()
-            done += 1
+        def report(done: int) -> None:
             if self._progress:
                 self._progress(stage, done * total / pieces, total)
-            return result
 
-        return run
-
-
-def _evaluated(piece, *args):
-    result = piece(*args)
-    mx.eval(result)
-    return result
+        return self._engine.watched(run, report)
 
 
 def _count(function: Callable, x: mx.array) -> int:

@@ -249,7 +249,7 @@ def a1111_parameters(record: dict) -> str:
         ("CFG scale", record.get("true_cfg_scale", 1)),
         ("Distilled CFG Scale", record.get("guidance_scale")),
         ("Seed", record.get("seed")),
-        ("Size", f"{record['width']}x{record['height']}" if "width" in record else None),
+        ("Size", f"{record['width']}x{record['height']}" if {"width", "height"} <= record.keys() else None),
         ("Model hash", (record.get("manifest_sha256") or "")[:10] or None),
         ("Model", record.get("model")),
         ("Denoising strength", record.get("strength")),

@@ -55,8 +55,7 @@ def choose_products(network: nn.Module, dtype: mx.Dtype) -> None:
 
 
 def _is_dense_faster(kind: tuple[int, int, str], dtype: mx.Dtype, many: bool) -> bool:
-    device = "gpu" if mx.default_device().type == mx.gpu else "cpu"
-    rows, outputs, inputs = _SHAPES[device][many]
+    rows, outputs, inputs = _SHAPES[mx.default_device().type.name][many]
     x = mx.ones((rows, inputs), dtype)
     packed = mx.quantize(mx.ones((outputs, inputs), dtype), *kind)
     mx.eval(x, packed)

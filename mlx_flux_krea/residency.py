@@ -22,6 +22,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_unflatten
 
+from .engine import evaluated
 from .errors import ModelError
 from .weights import DTYPES, PACKED, TensorInfo
 
@@ -71,13 +72,8 @@ class Unit:
 
     def computed(self, dtype: mx.Dtype) -> int:
         """Bytes of the matrices in a compute type."""
-        floats = {name: getattr(mx, mlx).size for mlx, name in DTYPES.items()}
-        return sum(
-            (info.end - info.start) * dtype.size // floats[info.dtype]
-            if info.dtype in floats
-            else info.end - info.start
-            for _, _, info, _ in self.tensors
-        )
+        types = ((info.end - info.start, _TYPES[info.dtype]) for _, _, info, _ in self.tensors)
+        return sum(size if type in PACKED else size * dtype.size // type.size for size, type in types)
 
     def put(self, buffer: mx.array, dtype: mx.Dtype, cast: bool) -> None:
         """Makes what was read into the buffer the module's parameters.
@@ -192,16 +188,16 @@ class Blocks:
         self.units = [Unit(piece, prefixes[id(getattr(piece, "__self__", piece))], found) for piece in pieces]
         self.places = {_key(piece): place for place, piece in enumerate(pieces)}
         self.network, self.dtype, self.check = network, dtype, check
-        self.kept = kept([unit.computed(dtype) for unit in self.units], keep)
+        self.sizes = [unit.computed(dtype) for unit in self.units]
+        self.kept = kept(self.sizes, keep)
         self.present: set[int] = set()  # kept, and read
         for unit in self.units:
             unit.drop()
 
     def allow(self, keep: int) -> None:
         """Another number of bytes that may stay in memory. What is there stays as far as it may."""
-        sizes = [unit.computed(self.dtype) for unit in self.units]
-        if sum(sizes[place] for place in self.kept) > keep or sum(sizes) <= keep:
-            self.kept = kept(sizes, keep)
+        if sum(self.sizes[place] for place in self.kept) > keep or sum(self.sizes) <= keep:
+            self.kept = kept(self.sizes, keep)
         for place in self.present - self.kept:
             self.units[place].drop()
         self.present &= self.kept
@@ -234,14 +230,11 @@ class _Pass:
         """The piece's result, evaluated."""
         place = self._blocks.places.get(_key(piece))
         if place is None:
-            result = piece(*args)
-            mx.eval(result)
-            return result
+            return evaluated(piece, *args)
         self._get(place)
         self._left -= 1
         self._read_ahead(place)
-        result = piece(*args)
-        mx.eval(result)
+        result = evaluated(piece, *args)
         if place not in self._blocks.kept:
             self._blocks.units[place].drop()
             self._free.append(self._buffers.pop(place))

@@ -97,10 +97,10 @@ def modulated_norm(x: mx.array, shift: mx.array, scale: mx.array) -> mx.array:
     Args:
         x: (B, T, C).
         shift: (B, C).
-        scale: (B, C).
+        scale: (B, C); the result has its type.
     """
     rows = [mx.fast.layer_norm(x[i : i + 1], 1 + scale[i], shift[i], 1e-6) for i in range(len(x))]
-    return rows[0] if len(rows) == 1 else mx.concatenate(rows)
+    return (rows[0] if len(rows) == 1 else mx.concatenate(rows)).astype(scale.dtype)
 
 
 class MLPEmbedder(nn.Module):
@@ -149,6 +149,14 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.norm = QKNorm(head_dim)
         self.proj = nn.Linear(dim, dim)
+
+
+def guarded(down: nn.Linear, y: mx.array) -> mx.array:
+    """The layer's result in float32, where its sums may be beyond what float16 holds: (8 W (y / 8)) + b.
+
+    Draw Things does so in the last double blocks of FLUX.1 (Flux1.swift of draw-things-community); here in all of them.
+    """
+    return 8 * down(y / 8).astype(mx.float32) - 7 * down.bias.astype(mx.float32)
 
 
 class Activation(nn.Module):
@@ -211,7 +219,9 @@ class DoubleStreamBlock(nn.Module):
         _, _, attn_gate, shift, scale, mlp_gate = mod
         x = gated_residual(x, attn_gate[:, None], attn.proj(attended))
         up, activation, down = mlp
-        return gated_residual(x, mlp_gate[:, None], down(activation(up(modulated_norm(x, shift, scale)))))
+        y = activation(up(modulated_norm(x, shift, scale)))
+        y = down(y) if y.dtype != mx.float16 else guarded(down, y)
+        return gated_residual(x, mlp_gate[:, None], y)
 
 
 class SingleStreamBlock(nn.Module):
@@ -350,7 +360,9 @@ class Flux(nn.Module):
             (B, L, out_channels).
         """
         mods = iter(modulations)
-        img = run(self.img_in, img.astype(self.dtype))
+        # float16 is for what is inside the blocks: the streams themselves grow beyond its range
+        stream = mx.float32 if self.dtype == mx.float16 else self.dtype
+        img, txt = run(self.img_in, img.astype(self.dtype)).astype(stream), txt.astype(stream)
         for block in self.double_blocks:
             img, txt = run(block, img, txt, next(mods), pe)
         x = mx.concatenate([txt, img], axis=1)

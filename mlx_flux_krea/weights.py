@@ -26,6 +26,7 @@ first evaluated, and a cast to another compute type never holds two copies of th
 """
 
 import functools
+import hashlib
 import json
 import os
 import re
@@ -136,6 +137,11 @@ def read_json(path: Path) -> dict:
     if not isinstance(obj, dict):
         raise ModelError(f"{path} holds a {type(obj).__name__}", "a JSON object")
     return obj
+
+
+def sha256(path: Path) -> str | None:
+    """Of a small file, such as a folder's manifest.json, which stands for all of it; None where there is none."""
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None
 
 
 @dataclass(frozen=True)

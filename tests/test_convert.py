@@ -527,7 +527,7 @@ def test_tokenizers_are_asked_for_where_there_are_none(source, tmp_path):
 
 def test_tokenizers_beside_the_source_and_in_the_hubs_cache_are_found(source, tmp_path):
     shutil.copytree(TOKENIZERS / "tokenizer", source / "tokenizer")
-    cached = tmp_path / "hub" / "hub" / "models--black-forest-labs--FLUX.1-schnell"
+    cached = Path(os.environ["HF_HOME"]) / "hub" / "models--black-forest-labs--FLUX.1-schnell"
     shutil.copytree(TOKENIZERS / "tokenizer_2", cached / "snapshots" / "abc" / "tokenizer_2")
     (cached / "refs").mkdir()
     (cached / "refs" / "main").write_text("abc")

@@ -97,6 +97,15 @@ def test_what_is_allowed_is_released_and_what_is_not_is_not_even_drawn(installed
     assert events.count("released") == events.count("prompt_flagged") == 1
 
 
+def test_streamed_and_kept_it_answers_the_same_to_the_last_bit(installed, monkeypatch):
+    judge, answers = judges.PixtralJudge(open_filter("pixtral"), lambda pieces, run: run), []
+    texts, pictures = [ALLOWED, FORBIDDEN, "a third"], [judges.drawn_picture(), judges.drawn_picture()[:, ::-1]]
+    for room in (0, 2**40, judges._BESIDES + 60_000):
+        monkeypatch.setattr(judges, "machine_memory", lambda room=room: room)
+        answers.append(Engine().run(lambda: (judge.prompts(texts), judge.images(pictures))))
+    assert answers[0] == answers[1] == answers[2]
+
+
 def test_a_filter_that_does_not_know_its_canaries_is_not_installed(wide, home, tmp_path):  # noqa: F811
     ran = run_command("convert", wide, cwd=tmp_path)
     assert ran.returncode == 6

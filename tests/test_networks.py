@@ -4,11 +4,14 @@ import mlx.core as mx
 import numpy as np
 import PIL
 import pytest
-from helpers import assert_close, facts, goldens, image, max_abs, nhwc
+from helpers import assert_close, facts, goldens, image, max_abs, nhwc, rel
+from mlx import nn
+from mlx.utils import tree_flatten
 
 from mlx_flux_krea import clip, sampler, t5, transformer, vae
+from mlx_flux_krea.transformer import guarded
 from mlx_flux_krea.vae import pixels_from_image, pixels_to_bytes
-from mlx_flux_krea.weights import open_model
+from mlx_flux_krea.weights import build, open_model
 
 
 @pytest.fixture(scope="module")
@@ -168,3 +171,43 @@ def test_sigmas_equal_every_schedule_of_the_references(who, rows):
 )
 def test_strength_leaves_out_as_many_steps_as_diffusers_does(steps, strength, left_out):
     assert sampler.first_step(steps, strength) == left_out
+
+
+# --- float16, an experiment: inside the blocks only ---
+
+
+def test_in_float16_the_streams_are_float32_and_what_the_layers_do_is_not(networks):
+    flux = build("transformer", networks["transformer"].config)
+    flux.load_weights([(name, a.astype(mx.float16)) for name, a in tree_flatten(networks["transformer"].parameters())])
+    seen = {}
+
+    def run(piece, *args):
+        result = piece(*args)
+        seen.setdefault(type(piece).__name__, set()).update(a.dtype for _, a in tree_flatten([result]))
+        return result
+
+    g, i = goldens(), "forward.0."
+    half = {
+        name: g[i + name].astype(mx.float16) for name in ("timestep", "guidance", "pooled", "encoder_hidden_states")
+    }
+    mods = flux.modulations(flux.vec(half["timestep"], half["guidance"], half["pooled"]))
+    pe = transformer.rope(mx.concatenate([g[i + "txt_ids"], g[i + "img_ids"]]), flux.config.axes_dim, flux.config.theta)
+    flux.forward(g[i + "hidden_states"], flux.txt_in(half["encoder_hidden_states"]), mods, pe, run)
+    assert seen["DoubleStreamBlock"] == seen["SingleStreamBlock"] == {mx.float32}
+    assert seen["Linear"] == seen["LastLayer"] == {mx.float16}
+
+
+def test_a_sum_beyond_float16_does_not_overflow():
+    """What is beyond are the sums of the layer behind the MLP; the hidden values themselves are within."""
+    mx.random.seed(0)
+    down = nn.Linear(256, 32)
+    x = 300 * mx.random.uniform(shape=(1, 5, 256)) + 300
+    down.weight = mx.abs(down.weight) * 20
+    exact = down(x)
+    assert exact.max().item() > 65504
+    half = nn.Linear(256, 32)
+    half.load_weights([(name, a.astype(mx.float16)) for name, a in down.parameters().items()])
+    assert not mx.isfinite(half(x.astype(mx.float16))).all().item()
+    made = guarded(half, x.astype(mx.float16))
+    assert made.dtype == mx.float32
+    assert rel(made, exact) < 2e-3

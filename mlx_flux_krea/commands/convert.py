@@ -104,17 +104,7 @@ def _try_filter(report) -> None:
         engine, progress = Engine(), PipelineProgress()
 
         def make_run(pieces, run):
-            done = 0
-
-            def watched(piece, *args):
-                nonlocal done
-                result = run(piece, *args)
-                engine.check()
-                done += 1
-                progress("check", done, pieces)
-                return result
-
-            return watched
+            return engine.watched(run, lambda done: progress("check", done, pieces))
 
         try:
             engine.run(record_self_test, name, report.path, make_run)

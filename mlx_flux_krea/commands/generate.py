@@ -1,6 +1,5 @@
 """flux-krea generate: pictures from prompts."""
 
-import hashlib
 import json
 import sys
 import textwrap
@@ -12,7 +11,7 @@ import click
 from mlx_flux_krea.errors import FluxKreaError, ModelError, UsageError, printable
 
 from . import signals
-from .options import OPTIONS, USUAL, SeveralSeeds, check_together
+from .options import OPTIONS, USUAL, SeveralSeeds, said
 from .output import check_outcomes, check_output, names_from, save
 
 _THRESHOLDS = ("nsfw_threshold", "integrity_margin")
@@ -29,9 +28,7 @@ def generate(**options):
       flux-krea generate "a frog holding a sign" --seed 7 -o frog.png
       flux-krea generate "a {red|green} frog" --seed 1 2 3 --contact-sheet
     """
-    given = {name: value for name, value in options.items() if value is not None and value is not False}
-    force, as_json = given.pop("force", False), given.pop("as_json", False)
-    check_together(given)
+    given, force, as_json = said(options)
     if given.get("prompt") == "-":
         given["prompt"] = _standard_input()
 
@@ -91,11 +88,11 @@ def make_pictures(base: dict, given: dict, force: bool, as_json: bool, pipe=None
 def open_pipe(base: dict):
     """The pipeline of the model that was named; else, of a picture to be repeated, the installed one that made it."""
     from mlx_flux_krea import FluxPipeline
-    from mlx_flux_krea.weights import home
+    from mlx_flux_krea.weights import home, sha256
 
     model, made_by = base.get("model"), base.get("manifest_sha256")
     if model is None and made_by:
-        found = (path.parent for path in (home() / "models").glob("*/manifest.json") if _sha256(path) == made_by)
+        found = (path.parent for path in (home() / "models").glob("*/manifest.json") if sha256(path) == made_by)
         model = next(found, None)
     said = {name: base[name] for name in ("dtype", "memory", "check", *_THRESHOLDS) if name in base}
     return FluxPipeline.from_pretrained(model, **said)
@@ -149,7 +146,6 @@ def _draw(pipe, drawings: list, base: dict, force: bool, as_json: bool, sheet: P
                 if not as_json:
                     click.echo(path)
         check_outcomes(outcomes)
-        check_outcomes(outcomes)
     except FluxKreaError as error:
         if any(image["path"] for image in report["images"]):
             error.exit_code = 7
@@ -198,14 +194,11 @@ def _announce(folder, base: dict, drawings: list) -> None:
 
 def _other_weights(folder, base: dict) -> list[str]:
     """Whether a picture is repeated with other weights than those that made it."""
-    manifest = folder.path / "manifest.json"
-    if "manifest_sha256" not in base or (manifest.exists() and _sha256(manifest) == base["manifest_sha256"]):
+    from mlx_flux_krea.weights import sha256
+
+    if "manifest_sha256" not in base or sha256(folder.path / "manifest.json") == base["manifest_sha256"]:
         return []
     return [f"{base['from_']} was made with other weights than those of {folder.path}"]
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _usable(jobs: list, check: Callable, skipped: list) -> list:

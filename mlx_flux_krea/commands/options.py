@@ -152,6 +152,18 @@ def spelled(name: str) -> str:
     return "PROMPT" if name == "prompt" else BY_NAME[name].opts[-1]
 
 
+def said(options: dict) -> tuple[dict, bool, bool]:
+    """The options of a command that somebody gave, without --force and --json, which are told apart.
+
+    Raises:
+        UsageError: two of them exclude each other.
+    """
+    given = {name: value for name, value in options.items() if value is not None and value is not False}
+    force, as_json = given.pop("force", False), given.pop("as_json", False)
+    check_together(given)
+    return given, force, as_json
+
+
 def check_together(options: dict) -> None:
     """Refuses options of one command or one row that exclude each other.
 

@@ -11,7 +11,8 @@ import click
 from mlx_flux_krea.errors import FluxKreaError, UsageError, printable
 
 from . import signals
-from .options import LASTING, OPTIONS, SeveralSeeds, cast, check_together
+from .options import LASTING, OPTIONS, SeveralSeeds, cast
+from .options import said as read
 
 SHORT = {"w": "width", "h": "height", "s": "seed", "g": "guidance", "n": "steps"}  # as black-forest-labs/flux has them
 NAMES = tuple(name for name in LASTING if name not in ("model", "dtype"))
@@ -37,9 +38,7 @@ def shell(**options):
     from .jobs import merge
     from .terminal import say, table
 
-    said = {name: value for name, value in options.items() if value is not None and value is not False}
-    force, as_json = said.pop("force", False), said.pop("as_json", False)
-    check_together(said)
+    said, force, as_json = read(options)
     config = read_config()
     pipe = open_pipe(merge(config, said))
     last, seeds, drawn, failed = None, [], 0, 0

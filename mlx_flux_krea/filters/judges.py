@@ -17,10 +17,12 @@ import mlx.core as mx
 import numpy as np
 from PIL import Image
 
+from ..engine import evaluated
 from ..errors import FiltersError, FluxKreaError, Interrupted
+from ..plan import GB, machine_memory
 from ..residency import Blocks
 from ..tokenizers import PixtralTokenizer
-from ..weights import ModelFolder, home, open_filter
+from ..weights import ModelFolder, home, open_filter, sha256
 from . import instructions, pixtral, vit
 from .config import SELF_TEST
 from .instructions import CANARIES
@@ -51,6 +53,7 @@ class Judge(Protocol):
         """Gives back what was loaded; it may be asked again."""
 
 
+_BESIDES = 2 * GB  # what the language model takes besides its blocks
 MakeRun = Callable[..., Callable]  # from a number of pieces and what runs one to what also reports and stops
 _passed: set[tuple] = set()  # filters whose self-tests this process has seen pass, by their files
 
@@ -104,7 +107,7 @@ class NSFWJudge:
     def images(self, pixels: Sequence[np.ndarray]) -> list[dict[str, float]]:
         """The probability of each label for each picture."""
         network = self._folder.load("nsfw", mx.float32)
-        run = self._make_run(len(pixels) * (len(network.layers) + 2), _evaluated)
+        run = self._make_run(len(pixels) * (len(network.layers) + 2), evaluated)
         answers = []
         for one in pixels:
             logits = network(vit.preprocess(Image.fromarray(one), network.config.image_size), run)
@@ -117,7 +120,10 @@ class NSFWJudge:
 
 
 class PixtralJudge:
-    """The language model, streamed block by block. Arguments as of `NSFWJudge`."""
+    """The language model, block by block: kept for several questions where there is room, else streamed.
+
+    Arguments as of `NSFWJudge`.
+    """
 
     def __init__(self, folder: ModelFolder, make_run: MakeRun):
         folder.check()
@@ -147,7 +153,8 @@ class PixtralJudge:
         network = self._folder.load("pixtral", getattr(mx, self._folder.dtypes["pixtral"]))
         sees = any(images for _, images in asked)
         pieces = [*network.vision_tower.layers, network.multi_modal_projector] * sees + network.layers
-        blocks = Blocks(network, self._folder.tensors("pixtral"), pieces, network.norm.weight.dtype, 0)
+        room = machine_memory() - _BESIDES if len(asked) > 1 else 0  # what runs once is never worth keeping
+        blocks = Blocks(network, self._folder.tensors("pixtral"), pieces, network.norm.weight.dtype, max(room, 0))
         with blocks.reading(len(asked)) as run:
             run = self._make_run(len(asked) * (len(pieces) + 3 + sees), run)
             return [network.margin(ids, images, run).item() for ids, images in asked]
@@ -167,16 +174,8 @@ def _text(sentences: Sequence[tuple[str, str]]) -> str:
     return " ".join(sentence for sentence, _ in sentences)
 
 
-def _evaluated(piece, *args):
-    result = piece(*args)
-    mx.eval(result)
-    return result
-
-
 def _about(folder: ModelFolder) -> dict:
-    manifest = folder.path / "manifest.json"
-    digest = hashlib.sha256(manifest.read_bytes()).hexdigest() if manifest.exists() else None
-    return {"source": folder.index.base, "manifest_sha256": digest}
+    return {"source": folder.index.base, "manifest_sha256": sha256(folder.path / "manifest.json")}
 
 
 def self_test(name: str, judge: Judge) -> dict[str, float]:

@@ -25,7 +25,7 @@ COLOURS = {
     "black": (24, 24, 24),
 }
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
-SIZES = {"small": 11, "medium": 16, "large": 22}  # half of the side, in pixels
+SIZES = {"small": 13, "medium": 18, "large": 23}  # half of the side, in pixels
 PLACES = {  # of a single thing: fractions of the free width and height
     "in the middle": (0.5, 0.5),
     "on the left": (0.0, 0.5),

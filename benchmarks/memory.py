@@ -1,0 +1,175 @@
+"""Memory of each stage, predicted and measured, with blocks of full width: kept and streamed, at 16, 8 and 4 bits.
+
+    python benchmarks/memory.py [--side 128] [--text 64] [--steps 2] [--precision none 8 4]
+
+Random weights, one double and three single blocks, two layers of T5-XXL; the image decoder is measured by itself. It
+runs on MLX's CPU backend and says what of the prediction belongs to it. "hidden" is the share of the time for reading
+that streaming did not add to a step.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import mlx.core as mx
+from mlx.utils import tree_flatten, tree_map
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+
+from helpers import REFERENCE, TOKENIZERS
+from mlx_flux_krea.convert import convert
+from mlx_flux_krea.convert.quantize import Recipe, choose
+
+from mlx_flux_krea import FluxPipeline, config, vae
+from mlx_flux_krea.engine import evaluated
+from mlx_flux_krea.filters.config import PIXTRAL_12B
+from mlx_flux_krea.plan import _planes
+from mlx_flux_krea.quantized import choose_products
+from mlx_flux_krea.residency import Blocks, Reader
+from mlx_flux_krea.weights import build, layer_widths, read_header
+
+SIZES = {
+    "transformer": dataclasses.replace(config.FLUX_DEV, depth=1, depth_single_blocks=3),
+    "text_encoder": dataclasses.replace(config.CLIP_L, num_hidden_layers=1),
+    "text_encoder_2": dataclasses.replace(config.T5_XXL, num_layers=2),
+}
+
+
+def sources(folder: Path) -> list[Path]:
+    """Random weights in bfloat16 as published files, with configs beside them; the reference's small image decoder."""
+    for component, sizes in SIZES.items():
+        (folder / component).mkdir()
+        network = build(component, sizes)
+        arrays = {
+            name: (mx.random.normal(a.shape) * 0.02 + (a.ndim == 1 and "bias" not in name)).astype(mx.bfloat16)
+            for name, a in tree_flatten(network.parameters())
+        }
+        mx.save_safetensors(str(folder / component / "random.safetensors"), arrays)
+        (folder / component / "config.json").write_text(json.dumps(config.to_json(sizes)))
+    return [*(folder / component / "random.safetensors" for component in SIZES), REFERENCE / "bfl" / "ae.safetensors"]
+
+
+def drawn(path: Path, memory: int | str, args) -> dict:
+    """One picture: predicted and measured peaks, and the seconds of a step once everything is warm."""
+    pipe, times, base = FluxPipeline.from_pretrained(path, memory=memory), [], mx.get_active_memory()
+    result = pipe(
+        "a frog", seed=1, width=args.side, height=args.side, num_inference_steps=args.steps,
+        max_sequence_length=args.text, output_type="latent",
+        callback_on_step_end=lambda *_: times.append(time.perf_counter()),
+    )  # fmt: skip
+    plan, stages = result.plan, result.plan.stages
+    predicted = {"text": stages["text"], "denoise": max(stages["modulation"], stages["denoise"])}
+    measured = {stage: result.peaks[stage] - base for stage in predicted}
+    step = (times[-1] - times[0]) / (len(times) - 1)
+    return {"predicted": predicted, "measured": measured, "step": step, "plan": plan, "pipe": pipe}
+
+
+def read_seconds(pipe) -> float:
+    """How long the blocks take to read alone, as streaming reads them."""
+    begin, reader = time.perf_counter(), Reader(cached=False)
+    for unit in pipe._blocks.units:
+        buffer = mx.zeros((unit.size,), mx.uint8)
+        mx.eval(buffer)
+        for future in reader.read(unit, buffer):
+            future.result()
+    reader.close()
+    return time.perf_counter() - begin
+
+
+def decoder(side: int, dtype: mx.Dtype) -> tuple[int, int]:
+    """Predicted and measured peak of the full-width image decoder, without its weights."""
+    network = vae.VAE(config.FLUX_VAE)
+    network.update(tree_map(lambda a: a.astype(dtype), network.parameters()))
+    z = mx.zeros((1, side // 8, side // 8, 16), dtype)
+    mx.eval(network.parameters(), z)
+    mx.clear_cache()
+    base = mx.get_active_memory()
+    mx.reset_peak_memory()
+
+    mx.eval(network.decode(z, evaluated))
+    return _planes(config.FLUX_VAE, side, side, dtype, "cpu"), mx.get_peak_memory() - base
+
+
+def pixtral_peaks(folder: Path) -> dict[str, int]:
+    """Measured peaks of the filters' language model at full width, 4 bits, two layers each, streamed."""
+    sizes = dataclasses.replace(
+        PIXTRAL_12B,
+        text_config=dataclasses.replace(PIXTRAL_12B.text_config, num_hidden_layers=2),
+        vision_config=dataclasses.replace(PIXTRAL_12B.vision_config, num_hidden_layers=2),
+    )
+    layers = choose("pixtral", layer_widths("pixtral", sizes), Recipe("4"))[0]
+    path = folder / "pixtral.safetensors"
+    network = build("pixtral", sizes, layers)
+    half = tree_map(lambda a: a if a.dtype == mx.uint32 else a.astype(mx.bfloat16), network.parameters())
+    mx.save_safetensors(str(path), dict(tree_flatten(half)))
+    del network, half
+    network = build("pixtral", sizes, layers)
+    network.load_weights(str(path))
+    choose_products(network, mx.bfloat16)
+    found = {name: (path, info) for name, info in read_header(path)[0].items()}
+    pieces = [*network.vision_tower.layers, network.multi_modal_projector, *network.layers]
+    peaks, rows, columns = {}, 8, 8
+    image_ids = [1, 3, *([10] * columns + [12]) * rows, 4]
+    for what, ids, images in (
+        ("prompt", [1, 3, *range(1000, 1100), 4], []),
+        ("picture", image_ids, [(8 * 16, 8 * 16)]),
+    ):
+        seen = [mx.zeros((1, *side, 3)) for side in images]
+        mx.clear_cache()
+        base = mx.get_active_memory()
+        mx.reset_peak_memory()
+        blocks = Blocks(network, found, pieces if images else network.layers, mx.bfloat16, 0)
+        with blocks.reading(1) as run:
+            network.margin(ids, seen, run).item()
+        peaks[what] = mx.get_peak_memory() - base
+    return peaks
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--side", type=int, default=128, help="pixels")
+    parser.add_argument("--text", type=int, default=64, help="tokens of T5")
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--precision", nargs="*", default=["none", "8", "4"])
+    parser.add_argument("--filters", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--decode", type=int, default=256, help="pixels of the picture that is decoded; 0: none")
+    args = parser.parse_args()
+    rows = []
+    print("| precision | blocks | stage | predicted, GB | measured, GB | ratio | s/step | hidden |")
+    print("|---|---|---|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as folder:
+        files = sources(Path(folder))
+        for precision in args.precision:
+            path = convert(files, Path(folder) / precision, quantize=precision, tokenizers=TOKENIZERS).path
+            kept = drawn(path, "auto", args)
+            assert kept["plan"].blocks == kept["plan"].of, "this machine has too little memory to compare"
+            kept.pop("pipe")
+            streamed = drawn(path, kept["plan"].least, args)
+            assert streamed["plan"].blocks == 0
+            reading = read_seconds(streamed["pipe"])
+            hidden = 1 - max(streamed["step"] - kept["step"], 0) / reading
+            for how, run in (("kept", kept), ("streamed", streamed)):
+                for stage in run["predicted"]:
+                    a, b = run["predicted"][stage], run["measured"][stage]
+                    more = f"{run['step']:.2f} | {f'{hidden:.2f}' if how == 'streamed' else ''}"
+                    print(f"| {precision} | {how} | {stage} | {a / 1e9:.2f} | {b / 1e9:.2f} | {a / b:.2f} | {more} |")
+                    rows.append({"precision": precision, "blocks": how, "stage": stage, "predicted": a, "measured": b})
+        if args.filters:
+            for what, peak in pixtral_peaks(Path(folder)).items():
+                print(f"| 4 | streamed | filter, {what} | | {peak / 1e9:.2f} | | | |")
+                rows.append({"precision": "4", "stage": f"filter, {what}", "measured": peak})
+    if args.decode:
+        for dtype in (mx.float32, mx.bfloat16):
+            a, b = decoder(args.decode, dtype)
+            print(f"| {dtype} | | decode {args.decode} | {a / 1e9:.2f} | {b / 1e9:.2f} | {a / b:.2f} | | |")
+            rows.append({"precision": str(dtype), "stage": "decode", "predicted": a, "measured": b})
+    print(json.dumps({"rows": rows}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""What a step costs beyond its matrix products and attention, which are timed alone, in alternation, in the same run.
+
+    LD_PRELOAD=libopenblas.so.0 python benchmarks/overhead.py [--side 512] [--double 1] [--single 2] [--rounds 3]
+
+Blocks of FLUX.1's full width with random weights. MLX's own products on the CPU are slow, and would hide everything
+else: preload OpenBLAS (Debian: libopenblas0-pthread). The ratio is the engine's overhead.
+"""
+
+import argparse
+import dataclasses
+import json
+import statistics
+import time
+
+import mlx.core as mx
+from mlx.utils import tree_map
+
+from mlx_flux_krea import config, sampler, transformer
+from mlx_flux_krea.engine import evaluated
+
+
+def step_of(flux: transformer.Flux, tokens: int, side: int, dtype: mx.Dtype):
+    """A step as the pipeline runs it: block by block, everything else computed before."""
+    img, txt = (mx.random.normal((1, n, 64 if n != 512 else flux.config.hidden_size)) for n in (tokens, 512))
+    img, txt = img.astype(dtype), txt.astype(dtype)
+    pe = transformer.rope(sampler.position_ids(512, side // 8, side // 8), flux.config.axes_dim, flux.config.theta)
+    vec = mx.random.normal((1, flux.config.hidden_size)).astype(dtype)
+    mods = flux.modulations(vec)
+    mx.eval(img, txt, pe, mods)
+
+    return lambda: mx.eval(flux.forward(img, txt, mods, pe, evaluated))
+
+
+def products_of(flux: transformer.Flux, tokens: int, dtype: mx.Dtype):
+    """The products and attentions of the same step, on arrays that are there."""
+    heads, width = flux.config.num_heads, flux.config.head_dim
+    all_tokens = tokens + 512
+
+    def x(*shape):
+        array = mx.random.normal(shape).astype(dtype)
+        mx.eval(array)
+        return array
+
+    q, inputs = x(1, heads, all_tokens, width), {}
+
+    def product(layer, rows):
+        wide = layer.weight.shape[1]
+        inputs.setdefault((rows, wide), x(1, rows, wide))
+        return lambda: layer(inputs[rows, wide])
+
+    def attention():
+        return mx.fast.scaled_dot_product_attention(q, q, q, scale=width**-0.5)
+
+    calls = [product(flux.img_in, tokens)]
+    for block in flux.double_blocks:
+        for stream, rows in (("img", tokens), ("txt", 512)):
+            attn, mlp = block[f"{stream}_attn"], block[f"{stream}_mlp"]
+            calls += [product(layer, rows) for layer in (attn.qkv, attn.proj, mlp[0], mlp[2])]
+        calls.append(attention)
+    for block in flux.single_blocks:
+        calls += [product(block.linear1, all_tokens), attention, product(block.linear2, all_tokens)]
+    calls.append(product(flux.final_layer.linear, tokens))
+
+    def run():
+        for call in calls:
+            mx.eval(call())
+
+    return run
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--side", type=int, default=512, help="pixels")
+    parser.add_argument("--double", type=int, default=1)
+    parser.add_argument("--single", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    args = parser.parse_args()
+    dtype, tokens = getattr(mx, args.dtype), (args.side // 16) ** 2
+    sizes = dataclasses.replace(config.FLUX_DEV, depth=args.double, depth_single_blocks=args.single)
+    flux = transformer.Flux(sizes)
+    flux.update(tree_map(lambda a: a.astype(dtype), flux.parameters()))
+    mx.eval(flux.parameters())
+    step, products = step_of(flux, tokens, args.side, dtype), products_of(flux, tokens, dtype)
+    step()
+    seconds = {"step": [], "products": []}
+    for _ in range(args.rounds):
+        for name, call in (("step", step), ("products", products)):
+            begin = time.perf_counter()
+            call()
+            seconds[name].append(time.perf_counter() - begin)
+    ratio = statistics.median(a / b for a, b in zip(*seconds.values(), strict=True))
+    print("| blocks | side | type | step, s | products alone, s | ratio |")
+    print("|---|---|---|---|---|---|")
+    medians = [statistics.median(times) for times in seconds.values()]
+    blocks = f"{args.double}+{args.single}"
+    print(f"| {blocks} | {args.side} | {args.dtype} | {medians[0]:.2f} | {medians[1]:.2f} | {ratio:.3f} |")
+    print(json.dumps({"ratio": ratio, **seconds}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,155 @@
+"""What a run takes is known before it: exact for weights, near for the rest, and refused where it cannot fit."""
+
+import json
+import shutil
+
+import mlx.core as mx
+import pytest
+from helpers import edit_json
+from mlx_flux_krea.convert.quantize import Recipe, choose
+
+from mlx_flux_krea import FluxPipeline, config
+from mlx_flux_krea.errors import ResourceError, UsageError
+from mlx_flux_krea.plan import GB, machine_memory, parse_memory, plan, step_flops, weigh, weigh_folder
+from mlx_flux_krea.weights import COMPONENTS, layer_widths, open_model
+
+CAT = "A cat holding a sign that says hello world"
+SIZES = dict(zip(COMPONENTS, (config.FLUX_DEV, config.CLIP_L, config.T5_XXL, config.FLUX_VAE), strict=True))
+
+
+def weights_of(quantize="none", dtype=mx.bfloat16):
+    layers = {name: choose(name, layer_widths(name, SIZES[name]), Recipe(quantize))[0] for name in SIZES}
+    return weigh(SIZES, layers, dict.fromkeys(SIZES, "bfloat16"), dtype)
+
+
+def plan_of(weights, side=1024, budget=2**60, **more):
+    return plan(weights, SIZES, mx.bfloat16, side, side, 512, budget=budget, device="gpu", **more)
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [("8GB", 8 * GB), ("512 MiB", 2**29), ("1.5gb", 3 * GB // 2), (10**9, GB), ("auto", None), (" Auto ", None)],
+)
+def test_amounts_of_memory(text, count):
+    assert parse_memory(text) == count
+
+
+@pytest.mark.parametrize("text", ["", "plenty", "8 G", "-1GB", "0", 0, True, None, "1e3GB", "9" * 30 + "GB", "nan"])
+def test_what_is_no_amount_is_refused(text):
+    with pytest.raises(UsageError, match=r'memory is .*; expected "auto", or an amount such as 8GB'):
+        parse_memory(text)
+
+
+def test_the_published_model_weighs_what_its_parameters_do():
+    weights = weights_of()
+    assert sum(weights.blocks) == 2 * (19 * 226_492_416 + 38 * 113_246_208)  # without biases and norms
+    assert 33.6e9 < weights.disk < 33.9e9
+    assert max(weights.blocks) == 452_984_832
+    assert sum(weights_of("8").blocks) == pytest.approx(sum(weights.blocks) * 8.5 / 16)
+    assert sum(weights_of("4").blocks) == pytest.approx(sum(weights.blocks) * 4.5 / 16)
+
+
+def test_a_folder_weighs_what_its_files_do(model):
+    folder = open_model(model)
+    weights = weigh_folder(folder, mx.float32)
+    found = [info for name in COMPONENTS for _, info in folder.tensors(name).values()]
+    assert weights.disk == sum(info.end - info.start for info in found)
+
+
+def test_an_8_gb_mac_draws_the_unquantized_model_at_a_megapixel():
+    """Two thirds of its memory are the GPU's; a fifth of that is left to others."""
+    made = plan_of(weights_of(), budget=int(8 * 2**30 * 2 / 3 * 0.8))
+    assert made.peak <= made.budget
+    assert made.least < 2 * GB
+    assert made.blocks < made.of == 57
+    assert made.read + sum(weights_of().blocks) * made.blocks / made.of == pytest.approx(17.2 * GB, rel=0.1)
+
+
+def test_more_memory_keeps_more_and_reads_less():
+    weights, last = weights_of("8"), None
+    for budget in (2 * GB, 4 * GB, 8 * GB, 12 * GB):
+        made = plan_of(weights, budget=budget)
+        assert made.peak <= budget
+        assert last is None or (made.blocks > last.blocks and made.read < last.read)
+        last = made
+    assert (last.blocks, last.read) == (57, 0)
+    assert last.peak == last.most
+
+
+def test_what_needs_more_says_so():
+    weights = weights_of()
+    one = plan_of(weights)
+    assert plan_of(weights, side=1536).least > one.least
+    assert plan_of(weights, steps=50, conditions=2).stages["modulation"] > one.stages["modulation"]
+    assert "image" not in one.stages
+    assert plan_of(weights, image=True).stages["image"] > 0
+    assert weights_of(dtype=mx.float32).computed[0] == 2 * weights.computed[0]
+
+
+def test_a_budget_too_small_for_one_block_is_refused_with_the_numbers():
+    with pytest.raises(
+        ResourceError, match=r"1024 x 1024 needs 1\.\d\d GB of memory to .*, and 1\.00 GB may be used"
+    ) as no:
+        plan_of(weights_of(), budget=GB)
+    assert no.value.exit_code == 8
+
+
+def test_nothing_is_loaded_where_memory_is_too_little(model, monkeypatch):
+    monkeypatch.setattr("mlx_flux_krea.weights.ModelFolder.load", lambda *_: pytest.fail("a network was loaded"))
+    pipe = FluxPipeline.from_pretrained(model, memory="1MB")
+    with pytest.raises(ResourceError, match="--memory says what may be used"):
+        pipe(CAT, height=64, width=64)
+
+
+def test_the_command_draws_within_a_budget_and_shows_what_was_predicted_and_measured(command, model):
+    out = command("generate", CAT, "-m", model, "--width", 64, "--height", 64, "--steps", 2, "-v", "--memory", "300MB")
+    assert out[0] == 0
+    rows = [line.split() for line in out[2].splitlines()]
+    measured = {row[0]: row for row in rows if row and row[0] in ("text", "denoise", "decode")}
+    assert len(measured) == 3
+    assert ["stage", "seconds", "memory", "predicted", "measured"] in rows
+    assert "of 5 blocks of the transformer stay in memory" in out[2]
+    code, _, err = command("generate", CAT, "-m", model, "--memory", "2MB")
+    assert code == 8
+    assert "needs" in err
+
+
+def test_the_command_plans_a_model_and_the_published_one(command, model):
+    code, text, _ = command("plan", model, "--width", 64, "--height", 64, "--memory", "1GB")
+    assert code == 0
+    assert "5 of 5 blocks of the transformer stay in memory; nothing is read while drawing" in text
+    code, out, _ = command("plan", model, "--json", "--memory", "1GB", "--width", 64, "--height", 64)
+    facts = json.loads(out)
+    assert facts["stages"].keys() == {"text", "modulation", "denoise", "decode"}
+    assert facts["most"] < GB
+    code, text, _ = command("plan", "--memory", "6GB")
+    assert code == 0
+    assert [line.split()[0] for line in text.splitlines()[3:11]] == ["none", "8", "6", "5", "4", "3", "mxfp4", "nvfp4"]
+    assert "M1 " in text
+    assert command("plan", "--memory", "some")[0] == 2
+
+
+def test_the_operations_of_a_step_are_those_of_the_research():
+    assert step_flops(config.FLUX_DEV, 1024, 1024, 512) == pytest.approx(74.38e12, rel=1e-3)
+    assert step_flops(config.FLUX_DEV, 512, 512, 512) == pytest.approx(21.50e12, rel=1e-3)
+
+
+def test_the_machine_offers_some_memory():
+    assert 2**28 < machine_memory() < 2**43
+
+
+def test_the_bench_measures_a_run_and_releases_nothing(command, model, tmp_path):
+    """Also where filters are required and none is installed: nobody sees what was drawn."""
+    strict = shutil.copytree(model, tmp_path / "strict")
+    edit_json(strict / "model_index.json", filters="required")
+    code, line, _ = command("bench", "-m", strict, "--width", 64, "--height", 64, "--steps", 3)
+    assert code == 0
+    assert line.count(" | ") == 6
+    assert "s a step" in line
+    assert "5 of 5 blocks in memory" in line
+    assert [path.name for path in tmp_path.iterdir()] == ["strict"]
+    facts = json.loads(command("bench", "-m", model, "--width", 64, "--height", 64, "--steps", 3, "--json")[1])
+    sizes = open_model(model).sizes["transformer"]
+    length = open_model(model).index.max_sequence_length
+    assert facts["tflops"] * facts["seconds_per_step"] * 1e12 == pytest.approx(step_flops(sizes, 64, 64, length))
+    assert facts["peaks"].keys() == {"text", "denoise", "decode"}
