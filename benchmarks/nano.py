@@ -20,11 +20,15 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
+from mlx_flux_krea.convert import convert
+from mlx_flux_krea.convert.quantize import RECIPES, Recipe, group_of
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from mlx_flux_krea import FluxPipeline
+from mlx_flux_krea.config import Quantization, to_json
 from mlx_flux_krea.nano import scenes
+from mlx_flux_krea.weights import layer_widths, open_model
 
 _PALETTE = np.array(list(scenes.COLOURS.values()), float)
 _NAMES = list(scenes.COLOURS)
@@ -168,25 +172,39 @@ def scenes_to_judge(count: int) -> list[tuple[scenes.Scene, str]]:
     return [(scene, scenes.describe(scene, rng)) for scene in drawn]
 
 
-def rounded(source: Path, target: Path, bits: int, group_size: int, mode: str) -> Path:
-    """A copy of a model folder whose linear layers went through `mx.quantize` and back, in float32.
-
-    Transformer and encoders; not the VAE, not embeddings, as a quantizing converter would leave them.
-    """
+def rounded(source: Path, target: Path, chosen: Recipe | dict[str, Quantization]) -> Path:
+    """A copy of a model folder, in float32, whose layers of some groups went through `mx.quantize` and back."""
+    if isinstance(chosen, Recipe):
+        chosen = {group: chosen.of(group) for group in RECIPES[chosen.quantize]}
     shutil.copytree(source, target)
-    for path in sorted(target.glob("t*/*.safetensors")):
-        arrays = mx.load(str(path))
-        for name, array in arrays.items():
-            arrays[name] = array.astype(mx.float32)
-            if array.ndim == 2 and name.endswith(".weight") and "embed" not in name and "shared" not in name:
-                packed = mx.quantize(arrays[name], group_size, bits, mode)
-                arrays[name] = mx.dequantize(*packed, group_size=group_size, bits=bits, mode=mode).astype(mx.float32)
-        mx.eval(arrays)
-        mx.save_safetensors(str(path), arrays)
-    for path in target.glob("t*/config.json"):
-        if "dtype" in (facts := json.loads(path.read_text())):
-            path.write_text(json.dumps(facts | {"dtype": "float32"}))
+    folder = open_model(target)
+    for component, sizes in folder.sizes.items():
+        how = {f"{p}.weight": chosen.get(group_of(component, f"{p}.weight")) for p in layer_widths(component, sizes)}
+        for path in sorted((target / component).glob("*.safetensors")):
+            arrays = {name: array.astype(mx.float32) for name, array in mx.load(str(path)).items()}
+            for name, array in arrays.items():
+                if q := how.get(name):
+                    settings = to_json(q)
+                    arrays[name] = mx.dequantize(*mx.quantize(array, **settings), **settings, dtype=mx.float32)
+            mx.eval(arrays)
+            mx.save_safetensors(str(path), arrays)
+        config = target / component / "config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}))
     return target
+
+
+def direct(model: Path, work: Path, recipe: Recipe, folder: Path) -> float:
+    """How far the converted model, computed from its packed weights, is from the rounded one, in final latents."""
+    report = convert([model], work / f"direct-{recipe.label}", quantize=recipe.quantize, group_size=_group(recipe))
+    made = []
+    for path in (report.path, folder):
+        pipe = FluxPipeline.from_pretrained(path, dtype="float32")
+        made.append(pipe(scenes_to_judge(2)[1][1], seed=0, num_inference_steps=8, output_type="latent").images)
+    return (mx.linalg.norm(made[0] - made[1]) / mx.linalg.norm(made[1])).item()
+
+
+def _group(recipe: Recipe) -> int | None:
+    return recipe.group_size if recipe.quantize.isdigit() else None
 
 
 def measure(
@@ -215,9 +233,9 @@ def reconstruction(folder: Path, count: int = 200) -> float:
 
 WIDTHS = [("bf16", None)]
 WIDTHS += [
-    (f"{bits} bit, groups of {group}", (bits, group, "affine")) for bits in (8, 6, 5, 4, 3) for group in (32, 64, 128)
+    (f"{bits} bit, groups of {size}", Recipe(str(bits), size)) for bits in (8, 6, 5, 4, 3) for size in (32, 64, 128)
 ]
-WIDTHS += [("mxfp4", (4, 32, "mxfp4")), ("nvfp4", (4, 16, "nvfp4"))]
+WIDTHS += [("mxfp4", Recipe("mxfp4")), ("nvfp4", Recipe("nvfp4"))]
 
 
 def main() -> None:
@@ -238,8 +256,10 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as work:
         for label, how in WIDTHS:
-            folder = rounded(given.model, Path(work) / label, *how) if how else given.model
+            folder = rounded(given.model, Path(work) / label, how) if how else given.model
             row(label, measure(folder, asked, 28))
+            if how:
+                print(f"{'':24}computed from {how.label}: {direct(given.model, Path(work), how, folder):.1e} away")
         for steps in (50, 20, 12, 8, 4):
             row(f"bf16, {steps} steps", measure(given.model, asked, steps))
     print(json.dumps(rows))

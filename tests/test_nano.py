@@ -4,18 +4,14 @@ The judge is the benchmark's: it looks at pixels alone. Each bar has room for no
 pictures stands in the tests below.
 """
 
-from dataclasses import replace
-
-import mlx.core as mx
-import mlx.nn as nn
 import nano as judging
 import numpy as np
 import pytest
 from helpers import psnr
-from PIL import Image
+from mlx_flux_krea.convert.quantize import Recipe
 from test_mistakes import half_rotated
 
-from mlx_flux_krea import FluxPipeline, nano, sampler, t5, transformer
+from mlx_flux_krea import FluxPipeline, nano, transformer
 from mlx_flux_krea.nano import scenes
 
 THINGS = [
@@ -64,9 +60,9 @@ def test_they_are_right_in_the_type_of_the_folder():
     assert right(FluxPipeline.from_pretrained(nano.FOLDER)) >= BAR
 
 
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("bits", ["8", "4"])
 def test_they_are_right_after_rounding_to(bits, tmp_path):
-    folder = judging.rounded(nano.FOLDER, tmp_path / "rounded", bits, 64, "affine")
+    folder = judging.rounded(nano.FOLDER, tmp_path / "rounded", Recipe(bits))
     assert right(FluxPipeline.from_pretrained(folder, dtype="float32")) >= BAR
 
 

@@ -1,0 +1,79 @@
+"""What each group of layers costs in fewer bits, on trained weights: the evidence behind `convert.quantize.RECIPES`.
+
+    python benchmarks/recipes.py [MODEL] [--prompts 8]
+
+One group of layers at a time goes through `mx.quantize` and back, all others stay as they are, and the same prompts and
+seeds are drawn in float32. A cell is the relative error of the final latents against those of the unrounded model: what
+the rounding does to a picture, all steps and both encoders included. Below stand whole recipes, as `convert -q` has
+them.
+"""
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+
+import mlx.core as mx
+from mlx_flux_krea.convert.quantize import GROUPS, RECIPES, group_of
+from nano import rounded, scenes_to_judge
+from tqdm import tqdm
+
+from mlx_flux_krea import FluxPipeline, nano
+from mlx_flux_krea.config import Quantization
+from mlx_flux_krea.weights import layer_widths, open_model
+
+WIDTHS = {str(bits): Quantization(bits, 64) for bits in (8, 6, 5, 4, 3)}
+WIDTHS |= {"mxfp4": Quantization(4, 32, "mxfp4"), "nvfp4": Quantization(4, 16, "nvfp4")}
+STEPS = 12
+
+
+def final_latents(folder: Path, prompts: list[str]) -> mx.array:
+    """(B, L, 64) of one picture of each prompt."""
+    pipe = FluxPipeline.from_pretrained(folder, dtype="float32")
+    drawn = [pipe(p, seed=n, num_inference_steps=STEPS, output_type="latent").images for n, p in enumerate(prompts)]
+    return mx.concatenate(drawn)
+
+
+def parameters(folder: Path) -> dict[str, int]:
+    """Of each group with layers that could be quantized, the numbers in them."""
+    counts = {}
+    for component, sizes in open_model(folder).sizes.items():
+        found = open_model(folder).tensors(component)
+        for path in layer_widths(component, sizes):
+            rows, width = found[f"{path}.weight"][1].shape
+            group = group_of(component, f"{path}.weight")
+            counts[group] = counts.get(group, 0) + rows * width
+    return counts
+
+
+def main() -> None:
+    """Prints the table, worst first, and one line of JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", nargs="?", type=Path, default=nano.FOLDER)
+    parser.add_argument("--prompts", type=int, default=8)
+    given = parser.parse_args()
+    prompts = [sentence for _, sentence in scenes_to_judge(given.prompts)]
+    exact, counts = final_latents(given.model, prompts), parameters(given.model)
+    groups = [group for group in dict.fromkeys(group for _, group, _ in GROUPS) if group in counts]
+
+    def error(chosen: dict[str, Quantization]) -> float:
+        with tempfile.TemporaryDirectory() as work:
+            made = final_latents(rounded(given.model, Path(work) / "model", chosen), prompts)
+        return (mx.linalg.norm(made - exact) / mx.linalg.norm(exact)).item()
+
+    cells = [({group: q}, group, width) for group in groups for width, q in WIDTHS.items()]
+    cells += [({g: q for g, q in row.items() if g in counts}, "recipe", width) for width, row in RECIPES.items()]
+    table: dict[str, dict[str, float]] = {}
+    for chosen, group, width in tqdm(cells, desc="rounding", leave=False):
+        if width != "none":
+            table.setdefault(group, {})[width] = error(chosen)
+    print(f"{'':26}{'share':>7}" + "".join(f"{width:>9}" for width in WIDTHS))
+    for group in [*sorted(groups, key=lambda g: -table[g]["4"]), "recipe"]:
+        share = counts.get(group, 0) / sum(counts.values())
+        label = "the recipe of that name" if group == "recipe" else group
+        print(f"{label:26}{share or 1:7.1%}" + "".join(f"{table[group][width]:9.2%}" for width in WIDTHS))
+    print(json.dumps(table))
+
+
+if __name__ == "__main__":
+    main()
