@@ -264,7 +264,10 @@ def vae(work: Path, target: Path) -> None:
 
 
 def decoder(work: Path, target: Path) -> None:
-    """The decoder goes on alone, on whole pictures; the encoder, and so every latent, stays as it is."""
+    """The decoder goes on alone, on whole pictures; the encoder, and so every latent, stays as it is.
+
+    Latents that the transformer makes are a little beside those of pictures: half of the batch is, too.
+    """
     network = AutoencoderKL.from_pretrained(work / "vae").to(memory_format=torch.channels_last)
     network.encoder.requires_grad_(False)
     pool = _pool()
@@ -274,9 +277,9 @@ def decoder(work: Path, target: Path) -> None:
         pixels = _crops(pool, rng, 96)
         with torch.no_grad():
             posterior = network.encode(pixels).latent_dist
-        return _distance(
-            network.decode(posterior.mean + posterior.std * torch.randn_like(posterior.mean)).sample, pixels
-        )
+            beside = 0.4 * F.relu(torch.rand(len(pixels), 1, 1, 1) - 0.5) / network.config.scaling_factor
+            z = posterior.mean + (posterior.std + beside) * torch.randn_like(posterior.mean)
+        return _distance(network.decode(z).sample, pixels)
 
     run.train(loss_of)
     network.save_pretrained(target)
