@@ -122,6 +122,8 @@ def outlined(
         try:
             yield remote
         except ModelError as error:
+            if not shown:
+                raise
             parts = [error.found, error.expected, error.todo]
             for path, repo in shown.items():
                 parts = [part.replace(path, repo) for part in parts]
