@@ -22,12 +22,12 @@ from pathlib import Path
 from mlx_flux_krea import __version__
 from mlx_flux_krea import config as configs
 from mlx_flux_krea.errors import ModelError, UsageError, printable
-from mlx_flux_krea.filters.config import NSFW_SHA256
+from mlx_flux_krea.filters.config import NSFW_SHA256, FilterIndex
 from mlx_flux_krea.weights import COMPONENTS, DTYPES, FILTERS, KINDS, home, layer_widths
 
 from . import quantize as quantizing
 from . import write
-from .fetch import Fetching, outlined
+from .fetch import Fetching, Remote, outlined
 from .hub import cache_folder, is_repo_id
 from .index import make_filter_index, make_index
 from .layouts import Found, identify, make_plan
@@ -39,6 +39,7 @@ from .sources import is_model_folder, open_sources
 from .tokenizers import find_tokenizers
 
 __all__ = ["Component", "Group", "Report", "convert"]
+Losses = dict[str, dict[str, tuple[float, float]]]  # of each component, what `write.write_component` returns
 _SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 # the type, and the recipe of those who ask for what suits
 _DEFAULTS = {"model": ("bfloat16", "8"), "nsfw": ("float32", "none"), "pixtral": ("bfloat16", "4")}
@@ -129,7 +130,7 @@ def convert(
     """
     if dtype not in (None, *DTYPES):
         raise UsageError(f'no type is called "{dtype}"', f"one of {', '.join(DTYPES)}")
-    recipe = quantizing.find_recipe(quantize or "8", group_size)
+    quantizing.find_recipe(quantize or "8", group_size)
     if allow_nonfinite and quantize != "none":
         raise UsageError("NaN and infinities are allowed, and quantizing erases them", "one of both", "add -q none")
     if discard_source and not all(map(is_repo_id, sources)):
@@ -137,104 +138,159 @@ def convert(
     if discard_source and offline:
         raise UsageError("--offline fetches nothing that --discard-source could delete", "one of both")
     with outlined(sources, offline, progress) as remote:
-        own = _own(remote.paths)
-        found = own.found if own else _components(remote.paths)
-        kind = next((name for name in found if name in FILTERS), "model")
-        dtype, quantize = dtype or _DEFAULTS[kind][0], quantize or _DEFAULTS[kind][1]
-        if kind == "nsfw" and (dtype, quantize) != _DEFAULTS[kind]:
-            raise UsageError(
-                f"the classifier in {dtype}, -q {quantize}", "float32, -q none", "leave --dtype and -q out"
+        job = _decide(remote.paths, out, dtype, quantize, group_size, tokenizers)
+        index, losses = _write(job, remote, force, allow_nonfinite, discard_source, progress, placing)
+    return _report(job, index, losses)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """All that is decided before a weight is read; by component, where there are several."""
+
+    kind: str  # "model", or which filter
+    own: Own | None
+    found: dict[str, Found]
+    plans: dict[str, tuple[object, Plan]]  # its sizes, and how its tensors come about
+    index: configs.ModelIndex | FilterIndex
+    path: Path
+    dtype: str
+    recipe: quantizing.Recipe
+    tokens: dict[str, bytes]  # the tokenizers' files
+    layers: dict[str, Layers]
+    left: dict[str, dict[str, str]]  # layers not quantized although the recipe has them, and why
+    groups: dict[str, list[Group]]
+    notes: tuple[str, ...]
+
+    def bytes(self, component: str) -> int:
+        """Of all its tensors, as they will be stored."""
+        return sum(group.bytes for group in self.groups[component])
+
+    def stored(self, component: str) -> str:
+        """How most of it will be stored."""
+        return _stored(self.dtype, self.layers[component])
+
+
+def _decide(
+    paths: list[Path], out, dtype: str | None, quantize: str | None, group_size: int | None, tokenizers
+) -> _Job:
+    """What the sources are, and what will be made of them."""
+    own = _own(paths)
+    found = own.found if own else _components(paths)
+    kind = next((name for name in found if name in FILTERS), "model")
+    dtype, quantize = dtype or _DEFAULTS[kind][0], quantize or _DEFAULTS[kind][1]
+    if kind == "nsfw" and (dtype, quantize) != _DEFAULTS[kind]:
+        raise UsageError(f"the classifier in {dtype}, -q {quantize}", "float32, -q none", "leave --dtype and -q out")
+    recipe = quantizing.find_recipe(quantize, group_size)
+    plans = own.plans if own else {component: make_plan(f) for component, f in found.items()}
+    if own:
+        index = own.index
+    elif kind == "model":
+        configs.check_parts(*(plans[name][0] for name in ("transformer", "text_encoder_2", "text_encoder", "vae")))
+        index = make_index(found, plans["transformer"][0])
+    else:
+        index = make_filter_index(found[kind], plans[kind][0])
+    place = Path("models", f"{index.name}-{_label(recipe, dtype)}") if kind == "model" else Path("filters", kind)
+    path = Path(os.path.expanduser(out)) if out else home() / place
+    tokens = find_tokenizers(found, plans, tokenizers)
+    layers, left, notes = {}, {}, ()
+    for name, (config, _) in plans.items():
+        layers[name], left[name] = quantizing.choose(name, layer_widths(name, config), recipe)
+        if name == "pixtral":
+            asked, layers[name] = layers[name], quantizing.keep_packed(plans[name][1], layers[name])
+            notes += (f"-q {quantize}: {_KEPT}",) if asked != layers[name] else ()
+    groups = {name: _groups(name, plan, dtype, layers[name]) for name, (_, plan) in plans.items()}
+    return _Job(kind, own, found, plans, index, path, dtype, recipe, tokens, layers, left, groups, notes)
+
+
+def _write(
+    job: _Job, remote: Remote, force: bool, allow_nonfinite: bool, discard: bool, progress: Callable | None, placing
+) -> tuple[configs.ModelIndex | FilterIndex, Losses]:
+    """Makes the folder, the smallest component first, while files of those after it may still come.
+
+    Returns:
+        The index with what it was made from, and what quantizing lost.
+    """
+    target = _resolved(job.path)
+    total = sum(map(job.bytes, job.plans))
+    files = {name: found.source.files for name, found in job.found.items()}
+    sizes = {file: file.stat().st_size for some in files.values() for file in some}
+    order = sorted(job.plans, key=lambda name: sum(sizes[file] for file in files[name]))
+    last = {file: name for name in order for file in files[name]}  # who needs a file last
+    coming = {file: remote.files[file] for file in last if file in remote.files}
+    written, losses = 0, {}
+    with (
+        write.new_folder(target, force, [*remote.paths, *sizes], placing) as folder,
+        write.hashing(file for file in sizes if file not in coming) as hashes,
+        Fetching(coming, keep=not discard) as fetching,
+    ):
+        hashes |= fetching.hashes
+        to_fetch = [fetching.left(file for file in last if last[file] == name) for name in order]
+        _check_disk(target, to_fetch, [job.bytes(name) for name in order], discard)
+        fetching.start()
+        for component in order:
+            config, plan = job.plans[component]
+            fetching.wait(files[component], progress)
+
+            def done(count: int, component: str = component) -> None:
+                nonlocal written
+                written += count
+                if progress:
+                    progress(component, written, total)
+
+            losses[component] = write.write_component(
+                folder,
+                component,
+                configs.to_json(config),
+                plan,
+                job.dtype,
+                job.layers[component],
+                done,
+                allow_nonfinite,
             )
-        recipe = quantizing.find_recipe(quantize, group_size)
-        plans = own.plans if own else {component: make_plan(f) for component, f in found.items()}
-        if own:
-            index = own.index
-        elif kind == "model":
-            configs.check_parts(*(plans[name][0] for name in ("transformer", "text_encoder_2", "text_encoder", "vae")))
-            index = make_index(found, plans["transformer"][0])
-        else:
-            index = make_filter_index(found[kind], plans[kind][0])
-        place = Path("models", f"{index.name}-{_label(recipe, dtype)}") if kind == "model" else Path("filters", kind)
-        path = Path(os.path.expanduser(out)) if out else home() / place
-        target = _resolved(path)
-        tokens = find_tokenizers(found, plans, tokenizers)
-        layers, left, notes = {}, {}, ()
-        for name, (config, _) in plans.items():
-            layers[name], left[name] = quantizing.choose(name, layer_widths(name, config), recipe)
-            if name == "pixtral":
-                asked, layers[name] = layers[name], quantizing.keep_packed(plans[name][1], layers[name])
-                notes += (f"-q {quantize}: {_KEPT}",) if asked != layers[name] else ()
-        groups = {name: _groups(name, plan, dtype, layers[name]) for name, (_, plan) in plans.items()}
-        made = {name: sum(group.bytes for group in groups[name]) for name in plans}
-        total = sum(made.values())
-        sizes = {file: file.stat().st_size for f in found.values() for file in f.source.files}
-        order = sorted(plans, key=lambda name: sum(sizes[file] for file in found[name].source.files))
-        last = {file: name for name in order for file in found[name].source.files}  # who needs a file last
-        coming = {file: remote.files[file] for file in last if file in remote.files}
+            fetching.discard(file for file in files[component] if last[file] == component)
+        for name, data in job.tokens.items():
+            folder.write(name, [data])
+        if job.own:
+            job.own.check({file: hashes[file].result() for file in sizes})
+        records = tuple(
+            configs.Source(name, hashes[file].result(), sizes[file], layout)
+            for file, (name, layout) in _records(job.found).items()
+        )
+        before = job.own.index.source if job.own else ()
+        index = replace(job.index, source=before + records, converter=__version__)
+        stored = [f"{name}: {job.stored(name)}" for name in job.plans]
+        for name, data in licence_files(index, _roots(job.found), stored).items():
+            folder.write(name, [data])
+        if progress:
+            progress("reading back", total, total)
+        class_name = next(name for name, (_, networks) in KINDS.items() if set(networks) == set(job.plans))
+        folder.finish({"_class_name": class_name, **configs.to_json(index)})
+    return index, losses
 
-        written, losses = 0, {}
-        with (
-            write.new_folder(target, force, [*remote.paths, *sizes], placing) as folder,
-            write.hashing(file for file in sizes if file not in coming) as hashes,
-            Fetching(coming, keep=not discard_source) as fetching,
-        ):
-            hashes |= fetching.hashes
-            to_fetch = [fetching.left(file for file in last if last[file] == name) for name in order]
-            _check_disk(target, to_fetch, [made[name] for name in order], discard_source)
-            fetching.start()
-            for component in order:
-                config, plan = plans[component]
-                files = found[component].source.files
-                fetching.wait(files, progress)
 
-                def done(count: int, component: str = component) -> None:
-                    nonlocal written
-                    written += count
-                    if progress:
-                        progress(component, written, total)
-
-                losses[component] = write.write_component(
-                    folder, component, configs.to_json(config), plan, dtype, layers[component], done, allow_nonfinite
-                )
-                fetching.discard(file for file in files if last[file] == component)
-            for name, data in tokens.items():
-                folder.write(name, [data])
-            if own:
-                own.check({file: hashes[file].result() for file in sizes})
-            records = tuple(
-                configs.Source(name, hashes[file].result(), sizes[file], layout)
-                for file, (name, layout) in _records(found).items()
-            )
-            index = replace(index, source=(own.index.source if own else ()) + records, converter=__version__)
-            stored = {name: _stored(dtype, layers[name]) for name in plans}
-            about = licence_files(index, _roots(found), [f"{name}: {how}" for name, how in stored.items()])
-            for name, data in about.items():
-                folder.write(name, [data])
-            if progress:
-                progress("reading back", total, total)
-            class_name = next(name for name, (_, networks) in KINDS.items() if set(networks) == set(plans))
-            folder.finish({"_class_name": class_name, **configs.to_json(index)})
+def _report(job: _Job, index: configs.ModelIndex | FilterIndex, losses: Losses) -> Report:
+    """What was made of what, and what it lost."""
     components = tuple(
         Component(
             name=name,
-            layout=found[name].layout.name,
-            files=tuple(file.name for file in found[name].source.files),
+            layout=job.found[name].layout.name,
+            files=tuple(file.name for file in job.found[name].source.files),
             parameters=plan.parameters,
-            bytes=sum(group.bytes for group in groups[name]),
-            stored=stored[name],
+            bytes=job.bytes(name),
+            stored=job.stored(name),
             dropped=plan.dropped,
             lost=plan.lost,
-            left=tuple(left[name].items()),
+            left=tuple(job.left[name].items()),
         )
-        for name, (_, plan) in plans.items()
+        for name, (_, plan) in job.plans.items()
     )
-    measured = [replace(g, error=_error(g, losses[name])) for name in plans for g in groups[name]]
+    measured = [replace(g, error=_error(g, losses[name])) for name in job.plans for g in job.groups[name]]
     measured.sort(key=lambda group: -1 if group.error is None else group.error, reverse=True)
-    notes += _more_bits(own.layers, layers) if own else ()
+    notes = job.notes + (_more_bits(job.own.layers, job.layers) if job.own else ())
     notes += tuple(f"{g.name}: {g.stored} lost {g.error:.0%} of it; take more bits" for g in measured if _is_bad(g))
-    if kind == "nsfw" and NSFW_SHA256 not in {source.sha256 for source in index.source}:
+    if job.kind == "nsfw" and NSFW_SHA256 not in {source.sha256 for source in index.source}:
         notes += (f"{index.name}: not the published classifier, whose sha256 is {NSFW_SHA256}",)
-    return Report(path, index.base, dtype, recipe.quantize, components, tuple(measured), notes)
+    return Report(job.path, index.base, job.dtype, job.recipe.quantize, components, tuple(measured), notes)
 
 
 def _check_disk(target: Path, to_fetch: list[int], made: list[int], discard: bool) -> None:
