@@ -22,6 +22,7 @@ from mlx_flux_krea.commands.convert import convert
 from mlx_flux_krea.commands.generate import generate
 from mlx_flux_krea.commands.inspect import inspect
 from mlx_flux_krea.commands.log import log
+from mlx_flux_krea.commands.models import models
 from mlx_flux_krea.commands.plan import plan
 from mlx_flux_krea.commands.review import review
 from mlx_flux_krea.commands.verify import verify
@@ -41,7 +42,7 @@ def cli():
 
 
 for verb in (
-    generate, shell.shell, review, convert, inspect, plan, bench.bench, verify, log,
+    generate, shell.shell, review, convert, models, inspect, plan, bench.bench, verify, log,
     config.config, schema.tool_schema, completion.completion,
 ):  # fmt: skip
     cli.add_command(verb)
