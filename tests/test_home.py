@@ -1,13 +1,20 @@
 """What lies in the home folder: `models` lists and removes it, `doctor` examines it, `purge` deletes it."""
 
 import json
+import math
+import re
 import shutil
+import sys
+from pathlib import Path
 
 import pytest
-from helpers import REFERENCE
+from helpers import REFERENCE, edit_json
 from mlx_flux_krea.convert import convert
 
+from mlx_flux_krea.engine import Engine
 from mlx_flux_krea.errors import ModelError
+from mlx_flux_krea.filters import judges
+from mlx_flux_krea.filters.ledger import Ledger
 from mlx_flux_krea.weights import find_model
 
 
@@ -16,7 +23,9 @@ def two(model, home):
     """Two installed models and a filter."""
     for name in ("one", "two"):
         shutil.copytree(model, home / "models" / name)
-    return convert([REFERENCE / "vit"]).path.parent.parent
+    path = convert([REFERENCE / "vit"]).path
+    (path / "selftest.json").write_text("{}")
+    return path.parent.parent
 
 
 # --- models ---
@@ -48,7 +57,7 @@ def test_the_default_is_one_truth_for_command_config_and_python(command, two, tm
     assert json.loads(command("config", "--json")[1]) == {"model": "two"}
     assert [row["default"] for row in json.loads(command("models", "--json")[1])] == [False, True, False]
     tiny = ["--width", "32", "--height", "32", "--steps", "1", "--json"]
-    code, out, err = command("generate", "a frog", *tiny)
+    code, _, err = command("generate", "a frog", *tiny)
     assert code == 0, err
     assert command("config", "model", "one")[0] == 0
     assert find_model(None) == two / "models" / "one"
@@ -112,5 +121,91 @@ def test_what_is_damaged_is_listed_as_such_and_can_be_removed(command, two, dama
 
 
 def test_a_filter_that_was_tried_can_be_replaced(two, home):
-    (two / "filters" / "nsfw" / "selftest.json").write_text("{}")
     assert convert([REFERENCE / "vit"], force=True).path == two / "filters" / "nsfw"
+
+
+# --- doctor ---
+
+
+def examined(command, *options):
+    code, out, err = command("doctor", "--json", *options)
+    report = json.loads(out)
+    return code, report["findings"], report["wrong"], err
+
+
+def test_a_whole_installation_is_called_so(command, two):
+    code, found, wrong, err = examined(command)
+    assert (code, wrong) == (0, []), err
+    assert found["model one"].endswith("whole by size")
+    assert found["hub login"] == "no, HF_HUB_OFFLINE is set"
+    assert found["log"] == "none yet"
+    assert re.fullmatch(r".* free, reads \d+\.\d GB/s", found["disk"])
+    assert re.search(r"^model two ", command("doctor")[1], re.M)
+
+
+def test_an_empty_home_is_wrong_and_stays_empty(command, home):
+    code, _, wrong, err = examined(command)
+    assert (code, [one["error"] for one in wrong]) == (3, ["none is installed; flux-krea setup"])
+    assert "1 thing is wrong" in err
+    assert not home.exists()
+
+
+def test_nobodys_name_path_or_token_is_in_it(command, two, monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_TOKEN", "hf_secretsecretsecret")
+    (two / "models" / "one" / "vae" / "config.json").write_text("{")
+    for options in ((), ("--json",)):
+        code, out, err = command("doctor", *options)
+        assert code == 3
+        assert "$FLUX_KREA_HOME/models/one/vae/config.json" in out
+        assert not any(secret in out + err for secret in ("hf_secret", str(two), str(two.parent), str(Path.home())))
+    assert examined(command)[1]["hub login"].startswith("yes")
+    monkeypatch.delenv("FLUX_KREA_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path / "Ada"))
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "Ada" / "data"))
+    shutil.copytree(two / "models", tmp_path / "Ada" / "data" / "flux-krea" / "models")
+    assert "~/data/flux-krea/models/one/vae" in command("doctor")[1] or sys.platform == "darwin"
+    assert "Ada" not in command("doctor")[1]
+
+
+@pytest.mark.parametrize(
+    ("damage", "code", "says"),
+    [("model", 3, "model one"), ("filter", 6, "filter nsfw"), ("untried", 6, "filter nsfw"), ("log", 6, "log")],
+)
+def test_what_is_damaged_is_named_and_decides_the_exit_code(command, two, damage, code, says):
+    if damage == "model":
+        next((two / "models" / "one" / "vae").glob("*.safetensors")).unlink()
+    elif damage == "filter":
+        shard = next((two / "filters" / "nsfw" / "nsfw").glob("*.safetensors"))
+        shard.write_bytes(shard.read_bytes()[:-4])
+    elif damage == "untried":
+        (two / "filters" / "nsfw" / "selftest.json").unlink()
+    else:
+        with Ledger().run("review"):
+            pass
+        path = two / "log" / "log.jsonl"
+        path.write_text(path.read_text().replace("review", "nobody"))
+    got, found, wrong, _ = examined(command)
+    assert (got, len(wrong)) == (code, 1)
+    assert found[says].startswith("WRONG: ")
+
+
+def test_a_model_that_requires_filters_makes_their_absence_wrong(command, two):
+    edit_json(two / "models" / "one" / "model_index.json", filters="required")
+    edit_json(two / "models" / "one" / "manifest.json", **{"model_index.json": None})
+    shutil.rmtree(two / "filters")
+    _, found, _, _ = examined(command)
+    assert found["filter pixtral"] == "WRONG: not installed, and a model here requires it; flux-krea setup"
+
+
+def test_full_asks_the_filters_again(command, two):
+    """The tiny classifier has random weights: its answers are recorded by its own question, and one is changed."""
+    judge = judges.load_judge("nsfw", two / "filters" / "nsfw", lambda pieces, run: run)
+    (labels,) = Engine().run(judge.images, [judges.drawn_picture()])
+    is_right = labels["nsfw"] < judges.NSFW
+    value = math.log(labels["nsfw"] / labels["normal"])
+    (two / "filters" / "nsfw" / "selftest.json").write_text(json.dumps({"drawn picture": value}))
+    assert examined(command)[0] == 0
+    assert examined(command, "--full")[0] == (0 if is_right else 6)
+    (two / "filters" / "nsfw" / "selftest.json").write_text(json.dumps({"drawn picture": value + 1}))
+    assert examined(command)[0] == 0
+    assert examined(command, "--full")[0] == 6

@@ -48,7 +48,9 @@ def convert(sources, output, quantize, group_size, dtype, tokenizers, force, all
           t5xxl_fp16.safetensors ae.safetensors --tokenizers FLUX.1-schnell
     """
     from mlx_flux_krea.convert import convert as run
+    from mlx_flux_krea.weights import FILTERS
 
+    from . import trials
     from .terminal import ByteProgress, number, say, size, table
 
     begin, progress = time.perf_counter(), ByteProgress()
@@ -67,7 +69,9 @@ def convert(sources, output, quantize, group_size, dtype, tokenizers, force, all
         )
     finally:
         progress.close()
-    _try_filter(report)
+    name = report.components[0].name
+    if name in FILTERS:
+        trials.record(name, report.path)
     rows = [("component", "stored", "parameters", "size", "from")]
     rows += [(c.name, c.stored, number(c.parameters), size(c.bytes), c.layout) for c in report.components]
     say(table(rows, right=(2, 3)))
@@ -90,36 +94,6 @@ def convert(sources, output, quantize, group_size, dtype, tokenizers, force, all
         say(f"note: {note}")
     say(f"{report.base}, in {time.perf_counter() - begin:.1f} s")
     click.echo(json.dumps({**dataclasses.asdict(report), "path": str(report.path)}) if as_json else report.path)
-
-
-def _try_filter(report) -> None:
-    """A filter's answers to questions with known answers, recorded beside it: later it must give the same ones."""
-    from mlx_flux_krea.engine import Engine
-    from mlx_flux_krea.filters.judges import FILTERS, record_self_test
-
-    from .terminal import PipelineProgress
-
-    name = report.components[0].name
-    if name in FILTERS:
-        engine, progress = Engine(), PipelineProgress()
-
-        def make_run(pieces, run):
-            done = 0
-
-            def watched(piece, *args):
-                nonlocal done
-                result = run(piece, *args)
-                engine.check()
-                done += 1
-                progress("check", done, pieces)
-                return result
-
-            return watched
-
-        try:
-            engine.run(record_self_test, name, report.path, make_run)
-        finally:
-            progress.close()
 
 
 @contextlib.contextmanager
