@@ -1,13 +1,13 @@
 """The converter: any known layout of the weights into a model folder (`mlx_flux_krea.weights` documents the format).
 
     from mlx_flux_krea.convert import convert
-    convert(["FLUX.1-Krea-dev"], "models/krea-8bit", quantize="8")
+    convert(["black-forest-labs/FLUX.1-Krea-dev"], "models/krea-8bit", quantize="8")
 
 The two networks of the content filters are converted alike, into folders of the same form.
 
 sources opens files, decode knows their types, layouts recognises them, maps names their tensors, remap puts tensors
 together; own does all of it for folders of ours. quantize chooses bits, index, tokenizers and licence add what weights
-do not say, write stores it.
+do not say, write stores it. hub and fetch are for sources that are on the Hugging Face hub.
 """
 
 import math
@@ -27,6 +27,8 @@ from mlx_flux_krea.weights import COMPONENTS, DTYPES, FILTERS, KINDS, home, laye
 
 from . import quantize as quantizing
 from . import write
+from .fetch import Fetching, outlined
+from .hub import cache_folder, is_repo_id
 from .index import make_filter_index, make_index
 from .layouts import Found, identify, make_plan
 from .licence import licence_files
@@ -93,6 +95,8 @@ def convert(
     tokenizers: str | Path | None = None,
     force: bool = False,
     allow_nonfinite: bool = False,
+    offline: bool = False,
+    discard_source: bool = False,
     progress: Callable[[str, int, int], None] | None = None,
     placing: Callable[[], AbstractContextManager] = nullcontext,
 ) -> Report:
@@ -100,7 +104,8 @@ def convert(
 
     Args:
         sources: a folder (diffusers', ComfyUI's, mflux's, or a model folder of ours), an all-in-one file, or the
-            files of the components one by one; or a filter: the classifier ViT or Pixtral, as published.
+            files of the components one by one; or a filter: the classifier ViT or Pixtral, as published. Or any of it
+            on the Hugging Face hub, as OWNER/NAME.
         out: the model folder to make; None: in the home folder (`weights.home`), models/NAME-RECIPE or filters/NAME.
         dtype: of every array that is not packed, and of scales: "bfloat16", "float16" or "float32"; None: bfloat16.
             The classifier is kept in float32.
@@ -111,12 +116,15 @@ def convert(
         force: an existing model folder is replaced, once the new one is complete; nothing else ever is, nor a folder
             with files in it that the converter did not write.
         allow_nonfinite: weights may hold NaN and infinities, where nothing is quantized.
-        progress: called with the component at work, the bytes written so far and in all.
+        offline: of the hub, only what is in its cache.
+        discard_source: weights that are fetched from the hub are deleted as soon as they are converted.
+        progress: called with the component at work, the bytes written so far and in all; or with "fetching" or
+            "checking", and the bytes that are here of what comes from the hub.
         placing: gives the context in which the complete folder takes its name, for callers who handle signals.
 
     Raises:
         UsageError: an option or the target cannot be used, or options do not go together.
-        ModelError: a source is missing, damaged, incomplete or of another kind.
+        ModelError: a source is missing, not to be had, damaged, incomplete or of another kind.
         ResourceError: not enough disk.
     """
     if dtype not in (None, *DTYPES):
@@ -124,67 +132,88 @@ def convert(
     recipe = quantizing.find_recipe(quantize or "8", group_size)
     if allow_nonfinite and quantize != "none":
         raise UsageError("NaN and infinities are allowed, and quantizing erases them", "one of both", "add -q none")
-    paths = [Path(os.path.expanduser(path)) for path in sources]
-    own = _own(paths)
-    found = own.found if own else _components(paths)
-    kind = next((name for name in found if name in FILTERS), "model")
-    dtype, quantize = dtype or _DEFAULTS[kind][0], quantize or _DEFAULTS[kind][1]
-    if kind == "nsfw" and (dtype, quantize) != _DEFAULTS[kind]:
-        raise UsageError(f"the classifier in {dtype}, -q {quantize}", "float32, -q none", "leave --dtype and -q out")
-    recipe = quantizing.find_recipe(quantize, group_size)
-    plans = own.plans if own else {component: make_plan(f) for component, f in found.items()}
-    if own:
-        index = own.index
-    elif kind == "model":
-        configs.check_parts(*(plans[name][0] for name in ("transformer", "text_encoder_2", "text_encoder", "vae")))
-        index = make_index(found, plans["transformer"][0])
-    else:
-        index = make_filter_index(found[kind], plans[kind][0])
-    place = Path("models", f"{index.name}-{_label(recipe, dtype)}") if kind == "model" else Path("filters", kind)
-    path = Path(os.path.expanduser(out)) if out else home() / place
-    target = _resolved(path)
-    tokens = find_tokenizers(found, plans, tokenizers)
-    layers, left, notes = {}, {}, ()
-    for name, (config, _) in plans.items():
-        layers[name], left[name] = quantizing.choose(name, layer_widths(name, config), recipe)
-        if name == "pixtral":
-            asked, layers[name] = layers[name], quantizing.keep_packed(plans[name][1], layers[name])
-            notes += (f"-q {quantize}: {_KEPT}",) if asked != layers[name] else ()
-    groups = {name: _groups(name, plan, dtype, layers[name]) for name, (_, plan) in plans.items()}
-    total = sum(group.bytes for component in groups.values() for group in component)
-    sizes = {file: file.stat().st_size for f in found.values() for file in f.source.files}
-
-    written, losses = 0, {}
-    with write.new_folder(target, force, [*paths, *sizes], placing) as folder, write.hashing(sizes) as hashes:
-        write.check_disk(target, total + 2**26)
-        for component, (config, plan) in plans.items():
-
-            def done(count: int, component: str = component) -> None:
-                nonlocal written
-                written += count
-                if progress:
-                    progress(component, written, total)
-
-            losses[component] = write.write_component(
-                folder, component, configs.to_json(config), plan, dtype, layers[component], done, allow_nonfinite
+    if discard_source and not all(map(is_repo_id, sources)):
+        raise UsageError("--discard-source is for what is fetched", "sources on the hub alone", "leave it out")
+    if discard_source and offline:
+        raise UsageError("--offline fetches nothing that --discard-source could delete", "one of both")
+    with outlined(sources, offline, progress) as remote:
+        own = _own(remote.paths)
+        found = own.found if own else _components(remote.paths)
+        kind = next((name for name in found if name in FILTERS), "model")
+        dtype, quantize = dtype or _DEFAULTS[kind][0], quantize or _DEFAULTS[kind][1]
+        if kind == "nsfw" and (dtype, quantize) != _DEFAULTS[kind]:
+            raise UsageError(
+                f"the classifier in {dtype}, -q {quantize}", "float32, -q none", "leave --dtype and -q out"
             )
-        for name, data in tokens.items():
-            folder.write(name, [data])
+        recipe = quantizing.find_recipe(quantize, group_size)
+        plans = own.plans if own else {component: make_plan(f) for component, f in found.items()}
         if own:
-            own.check({file: hashes[file].result() for file in sizes})
-        records = tuple(
-            configs.Source(name, hashes[file].result(), sizes[file], layout)
-            for file, (name, layout) in _records(found).items()
-        )
-        index = replace(index, source=(own.index.source if own else ()) + records, converter=__version__)
-        stored = {name: _stored(dtype, layers[name]) for name in plans}
-        about = licence_files(index, _roots(found), [f"{name}: {how}" for name, how in stored.items()])
-        for name, data in about.items():
-            folder.write(name, [data])
-        if progress:
-            progress("reading back", total, total)
-        class_name = next(name for name, (_, networks) in KINDS.items() if set(networks) == set(plans))
-        folder.finish({"_class_name": class_name, **configs.to_json(index)})
+            index = own.index
+        elif kind == "model":
+            configs.check_parts(*(plans[name][0] for name in ("transformer", "text_encoder_2", "text_encoder", "vae")))
+            index = make_index(found, plans["transformer"][0])
+        else:
+            index = make_filter_index(found[kind], plans[kind][0])
+        place = Path("models", f"{index.name}-{_label(recipe, dtype)}") if kind == "model" else Path("filters", kind)
+        path = Path(os.path.expanduser(out)) if out else home() / place
+        target = _resolved(path)
+        tokens = find_tokenizers(found, plans, tokenizers)
+        layers, left, notes = {}, {}, ()
+        for name, (config, _) in plans.items():
+            layers[name], left[name] = quantizing.choose(name, layer_widths(name, config), recipe)
+            if name == "pixtral":
+                asked, layers[name] = layers[name], quantizing.keep_packed(plans[name][1], layers[name])
+                notes += (f"-q {quantize}: {_KEPT}",) if asked != layers[name] else ()
+        groups = {name: _groups(name, plan, dtype, layers[name]) for name, (_, plan) in plans.items()}
+        made = {name: sum(group.bytes for group in groups[name]) for name in plans}
+        total = sum(made.values())
+        sizes = {file: file.stat().st_size for f in found.values() for file in f.source.files}
+        order = sorted(plans, key=lambda name: sum(sizes[file] for file in found[name].source.files))
+        last = {file: name for name in order for file in found[name].source.files}  # who needs a file last
+        coming = {file: remote.files[file] for file in last if file in remote.files}
+
+        written, losses = 0, {}
+        with (
+            write.new_folder(target, force, [*remote.paths, *sizes], placing) as folder,
+            write.hashing(file for file in sizes if file not in coming) as hashes,
+            Fetching(coming, keep=not discard_source) as fetching,
+        ):
+            hashes |= fetching.hashes
+            to_fetch = [fetching.left(file for file in last if last[file] == name) for name in order]
+            _check_disk(target, to_fetch, [made[name] for name in order], discard_source)
+            fetching.start()
+            for component in order:
+                config, plan = plans[component]
+                files = found[component].source.files
+                fetching.wait(files, progress)
+
+                def done(count: int, component: str = component) -> None:
+                    nonlocal written
+                    written += count
+                    if progress:
+                        progress(component, written, total)
+
+                losses[component] = write.write_component(
+                    folder, component, configs.to_json(config), plan, dtype, layers[component], done, allow_nonfinite
+                )
+                fetching.discard(file for file in files if last[file] == component)
+            for name, data in tokens.items():
+                folder.write(name, [data])
+            if own:
+                own.check({file: hashes[file].result() for file in sizes})
+            records = tuple(
+                configs.Source(name, hashes[file].result(), sizes[file], layout)
+                for file, (name, layout) in _records(found).items()
+            )
+            index = replace(index, source=(own.index.source if own else ()) + records, converter=__version__)
+            stored = {name: _stored(dtype, layers[name]) for name in plans}
+            about = licence_files(index, _roots(found), [f"{name}: {how}" for name, how in stored.items()])
+            for name, data in about.items():
+                folder.write(name, [data])
+            if progress:
+                progress("reading back", total, total)
+            class_name = next(name for name, (_, networks) in KINDS.items() if set(networks) == set(plans))
+            folder.finish({"_class_name": class_name, **configs.to_json(index)})
     components = tuple(
         Component(
             name=name,
@@ -206,6 +235,21 @@ def convert(
     if kind == "nsfw" and NSFW_SHA256 not in {source.sha256 for source in index.source}:
         notes += (f"{index.name}: not the published classifier, whose sha256 is {NSFW_SHA256}",)
     return Report(path, index.base, dtype, recipe.quantize, components, tuple(measured), notes)
+
+
+def _check_disk(target: Path, to_fetch: list[int], made: list[int], discard: bool) -> None:
+    """Refuses where a disk cannot hold what is fetched and made of it, component by component."""
+    need, cache = sum(made) + 2**26, cache_folder()
+    todo = "choose another disk with -o"
+    if sum(to_fetch):
+        todo += " or HF_HOME" + ("" if discard else ", or add --discard-source")
+        if os.stat(write.existing(cache)).st_dev != os.stat(write.existing(target)).st_dev:
+            write.check_disk(cache, sum(to_fetch), "choose another disk with HF_HOME")
+        elif discard:  # while one is made, those after it may already be here
+            need += max(sum(to_fetch[i:]) - sum(made[i + 1 :]) for i in range(len(made)))
+        else:
+            need += sum(to_fetch)
+    write.check_disk(target, need, todo)
 
 
 def _label(recipe: quantizing.Recipe, dtype: str) -> str:

@@ -222,18 +222,21 @@ def check_target(target: Path, force: bool) -> None:
         )
 
 
-def check_disk(target: Path, need: int) -> None:
-    """Refuses before the first byte where the disk cannot hold the result.
+def check_disk(target: Path, need: int, todo: str = "choose another disk with -o") -> None:
+    """Refuses before the first byte where the disk cannot hold what is to come.
 
     Raises:
         ResourceError: with the numbers.
     """
-    parent = next(p for p in target.absolute().parents if p.exists())
+    parent = existing(target)
     free = shutil.disk_usage(parent).free
     if free < need:
-        raise ResourceError(
-            f"{free / 1e9:.1f} GB are free at {parent}", f"{need / 1e9:.1f} GB", "choose another disk with -o"
-        )
+        raise ResourceError(f"{free / 1e9:.1f} GB are free at {parent}", f"{need / 1e9:.1f} GB", todo)
+
+
+def existing(target: Path) -> Path:
+    """The nearest folder above a path that exists."""
+    return next(p for p in target.absolute().parents if p.exists())
 
 
 def write_component(

@@ -31,19 +31,24 @@ from . import signals
 @click.option("--tokenizers", type=click.Path(path_type=Path), help="A folder with tokenizer/ and tokenizer_2/ in it.")
 @click.option("--force", is_flag=True, help="Replace an existing model folder.")
 @click.option("--allow-nonfinite", is_flag=True, help="Accept weights that hold NaN or infinities.")
+@click.option("--offline", is_flag=True, help="Take from the hub's cache what is there, and ask nobody.")
+@click.option("--discard-source", is_flag=True, help="Delete what is fetched from the hub once it is converted.")
 @click.option("--json", "as_json", is_flag=True, help="Print a report as JSON.")
-def convert(sources, output, quantize, group_size, dtype, tokenizers, force, allow_nonfinite, as_json):
+def convert(
+    sources, output, quantize, group_size, dtype, tokenizers, force, allow_nonfinite, offline, discard_source, as_json
+):
     """Convert weights into a model folder.
 
     SOURCES is a folder (diffusers', ComfyUI's, mflux's, or a model folder), an all-in-one file, or the files of
     transformer, CLIP, T5 and VAE one by one, as safetensors or GGUF. Or it is a content filter: the folder of
-    Falconsai/nsfw_image_detection or of Pixtral 12B.
+    Falconsai/nsfw_image_detection or of Pixtral 12B. Or it is OWNER/NAME, a repository with one of these on the
+    Hugging Face hub: what is needed of it is fetched into the hub's cache, and goes on where it was interrupted.
 
     \b
     Examples:
-      flux-krea convert FLUX.1-Krea-dev
+      flux-krea convert black-forest-labs/FLUX.1-Krea-dev
       flux-krea convert FLUX.1-Krea-dev -q 4 -o krea-small
-      flux-krea convert pixtral-12b
+      flux-krea convert mistral-community/pixtral-12b --discard-source
       flux-krea convert flux1-krea-dev.safetensors clip_l.safetensors \\
           t5xxl_fp16.safetensors ae.safetensors --tokenizers FLUX.1-schnell
     """
@@ -64,6 +69,8 @@ def convert(sources, output, quantize, group_size, dtype, tokenizers, force, all
             tokenizers=tokenizers,
             force=force,
             allow_nonfinite=allow_nonfinite,
+            offline=offline,
+            discard_source=discard_source,
             progress=progress,
             placing=_placing,
         )

@@ -107,8 +107,10 @@ class ByteProgress:
 
     def __call__(self, label: str, done: int, total: int) -> None:
         """As `convert` reports it."""
+        if self._bar is not None and self._bar.total != total:  # bytes of another kind
+            self.close()
         if self._bar is None:
-            self._bar = tqdm(total=total, unit="B", unit_scale=True, delay=0.5, disable=None, leave=False)
+            self._bar = tqdm(total=total, initial=done, unit="B", unit_scale=True, delay=0.5, disable=None, leave=False)
         self._bar.set_description(f"{label:<16}", refresh=False)
         self._bar.update(done - self._bar.n)
 
@@ -116,6 +118,7 @@ class ByteProgress:
         """Takes the line away."""
         if self._bar is not None:
             self._bar.close()
+            self._bar = None
 
 
 class NoteHandler(logging.Handler):
