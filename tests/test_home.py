@@ -7,6 +7,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from helpers import REFERENCE, edit_json
 from mlx_flux_krea.convert import convert
@@ -14,7 +15,7 @@ from mlx_flux_krea.convert import convert
 from mlx_flux_krea.engine import Engine
 from mlx_flux_krea.errors import ModelError
 from mlx_flux_krea.filters import judges
-from mlx_flux_krea.filters.ledger import Ledger
+from mlx_flux_krea.filters.ledger import Ledger, Verdict
 from mlx_flux_krea.weights import find_model
 
 
@@ -209,3 +210,77 @@ def test_full_asks_the_filters_again(command, two):
     (two / "filters" / "nsfw" / "selftest.json").write_text(json.dumps({"drawn picture": value + 1}))
     assert examined(command)[0] == 0
     assert examined(command, "--full")[0] == 6
+
+
+# --- purge ---
+
+
+def kept_picture(event: str = "waiting"):
+    with Ledger().run("review") as run:
+        one = run.keep(np.zeros((16, 16, 3), np.uint8), {"seed": 1})
+        return run.ledger.settle(one, Verdict(event, one.facts["pixels"]))
+
+
+def left(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+@pytest.mark.parametrize(
+    ("options", "stay"),
+    [
+        (["--weights"], {"filters", "log", "quarantine"}),
+        (["--filters"], {"models", "log", "quarantine"}),
+        (["--logs"], {"models", "filters", "quarantine"}),
+        (["--quarantine"], {"models", "filters", "log"}),
+        (["--weights", "--filters", "--logs", "--quarantine"], {"log"}),  # which says that the pictures went
+    ],
+)
+def test_what_is_named_goes_and_nothing_else(command, two, options, stay):
+    kept_picture()
+    command("models", "default", "one")
+    size = sum(path.stat().st_size for path in (two / "models").rglob("*") if path.is_file())
+    code, _, err = command("purge", *options)
+    assert (code, "say it with --yes" in err) == (2, True)
+    assert {Path(name).parts[0] for name in left(two)} == {"models", "filters", "log", "quarantine", "config.json"}
+    code, out, err = command("purge", *options, "--yes", "--json")
+    assert code == 0, err
+    assert {Path(name).parts[0] for name in left(two)} - {"config.json"} == stay
+    if "--weights" in options:
+        assert json.loads(out)["freed"]["weights"] == size
+        assert json.loads((two / "config.json").read_text()) == {}
+
+
+def test_nothing_goes_that_nobody_named(command, two):
+    for options in ([], ["--yes"]):
+        code, _, err = command("purge", *options)
+        assert (code, "--weights, --filters, --logs, --quarantine" in err) == (2, True)
+    assert left(two / "models")
+
+
+def test_the_log_says_that_the_pictures_went_and_stays_whole(command, home):
+    one = kept_picture()
+    assert command("purge", "--quarantine", "--yes")[0] == 0
+    entry = Ledger().log.picture(one.image)
+    assert (entry["event"], entry["reasons"]) == ("purged", ["its owner deleted it"])
+    assert left(home / "quarantine") == []
+    assert command("log", "verify")[0] == 0
+
+
+def test_a_picture_of_a_run_at_work_stays(command, home):
+    ledger = Ledger()
+    with ledger.run("filters") as run:
+        one = run.keep(np.zeros((16, 16, 3), np.uint8), {"seed": 1})
+        code, out, _ = command("purge", "--quarantine", "--yes", "--json")
+        assert (code, json.loads(out)["bytes"]) == (0, 0)
+        assert one.path.exists()
+
+
+@pytest.mark.parametrize("linked", ["models", "models/one"])
+def test_no_link_out_of_the_home_folder_is_followed(command, two, tmp_path, linked):
+    shutil.move(two / linked, tmp_path / "elsewhere")
+    (two / linked).symlink_to(tmp_path / "elsewhere")
+    before = left(tmp_path / "elsewhere")
+    code, _, err = command("purge", "--weights", "--yes")
+    assert (code, "was a link: what it led to is still there" in err) == (0, True)
+    assert left(tmp_path / "elsewhere") == before
+    assert not (two / "models").exists()

@@ -11,7 +11,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from helpers import PIPELINE, REFERENCE, TOKENIZERS, edit_json, edit_tensors, run_command
+from helpers import PIPELINE, REFERENCE, TOKENIZERS, acknowledge, edit_json, edit_tensors, run_command
 from mlx_flux_krea.convert import convert
 from PIL import Image
 from test_filter_folders import wide  # noqa: F401
@@ -70,7 +70,8 @@ def sources(wide, krea, tmp_path_factory):  # noqa: F811
 
 
 @pytest.fixture
-def installed(sources, home):
+def installed(sources, krea, home):
+    acknowledge(krea[0])
     for source in sources:
         ran = run_command("convert", source, cwd=home.parent)
         assert ran.returncode == 0, ran.stderr
