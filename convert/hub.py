@@ -301,7 +301,7 @@ def explained(repo: str, name: str = "") -> Iterator[None]:
             f"a connection to {constants.ENDPOINT}",
             "what has come stays: start again where there is a network, or with --offline where all is here",
         ) from None
-    except ValueError as error:
+    except (ValueError, KeyError) as error:  # another page in JSON, or none
         raise ModelError(
             f"what answers at {constants.ENDPOINT} is not the hub ({_short(error)})",
             todo="look after proxy and network",
