@@ -27,6 +27,7 @@ from mlx_flux_krea.commands.models import models
 from mlx_flux_krea.commands.plan import plan
 from mlx_flux_krea.commands.purge import purge
 from mlx_flux_krea.commands.review import review
+from mlx_flux_krea.commands.setup import setup
 from mlx_flux_krea.commands.verify import verify
 from mlx_flux_krea.errors import FluxKreaError, printable
 
@@ -45,7 +46,7 @@ def cli():
 
 
 for verb in (
-    generate, shell.shell, review, convert, models, inspect, plan, bench.bench, verify, doctor, log, purge,
+    setup, generate, shell.shell, review, convert, models, inspect, plan, bench.bench, verify, doctor, log, purge,
     config.config, schema.tool_schema, completion.completion,
 ):  # fmt: skip
     cli.add_command(verb)
