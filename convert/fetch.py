@@ -31,7 +31,7 @@ from .hub import INCOMPLETE, WEIGHTS, File, Listing, explained, folder_of, is_re
 from .write import sha256
 
 _HEADER, _LONGEST_HEADER = 2**18, 2**26  # bytes that are asked for at first, and at most
-_GGUF_HEADER = 2**24  # the vocabulary of a T5 is in there, with 2 MB
+_GGUF_HEADER = 2**22  # the vocabulary of a T5 is in there, with 1 MB
 
 
 def fetch(
@@ -122,6 +122,8 @@ def outlined(
         try:
             yield remote
         except ModelError as error:
+            if not shown:
+                raise
             parts = [error.found, error.expected, error.todo]
             for path, repo in shown.items():
                 parts = [part.replace(path, repo) for part in parts]

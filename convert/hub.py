@@ -140,7 +140,7 @@ def cached(repo: str) -> Path | None:
     except OSError:
         return None
     snapshot = folder / "snapshots" / commit
-    return snapshot if _COMMIT.fullmatch(commit) and snapshot.is_dir() else None
+    return snapshot if commit and snapshot.is_dir() else None
 
 
 # --- the cache ---

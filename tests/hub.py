@@ -5,7 +5,8 @@
         run_command("convert", "owner/name", cwd=..., **hub.env(home))
         hub.requests                            what was asked for: (method, path, first byte)
 
-Repositories are folders. Files of weights are announced as LFS does it (sha256), the others as git does (sha1).
+Repositories are folders. Files of weights are announced as LFS does it (sha256), the others as git does (sha1). As on
+the hub, weights come from another host, which refuses requests that carry a login.
 """
 
 import contextlib
@@ -66,7 +67,7 @@ class Hub:
     def env(self, home: Path, **more: str) -> dict[str, str]:
         """The variables with which a command finds this hub, and an empty cache."""
         found = {"HF_ENDPOINT": self.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(home / "hub"), "HF_TOKEN": ""}
-        return {**found, "HF_HUB_DISABLE_IMPLICIT_TOKEN": "0", "NO_PROXY": "*", **more}
+        return {**found, "NO_PROXY": "*", **more}
 
     def fetched(self) -> list[str]:
         """Names of the files that were asked for, in this order."""
@@ -74,7 +75,7 @@ class Hub:
 
     def begun_at(self, name: str) -> list[int]:
         """The first bytes that were asked for of a file."""
-        return [start for _, path, start in self.requests if path.endswith(f"/{name}")]
+        return [start for _, path, start in self.requests if path.endswith(f"/resolve/{COMMIT}/{name}")]
 
     def info(self) -> dict:
         """What the hub says of a model with its files."""
@@ -108,11 +109,15 @@ class Hub:
         start, end = (int(n) if n else None for n in asked.split("-"))
         self.requests.append((request.command, path, start))
         is_file = path.startswith(f"/{self.repo}/resolve/")
+        if path.startswith("/cdn/") and "Authorization" in request.headers:
+            self.refuse_all = (400, {})
         user = self.tokens.get(request.headers.get("Authorization", "").removeprefix("Bearer "))
         if refused := self.refuse_all or (self.refusals.pop(0) if is_file and self.refusals else None):
             _send(request, refused[0], b"<html>no</html>", refused[1])
         elif self.tokens and request.headers.get("Authorization") and user is None:
             _send(request, 401, b'{"error": "Invalid credentials"}', {"X-Error-Message": "Invalid credentials"})
+        elif path.startswith("/cdn/"):
+            self._send_file(request, path.removeprefix("/cdn/"), start, end)
         elif path == "/api/whoami-v2":
             _send(request, 200, json.dumps({"name": user, "type": "user"}).encode())
         elif path == f"/api/models/{self.repo}":
@@ -124,7 +129,11 @@ class Hub:
         elif path == f"/api/models/{self.repo}/auth-check":
             _send(request, 200, b"{}")
         else:
-            self._send_file(request, path.removeprefix(f"/{self.repo}/resolve/").partition("/")[2], start, end)
+            name = path.removeprefix(f"/{self.repo}/resolve/").partition("/")[2]
+            if name.endswith(WEIGHTS) and request.command == "GET":
+                _send(request, 302, b"", {"Location": f"{self.url.replace('127.0.0.1', 'localhost')}/cdn/{name}"})
+            else:
+                self._send_file(request, name, start, end)
 
     def _send_file(self, request, name: str, start: int, end: int | None) -> None:
         if not (self.folder / name).is_file():

@@ -248,6 +248,16 @@ def test_a_refusal_is_explained(served, tmp_path, orders, env, words):
     assert served.sent == 0, "no weights were fetched"
 
 
+def test_what_cannot_be_converted_is_refused_before_its_weights_come(folder, tmp_path):
+    broken = shutil.copytree(folder, tmp_path / "published" / "name")
+    (broken / "transformer" / "diffusion_pytorch_model-00002-of-00002.safetensors").unlink()
+    with Hub(broken, "owner/name") as served:
+        ran = run(served, tmp_path)
+        assert ran.returncode == 3
+        assert "owner/name/transformer lacks the shard diffusion_pytorch_model-00002" in ran.stderr
+        assert served.sent <= 2**18 * len(weights(broken))
+
+
 def test_a_pause_that_the_hub_asks_for_is_kept(served, expected, tmp_path):
     served.refusals = [(429, {"Retry-After": "2"}), (429, {"RateLimit": '"api";r=0;t=1'}), (503, {})]
     begun = time.monotonic()
