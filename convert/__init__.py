@@ -22,7 +22,7 @@ from pathlib import Path
 from mlx_flux_krea import __version__
 from mlx_flux_krea import config as configs
 from mlx_flux_krea.errors import ModelError, UsageError, printable
-from mlx_flux_krea.filters.config import NSFW_SHA256
+from mlx_flux_krea.filters.config import NSFW_SHA256, FilterIndex
 from mlx_flux_krea.weights import COMPONENTS, DTYPES, FILTERS, KINDS, home, layer_widths
 
 from . import quantize as quantizing
