@@ -25,7 +25,9 @@ class Precision:
     whole: bool
 
 
-def precisions(sizes: dict, made: dict[str, int], width: int, height: int, length: int) -> dict[str, Precision]:
+def precisions(
+    sizes: dict, made: dict[str, int], width: int, height: int, length: int, **machine
+) -> dict[str, Precision]:
     """What each precision that may be proposed takes.
 
     Args:
@@ -34,6 +36,7 @@ def precisions(sizes: dict, made: dict[str, int], width: int, height: int, lengt
         width: pixels of a picture.
         height: pixels.
         length: tokens of T5.
+        machine: budget and device of another one, see `plan.plan`.
     """
     import mlx.core as mx
 
@@ -47,7 +50,7 @@ def precisions(sizes: dict, made: dict[str, int], width: int, height: int, lengt
         layers = {name: choose(name, layer_widths(name, sizes[name]), Recipe(quantize))[0] for name in sizes}
         weights = weigh(sizes, layers, dict.fromkeys(sizes, "bfloat16"), mx.bfloat16)
         try:
-            made_plan = plan(weights, sizes, mx.bfloat16, width, height, length)
+            made_plan = plan(weights, sizes, mx.bfloat16, width, height, length, **machine)
             peak, whole = made_plan.peak, made_plan.blocks == made_plan.of
         except ResourceError:
             peak, whole = None, False
@@ -80,12 +83,14 @@ def seconds_to_make(fetch: int, size: int) -> float:
     return fetch / _NETWORK + size / _CONVERT
 
 
-def seconds_to_draw(flux, width: int, height: int, length: int, steps: int) -> float | None:
-    """Of a picture on this chip; None: its speed is not known."""
+def seconds_to_draw(
+    flux, width: int, height: int, length: int, steps: int, chip: str | None = None
+) -> float | None:
+    """Of a picture on a chip, by default this one; None: its speed is not known."""
     import mlx.core as mx
 
     from mlx_flux_krea.plan import step_flops
     from mlx_flux_krea.presets import CHIPS
 
-    peak = CHIPS.get(str(mx.device_info().get("device_name", "")).removeprefix("Apple "))
+    peak = CHIPS.get((chip or str(mx.device_info().get("device_name", ""))).removeprefix("Apple "))
     return steps * step_flops(flux, width, height, length) / (_SHARE * peak * 1e12) if peak else None
