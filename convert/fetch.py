@@ -100,14 +100,15 @@ def outlined(
             they would name its outline.
     """
     remote, shown = Remote([], {}), {}
-    with TemporaryDirectory(prefix="flux-krea-", ignore_cleanup_errors=True) as root, contextlib.ExitStack() as locks:
+    with contextlib.ExitStack() as until_then:
         for source in sources:
             if not is_repo_id(source):
                 remote.paths.append(Path(os.path.expanduser(source)))
                 continue
             listing = look(str(source), offline)
             snapshot = fetch(listing, [f.name for f in listing.files if not f.name.endswith(WEIGHTS)], progress)
-            locks.enter_context(_locked(listing))
+            root = until_then.enter_context(TemporaryDirectory(prefix="flux-krea-", ignore_cleanup_errors=True))
+            until_then.enter_context(_locked(listing))
             outline = Path(root, *snapshot.parts[-3:])  # by which a conversion knows the name of the repository
             for file in listing.files:
                 path = outline / file.name
