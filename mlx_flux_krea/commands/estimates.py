@@ -83,9 +83,7 @@ def seconds_to_make(fetch: int, size: int) -> float:
     return fetch / _NETWORK + size / _CONVERT
 
 
-def seconds_to_draw(
-    flux, width: int, height: int, length: int, steps: int, chip: str | None = None
-) -> float | None:
+def seconds_to_draw(flux, width: int, height: int, length: int, steps: int, chip: str | None = None) -> float | None:
     """Of a picture on a chip, by default this one; None: its speed is not known."""
     import mlx.core as mx
 
