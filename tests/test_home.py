@@ -138,7 +138,7 @@ def test_a_whole_installation_is_called_so(command, two):
     code, found, wrong, err = examined(command)
     assert (code, wrong) == (0, []), err
     assert found["model one"].endswith("whole by size")
-    assert found["hub login"] == "no, HF_HUB_OFFLINE is set"
+    assert found["hub login"].startswith("no")
     assert found["log"] == "none yet"
     assert re.fullmatch(r".* free, reads \d+\.\d GB/s", found["disk"])
     assert re.search(r"^model two ", command("doctor")[1], re.M)
