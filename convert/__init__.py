@@ -38,7 +38,7 @@ from .remap import Plan
 from .sources import is_model_folder, open_sources
 from .tokenizers import find_tokenizers
 
-__all__ = ["Component", "Group", "Report", "convert"]
+__all__ = ["Component", "Group", "Outline", "Report", "convert", "examine"]
 Losses = dict[str, dict[str, tuple[float, float]]]  # of each component, what `write.write_component` returns
 _SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 # the type, and the recipe of those who ask for what suits
@@ -174,21 +174,12 @@ def _decide(
     paths: list[Path], out, dtype: str | None, quantize: str | None, group_size: int | None, tokenizers
 ) -> _Job:
     """What the sources are, and what will be made of them."""
-    own = _own(paths)
-    found = own.found if own else _components(paths)
+    own, found, plans, index = _understand(paths)
     kind = next((name for name in found if name in FILTERS), "model")
     dtype, quantize = dtype or _DEFAULTS[kind][0], quantize or _DEFAULTS[kind][1]
     if kind == "nsfw" and (dtype, quantize) != _DEFAULTS[kind]:
         raise UsageError(f"the classifier in {dtype}, -q {quantize}", "float32, -q none", "leave --dtype and -q out")
     recipe = quantizing.find_recipe(quantize, group_size)
-    plans = own.plans if own else {component: make_plan(f) for component, f in found.items()}
-    if own:
-        index = own.index
-    elif kind == "model":
-        configs.check_parts(*(plans[name][0] for name in ("transformer", "text_encoder_2", "text_encoder", "vae")))
-        index = make_index(found, plans["transformer"][0])
-    else:
-        index = make_filter_index(found[kind], plans[kind][0])
     place = Path("models", f"{index.name}-{_label(recipe, dtype)}") if kind == "model" else Path("filters", kind)
     path = Path(os.path.expanduser(out)) if out else home() / place
     tokens = find_tokenizers(found, plans, tokenizers)
@@ -291,6 +282,75 @@ def _report(job: _Job, index: configs.ModelIndex | FilterIndex, losses: Losses) 
     if job.kind == "nsfw" and NSFW_SHA256 not in {source.sha256 for source in index.source}:
         notes += (f"{index.name}: not the published classifier, whose sha256 is {NSFW_SHA256}",)
     return Report(job.path, index.base, job.dtype, job.recipe.quantize, components, tuple(measured), notes)
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What a conversion would begin with.
+
+    Attributes:
+        index: the facts of the model folder, without the records of its sources.
+        sizes: of each component, its config.
+        licence: the LICENSE.md that the folder would have; None: none.
+        bytes: of all weight files.
+        fetch: of them, bytes that would come from the hub.
+        made: bytes of the weights in the folder, in each precision.
+    """
+
+    index: configs.ModelIndex | FilterIndex
+    sizes: dict[str, object]
+    licence: bytes | None
+    bytes: int
+    fetch: int
+    made: dict[str, int]
+
+    def target(self, quantize: str) -> Path:
+        """Where `convert` puts a model in this precision, and bfloat16."""
+        return home() / "models" / f"{self.index.name}-{_label(quantizing.find_recipe(quantize, None), 'bfloat16')}"
+
+
+def examine(sources: Sequence[str | Path], *, tokenizers: str | Path | None = None, offline: bool = False) -> Outline:
+    """Looks at sources as a conversion would, and finds out before it whether it can be done. Reads no weights.
+
+    Arguments and errors are those of `convert`.
+    """
+    with outlined(sources, offline) as remote:
+        _, found, plans, index = _understand(remote.paths)
+        find_tokenizers(found, plans, tokenizers)
+        files = {file for f in found.values() for file in f.source.files}
+        coming = [remote.files[file][1] for file in files if file in remote.files]
+        licence = licence_files(index, _roots(found), []).get("LICENSE.md")
+        return Outline(
+            index=index,
+            sizes={name: config for name, (config, _) in plans.items()},
+            licence=licence,
+            bytes=sum(file.stat().st_size for file in files),
+            fetch=sum(file.size - file.here for file in coming),
+            made={quantize: _made_bytes(plans, quantize) for quantize in quantizing.RECIPES},
+        )
+
+
+def _made_bytes(plans: dict[str, tuple[object, Plan]], quantize: str) -> int:
+    """Of the weights in a folder with the usual type of such a folder."""
+    count = 0
+    for name, (config, plan) in plans.items():
+        layers, _ = quantizing.choose(name, layer_widths(name, config), quantizing.Recipe(quantize))
+        dtype = _DEFAULTS.get(name, _DEFAULTS["model"])[0]
+        count += sum(quantizing.count_bytes(t, dtype, quantizing.layer_of(t, layers)) for t in plan.targets)
+    return count
+
+
+def _understand(paths: list[Path]) -> tuple[Own | None, dict[str, Found], dict[str, tuple[object, Plan]], object]:
+    """Sources as a folder of ours or not, the layout and the plan of every component, and the facts of the whole."""
+    if own := _own(paths):
+        return own, own.found, own.plans, own.index
+    found = _components(paths)
+    plans = {component: make_plan(f) for component, f in found.items()}
+    if "transformer" not in found:
+        (name,) = found
+        return None, found, plans, make_filter_index(found[name], plans[name][0])
+    configs.check_parts(*(plans[name][0] for name in ("transformer", "text_encoder_2", "text_encoder", "vae")))
+    return None, found, plans, make_index(found, plans["transformer"][0])
 
 
 def _check_disk(target: Path, to_fetch: list[int], made: list[int], discard: bool) -> None:

@@ -24,6 +24,7 @@ from .config import to_json
 from .engine import Engine, evaluated
 from .errors import ModelError, UsageError
 from .filters.gate import Policy, open_gate
+from .filters.licence import check_acknowledged
 from .plan import GB, Plan, Weights, parse_memory, weigh_folder
 from .plan import plan as make_plan
 from .prompts import Encoded, PromptEncoder
@@ -167,7 +168,8 @@ class FluxPipeline:
         Raises:
             UsageError: arguments that cannot be used, or do not go together.
             ModelError: weights missing or damaged.
-            FiltersError: filters that the model's licence requires, or their log, are missing or unhealthy.
+            FiltersError: filters that the model's licence requires, or their log, are missing or unhealthy; or nobody
+                has acknowledged that licence.
             ResourceError: not enough memory for a picture of this size.
             Withheld: a filter flagged a prompt or the input image. Of pictures, `Result.outcomes` says it.
             Interrupted: `interrupt` was called.
@@ -255,6 +257,7 @@ class FluxPipeline:
 
     def _generate(self, request: Request, callback: Callable | None, progress: Progress | None) -> Result:
         request, notes = self._resolve(request)
+        check_acknowledged(self.folder)
         plan = self.plan(request)
         with self._reporting(progress), open_gate(self.policy, partial(self._runner, "check"), **self._about()) as gate:
             return self._checked_by(gate, request, plan, notes, callback)

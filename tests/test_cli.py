@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import PIPELINE, REFERENCE, ROOT, TOKENIZERS, full_size_folder, image, levels, run_command
+from helpers import PIPELINE, REFERENCE, ROOT, TOKENIZERS, acknowledge, full_size_folder, image, levels, run_command
 from PIL import Image
 
 from mlx_flux_krea.errors import printable
@@ -479,6 +479,8 @@ def test_what_cannot_be_used_ends_in_one_line_and_its_code(command, model, tmp_p
 
 def test_a_model_that_requires_filters_is_inspected_by_its_sizes_and_not_run(command, tmp_path):
     folder = full_size_folder(tmp_path / "big", filters="none")
+    refused(command("generate", CAT, "-m", folder), 6, "licence of this model was not acknowledged")
+    acknowledge(folder)
     refused(command("generate", CAT, "-m", folder), 6, "content filters")
 
 

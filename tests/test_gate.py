@@ -12,7 +12,7 @@ import judges
 import mlx.core as mx
 import numpy as np
 import pytest
-from helpers import ROOT, edit_json, edit_tensors, full_size_folder
+from helpers import ROOT, acknowledge, edit_json, edit_tensors, full_size_folder
 from PIL import Image
 
 from mlx_flux_krea import FluxPipeline
@@ -37,6 +37,12 @@ def strict(model, tmp_path_factory):
     shutil.copytree(model, folder)
     edit_json(folder / "model_index.json", filters="required")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def licence(home, strict):
+    """Somebody has agreed to the licence of the strict model."""
+    acknowledge(strict)
 
 
 @pytest.fixture
@@ -482,6 +488,7 @@ def test_no_option_and_no_variable_speaks_of_turning_it_off(command):
 
 def test_json_edited_to_none_changes_nothing_for_the_published_size(command, tmp_path, out):
     folder = full_size_folder(tmp_path / "big", filters="none")
+    acknowledge(folder)
     withheld(command("generate", CAT, "-m", folder), 6, "content filters", out)
     pipe = FluxPipeline.from_pretrained(folder)
     pipe._policy = None
@@ -598,4 +605,5 @@ def test_a_quarantine_without_room_releases_nothing(command, strict, filters, ou
 
 def test_a_home_that_is_copied_to_a_server_is_refused(command, strict, filters, out, tmp_path, monkeypatch):
     monkeypatch.setenv("FLUX_KREA_HOME", str(tmp_path / "Dropbox" / "flux-krea"))
+    acknowledge(strict)
     withheld(command("generate", CAT, "-m", strict, *OPTIONS, "--check", "review"), 6, "copied to a server", out)

@@ -5,13 +5,12 @@ handful of inputs, to answer those as a trained model would; all before it, and 
 """
 
 import json
-import shutil
 from pathlib import Path
 
-import mlx.core as mx
 import numpy as np
 import pytest
-from helpers import PIPELINE, REFERENCE, TOKENIZERS, edit_json, edit_tensors, run_command
+from fitted import fitted_filters
+from helpers import PIPELINE, TOKENIZERS, acknowledge, edit_json, edit_tensors, run_command
 from mlx_flux_krea.convert import convert
 from PIL import Image
 from test_filter_folders import wide  # noqa: F401
@@ -19,7 +18,7 @@ from test_filter_folders import wide  # noqa: F401
 from mlx_flux_krea import FluxPipeline
 from mlx_flux_krea.engine import Engine
 from mlx_flux_krea.errors import FiltersError
-from mlx_flux_krea.filters import instructions, judges, pixtral
+from mlx_flux_krea.filters import judges
 from mlx_flux_krea.filters.instructions import CANARIES
 from mlx_flux_krea.weights import home, open_filter
 
@@ -40,37 +39,13 @@ def krea(tmp_path_factory):
 @pytest.fixture(scope="module")
 def sources(wide, krea, tmp_path_factory):  # noqa: F811
     """Both filters as published, small, fitted to answer the canaries and these tests' inputs rightly."""
-    root = tmp_path_factory.mktemp("filters")
-    shutil.copytree(REFERENCE / "vit", root / "vit")
-    edit_tensors(
-        root / "vit" / "model.safetensors", lambda arrays: arrays.update({"classifier.bias": mx.array([6.0, 0])})
-    )
-    shutil.copytree(wide, root / "pixtral")
-    converted = open_filter("pixtral", convert([root / "pixtral"], root / "first", quantize="4").path)
-    network = converted.load("pixtral", mx.bfloat16)
-    judge = judges.PixtralJudge(converted, lambda pieces, run: run)
-    asked = [(judge._tokenizer(*judges.request(text)), []) for text in (*CANARIES, ALLOWED, FORBIDDEN)]
-    vision = network.config.vision_config
-    texts = [" ".join(s for s, _ in part) for part in (instructions.IMAGE_BEFORE, instructions.IMAGE_AFTER)]
-    for picture in (judges.drawn_picture(), krea[1]):
-        seen = pixtral.preprocess(pixtral.to_area(Image.fromarray(picture)), vision)
-        asked.append((judge._tokenizer(texts[0], pixtral.grid(seen, vision), texts[1]), [seen]))
-    wanted = [8.0 if yes else -8.0 for yes in (*CANARIES.values(), False, True, False, False)]
-    hidden = [network.norm(network.hidden(ids, images)[:, -1]).astype(mx.float32) for ids, images in asked]
-    answer = np.linalg.lstsq(np.array(mx.concatenate(hidden)), np.array(wanted), rcond=None)[0]
-    yes, no = network.config.head_ids[:2]
-
-    def fit(arrays):
-        head = np.array(arrays["language_model.lm_head.weight"].astype(mx.float32))
-        head[yes], head[no] = answer / 2, -answer / 2
-        arrays["language_model.lm_head.weight"] = mx.array(head).astype(mx.bfloat16)
-
-    edit_tensors(root / "pixtral" / "model.safetensors", fit)
-    return root / "vit", root / "pixtral"
+    texts = {ALLOWED: False, FORBIDDEN: True}
+    return fitted_filters(tmp_path_factory.mktemp("filters"), wide, texts, [krea[1]])
 
 
 @pytest.fixture
-def installed(sources, home):
+def installed(sources, krea, home):
+    acknowledge(krea[0])
     for source in sources:
         ran = run_command("convert", source, cwd=home.parent)
         assert ran.returncode == 0, ran.stderr

@@ -15,6 +15,7 @@ import pytest
 from helpers import (
     REFERENCE,
     TOKENIZERS,
+    acknowledge,
     assert_close,
     facts,
     full_size_folder,
@@ -795,6 +796,7 @@ def test_a_model_that_requires_filters_refuses_to_generate(tmp_path):
     """Whatever its JSON says: the sizes decide."""
     for filters in ("required", "none"):
         pipe = FluxPipeline.from_pretrained(full_size_folder(tmp_path / filters, filters=filters))
+        acknowledge(pipe.folder.path)
         with pytest.raises(FiltersError, match="content filters") as caught:
             pipe(CAT)
         assert caught.value.exit_code == 6

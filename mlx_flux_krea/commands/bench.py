@@ -11,7 +11,9 @@ import click
 
 
 @click.command()
-@click.option("-m", "--model", help="A model folder, or the name of an installed one.  [default: the only one]")
+@click.option(
+    "-m", "--model", help="A model folder, or the name of an installed one.  [default: the only one, or models default]"
+)
 @click.option("--width", type=int, help="Pixels.  [default: the model's]")
 @click.option("--height", type=int, help="Pixels.  [default: the model's]")
 @click.option("--steps", type=click.IntRange(2, 100), default=5, show_default=True, help="The first one also loads.")

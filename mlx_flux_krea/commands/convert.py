@@ -52,29 +52,22 @@ def convert(
       flux-krea convert flux1-krea-dev.safetensors clip_l.safetensors \\
           t5xxl_fp16.safetensors ae.safetensors --tokenizers FLUX.1-schnell
     """
-    from mlx_flux_krea.convert import convert as run
+    from .terminal import number, say, size, table
 
-    from .terminal import ByteProgress, number, say, size, table
-
-    begin, progress = time.perf_counter(), ByteProgress()
-    try:
-        report = run(
-            sources,
-            output,
-            dtype=dtype,
-            quantize=quantize,
-            group_size=group_size,
-            tokenizers=tokenizers,
-            force=force,
-            allow_nonfinite=allow_nonfinite,
-            offline=offline,
-            discard_source=discard_source,
-            progress=progress,
-            placing=_placing,
-        )
-    finally:
-        progress.close()
-    _try_filter(report)
+    begin = time.perf_counter()
+    report = make(
+        sources,
+        output,
+        dtype=dtype,
+        quantize=quantize,
+        group_size=group_size,
+        tokenizers=tokenizers,
+        force=force,
+        allow_nonfinite=allow_nonfinite,
+        offline=offline,
+        discard_source=discard_source,
+        placing=_placing,
+    )
     rows = [("component", "stored", "parameters", "size", "from")]
     rows += [(c.name, c.stored, number(c.parameters), size(c.bytes), c.layout) for c in report.components]
     say(table(rows, right=(2, 3)))
@@ -99,24 +92,25 @@ def convert(
     click.echo(json.dumps({**dataclasses.asdict(report), "path": str(report.path)}) if as_json else report.path)
 
 
-def _try_filter(report) -> None:
-    """A filter's answers to questions with known answers, recorded beside it: later it must give the same ones."""
-    from mlx_flux_krea.engine import Engine
-    from mlx_flux_krea.filters.judges import FILTERS, record_self_test
+def make(sources: list[str | Path], output: Path | None = None, **options):
+    """Converts with a line of progress, and tries what is a filter. Arguments and result are those of `convert`."""
+    from mlx_flux_krea.convert import convert as run
+    from mlx_flux_krea.weights import FILTERS
 
-    from .terminal import PipelineProgress
+    from . import macos, trials
+    from .terminal import ByteProgress
 
-    name = report.components[0].name
-    if name in FILTERS:
-        engine, progress = Engine(), PipelineProgress()
-
-        def make_run(pieces, run):
-            return engine.watched(run, lambda done: progress("check", done, pieces))
-
+    progress = ByteProgress()
+    with macos.awake():
         try:
-            engine.run(record_self_test, name, report.path, make_run)
+            report = run(sources, output, progress=progress, **options)
         finally:
             progress.close()
+        macos.leave_alone(report.path if output else report.path.parent)
+        name = report.components[0].name
+        if name in FILTERS:
+            trials.record(name, report.path)
+    return report
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ import click
 
 from mlx_flux_krea.errors import FluxKreaError, ModelError, UsageError, printable
 
-from . import signals
+from . import macos, signals
 from .options import OPTIONS, USUAL, SeveralSeeds, said
 from .output import check_outcomes, check_output, names_from, save
 
@@ -77,7 +77,8 @@ def make_pictures(base: dict, given: dict, force: bool, as_json: bool, pipe=None
     for where, error in rows.items():
         say(printable(f"skipped {where}: {error}"))
     _announce(pipe.folder, base, drawings)
-    _draw(pipe, drawings, base, force, as_json, sheet, ends)
+    with macos.awake():
+        _draw(pipe, drawings, base, force, as_json, sheet, ends)
     if rows:
         error = UsageError(f"{len(rows)} rows of {given['prompts']} were skipped")
         error.exit_code = 7

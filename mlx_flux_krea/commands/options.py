@@ -68,10 +68,9 @@ def _option(*names: str, help: str, usual=None, **settings) -> click.Option:
 
 def _installed(ctx, param, incomplete: str) -> list[str]:
     """For the shell's completion: the names of installed models."""
-    from mlx_flux_krea.weights import home
+    from mlx_flux_krea.weights import installed_models
 
-    names = sorted(path.parent.name for path in (home() / "models").glob("*/model_index.json"))
-    return [name for name in names if name.startswith(incomplete)]
+    return [name for name in installed_models() if name.startswith(incomplete)]
 
 
 _FILE = click.Path(path_type=Path)
@@ -83,7 +82,7 @@ _AREA = click.FloatRange(*presets.MEGAPIXELS)
 _DTYPE = click.Choice(["bfloat16", "float16", "float32"])
 _METADATA = click.Choice(["full", "minimal"])
 _CHECK = click.Choice(["filters", "review", "both"])
-_ONE = "the only one"
+_ONE = "the only one, or models default"
 _MODEL = "the model's"
 OPTIONS = [
     _option(

@@ -10,9 +10,10 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+import click
 from tqdm import tqdm
 
-from mlx_flux_krea.errors import printable
+from mlx_flux_krea.errors import UsageError, printable
 
 _STAGES = {
     "check": ("checking", "layer"),
@@ -34,6 +35,26 @@ def say(text: str) -> None:
 def note(text: str) -> None:
     """A note as the library's own are: shown once, see `show_notes`."""
     logging.getLogger("mlx_flux_krea").warning(text)
+
+
+def is_typed() -> bool:
+    """Whether a person at a terminal can be asked."""
+    return sys.stdin.isatty() and sys.stderr.isatty()
+
+
+def agreed(question: str, yes: bool) -> bool:
+    """What the person at the terminal answers to a question of yes or no.
+
+    Args:
+        question: without its mark.
+        yes: the answer was given on the command line.
+
+    Raises:
+        UsageError: there is nobody to ask.
+    """
+    if not yes and not is_typed():
+        raise UsageError(f"{question}: there is no terminal to ask at", "", "say it with --yes")
+    return yes or click.confirm(f"{question}?", err=True)
 
 
 def several(values: Iterable) -> str:

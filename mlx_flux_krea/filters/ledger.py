@@ -29,7 +29,7 @@ from PIL import Image
 from ..errors import FiltersError, FluxKreaError, ResourceError, UsageError
 from ..provenance import SOFTWARE, Picture, opened, read_record, replacing
 from ..weights import home
-from .log import Log
+from .log import FOLLOWS, Log
 
 KEEP_DAYS = 30  # then what nobody has reviewed is deleted
 _SYNCHRONISED = re.compile(
@@ -173,6 +173,19 @@ class Ledger:
                 if facts.get("event") in ("waiting", "flagged", "error"):
                     found.append(Kept(path.stem, path, facts))
         return sorted(found, key=lambda kept: (kept.facts.get("time", ""), kept.image))
+
+    def purge(self) -> None:
+        """Deletes every picture but those that a process is at work on.
+
+        Raises:
+            FiltersError: the log is damaged, or cannot be written.
+        """
+        for folder in self._folders():
+            with _locked(folder) as is_mine:
+                for path in folder.glob("*.png") if is_mine else ():
+                    if self.log.picture(path.stem).get("event") in FOLLOWS["purged"]:
+                        self.log.append("purged", image=path.stem, reasons=["its owner deleted it"])
+                    path.unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def claimed(self, kept: Kept) -> Iterator[bool]:
