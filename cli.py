@@ -23,6 +23,7 @@ from mlx_flux_krea.commands.generate import generate
 from mlx_flux_krea.commands.inspect import inspect
 from mlx_flux_krea.commands.log import log
 from mlx_flux_krea.commands.plan import plan
+from mlx_flux_krea.commands.resume import resume
 from mlx_flux_krea.commands.review import review
 from mlx_flux_krea.commands.verify import verify
 from mlx_flux_krea.errors import FluxKreaError, printable
@@ -41,7 +42,7 @@ def cli():
 
 
 for verb in (
-    generate, shell.shell, review, convert, inspect, plan, bench.bench, verify, log,
+    generate, resume, shell.shell, review, convert, inspect, plan, bench.bench, verify, log,
     config.config, schema.tool_schema, completion.completion,
 ):  # fmt: skip
     cli.add_command(verb)

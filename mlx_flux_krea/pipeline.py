@@ -24,6 +24,7 @@ from .config import to_json
 from .engine import Engine, evaluated
 from .errors import ModelError, UsageError
 from .filters.gate import Policy, open_gate
+from .interrupted import Checkpoint
 from .plan import GB, Plan, Weights, parse_memory, weigh_folder
 from .plan import plan as make_plan
 from .prompts import Encoded, PromptEncoder
@@ -130,6 +131,7 @@ class FluxPipeline:
         callback_on_step_end: Callable | None = None,
         max_sequence_length: int | None = None,
         progress: Progress | None = None,
+        checkpoint: Checkpoint | None = None,
     ) -> Result:
         """Makes pictures. Arguments are diffusers' where it has them; defaults come from the folder.
 
@@ -160,6 +162,7 @@ class FluxPipeline:
                 returns {"latents": ...}, they are replaced.
             max_sequence_length: tokens of T5; None: the folder's.
             progress: called as (stage, done, total) after every piece, in the engine's thread.
+            checkpoint: where the run is kept, and from where it goes on: `flux-krea resume`.
 
         Returns:
             Pictures with their seeds, records and notes.
@@ -174,6 +177,8 @@ class FluxPipeline:
         """
         if callback_on_step_end is not None and not callable(callback_on_step_end):
             raise UsageError(f"callback_on_step_end is {type(callback_on_step_end).__name__}", "a function")
+        if checkpoint is not None and type(checkpoint) is not Checkpoint:  # whatever else sees latents
+            raise UsageError(f"checkpoint is {type(checkpoint).__name__}", "a Checkpoint")
         request = Request(
             prompt=prompt,
             prompt_2=prompt_2,
@@ -200,7 +205,7 @@ class FluxPipeline:
         )
         if self.policy:
             _check_reviewable(self.policy, request, callback_on_step_end)
-        return self._engine.run(self._generate, request, callback_on_step_end, progress)
+        return self._engine.run(self._generate, request, callback_on_step_end, progress, checkpoint)
 
     @property
     def policy(self) -> Policy | None:
@@ -253,11 +258,11 @@ class FluxPipeline:
 
     # --- from here on in the engine's thread ---
 
-    def _generate(self, request: Request, callback: Callable | None, progress: Progress | None) -> Result:
+    def _generate(self, request: Request, callback: Callable | None, progress: Progress | None, checkpoint) -> Result:
         request, notes = self._resolve(request)
         plan = self.plan(request)
         with self._reporting(progress), open_gate(self.policy, partial(self._runner, "check"), **self._about()) as gate:
-            return self._checked_by(gate, request, plan, notes, callback)
+            return self._checked_by(gate, request, plan, notes, callback, checkpoint)
 
     @contextlib.contextmanager
     def _reporting(self, progress: Progress | None) -> Iterator[None]:
@@ -269,7 +274,7 @@ class FluxPipeline:
             self._progress = outer
             mx.clear_cache()
 
-    def _checked_by(self, gate, request: Request, plan: Plan, notes: list[str], callback: Callable | None) -> Result:
+    def _checked_by(self, gate, request: Request, plan: Plan, notes: list[str], callback, checkpoint) -> Result:
         """The run itself: what is asked for, and what comes out, passes the gate."""
         self._check_folder()
         gate.check_prompts(request.texts())
@@ -278,7 +283,7 @@ class FluxPipeline:
         notes += gate.notes
         for note in notes:
             logger.warning(note)
-        conditions, images, seconds, peaks = self._draw(request, plan, callback)
+        conditions, images, seconds, peaks = self._draw(request, plan, callback, checkpoint)
         records = tuple(self._record() | request.record(i) for i in range(request.batch))
         outcomes = ("released",) * request.batch
         if request.output_type == "pil" or self.policy:
@@ -290,16 +295,20 @@ class FluxPipeline:
         notes += dict.fromkeys(note for side in conditions for one in side for note in one.cut)
         return Result(images, outcomes, seeds, tuple(notes), records, seconds, plan, peaks)
 
-    def _draw(self, request: Request, plan: Plan, callback: Callable | None) -> tuple[tuple, list, dict, dict]:
+    def _draw(
+        self, request: Request, plan: Plan, callback: Callable | None = None, checkpoint: Checkpoint | None = None
+    ) -> tuple[tuple, list, dict, dict]:
         """What was read of the prompts; pixels, or latents; and of each stage the seconds and the peak in bytes."""
         if mx.default_device().type == mx.gpu:
             mx.set_cache_limit(min(max(plan.budget - plan.peak, 2**26), GB))
         seconds: dict[str, float] = {}
         peaks: dict[str, int] = {}
-        with _measured("text", seconds, peaks):
-            conditions = self._conditions(request)
+        conditions: tuple = (), ()
+        if checkpoint is None or not checkpoint.is_drawn:
+            with _measured("text", seconds, peaks):
+                conditions = self._conditions(request)
         with _measured("denoise", seconds, peaks):
-            latents = self._denoise(request, conditions, callback, plan)
+            latents = self._denoise(request, conditions, callback, plan, checkpoint)
         with _measured("decode", seconds, peaks):
             images = latents if request.output_type == "latent" else self._decode(request, latents)
         return conditions, images, seconds, peaks
@@ -321,7 +330,7 @@ class FluxPipeline:
             plan = self.plan(resolved)
             with self._reporting(progress):
                 self._check_folder()
-                _, _, seconds, peaks = self._draw(resolved, plan, None)
+                _, _, seconds, peaks = self._draw(resolved, plan)
             return Result([], (), (), tuple(notes), (), seconds, plan, peaks)
 
         return self._engine.run(run)
@@ -367,21 +376,28 @@ class FluxPipeline:
             negative = _given(request.negative_prompt_embeds, request.negative_pooled_prompt_embeds)
         return positive, negative * request.prompts if len(negative) == 1 else negative
 
-    def _denoise(self, request: Request, conditions: tuple, callback: Callable | None, plan: Plan) -> mx.array:
-        """Latents (B, L, 64) at the end of the schedule."""
+    def _denoise(self, request: Request, conditions: tuple, callback, plan: Plan, checkpoint) -> mx.array:
+        """Latents (B, L, 64) at the end of the schedule, from its beginning or from where an interrupted run was."""
         down, steps = self.folder.sizes["vae"].downsampling, request.num_inference_steps
         size = request.height // down, request.width // down
         sigmas = sampler.make_sigmas(self.folder.index.schedule, size[0] * size[1] // 4, steps, request.sigmas or ())
         start = 0 if request.image is None else sampler.first_step(steps, request.strength)
-        latents = self._start(request, size, float(sigmas[start]))
-        with self._velocity(request, conditions, sigmas, start, size, plan) as velocity:
-            run = sampler.euler(velocity, latents, sigmas, start)
+        shape = request.batch, size[0] * size[1] // 4, self.folder.sizes["transformer"].in_channels
+        kept = None if checkpoint is None else checkpoint.latents(shape, steps - start)
+        done = 0 if kept is None else checkpoint.done
+        latents = self._start(request, size, float(sigmas[start])) if kept is None else mx.array(kept)
+        if done == steps - start:
+            return latents
+        with self._velocity(request, conditions, sigmas, start, done, size, plan) as velocity:
+            run = sampler.euler(velocity, latents, sigmas, start + done)
             replaced = None
-            for step in range(steps - start):
+            for step in range(done, steps - start):
                 latents = run.send(replaced)
                 _check_finite(f"step {step + 1} of the transformer", latents)
                 replaced = self._call_back(callback, step, float(sigmas[start + step]), latents)
                 latents = latents if replaced is None else replaced
+                if checkpoint is not None:
+                    checkpoint.reached(step + 1, steps - start, np.array(latents.astype(mx.float32)))
         return latents
 
     def _start(self, request: Request, size: tuple[int, int], sigma: float) -> mx.array:
@@ -414,8 +430,13 @@ class FluxPipeline:
         return (mean - vae.config.shift_factor) * vae.config.scale_factor
 
     @contextlib.contextmanager
-    def _velocity(self, request: Request, conditions: tuple, sigmas: np.ndarray, start: int, size, plan) -> Iterator:
-        """The model that the sampler integrates. What does not depend on the latents is computed here, once."""
+    def _velocity(
+        self, request: Request, conditions: tuple, sigmas: np.ndarray, start: int, done: int, size, plan: Plan
+    ) -> Iterator:
+        """The model that the sampler integrates. What does not depend on the latents is computed here, once.
+
+        Of an interrupted run too, all modulations are computed together: a product of fewer rows may round otherwise.
+        """
         flux = self._flux(plan.keep)
         read = [*conditions[0], *conditions[1]]
         steps = len(sigmas) - 1 - start
@@ -423,7 +444,7 @@ class FluxPipeline:
         texts = [evaluated(flux.txt_in, one.embeds.astype(flux.dtype)) for one in read]
         tables = [rope(sampler.position_ids(t.shape[1], *size), flux.config.axes_dim, flux.config.theta) for t in texts]
         mx.eval(tables)
-        rounds = steps * request.batch * (2 if conditions[1] else 1)
+        rounds = (steps - done) * request.batch * (2 if conditions[1] else 1)
 
         def one(latents: mx.array, condition: int, step: int) -> mx.array:
             row = condition * steps + step - start
@@ -442,7 +463,7 @@ class FluxPipeline:
             return mx.concatenate(velocities)
 
         with self._blocks.reading(rounds) if self._blocks else contextlib.nullcontext(evaluated) as run:
-            run = self._runner("denoise", rounds * (len(flux.blocks) + 2), run, steps)
+            run = self._runner("denoise", rounds * (len(flux.blocks) + 2), run, steps - done)
             yield velocity
 
     def _flux(self, keep: int) -> Flux:
