@@ -43,7 +43,6 @@ def _go_on(checkpoint, path: Path, said: dict, as_json: bool) -> None:
 
     from .config import read_config
     from .generate import make_run, open_pipe
-    from .jobs import output_name
     from .runs import Run, made_by
     from .terminal import note, show_notes
 
@@ -55,8 +54,7 @@ def _go_on(checkpoint, path: Path, said: dict, as_json: bool) -> None:
     run.restrict(read_config())
     run.options |= {name: said[name] for name in ("model", "memory") if said[name]}
     if said["output"]:
-        places = {id(job): i for i, job in enumerate(run.jobs, 1)}
-        run.place(lambda job: output_name(said["output"], job.options.get("prompt", ""), job.seed, places[id(job)]))
+        run.place(said["output"])
     if checkpoint.image is not None and run.left and "image" in run.left[0].options:
         run.images[run.left[0].options["image"]] = Image.fromarray(checkpoint.image)
     before = run.made_by

@@ -8,7 +8,7 @@ import contextlib
 import os
 import shlex
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -21,8 +21,8 @@ from mlx_flux_krea.provenance import SOFTWARE, Picture, opened, read_record
 from mlx_flux_krea.weights import ModelFolder, sha256
 
 from . import signals
-from .jobs import UNTYPED, Job
-from .options import BY_NAME, cast
+from .jobs import UNTYPED, Job, output_name
+from .options import BY_NAME, USUAL, cast
 from .sheet import sheet_of, thumbnail
 from .terminal import note, say
 
@@ -93,7 +93,7 @@ class Run:
         """As JSON; with whole paths, since whoever goes on may be elsewhere."""
         names = ("where", "seed", "label", "row")
         return {
-            "options": _plain(self.options),
+            "options": _plain({"output": Path(USUAL["output"]), **self.options}),
             "jobs": [
                 {name: getattr(job, name) for name in names}
                 | {"options": _plain(job.options), "output": os.path.abspath(job.output)}
@@ -136,18 +136,16 @@ class Run:
         if not 0 < len(run.jobs) >= len(run.done):
             raise UsageError(f"the file tells of {len(run.done)} pictures of {len(run.jobs)}", "what we wrote")
         if not ours:
-            run.place(lambda job: Path(job.output.name))
+            run.jobs = [replace(job, output=Path(job.output.name)) for job in run.jobs]
+            run.options["output"] = Path(run.options.get("output", USUAL["output"]).name)
         return run
 
-    def place(self, output: Callable[[Job], Path]) -> None:
-        """Gives what is left other places.
-
-        Args:
-            output: the place of a job's picture.
-        """
-        self.jobs[len(self.done) :] = [replace(job, output=output(job)) for job in self.left]
-        if "contact_sheet" in self.options:
-            self.options["output"] = output(self.jobs[0])
+    def place(self, template: Path) -> None:
+        """Gives what is left other places, by such a name as --output takes."""
+        self.options["output"] = template  # beside which a contact sheet goes
+        for i, job in enumerate(self.left, len(self.done)):
+            output = output_name(template, job.options.get("prompt", ""), job.seed, i + 1)
+            self.jobs[i] = replace(job, output=output)
 
     def restrict(self, config: dict) -> None:
         """Checks at least as strictly as a new run would: where file and config file differ, the stricter holds."""
