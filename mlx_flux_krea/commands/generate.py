@@ -78,6 +78,7 @@ def make_run(run, as_json: bool, pipe=None, ends: bool = True, skipped: Sequence
         UsageError: as `make_pictures`.
     """
     from .jobs import prepare, sheet_name
+    from .preview import make_preview
     from .runs import keeping
     from .terminal import say, show_notes
 
@@ -95,6 +96,7 @@ def make_run(run, as_json: bool, pipe=None, ends: bool = True, skipped: Sequence
     if sheet and len({(d.request.width, d.request.height) for d in drawings}) > 1:
         raise UsageError("--contact-sheet has pictures of several sizes", "one size")
     show_notes()
+    preview = make_preview(base.get("preview"), pipe)
     for where, error in dict(skipped).items():  # one reason for each
         say(printable(f"skipped {where}: {error}"))
         run.skipped[where] = str(error)
@@ -102,7 +104,7 @@ def make_run(run, as_json: bool, pipe=None, ends: bool = True, skipped: Sequence
     if drawings:
         _announce(pipe.folder, base, drawings)
     with keeping(run, pipe.folder):
-        _draw(pipe, drawings, run, as_json, sheet, ends)
+        _draw(pipe, drawings, run, as_json, sheet, ends, preview)
     _check_run(run)
     return list(dict.fromkeys(job.seed for job in run.jobs))
 
@@ -120,7 +122,7 @@ def open_pipe(base: dict):
     return FluxPipeline.from_pretrained(model, **said)
 
 
-def _draw(pipe, drawings: list, run, as_json: bool, sheet: Path | None, ends: bool) -> None:
+def _draw(pipe, drawings: list, run, as_json: bool, sheet: Path | None, ends: bool, preview) -> None:
     """Draws and saves one after the other."""
     from .terminal import PipelineProgress, say
 
@@ -129,7 +131,7 @@ def _draw(pipe, drawings: list, run, as_json: bool, sheet: Path | None, ends: bo
     try:
         for drawing in drawings:
             job = drawing.job
-            result = pipe(**drawing.arguments, progress=progress, checkpoint=run.checkpoint)
+            result = pipe(**drawing.arguments, progress=progress, preview=preview, checkpoint=run.checkpoint)
             outcome, record, picture, path = result.outcomes[drawing.pick], result.records[drawing.pick], None, None
             with signals.held():  # a picture that has its name is also reported
                 if ends and drawing is drawings[-1] and not sheet:

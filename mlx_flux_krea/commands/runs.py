@@ -136,6 +136,7 @@ class Run:
         if not 0 < len(run.jobs) >= len(run.done):
             raise UsageError(f"the file tells of {len(run.done)} pictures of {len(run.jobs)}", "what we wrote")
         if not ours:
+            run.options.pop("preview", None)
             run.jobs = [replace(job, output=Path(job.output.name)) for job in run.jobs]
             run.options["output"] = Path(run.options.get("output", USUAL["output"]).name)
         return run

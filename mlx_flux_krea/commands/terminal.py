@@ -153,22 +153,35 @@ def number(count: int) -> str:
     return str(count)
 
 
+def inline_picture(data: bytes, rows: int | None = None) -> str | None:
+    """What makes this terminal show a PNG where it writes; None: it cannot.
+
+    Args:
+        data: the file's bytes.
+        rows: lines that it takes, the cursor staying where it is; None: as many as it has pixels for.
+    """
+    program = os.environ.get("LC_TERMINAL") or os.environ.get("TERM_PROGRAM", "")
+    encoded = base64.b64encode(data).decode()
+    if program in ("iTerm2", "iTerm.app", "WezTerm"):
+        height = f"height={rows};" if rows else ""
+        return f"\x1b]1337;File=inline=1;{height}preserveAspectRatio=1:{encoded}\x07"
+    if "KITTY_WINDOW_ID" in os.environ or program == "ghostty":
+        place = f"r={rows},C=1,i=1,q=2," if rows else ""  # the next of the same number takes its place
+        chunks = [encoded[i : i + 4096] for i in range(0, len(encoded), 4096)] or [""]
+        heads = [f"a=T,f=100,{place}"] + [""] * (len(chunks) - 1)
+        more = [1] * (len(chunks) - 1) + [0]
+        return "".join(f"\x1b_G{h}m={m};{chunk}\x1b\\" for h, m, chunk in zip(heads, more, chunks, strict=True))
+    return None
+
+
 def show_picture(path: Path) -> bool:
     """Shows a PNG to the person at this terminal: in it where it can (iTerm2, kitty), else in the platform's viewer.
 
     Returns:
         Whether that can be expected to have worked.
     """
-    program = os.environ.get("LC_TERMINAL") or os.environ.get("TERM_PROGRAM", "")
-    data = base64.b64encode(path.read_bytes()).decode()
-    if program in ("iTerm2", "iTerm.app", "WezTerm"):
-        say(f"\x1b]1337;File=inline=1;preserveAspectRatio=1:{data}\x07")
-        return True
-    if "KITTY_WINDOW_ID" in os.environ or program == "ghostty":
-        chunks = [data[i : i + 4096] for i in range(0, len(data), 4096)]
-        heads = ["a=T,f=100,"] + [""] * (len(chunks) - 1)
-        more = [1] * (len(chunks) - 1) + [0]
-        say("".join(f"\x1b_G{h}m={m};{chunk}\x1b\\" for h, m, chunk in zip(heads, more, chunks, strict=True)))
+    if inline := inline_picture(path.read_bytes()):
+        say(inline)
         return True
     viewer = shutil.which("open" if sys.platform == "darwin" else "xdg-open")
     if viewer is None or (sys.platform != "darwin" and not {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys()):
