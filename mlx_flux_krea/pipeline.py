@@ -76,6 +76,7 @@ class FluxPipeline:
         self._blocks: Blocks | None = None
         self._modulation: Blocks | None = None  # its layers, apart from the blocks they belong to
         self._modulations: tuple[tuple, list] | None = None  # of the last call, and what they depend on
+        self._margins: dict[tuple, float] = {}  # what the filter said of texts
         self._progress: Progress | None = None
         self._checked = False
 
@@ -292,8 +293,11 @@ class FluxPipeline:
     def _generate(self, request: Request, watched: "Watched", progress: Progress | None) -> Result:
         request, notes = self._resolve(request)
         plan = self.plan(request)
-        with self._reporting(progress), open_gate(self.policy, partial(self._runner, "check"), **self._about()) as gate:
+        with self._reporting(progress), self._gate() as gate:
             return self._checked_by(gate, request, plan, notes, watched)
+
+    def _gate(self) -> contextlib.AbstractContextManager:
+        return open_gate(self.policy, partial(self._runner, "check"), self._margins, **self._about())
 
     @contextlib.contextmanager
     def _reporting(self, progress: Progress | None) -> Iterator[None]:
@@ -341,6 +345,36 @@ class FluxPipeline:
         with _measured("decode", seconds, peaks):
             images = latents if request.output_type == "latent" else self._decode(request, latents)
         return conditions, images, seconds, peaks
+
+    def read_ahead(self, requests: Sequence[Request], progress: Progress | None = None) -> None:
+        """Judges and encodes the prompts of several pictures, so that filters and encoders are read once for them.
+
+        What it found is kept for the calls that draw them, which say what was flagged; that is not encoded here.
+
+        Args:
+            requests: resolved ones; of more prompts than `prompts.KEPT` the last are kept.
+            progress: as in a call.
+
+        Raises:
+            ModelError: weights missing or damaged.
+            FiltersError: filters that the model's licence requires, or their log, are missing or unhealthy.
+        """
+
+        def run() -> None:
+            with self._reporting(progress):
+                passed = list(requests)
+                if self.policy:
+                    with self._gate() as gate:
+                        passed = gate.passing(passed)
+                self._check_folder()
+                lengths: dict[int, list] = {}
+                for request in passed:
+                    pairs = request.pairs() + request.pairs(negative=True)
+                    lengths.setdefault(request.max_sequence_length, []).extend(pairs)
+                for length, pairs in lengths.items():
+                    self._encode(pairs, length)
+
+        self._engine.run(run)
 
     def rehearse(self, prompt: str, *, progress: Progress | None = None, **request) -> Result:
         """Draws and throws away: what a run takes of time and memory, with nothing to be judged or released.

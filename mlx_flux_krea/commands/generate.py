@@ -7,12 +7,13 @@ from pathlib import Path
 
 import click
 
-from mlx_flux_krea.errors import FluxKreaError, ModelError, UsageError, printable
+from mlx_flux_krea.errors import FluxKreaError, ModelError, UsageError, Withheld, printable
 
 from . import signals
 from .options import OPTIONS, USUAL, SeveralSeeds, said
 from .output import check_outcomes, check_output, names_from, save
 
+_TOGETHER = 16  # pictures whose prompts are read at once: so many are kept, with a negative one each
 _THRESHOLDS = ("nsfw_threshold", "integrity_margin")
 
 
@@ -21,6 +22,9 @@ def generate(**options):
     """Make pictures from PROMPT.
 
     A PROMPT of - is read from standard input. {a|b} in a prompt makes a picture of each.
+
+    With --json, standard error has what happens, an object a line: "said", "skipped", "progress", "picture". Only an
+    error that ends it is a plain line.
 
     \b
     Examples:
@@ -80,8 +84,9 @@ def make_run(run, as_json: bool, pipe=None, ends: bool = True, skipped: Sequence
     from .jobs import prepare, sheet_name
     from .preview import make_preview
     from .runs import keeping
-    from .terminal import say, show_notes
+    from .terminal import say, show_notes, tell_events
 
+    tell_events(as_json)
     base, skipped = run.options, list(skipped)
     jobs = _usable(run.left, lambda job: check_output(job.output, job.options.get("quality")) or job, skipped)
     sheet = sheet_name(base.get("output", Path(USUAL["output"]))) if "contact_sheet" in base else None
@@ -98,7 +103,7 @@ def make_run(run, as_json: bool, pipe=None, ends: bool = True, skipped: Sequence
     show_notes()
     preview = make_preview(base.get("preview"), pipe)
     for where, error in dict(skipped).items():  # one reason for each
-        say(printable(f"skipped {where}: {error}"))
+        say(printable(f"skipped {where}: {error}"), event="skipped", where=where, reason=str(error))
         run.skipped[where] = str(error)
     run.jobs[len(run.done) :] = [drawing.job for drawing in drawings]
     if drawings:
@@ -126,12 +131,27 @@ def _draw(pipe, drawings: list, run, as_json: bool, sheet: Path | None, ends: bo
     """Draws and saves one after the other."""
     from .terminal import PipelineProgress, say
 
-    progress, report = PipelineProgress(), {"images": []}
+    progress, report = PipelineProgress(), {"images": [], "skipped": run.skipped}
     names = {output: names_from(output, taken) for output, taken in run.taken.items()}
     try:
-        for drawing in drawings:
+        for i, drawing in enumerate(drawings):
             job = drawing.job
-            result = pipe(**drawing.arguments, progress=progress, preview=preview, checkpoint=run.checkpoint)
+            ahead = [one.request for one in drawings[i : i + _TOGETHER]] if i % _TOGETHER == 0 else []
+            if len({tuple(request.texts()) for request in ahead}) > 1:
+                pipe.read_ahead(ahead, progress)
+            try:
+                result = pipe(**drawing.arguments, progress=progress, preview=preview, checkpoint=run.checkpoint)
+            except Withheld as error:
+                if len(run.jobs) == 1:
+                    raise
+                with signals.held():
+                    say(f"seed {job.seed}: withheld: {error.found}")
+                    run.add(f"withheld: {error.found}", None, None)
+                    run.advance()
+                    report["images"].append(
+                        {"path": None, **drawing.request.record(drawing.pick), "outcome": run.done[-1][0]}
+                    )
+                continue
             outcome, record, picture, path = result.outcomes[drawing.pick], result.records[drawing.pick], None, None
             with signals.held():  # a picture that has its name is also reported
                 if ends and drawing is drawings[-1] and not sheet:
@@ -154,7 +174,9 @@ def _draw(pipe, drawings: list, run, as_json: bool, sheet: Path | None, ends: bo
                 more = {"outcome": outcome, "notes": [*drawing.notes, *result.notes], "seconds": result.seconds}
                 more |= {"peaks": result.peaks, "predicted": result.plan.stages}
                 report["images"].append({"path": path and str(path), **record, **more})
-                if path and not as_json:
+                if as_json:
+                    say("", event="picture", **report["images"][-1])
+                elif path:
                     click.echo(path)
         if sheet and (made := run.sheet()):
             with signals.held():

@@ -128,7 +128,7 @@ OPTIONS = [
     _option("--preview", metavar="[FILE]", help="Show each step in the terminal (iTerm2, kitty), or in this file."),
     _option("-v", "--verbose", is_flag=True, help="Show what each stage took of time and memory."),
     _option("--force", is_flag=True, help="Replace the output, also a link; otherwise the next free name is taken."),
-    _option("--json", "as_json", is_flag=True, help="Print a JSON object instead of paths."),
+    _option("--json", "as_json", is_flag=True, help="Print a JSON object instead of paths, and what happens as JSON."),
 ]
 BY_NAME = {option.name: option for option in OPTIONS} | {"prompt": _option("--prompt", help="What to draw.")}
 _POLICY = ("check", "nsfw_threshold", "integrity_margin")

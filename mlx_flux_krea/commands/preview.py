@@ -12,7 +12,7 @@ from mlx_flux_krea.errors import UsageError
 from mlx_flux_krea.provenance import FORMATS, SOFTWARE, Picture, read_record
 
 from .options import IN_TERMINAL
-from .terminal import inline_picture, note, say
+from .terminal import inline_picture, note, say, telling_events
 
 _ROWS = 16  # lines of a terminal that a preview takes
 _SCALE = 8  # pixels of the picture for one of its latents
@@ -36,7 +36,7 @@ def make_preview(target: str | None, pipe) -> "Preview | None":
         note("there is no preview: these pictures are shown to nobody before they were judged")
     elif pipe.latent_rgb is None:
         note("there is no preview: this model says of its autoencoder no latent_rgb")
-    elif target == IN_TERMINAL and not (sys.stderr.isatty() and inline_picture(b"")):
+    elif target == IN_TERMINAL and (telling_events() or not sys.stderr.isatty() or not inline_picture(b"")):
         note(
             "there is no preview: this is no terminal that shows pictures (iTerm2, kitty); name a file: --preview FILE"
         )

@@ -2,11 +2,13 @@
 
 import base64
 import contextlib
+import json
 import logging
 import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -25,8 +27,29 @@ _STAGES = {
 _FORMAT = "{desc:<20} {percentage:3.0f}% |{bar}| {n:.{digits}f}/{total:.0f} {unit}s, {rate_inv_fmt}, {remaining} left"
 
 
-def say(text: str) -> None:
-    """A line for the person who waits, if there still is one."""
+_as_events = False
+
+
+def tell_events(wanted: bool) -> None:
+    """From now on what is said, and progress, are JSON objects, one a line; or not."""
+    global _as_events
+    _as_events = wanted
+
+
+def telling_events() -> bool:
+    """Whether they are."""
+    return _as_events
+
+
+def say(text: str, **event) -> None:
+    """A line for the person who waits, if there still is one.
+
+    Args:
+        text: the line.
+        event: what a program is told instead; nothing: {"event": "said", "text": text}.
+    """
+    if _as_events:
+        text = json.dumps(event or {"event": "said", "text": text}, ensure_ascii=False)
     with contextlib.suppress(OSError):
         tqdm.write(text, file=sys.stderr)
 
@@ -45,15 +68,20 @@ def several(values: Iterable) -> str:
 class PipelineProgress:
     """The pipeline's progress as one line a stage, with seconds per step and time left; silent without a terminal.
 
-    A stage of less than half a second shows nothing.
+    A stage of less than half a second shows nothing. Where events are told, every whole unit is one, in any stage.
     """
 
     def __init__(self):
         self._stage = None
         self._bar = None
+        self._told = 0
+        self._begin = 0.0
 
     def __call__(self, stage: str, done: float, total: int) -> None:
         """As `FluxPipeline` reports it."""
+        if _as_events:
+            self._tell(stage, int(done + 1e-6), total)
+            return
         if stage != self._stage:
             self.close()
             label, unit = _STAGES[stage]
@@ -65,6 +93,14 @@ class PipelineProgress:
         self._bar.update(done - self._bar.n)
         if done >= total:
             self.close()
+
+    def _tell(self, stage: str, done: int, total: int) -> None:
+        if stage != self._stage or done < self._told:
+            self._stage, self._told, self._begin = stage, 0, time.perf_counter()
+        if done > self._told:
+            seconds = round(time.perf_counter() - self._begin, 3)
+            say("", event="progress", stage=stage, done=done, total=total, seconds=seconds)
+            self._told = done
 
     def close(self) -> None:
         """Takes the line away."""
