@@ -285,7 +285,7 @@ def test_progress_is_shown_in_a_terminal_and_nowhere_else(model, tmp_path):
     assert process.returncode == 0
     text = shown.decode()
     assert re.search(r"drawing +\d+% .*/30 steps, +[\d.]+s/step|drawing +\d+% .*/30 steps, +[\d.]+step/s", text), text
-    assert "left" in text
+    assert re.search(r"\d left, [\d.]+ [kMG]B", text), text
     quiet = run_command(*arguments, "-o", "b.png", cwd=tmp_path)
     assert "drawing" not in quiet.stderr
 

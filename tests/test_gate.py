@@ -436,6 +436,16 @@ def test_thresholds_are_stricter_where_the_user_asks(strict, filters):
     assert FluxPipeline.from_pretrained(strict, integrity_margin=4)(CAT, seed=1, **SMALL).outcomes == ("released",)
 
 
+@pytest.mark.parametrize(
+    ("option", "says"),
+    [(["--nsfw-threshold", "0.000001"], "seems not to be safe"), (["--integrity-margin", "4.001"], "at most -4")],
+)
+def test_the_command_is_as_strict_as_it_is_told(command, strict, filters, out, option, says):
+    assert command("generate", CAT, "-m", strict, *OPTIONS)[0] == 0
+    (out / "out.png").unlink()
+    withheld(command("generate", CAT, "-m", strict, *OPTIONS, *option), 4, says, out)
+
+
 def test_what_stands_in_a_corner_of_a_long_picture_is_seen():
     """The classifier makes a square of whatever it sees: a long picture is judged in squares too, all of it."""
     for shape in ((100, 1000, 3), (1000, 100, 3), (100, 201, 3), (16, 4096, 3)):

@@ -398,12 +398,15 @@ def test_like_comfy_has_its_schedule_and_its_length_of_t5(tiny, model, tmp_path)
     assert np.abs(ours[:-1] - comfy).max() < 1e-6
 
 
-@pytest.mark.parametrize("tool", ["krea", "replicate", "fal"])
-def test_a_tool_whose_seed_cannot_be_repeated_is_named(tiny, tool):
+@pytest.mark.parametrize("tool", LIKE)
+def test_a_tool_is_followed_in_what_the_user_does_not_say_and_where_it_cannot_be_is_named(tiny, tmp_path, tool):
     code, _, err = tiny(CAT, "--like", tool)
-    assert code == 0
-    assert f"note: {tool} draws its noise on a CUDA device" in err
-    assert "the settings are its own, the picture is not" in err
+    assert code == 0, err
+    record = read_record(tmp_path / "out.png")
+    assert (record["guidance_scale"], record["noise"]) == LIKE[tool][3:]
+    assert f"note: like {tool}, by " in err
+    named = f"note: {tool} draws its noise on a CUDA device" in err and "its own, the picture is not" in err
+    assert named == (tool in ("krea", "replicate", "fal"))
 
 
 # --- made again ---

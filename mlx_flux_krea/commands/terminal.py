@@ -24,7 +24,7 @@ _STAGES = {
     "denoise": ("drawing", "step"),
     "decode": ("developing", "stage"),
 }
-_FORMAT = "{desc:<20} {percentage:3.0f}% |{bar}| {n:.{digits}f}/{total:.0f} {unit}s, {rate_inv_fmt}, {remaining} left"
+_FORMAT = "{desc:<20} {percentage:3.0f}% |{bar}| {n:.{digits}f}/{total:.0f} {unit}s, {rate_inv_fmt}, {remaining} left{postfix}"
 
 
 _as_events = False
@@ -66,7 +66,7 @@ def several(values: Iterable) -> str:
 
 
 class PipelineProgress:
-    """The pipeline's progress as one line a stage, with seconds per step and time left; silent without a terminal.
+    """The pipeline's progress as one line a stage: seconds per step, time left, memory; silent without a terminal.
 
     A stage of less than half a second shows nothing. Where events are told, every whole unit is one, in any stage.
     """
@@ -90,6 +90,7 @@ class PipelineProgress:
             self._bar = tqdm(
                 total=total, desc=label, unit=unit, bar_format=layout, delay=0.5, disable=None, leave=False
             )
+        self._bar.set_postfix_str(size(sys.modules["mlx.core"].get_peak_memory()), refresh=False)  # of this stage
         self._bar.update(done - self._bar.n)
         if done >= total:
             self.close()
