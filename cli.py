@@ -26,6 +26,7 @@ from mlx_flux_krea.commands.log import log
 from mlx_flux_krea.commands.models import models
 from mlx_flux_krea.commands.plan import plan
 from mlx_flux_krea.commands.purge import purge
+from mlx_flux_krea.commands.resume import resume
 from mlx_flux_krea.commands.review import review
 from mlx_flux_krea.commands.setup import setup
 from mlx_flux_krea.commands.verify import verify
@@ -46,8 +47,8 @@ def cli():
 
 
 for verb in (
-    setup, generate, shell.shell, review, convert, models, inspect, plan, bench.bench, verify, doctor, log, purge,
-    config.config, schema.tool_schema, completion.completion,
+    setup, generate, resume, shell.shell, review, convert, models, inspect, plan, bench.bench, verify, doctor, log,
+    purge, config.config, schema.tool_schema, completion.completion,
 ):  # fmt: skip
     cli.add_command(verb)
 

@@ -9,6 +9,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 
@@ -19,14 +20,17 @@ from mlx.utils import tree_map
 from PIL import Image
 
 from . import noise as noises
+from . import preview as previews
 from . import sampler
-from .config import to_json
+from .config import FLUX_VAE, to_json
 from .engine import Engine, evaluated
 from .errors import ModelError, UsageError
 from .filters.gate import Policy, open_gate
 from .filters.licence import check_acknowledged
+from .interrupted import Checkpoint
 from .plan import GB, Plan, Weights, parse_memory, weigh_folder
 from .plan import plan as make_plan
+from .presets import FLUX_LATENT_RGB
 from .prompts import Encoded, PromptEncoder
 from .provenance import SOFTWARE
 from .request import Request, Result, check_values, open_image
@@ -40,6 +44,15 @@ __all__ = ["FluxPipeline", "Request", "Result"]
 logger = logging.getLogger("mlx_flux_krea")
 
 Progress = Callable[[str, float, int], None]
+
+
+@dataclass(frozen=True)
+class Watched:
+    """Who sees, and keeps, what a run has reached after a step."""
+
+    callback: Callable | None = None
+    preview: Callable | None = None
+    checkpoint: Checkpoint | None = None
 
 
 class FluxPipeline:
@@ -64,6 +77,7 @@ class FluxPipeline:
         self._blocks: Blocks | None = None
         self._modulation: Blocks | None = None  # its layers, apart from the blocks they belong to
         self._modulations: tuple[tuple, list] | None = None  # of the last call, and what they depend on
+        self._margins: dict[tuple, float] = {}  # what the filter said of texts
         self._progress: Progress | None = None
         self._checked = False
 
@@ -131,6 +145,8 @@ class FluxPipeline:
         callback_on_step_end: Callable | None = None,
         max_sequence_length: int | None = None,
         progress: Progress | None = None,
+        preview: Callable | None = None,
+        checkpoint: Checkpoint | None = None,
     ) -> Result:
         """Makes pictures. Arguments are diffusers' where it has them; defaults come from the folder.
 
@@ -161,6 +177,9 @@ class FluxPipeline:
                 returns {"latents": ...}, they are replaced.
             max_sequence_length: tokens of T5; None: the folder's.
             progress: called as (stage, done, total) after every piece, in the engine's thread.
+            preview: called as (step, steps, pixels) after every step, in the engine's thread: (B, H/8, W/8, 3) uint8 of
+                the picture that it heads for, in the colours of `latent_rgb`.
+            checkpoint: where the run is kept, and from where it goes on: `flux-krea resume`.
 
         Returns:
             Pictures with their seeds, records and notes.
@@ -176,6 +195,8 @@ class FluxPipeline:
         """
         if callback_on_step_end is not None and not callable(callback_on_step_end):
             raise UsageError(f"callback_on_step_end is {type(callback_on_step_end).__name__}", "a function")
+        if checkpoint is not None and type(checkpoint) is not Checkpoint:  # whatever else sees latents
+            raise UsageError(f"checkpoint is {type(checkpoint).__name__}", "a Checkpoint")
         request = Request(
             prompt=prompt,
             prompt_2=prompt_2,
@@ -201,8 +222,24 @@ class FluxPipeline:
             max_sequence_length=max_sequence_length,
         )
         if self.policy:
-            _check_reviewable(self.policy, request, callback_on_step_end)
-        return self._engine.run(self._generate, request, callback_on_step_end, progress)
+            _check_reviewable(self.policy, request, callback_on_step_end, preview)
+        if preview is not None and self.latent_rgb is None:
+            raise UsageError("a preview needs latent_rgb, of which this model says nothing", "", "leave it out")
+        watched = Watched(callback_on_step_end, preview, checkpoint)
+        return self._engine.run(self._generate, request, watched, progress)
+
+    @property
+    def latent_rgb(self) -> tuple | None:
+        """From latents to colours, see `preview.py`: the folder's own map, or that of FLUX.1's autoencoder.
+
+        Raises:
+            ModelError: the folder's has not as many rows as the autoencoder channels, and one.
+        """
+        own, config = self.folder.index.latent_rgb, self.folder.sizes["vae"]
+        if own and len(own) != config.z_channels + 1:
+            found = f"{self.folder.path / 'model_index.json'}: latent_rgb has {len(own)} rows"
+            raise ModelError(found, f"{config.z_channels + 1}")
+        return own or (FLUX_LATENT_RGB if config == FLUX_VAE else None)
 
     @property
     def policy(self) -> Policy | None:
@@ -255,12 +292,15 @@ class FluxPipeline:
 
     # --- from here on in the engine's thread ---
 
-    def _generate(self, request: Request, callback: Callable | None, progress: Progress | None) -> Result:
+    def _generate(self, request: Request, watched: "Watched", progress: Progress | None) -> Result:
         request, notes = self._resolve(request)
         check_acknowledged(self.folder)
         plan = self.plan(request)
-        with self._reporting(progress), open_gate(self.policy, partial(self._runner, "check"), **self._about()) as gate:
-            return self._checked_by(gate, request, plan, notes, callback)
+        with self._reporting(progress), self._gate() as gate:
+            return self._checked_by(gate, request, plan, notes, watched)
+
+    def _gate(self) -> contextlib.AbstractContextManager:
+        return open_gate(self.policy, partial(self._runner, "check"), self._margins, **self._about())
 
     @contextlib.contextmanager
     def _reporting(self, progress: Progress | None) -> Iterator[None]:
@@ -272,7 +312,7 @@ class FluxPipeline:
             self._progress = outer
             mx.clear_cache()
 
-    def _checked_by(self, gate, request: Request, plan: Plan, notes: list[str], callback: Callable | None) -> Result:
+    def _checked_by(self, gate, request: Request, plan: Plan, notes: list[str], watched: "Watched") -> Result:
         """The run itself: what is asked for, and what comes out, passes the gate."""
         self._check_folder()
         gate.check_prompts(request.texts())
@@ -281,7 +321,7 @@ class FluxPipeline:
         notes += gate.notes
         for note in notes:
             logger.warning(note)
-        conditions, images, seconds, peaks = self._draw(request, plan, callback)
+        conditions, images, seconds, peaks = self._draw(request, plan, watched)
         records = tuple(self._record() | request.record(i) for i in range(request.batch))
         outcomes = ("released",) * request.batch
         if request.output_type == "pil" or self.policy:
@@ -293,19 +333,51 @@ class FluxPipeline:
         notes += dict.fromkeys(note for side in conditions for one in side for note in one.cut)
         return Result(images, outcomes, seeds, tuple(notes), records, seconds, plan, peaks)
 
-    def _draw(self, request: Request, plan: Plan, callback: Callable | None) -> tuple[tuple, list, dict, dict]:
+    def _draw(self, request: Request, plan: Plan, watched: "Watched") -> tuple[tuple, list, dict, dict]:
         """What was read of the prompts; pixels, or latents; and of each stage the seconds and the peak in bytes."""
         if mx.default_device().type == mx.gpu:
             mx.set_cache_limit(min(max(plan.budget - plan.peak, 2**26), GB))
         seconds: dict[str, float] = {}
         peaks: dict[str, int] = {}
-        with _measured("text", seconds, peaks):
-            conditions = self._conditions(request)
+        conditions: tuple = (), ()
+        if watched.checkpoint is None or not watched.checkpoint.is_drawn:
+            with _measured("text", seconds, peaks):
+                conditions = self._conditions(request)
         with _measured("denoise", seconds, peaks):
-            latents = self._denoise(request, conditions, callback, plan)
+            latents = self._denoise(request, conditions, plan, watched)
         with _measured("decode", seconds, peaks):
             images = latents if request.output_type == "latent" else self._decode(request, latents)
         return conditions, images, seconds, peaks
+
+    def read_ahead(self, requests: Sequence[Request], progress: Progress | None = None) -> None:
+        """Judges and encodes the prompts of several pictures, so that filters and encoders are read once for them.
+
+        What it found is kept for the calls that draw them, which say what was flagged; that is not encoded here.
+
+        Args:
+            requests: resolved ones; of more prompts than `prompts.KEPT` the last are kept.
+            progress: as in a call.
+
+        Raises:
+            ModelError: weights missing or damaged.
+            FiltersError: filters that the model's licence requires, or their log, are missing or unhealthy.
+        """
+
+        def run() -> None:
+            with self._reporting(progress):
+                passed = list(requests)
+                if self.policy:
+                    with self._gate() as gate:
+                        passed = gate.passing(passed)
+                self._check_folder()
+                lengths: dict[int, list] = {}
+                for request in passed:
+                    pairs = request.pairs() + request.pairs(negative=True)
+                    lengths.setdefault(request.max_sequence_length, []).extend(pairs)
+                for length, pairs in lengths.items():
+                    self._encode(pairs, length)
+
+        self._engine.run(run)
 
     def rehearse(self, prompt: str, *, progress: Progress | None = None, **request) -> Result:
         """Draws and throws away: what a run takes of time and memory, with nothing to be judged or released.
@@ -324,7 +396,7 @@ class FluxPipeline:
             plan = self.plan(resolved)
             with self._reporting(progress):
                 self._check_folder()
-                _, _, seconds, peaks = self._draw(resolved, plan, None)
+                _, _, seconds, peaks = self._draw(resolved, plan, Watched())
             return Result([], (), (), tuple(notes), (), seconds, plan, peaks)
 
         return self._engine.run(run)
@@ -370,21 +442,33 @@ class FluxPipeline:
             negative = _given(request.negative_prompt_embeds, request.negative_pooled_prompt_embeds)
         return positive, negative * request.prompts if len(negative) == 1 else negative
 
-    def _denoise(self, request: Request, conditions: tuple, callback: Callable | None, plan: Plan) -> mx.array:
-        """Latents (B, L, 64) at the end of the schedule."""
+    def _denoise(self, request: Request, conditions: tuple, plan: Plan, watched: "Watched") -> mx.array:
+        """Latents (B, L, 64) at the end of the schedule, from its beginning or from where an interrupted run was."""
         down, steps = self.folder.sizes["vae"].downsampling, request.num_inference_steps
         size = request.height // down, request.width // down
         sigmas = sampler.make_sigmas(self.folder.index.schedule, size[0] * size[1] // 4, steps, request.sigmas or ())
         start = 0 if request.image is None else sampler.first_step(steps, request.strength)
-        latents = self._start(request, size, float(sigmas[start]))
-        with self._velocity(request, conditions, sigmas, start, size, plan) as velocity:
-            run = sampler.euler(velocity, latents, sigmas, start)
+        shape = request.batch, size[0] * size[1] // 4, self.folder.sizes["transformer"].in_channels
+        checkpoint = watched.checkpoint
+        kept = None if checkpoint is None else checkpoint.latents(shape, steps - start)
+        done = 0 if kept is None else checkpoint.done
+        latents = self._start(request, size, float(sigmas[start])) if kept is None else mx.array(kept)
+        if done == steps - start:
+            return latents
+        with self._velocity(request, conditions, sigmas, start, done, size, plan) as velocity:
+            run = sampler.euler(velocity, latents, sigmas, start + done)
             replaced = None
-            for step in range(steps - start):
-                latents = run.send(replaced)
+            for step in range(done, steps - start):
+                before, latents = latents, run.send(replaced)
                 _check_finite(f"step {step + 1} of the transformer", latents)
-                replaced = self._call_back(callback, step, float(sigmas[start + step]), latents)
+                if watched.preview:
+                    clean = previews.predicted(before, latents, *map(float, sigmas[start + step :][:2]))
+                    pixels = previews.colours(sampler.unpack(clean, *size), self.latent_rgb)
+                    watched.preview(step + 1, steps - start, pixels)
+                replaced = self._call_back(watched.callback, step, float(sigmas[start + step]), latents)
                 latents = latents if replaced is None else replaced
+                if checkpoint is not None:
+                    checkpoint.reached(step + 1, steps - start, np.array(latents.astype(mx.float32)))
         return latents
 
     def _start(self, request: Request, size: tuple[int, int], sigma: float) -> mx.array:
@@ -417,8 +501,13 @@ class FluxPipeline:
         return (mean - vae.config.shift_factor) * vae.config.scale_factor
 
     @contextlib.contextmanager
-    def _velocity(self, request: Request, conditions: tuple, sigmas: np.ndarray, start: int, size, plan) -> Iterator:
-        """The model that the sampler integrates. What does not depend on the latents is computed here, once."""
+    def _velocity(
+        self, request: Request, conditions: tuple, sigmas: np.ndarray, start: int, done: int, size, plan: Plan
+    ) -> Iterator:
+        """The model that the sampler integrates. What does not depend on the latents is computed here, once.
+
+        Of an interrupted run too, all modulations are computed together: a product of fewer rows may round otherwise.
+        """
         flux = self._flux(plan.keep)
         read = [*conditions[0], *conditions[1]]
         steps = len(sigmas) - 1 - start
@@ -426,7 +515,7 @@ class FluxPipeline:
         texts = [evaluated(flux.txt_in, one.embeds.astype(flux.dtype)) for one in read]
         tables = [rope(sampler.position_ids(t.shape[1], *size), flux.config.axes_dim, flux.config.theta) for t in texts]
         mx.eval(tables)
-        rounds = steps * request.batch * (2 if conditions[1] else 1)
+        rounds = (steps - done) * request.batch * (2 if conditions[1] else 1)
 
         def one(latents: mx.array, condition: int, step: int) -> mx.array:
             row = condition * steps + step - start
@@ -445,7 +534,7 @@ class FluxPipeline:
             return mx.concatenate(velocities)
 
         with self._blocks.reading(rounds) if self._blocks else contextlib.nullcontext(evaluated) as run:
-            run = self._runner("denoise", rounds * (len(flux.blocks) + 2), run, steps)
+            run = self._runner("denoise", rounds * (len(flux.blocks) + 2), run, steps - done)
             yield velocity
 
     def _flux(self, keep: int) -> Flux:
@@ -577,13 +666,15 @@ def _count(function: Callable, x: mx.array) -> int:
     return count
 
 
-def _check_reviewable(policy: Policy, request: Request, callback: Callable | None) -> None:
+def _check_reviewable(policy: Policy, request: Request, callback: Callable | None, preview: Callable | None) -> None:
     """Refuses what would hand out, or let in, what cannot be judged."""
     unjudged = "this model's licence asks for filters or review, and latents are pictures that nobody has judged"
     if request.output_type == "latent":
         raise UsageError('output_type is "latent"', '"pil" or "np"', unjudged)
     if callback is not None:
         raise UsageError("callback_on_step_end is given, which sees latents", "progress, which sees none", unjudged)
+    if preview is not None:
+        raise UsageError("preview is given, which sees what is being drawn", "progress, which does not", unjudged)
     if policy.check != "review" and (request.prompt_embeds is not None or request.negative_prompt_embeds is not None):
         raise UsageError("a prompt is given as embeds, which no filter can read", "a text")
 

@@ -355,6 +355,27 @@ def test_a_flagged_prompt_ends_the_command_with_4(command, strict, filters, out,
     assert log(home)[-1]["event"] == "prompt_flagged"
 
 
+def test_prompts_of_a_file_are_judged_at_once_before_the_encoders_are_read_and_one_that_is_flagged_is_left_out(
+    command, strict, filters, out, home, monkeypatch
+):
+    from mlx_flux_krea.weights import ModelFolder
+
+    happened, load, prompts = [], ModelFolder.load, judges.Reader.prompts
+    monkeypatch.setattr(ModelFolder, "load", lambda self, name, *args: happened.append(name) or load(self, name, *args))
+    monkeypatch.setattr(judges.Reader, "prompts", lambda self, texts: happened.append(texts) or prompts(self, texts))
+    (out / "list.txt").write_text("a cat\nmickey in a hat\na dog\n")
+    code, stdout, stderr = command("generate", "--prompts", "list.txt", "-m", strict, *OPTIONS, "-o", "{n}.png")
+    assert (code, stdout.split()) == (7, ["1.png", "3.png"]), stderr
+    assert "seed 1: withheld: the prompt seems to ask for a protected character" in stderr
+    assert stderr.splitlines()[-1].startswith("flux-krea: 1 of 3 pictures withheld by a filter")
+    asked = [what for what in happened if isinstance(what, list) and "a cat" in what]
+    assert asked == [["a cat", "mickey in a hat", "a dog"]]
+    assert happened.index(asked[0]) < happened.index("text_encoder_2")
+    assert happened.count("text_encoder_2") == 1
+    assert [e["event"] for e in log(home)].count("prompts_passed") == 2
+    assert [e["event"] for e in log(home)].count("prompt_flagged") == 1
+
+
 def test_an_input_image_is_judged_as_the_autoencoder_sees_it(strict, filters, monkeypatch):
     pipe = FluxPipeline.from_pretrained(strict)
     red = Image.new("RGB", (480, 320), (255, 0, 0))
@@ -419,6 +440,16 @@ def test_thresholds_are_stricter_where_the_user_asks(strict, filters):
     with pytest.raises(Withheld, match="at most -4"):
         FluxPipeline.from_pretrained(strict, integrity_margin=4.001)(CAT, seed=1, **SMALL)
     assert FluxPipeline.from_pretrained(strict, integrity_margin=4)(CAT, seed=1, **SMALL).outcomes == ("released",)
+
+
+@pytest.mark.parametrize(
+    ("option", "says"),
+    [(["--nsfw-threshold", "0.000001"], "seems not to be safe"), (["--integrity-margin", "4.001"], "at most -4")],
+)
+def test_the_command_is_as_strict_as_it_is_told(command, strict, filters, out, option, says):
+    assert command("generate", CAT, "-m", strict, *OPTIONS)[0] == 0
+    (out / "out.png").unlink()
+    withheld(command("generate", CAT, "-m", strict, *OPTIONS, *option), 4, says, out)
 
 
 def test_what_stands_in_a_corner_of_a_long_picture_is_seen():
