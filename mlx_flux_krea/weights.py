@@ -47,6 +47,7 @@ from .errors import ModelError
 from .filters.config import FilterIndex, PixtralConfig, ViTConfig
 from .filters.pixtral import Pixtral
 from .filters.vit import ViT
+from .presets import FLUX_LATENT_RGB
 from .quantized import adopt, choose_products
 from .t5 import T5Encoder
 from .tokenizers import CLIPTokenizer, T5Tokenizer
@@ -159,6 +160,19 @@ class ModelFolder:
     def requires_filters(self) -> bool:
         """Whether the licence demands filters or review."""
         return configs.requires_filters(self.sizes["transformer"], self.index)
+
+    @property
+    def latent_rgb(self) -> tuple[tuple[float, ...], ...] | None:
+        """From latents to colours, for previews (`preview.py`): the folder's own map, or that of FLUX.1's autoencoder.
+
+        Raises:
+            ModelError: the folder's has not as many rows as the autoencoder channels, and one.
+        """
+        own, config = self.index.latent_rgb, self.sizes["vae"]
+        if own and len(own) != config.z_channels + 1:
+            found = f"{self.path / 'model_index.json'}: latent_rgb has {len(own)} rows"
+            raise ModelError(found, f"{config.z_channels + 1}")
+        return own or (FLUX_LATENT_RGB if config == configs.FLUX_VAE else None)
 
     @functools.cached_property
     def tokenizers(self) -> tuple[CLIPTokenizer, T5Tokenizer]:

@@ -102,10 +102,10 @@ def test_the_pipeline_shows_every_step_of_every_picture(mapped, seen):
 
 
 def test_whose_map_is_taken(pipe, mapped, tmp_path):
-    assert pipe.latent_rgb is None
+    assert pipe.folder.latent_rgb is None
     with pytest.raises(UsageError, match="a preview needs latent_rgb"):
         pipe(CAT, preview=print, **SIZE)
-    assert FluxPipeline.from_pretrained(mapped).latent_rgb == tuple(map(tuple, MAP))
+    assert FluxPipeline.from_pretrained(mapped).folder.latent_rgb == tuple(map(tuple, MAP))
     big = FluxPipeline.from_pretrained(mapped)
     big.folder.sizes["vae"], index = FLUX_VAE, big.folder.index
     object.__setattr__(index, "latent_rgb", ())

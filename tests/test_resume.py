@@ -21,6 +21,7 @@ from mlx_flux_krea.commands.terminal import PipelineProgress
 from mlx_flux_krea.errors import UsageError
 from mlx_flux_krea.filters import judges as filters_judges
 from mlx_flux_krea.filters.log import Log
+from mlx_flux_krea.painter import Painter
 
 CAT = "a cat"
 TINY = ["--width", "32", "--height", "32", "--steps", "4", "--seed", "7"]
@@ -158,7 +159,7 @@ def test_a_failed_decode_or_a_full_disk_is_tried_again_and_nothing_is_sampled_ag
     assert "go on with: flux-krea resume" in err
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(FluxPipeline, "_conditions", None)
-        patch.setattr(FluxPipeline, "_velocity", None)
+        patch.setattr(Painter, "_velocity", None)
         code, out, err = command("resume", "-o", "b.png", "--memory", "1GB", "--json")
     assert code == 0, err
     (entry,) = json.loads(out)["images"]

@@ -34,7 +34,7 @@ def make_preview(target: str | None, pipe) -> "Preview | None":
         check_target(Path(target))
     if pipe.policy:
         note("there is no preview: these pictures are shown to nobody before they were judged")
-    elif pipe.latent_rgb is None:
+    elif pipe.folder.latent_rgb is None:
         note("there is no preview: this model says of its autoencoder no latent_rgb")
     elif target == IN_TERMINAL and (telling_events() or not sys.stderr.isatty() or not inline_picture(b"")):
         note(
