@@ -109,13 +109,13 @@ def test_whose_map_is_taken(pipe, mapped, tmp_path):
     big = FluxPipeline.from_pretrained(mapped)
     big.folder.sizes["vae"], index = FLUX_VAE, big.folder.index
     object.__setattr__(index, "latent_rgb", ())
-    assert big.latent_rgb == presets.FLUX_LATENT_RGB
+    assert big.folder.latent_rgb == presets.FLUX_LATENT_RGB
     assert [len(row) for row in presets.FLUX_LATENT_RGB] == [3] * 17
     for wrong, says in ((MAP[1:], "latent_rgb has 16 rows; expected 17"), ([[0, 1]], "rows that are not red, green")):
         shutil.copytree(mapped, tmp_path / "wrong", dirs_exist_ok=True)
         edit_json(tmp_path / "wrong" / "model_index.json", latent_rgb=wrong)
         with pytest.raises(ModelError, match=says):
-            _ = FluxPipeline.from_pretrained(tmp_path / "wrong").latent_rgb
+            _ = FluxPipeline.from_pretrained(tmp_path / "wrong").folder.latent_rgb
 
 
 def test_a_preview_in_a_file_is_replaced_in_every_step_and_says_what_it_is(
