@@ -219,13 +219,19 @@ def test_a_script_agrees_by_the_hash_of_the_text_alone(published_folders, place)
     assert [path for path in home_of(place).rglob("*") if path.is_file()] == [home_of(place) / "licences.json"]
 
 
-def test_a_home_that_cannot_be_written_is_named(published_folders, place):
-    """Nobody may write below a file, root neither."""
-    home_of(place).write_text("")
+@pytest.mark.parametrize("where", ["below a file", "on a disk that is read-only"])
+def test_a_home_that_cannot_be_written_is_named(published_folders, place, monkeypatch, where):
+    """Nobody may write there, root neither."""
+    home = home_of(place)
+    home.write_text("")
+    if where == "on a disk that is read-only":
+        home = Path("/System" if sys.platform == "darwin" else "/sys", "flux krea")
+        monkeypatch.setenv("FLUX_KREA_HOME", str(home))
     digest = hashlib.sha256(LICENCE.encode()).hexdigest()
     ran = piped(place, "setup", *named(published_folders), "--accept-licence", digest)
-    assert ran.returncode in (3, 6)
-    assert str(home_of(place)) in ran.stderr
+    assert ran.returncode == 6
+    assert f"{home} cannot be" in ran.stderr or f"{home / 'licences.json'} cannot be" in ran.stderr
+    assert "name another place in $FLUX_KREA_HOME" in ran.stderr
     assert "Traceback" not in ran.stderr
 
 

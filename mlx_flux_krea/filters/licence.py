@@ -49,7 +49,7 @@ def acknowledged() -> dict[str, dict]:
     path = _path()
     try:
         known = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
     except (OSError, ValueError, RecursionError) as error:
         raise FiltersError(
