@@ -49,12 +49,15 @@ class FluxPipeline:
         folder: what was read of the model folder.
         dtype: the compute type, MLX's name of it.
         memory: bytes that a run may use; None: what the machine offers when it begins.
+        before_release: called in the engine's thread before and after pictures are handed over, for callers who handle
+            signals; what it raises stops that.
     """
 
     def __init__(self, folder: ModelFolder, dtype: str, memory: int | None = None, policy: Policy | None = None):
         self.folder = folder
         self.dtype = dtype
         self.memory = memory
+        self.before_release: Callable[[], None] = lambda: None
         self._policy = policy
         self._dtype: mx.Dtype = getattr(mx, dtype)
         self._engine = Engine()
@@ -259,8 +262,14 @@ class FluxPipeline:
         request, notes = self._resolve(request)
         check_acknowledged(self.folder)
         plan = self.plan(request)
-        with self._reporting(progress), open_gate(self.policy, partial(self._runner, "check"), **self._about()) as gate:
+        check = open_gate(self.policy, partial(self._runner, "check"), self._ready, **self._about())
+        with self._reporting(progress), check as gate:
             return self._checked_by(gate, request, plan, notes, callback)
+
+    def _ready(self) -> None:
+        """The last place to stop before pictures are handed over, and the first after it."""
+        self.before_release()
+        self._engine.check()
 
     @contextlib.contextmanager
     def _reporting(self, progress: Progress | None) -> Iterator[None]:

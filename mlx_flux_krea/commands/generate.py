@@ -105,6 +105,7 @@ def _draw(pipe, drawings: list, base: dict, force: bool, as_json: bool, sheet: P
     from .terminal import PipelineProgress, say
 
     progress, names, report, grid, outcomes = PipelineProgress(), {}, {"images": []}, {}, []
+    pipe.before_release = signals.hold  # what the log calls released is saved, whatever signal comes
     try:
         for drawing in drawings:
             job = drawing.job
@@ -112,6 +113,7 @@ def _draw(pipe, drawings: list, base: dict, force: bool, as_json: bool, sheet: P
             outcome, record, picture, path = result.outcomes[drawing.pick], result.records[drawing.pick], None, None
             outcomes.append(outcome)
             with signals.held():  # a picture that has its name is also reported
+                signals.let_go()
                 if ends and drawing is drawings[-1] and not sheet:
                     signals.finish()
                 if outcome == "released":
@@ -152,6 +154,7 @@ def _draw(pipe, drawings: list, base: dict, force: bool, as_json: bool, sheet: P
             error.exit_code = 7
         raise
     finally:
+        signals.let_go()
         progress.close()
         if as_json and report["images"]:
             click.echo(json.dumps(report, ensure_ascii=False))

@@ -86,8 +86,8 @@ class Gate:
         notes: what the user should know.
     """
 
-    def __init__(self, policy: Policy, run: Run, judges: dict[str, Judge]):
-        self.policy, self.run, self._judges = policy, run, judges
+    def __init__(self, policy: Policy, run: Run, judges: dict[str, Judge], ready: Callable[[], None] = lambda: None):
+        self.policy, self.run, self._judges, self._ready = policy, run, judges, ready
         self.notes: list[str] = []
 
     def check_prompts(self, texts: Sequence[str]) -> None:
@@ -158,7 +158,9 @@ class Gate:
             raise
         settled = [self._settle(one, some) for one, some in zip(kept, scores, strict=True)]
         passed = [one for one in settled if one.facts["event"] == "passed"]
+        self._ready()
         pictures = [ledger.hand_over(one) for one in passed]
+        self._ready()  # or what was handed over waits for a person
         for one in passed:
             ledger.discard(one)
         return tuple(map(_outcome, settled)), pictures
@@ -220,12 +222,15 @@ class Gate:
 
 
 @contextlib.contextmanager
-def open_gate(policy: Policy | None, make_run: MakeRun, **about) -> Iterator[Gate | Open]:
+def open_gate(
+    policy: Policy | None, make_run: MakeRun, ready: Callable[[], None] = lambda: None, **about
+) -> Iterator[Gate | Open]:
     """The gate for one call. Filters, quarantine and log are known to work when it opens.
 
     Args:
         policy: None: the model requires no filters.
         make_run: what the filters' pieces are run by, see `judges`.
+        ready: called before and after pictures are handed over; what it raises stops that.
         about: what the log should say of the run.
 
     Raises:
@@ -243,7 +248,7 @@ def open_gate(policy: Policy | None, make_run: MakeRun, **about) -> Iterator[Gat
     thresholds = {"nsfw": policy.nsfw, "integrity": policy.integrity}
     try:
         with Ledger().run(policy.check, filters=filters, thresholds=thresholds, **about) as run:
-            yield Gate(policy, run, judges)
+            yield Gate(policy, run, judges, ready)
     finally:
         for judge in judges.values():
             judge.free()
