@@ -148,7 +148,7 @@ def test_without_filters_nothing_is_loaded_and_the_way_out_is_named(command, str
     monkeypatch.setattr("mlx_flux_krea.weights.ModelFolder.check", lambda *args: pytest.fail("weights were looked at"))
     for check in ([], ["--check", "filters"], ["--check", "both"]):
         result = command("generate", CAT, "-m", strict, *OPTIONS, *check)
-        withheld(result, 6, "install: flux-krea convert Falconsai/nsfw_image_detection, flux-krea convert mistral", out)
+        withheld(result, 6, "install: flux-krea setup; or review every picture", out)
         assert "--check review" in result[2]
 
 
