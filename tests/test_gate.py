@@ -4,9 +4,11 @@ import hashlib
 import json
 import math
 import os
+import resource
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import judges
@@ -658,6 +660,31 @@ def test_a_disk_that_fills_up_releases_nothing(command, strict, filters, out, ev
 
     monkeypatch.setattr(Log, "_line", line)
     withheld(command("generate", CAT, "-m", strict, *OPTIONS), 6, "cannot be written: No space left", out)
+
+
+def test_a_log_that_really_has_no_room_releases_nothing(strict, filters, out, home):
+    """The system's limit on the size of a file, reached in the middle of each entry in turn."""
+
+    def run(**more):
+        call = [sys.executable, "-c", SIGNALLED, Path(__file__).parent, 0, "", 0, "generate", CAT, "-m", strict]
+        call = [str(part) for part in (*call, *OPTIONS)]
+        return subprocess.run(call, cwd=out, capture_output=True, text=True, check=False, **more)
+
+    path = home / "log" / "log.jsonl"
+    Ledger().log.append("note", text="x" * 100_000)  # so that it is longer than any other file
+    ran = run()
+    assert ran.returncode == 0, ran.stderr
+    (out / "out.png").unlink()
+    entries = {json.loads(line)["event"]: len(line) for line in path.read_bytes().splitlines(keepends=True)[1:]}
+    assert list(entries) == ["run", "prompts_passed", "generated", "passed", "released", "written"]
+    for number, event in enumerate(entries):
+        waited, logged = waiting(), len(log(home))
+        room = path.stat().st_size + sum(list(entries.values())[:number]) + 60
+        ran = run(preexec_fn=partial(resource.setrlimit, resource.RLIMIT_FSIZE, (room, room)))
+        withheld((ran.returncode, ran.stdout, ran.stderr), 6, "log.jsonl cannot be written: No space left", out)
+        assert [entry["event"] for entry in log(home)[logged:]] == list(entries)[:number]
+        left = {"generated": ["error"], "passed": ["error"], "released": ["waiting"]}.get(event, [])
+        assert waiting() == waited + left, event
 
 
 def test_a_quarantine_without_room_releases_nothing(command, strict, filters, out, monkeypatch):
