@@ -41,12 +41,15 @@ class FluxPipeline:
         folder: what was read of the model folder.
         dtype: the compute type, MLX's name of it.
         memory: bytes that a run may use; None: what the machine offers when it begins.
+        before_release: called in the engine's thread before and after pictures are handed over, for callers who handle
+            signals; what it raises stops that.
     """
 
     def __init__(self, folder: ModelFolder, dtype: str, memory: int | None = None, policy: Policy | None = None):
         self.folder = folder
         self.dtype = dtype
         self.memory = memory
+        self.before_release: Callable[[], None] = lambda: None
         self._policy = policy
         self._dtype: mx.Dtype = getattr(mx, dtype)
         self._engine = Engine()
@@ -328,7 +331,13 @@ class FluxPipeline:
             return self._checked_by(gate, request, plan, notes, watched)
 
     def _gate(self) -> contextlib.AbstractContextManager:
-        return open_gate(self.policy, partial(self._painter.runner, "check"), self._margins, **self._about())
+        make_run = partial(self._painter.runner, "check")
+        return open_gate(self.policy, make_run, self._margins, self._ready, **self._about())
+
+    def _ready(self) -> None:
+        """The last place to stop before pictures are handed over, and the first after it."""
+        self.before_release()
+        self._engine.check()
 
     def _checked_by(self, gate, request: Request, plan: Plan, notes: list[str], watched: Watched) -> Result:
         """The run itself: what is asked for, and what comes out, passes the gate."""

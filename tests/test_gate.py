@@ -1,11 +1,14 @@
 """One test for every way in which a filter could fail open: nothing unreleased gets out, and the exit code says why."""
 
+import hashlib
 import json
 import math
 import os
+import resource
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import judges
@@ -16,7 +19,7 @@ from helpers import ROOT, acknowledge, edit_json, edit_tensors, full_size_folder
 from PIL import Image
 
 from mlx_flux_krea import FluxPipeline
-from mlx_flux_krea.errors import FiltersError, UsageError, Withheld
+from mlx_flux_krea.errors import FiltersError, Interrupted, UsageError, Withheld
 from mlx_flux_krea.filters import gate, instructions
 from mlx_flux_krea.filters import judges as filters_judges
 from mlx_flux_krea.filters.ledger import Ledger, Released, pixel_hash
@@ -147,7 +150,7 @@ def test_without_filters_nothing_is_loaded_and_the_way_out_is_named(command, str
     monkeypatch.setattr("mlx_flux_krea.weights.ModelFolder.check", lambda *args: pytest.fail("weights were looked at"))
     for check in ([], ["--check", "filters"], ["--check", "both"]):
         result = command("generate", CAT, "-m", strict, *OPTIONS, *check)
-        withheld(result, 6, "install: flux-krea convert Falconsai/nsfw_image_detection, flux-krea convert mistral", out)
+        withheld(result, 6, "install: flux-krea setup; or review every picture", out)
         assert "--check review" in result[2]
 
 
@@ -564,29 +567,94 @@ def test_a_file_swapped_while_the_filters_look_is_not_released(command, strict, 
 
 # --- the system fails ---
 
-KILLED = """
-import os, signal, sys
+SIGNALLED = """
+import os, sys, time
 sys.path.insert(0, sys.argv[1])
 import judges, cli
-from mlx_flux_krea.filters import judges as filters_judges
+from mlx_flux_krea import provenance
+from mlx_flux_krea.filters import judges as filters_judges, ledger, log
 filters_judges.load_judge = judges.load_judge
-real = judges.Reader.images
-def die(self, pixels):
-    if pixels[0].shape == (32, 48, 3):
-        os.kill(os.getpid(), int(sys.argv[2]))
-    return real(self, pixels)
-judges.Reader.images = die
-cli.main(sys.argv[3:])
+number, moment, pause = int(sys.argv[2]), sys.argv[3], float(sys.argv[4])
+def at(name, cls, method, fits=lambda *args: True, after=False):
+    real = getattr(cls, method)
+    def call(*args, **more):
+        result = real(*args, **more) if after else None
+        if name == moment and fits(*args, *more.values()):
+            os.kill(os.getpid(), number)
+            time.sleep(pause)
+        return result if after else real(*args, **more)
+    setattr(cls, method, call)
+at("prompts", judges.Reader, "prompts", lambda self, texts: texts == ["a cat"])
+at("images", judges.Reader, "images", lambda self, pixels: pixels[0].shape == (32, 48, 3))
+at("judged", ledger.Ledger, "settle", after=True)
+at("handing over", ledger.Ledger, "hand_over")
+at("released", log.Log, "append", lambda self, event, *rest: event == "released", after=True)
+at("saving", ledger.Ledger, "release")
+at("written", log.Log, "append", lambda self, event, *rest: event == "written", after=True)
+at("placed", provenance.os, "replace", lambda partial, path: str(path).endswith("out.png"), after=True)
+cli.main(sys.argv[5:])
 """
+CODES = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGKILL: -signal.SIGKILL}
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_a_process_that_dies_between_drawing_and_judging_releases_nothing(strict, filters, out, home, number):
-    call = [sys.executable, "-c", KILLED, Path(__file__).parent, int(number), "generate", CAT, "-m", strict, *OPTIONS]
-    ran = subprocess.run(list(map(str, call)), cwd=out, capture_output=True, text=True, check=False)
-    expected = {signal.SIGTERM: 143, signal.SIGINT: 130}.get(number, -number)
-    assert (ran.returncode, ran.stdout, files(out)) == (expected, "", []), ran.stderr
-    assert waiting() == ["error"] or (number != signal.SIGKILL and "written" not in [e["event"] for e in log(home)])
+def signalled(out: Path, number: int, moment: str, *arguments, pause: float = 0.5) -> subprocess.CompletedProcess:
+    """The command, to which a signal comes at that moment; in the pause after it the handler runs."""
+    call = [sys.executable, "-c", SIGNALLED, Path(__file__).parent, int(number), moment, pause, *arguments]
+    return subprocess.run(list(map(str, call)), cwd=out, capture_output=True, text=True, check=False)
+
+
+def assert_told(home: Path, out: Path) -> None:
+    """Every file that was placed is written in the log, and nothing is released in it that was not placed."""
+    last = {entry["image"]: entry for entry in log(home) if "image" in entry}
+    placed = {hashlib.sha256((out / name).read_bytes()).hexdigest() for name in files(out)}
+    assert {one["file_sha256"] for one in last.values() if one["event"] == "written"} == placed
+    assert {one["event"] for one in last.values()} <= {"written", "waiting", "error"}
+
+
+@pytest.mark.parametrize(
+    ("number", "moment", "left"),
+    [
+        (signal.SIGINT, "prompts", []), (signal.SIGTERM, "prompts", []), (signal.SIGKILL, "prompts", []),
+        (signal.SIGINT, "images", ["waiting"]), (signal.SIGTERM, "images", ["waiting"]),
+        (signal.SIGKILL, "images", ["error"]),
+        (signal.SIGINT, "judged", ["waiting"]), (signal.SIGTERM, "judged", ["waiting"]),
+        (signal.SIGKILL, "judged", ["waiting"]), (signal.SIGKILL, "handing over", ["waiting"]),
+        (signal.SIGKILL, "released", ["waiting"]),
+    ],
+)  # fmt: skip
+def test_a_signal_before_the_release_leaves_nothing_but_what_waits(strict, filters, out, home, number, moment, left):
+    ran = signalled(out, number, moment, "generate", CAT, "-m", strict, *OPTIONS)
+    assert (ran.returncode, ran.stdout, files(out)) == (CODES[number], "", []), ran.stderr
+    if number != signal.SIGKILL:  # nobody has to look first
+        assert_told(home, out)
+    assert waiting() == left
+    assert_told(home, out)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("moment", ["handing over", "released", "saving", "written", "placed"])
+def test_a_signal_once_the_release_has_begun_comes_after_it(strict, filters, out, home, number, moment):
+    two = number == signal.SIGTERM  # after the first picture the command ends, after the last it has ended
+    ran = signalled(out, number, moment, "generate", CAT, "-m", strict, *OPTIONS, "-n", 2 if two else 1)
+    assert (ran.returncode, ran.stdout, files(out)) == (143 if two else 0, "out.png\n", ["out.png"]), ran.stderr
+    assert_told(home, out)
+    assert waiting() == []
+
+
+@pytest.mark.parametrize("moment", ["judged", "handing over"])
+def test_a_signal_that_is_noticed_late_leaves_no_picture_between(strict, filters, out, home, moment):
+    ran = signalled(out, signal.SIGINT, moment, "generate", CAT, "-m", strict, *OPTIONS, pause=0)
+    assert ran.returncode == (0 if files(out) else 130), ran.stderr
+    assert_told(home, out)
+    assert len(waiting()) + len(files(out)) == 1
+
+
+def test_whoever_interrupts_a_call_in_the_middle_of_its_release_gets_none_of_it(strict, filters, home, monkeypatch):
+    pipe, hand_over = FluxPipeline.from_pretrained(strict), Ledger.hand_over
+    monkeypatch.setattr(Ledger, "hand_over", lambda *args: (hand_over(*args), pipe.interrupt())[0])
+    with pytest.raises(Interrupted):
+        pipe(CAT, seed=1, num_images_per_prompt=2, **SMALL)
+    assert [log(home)[-1]["event"], *waiting()] == ["waiting"] * 3
 
 
 def test_a_log_that_cannot_be_written_stops_everything_before_it_begins(
@@ -623,6 +691,31 @@ def test_a_disk_that_fills_up_releases_nothing(command, strict, filters, out, ev
 
     monkeypatch.setattr(Log, "_line", line)
     withheld(command("generate", CAT, "-m", strict, *OPTIONS), 6, "cannot be written: No space left", out)
+
+
+def test_a_log_that_really_has_no_room_releases_nothing(strict, filters, out, home):
+    """The system's limit on the size of a file, reached in the middle of each entry in turn."""
+
+    def run(**more):
+        call = [sys.executable, "-c", SIGNALLED, Path(__file__).parent, 0, "", 0, "generate", CAT, "-m", strict]
+        call = [str(part) for part in (*call, *OPTIONS)]
+        return subprocess.run(call, cwd=out, capture_output=True, text=True, check=False, **more)
+
+    path = home / "log" / "log.jsonl"
+    Ledger().log.append("note", text="x" * 100_000)  # so that it is longer than any other file
+    ran = run()
+    assert ran.returncode == 0, ran.stderr
+    (out / "out.png").unlink()
+    entries = {json.loads(line)["event"]: len(line) for line in path.read_bytes().splitlines(keepends=True)[1:]}
+    assert list(entries) == ["run", "prompts_passed", "generated", "passed", "released", "written"]
+    for number, event in enumerate(entries):
+        waited, logged = waiting(), len(log(home))
+        room = path.stat().st_size + sum(list(entries.values())[:number]) + 60
+        ran = run(preexec_fn=partial(resource.setrlimit, resource.RLIMIT_FSIZE, (room, room)))
+        withheld((ran.returncode, ran.stdout, ran.stderr), 6, "log.jsonl cannot be written: No space left", out)
+        assert [entry["event"] for entry in log(home)[logged:]] == list(entries)[:number]
+        left = {"generated": ["error"], "passed": ["error"], "released": ["waiting"]}.get(event, [])
+        assert waiting() == waited + left, event
 
 
 def test_a_quarantine_without_room_releases_nothing(command, strict, filters, out, monkeypatch):

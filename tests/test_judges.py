@@ -5,6 +5,9 @@ handful of inputs, to answer those as a trained model would; all before it, and 
 """
 
 import json
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +22,7 @@ from mlx_flux_krea import FluxPipeline
 from mlx_flux_krea.engine import Engine
 from mlx_flux_krea.errors import FiltersError
 from mlx_flux_krea.filters import judges
+from mlx_flux_krea.filters.config import NSFW_SHA256
 from mlx_flux_krea.filters.instructions import CANARIES
 from mlx_flux_krea.weights import home, open_filter
 
@@ -128,6 +132,57 @@ def test_the_self_test_runs_once_in_a_process(installed, monkeypatch):
     Path(installed / "nsfw" / "model_index.json").touch()
     Engine().run(judges.open_judges)
     assert tested == ["nsfw", "pixtral", "nsfw"]
+
+
+def test_a_classifier_that_is_not_the_published_file_is_no_filter(installed, krea, tmp_path, monkeypatch, command):
+    """Told by its hash, where it has the published size; the tests' own does not."""
+    arguments = ["generate", ALLOWED, "-m", krea[0], *SIZE]
+    monkeypatch.setattr(judges, "_passed", set())
+    monkeypatch.setattr(judges, "NSFW_VIT", open_filter("nsfw").sizes["nsfw"])
+    code, stdout, stderr = command(*arguments)
+    assert (code, stdout, list(tmp_path.iterdir())) == (6, "", [])
+    assert f"made of another file than the published one, sha256 {sha_of('nsfw')}; expected {NSFW_SHA256}" in stderr
+    assert "flux-krea convert Falconsai/nsfw_image_detection --force; or review" in stderr
+    monkeypatch.setattr(judges, "NSFW_SHA256", sha_of("nsfw"))
+    assert command(*arguments)[0] == 0
+
+
+def sha_of(name: str) -> str:
+    return open_filter(name).index.source[0].sha256
+
+
+STOPPED = """
+import sys, time
+import cli
+from mlx_flux_krea.filters import judges
+asked = judges.self_test
+def self_test(*args):
+    print("moment", file=sys.stderr, flush=True)
+    time.sleep(0.5)
+    return asked(*args)
+judges.self_test = self_test
+cli.main(sys.argv[1:])
+"""
+
+
+def test_ctrl_c_ends_the_self_test_of_a_filter_that_has_its_place(sources, krea, home, tmp_path):
+    """It is untried then, which is not enough, and the next one goes on."""
+    acknowledge(krea[0])
+    process = subprocess.Popen(
+        [sys.executable, "-c", STOPPED, "convert", str(sources[0])], cwd=tmp_path, stderr=subprocess.PIPE, text=True
+    )
+    assert any("moment" in line for line in process.stderr)
+    process.send_signal(signal.SIGINT)
+    assert "flux-krea: interrupted" in process.communicate(timeout=30)[1]
+    folder = home / "filters" / "nsfw"
+    assert (process.returncode, folder.exists(), (folder / "selftest.json").exists()) == (130, True, False)
+    assert run_command("convert", sources[1], cwd=tmp_path).returncode == 0
+    ran = run_command("generate", ALLOWED, "-m", krea[0], *SIZE, cwd=tmp_path)
+    assert (ran.returncode, list(tmp_path.glob("*.png"))) == (6, [])
+    assert "selftest.json cannot be read" in ran.stderr
+    assert "install: flux-krea setup" in ran.stderr
+    assert run_command("convert", sources[0], "--force", cwd=tmp_path).returncode == 0
+    assert (folder / "selftest.json").exists()
 
 
 def test_a_request_cannot_hold_its_own_frame():

@@ -68,6 +68,7 @@ def convert(
         discard_source=discard_source,
         placing=_placing,
     )
+    signals.finish()
     rows = [("component", "stored", "parameters", "size", "from")]
     rows += [(c.name, c.stored, number(c.parameters), size(c.bytes), c.layout) for c in report.components]
     say(table(rows, right=(2, 3)))
@@ -109,13 +110,13 @@ def make(sources: list[str | Path], output: Path | None = None, **options):
         macos.leave_alone(report.path if output else report.path.parent)
         name = report.components[0].name
         if name in FILTERS:
+            signals.let_go()  # what is stopped here is tried by the next setup
             trials.record(name, report.path)
     return report
 
 
 @contextlib.contextmanager
 def _placing():
-    """A folder that has its name is a success, whatever signal comes."""
-    with signals.held():
-        yield
-        signals.finish()
+    """From here on no signal disturbs: a model that has its name is a success, a filter is still tried."""
+    signals.hold()
+    yield

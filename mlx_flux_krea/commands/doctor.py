@@ -154,7 +154,7 @@ def _uncached(file: int) -> None:
 
 
 def _filters(full: bool) -> list:
-    from mlx_flux_krea.filters.judges import FILTERS, install_command
+    from mlx_flux_krea.filters.judges import FILTERS, INSTALL
     from mlx_flux_krea.weights import home
 
     from . import trials
@@ -171,7 +171,7 @@ def _filters(full: bool) -> list:
             rows.append((f"filter {name}", "not installed", error))
             continue
         if says := trials.problem(name):
-            error = FiltersError(says, "", install_command(name))
+            error = FiltersError(says, "", INSTALL)
         elif full:
             try:
                 trials.repeat(name, path)

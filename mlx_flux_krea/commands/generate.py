@@ -133,6 +133,7 @@ def _draw(pipe, drawings: list, run, as_json: bool, sheet: Path | None, ends: bo
 
     progress, report = PipelineProgress(), {"images": [], "skipped": run.skipped}
     names = {output: names_from(output, taken) for output, taken in run.taken.items()}
+    pipe.before_release = signals.hold  # what the log calls released is saved, whatever signal comes
     try:
         for i, drawing in enumerate(drawings):
             job = drawing.job
@@ -154,6 +155,7 @@ def _draw(pipe, drawings: list, run, as_json: bool, sheet: Path | None, ends: bo
                 continue
             outcome, record, picture, path = result.outcomes[drawing.pick], result.records[drawing.pick], None, None
             with signals.held():  # a picture that has its name is also reported
+                signals.let_go()
                 if ends and drawing is drawings[-1] and not sheet:
                     signals.finish()
                 if outcome == "released":
@@ -187,6 +189,7 @@ def _draw(pipe, drawings: list, run, as_json: bool, sheet: Path | None, ends: bo
                 if not as_json:
                     click.echo(path)
     finally:
+        signals.let_go()
         progress.close()
         if as_json and report["images"]:
             click.echo(json.dumps(report, ensure_ascii=False))

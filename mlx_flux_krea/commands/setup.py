@@ -368,15 +368,16 @@ def _picture(it: Installation) -> str:
     except UsageError:  # damaged: another one is made
         pass
     make_folder(it.picture.parent)
-    progress = PipelineProgress()
+    progress, pipe = PipelineProgress(), FluxPipeline.from_pretrained(it.folder.path)
+    pipe.before_release = signals.hold
     try:
         with macos.awake():
-            result = FluxPipeline.from_pretrained(it.folder.path)(PROMPT, **PICTURE, progress=progress)
-    finally:
-        progress.close()
-    check_outcomes(list(result.outcomes))
-    with signals.held():
+            result = pipe(PROMPT, **PICTURE, progress=progress)
+        check_outcomes(list(result.outcomes))
         save(result.images[0], iter([it.picture]), force=True)
+    finally:
+        signals.let_go()
+        progress.close()
     if is_typed():
         show_picture(it.picture)
     return f'"{PROMPT}", in {sum(result.seconds.values()):.0f} s'

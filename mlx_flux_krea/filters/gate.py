@@ -88,8 +88,15 @@ class Gate:
         notes: what the user should know.
     """
 
-    def __init__(self, policy: Policy, run: Run, judges: dict[str, Judge], margins: dict | None = None):
-        self.policy, self.run, self._judges = policy, run, judges
+    def __init__(
+        self,
+        policy: Policy,
+        run: Run,
+        judges: dict[str, Judge],
+        margins: dict[tuple, float] | None = None,
+        ready: Callable[[], None] = lambda: None,
+    ):
+        self.policy, self.run, self._judges, self._ready = policy, run, judges, ready
         self._margins: dict[tuple[str, str], float] = {} if margins is None else margins
         self.notes: list[str] = []
 
@@ -181,7 +188,9 @@ class Gate:
             raise
         settled = [self._settle(one, some) for one, some in zip(kept, scores, strict=True)]
         passed = [one for one in settled if one.facts["event"] == "passed"]
+        self._ready()
         pictures = [ledger.hand_over(one) for one in passed]
+        self._ready()  # or what was handed over waits for a person
         for one in passed:
             ledger.discard(one)
         return tuple(map(_outcome, settled)), pictures
@@ -244,7 +253,11 @@ class Gate:
 
 @contextlib.contextmanager
 def open_gate(
-    policy: Policy | None, make_run: MakeRun, margins: dict[tuple, float] | None = None, **about
+    policy: Policy | None,
+    make_run: MakeRun,
+    margins: dict[tuple, float] | None = None,
+    ready: Callable[[], None] = lambda: None,
+    **about,
 ) -> Iterator[Gate | Open]:
     """The gate for one call. Filters, quarantine and log are known to work when it opens.
 
@@ -252,6 +265,7 @@ def open_gate(
         policy: None: the model requires no filters.
         make_run: what the filters' pieces are run by, see `judges`.
         margins: what the filter said of texts in earlier calls; what it says is added.
+        ready: called before and after pictures are handed over; what it raises stops that.
         about: what the log should say of the run.
 
     Raises:
@@ -269,7 +283,7 @@ def open_gate(
     thresholds = {"nsfw": policy.nsfw, "integrity": policy.integrity}
     try:
         with Ledger().run(policy.check, filters=filters, thresholds=thresholds, **about) as run:
-            yield Gate(policy, run, judges, margins)
+            yield Gate(policy, run, judges, margins, ready)
     finally:
         for judge in judges.values():
             judge.free()
