@@ -101,7 +101,7 @@ def open_pipe(base: dict):
 
 def _draw(pipe, drawings: list, base: dict, force: bool, as_json: bool, sheet: Path | None, ends: bool) -> None:
     """Draws and saves one after the other; an error after the first picture ends with 7."""
-    from .sheet import contact_sheet, thumbnail
+    from .sheet import contact_sheet, note_sheet, thumbnail
     from .terminal import PipelineProgress, say
 
     progress, names, report, grid, outcomes = PipelineProgress(), {}, {"images": []}, {}, []
@@ -144,6 +144,8 @@ def _draw(pipe, drawings: list, base: dict, force: bool, as_json: bool, sheet: P
             with signals.held():
                 if ends:
                     signals.finish()
+                if pipe.policy:
+                    note_sheet(made)
                 path = save(made, names_from(sheet), force)
                 report["contact_sheet"] = str(path)
                 if not as_json:
