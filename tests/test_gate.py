@@ -239,6 +239,7 @@ ANSWERS = {
     "one NaN": ("nsfw", lambda pixels: [{"normal": 1.0, "nsfw": math.nan}] * len(pixels), "answered"),
     "a margin of NaN": ("pixtral", lambda pixels: [{"integrity": math.nan}] * len(pixels), "answered"),
     "minus infinity": ("pixtral", lambda pixels: [{"integrity": -math.inf}] * len(pixels), "answered"),
+    "infinity": ("nsfw", lambda pixels: [{"normal": math.inf, "nsfw": -math.inf}] * len(pixels), "answered"),
     "no probability": ("nsfw", lambda pixels: [{"normal": 1.5, "nsfw": -0.5}] * len(pixels), "answered"),
     "not the whole": ("nsfw", lambda pixels: [{"normal": 0.1, "nsfw": 0.1}] * len(pixels), "answered"),
     "other labels": ("nsfw", lambda pixels: [{"LABEL_0": 1.0, "LABEL_1": 0.0}] * len(pixels), "answered LABEL_0"),
@@ -293,8 +294,9 @@ def test_a_filter_that_fails_over_a_prompt_lets_nothing_be_drawn(command, strict
     assert [e["event"] for e in log(home)] == ["run", "error"]
 
 
-def test_a_filter_that_fails_over_an_input_image_lets_nothing_be_drawn(strict, filters, monkeypatch):
-    answer_with(monkeypatch, "nsfw", "images", fails)
+@pytest.mark.parametrize("name", ["nsfw", "pixtral"])
+def test_a_filter_that_fails_over_an_input_image_lets_nothing_be_drawn(strict, filters, monkeypatch, name):
+    answer_with(monkeypatch, name, "images", fails)
     monkeypatch.setattr("mlx_flux_krea.weights.ModelFolder.load", lambda *args: pytest.fail("weights were loaded"))
     with pytest.raises(FiltersError, match="out of memory"):
         FluxPipeline.from_pretrained(strict)(CAT, image=Image.new("RGB", (48, 32)), seed=1, **SMALL)
@@ -419,6 +421,31 @@ def test_of_a_batch_only_the_flagged_one_is_withheld(model, strict, filters, mon
     assert read_record(out / "out-2.png")["seed"] == 3
     assert set(waiting()) == {"flagged"}
     withheld(command("generate", CAT, "-m", strict, *OPTIONS[:-1], "2", "-o", "b.png"), 4, "withheld", out / "none")
+
+
+def test_a_contact_sheet_holds_what_was_released_and_the_log_knows_it(
+    model, strict, filters, monkeypatch, command, out, home
+):
+    second = FluxPipeline.from_pretrained(model)(CAT, seed=2, **SMALL).images[0]
+    flag(monkeypatch, np.asarray(second), 0.9)
+    sheet = ["-n", "2", "--contact-sheet"]
+    code, stdout, stderr = command("generate", CAT, "-m", strict, *OPTIONS, *sheet)
+    assert (code, len(files(out))) == (7, 2), stderr
+    made = np.asarray(Image.open(out / stdout.split()[-1]))
+    assert (log(home)[-1]["event"], log(home)[-1]["pixels"]) == ("sheet", pixel_hash(made))
+    assert made.shape[1] < 2 * 48 + 48  # one picture and its label
+    real = Log._line
+
+    def line(self, **facts):
+        if facts["event"] == "sheet":
+            raise FiltersError("the log has no room")
+        return real(self, **facts)
+
+    monkeypatch.setattr(Log, "_line", line)
+    before = files(out)
+    code, _, stderr = command("generate", CAT, "-m", strict, *OPTIONS, *sheet)
+    assert (code, "the log has no room" in stderr) == (7, True)
+    assert [name for name in files(out) if name not in before] == ["out-2.png"]
 
 
 @pytest.mark.parametrize(("p", "kept"), [(0.85, 1), (0.979, 1), (0.98, 0)])

@@ -129,6 +129,7 @@ def open_pipe(base: dict):
 
 def _draw(pipe, drawings: list, run, as_json: bool, sheet: Path | None, ends: bool, preview) -> None:
     """Draws and saves one after the other."""
+    from .sheet import note_sheet
     from .terminal import PipelineProgress, say
 
     progress, report = PipelineProgress(), {"images": [], "skipped": run.skipped}
@@ -184,6 +185,8 @@ def _draw(pipe, drawings: list, run, as_json: bool, sheet: Path | None, ends: bo
             with signals.held():
                 if ends:
                     signals.finish()
+                if pipe.policy:
+                    note_sheet(made)
                 path = save(made, names_from(sheet), run.force)
                 report["contact_sheet"] = str(path)
                 if not as_json:

@@ -2,6 +2,7 @@
 
 import textwrap
 
+import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from mlx_flux_krea.provenance import Picture
@@ -58,3 +59,14 @@ def contact_sheet(rows: list[list[Picture]], across: list[str], down: list[str])
         for column, picture in enumerate(rows[row]):
             sheet.paste(picture, (left + column * wide, top + row * high))
     return Picture.from_pixels(sheet, first.record | {"sheet": {"across": across, "down": down}})
+
+
+def note_sheet(sheet: Picture) -> None:
+    """Writes into the log that a sheet of released pictures will be saved: it knows all that leaves.
+
+    Raises:
+        FiltersError: it cannot be written.
+    """
+    from mlx_flux_krea.filters.ledger import Ledger, pixel_hash
+
+    Ledger().log.append("sheet", pixels=pixel_hash(np.asarray(sheet)))
