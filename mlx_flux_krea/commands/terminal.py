@@ -24,7 +24,10 @@ _STAGES = {
     "denoise": ("drawing", "step"),
     "decode": ("developing", "stage"),
 }
-_FORMAT = "{desc:<20} {percentage:3.0f}% |{bar}| {n:.{digits}f}/{total:.0f} {unit}s, {rate_inv_fmt}, {remaining} left{postfix}"
+_FORMAT = (
+    "{desc:<20} {percentage:3.0f}% |{bar}| {n:.{digits}f}/{total:.0f} {unit}s, {rate_inv_fmt}, "
+    "{remaining} left{postfix}"
+)
 
 
 _as_events = False
