@@ -16,6 +16,7 @@ from mlx_flux_krea.engine import Engine
 from mlx_flux_krea.errors import ModelError
 from mlx_flux_krea.filters import judges
 from mlx_flux_krea.filters.ledger import Ledger, Verdict
+from mlx_flux_krea.interrupted import Checkpoint
 from mlx_flux_krea.weights import find_model
 
 
@@ -228,20 +229,25 @@ def left(folder: Path) -> list[str]:
 @pytest.mark.parametrize(
     ("options", "stay"),
     [
-        (["--weights"], {"filters", "log", "quarantine"}),
-        (["--filters"], {"models", "log", "quarantine"}),
-        (["--logs"], {"models", "filters", "quarantine"}),
-        (["--quarantine"], {"models", "filters", "log"}),
-        (["--weights", "--filters", "--logs", "--quarantine"], {"log"}),  # which says that the pictures went
+        (["--weights"], {"filters", "log", "quarantine", "interrupted"}),
+        (["--filters"], {"models", "log", "quarantine", "interrupted"}),
+        (["--logs"], {"models", "filters", "quarantine", "interrupted"}),
+        (["--quarantine"], {"models", "filters", "log", "interrupted"}),
+        (["--unfinished"], {"models", "filters", "log", "quarantine"}),
+        (["--weights", "--filters", "--logs", "--quarantine"], {"log", "interrupted"}),  # the log of what went
     ],
 )
 def test_what_is_named_goes_and_nothing_else(command, two, options, stay):
     kept_picture()
+    unfinished = Checkpoint({})
+    unfinished.write()
+    unfinished.close()
     command("models", "default", "one")
     size = sum(path.stat().st_size for path in (two / "models").rglob("*") if path.is_file())
     code, _, err = command("purge", *options)
     assert (code, "say it with --yes" in err) == (2, True)
-    assert {Path(name).parts[0] for name in left(two)} == {"models", "filters", "log", "quarantine", "config.json"}
+    kept = {"models", "filters", "log", "quarantine", "interrupted", "config.json"}
+    assert {Path(name).parts[0] for name in left(two)} == kept
     code, out, err = command("purge", *options, "--yes", "--json")
     assert code == 0, err
     assert {Path(name).parts[0] for name in left(two)} - {"config.json"} == stay
@@ -253,7 +259,7 @@ def test_what_is_named_goes_and_nothing_else(command, two, options, stay):
 def test_nothing_goes_that_nobody_named(command, two):
     for options in ([], ["--yes"]):
         code, _, err = command("purge", *options)
-        assert (code, "--weights, --filters, --logs, --quarantine" in err) == (2, True)
+        assert (code, "--weights, --filters, --logs, --quarantine, --unfinished" in err) == (2, True)
     assert left(two / "models")
 
 

@@ -262,11 +262,24 @@ def test_fast_steps_are_not_all_written_and_slow_ones_are(tmp_path, monkeypatch)
 # --- files that somebody was sent ---
 
 
+@pytest.fixture(scope="module")
+def left(model, tmp_path_factory):
+    """The folder of a run that stopped in its third step."""
+    folder = tmp_path_factory.mktemp("left")
+    patch = STRIKE.format(stage="denoise", done=2.1, number=int(signal.SIGTERM))
+    call = ["generate", CAT, "-m", model, *TINY, "--image", REFERENCE / "images" / "input.png", "--strength", "1"]
+    ran = subprocess.run(
+        [sys.executable, "-c", f"import os, sys, time\nimport cli\n{patch}\ncli.main(sys.argv[1:])", *map(str, call)],
+        cwd=folder, env=os.environ | {"FLUX_KREA_HOME": str(folder)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert ran.returncode == 143, ran.stderr
+    return folder / "interrupted"
+
+
 @pytest.fixture
-def kept(generate, monkeypatch, tmp_path):
-    """A file of a run that stopped in its third step, and what it holds."""
-    with failing("denoise", 2.1):
-        generate("--image", REFERENCE / "images" / "input.png", "--strength", "1")
+def kept(left, home):
+    """Its file, where ours are."""
+    shutil.copytree(left, interrupted.folder())
     (path,) = files()
     return path
 

@@ -14,6 +14,7 @@ KINDS = {  # in the order in which they are deleted, with the folder of each
     "filters": ("filters", "both content filters"),
     "logs": ("log", "the log of checks and releases, which is what shows that the licence was kept"),
     "quarantine": ("quarantine", "all pictures that wait for review"),
+    "unfinished": ("interrupted", "what unfinished runs have kept, prompts among it"),
 }
 
 
@@ -24,10 +25,11 @@ KINDS = {  # in the order in which they are deleted, with the folder of each
     "--logs", is_flag=True, help="The log of what was checked and released: your evidence, kept nowhere else."
 )
 @click.option("--quarantine", is_flag=True, help="Pictures that wait for review.")
+@click.option("--unfinished", is_flag=True, help="What unfinished runs have kept.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @click.option("--json", "as_json", is_flag=True, help="Print what was freed as JSON.")
 def purge(yes, as_json, **kinds):
-    """Delete weights, filters, logs or pictures in quarantine.
+    """Delete weights, filters, logs, waiting pictures or unfinished runs.
 
     Without an option, each is asked for. The licence ends with its breach, and then weights and filters have to go.
     Links are deleted, and not what they lead to. What a picture was released to is yours, and is not touched.
@@ -96,4 +98,21 @@ def _delete_pictures(folder: Path) -> tuple[int, list[Path]]:
     return disk_bytes(folder), []
 
 
-_DELETE = {"weights": _delete_models, "filters": _delete, "logs": _delete, "quarantine": _delete_pictures}
+def _delete_runs(folder: Path) -> tuple[int, list[Path]]:
+    """But those that are still going on."""
+    from mlx_flux_krea.interrupted import unfinished
+
+    from .installed import disk_bytes
+
+    for path in unfinished():
+        path.unlink(missing_ok=True)
+    return disk_bytes(folder), []
+
+
+_DELETE = {
+    "weights": _delete_models,
+    "filters": _delete,
+    "logs": _delete,
+    "quarantine": _delete_pictures,
+    "unfinished": _delete_runs,
+}

@@ -25,8 +25,10 @@ _STAGES = {
     "denoise": ("drawing", "step"),
     "decode": ("developing", "stage"),
 }
-_COUNTED = "{n:.{digits}f}/{total:.0f} {unit}s, {rate_inv_fmt}, {remaining} left{postfix}"
-_FORMAT = "{desc:<20} {percentage:3.0f}% |{bar}| " + _COUNTED
+_FORMAT = (
+    "{desc:<20} {percentage:3.0f}% |{bar}| {n:.{digits}f}/{total:.0f} {unit}s, {rate_inv_fmt}, "
+    "{remaining} left{postfix}"
+)
 
 
 _as_events = False
