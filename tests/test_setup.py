@@ -114,10 +114,16 @@ def at_terminal(place: Path, *args: str, stop_at: str | None = None, answers: di
     if stop_at:
         expected = [stop_at, *(text for text in expected if text != stop_at)]
     while (found := child.expect_exact(expected)) is not None and expected[found] is not pexpect.EOF:
-        shown += child.before + child.after
+        shown += child.before + (child.after if isinstance(child.after, str) else "")
         if expected[found] == stop_at:
             child.sendintr()
             expected.remove(stop_at)
+            expected.append(pexpect.TIMEOUT)
+            child.timeout, tries = 20, 10
+        elif expected[found] is pexpect.TIMEOUT:  # it came just before Python waited for an answer, and was not seen
+            tries -= 1
+            assert tries, shown
+            child.sendintr()
         else:
             asked.append(expected[found])
             child.sendline(answers[expected[found]])
