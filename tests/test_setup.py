@@ -277,6 +277,7 @@ def test_a_gated_repository_is_explained_and_then_fetched(published_folders, pla
         accept = ["--accept-licence", digest, "--json", "-q", "none"]
         ran = piped(place, "setup", *others, *accept, **environment | {"HF_TOKEN": "hf_good"})
         assert ran.returncode == 0, ran.stderr
+        assert "black-forest-labs/FLUX.1-Krea-dev is open to somebody, who is logged in" in ran.stderr
     report = json.loads(ran.stdout)
     assert report["model"] == "FLUX.1-Krea-dev"
     assert Path(report["picture"]).exists()

@@ -200,10 +200,13 @@ def _check_login(source: Source, offline: bool) -> None:
     """A gated repository is asked whether it is open before anything comes from it."""
     from mlx_flux_krea.convert import hub
 
+    from .terminal import say
+
     for repo in filter(hub.is_repo_id, source.sources):
         listing = hub.look(repo, offline)
         if listing.gated and listing.to_fetch:
             hub.check_access(repo)
+            say(f"{repo} is open to {printable(str(hub.login()))}, who is logged in")
 
 
 def _licence(it: Installation) -> str:
