@@ -262,7 +262,7 @@ class ModelFolder:
                 arrays.append((name, array if array.dtype in PACKED else array.astype(dtype)))
         module.load_weights(arrays, strict=True)
         module.eval()
-        choose_products(module, dtype)
+        choose_products(module, dtype, home() / "products.json")
         return module
 
     def _skeleton(self, component: str) -> tuple[nn.Module, dict[str, tuple[Path, TensorInfo]]]:
