@@ -52,7 +52,7 @@ def test_the_other_commands_work_in_their_order(workplace):
     if not (workplace / "tiny").exists():
         pytest.fail("the first command did not run")
     commands = [line for block in blocks("sh")[2:] for line in block.splitlines()]
-    assert len(commands) == 20
+    assert len(commands) == 21
     for command in commands:
         run(command, workplace)
     made = {path.name for path in workplace.iterdir()}

@@ -12,7 +12,7 @@ from pathlib import Path
 import judges
 import numpy as np
 import pytest
-from helpers import REFERENCE, edit_json, run_command
+from helpers import REFERENCE, acknowledge, edit_json, run_command
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
@@ -136,7 +136,7 @@ def test_every_kind_of_picture_goes_on_from_the_middle(command, generate, tmp_pa
     (path,) = files()
     assert f"note: what was drawn is kept; go on with: flux-krea resume {path.stem}" in err
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(FluxPipeline, "_start", None)
+        patch.setattr(Painter, "_start", None)
         code, out, err = command("resume", path.stem)
     assert code == 0, err
     made = Path(out.strip())
@@ -158,7 +158,7 @@ def test_a_failed_decode_or_a_full_disk_is_tried_again_and_nothing_is_sampled_ag
     assert (code, out) == (1 if what == "decoding" else 8, "")
     assert "go on with: flux-krea resume" in err
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(FluxPipeline, "_conditions", None)
+        patch.setattr(Painter, "_conditions", None)
         patch.setattr(Painter, "_velocity", None)
         code, out, err = command("resume", "-o", "b.png", "--memory", "1GB", "--json")
     assert code == 0, err
@@ -413,6 +413,7 @@ def strict(model, tmp_path_factory, monkeypatch, home):
     folder = tmp_path_factory.mktemp("strict") / "tiny"
     shutil.copytree(model, folder)
     edit_json(folder / "model_index.json", filters="required")
+    acknowledge(folder)
     judges.install()
     monkeypatch.setattr(filters_judges, "load_judge", judges.load_judge)
     return folder
