@@ -17,14 +17,19 @@ import traceback
 import click
 
 from mlx_flux_krea import __version__
-from mlx_flux_krea.commands import bench, completion, config, schema, shell
+from mlx_flux_krea.commands import bench, completion, config, macos, schema, shell
 from mlx_flux_krea.commands.convert import convert
 from mlx_flux_krea.commands.demo import demo
+from mlx_flux_krea.commands.doctor import doctor
 from mlx_flux_krea.commands.generate import generate
 from mlx_flux_krea.commands.inspect import inspect
 from mlx_flux_krea.commands.log import log
+from mlx_flux_krea.commands.models import models
 from mlx_flux_krea.commands.plan import plan
+from mlx_flux_krea.commands.purge import purge
+from mlx_flux_krea.commands.resume import resume
 from mlx_flux_krea.commands.review import review
+from mlx_flux_krea.commands.setup import setup
 from mlx_flux_krea.commands.verify import verify
 from mlx_flux_krea.errors import FluxKreaError, printable
 
@@ -39,11 +44,12 @@ def cli():
       flux-krea convert FLUX.1-Krea-dev -o krea
       flux-krea generate "a frog holding a sign" -m krea -o frog.png
     """
+    macos.check_python()
 
 
 for verb in (
-    demo, generate, shell.shell, review, convert, inspect, plan, bench.bench, verify, log,
-    config.config, schema.tool_schema, completion.completion,
+    demo, setup, generate, resume, shell.shell, review, convert, models, inspect, plan, bench.bench, verify, doctor, log,
+    purge, config.config, schema.tool_schema, completion.completion,
 ):  # fmt: skip
     cli.add_command(verb)
 

@@ -1,19 +1,18 @@
 """The converter: any known layout of the weights into a model folder (`mlx_flux_krea.weights` documents the format).
 
     from mlx_flux_krea.convert import convert
-    convert(["FLUX.1-Krea-dev"], "models/krea-8bit", quantize="8")
+    convert(["black-forest-labs/FLUX.1-Krea-dev"], "models/krea-8bit", quantize="8")
 
 The two networks of the content filters are converted alike, into folders of the same form.
 
 sources opens files, decode knows their types, layouts recognises them, maps names their tensors, remap puts tensors
-together; own does all of it for folders of ours. quantize chooses bits, index, tokenizers and licence add what weights
-do not say, write stores it.
+together; own does all of it for folders of ours; hub and fetch are for what is on the Hugging Face hub. quantize has
+the recipes, index, tokenizers and licence add what weights do not say; job holds all that is decided before a weight
+is read, write stores it.
 """
 
 import math
 import os
-import shlex
-from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -21,26 +20,21 @@ from pathlib import Path
 
 from mlx_flux_krea import __version__
 from mlx_flux_krea import config as configs
-from mlx_flux_krea.errors import ModelError, UsageError, printable
-from mlx_flux_krea.filters.config import NSFW_SHA256
-from mlx_flux_krea.weights import COMPONENTS, DTYPES, FILTERS, KINDS, home, layer_widths
+from mlx_flux_krea.errors import UsageError, printable
+from mlx_flux_krea.filters.config import NSFW_SHA256, FilterIndex
+from mlx_flux_krea.weights import DTYPES, KINDS
 
 from . import quantize as quantizing
 from . import write
-from .index import make_filter_index, make_index
-from .layouts import Found, identify, make_plan
+from .fetch import Fetching, Remote, outlined
+from .hub import cache_folder, is_repo_id
+from .job import Group, Job, Outline, decide, examine, roots
+from .layouts import Found
 from .licence import licence_files
-from .own import Own, open_own
 from .quantize import Layers
-from .remap import Plan
-from .sources import is_model_folder, open_sources
-from .tokenizers import find_tokenizers
 
-__all__ = ["Component", "Group", "Report", "convert"]
-_SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
-# the type, and the recipe of those who ask for what suits
-_DEFAULTS = {"model": ("bfloat16", "8"), "nsfw": ("float32", "none"), "pixtral": ("bfloat16", "4")}
-_KEPT = "what the source has in as few bits or fewer stays as it is"
+__all__ = ["Component", "Group", "Outline", "Report", "convert", "examine"]
+Losses = dict[str, dict[str, tuple[float, float]]]  # of each component, what `write.write_component` returns
 
 
 @dataclass(frozen=True)
@@ -56,18 +50,6 @@ class Component:
     dropped: tuple[tuple[str, str], ...]  # tensors left out on purpose, with the reason
     lost: tuple[tuple[str, str], ...]  # tensors that are not to be had, with the reason; zeros stand there
     left: tuple[tuple[str, str], ...]  # layers not quantized although the recipe has them, with the reason
-
-
-@dataclass(frozen=True)
-class Group:
-    """Layers of a kind: how they are stored, and what that lost."""
-
-    component: str
-    name: str
-    stored: str
-    parameters: int
-    bytes: int
-    error: float | None  # ||stored - source|| / ||source|| over the quantized layers, from up to 256 rows of each
 
 
 @dataclass(frozen=True)
@@ -93,6 +75,8 @@ def convert(
     tokenizers: str | Path | None = None,
     force: bool = False,
     allow_nonfinite: bool = False,
+    offline: bool = False,
+    discard_source: bool = False,
     progress: Callable[[str, int, int], None] | None = None,
     placing: Callable[[], AbstractContextManager] = nullcontext,
 ) -> Report:
@@ -100,7 +84,8 @@ def convert(
 
     Args:
         sources: a folder (diffusers', ComfyUI's, mflux's, or a model folder of ours), an all-in-one file, or the
-            files of the components one by one; or a filter: the classifier ViT or Pixtral, as published.
+            files of the components one by one; or a filter: the classifier ViT or Pixtral, as published. Or any of it
+            on the Hugging Face hub, as OWNER/NAME.
         out: the model folder to make; None: in the home folder (`weights.home`), models/NAME-RECIPE or filters/NAME.
         dtype: of every array that is not packed, and of scales: "bfloat16", "float16" or "float32"; None: bfloat16.
             The classifier is kept in float32.
@@ -111,53 +96,60 @@ def convert(
         force: an existing model folder is replaced, once the new one is complete; nothing else ever is, nor a folder
             with files in it that the converter did not write.
         allow_nonfinite: weights may hold NaN and infinities, where nothing is quantized.
-        progress: called with the component at work, the bytes written so far and in all.
+        offline: of the hub, only what is in its cache.
+        discard_source: weights that are fetched from the hub are deleted as soon as they are converted.
+        progress: called with the component at work, the bytes written so far and in all; or with "fetching" or
+            "checking", and the bytes that are here of what comes from the hub.
         placing: gives the context in which the complete folder takes its name, for callers who handle signals.
 
     Raises:
         UsageError: an option or the target cannot be used, or options do not go together.
-        ModelError: a source is missing, damaged, incomplete or of another kind.
+        ModelError: a source is missing, not to be had, damaged, incomplete or of another kind.
         ResourceError: not enough disk.
     """
     if dtype not in (None, *DTYPES):
         raise UsageError(f'no type is called "{dtype}"', f"one of {', '.join(DTYPES)}")
-    recipe = quantizing.find_recipe(quantize or "8", group_size)
+    quantizing.find_recipe(quantize or "8", group_size)
     if allow_nonfinite and quantize != "none":
         raise UsageError("NaN and infinities are allowed, and quantizing erases them", "one of both", "add -q none")
-    paths = [Path(os.path.expanduser(path)) for path in sources]
-    own = _own(paths)
-    found = own.found if own else _components(paths)
-    kind = next((name for name in found if name in FILTERS), "model")
-    dtype, quantize = dtype or _DEFAULTS[kind][0], quantize or _DEFAULTS[kind][1]
-    if kind == "nsfw" and (dtype, quantize) != _DEFAULTS[kind]:
-        raise UsageError(f"the classifier in {dtype}, -q {quantize}", "float32, -q none", "leave --dtype and -q out")
-    recipe = quantizing.find_recipe(quantize, group_size)
-    plans = own.plans if own else {component: make_plan(f) for component, f in found.items()}
-    if own:
-        index = own.index
-    elif kind == "model":
-        configs.check_parts(*(plans[name][0] for name in ("transformer", "text_encoder_2", "text_encoder", "vae")))
-        index = make_index(found, plans["transformer"][0])
-    else:
-        index = make_filter_index(found[kind], plans[kind][0])
-    place = Path("models", f"{index.name}-{_label(recipe, dtype)}") if kind == "model" else Path("filters", kind)
-    path = Path(os.path.expanduser(out)) if out else home() / place
-    target = _resolved(path)
-    tokens = find_tokenizers(found, plans, tokenizers)
-    layers, left, notes = {}, {}, ()
-    for name, (config, _) in plans.items():
-        layers[name], left[name] = quantizing.choose(name, layer_widths(name, config), recipe)
-        if name == "pixtral":
-            asked, layers[name] = layers[name], quantizing.keep_packed(plans[name][1], layers[name])
-            notes += (f"-q {quantize}: {_KEPT}",) if asked != layers[name] else ()
-    groups = {name: _groups(name, plan, dtype, layers[name]) for name, (_, plan) in plans.items()}
-    total = sum(group.bytes for component in groups.values() for group in component)
-    sizes = {file: file.stat().st_size for f in found.values() for file in f.source.files}
+    if discard_source and not all(map(is_repo_id, sources)):
+        raise UsageError("--discard-source is for what is fetched", "sources on the hub alone", "leave it out")
+    if discard_source and offline:
+        raise UsageError("--offline fetches nothing that --discard-source could delete", "one of both")
+    with outlined(sources, offline, progress) as remote:
+        job = decide(remote.paths, out, dtype, quantize, group_size, tokenizers)
+        index, losses = _write(job, remote, force, allow_nonfinite, discard_source, progress, placing)
+    return _report(job, index, losses)
 
+
+def _write(
+    job: Job, remote: Remote, force: bool, allow_nonfinite: bool, discard: bool, progress: Callable | None, placing
+) -> tuple[configs.ModelIndex | FilterIndex, Losses]:
+    """Makes the folder, the smallest component first, while files of those after it may still come.
+
+    Returns:
+        The index with what it was made from, and what quantizing lost.
+    """
+    target = _resolved(job.path)
+    total = sum(map(job.bytes, job.plans))
+    files = {name: found.source.files for name, found in job.found.items()}
+    sizes = {file: file.stat().st_size for some in files.values() for file in some}
+    order = sorted(job.plans, key=lambda name: sum(sizes[file] for file in files[name]))
+    last = {file: name for name in order for file in files[name]}  # who needs a file last
+    coming = {file: remote.files[file] for file in last if file in remote.files}
     written, losses = 0, {}
-    with write.new_folder(target, force, [*paths, *sizes], placing) as folder, write.hashing(sizes) as hashes:
-        write.check_disk(target, total + 2**26)
-        for component, (config, plan) in plans.items():
+    with (
+        write.new_folder(target, force, [*remote.paths, *sizes], placing) as folder,
+        write.hashing(file for file in sizes if file not in coming) as hashes,
+        Fetching(coming, keep=not discard) as fetching,
+    ):
+        hashes |= fetching.hashes
+        to_fetch = [fetching.left(file for file in last if last[file] == name) for name in order]
+        _check_disk(target, to_fetch, [job.bytes(name) for name in order], discard)
+        fetching.start()
+        for component in order:
+            config, plan = job.plans[component]
+            fetching.wait(files[component], progress)
 
             def done(count: int, component: str = component) -> None:
                 nonlocal written
@@ -166,77 +158,74 @@ def convert(
                     progress(component, written, total)
 
             losses[component] = write.write_component(
-                folder, component, configs.to_json(config), plan, dtype, layers[component], done, allow_nonfinite
+                folder,
+                component,
+                configs.to_json(config),
+                plan,
+                job.dtype,
+                job.layers[component],
+                done,
+                allow_nonfinite,
             )
-        for name, data in tokens.items():
+            fetching.discard(file for file in files[component] if last[file] == component)
+        for name, data in job.tokens.items():
             folder.write(name, [data])
-        if own:
-            own.check({file: hashes[file].result() for file in sizes})
+        if job.own:
+            job.own.check({file: hashes[file].result() for file in sizes})
         records = tuple(
             configs.Source(name, hashes[file].result(), sizes[file], layout)
-            for file, (name, layout) in _records(found).items()
+            for file, (name, layout) in _records(job.found).items()
         )
-        index = replace(index, source=(own.index.source if own else ()) + records, converter=__version__)
-        stored = {name: _stored(dtype, layers[name]) for name in plans}
-        about = licence_files(index, _roots(found), [f"{name}: {how}" for name, how in stored.items()])
-        for name, data in about.items():
+        before = job.own.index.source if job.own else ()
+        index = replace(job.index, source=before + records, converter=__version__)
+        stored = [f"{name}: {job.stored(name)}" for name in job.plans]
+        for name, data in licence_files(index, roots(job.found), stored).items():
             folder.write(name, [data])
         if progress:
             progress("reading back", total, total)
-        class_name = next(name for name, (_, networks) in KINDS.items() if set(networks) == set(plans))
+        class_name = next(name for name, (_, networks) in KINDS.items() if set(networks) == set(job.plans))
         folder.finish({"_class_name": class_name, **configs.to_json(index)})
+    return index, losses
+
+
+def _report(job: Job, index: configs.ModelIndex | FilterIndex, losses: Losses) -> Report:
+    """What was made of what, and what it lost."""
     components = tuple(
         Component(
             name=name,
-            layout=found[name].layout.name,
-            files=tuple(file.name for file in found[name].source.files),
+            layout=job.found[name].layout.name,
+            files=tuple(file.name for file in job.found[name].source.files),
             parameters=plan.parameters,
-            bytes=sum(group.bytes for group in groups[name]),
-            stored=stored[name],
+            bytes=job.bytes(name),
+            stored=job.stored(name),
             dropped=plan.dropped,
             lost=plan.lost,
-            left=tuple(left[name].items()),
+            left=tuple(job.left[name].items()),
         )
-        for name, (_, plan) in plans.items()
+        for name, (_, plan) in job.plans.items()
     )
-    measured = [replace(g, error=_error(g, losses[name])) for name in plans for g in groups[name]]
+    measured = [replace(g, error=_error(g, losses[name])) for name in job.plans for g in job.groups[name]]
     measured.sort(key=lambda group: -1 if group.error is None else group.error, reverse=True)
-    notes += _more_bits(own.layers, layers) if own else ()
+    notes = job.notes + (_more_bits(job.own.layers, job.layers) if job.own else ())
     notes += tuple(f"{g.name}: {g.stored} lost {g.error:.0%} of it; take more bits" for g in measured if _is_bad(g))
-    if kind == "nsfw" and NSFW_SHA256 not in {source.sha256 for source in index.source}:
+    if job.kind == "nsfw" and NSFW_SHA256 not in {source.sha256 for source in index.source}:
         notes += (f"{index.name}: not the published classifier, whose sha256 is {NSFW_SHA256}",)
-    return Report(path, index.base, dtype, recipe.quantize, components, tuple(measured), notes)
+    return Report(job.path, index.base, job.dtype, job.recipe.quantize, components, tuple(measured), notes)
 
 
-def _label(recipe: quantizing.Recipe, dtype: str) -> str:
-    """As the folder is called: a precision that says it all stands alone."""
-    if recipe.quantize == "none":
-        return _SHORT[dtype]
-    return recipe.label if dtype == "bfloat16" else f"{recipe.label}-{_SHORT[dtype]}"
-
-
-def _groups(component: str, plan: Plan, dtype: str, layers: Layers) -> list[Group]:
-    """The groups of a component in the order of its tensors; errors are not known yet."""
-    groups: dict[str, list] = {}
-    for target in plan.targets:
-        groups.setdefault(quantizing.group_of(component, target.name), []).append(target)
-    return [
-        Group(
-            component=component,
-            name=name,
-            stored=_stored(dtype, {t.name: quantizing.layer_of(t, layers) for t in targets}),
-            parameters=sum(math.prod(t.shape) for t in targets),
-            bytes=sum(quantizing.count_bytes(t, dtype, quantizing.layer_of(t, layers)) for t in targets),
-            error=None,
-        )
-        for name, targets in groups.items()
-    ]
-
-
-def _stored(dtype: str, layers: Layers) -> str:
-    """How most of the layers that are quantized are stored; what is not quantized is of the type."""
-    quantized = Counter(q for q in layers.values() if q)
-    return f"{quantized.most_common(1)[0][0]}, {dtype}" if quantized else dtype
+def _check_disk(target: Path, to_fetch: list[int], made: list[int], discard: bool) -> None:
+    """Refuses where a disk cannot hold what is fetched and made of it, component by component."""
+    need, cache = sum(made) + 2**26, cache_folder()
+    todo = "choose another disk with -o"
+    if sum(to_fetch):
+        todo += " or HF_HOME" + ("" if discard else ", or add --discard-source")
+        if os.stat(write.existing(cache)).st_dev != os.stat(write.existing(target)).st_dev:
+            write.check_disk(cache, sum(to_fetch), "choose another disk with HF_HOME")
+        elif discard:  # while one is made, those after it may already be here
+            need += max(sum(to_fetch[i:]) - sum(made[i + 1 :]) for i in range(len(made)))
+        else:
+            need += sum(to_fetch)
+    write.check_disk(target, need, todo)
 
 
 def _error(group: Group, losses: dict[str, tuple[float, float]]) -> float | None:
@@ -257,45 +246,6 @@ def _more_bits(before: dict[str, Layers], after: dict[str, Layers]) -> tuple[str
 def _is_bad(group: Group) -> bool:
     """Beyond what any recipe loses of weights like those that are published; 3 bits lose a fifth."""
     return group.error is not None and group.error > 0.3
-
-
-def _roots(found: dict[str, Found]) -> list[Path]:
-    """Folders in which the licence of the transformer, or of a filter, may lie."""
-    source = next(iter(found.values())).source
-    return [source.folder.parent, source.folder] if source.component else [source.folder]
-
-
-def _own(paths: list[Path]) -> Own | None:
-    """The one source, where it is a model folder of ours."""
-    folders = (folder for path in paths if os.path.exists(path) for folder in (path, *path.absolute().parents[:2]))
-    ours = next(filter(is_model_folder, folders), None)
-    if ours is None:
-        return None
-    if paths != [ours]:
-        name = shlex.quote(str(ours))
-        raise ModelError(
-            f"{ours} is a model folder of ours", "nothing beside it, and all of it", f"name it alone: {name}"
-        )
-    return open_own(ours)
-
-
-def _components(paths: list[Path]) -> dict[str, Found]:
-    found: dict[str, Found] = {}
-    for source in open_sources(paths):
-        for one in identify(source):
-            if one.layout.component in found:
-                other = found[one.layout.component].source.path
-                raise ModelError(f"{source.path} and {other} are both a {one.layout.component}", "one of each")
-            found[one.layout.component] = one
-    if found.keys() & FILTERS.keys():
-        if len(found) > 1:
-            raise ModelError(f"the sources hold {', '.join(found)}", "a model, or one filter alone")
-        return found
-    missing = [c for c in COMPONENTS if c not in found]
-    if missing:
-        have = ", ".join(found) or "nothing"
-        raise ModelError(f"the sources hold {have}", f"also {', '.join(missing)}", "name the missing files too")
-    return {c: found[c] for c in COMPONENTS}
 
 
 def _resolved(path: Path) -> Path:

@@ -45,7 +45,7 @@ LICENCES = {
         "Whoever gets a copy of this folder must get LICENSE.md and this page with it.",
     ),
 }
-_NAMES = ("LICENSE.md", "LICENSE", "LICENSE.txt", "LICENCE.md", "LICENCE", "LICENCE.txt")
+LICENCE_NAMES = ("LICENSE.md", "LICENSE", "LICENSE.txt", "LICENCE.md", "LICENCE", "LICENCE.txt")
 _MOST = 2**20  # bytes of such a file
 
 
@@ -74,7 +74,7 @@ def licence_files(index: ModelIndex | FilterIndex, folders: list[Path], stored: 
 
 
 def _find(folder: Path, licence: Licence | None) -> bytes | None:
-    for name in _NAMES:
+    for name in LICENCE_NAMES:
         try:
             with open(folder / name, "rb") as file:
                 text = file.read(_MOST + 1)

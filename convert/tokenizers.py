@@ -14,6 +14,7 @@ from mlx_flux_krea.filters.config import PixtralConfig
 from mlx_flux_krea.tokenizers import CLIPTokenizer, PixtralTokenizer, T5Tokenizer
 
 from .gguf_header import read_gguf
+from .hub import TOKENIZER_FILES, cached
 from .layouts import Found
 
 
@@ -37,9 +38,6 @@ _KINDS = {
         "text_encoder_2", ("tokenizer_2", "t5"), ("spiece.model",), T5Tokenizer, "T5's spiece.model or tokenizer.json"
     ),
 }  # fmt: skip
-_FILES = (
-    "vocab.json", "merges.txt", "tokenizer.json", "spiece.model", "tokenizer_config.json", "special_tokens_map.json",
-)  # fmt: skip
 _HUB = ("black-forest-labs/FLUX.1-Krea-dev", "black-forest-labs/FLUX.1-dev", "black-forest-labs/FLUX.1-schnell")
 
 
@@ -78,7 +76,7 @@ def find_tokenizers(found: dict[str, Found], plans: dict[str, tuple], given: str
             size, known = kind.read(folder).vocab_size, plans[kind.encoder][0].vocab_size
             if size > known:
                 raise ModelError(f"the tokenizer in {folder} has {size} ids", f"at most the {known} of {kind.encoder}")
-            files |= {f"{name}/{file}": _read(folder / file) for file in _FILES if (folder / file).exists()}
+            files |= {f"{name}/{file}": _read(folder / file) for file in TOKENIZER_FILES if (folder / file).exists()}
     return files
 
 
@@ -165,7 +163,7 @@ def _folders(name: str, kind: _Kind, roots: list[Path]) -> Iterator[Path]:
     """Every folder that holds this tokenizer, the nearest first."""
     yield from (root / folder for root in roots for folder in (*kind.folders, ".") if _holds(root / folder, kind))
     for repository in _HUB:
-        snapshot = _from_hub_cache(repository, name)
+        snapshot = cached(repository)
         if snapshot and _holds(snapshot / name, kind):
             yield snapshot / name
 
@@ -173,13 +171,3 @@ def _folders(name: str, kind: _Kind, roots: list[Path]) -> Iterator[Path]:
 def _holds(folder: Path, kind: _Kind) -> bool:
     own = all((folder / file).exists() for file in kind.files)
     return own or (folder.name in kind.folders and (folder / "tokenizer.json").exists())
-
-
-def _from_hub_cache(repository: str, name: str) -> Path | None:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(repository, local_files_only=True, allow_patterns=f"{name}/*"))
-    except (LocalEntryNotFoundError, HFValidationError, OSError):
-        return None

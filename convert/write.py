@@ -40,7 +40,7 @@ from .sources import is_model_folder
 SHARD_BYTES = 4 * 2**30  # a shard ends with the block that reaches this
 _MODULATION = ("_mod.lin.", ".modulation.lin.", "adaLN_modulation.")
 _UNLISTED = ("manifest.json", SELF_TEST)  # the one lists the others, the other is written when they are tried
-_OF_THE_SYSTEM = {".DS_Store", ".localized", "Thumbs.db", "desktop.ini"}  # nobody misses them
+_OF_THE_SYSTEM = {".DS_Store", ".localized", ".metadata_never_index", "Thumbs.db", "desktop.ini"}  # nobody misses them
 
 
 class Folder:
@@ -147,6 +147,29 @@ def new_folder(
         raise UsageError(f"{target} cannot be written: {reason}", todo="choose another place with -o") from None
 
 
+def remove_folder(target: Path) -> None:
+    """Deletes a model folder. First it loses its name: what an interruption leaves, the next one clears up.
+
+    Args:
+        target: of ours, or damaged; of a link the link goes, and not what it leads to.
+
+    Raises:
+        UsageError: a conversion is writing it, it holds what the converter did not write, or it cannot be deleted.
+    """
+    try:
+        if target.is_symlink():
+            target.unlink()
+            return
+        with contextlib.suppress(ModelError):  # what was in a damaged one, nobody knows
+            if other := _not_ours(target):
+                raise UsageError(f"{target} also holds {other}, which the converter did not write", "", "move it away")
+        with _lock(target):
+            _recover(target)
+            shutil.rmtree(target.rename(_beside(target, "partial")))
+    except OSError as error:
+        raise UsageError(f"{target} cannot be deleted: {error.strerror or error}") from None
+
+
 def check_apart(target: Path, sources: Iterable[Path]) -> None:
     """Refuses a target that overlaps a source.
 
@@ -199,18 +222,21 @@ def check_target(target: Path, force: bool) -> None:
         )
 
 
-def check_disk(target: Path, need: int) -> None:
-    """Refuses before the first byte where the disk cannot hold the result.
+def check_disk(target: Path, need: int, todo: str = "choose another disk with -o") -> None:
+    """Refuses before the first byte where the disk cannot hold what is to come.
 
     Raises:
         ResourceError: with the numbers.
     """
-    parent = next(p for p in target.absolute().parents if p.exists())
+    parent = existing(target)
     free = shutil.disk_usage(parent).free
     if free < need:
-        raise ResourceError(
-            f"{free / 1e9:.1f} GB are free at {parent}", f"{need / 1e9:.1f} GB", "choose another disk with -o"
-        )
+        raise ResourceError(f"{free / 1e9:.1f} GB are free at {parent}", f"{need / 1e9:.1f} GB", todo)
+
+
+def existing(target: Path) -> Path:
+    """The nearest folder above a path that exists."""
+    return next(p for p in target.absolute().parents if p.exists())
 
 
 def write_component(
@@ -482,7 +508,7 @@ def _recover(target: Path) -> None:
 
 def _not_ours(target: Path) -> str | None:
     """What somebody else put into a model folder: the first that its manifest does not name."""
-    known = {Path("manifest.json"), *map(Path, read_json(target / "manifest.json"))}
+    known = {*map(Path, _UNLISTED), *map(Path, read_json(target / "manifest.json"))}
     known |= {folder for file in known for folder in file.parents}
     for path in sorted(target.rglob("*")):
         if path.relative_to(target) not in known and not _of_the_system(path):

@@ -278,6 +278,7 @@ class ModelIndex:
     defaults: Defaults
     source: tuple[Source, ...] = field(default=())
     converter: str = ""
+    latent_rgb: tuple[tuple[float, ...], ...] = ()  # of its autoencoder, for previews: `preview.py`
     format: Annotated[int, 1, 2**30] = 1
 
     def problem(self) -> str | None:
@@ -286,6 +287,8 @@ class ModelIndex:
             return f'filters is "{self.filters}" and not "required" or "none"'
         if self.format != 1:
             return f"format is {self.format}, and this program reads format 1"
+        if any(len(row) != 3 for row in self.latent_rgb):
+            return "latent_rgb has rows that are not red, green and blue"
         return None
 
 

@@ -20,8 +20,8 @@ import re
 import threading
 import warnings
 from collections.abc import Callable, Iterator
+from html import escape, unescape  # those of xml.sax bring all of urllib
 from pathlib import Path
-from xml.sax.saxutils import escape, unescape
 
 from PIL import ExifTags, Image, PngImagePlugin
 
@@ -319,8 +319,8 @@ def _xmp(record: dict, full: bool = False) -> str:
     source_type = (
         "trainedAlgorithmicMedia" if record.get("strength") is None else "compositeWithTrainedAlgorithmicMedia"
     )
-    ours = f"\n   <krea:Record>{escape(_json(record))}</krea:Record>" if full else ""
-    return _XMP.format(tool=escape(SOFTWARE), source_type=_SOURCE_TYPE + source_type, record=ours)
+    ours = f"\n   <krea:Record>{escape(_json(record), quote=False)}</krea:Record>" if full else ""
+    return _XMP.format(tool=escape(SOFTWARE, quote=False), source_type=_SOURCE_TYPE + source_type, record=ours)
 
 
 def _json(record: dict) -> str:

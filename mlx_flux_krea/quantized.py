@@ -2,11 +2,17 @@
 
 Which one that is depends on the chip, the rows, the bits and the type: Metal's quantized product loses up to three
 quarters to the dense one on an M1 or M2 and nothing on an M3, and the CPU's loses 10 to 50 times. So both are timed
-once, for about a tenth of a second. They give the same numbers to rounding.
+once, for about a tenth of a second, and what was found is remembered: the two give the same numbers to rounding only,
+and a seed should give the same picture tomorrow.
 """
 
+import contextlib
+import json
+import os
 import time
 from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -40,18 +46,40 @@ def adopt(network: nn.Module) -> None:
         layer.__class__ = QuantizedLinear
 
 
-def choose_products(network: nn.Module, dtype: mx.Dtype) -> None:
-    """Times, once in a process, the products of a network's quantized layers.
+def choose_products(network: nn.Module, dtype: mx.Dtype, file: Path | None = None) -> None:
+    """Chooses how the quantized layers of a network multiply, by timing what this machine was not timed for before.
 
     Args:
         network: its layers through `adopt`.
         dtype: the compute type.
+        file: remembers it, for this chip and this version of MLX. Where it cannot be written, that is no harm.
     """
-    for kind in {layer.kind for layer in _layers(network)}:
-        for many in (False, True):
-            key = (*kind, dtype, many)
-            if key not in _faster_dense:
-                _faster_dense[key] = _is_dense_faster(kind, dtype, many)
+    keys = {(*layer.kind, dtype, many) for layer in _layers(network) for many in (False, True)} - _faster_dense.keys()
+    if not keys:
+        return
+    machine = f"{mx.device_info().get('device_name')}, {mx.default_device().type.name}, mlx {version('mlx')}"
+    names = {key: " ".join(map(str, key)) for key in keys}
+    remembered = _read(file)
+    known = remembered.get(machine) if isinstance(remembered.get(machine), dict) else {}
+    for key, name in names.items():
+        found = known.get(name)
+        _faster_dense[key] = found if isinstance(found, bool) else _is_dense_faster(key[:3], dtype, key[4])
+    known |= {name: _faster_dense[key] for key, name in names.items()}
+    if file:
+        with contextlib.suppress(OSError):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
+            partial.write_text(json.dumps(remembered | {machine: known}, indent=1), encoding="utf-8")
+            os.replace(partial, file)
+
+
+def _read(file: Path | None) -> dict:
+    """What was remembered; nothing where there is no such file, or a damaged one."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8")) if file else {}
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _is_dense_faster(kind: tuple[int, int, str], dtype: mx.Dtype, many: bool) -> bool:

@@ -47,6 +47,7 @@ from .errors import ModelError
 from .filters.config import FilterIndex, PixtralConfig, ViTConfig
 from .filters.pixtral import Pixtral
 from .filters.vit import ViT
+from .presets import FLUX_LATENT_RGB
 from .quantized import adopt, choose_products
 from .t5 import T5Encoder
 from .tokenizers import CLIPTokenizer, T5Tokenizer
@@ -160,6 +161,19 @@ class ModelFolder:
         """Whether the licence demands filters or review."""
         return configs.requires_filters(self.sizes["transformer"], self.index)
 
+    @property
+    def latent_rgb(self) -> tuple[tuple[float, ...], ...] | None:
+        """From latents to colours, for previews (`preview.py`): the folder's own map, or that of FLUX.1's autoencoder.
+
+        Raises:
+            ModelError: the folder's has not as many rows as the autoencoder channels, and one.
+        """
+        own, config = self.index.latent_rgb, self.sizes["vae"]
+        if own and len(own) != config.z_channels + 1:
+            found = f"{self.path / 'model_index.json'}: latent_rgb has {len(own)} rows"
+            raise ModelError(found, f"{config.z_channels + 1}")
+        return own or (FLUX_LATENT_RGB if config == configs.FLUX_VAE else None)
+
     @functools.cached_property
     def tokenizers(self) -> tuple[CLIPTokenizer, T5Tokenizer]:
         """Of CLIP and of T5, opened once.
@@ -248,7 +262,7 @@ class ModelFolder:
                 arrays.append((name, array if array.dtype in PACKED else array.astype(dtype)))
         module.load_weights(arrays, strict=True)
         module.eval()
-        choose_products(module, dtype)
+        choose_products(module, dtype, home() / "products.json")
         return module
 
     def _skeleton(self, component: str) -> tuple[nn.Module, dict[str, tuple[Path, TensorInfo]]]:
@@ -368,25 +382,43 @@ def open_folder(path: Path) -> ModelFolder:
     return ModelFolder(path, kind, index, sizes, dtypes, quantization)
 
 
+def installed_models() -> dict[str, Path]:
+    """The folders of installed models by their names. Hidden ones are half-made."""
+    found = (home() / "models").glob("*/model_index.json")
+    return {p.parent.name: p.parent for p in sorted(found) if not p.parent.name.startswith(".")}
+
+
+def default_model() -> str | None:
+    """The model that is meant where none is named: `model` in config.json of the home folder (`flux-krea config`).
+
+    Raises:
+        ModelError: the file is damaged.
+    """
+    path = home() / "config.json"
+    model = read_json(path).get("model") if path.exists() else None
+    return model if isinstance(model, str) else None
+
+
 def find_model(model: str | os.PathLike | None) -> Path:
-    """The folder meant by a path, by the name of an installed model, or by nothing (the only one installed).
+    """The folder meant by a path, by the name of an installed model, or by nothing (the default, or the only one).
 
     Raises:
         ModelError: nothing there, or more than one where none was named.
     """
-    found = (home() / "models").glob("*/model_index.json")
-    installed = sorted(p.parent for p in found if not p.parent.name.startswith("."))  # hidden ones are half-made
-    names = ", ".join(p.name for p in installed)
+    installed = installed_models()
+    names = ", ".join(installed)
+    model = default_model() if model is None else model
     if model is None:
         if len(installed) == 1:
-            return installed[0]
+            return next(iter(installed.values()))
         if installed:
-            raise ModelError(f"several models are installed: {names}", "", "name one with -m")
-        todo = "convert one: flux-krea convert SOURCE, or name a folder with -m"
+            todo = "name one with -m, or once and for all: flux-krea models default NAME"
+            raise ModelError(f"several models are installed: {names}", "", todo)
+        todo = "install one: flux-krea setup, or name a folder with -m"
         raise ModelError(f"no model is installed in {home() / 'models'}", "", todo)
     path = Path(os.path.expanduser(model))
-    if not path.exists() and home() / "models" / path in installed:
-        return home() / "models" / path
+    if not path.exists() and str(model) in installed:
+        return installed[str(model)]
     if not path.exists():
         known = f"a path, or one of {names}" if names else "the path of a model folder"
         raise ModelError(

@@ -14,6 +14,7 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from mlx_flux_krea import config as configs
+from mlx_flux_krea.filters import licence
 
 ROOT = Path(__file__).parent.parent
 DATA = ROOT / "tests" / "data"
@@ -83,6 +84,11 @@ def run_command(*args, cwd: Path, timeout: float = 120, **env) -> subprocess.Com
     )
 
 
+def acknowledge(model: Path) -> None:
+    """Writes what `flux-krea setup` writes when a person agrees to the licence in a model folder."""
+    licence.acknowledge(licence.find_text(model)[1], model.name)
+
+
 def edit_json(path: Path, **changes) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
@@ -139,7 +145,7 @@ def without_guidance(target: Path) -> Path:
 
 
 def full_size_folder(path: Path, filters: str, guidance_embed: bool = True) -> Path:
-    """The JSON of a model folder of FLUX.1's published size; no weights."""
+    """The JSON of a model folder of FLUX.1's published size and a licence; no weights."""
     index = configs.ModelIndex(
         name="big",
         base="FLUX.1 Krea [dev]",
@@ -160,4 +166,5 @@ def full_size_folder(path: Path, filters: str, guidance_embed: bool = True) -> P
         (path / name).mkdir(parents=True)
         (path / name / "config.json").write_text(json.dumps({"dtype": "bfloat16", **configs.to_json(config)}))
     (path / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline", **configs.to_json(index)}))
+    (path / "LICENSE.md").write_text("What may be done with these weights.\n")
     return path

@@ -1,22 +1,25 @@
 """One test for every way in which a filter could fail open: nothing unreleased gets out, and the exit code says why."""
 
+import hashlib
 import json
 import math
 import os
+import resource
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import judges
 import mlx.core as mx
 import numpy as np
 import pytest
-from helpers import ROOT, edit_json, edit_tensors, full_size_folder
+from helpers import ROOT, acknowledge, edit_json, edit_tensors, full_size_folder
 from PIL import Image
 
 from mlx_flux_krea import FluxPipeline
-from mlx_flux_krea.errors import FiltersError, UsageError, Withheld
+from mlx_flux_krea.errors import FiltersError, Interrupted, UsageError, Withheld
 from mlx_flux_krea.filters import gate, instructions
 from mlx_flux_krea.filters import judges as filters_judges
 from mlx_flux_krea.filters.ledger import Ledger, Released, pixel_hash
@@ -37,6 +40,12 @@ def strict(model, tmp_path_factory):
     shutil.copytree(model, folder)
     edit_json(folder / "model_index.json", filters="required")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def licence(home, strict):
+    """Somebody has agreed to the licence of the strict model."""
+    acknowledge(strict)
 
 
 @pytest.fixture
@@ -141,7 +150,7 @@ def test_without_filters_nothing_is_loaded_and_the_way_out_is_named(command, str
     monkeypatch.setattr("mlx_flux_krea.weights.ModelFolder.check", lambda *args: pytest.fail("weights were looked at"))
     for check in ([], ["--check", "filters"], ["--check", "both"]):
         result = command("generate", CAT, "-m", strict, *OPTIONS, *check)
-        withheld(result, 6, "install: flux-krea convert Falconsai/nsfw_image_detection, flux-krea convert mistral", out)
+        withheld(result, 6, "install: flux-krea setup; or review every picture", out)
         assert "--check review" in result[2]
 
 
@@ -230,6 +239,7 @@ ANSWERS = {
     "one NaN": ("nsfw", lambda pixels: [{"normal": 1.0, "nsfw": math.nan}] * len(pixels), "answered"),
     "a margin of NaN": ("pixtral", lambda pixels: [{"integrity": math.nan}] * len(pixels), "answered"),
     "minus infinity": ("pixtral", lambda pixels: [{"integrity": -math.inf}] * len(pixels), "answered"),
+    "infinity": ("nsfw", lambda pixels: [{"normal": math.inf, "nsfw": -math.inf}] * len(pixels), "answered"),
     "no probability": ("nsfw", lambda pixels: [{"normal": 1.5, "nsfw": -0.5}] * len(pixels), "answered"),
     "not the whole": ("nsfw", lambda pixels: [{"normal": 0.1, "nsfw": 0.1}] * len(pixels), "answered"),
     "other labels": ("nsfw", lambda pixels: [{"LABEL_0": 1.0, "LABEL_1": 0.0}] * len(pixels), "answered LABEL_0"),
@@ -284,8 +294,9 @@ def test_a_filter_that_fails_over_a_prompt_lets_nothing_be_drawn(command, strict
     assert [e["event"] for e in log(home)] == ["run", "error"]
 
 
-def test_a_filter_that_fails_over_an_input_image_lets_nothing_be_drawn(strict, filters, monkeypatch):
-    answer_with(monkeypatch, "nsfw", "images", fails)
+@pytest.mark.parametrize("name", ["nsfw", "pixtral"])
+def test_a_filter_that_fails_over_an_input_image_lets_nothing_be_drawn(strict, filters, monkeypatch, name):
+    answer_with(monkeypatch, name, "images", fails)
     monkeypatch.setattr("mlx_flux_krea.weights.ModelFolder.load", lambda *args: pytest.fail("weights were loaded"))
     with pytest.raises(FiltersError, match="out of memory"):
         FluxPipeline.from_pretrained(strict)(CAT, image=Image.new("RGB", (48, 32)), seed=1, **SMALL)
@@ -349,6 +360,27 @@ def test_a_flagged_prompt_ends_the_command_with_4(command, strict, filters, out,
     assert log(home)[-1]["event"] == "prompt_flagged"
 
 
+def test_prompts_of_a_file_are_judged_at_once_before_the_encoders_are_read_and_one_that_is_flagged_is_left_out(
+    command, strict, filters, out, home, monkeypatch
+):
+    from mlx_flux_krea.weights import ModelFolder
+
+    happened, load, prompts = [], ModelFolder.load, judges.Reader.prompts
+    monkeypatch.setattr(ModelFolder, "load", lambda self, name, *args: happened.append(name) or load(self, name, *args))
+    monkeypatch.setattr(judges.Reader, "prompts", lambda self, texts: happened.append(texts) or prompts(self, texts))
+    (out / "list.txt").write_text("a cat\nmickey in a hat\na dog\n")
+    code, stdout, stderr = command("generate", "--prompts", "list.txt", "-m", strict, *OPTIONS, "-o", "{n}.png")
+    assert (code, stdout.split()) == (7, ["1.png", "3.png"]), stderr
+    assert "seed 1: withheld: the prompt seems to ask for a protected character" in stderr
+    assert stderr.splitlines()[-1].startswith("flux-krea: 1 of 3 pictures withheld by a filter")
+    asked = [what for what in happened if isinstance(what, list) and "a cat" in what]
+    assert asked == [["a cat", "mickey in a hat", "a dog"]]
+    assert happened.index(asked[0]) < happened.index("text_encoder_2")
+    assert happened.count("text_encoder_2") == 1
+    assert [e["event"] for e in log(home)].count("prompts_passed") == 2
+    assert [e["event"] for e in log(home)].count("prompt_flagged") == 1
+
+
 def test_an_input_image_is_judged_as_the_autoencoder_sees_it(strict, filters, monkeypatch):
     pipe = FluxPipeline.from_pretrained(strict)
     red = Image.new("RGB", (480, 320), (255, 0, 0))
@@ -391,6 +423,31 @@ def test_of_a_batch_only_the_flagged_one_is_withheld(model, strict, filters, mon
     withheld(command("generate", CAT, "-m", strict, *OPTIONS[:-1], "2", "-o", "b.png"), 4, "withheld", out / "none")
 
 
+def test_a_contact_sheet_holds_what_was_released_and_the_log_knows_it(
+    model, strict, filters, monkeypatch, command, out, home
+):
+    second = FluxPipeline.from_pretrained(model)(CAT, seed=2, **SMALL).images[0]
+    flag(monkeypatch, np.asarray(second), 0.9)
+    sheet = ["-n", "2", "--contact-sheet"]
+    code, stdout, stderr = command("generate", CAT, "-m", strict, *OPTIONS, *sheet)
+    assert (code, len(files(out))) == (7, 2), stderr
+    made = np.asarray(Image.open(out / stdout.split()[-1]))
+    assert (log(home)[-1]["event"], log(home)[-1]["pixels"]) == ("sheet", pixel_hash(made))
+    assert made.shape[1] < 2 * 48 + 48  # one picture and its label
+    real = Log._line
+
+    def line(self, **facts):
+        if facts["event"] == "sheet":
+            raise FiltersError("the log has no room")
+        return real(self, **facts)
+
+    monkeypatch.setattr(Log, "_line", line)
+    before = files(out)
+    code, _, stderr = command("generate", CAT, "-m", strict, *OPTIONS, *sheet)
+    assert (code, "the log has no room" in stderr) == (7, True)
+    assert [name for name in files(out) if name not in before] == ["out-2.png"]
+
+
 @pytest.mark.parametrize(("p", "kept"), [(0.85, 1), (0.979, 1), (0.98, 0)])
 def test_the_threshold_itself_does_not_pass_and_the_clearest_are_deleted(model, strict, filters, monkeypatch, p, kept):
     picture = FluxPipeline.from_pretrained(model)(CAT, seed=1, **SMALL).images[0]
@@ -413,6 +470,16 @@ def test_thresholds_are_stricter_where_the_user_asks(strict, filters):
     with pytest.raises(Withheld, match="at most -4"):
         FluxPipeline.from_pretrained(strict, integrity_margin=4.001)(CAT, seed=1, **SMALL)
     assert FluxPipeline.from_pretrained(strict, integrity_margin=4)(CAT, seed=1, **SMALL).outcomes == ("released",)
+
+
+@pytest.mark.parametrize(
+    ("option", "says"),
+    [(["--nsfw-threshold", "0.000001"], "seems not to be safe"), (["--integrity-margin", "4.001"], "at most -4")],
+)
+def test_the_command_is_as_strict_as_it_is_told(command, strict, filters, out, option, says):
+    assert command("generate", CAT, "-m", strict, *OPTIONS)[0] == 0
+    (out / "out.png").unlink()
+    withheld(command("generate", CAT, "-m", strict, *OPTIONS, *option), 4, says, out)
 
 
 def test_what_stands_in_a_corner_of_a_long_picture_is_seen():
@@ -482,6 +549,7 @@ def test_no_option_and_no_variable_speaks_of_turning_it_off(command):
 
 def test_json_edited_to_none_changes_nothing_for_the_published_size(command, tmp_path, out):
     folder = full_size_folder(tmp_path / "big", filters="none")
+    acknowledge(folder)
     withheld(command("generate", CAT, "-m", folder), 6, "content filters", out)
     pipe = FluxPipeline.from_pretrained(folder)
     pipe._policy = None
@@ -526,29 +594,94 @@ def test_a_file_swapped_while_the_filters_look_is_not_released(command, strict, 
 
 # --- the system fails ---
 
-KILLED = """
-import os, signal, sys
+SIGNALLED = """
+import os, sys, time
 sys.path.insert(0, sys.argv[1])
 import judges, cli
-from mlx_flux_krea.filters import judges as filters_judges
+from mlx_flux_krea import provenance
+from mlx_flux_krea.filters import judges as filters_judges, ledger, log
 filters_judges.load_judge = judges.load_judge
-real = judges.Reader.images
-def die(self, pixels):
-    if pixels[0].shape == (32, 48, 3):
-        os.kill(os.getpid(), int(sys.argv[2]))
-    return real(self, pixels)
-judges.Reader.images = die
-cli.main(sys.argv[3:])
+number, moment, pause = int(sys.argv[2]), sys.argv[3], float(sys.argv[4])
+def at(name, cls, method, fits=lambda *args: True, after=False):
+    real = getattr(cls, method)
+    def call(*args, **more):
+        result = real(*args, **more) if after else None
+        if name == moment and fits(*args, *more.values()):
+            os.kill(os.getpid(), number)
+            time.sleep(pause)
+        return result if after else real(*args, **more)
+    setattr(cls, method, call)
+at("prompts", judges.Reader, "prompts", lambda self, texts: texts == ["a cat"])
+at("images", judges.Reader, "images", lambda self, pixels: pixels[0].shape == (32, 48, 3))
+at("judged", ledger.Ledger, "settle", after=True)
+at("handing over", ledger.Ledger, "hand_over")
+at("released", log.Log, "append", lambda self, event, *rest: event == "released", after=True)
+at("saving", ledger.Ledger, "release")
+at("written", log.Log, "append", lambda self, event, *rest: event == "written", after=True)
+at("placed", provenance.os, "replace", lambda partial, path: str(path).endswith("out.png"), after=True)
+cli.main(sys.argv[5:])
 """
+CODES = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGKILL: -signal.SIGKILL}
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_a_process_that_dies_between_drawing_and_judging_releases_nothing(strict, filters, out, home, number):
-    call = [sys.executable, "-c", KILLED, Path(__file__).parent, int(number), "generate", CAT, "-m", strict, *OPTIONS]
-    ran = subprocess.run(list(map(str, call)), cwd=out, capture_output=True, text=True, check=False)
-    expected = {signal.SIGTERM: 143, signal.SIGINT: 130}.get(number, -number)
-    assert (ran.returncode, ran.stdout, files(out)) == (expected, "", []), ran.stderr
-    assert waiting() == ["error"] or (number != signal.SIGKILL and "written" not in [e["event"] for e in log(home)])
+def signalled(out: Path, number: int, moment: str, *arguments, pause: float = 0.5) -> subprocess.CompletedProcess:
+    """The command, to which a signal comes at that moment; in the pause after it the handler runs."""
+    call = [sys.executable, "-c", SIGNALLED, Path(__file__).parent, int(number), moment, pause, *arguments]
+    return subprocess.run(list(map(str, call)), cwd=out, capture_output=True, text=True, check=False)
+
+
+def assert_told(home: Path, out: Path) -> None:
+    """Every file that was placed is written in the log, and nothing is released in it that was not placed."""
+    last = {entry["image"]: entry for entry in log(home) if "image" in entry}
+    placed = {hashlib.sha256((out / name).read_bytes()).hexdigest() for name in files(out)}
+    assert {one["file_sha256"] for one in last.values() if one["event"] == "written"} == placed
+    assert {one["event"] for one in last.values()} <= {"written", "waiting", "error"}
+
+
+@pytest.mark.parametrize(
+    ("number", "moment", "left"),
+    [
+        (signal.SIGINT, "prompts", []), (signal.SIGTERM, "prompts", []), (signal.SIGKILL, "prompts", []),
+        (signal.SIGINT, "images", ["waiting"]), (signal.SIGTERM, "images", ["waiting"]),
+        (signal.SIGKILL, "images", ["error"]),
+        (signal.SIGINT, "judged", ["waiting"]), (signal.SIGTERM, "judged", ["waiting"]),
+        (signal.SIGKILL, "judged", ["waiting"]), (signal.SIGKILL, "handing over", ["waiting"]),
+        (signal.SIGKILL, "released", ["waiting"]),
+    ],
+)  # fmt: skip
+def test_a_signal_before_the_release_leaves_nothing_but_what_waits(strict, filters, out, home, number, moment, left):
+    ran = signalled(out, number, moment, "generate", CAT, "-m", strict, *OPTIONS)
+    assert (ran.returncode, ran.stdout, files(out)) == (CODES[number], "", []), ran.stderr
+    if number != signal.SIGKILL:  # nobody has to look first
+        assert_told(home, out)
+    assert waiting() == left
+    assert_told(home, out)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("moment", ["handing over", "released", "saving", "written", "placed"])
+def test_a_signal_once_the_release_has_begun_comes_after_it(strict, filters, out, home, number, moment):
+    two = number == signal.SIGTERM  # after the first picture the command ends, after the last it has ended
+    ran = signalled(out, number, moment, "generate", CAT, "-m", strict, *OPTIONS, "-n", 2 if two else 1)
+    assert (ran.returncode, ran.stdout, files(out)) == (143 if two else 0, "out.png\n", ["out.png"]), ran.stderr
+    assert_told(home, out)
+    assert waiting() == []
+
+
+@pytest.mark.parametrize("moment", ["judged", "handing over"])
+def test_a_signal_that_is_noticed_late_leaves_no_picture_between(strict, filters, out, home, moment):
+    ran = signalled(out, signal.SIGINT, moment, "generate", CAT, "-m", strict, *OPTIONS, pause=0)
+    assert ran.returncode == (0 if files(out) else 130), ran.stderr
+    assert_told(home, out)
+    assert len(waiting()) + len(files(out)) == 1
+
+
+def test_whoever_interrupts_a_call_in_the_middle_of_its_release_gets_none_of_it(strict, filters, home, monkeypatch):
+    pipe, hand_over = FluxPipeline.from_pretrained(strict), Ledger.hand_over
+    monkeypatch.setattr(Ledger, "hand_over", lambda *args: (hand_over(*args), pipe.interrupt())[0])
+    with pytest.raises(Interrupted):
+        pipe(CAT, seed=1, num_images_per_prompt=2, **SMALL)
+    assert [log(home)[-1]["event"], *waiting()] == ["waiting"] * 3
 
 
 def test_a_log_that_cannot_be_written_stops_everything_before_it_begins(
@@ -587,6 +720,31 @@ def test_a_disk_that_fills_up_releases_nothing(command, strict, filters, out, ev
     withheld(command("generate", CAT, "-m", strict, *OPTIONS), 6, "cannot be written: No space left", out)
 
 
+def test_a_log_that_really_has_no_room_releases_nothing(strict, filters, out, home):
+    """The system's limit on the size of a file, reached in the middle of each entry in turn."""
+
+    def run(**more):
+        call = [sys.executable, "-c", SIGNALLED, Path(__file__).parent, 0, "", 0, "generate", CAT, "-m", strict]
+        call = [str(part) for part in (*call, *OPTIONS)]
+        return subprocess.run(call, cwd=out, capture_output=True, text=True, check=False, **more)
+
+    path = home / "log" / "log.jsonl"
+    Ledger().log.append("note", text="x" * 100_000)  # so that it is longer than any other file
+    ran = run()
+    assert ran.returncode == 0, ran.stderr
+    (out / "out.png").unlink()
+    entries = {json.loads(line)["event"]: len(line) for line in path.read_bytes().splitlines(keepends=True)[1:]}
+    assert list(entries) == ["run", "prompts_passed", "generated", "passed", "released", "written"]
+    for number, event in enumerate(entries):
+        waited, logged = waiting(), len(log(home))
+        room = path.stat().st_size + sum(list(entries.values())[:number]) + 60
+        ran = run(preexec_fn=partial(resource.setrlimit, resource.RLIMIT_FSIZE, (room, room)))
+        withheld((ran.returncode, ran.stdout, ran.stderr), 6, "log.jsonl cannot be written: No space left", out)
+        assert [entry["event"] for entry in log(home)[logged:]] == list(entries)[:number]
+        left = {"generated": ["error"], "passed": ["error"], "released": ["waiting"]}.get(event, [])
+        assert waiting() == waited + left, event
+
+
 def test_a_quarantine_without_room_releases_nothing(command, strict, filters, out, monkeypatch):
     def full(*args):
         raise OSError(28, os.strerror(28))
@@ -598,4 +756,5 @@ def test_a_quarantine_without_room_releases_nothing(command, strict, filters, ou
 
 def test_a_home_that_is_copied_to_a_server_is_refused(command, strict, filters, out, tmp_path, monkeypatch):
     monkeypatch.setenv("FLUX_KREA_HOME", str(tmp_path / "Dropbox" / "flux-krea"))
+    acknowledge(strict)
     withheld(command("generate", CAT, "-m", strict, *OPTIONS, "--check", "review"), 6, "copied to a server", out)

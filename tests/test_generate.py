@@ -206,6 +206,22 @@ def test_fifty_prompts_in_one_process_one_of_them_bad(tiny, tmp_path, monkeypatc
     assert max(held[40:]) <= held[35] + 4096, held
 
 
+def test_the_encoders_are_read_once_for_several_prompts(tiny, tmp_path, monkeypatch):
+    from mlx_flux_krea.commands import generate
+    from mlx_flux_krea.weights import ModelFolder
+
+    load, loaded = ModelFolder.load, []
+    monkeypatch.setattr(ModelFolder, "load", lambda self, name, dtype: loaded.append(name) or load(self, name, dtype))
+    (tmp_path / "list.txt").write_text("\n".join(f"frog {n}" for n in range(5)))
+    monkeypatch.setattr(generate, "_TOGETHER", 3)
+    size = ["--width", "16", "--height", "16", "--steps", "1", "--negative-prompt", "mud", "--true-cfg-scale", "2"]
+    code, out, err = tiny("--prompts", "list.txt", "--seed", "1", "-o", "{n}.png", size=size)
+    assert (code, len(out.split())) == (0, 5), err
+    assert loaded.count("text_encoder_2") == 2
+    code, _, err = tiny("frog 4", "--seed", "1", "-o", "alone.png", size=size)
+    assert same(tmp_path / "5.png", tmp_path / "alone.png")
+
+
 @pytest.mark.parametrize(
     ("name", "text", "says"),
     [
@@ -313,6 +329,32 @@ def test_pictures_of_several_sizes_make_no_sheet(tiny, tmp_path):
     assert "--contact-sheet has pictures of several sizes" in err
 
 
+# --- for programs ---
+
+
+def test_json_tells_what_happens_while_it_happens_and_all_of_it_at_the_end(tiny, tmp_path):
+    rows = ['{"prompt": "a frog", "seed": 1}', '{"prompt": "x", "stesp": 1}', '{"prompt": "a toad", "seed": 2}']
+    (tmp_path / "a.jsonl").write_text("\n".join(rows))
+    size = ["--width", "32", "--height", "32", "--steps", "2"]
+    code, out, err = tiny("--prompts", "a.jsonl", "--json", "--contact-sheet", "-o", "{seed}.png", size=size)
+    *lines, last = err.splitlines()
+    assert (code, last) == (7, "flux-krea: 1 rows of a.jsonl were skipped")
+    events = list(map(json.loads, lines))
+    report = json.loads(out)
+    (where,) = report["skipped"]
+    assert (where, "did you mean steps?" in report["skipped"][where]) == ("a.jsonl, line 2", True)
+    assert [e["where"] for e in events if e["event"] == "skipped"] == [where]
+    assert [{n: v for n, v in e.items() if n != "event"} for e in events if e["event"] == "picture"] == report["images"]
+    assert [image["path"] for image in report["images"]] == ["1.png", "2.png"]
+    assert report["contact_sheet"] == "sheet.png"
+    steps = [(e["done"], e["total"]) for e in events if e["event"] == "progress" and e["stage"] == "denoise"]
+    assert steps == [(1, 2), (2, 2)] * 2
+    assert {e["stage"] for e in events if e["event"] == "progress"} == {"text", "modulation", "denoise", "decode"}
+    assert any(e["text"].startswith("making 2 pictures") for e in events if e["event"] == "said")
+    order = [e["event"] for e in events if e["event"] == "picture" or e.get("stage") == "denoise"]
+    assert order == ["progress", "progress", "picture"] * 2
+
+
 # --- like other tools ---
 
 LIKE = {  # width, height, steps, guidance, noise: what each tool's own code or page says
@@ -356,12 +398,15 @@ def test_like_comfy_has_its_schedule_and_its_length_of_t5(tiny, model, tmp_path)
     assert np.abs(ours[:-1] - comfy).max() < 1e-6
 
 
-@pytest.mark.parametrize("tool", ["krea", "replicate", "fal"])
-def test_a_tool_whose_seed_cannot_be_repeated_is_named(tiny, tool):
+@pytest.mark.parametrize("tool", LIKE)
+def test_a_tool_is_followed_in_what_the_user_does_not_say_and_where_it_cannot_be_is_named(tiny, tmp_path, tool):
     code, _, err = tiny(CAT, "--like", tool)
-    assert code == 0
-    assert f"note: {tool} draws its noise on a CUDA device" in err
-    assert "the settings are its own, the picture is not" in err
+    assert code == 0, err
+    record = read_record(tmp_path / "out.png")
+    assert (record["guidance_scale"], record["noise"]) == LIKE[tool][3:]
+    assert f"note: like {tool}, by " in err
+    named = f"note: {tool} draws its noise on a CUDA device" in err and "its own, the picture is not" in err
+    assert named == (tool in ("krea", "replicate", "fal"))
 
 
 # --- made again ---

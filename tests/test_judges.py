@@ -5,13 +5,15 @@ handful of inputs, to answer those as a trained model would; all before it, and 
 """
 
 import json
-import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
-import mlx.core as mx
 import numpy as np
 import pytest
-from helpers import PIPELINE, REFERENCE, TOKENIZERS, edit_json, edit_tensors, run_command
+from fitted import fitted_filters
+from helpers import PIPELINE, TOKENIZERS, acknowledge, edit_json, edit_tensors, run_command
 from mlx_flux_krea.convert import convert
 from PIL import Image
 from test_filter_folders import wide  # noqa: F401
@@ -19,7 +21,8 @@ from test_filter_folders import wide  # noqa: F401
 from mlx_flux_krea import FluxPipeline
 from mlx_flux_krea.engine import Engine
 from mlx_flux_krea.errors import FiltersError
-from mlx_flux_krea.filters import instructions, judges, pixtral
+from mlx_flux_krea.filters import judges
+from mlx_flux_krea.filters.config import NSFW_SHA256
 from mlx_flux_krea.filters.instructions import CANARIES
 from mlx_flux_krea.weights import home, open_filter
 
@@ -40,37 +43,13 @@ def krea(tmp_path_factory):
 @pytest.fixture(scope="module")
 def sources(wide, krea, tmp_path_factory):  # noqa: F811
     """Both filters as published, small, fitted to answer the canaries and these tests' inputs rightly."""
-    root = tmp_path_factory.mktemp("filters")
-    shutil.copytree(REFERENCE / "vit", root / "vit")
-    edit_tensors(
-        root / "vit" / "model.safetensors", lambda arrays: arrays.update({"classifier.bias": mx.array([6.0, 0])})
-    )
-    shutil.copytree(wide, root / "pixtral")
-    converted = open_filter("pixtral", convert([root / "pixtral"], root / "first", quantize="4").path)
-    network = converted.load("pixtral", mx.bfloat16)
-    judge = judges.PixtralJudge(converted, lambda pieces, run: run)
-    asked = [(judge._tokenizer(*judges.request(text)), []) for text in (*CANARIES, ALLOWED, FORBIDDEN)]
-    vision = network.config.vision_config
-    texts = [" ".join(s for s, _ in part) for part in (instructions.IMAGE_BEFORE, instructions.IMAGE_AFTER)]
-    for picture in (judges.drawn_picture(), krea[1]):
-        seen = pixtral.preprocess(pixtral.to_area(Image.fromarray(picture)), vision)
-        asked.append((judge._tokenizer(texts[0], pixtral.grid(seen, vision), texts[1]), [seen]))
-    wanted = [8.0 if yes else -8.0 for yes in (*CANARIES.values(), False, True, False, False)]
-    hidden = [network.norm(network.hidden(ids, images)[:, -1]).astype(mx.float32) for ids, images in asked]
-    answer = np.linalg.lstsq(np.array(mx.concatenate(hidden)), np.array(wanted), rcond=None)[0]
-    yes, no = network.config.head_ids[:2]
-
-    def fit(arrays):
-        head = np.array(arrays["language_model.lm_head.weight"].astype(mx.float32))
-        head[yes], head[no] = answer / 2, -answer / 2
-        arrays["language_model.lm_head.weight"] = mx.array(head).astype(mx.bfloat16)
-
-    edit_tensors(root / "pixtral" / "model.safetensors", fit)
-    return root / "vit", root / "pixtral"
+    texts = {ALLOWED: False, FORBIDDEN: True}
+    return fitted_filters(tmp_path_factory.mktemp("filters"), wide, texts, [krea[1]])
 
 
 @pytest.fixture
-def installed(sources, home):
+def installed(sources, krea, home):
+    acknowledge(krea[0])
     for source in sources:
         ran = run_command("convert", source, cwd=home.parent)
         assert ran.returncode == 0, ran.stderr
@@ -153,6 +132,57 @@ def test_the_self_test_runs_once_in_a_process(installed, monkeypatch):
     Path(installed / "nsfw" / "model_index.json").touch()
     Engine().run(judges.open_judges)
     assert tested == ["nsfw", "pixtral", "nsfw"]
+
+
+def test_a_classifier_that_is_not_the_published_file_is_no_filter(installed, krea, tmp_path, monkeypatch, command):
+    """Told by its hash, where it has the published size; the tests' own does not."""
+    arguments = ["generate", ALLOWED, "-m", krea[0], *SIZE]
+    monkeypatch.setattr(judges, "_passed", set())
+    monkeypatch.setattr(judges, "NSFW_VIT", open_filter("nsfw").sizes["nsfw"])
+    code, stdout, stderr = command(*arguments)
+    assert (code, stdout, list(tmp_path.iterdir())) == (6, "", [])
+    assert f"made of another file than the published one, sha256 {sha_of('nsfw')}; expected {NSFW_SHA256}" in stderr
+    assert "flux-krea convert Falconsai/nsfw_image_detection --force; or review" in stderr
+    monkeypatch.setattr(judges, "NSFW_SHA256", sha_of("nsfw"))
+    assert command(*arguments)[0] == 0
+
+
+def sha_of(name: str) -> str:
+    return open_filter(name).index.source[0].sha256
+
+
+STOPPED = """
+import sys, time
+import cli
+from mlx_flux_krea.filters import judges
+asked = judges.self_test
+def self_test(*args):
+    print("moment", file=sys.stderr, flush=True)
+    time.sleep(0.5)
+    return asked(*args)
+judges.self_test = self_test
+cli.main(sys.argv[1:])
+"""
+
+
+def test_ctrl_c_ends_the_self_test_of_a_filter_that_has_its_place(sources, krea, home, tmp_path):
+    """It is untried then, which is not enough, and the next one goes on."""
+    acknowledge(krea[0])
+    process = subprocess.Popen(
+        [sys.executable, "-c", STOPPED, "convert", str(sources[0])], cwd=tmp_path, stderr=subprocess.PIPE, text=True
+    )
+    assert any("moment" in line for line in process.stderr)
+    process.send_signal(signal.SIGINT)
+    assert "flux-krea: interrupted" in process.communicate(timeout=30)[1]
+    folder = home / "filters" / "nsfw"
+    assert (process.returncode, folder.exists(), (folder / "selftest.json").exists()) == (130, True, False)
+    assert run_command("convert", sources[1], cwd=tmp_path).returncode == 0
+    ran = run_command("generate", ALLOWED, "-m", krea[0], *SIZE, cwd=tmp_path)
+    assert (ran.returncode, list(tmp_path.glob("*.png"))) == (6, [])
+    assert "selftest.json cannot be read" in ran.stderr
+    assert "install: flux-krea setup" in ran.stderr
+    assert run_command("convert", sources[0], "--force", cwd=tmp_path).returncode == 0
+    assert (folder / "selftest.json").exists()
 
 
 def test_a_request_cannot_hold_its_own_frame():

@@ -15,6 +15,7 @@ import pytest
 from helpers import (
     REFERENCE,
     TOKENIZERS,
+    acknowledge,
     assert_close,
     facts,
     full_size_folder,
@@ -32,6 +33,7 @@ from PIL import ExifTags, Image
 from mlx_flux_krea import FluxPipeline, noise, sampler
 from mlx_flux_krea.config import Defaults
 from mlx_flux_krea.errors import FiltersError, Interrupted, UsageError
+from mlx_flux_krea.painter import Painter
 from mlx_flux_krea.provenance import SOFTWARE
 from mlx_flux_krea.request import Request, open_image
 from mlx_flux_krea.transformer import Flux
@@ -237,7 +239,7 @@ def test_bfloat16_stays_bfloat16_at_every_edge(pipe_bf16, monkeypatch):
     from mlx.utils import tree_flatten
 
     seen = {}
-    original = FluxPipeline._runner
+    original = Painter.runner
 
     def runner(self, stage, *args, **more):
         run = original(self, stage, *args, **more)
@@ -251,7 +253,7 @@ def test_bfloat16_stays_bfloat16_at_every_edge(pipe_bf16, monkeypatch):
 
         return watched
 
-    monkeypatch.setattr(FluxPipeline, "_runner", runner)
+    monkeypatch.setattr(Painter, "runner", runner)
     pipe_bf16(**arguments("img2img_8.sample") | {"prompt": "a prompt that was not encoded before"})
     assert seen == {stage: {mx.bfloat16} for stage in ("text", "image", "modulation", "denoise", "decode")}
 
@@ -795,6 +797,7 @@ def test_a_model_that_requires_filters_refuses_to_generate(tmp_path):
     """Whatever its JSON says: the sizes decide."""
     for filters in ("required", "none"):
         pipe = FluxPipeline.from_pretrained(full_size_folder(tmp_path / filters, filters=filters))
+        acknowledge(pipe.folder.path)
         with pytest.raises(FiltersError, match="content filters") as caught:
             pipe(CAT)
         assert caught.value.exit_code == 6

@@ -2,9 +2,11 @@
 
 import copy
 import io
+import json
 import logging
 import pickle
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from PIL import ExifTags, Image, PngImagePlugin
@@ -63,6 +65,23 @@ def test_every_field_comes_back_from_every_place(tmp_path, name):
         comment = exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment]
         assert exif.endian == ">"
     assert comment == b"UNICODE\0" + read["parameters"].encode("utf-16-be")
+
+
+def test_every_field_that_a_picture_has_is_among_them_and_comes_back(pipe, tmp_path):
+    size = {"width": 48, "height": 32, "num_inference_steps": 1}
+    texts = {"prompt_2": "кот", "negative_prompt": "猫", "negative_prompt_2": "x", "true_cfg_scale": 1.5}
+    image = {"image": Image.new("RGB", (48, 32), "red"), "strength": 1.0, "sigmas": [0.9]}
+    calls = (
+        {"prompt": TEXT, **texts, **image, "seed": [1, 2], "num_images_per_prompt": 2},
+        {"prompt": TEXT, "seed": 1, "num_images_per_prompt": 2},
+        {"prompt": TEXT, "latents": mx.zeros((1, 6, 64))},
+    )
+    pictures = [picture for call in calls for picture in pipe(**call, **size).images]
+    assert {name for picture in pictures for name in picture.record} | {"notes"} == FULL.keys()
+    for picture in pictures:
+        for name in ("a.png", "a.jpg", "a.webp"):
+            picture.save(tmp_path / name)
+            assert read_record(tmp_path / name) == json.loads(json.dumps(picture.record))
 
 
 def test_parameters_need_no_more_than_there_is():

@@ -719,6 +719,35 @@ def test_products_are_timed_once_for_each_kind_and_type(make, monkeypatch):
     assert sorted(timed) == sorted((kind, mx.float32, many) for kind in kinds for many in (False, True))
 
 
+def test_what_was_timed_is_remembered_so_that_a_seed_gives_the_same_picture_tomorrow(make, monkeypatch, home):
+    folder, timed = open_model(make("4").path), []
+    answers = iter([True, False] * 16)
+    monkeypatch.setattr(quantized, "_is_dense_faster", lambda *what: timed.append(what) or next(answers))
+
+    def in_a_new_process() -> dict:
+        monkeypatch.setattr(quantized, "_faster_dense", {})
+        folder.load("transformer", mx.float32)
+        return quantized._faster_dense
+
+    first = in_a_new_process()
+    assert len(timed) == 4
+    assert in_a_new_process() == first
+    assert len(timed) == 4
+    for damage in (
+        "",
+        "[1]",
+        '{"x": 1}',
+        (home / "products.json").read_text().replace("true", "1").replace("false", "0"),
+    ):
+        (home / "products.json").write_text(damage)
+        before = len(timed)
+        in_a_new_process()
+        assert len(timed) == before + 4
+        assert json.loads((home / "products.json").read_text())
+    monkeypatch.setenv("FLUX_KREA_HOME", str(home / "products.json" / "below a file"))
+    assert len(in_a_new_process()) == 4
+
+
 def test_on_the_cpu_many_rows_in_16_bits_are_multiplied_densely():
     """50 times slower is no matter of chance (research: 0.25 against 5 GFLOP/s)."""
     assert quantized._is_dense_faster((64, 4, "affine"), mx.bfloat16, True)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import macs
 import pytest
 from helpers import DATA, ROOT, image, levels
 from PIL import Image
@@ -51,7 +52,7 @@ def test_the_other_commands_work_in_their_order(workplace):
     if not (workplace / "tiny").exists():
         pytest.fail("the first command did not run")
     commands = [line for block in blocks("sh")[2:] for line in block.splitlines()]
-    assert len(commands) == 17
+    assert len(commands) == 21
     for command in commands:
         run(command, workplace)
     made = {path.name for path in workplace.iterdir()}
@@ -65,10 +66,15 @@ def test_the_python_example_works(workplace):
 
 
 def test_commands_that_need_the_real_weights_are_only_shown():
-    for line in blocks("bash")[0].splitlines():
+    for line in "".join(blocks("bash")).splitlines():
         ran = run(f"{line.split()[0]} {line.split()[1]} --help", ROOT)
         for option in re.findall(r" (--?[a-z-]+)", line):
             assert option in ran.stdout
+
+
+def test_the_tables_are_what_their_program_computes():
+    for table in macs.page().split("\n\n"):
+        assert f"\n{table}\n" in README, "run: python benchmarks/macs.py"
 
 
 def test_every_file_in_the_tree_exists():

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import edit_json, run_command
+from helpers import acknowledge, edit_json, run_command
 from PIL import Image
 
 from mlx_flux_krea.commands.terminal import show_picture
@@ -172,6 +172,7 @@ def test_generate_in_review_mode_ends_with_5_and_review_releases_the_very_pictur
     edited = tmp_path / "strict"
     subprocess.run(["cp", "-r", model, edited], check=True)
     edit_json(edited / "model_index.json", filters="required")
+    acknowledge(edited)
     ran = run_command("generate", "a cat", "-m", edited, *size, "--check", "review", "--json", cwd=out)
     assert (ran.returncode, files(out)) == (5, []), ran.stderr
     (image,) = json.loads(ran.stdout)["images"]

@@ -1,17 +1,16 @@
 """flux-krea bench: how fast this machine draws with a model, as a line to share."""
 
 import json
-import platform
-import statistics
 import time
-from importlib.metadata import version
 from itertools import pairwise
 
 import click
 
 
 @click.command()
-@click.option("-m", "--model", help="A model folder, or the name of an installed one.  [default: the only one]")
+@click.option(
+    "-m", "--model", help="A model folder, or the name of an installed one.  [default: the only one, or models default]"
+)
 @click.option("--width", type=int, help="Pixels.  [default: the model's]")
 @click.option("--height", type=int, help="Pixels.  [default: the model's]")
 @click.option("--steps", type=click.IntRange(2, 100), default=5, show_default=True, help="The first one also loads.")
@@ -25,6 +24,8 @@ def bench(model, width, height, steps, memory, dtype, as_json):
     Example:
       flux-krea bench -m krea --steps 5
     """
+    from statistics import median
+
     from mlx_flux_krea import FluxPipeline
 
     from .terminal import PipelineProgress, say, show_notes
@@ -43,7 +44,7 @@ def bench(model, width, height, steps, memory, dtype, as_json):
         result = pipe.rehearse(_PROMPT, seed=1, num_inference_steps=steps, progress=progress, **size)
     finally:
         shown.close()
-    facts = _facts(pipe, size, result, statistics.median(b - a for a, b in pairwise(ends)))
+    facts = _facts(pipe, size, result, median(b - a for a, b in pairwise(ends)))
     if facts["wanting"]:
         say(f"note: {facts['wanting']}")
     click.echo(json.dumps(facts) if as_json else _line(facts))
@@ -54,6 +55,9 @@ _PROMPT = "a lighthouse on a cliff at dusk, long exposure, the sea below it whit
 
 def _facts(pipe, size: dict, result, seconds: float) -> dict:
     """What was measured, and what it means."""
+    import platform
+    from importlib.metadata import version
+
     import mlx.core as mx
 
     from mlx_flux_krea import __version__

@@ -29,8 +29,6 @@ def config(option, value, unset, as_json):
       flux-krea config steps 20
       flux-krea config steps --unset
     """
-    from mlx_flux_krea.provenance import replacing
-
     from .terminal import say, table
 
     path, options = _path(), _read()
@@ -40,10 +38,7 @@ def config(option, value, unset, as_json):
         text = " ".join(value)
         name, _ = cast(option, text, LASTING) if value else (_known(option, options), None)
         options = {n: v for n, v in options.items() if n != name} | ({name: text} if value else {})
-        check_together(_checked(options, path))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as file:
-            file.write(json.dumps(options, indent=1, ensure_ascii=False).encode())
+        _write(options)
         say(f"written to {path}")
     elif option or unset:
         raise UsageError(f"there is no value for {option}" if option else "--unset has no option", "both")
@@ -65,6 +60,37 @@ def read_config() -> dict:
     """
     options = _checked(_read(), _path())
     return {name: value for name, value in options.items() if value is not False}
+
+
+def set_model(name: str | None) -> None:
+    """Makes a model the default, or none.
+
+    Raises:
+        UsageError: the file is damaged, or cannot be written.
+    """
+    options = {n: v for n, v in _read().items() if n != "model"}
+    _write(options | ({} if name is None else {"model": name}))
+
+
+def _write(options: dict) -> None:
+    from mlx_flux_krea.provenance import replacing
+
+    check_together(_checked(options, _path()))
+    make_folder(_path().parent)
+    with replacing(_path()) as file:
+        file.write(json.dumps(options, indent=1, ensure_ascii=False).encode())
+
+
+def make_folder(path: Path) -> None:
+    """Makes a folder, and those above it.
+
+    Raises:
+        UsageError: it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{path} cannot be made: {error.strerror}", "", "name a place in $FLUX_KREA_HOME") from None
 
 
 def _path() -> Path:

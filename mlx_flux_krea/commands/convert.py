@@ -31,43 +31,44 @@ from . import signals
 @click.option("--tokenizers", type=click.Path(path_type=Path), help="A folder with tokenizer/ and tokenizer_2/ in it.")
 @click.option("--force", is_flag=True, help="Replace an existing model folder.")
 @click.option("--allow-nonfinite", is_flag=True, help="Accept weights that hold NaN or infinities.")
+@click.option("--offline", is_flag=True, help="Take from the hub's cache what is there, and ask nobody.")
+@click.option("--discard-source", is_flag=True, help="Delete what is fetched from the hub once it is converted.")
 @click.option("--json", "as_json", is_flag=True, help="Print a report as JSON.")
-def convert(sources, output, quantize, group_size, dtype, tokenizers, force, allow_nonfinite, as_json):
+def convert(
+    sources, output, quantize, group_size, dtype, tokenizers, force, allow_nonfinite, offline, discard_source, as_json
+):
     """Convert weights into a model folder.
 
     SOURCES is a folder (diffusers', ComfyUI's, mflux's, or a model folder), an all-in-one file, or the files of
     transformer, CLIP, T5 and VAE one by one, as safetensors or GGUF. Or it is a content filter: the folder of
-    Falconsai/nsfw_image_detection or of Pixtral 12B.
+    Falconsai/nsfw_image_detection or of Pixtral 12B. Or it is OWNER/NAME, a repository with one of these on the
+    Hugging Face hub: what is needed of it is fetched into the hub's cache, and goes on where it was interrupted.
 
     \b
     Examples:
-      flux-krea convert FLUX.1-Krea-dev
+      flux-krea convert black-forest-labs/FLUX.1-Krea-dev
       flux-krea convert FLUX.1-Krea-dev -q 4 -o krea-small
-      flux-krea convert pixtral-12b
+      flux-krea convert mistral-community/pixtral-12b --discard-source
       flux-krea convert flux1-krea-dev.safetensors clip_l.safetensors \\
           t5xxl_fp16.safetensors ae.safetensors --tokenizers FLUX.1-schnell
     """
-    from mlx_flux_krea.convert import convert as run
+    from .terminal import number, say, size, table
 
-    from .terminal import ByteProgress, number, say, size, table
-
-    begin, progress = time.perf_counter(), ByteProgress()
-    try:
-        report = run(
-            sources,
-            output,
-            dtype=dtype,
-            quantize=quantize,
-            group_size=group_size,
-            tokenizers=tokenizers,
-            force=force,
-            allow_nonfinite=allow_nonfinite,
-            progress=progress,
-            placing=_placing,
-        )
-    finally:
-        progress.close()
-    _try_filter(report)
+    begin = time.perf_counter()
+    report = make(
+        sources,
+        output,
+        dtype=dtype,
+        quantize=quantize,
+        group_size=group_size,
+        tokenizers=tokenizers,
+        force=force,
+        allow_nonfinite=allow_nonfinite,
+        offline=offline,
+        discard_source=discard_source,
+        placing=_placing,
+    )
+    signals.finish()
     rows = [("component", "stored", "parameters", "size", "from")]
     rows += [(c.name, c.stored, number(c.parameters), size(c.bytes), c.layout) for c in report.components]
     say(table(rows, right=(2, 3)))
@@ -92,29 +93,30 @@ def convert(sources, output, quantize, group_size, dtype, tokenizers, force, all
     click.echo(json.dumps({**dataclasses.asdict(report), "path": str(report.path)}) if as_json else report.path)
 
 
-def _try_filter(report) -> None:
-    """A filter's answers to questions with known answers, recorded beside it: later it must give the same ones."""
-    from mlx_flux_krea.engine import Engine
-    from mlx_flux_krea.filters.judges import FILTERS, record_self_test
+def make(sources: list[str | Path], output: Path | None = None, **options):
+    """Converts with a line of progress, and tries what is a filter. Arguments and result are those of `convert`."""
+    from mlx_flux_krea.convert import convert as run
+    from mlx_flux_krea.weights import FILTERS
 
-    from .terminal import PipelineProgress
+    from . import macos, trials
+    from .terminal import ByteProgress
 
-    name = report.components[0].name
-    if name in FILTERS:
-        engine, progress = Engine(), PipelineProgress()
-
-        def make_run(pieces, run):
-            return engine.watched(run, lambda done: progress("check", done, pieces))
-
+    progress = ByteProgress()
+    with macos.awake():
         try:
-            engine.run(record_self_test, name, report.path, make_run)
+            report = run(sources, output, progress=progress, **options)
         finally:
             progress.close()
+        macos.leave_alone(report.path if output else report.path.parent)
+        name = report.components[0].name
+        if name in FILTERS:
+            signals.let_go()  # what is stopped here is tried by the next setup
+            trials.record(name, report.path)
+    return report
 
 
 @contextlib.contextmanager
 def _placing():
-    """A folder that has its name is a success, whatever signal comes."""
-    with signals.held():
-        yield
-        signals.finish()
+    """From here on no signal disturbs: a model that has its name is a success, a filter is still tried."""
+    signals.hold()
+    yield

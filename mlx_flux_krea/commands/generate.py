@@ -2,18 +2,18 @@
 
 import json
 import sys
-import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import click
 
-from mlx_flux_krea.errors import FluxKreaError, ModelError, UsageError, printable
+from mlx_flux_krea.errors import FluxKreaError, ModelError, UsageError, Withheld, printable
 
-from . import signals
+from . import macos, signals
 from .options import OPTIONS, USUAL, SeveralSeeds, said
 from .output import check_outcomes, check_output, names_from, save
 
+_TOGETHER = 16  # pictures whose prompts are read at once: so many are kept, with a negative one each
 _THRESHOLDS = ("nsfw_threshold", "integrity_margin")
 
 
@@ -22,6 +22,9 @@ def generate(**options):
     """Make pictures from PROMPT.
 
     A PROMPT of - is read from standard input. {a|b} in a prompt makes a picture of each.
+
+    With --json, standard error has what happens, an object a line: "said", "skipped", "progress", "picture". Only an
+    error that ends it is a plain line.
 
     \b
     Examples:
@@ -55,34 +58,60 @@ def make_pictures(base: dict, given: dict, force: bool, as_json: bool, pipe=None
     Raises:
         UsageError: options that cannot be used, before any work; or rows of a file that were skipped, after it.
     """
-    from .jobs import make_jobs, prepare, sheet_name
-    from .terminal import say, show_notes
+    from .jobs import make_jobs
+    from .runs import Run
 
     jobs, skipped = make_jobs(base, given)
-    jobs = _usable(jobs, lambda job: check_output(job.output, job.options.get("quality")) or job, skipped)
+    return make_run(Run(base, jobs, rows=str(given.get("prompts", "")), force=force), as_json, pipe, ends, skipped)
+
+
+def make_run(run, as_json: bool, pipe=None, ends: bool = True, skipped: Sequence = ()) -> list[int]:
+    """What is left of a run: all of it, or what an interrupted one did not come to.
+
+    Args:
+        run: a `runs.Run`.
+        as_json: as in `make_pictures`.
+        pipe: as there.
+        ends: as there.
+        skipped: rows of a file that cannot be used, and why.
+
+    Returns:
+        The seeds of its pictures.
+
+    Raises:
+        UsageError: as `make_pictures`.
+    """
+    from .jobs import prepare, sheet_name
+    from .preview import make_preview
+    from .runs import keeping
+    from .terminal import say, show_notes, tell_events
+
+    tell_events(as_json)
+    base, skipped = run.options, list(skipped)
+    jobs = _usable(run.left, lambda job: check_output(job.output, job.options.get("quality")) or job, skipped)
     sheet = sheet_name(base.get("output", Path(USUAL["output"]))) if "contact_sheet" in base else None
     if sheet:
         check_output(sheet)
 
     pipe = pipe or open_pipe(base)
-    images = {}  # opened once: the first picture may take the name of one
-    drawings = _usable(jobs, lambda job: prepare(job, pipe.folder, images), skipped)
-    if not drawings:
+    drawings = _usable(jobs, lambda job: prepare(job, pipe.folder, run.images), skipped)
+    if not drawings and not run.done:
         where, error = skipped[0]
         raise UsageError(f"no row can be used; {where}: {error}")
     if sheet and len({(d.request.width, d.request.height) for d in drawings}) > 1:
         raise UsageError("--contact-sheet has pictures of several sizes", "one size")
     show_notes()
-    rows = dict(skipped)  # one reason for each
-    for where, error in rows.items():
-        say(printable(f"skipped {where}: {error}"))
-    _announce(pipe.folder, base, drawings)
-    _draw(pipe, drawings, base, force, as_json, sheet, ends)
-    if rows:
-        error = UsageError(f"{len(rows)} rows of {given['prompts']} were skipped")
-        error.exit_code = 7
-        raise error
-    return list(dict.fromkeys(drawing.job.seed for drawing in drawings))
+    preview = make_preview(base.get("preview"), pipe)
+    for where, error in dict(skipped).items():  # one reason for each
+        say(printable(f"skipped {where}: {error}"), event="skipped", where=where, reason=str(error))
+        run.skipped[where] = str(error)
+    run.jobs[len(run.done) :] = [drawing.job for drawing in drawings]
+    if drawings:
+        _announce(pipe.folder, base, drawings)
+    with keeping(run, pipe.folder), macos.awake():
+        _draw(pipe, drawings, run, as_json, sheet, ends, preview)
+    _check_run(run)
+    return list(dict.fromkeys(job.seed for job in run.jobs))
 
 
 def open_pipe(base: dict):
@@ -98,62 +127,89 @@ def open_pipe(base: dict):
     return FluxPipeline.from_pretrained(model, **said)
 
 
-def _draw(pipe, drawings: list, base: dict, force: bool, as_json: bool, sheet: Path | None, ends: bool) -> None:
-    """Draws and saves one after the other; an error after the first picture ends with 7."""
-    from .sheet import contact_sheet, thumbnail
+def _draw(pipe, drawings: list, run, as_json: bool, sheet: Path | None, ends: bool, preview) -> None:
+    """Draws and saves one after the other."""
+    from .sheet import note_sheet
     from .terminal import PipelineProgress, say
 
-    progress, names, report, grid, outcomes = PipelineProgress(), {}, {"images": []}, {}, []
+    progress, report = PipelineProgress(), {"images": [], "skipped": run.skipped}
+    names = {output: names_from(output, taken) for output, taken in run.taken.items()}
+    pipe.before_release = signals.hold  # what the log calls released is saved, whatever signal comes
     try:
-        for drawing in drawings:
+        for i, drawing in enumerate(drawings):
             job = drawing.job
-            result = pipe(**drawing.arguments, progress=progress)
+            ahead = [one.request for one in drawings[i : i + _TOGETHER]] if i % _TOGETHER == 0 else []
+            if len({tuple(request.texts()) for request in ahead}) > 1:
+                pipe.read_ahead(ahead, progress)
+            try:
+                result = pipe(**drawing.arguments, progress=progress, preview=preview, checkpoint=run.checkpoint)
+            except Withheld as error:
+                if len(run.jobs) == 1:
+                    raise
+                with signals.held():
+                    say(f"seed {job.seed}: withheld: {error.found}")
+                    run.add(f"withheld: {error.found}", None, None)
+                    run.advance()
+                    report["images"].append(
+                        {"path": None, **drawing.request.record(drawing.pick), "outcome": run.done[-1][0]}
+                    )
+                continue
             outcome, record, picture, path = result.outcomes[drawing.pick], result.records[drawing.pick], None, None
-            outcomes.append(outcome)
             with signals.held():  # a picture that has its name is also reported
+                signals.let_go()
                 if ends and drawing is drawings[-1] and not sheet:
                     signals.finish()
                 if outcome == "released":
                     picture = result.images[result.outcomes[: drawing.pick].count("released")]
                     first, kept = job.output not in names, names.setdefault(job.output, names_from(job.output))
                     how = {name: job.options[name] for name in ("metadata", "quality") if name in job.options}
-                    path = save(picture, kept, force, **how)
+                    path = save(picture, kept, run.force, **how)
                     if first and path != job.output:
                         say(f"note: {printable(str(job.output))} exists; writing {printable(str(path))}")
                 else:
                     say(f"seed {job.seed}: {outcome}")
+                run.add(outcome, path, picture)
+                run.advance()
                 stages = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in result.seconds.items())
                 say(f"seed {job.seed}: {stages}")
-                if "verbose" in base:
+                if "verbose" in run.options:
                     say(_memory(result))
                 more = {"outcome": outcome, "notes": [*drawing.notes, *result.notes], "seconds": result.seconds}
                 more |= {"peaks": result.peaks, "predicted": result.plan.stages}
                 report["images"].append({"path": path and str(path), **record, **more})
-                if path and not as_json:
+                if as_json:
+                    say("", event="picture", **report["images"][-1])
+                elif path:
                     click.echo(path)
-            if sheet and picture:
-                grid.setdefault(job.row, []).append((job, thumbnail(picture)))
-        if grid:
-            rows = [[small for _, small in row] for row in grid.values()]
-            seeds = {tuple(f"seed {job.seed}" for job, _ in row) for row in grid.values()}
-            across = list(seeds.pop()) if len(seeds) == 1 else [str(n + 1) for n in range(max(map(len, rows)))]
-            made = contact_sheet(rows, across, [textwrap.shorten(row[0][0].label, 32) for row in grid.values()])
+        if sheet and (made := run.sheet()):
             with signals.held():
                 if ends:
                     signals.finish()
-                path = save(made, names_from(sheet), force)
+                if pipe.policy:
+                    note_sheet(made)
+                path = save(made, names_from(sheet), run.force)
                 report["contact_sheet"] = str(path)
                 if not as_json:
                     click.echo(path)
-        check_outcomes(outcomes)
-    except FluxKreaError as error:
-        if any(image["path"] for image in report["images"]):
-            error.exit_code = 7
-        raise
     finally:
+        signals.let_go()
         progress.close()
         if as_json and report["images"]:
             click.echo(json.dumps(report, ensure_ascii=False))
+
+
+def _check_run(run) -> None:
+    """Ends a run that did not do everything."""
+    try:
+        check_outcomes([outcome for outcome, _ in run.done])
+    except FluxKreaError as error:
+        if any(path for _, path in run.done):
+            error.exit_code = 7
+        raise
+    if run.skipped:
+        error = UsageError(f"{len(run.skipped)} rows of {run.rows} were skipped")
+        error.exit_code = 7
+        raise error
 
 
 def _announce(folder, base: dict, drawings: list) -> None:

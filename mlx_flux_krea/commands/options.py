@@ -36,8 +36,12 @@ class Seeds(click.ParamType):
         return tuple(seeds)
 
 
+IN_TERMINAL = "terminal"  # where --preview shows a picture if no file is named
+_PICTURE_FILE = re.compile(rf".+\.(png|jpe?g|webp)|{IN_TERMINAL}", re.I)
+
+
 class SeveralSeeds(click.Command):
-    """A command whose --seed takes all the numbers that follow it."""
+    """A command whose --seed takes all the numbers that follow it, and whose --preview may do without a value."""
 
     def parse_args(self, ctx, args: list[str]) -> list[str]:
         """Joins them to the one value that click reads."""
@@ -50,6 +54,8 @@ class SeveralSeeds(click.Command):
             if place is not None and place < len(joined) and _SEED.fullmatch(arg):
                 joined[place] += f" {arg}"
                 continue
+            if arg == "--preview" and not _PICTURE_FILE.fullmatch("".join(args[i + 1 : i + 2])):
+                arg = f"--preview={IN_TERMINAL}"
             if place is None or place < len(joined):
                 place = len(joined) + 1 if arg == "--seed" else len(joined) if arg.startswith("--seed=") else None
             joined.append(arg)
@@ -68,10 +74,9 @@ def _option(*names: str, help: str, usual=None, **settings) -> click.Option:
 
 def _installed(ctx, param, incomplete: str) -> list[str]:
     """For the shell's completion: the names of installed models."""
-    from mlx_flux_krea.weights import home
+    from mlx_flux_krea.weights import installed_models
 
-    names = sorted(path.parent.name for path in (home() / "models").glob("*/model_index.json"))
-    return [name for name in names if name.startswith(incomplete)]
+    return [name for name in installed_models() if name.startswith(incomplete)]
 
 
 _FILE = click.Path(path_type=Path)
@@ -83,7 +88,7 @@ _AREA = click.FloatRange(*presets.MEGAPIXELS)
 _DTYPE = click.Choice(["bfloat16", "float16", "float32"])
 _METADATA = click.Choice(["full", "minimal"])
 _CHECK = click.Choice(["filters", "review", "both"])
-_ONE = "the only one"
+_ONE = "the only one, or models default"
 _MODEL = "the model's"
 OPTIONS = [
     _option(
@@ -119,13 +124,14 @@ OPTIONS = [
     _option("--check", type=_CHECK, help="Who looks first; review: you do.  [default: filters, if the licence asks]"),
     _option("--nsfw-threshold", type=click.FloatRange(0, 0.85), help="A picture passes below it.", usual=0.85),
     _option("--integrity-margin", type=_SCALE, help="How clear the filter's no must be.", usual=0),
+    _option("--preview", metavar="[FILE]", help="Show each step in the terminal (iTerm2, kitty), or in this file."),
     _option("-v", "--verbose", is_flag=True, help="Show what each stage took of time and memory."),
     _option("--force", is_flag=True, help="Replace the output, also a link; otherwise the next free name is taken."),
-    _option("--json", "as_json", is_flag=True, help="Print a JSON object instead of paths."),
+    _option("--json", "as_json", is_flag=True, help="Print a JSON object instead of paths, and what happens as JSON."),
 ]
 BY_NAME = {option.name: option for option in OPTIONS} | {"prompt": _option("--prompt", help="What to draw.")}
 _POLICY = ("check", "nsfw_threshold", "integrity_margin")
-_LASTING = ("model", "dtype", "memory", "contact_sheet", "verbose", *_POLICY)
+_LASTING = ("model", "dtype", "memory", "contact_sheet", "preview", "verbose", *_POLICY)
 _RUN = (*_LASTING, "prompts", "from_", "force", "as_json")  # of a whole run
 PER_PICTURE = tuple(name for name in BY_NAME if name not in _RUN)
 LASTING = (*_LASTING, *(name for name in PER_PICTURE if name != "prompt"))  # in the config file

@@ -40,9 +40,9 @@ def check_output(output: Path, quality: int | None = None) -> None:
         raise UsageError(f"{output} cannot be written: {error.strerror}", "", "choose another place with -o") from None
 
 
-def names_from(output: Path) -> Iterator[Path]:
-    """The name given, then with -2, -3 and so on."""
-    return (output if n == 1 else output.with_stem(f"{output.stem}-{n}") for n in itertools.count(1))
+def names_from(output: Path, taken: int = 0) -> Iterator[Path]:
+    """The name given, then with -2, -3 and so on; without the first, that were taken."""
+    return (output if n == 1 else output.with_stem(f"{output.stem}-{n}") for n in itertools.count(taken + 1))
 
 
 def save(picture, names: Iterator[Path], force: bool, **options) -> Path:

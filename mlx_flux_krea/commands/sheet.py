@@ -1,8 +1,13 @@
 """Contact sheets: many small pictures as one, with what differs between them written at the edges."""
 
+import textwrap
+
+import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from mlx_flux_krea.provenance import Picture
+
+from .jobs import Job
 
 _GAP = 4  # pixels between pictures
 _TEXT = 14  # pixels, height of the letters
@@ -16,6 +21,17 @@ def thumbnail(picture: Picture) -> Picture:
         return picture
     size = tuple(max(1, round(side * scale)) for side in picture.size)
     return Picture.from_pixels(picture.resize(size, Image.Resampling.LANCZOS), picture.record)
+
+
+def sheet_of(made: list[tuple[Job, Picture]]) -> Picture:
+    """The sheet of a run: a row for each prompt."""
+    grid: dict[int, list[tuple[Job, Picture]]] = {}
+    for job, small in made:
+        grid.setdefault(job.row, []).append((job, small))
+    seeds = {tuple(f"seed {job.seed}" for job, _ in row) for row in grid.values()}
+    rows = [[small for _, small in row] for row in grid.values()]
+    across = list(seeds.pop()) if len(seeds) == 1 else [str(n + 1) for n in range(max(map(len, rows)))]
+    return contact_sheet(rows, across, [textwrap.shorten(row[0][0].label, 32) for row in grid.values()])
 
 
 def contact_sheet(rows: list[list[Picture]], across: list[str], down: list[str]) -> Picture:
@@ -43,3 +59,14 @@ def contact_sheet(rows: list[list[Picture]], across: list[str], down: list[str])
         for column, picture in enumerate(rows[row]):
             sheet.paste(picture, (left + column * wide, top + row * high))
     return Picture.from_pixels(sheet, first.record | {"sheet": {"across": across, "down": down}})
+
+
+def note_sheet(sheet: Picture) -> None:
+    """Writes into the log that a sheet of released pictures will be saved: it knows all that leaves.
+
+    Raises:
+        FiltersError: it cannot be written.
+    """
+    from mlx_flux_krea.filters.ledger import Ledger, pixel_hash
+
+    Ledger().log.append("sheet", pixels=pixel_hash(np.asarray(sheet)))

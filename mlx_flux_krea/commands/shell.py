@@ -68,7 +68,7 @@ def shell(**options):
             if stopped.exit_code != 130:
                 raise
             failed += 1
-            say("flux-krea: interrupted")
+            say(f"flux-krea: {stopped.message}")
         except Exception as error:  # the model stays warm, whatever is wrong with one line
             failed += 1
             traceback.print_exception(error)

@@ -51,6 +51,22 @@ def held():
         _holds.remove("block")
 
 
+def hold() -> None:
+    """Signals are kept until `let_go`; for any thread. What arrived before is raised: nothing falls in between."""
+    if "hold" in _holds:
+        return
+    _holds.append("hold")
+    if _arrived:
+        let_go()
+        raise Stopped(_arrived[0])
+
+
+def let_go() -> None:
+    """Ends `hold`, where there was one."""
+    with contextlib.suppress(ValueError):
+        _holds.remove("hold")
+
+
 def forget() -> None:
     """What arrived was dealt with; what comes next raises again."""
     signal.setitimer(signal.ITIMER_REAL, 0)

@@ -2,17 +2,20 @@
 
 import base64
 import contextlib
+import json
 import logging
 import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
+import click
 from tqdm import tqdm
 
-from mlx_flux_krea.errors import printable
+from mlx_flux_krea.errors import UsageError, printable
 
 _STAGES = {
     "check": ("checking", "layer"),
@@ -22,11 +25,35 @@ _STAGES = {
     "denoise": ("drawing", "step"),
     "decode": ("developing", "stage"),
 }
-_FORMAT = "{desc:<20} {percentage:3.0f}% |{bar}| {n:.{digits}f}/{total:.0f} {unit}s, {rate_inv_fmt}, {remaining} left"
+_FORMAT = (
+    "{desc:<20} {percentage:3.0f}% |{bar}| {n:.{digits}f}/{total:.0f} {unit}s, {rate_inv_fmt}, "
+    "{remaining} left{postfix}"
+)
 
 
-def say(text: str) -> None:
-    """A line for the person who waits, if there still is one."""
+_as_events = False
+
+
+def tell_events(wanted: bool) -> None:
+    """From now on what is said, and progress, are JSON objects, one a line; or not."""
+    global _as_events
+    _as_events = wanted
+
+
+def telling_events() -> bool:
+    """Whether they are."""
+    return _as_events
+
+
+def say(text: str, **event) -> None:
+    """A line for the person who waits, if there still is one.
+
+    Args:
+        text: the line.
+        event: what a program is told instead; nothing: {"event": "said", "text": text}.
+    """
+    if _as_events:
+        text = json.dumps(event or {"event": "said", "text": text}, ensure_ascii=False)
     with contextlib.suppress(OSError):
         tqdm.write(text, file=sys.stderr)
 
@@ -36,6 +63,26 @@ def note(text: str) -> None:
     logging.getLogger("mlx_flux_krea").warning(text)
 
 
+def is_typed() -> bool:
+    """Whether a person at a terminal can be asked."""
+    return sys.stdin.isatty() and sys.stderr.isatty()
+
+
+def agreed(question: str, yes: bool) -> bool:
+    """What the person at the terminal answers to a question of yes or no.
+
+    Args:
+        question: without its mark.
+        yes: the answer was given on the command line.
+
+    Raises:
+        UsageError: there is nobody to ask.
+    """
+    if not yes and not is_typed():
+        raise UsageError(f"{question}: there is no terminal to ask at", "", "say it with --yes")
+    return yes or click.confirm(f"{question}?", err=True)
+
+
 def several(values: Iterable) -> str:
     """The different ones of some values, or the first and the last of many."""
     shown = list(dict.fromkeys(map(str, values)))
@@ -43,17 +90,22 @@ def several(values: Iterable) -> str:
 
 
 class PipelineProgress:
-    """The pipeline's progress as one line a stage, with seconds per step and time left; silent without a terminal.
+    """The pipeline's progress as one line a stage: seconds per step, time left, memory; silent without a terminal.
 
-    A stage of less than half a second shows nothing.
+    A stage of less than half a second shows nothing. Where events are told, every whole unit is one, in any stage.
     """
 
     def __init__(self):
         self._stage = None
         self._bar = None
+        self._told = 0
+        self._begin = 0.0
 
     def __call__(self, stage: str, done: float, total: int) -> None:
         """As `FluxPipeline` reports it."""
+        if _as_events:
+            self._tell(stage, int(done + 1e-6), total)
+            return
         if stage != self._stage:
             self.close()
             label, unit = _STAGES[stage]
@@ -62,9 +114,18 @@ class PipelineProgress:
             self._bar = tqdm(
                 total=total, desc=label, unit=unit, bar_format=layout, delay=0.5, disable=None, leave=False
             )
+        self._bar.set_postfix_str(size(sys.modules["mlx.core"].get_peak_memory()), refresh=False)  # of this stage
         self._bar.update(done - self._bar.n)
         if done >= total:
             self.close()
+
+    def _tell(self, stage: str, done: int, total: int) -> None:
+        if stage != self._stage or done < self._told:
+            self._stage, self._told, self._begin = stage, 0, time.perf_counter()
+        if done > self._told:
+            seconds = round(time.perf_counter() - self._begin, 3)
+            say("", event="progress", stage=stage, done=done, total=total, seconds=seconds)
+            self._told = done
 
     def close(self) -> None:
         """Takes the line away."""
@@ -86,8 +147,10 @@ class ByteProgress:
 
     def __call__(self, label: str, done: int, total: int) -> None:
         """As `convert` reports it."""
+        if self._bar is not None and self._bar.total != total:  # bytes of another kind
+            self.close()
         if self._bar is None:
-            self._bar = tqdm(total=total, unit="B", unit_scale=True, delay=0.5, disable=None, leave=False)
+            self._bar = tqdm(total=total, initial=done, unit="B", unit_scale=True, delay=0.5, disable=None, leave=False)
         self._bar.set_description(f"{label:<16}", refresh=False)
         self._bar.update(done - self._bar.n)
 
@@ -95,6 +158,7 @@ class ByteProgress:
         """Takes the line away."""
         if self._bar is not None:
             self._bar.close()
+            self._bar = None
 
 
 class NoteHandler(logging.Handler):
@@ -153,22 +217,35 @@ def number(count: int) -> str:
     return str(count)
 
 
+def inline_picture(data: bytes, rows: int | None = None) -> str | None:
+    """What makes this terminal show a PNG where it writes; None: it cannot.
+
+    Args:
+        data: the file's bytes.
+        rows: lines that it takes, the cursor staying where it is; None: as many as it has pixels for.
+    """
+    program = os.environ.get("LC_TERMINAL") or os.environ.get("TERM_PROGRAM", "")
+    encoded = base64.b64encode(data).decode()
+    if program in ("iTerm2", "iTerm.app", "WezTerm"):
+        height = f"height={rows};" if rows else ""
+        return f"\x1b]1337;File=inline=1;{height}preserveAspectRatio=1:{encoded}\x07"
+    if "KITTY_WINDOW_ID" in os.environ or program == "ghostty":
+        place = f"r={rows},C=1,i=1,q=2," if rows else ""  # the next of the same number takes its place
+        chunks = [encoded[i : i + 4096] for i in range(0, len(encoded), 4096)] or [""]
+        heads = [f"a=T,f=100,{place}"] + [""] * (len(chunks) - 1)
+        more = [1] * (len(chunks) - 1) + [0]
+        return "".join(f"\x1b_G{h}m={m};{chunk}\x1b\\" for h, m, chunk in zip(heads, more, chunks, strict=True))
+    return None
+
+
 def show_picture(path: Path) -> bool:
     """Shows a PNG to the person at this terminal: in it where it can (iTerm2, kitty), else in the platform's viewer.
 
     Returns:
         Whether that can be expected to have worked.
     """
-    program = os.environ.get("LC_TERMINAL") or os.environ.get("TERM_PROGRAM", "")
-    data = base64.b64encode(path.read_bytes()).decode()
-    if program in ("iTerm2", "iTerm.app", "WezTerm"):
-        say(f"\x1b]1337;File=inline=1;preserveAspectRatio=1:{data}\x07")
-        return True
-    if "KITTY_WINDOW_ID" in os.environ or program == "ghostty":
-        chunks = [data[i : i + 4096] for i in range(0, len(data), 4096)]
-        heads = ["a=T,f=100,"] + [""] * (len(chunks) - 1)
-        more = [1] * (len(chunks) - 1) + [0]
-        say("".join(f"\x1b_G{h}m={m};{chunk}\x1b\\" for h, m, chunk in zip(heads, more, chunks, strict=True)))
+    if inline := inline_picture(path.read_bytes()):
+        say(inline)
         return True
     viewer = shutil.which("open" if sys.platform == "darwin" else "xdg-open")
     if viewer is None or (sys.platform != "darwin" and not {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys()):

@@ -11,6 +11,7 @@ passes the integrity check where the margin of yes over no is not above 0.
 
 import contextlib
 import hashlib
+import json
 import logging
 import math
 import unicodedata
@@ -21,6 +22,7 @@ import numpy as np
 
 from ..errors import FiltersError, UsageError, Withheld
 from ..provenance import Picture
+from ..request import Request
 from .judges import NSFW, Judge, MakeRun, image_labels, margins_of, open_judges
 from .ledger import Kept, Ledger, Run, Verdict
 
@@ -86,8 +88,16 @@ class Gate:
         notes: what the user should know.
     """
 
-    def __init__(self, policy: Policy, run: Run, judges: dict[str, Judge]):
-        self.policy, self.run, self._judges = policy, run, judges
+    def __init__(
+        self,
+        policy: Policy,
+        run: Run,
+        judges: dict[str, Judge],
+        margins: dict[tuple, float] | None = None,
+        ready: Callable[[], None] = lambda: None,
+    ):
+        self.policy, self.run, self._judges, self._ready = policy, run, judges, ready
+        self._margins: dict[tuple[str, str], float] = {} if margins is None else margins
         self.notes: list[str] = []
 
     def check_prompts(self, texts: Sequence[str]) -> None:
@@ -99,10 +109,7 @@ class Gate:
         """
         if not self._judges or not texts:
             return
-        read = list(dict.fromkeys(piece for text in texts for form in self._forms(text) for piece in _pieces(form)))
-        with self._noted():
-            margins = margins_of(self._judges["pixtral"], read)
-        self._judges["pixtral"].free()
+        margins = self._judged(texts)
         hashes = [hashlib.sha256(text.encode()).hexdigest() for text in texts]
         worst = max(margins, default=-math.inf)
         flagged = not worst <= -self.policy.integrity
@@ -115,6 +122,29 @@ class Gate:
                 f"at most {-self.policy.integrity or 0:g}",
                 "say it in other words",
             )
+
+    def passing(self, requests: Sequence[Request]) -> list[Request]:
+        """Those of whose texts none is flagged. All are judged at once, and what was found is kept for `check_prompts`.
+
+        Raises:
+            FiltersError: a filter failed.
+        """
+        if not self._judges:
+            return list(requests)
+        self._judged([text for request in requests for text in request.texts()])
+        return [r for r in requests if max(self._judged(r.texts()), default=-math.inf) <= -self.policy.integrity]
+
+    def _judged(self, texts: Sequence[str]) -> list[float]:
+        """The margin of each form of each text; those that this filter has judged before it is not asked again."""
+        judge = self._judges["pixtral"]
+        read = list(dict.fromkeys(piece for text in texts for form in self._forms(text) for piece in _pieces(form)))
+        keys = [(json.dumps(judge.about, sort_keys=True), text) for text in read]
+        if missing := [key for key in keys if key not in self._margins]:
+            with self._noted():
+                found = margins_of(judge, [text for _, text in missing])
+            judge.free()
+            self._margins.update(zip(missing, found, strict=True))
+        return [self._margins[key] for key in keys]
 
     def check_input(self, pixels: Callable[[], np.ndarray]) -> None:
         """Judges an input image: (H, W, 3) uint8, as the autoencoder will see it.
@@ -158,7 +188,9 @@ class Gate:
             raise
         settled = [self._settle(one, some) for one, some in zip(kept, scores, strict=True)]
         passed = [one for one in settled if one.facts["event"] == "passed"]
+        self._ready()
         pictures = [ledger.hand_over(one) for one in passed]
+        self._ready()  # or what was handed over waits for a person
         for one in passed:
             ledger.discard(one)
         return tuple(map(_outcome, settled)), pictures
@@ -220,12 +252,20 @@ class Gate:
 
 
 @contextlib.contextmanager
-def open_gate(policy: Policy | None, make_run: MakeRun, **about) -> Iterator[Gate | Open]:
+def open_gate(
+    policy: Policy | None,
+    make_run: MakeRun,
+    margins: dict[tuple, float] | None = None,
+    ready: Callable[[], None] = lambda: None,
+    **about,
+) -> Iterator[Gate | Open]:
     """The gate for one call. Filters, quarantine and log are known to work when it opens.
 
     Args:
         policy: None: the model requires no filters.
         make_run: what the filters' pieces are run by, see `judges`.
+        margins: what the filter said of texts in earlier calls; what it says is added.
+        ready: called before and after pictures are handed over; what it raises stops that.
         about: what the log should say of the run.
 
     Raises:
@@ -243,7 +283,7 @@ def open_gate(policy: Policy | None, make_run: MakeRun, **about) -> Iterator[Gat
     thresholds = {"nsfw": policy.nsfw, "integrity": policy.integrity}
     try:
         with Ledger().run(policy.check, filters=filters, thresholds=thresholds, **about) as run:
-            yield Gate(policy, run, judges)
+            yield Gate(policy, run, judges, margins, ready)
     finally:
         for judge in judges.values():
             judge.free()

@@ -24,7 +24,7 @@ from ..residency import Blocks
 from ..tokenizers import PixtralTokenizer
 from ..weights import ModelFolder, home, open_filter, sha256
 from . import instructions, pixtral, vit
-from .config import SELF_TEST
+from .config import NSFW_SHA256, NSFW_VIT, SELF_TEST
 from .instructions import CANARIES
 
 NSFW = 0.85  # a picture passes below this probability
@@ -32,6 +32,7 @@ FILTERS = {"nsfw": "Falconsai/nsfw_image_detection", "pixtral": "mistral-communi
 LABELS = {"nsfw": {"normal", "nsfw"}, "pixtral": {"integrity"}}  # that each filter must answer with
 TOLERANCE = 0.25  # of a self-test's logits; a probability near 0 or 1 would hide what became of the weights
 REVIEW = "or review every picture yourself: --check review"
+INSTALL = f"install: flux-krea setup; {REVIEW}"  # it makes what is missing or damaged, and tries what was not tried
 
 
 class Judge(Protocol):
@@ -71,7 +72,7 @@ def open_judges(make_run: MakeRun = lambda pieces, run: run) -> dict[str, Judge]
     missing = [name for name in FILTERS if not (folder / name).is_dir()]
     if missing:
         found = f"the model's licence asks for content filters, and {' and '.join(missing)} are not in {folder}"
-        raise FiltersError(found, "", install_command(*missing))
+        raise FiltersError(found, "", INSTALL)
     for name in FILTERS:
         judges[name] = _asked(name, lambda name=name: load_judge(name, folder / name, make_run))
         files = sorted(path for path in (folder / name).rglob("*") if path.is_file())
@@ -97,10 +98,17 @@ class NSFWJudge:
     Args:
         folder: of the filter, converted.
         make_run: called as make_run(pieces, run) before so many pieces are run, see `FluxPipeline`.
+
+    Raises:
+        FiltersError: it has the published size, and was not made of the published file.
     """
 
     def __init__(self, folder: ModelFolder, make_run: MakeRun):
         folder.check()
+        hashes = [source.sha256 for source in folder.index.source]
+        if folder.sizes["nsfw"] == NSFW_VIT and NSFW_SHA256 not in hashes:
+            found = f"the filter nsfw was made of another file than the published one, sha256 {', '.join(hashes)}"
+            raise FiltersError(found, NSFW_SHA256, _renew("nsfw"))
         self.about = _about(folder)
         self._folder, self._make_run = folder, make_run
 
@@ -198,7 +206,7 @@ def self_test(name: str, judge: Judge) -> dict[str, float]:
     for what, is_flagged in flagged.items():
         if is_flagged != CANARIES.get(what, False):
             found = f"the filter {name} fails its self-test: it {'flags' if is_flagged else 'passes'} {what!r}"
-            raise FiltersError(found, "the opposite", install_command(name))
+            raise FiltersError(found, "the opposite", _renew(name))
     return values
 
 
@@ -224,13 +232,13 @@ def check_self_test(name: str, judge: Judge, path: Path) -> None:
         recorded = json.loads(path.read_text(encoding="utf-8"))
         recorded = {text: float(value) for text, value in recorded.items()}
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise FiltersError(f"{path} cannot be read: {error}", "recorded answers", install_command(name)) from None
+        raise FiltersError(f"{path} cannot be read: {error}", "recorded answers", INSTALL) from None
     values = self_test(name, judge)
     if values.keys() != recorded.keys() or not all(
         abs(value - recorded[text]) <= TOLERANCE for text, value in values.items()
     ):
         found = "does not answer its self-test as it did when it was converted"
-        raise FiltersError(f"the filter {name} {found}", "the recorded answers", install_command(name))
+        raise FiltersError(f"the filter {name} {found}", "the recorded answers", _renew(name))
 
 
 def drawn_picture() -> np.ndarray:
@@ -256,11 +264,10 @@ def image_labels(name: str, judge: Judge, pixels: Sequence[np.ndarray]) -> list[
             fits = all(0 <= p <= 1 for p in answer.values()) and abs(sum(answer.values()) - 1) < 1e-3
         if not fits:
             found = ", ".join(f"{label} {value}" for label, value in answer.items())
-            raise FiltersError(
-                f"the filter {name} answered {found}", ", ".join(sorted(LABELS[name])), install_command(name)
-            )
+            expected = ", ".join(sorted(LABELS[name]))
+            raise FiltersError(f"the filter {name} answered {found}", expected, _renew(name))
     if len(answers) != len(pixels):
-        raise FiltersError(f"the filter {name} gave {len(answers)} answers", f"{len(pixels)}", install_command(name))
+        raise FiltersError(f"the filter {name} gave {len(answers)} answers", f"{len(pixels)}", _renew(name))
     return answers
 
 
@@ -272,9 +279,7 @@ def margins_of(judge: Judge, texts: list[str]) -> list[float]:
     """
     margins = _asked("pixtral", lambda: list(judge.prompts(texts))) if texts else []
     if len(margins) != len(texts) or not all(map(_is_finite, margins)):
-        raise FiltersError(
-            f"the filter pixtral answered {margins}", f"{len(texts)} numbers", install_command("pixtral")
-        )
+        raise FiltersError(f"the filter pixtral answered {margins}", f"{len(texts)} numbers", _renew("pixtral"))
     return [float(margin) for margin in margins]
 
 
@@ -289,15 +294,15 @@ def _asked(name: str, ask: Callable):
     except (FiltersError, Interrupted):
         raise
     except Exception as error:
-        kind = "" if isinstance(error, FluxKreaError) else f"{type(error).__name__}: "
-        found = f"the filter {name} failed: {kind}{error}"
-        raise FiltersError(found, "", install_command(name)) from error
+        is_damaged = isinstance(error, FluxKreaError)
+        found = f"the filter {name} failed: {'' if is_damaged else f'{type(error).__name__}: '}{error}"
+        raise FiltersError(found, "", INSTALL if is_damaged else _renew(name)) from error
 
 
 def _is_finite(value) -> bool:
     return isinstance(value, int | float | np.floating) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def install_command(*names: str) -> str:
-    """What to do about filters that are missing or unhealthy."""
-    return f"install: {', '.join(f'flux-krea convert {FILTERS[name]}' for name in names)}; {REVIEW}"
+def _renew(name: str) -> str:
+    """What to do about a filter that is there, and not itself."""
+    return f"convert it again: flux-krea convert {FILTERS[name]} --force; {REVIEW}"

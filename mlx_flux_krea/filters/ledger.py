@@ -29,7 +29,7 @@ from PIL import Image
 from ..errors import FiltersError, FluxKreaError, ResourceError, UsageError
 from ..provenance import SOFTWARE, Picture, opened, read_record, replacing
 from ..weights import home
-from .log import Log
+from .log import FOLLOWS, Log
 
 KEEP_DAYS = 30  # then what nobody has reviewed is deleted
 _SYNCHRONISED = re.compile(
@@ -127,19 +127,26 @@ class Ledger:
                 _make_private(folder)
                 is_mine = stack.enter_context(_locked(folder))
             self.log.append("run", run=name, check=check, software=SOFTWARE, **about)
-            yield Run(self, folder, name, check)
+            try:
+                yield Run(self, folder, name, check)
+            except BaseException:
+                with contextlib.suppress(FluxKreaError):  # it may be the log that failed: then the next run does it
+                    self._recover_all(folder)
+                raise
 
     def recover(self) -> None:
         """Marks what runs that died left behind: it waits for a person, and is never released by itself."""
-        now = time.time()
         for folder in self._folders():
             with _locked(folder) as is_dead:
-                if not is_dead:
-                    continue
-                for partial in folder.glob(".*.partial"):
-                    partial.unlink(missing_ok=True)
-                for path in folder.glob("*.png"):
-                    self._recover(path, now)
+                if is_dead:
+                    self._recover_all(folder)
+
+    def _recover_all(self, folder: Path) -> None:
+        for partial in folder.glob(".*.partial"):
+            partial.unlink(missing_ok=True)
+        now = time.time()
+        for path in folder.glob("*.png"):
+            self._recover(path, now)
 
     def _recover(self, path: Path, now: float) -> None:
         facts = self.log.picture(path.stem)
@@ -173,6 +180,19 @@ class Ledger:
                 if facts.get("event") in ("waiting", "flagged", "error"):
                     found.append(Kept(path.stem, path, facts))
         return sorted(found, key=lambda kept: (kept.facts.get("time", ""), kept.image))
+
+    def purge(self) -> None:
+        """Deletes every picture but those that a process is at work on.
+
+        Raises:
+            FiltersError: the log is damaged, or cannot be written.
+        """
+        for folder in self._folders():
+            with _locked(folder) as is_mine:
+                for path in folder.glob("*.png") if is_mine else ():
+                    if self.log.picture(path.stem).get("event") in FOLLOWS["purged"]:
+                        self.log.append("purged", image=path.stem, reasons=["its owner deleted it"])
+                    path.unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def claimed(self, kept: Kept) -> Iterator[bool]:
@@ -246,8 +266,8 @@ class Ledger:
             raise UsageError("the picture was changed after it was released", "the same pixels", todo)
         _compare(pixels, encoded)
         digest = hashlib.sha256(encoded).hexdigest()
-        self.log.append("written", image=picture.image, pixels=facts["pixels"], file_sha256=digest)
         try:
+            self.log.append("written", image=picture.image, pixels=facts["pixels"], file_sha256=digest)
             with contextlib.nullcontext(fp) if hasattr(fp, "write") else replacing(Path(fp), force) as file:
                 file.write(encoded)
                 if not hasattr(fp, "write"):

@@ -61,7 +61,7 @@ FLUX = {
     "joint_attention_dim": 128, "pooled_projection_dim": 128, "axes_dims_rope": (8, 12, 12), "guidance_embeds": True,
 }  # fmt: skip
 SCENES = {canvas: 40_000 if canvas == scenes.CANVASES[0] else 4_000 for canvas in scenes.CANVASES}
-STEPS = {"vae": 2_000, "decoder": 1_500, "text": 800, "flow": 18_000, "refine": 12_000, "distil": 1_500}
+STEPS = {"vae": 2_000, "decoder": 1_500, "text": 800, "flow": 18_000, "refine": 15_000, "distil": 1_500}
 RATES = {"vae": 2e-3, "decoder": 5e-4, "text": 1e-3, "flow": 1.2e-3, "refine": 1e-3, "distil": 3e-4}
 BATCH = {"vae": 16, "text": 256, "flow": 48, "refine": 48, "distil": 48}
 
@@ -264,7 +264,10 @@ def vae(work: Path, target: Path) -> None:
 
 
 def decoder(work: Path, target: Path) -> None:
-    """The decoder goes on alone, on whole pictures; the encoder, and so every latent, stays as it is."""
+    """The decoder goes on alone, on whole pictures; the encoder, and so every latent, stays as it is.
+
+    Latents that the transformer makes are a little beside those of pictures: half of the batch is, too.
+    """
     network = AutoencoderKL.from_pretrained(work / "vae").to(memory_format=torch.channels_last)
     network.encoder.requires_grad_(False)
     pool = _pool()
@@ -274,9 +277,9 @@ def decoder(work: Path, target: Path) -> None:
         pixels = _crops(pool, rng, 96)
         with torch.no_grad():
             posterior = network.encode(pixels).latent_dist
-        return _distance(
-            network.decode(posterior.mean + posterior.std * torch.randn_like(posterior.mean)).sample, pixels
-        )
+            beside = 0.4 * F.relu(torch.rand(len(pixels), 1, 1, 1) - 0.5) / network.config.scaling_factor
+            z = posterior.mean + (posterior.std + beside) * torch.randn_like(posterior.mean)
+        return _distance(network.decode(z).sample, pixels)
 
     run.train(loss_of)
     network.save_pretrained(target)
@@ -428,13 +431,20 @@ class Batches:
             c: [[n for n, s in enumerate(drawn) if len(s.things) == k] for k in (1, 2, 3)]
             for c, drawn in self.scenes.items()
         }
+        self.fine = {c: [sum(map(_is_fine, s.things)) for s in drawn] for c, drawn in self.scenes.items()}
 
-    def __call__(self, rng: random.Random, size: int, shares: tuple[float, float, float]):
-        """Canvas, packed latents (B, L, 64), sentences and what is drawn."""
+    def __call__(self, rng: random.Random, size: int, shares: tuple[float, float, float], fine: bool = False):
+        """Canvas, packed latents (B, L, 64), sentences and what is drawn; fine: of two scenes the finer."""
         canvas = scenes.CANVASES[0] if rng.random() < 0.8 else rng.choice(scenes.CANVASES[1:])
-        chosen = [rng.choice(numbers) for numbers in rng.choices(self.by_things[canvas], shares, k=size)]
+        found = [rng.choices(numbers, k=1 + fine) for numbers in rng.choices(self.by_things[canvas], shares, k=size)]
+        chosen = [max(numbers, key=self.fine[canvas].__getitem__) for numbers in found]
         sentences = [scenes.describe(self.scenes[canvas][n], rng) for n in chosen]
         return canvas, self.latents[canvas][chosen].float(), sentences, [self.scenes[canvas][n] for n in chosen]
+
+
+def _is_fine(thing: scenes.Thing) -> bool:
+    """Whether its outline has details of less than a latent."""
+    return thing.size == "small" and thing.shape in ("star", "ring", "cross")
 
 
 def sigmas(size: int) -> torch.Tensor:
@@ -476,8 +486,10 @@ class Pointer(nn.Module):
         self.sizes = len(scenes.SHAPES) + 1, len(scenes.COLOURS) + 1, 3
         self.norm, self.answer = nn.LayerNorm(width), nn.Linear(width, sum(self.sizes))
 
-    def forward(self, states: torch.Tensor, drawn: list[scenes.Scene]) -> tuple[torch.Tensor, torch.Tensor]:
-        """The loss, and the share of covered tokens whose shape is told.
+    def forward(
+        self, states: torch.Tensor, drawn: list[scenes.Scene]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The loss, the share of covered tokens whose shape is told, and which tokens those are, (B, L).
 
         Args:
             states: (B, L, width).
@@ -490,7 +502,7 @@ class Pointer(nn.Module):
         loss = F.cross_entropy(shape.flatten(0, 1), shapes.flatten())
         loss = loss + F.cross_entropy(colour.flatten(0, 1), colours.flatten())
         loss = loss + F.smooth_l1_loss(place[there], places[there])
-        return loss, (shape.argmax(-1) == shapes)[there].float().mean()
+        return loss, (shape.argmax(-1) == shapes)[there].float().mean(), there
 
 
 def _covered(scene: scenes.Scene) -> np.ndarray:
@@ -525,15 +537,16 @@ def refine(work: Path, target: Path) -> None:
     network.transformer_blocks[-1].register_forward_hook(lambda _, __, streams: half_way.append(streams[1]))
 
     def loss_of(step: int, rng: random.Random):
-        canvas, clean, sentences, drawn = batches(rng, size, (0.3, 0.6, 0.1))
+        canvas, clean, sentences, drawn = batches(rng, size, (0.3, 0.6, 0.1), fine=step >= 12_000)
         said = [rng.random() >= 0.1 for _ in drawn]
         states, pooled = batches.text.encode([s if told else "" for s, told in zip(sentences, said, strict=True)])
         sigma, noise = sigmas(size), torch.randn_like(clean)
         x = clean + sigma[:, None, None] * (noise - clean)
         made = velocity(network, x, sigma, torch.ones(size), states, pooled, canvas)
-        loss = F.mse_loss(made, noise - clean)
-        pointed, right = pointer(half_way.pop(), drawn)
-        return loss + 0.02 * pointed, {"flow": loss, "pointed": pointed, "right": right}
+        error = (made - noise + clean).square().mean(-1)
+        pointed, right, there = pointer(half_way.pop(), drawn)
+        loss = error.mean() if step < 12_000 else (error * (1 + 2 * there)).mean()  # where things are, it counts thrice
+        return loss + 0.02 * pointed, {"flow": error.mean(), "pointed": pointed, "right": right}
 
     run.train(loss_of)
     network.save_pretrained(target)

@@ -1,0 +1,84 @@
+"""What FLUX.1 Krea [dev] with its filters takes on kinds of Macs: the tables of the README, computed and not measured.
+
+    python benchmarks/macs.py
+
+Memory is what `plan` says for Metal, in four fifths of what macOS offers a GPU: two thirds of the memory up to 36 GB,
+three quarters above. Times are the products of all steps at three quarters of the chip's peak; `setup` says the same.
+"""
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+from mlx_flux_krea.convert.quantize import Recipe, choose
+
+from mlx_flux_krea import config
+from mlx_flux_krea.commands import estimates
+from mlx_flux_krea.commands.terminal import size
+from mlx_flux_krea.filters.config import NSFW_VIT, PIXTRAL_12B
+from mlx_flux_krea.plan import GB, weigh
+from mlx_flux_krea.weights import COMPONENTS, build, layer_widths
+
+MACS = (
+    ("M1", 8), ("M1", 16), ("M2 Pro", 16), ("M4", 16), ("M4 Pro", 24), ("M3 Max", 36), ("M4 Max", 64), ("M5 Max", 128),
+)  # fmt: skip
+SHAPE = (1024, 1024, 512)  # width, height, tokens
+STEPS = 28
+HOW = {"none": "16 bits", "8": "8 bits"}
+
+
+def weight_bytes(name: str, sizes, quantize: str, item: int) -> int:
+    """Of a filter's folder."""
+    layers = choose(name, layer_widths(name, sizes), Recipe(quantize))[0]
+    arrays = (array for _, array in tree_flatten(build(name, sizes, layers).parameters()))
+    return sum(array.nbytes if array.dtype in (mx.uint32, mx.uint8) else array.size * item for array in arrays)
+
+
+def sizes() -> dict:
+    """Of each component, as published."""
+    return dict(zip(COMPONENTS, (config.FLUX_DEV, config.CLIP_L, config.T5_XXL, config.FLUX_VAE), strict=True))
+
+
+def made() -> dict[str, int]:
+    """Bytes of the model folder in each precision."""
+    found = {}
+    for quantize in estimates.PREFERRED:
+        layers = {name: choose(name, layer_widths(name, s), Recipe(quantize))[0] for name, s in sizes().items()}
+        found[quantize] = weigh(sizes(), layers, dict.fromkeys(sizes(), "bfloat16"), mx.bfloat16).disk
+    return found
+
+
+def table(rows: list[tuple]) -> str:
+    """In Markdown."""
+    head, *rest = (f"| {' | '.join(row)} |" for row in rows)
+    return "\n".join([head, "| " + " | ".join(["---"] * len(rows[0])) + " |", *rest])
+
+
+def page() -> str:
+    """Both tables."""
+    folders = made()
+    nsfw, pixtral = weight_bytes("nsfw", NSFW_VIT, "none", 4), weight_bytes("pixtral", PIXTRAL_12B, "4", 2)
+    text = PIXTRAL_12B.text_config
+    head = 2 * text.vocab_size * text.hidden_size  # of which few rows are kept
+    fetched = {
+        "model": folders["none"], "nsfw": nsfw, "pixtral": weight_bytes("pixtral", PIXTRAL_12B, "none", 2) + head,
+    }  # fmt: skip
+    kept = {"model": f"{size(folders['8'])} (8 bits), {size(folders['none'])} (16)"}
+    kept |= {"nsfw": size(nsfw), "pixtral": f"{size(pixtral)} (4 bits)"}
+    names = {"model": "FLUX.1 Krea [dev]", "nsfw": "classifier of pictures", "pixtral": "Pixtral 12B"}
+    rows = [("", "to fetch", "on disk", "takes about")]
+    for part, count in fetched.items():
+        took = estimates.minutes(estimates.seconds_to_make(count, count))
+        rows.append((names[part], size(count), kept[part], took))
+    macs = [("Mac", "proposed", "memory", "a picture")]
+    for chip, memory in MACS:
+        budget = int(memory * GB * (2 / 3 if memory <= 36 else 3 / 4) * 4 / 5)
+        found = estimates.precisions(sizes(), folders, *SHAPE, budget=budget, device="gpu")
+        quantize = estimates.propose(found, 2**60)
+        one = found[quantize]
+        how = "all in memory" if one.whole else "read block by block"
+        draws = estimates.seconds_to_draw(config.FLUX_DEV, *SHAPE, STEPS, chip)
+        macs.append((f"{chip}, {memory} GB", f"{HOW[quantize]}, {how}", size(one.peak), estimates.minutes(draws)))
+    return f"{table(rows)}\n\n{table(macs)}"
+
+
+if __name__ == "__main__":
+    print(page())

@@ -1,0 +1,94 @@
+"""What an installation takes of disk, memory and time on this machine: computed, and said by what assumption."""
+
+import shutil
+from dataclasses import dataclass
+
+PREFERRED = ("none", "8", "6", "5", "4")  # precisions that are proposed, the best first
+_NETWORK = 12.5e6  # bytes a second: 100 Mbit/s
+_CONVERT = 0.25e9  # bytes of a source a second, where disk and memory are a laptop's
+_SHARE = 0.75  # of a chip's peak that the products of a step get
+ASSUMED = "fetching at 100 Mbit/s, converting 0.25 GB/s, drawing at three quarters of the chip's peak"
+
+
+@dataclass(frozen=True)
+class Precision:
+    """A precision on this machine.
+
+    Attributes:
+        disk: bytes of the model folder.
+        peak: bytes of memory that a picture takes here; None: it does not fit at all.
+        whole: whether all weights stay in memory.
+    """
+
+    disk: int
+    peak: int | None
+    whole: bool
+
+
+def precisions(
+    sizes: dict, made: dict[str, int], width: int, height: int, length: int, **machine
+) -> dict[str, Precision]:
+    """What each precision that may be proposed takes.
+
+    Args:
+        sizes: of each component, its config.
+        made: bytes of the folder in each precision.
+        width: pixels of a picture.
+        height: pixels.
+        length: tokens of T5.
+        machine: budget and device of another one, see `plan.plan`.
+    """
+    import mlx.core as mx
+
+    from mlx_flux_krea.convert.quantize import Recipe, choose
+    from mlx_flux_krea.errors import ResourceError
+    from mlx_flux_krea.plan import plan, weigh
+    from mlx_flux_krea.weights import layer_widths
+
+    found = {}
+    for quantize in PREFERRED:
+        layers = {name: choose(name, layer_widths(name, sizes[name]), Recipe(quantize))[0] for name in sizes}
+        weights = weigh(sizes, layers, dict.fromkeys(sizes, "bfloat16"), mx.bfloat16)
+        try:
+            made_plan = plan(weights, sizes, mx.bfloat16, width, height, length, **machine)
+            peak, whole = made_plan.peak, made_plan.blocks == made_plan.of
+        except ResourceError:
+            peak, whole = None, False
+        found[quantize] = Precision(made[quantize], peak, whole)
+    return found
+
+
+def propose(found: dict[str, Precision], free: int) -> str:
+    """The best that stays in memory as a whole, else 8 bits, read block by block; and that the disk can hold."""
+    fits = [name for name, one in found.items() if one.disk < free and one.peak is not None]
+    whole = [name for name in fits if found[name].whole and name in ("none", "8")]
+    return next(iter(whole or [name for name in fits if name != "none"] or fits), "8")
+
+
+def free_disk(place) -> int:
+    """Bytes free where a folder is or will be."""
+    place = place.absolute()
+    return shutil.disk_usage(next(path for path in (place, *place.parents) if path.is_dir())).free
+
+
+def minutes(seconds: float) -> str:
+    """A duration for people."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def seconds_to_make(fetch: int, size: int) -> float:
+    """Of bytes that are fetched and bytes that are converted."""
+    return fetch / _NETWORK + size / _CONVERT
+
+
+def seconds_to_draw(flux, width: int, height: int, length: int, steps: int, chip: str | None = None) -> float | None:
+    """Of a picture on a chip, by default this one; None: its speed is not known."""
+    import mlx.core as mx
+
+    from mlx_flux_krea.plan import step_flops
+    from mlx_flux_krea.presets import CHIPS
+
+    peak = CHIPS.get((chip or str(mx.device_info().get("device_name", ""))).removeprefix("Apple "))
+    return steps * step_flops(flux, width, height, length) / (_SHARE * peak * 1e12) if peak else None

@@ -1,0 +1,85 @@
+"""Weights that are on this disk already: in the hub's cache, ComfyUI's folder of models, mflux's cache."""
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlx_flux_krea.errors import ModelError
+
+# what can be converted of each part of an installation, the original first
+REPOSITORIES = {
+    "model": ("black-forest-labs/FLUX.1-Krea-dev",),
+    "nsfw": ("Falconsai/nsfw_image_detection",),
+    "pixtral": ("mistral-community/pixtral-12b", "mistral-labs/pixtral-12b", "mlx-community/pixtral-12b-4bit"),
+}
+_COMFYUI = ("diffusion_models", "unet", "checkpoints", "text_encoders", "clip", "vae")  # folders in its `models`
+
+
+@dataclass(frozen=True)
+class Source:
+    """Something that `convert` can make a part of.
+
+    Attributes:
+        sources: what it is told.
+        where: in words.
+    """
+
+    sources: tuple[str, ...]
+    where: str
+
+
+def find_sources(part: str, offline: bool) -> list[Source]:
+    """What a part can be made of: what is here, then what can be fetched.
+
+    Args:
+        part: a key of `REPOSITORIES`.
+        offline: only what is here.
+    """
+    from mlx_flux_krea.convert.hub import cached
+
+    here = [repo for repo in REPOSITORIES[part] if cached(repo)]
+    found = [Source((repo,), f"the hub's cache, {repo}") for repo in here]
+    if part == "model":
+        found += [*_of_comfyui(), *_of_mflux()]
+    if not offline and REPOSITORIES[part][0] not in here:
+        found.append(Source(REPOSITORIES[part][:1], f"the hub, {REPOSITORIES[part][0]}"))
+    return found
+
+
+def _of_comfyui() -> Iterator[Source]:
+    """A Krea among ComfyUI's files, and of the other components the largest file that is one."""
+    own = Path.home()
+    for models in (own / "ComfyUI" / "models", own / "Documents" / "ComfyUI" / "models", Path("ComfyUI", "models")):
+        files = [file for name in _COMFYUI if (models / name).is_dir() for file in (models / name).iterdir()]
+        files = [file for file in files if file.suffix in (".safetensors", ".gguf") and file.is_file()]
+        files.sort(key=lambda file: (-file.stat().st_size, file.name))
+        others = {}
+        for file in files:
+            for component in _components(file):
+                others.setdefault(component, file)
+        for file in files:
+            if "krea" in file.name.lower() and "transformer" in (inside := _components(file)):
+                names = [file, *(others[name] for name in others if name not in inside)]
+                yield Source(tuple(map(str, dict.fromkeys(names))), f"ComfyUI, {file}")
+
+
+def _of_mflux() -> Iterator[Source]:
+    """A Krea that mflux has saved in its cache."""
+    usual = "Library/Caches/mflux" if sys.platform == "darwin" else ".cache/mflux"
+    cache = Path(os.environ.get("MFLUX_CACHE_DIR") or Path.home() / usual)
+    for folder in sorted(cache.glob("*")) + sorted(cache.glob("*/*")):
+        if "krea" in folder.name.lower() and (folder / "transformer").is_dir() and (folder / "vae").is_dir():
+            yield Source((str(folder),), f"mflux, {folder}")
+
+
+def _components(file: Path) -> list[str]:
+    """What is in a file, from its header; nothing where it is none of ours."""
+    from mlx_flux_krea.convert.layouts import identify
+    from mlx_flux_krea.convert.sources import open_sources
+
+    with contextlib.suppress(ModelError):
+        return [one.layout.component for source in open_sources([file]) for one in identify(source)]
+    return []

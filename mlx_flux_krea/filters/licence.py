@@ -1,0 +1,101 @@
+"""The licence that comes with a model's weights, and that a person has acknowledged it.
+
+    HOME/licences.json     sha256 of each text that was acknowledged: when, and of which model
+
+What counts is the text in the model folder: another version of a licence is another text, and is to be read again.
+"""
+
+import hashlib
+import json
+import os
+import shlex
+import time
+from pathlib import Path
+
+from ..errors import FiltersError
+from ..provenance import SOFTWARE, replacing
+from ..weights import ModelFolder, home
+
+TEXTS = ("LICENSE.md", "NOTICE", "README.md")  # the first that a folder has; the converter always writes the last
+
+
+def find_text(folder: Path) -> tuple[Path, bytes]:
+    """Where the terms of a model folder stand, and what they are.
+
+    Raises:
+        FiltersError: nowhere, or they cannot be read.
+    """
+    path = next((path for name in TEXTS if (path := folder / name).is_file()), None)
+    if path is None:
+        todo = "convert the model again"
+        raise FiltersError(f"{folder} has no licence text in it", f"one of {', '.join(TEXTS)}", todo)
+    try:
+        return path, path.read_bytes()
+    except OSError as error:
+        raise FiltersError(f"{path} cannot be read: {error.strerror}", "the text of the licence") from None
+
+
+def digest(text: bytes) -> str:
+    """The hash by which a text is known."""
+    return hashlib.sha256(text).hexdigest()
+
+
+def acknowledged() -> dict[str, dict]:
+    """Everything that was acknowledged on this machine: {sha256: {"model", "date", "software"}}.
+
+    Raises:
+        FiltersError: the file is damaged.
+    """
+    path = _path()
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise FiltersError(
+            f"{path} cannot be read: {error}", "a JSON file", "remove it: flux-krea setup asks"
+        ) from None
+    if not isinstance(known, dict):
+        raise FiltersError(f"{path} holds a {type(known).__name__}", "a JSON object", "remove it: flux-krea setup asks")
+    return known
+
+
+def acknowledge(text: bytes, model: str) -> None:
+    """Writes down that a person has agreed to a text. Only ever called with what a person typed.
+
+    Args:
+        text: of the licence.
+        model: which it came with.
+
+    Raises:
+        FluxKreaError: it cannot be written.
+    """
+    date = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    known = acknowledged() | {digest(text): {"model": model, "date": date, "software": SOFTWARE}}
+    path = _path()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        todo = "mend its rights, or name another place in $FLUX_KREA_HOME"
+        raise FiltersError(f"{path.parent} cannot be written: {error.strerror}", "a folder", todo) from None
+    with replacing(path) as file:
+        os.fchmod(file.fileno(), 0o600)
+        file.write(json.dumps(known, indent=1).encode())
+
+
+def check_acknowledged(folder: ModelFolder) -> None:
+    """Refuses a model that requires filters until a person has agreed to its licence.
+
+    Raises:
+        FiltersError: nobody has, or what was acknowledged is another text.
+    """
+    if not folder.requires_filters:
+        return
+    path, text = find_text(folder.path)
+    if digest(text) not in acknowledged():
+        todo = f"read it and agree: flux-krea setup --model {shlex.quote(str(folder.path))}"
+        raise FiltersError(f"the licence of this model was not acknowledged ({path})", "", todo)
+
+
+def _path() -> Path:
+    return home() / "licences.json"

@@ -1,0 +1,105 @@
+"""What a Mac is asked for, as far as another machine can see it: the commands that would be run, the files written."""
+
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from helpers import ROOT
+
+from mlx_flux_krea.commands import macos
+from mlx_flux_krea.errors import UsageError
+
+
+@pytest.fixture
+def mac(tmp_path, monkeypatch):
+    """A machine that says it is one, with programs of the system that write down how they were called."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name, does in (("caffeinate", "exec sleep 60"), ("tmutil", "true"), ("sysctl", 'cat "$0.$2"')):
+        (programs / name).write_text(f'#!/bin/sh\necho "{name} $*" >> {tmp_path}/calls\n{does}\n')
+        (programs / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr(platform, "machine", lambda: "arm64")
+    return tmp_path
+
+
+def calls(mac: Path) -> list[str]:
+    return (mac / "calls").read_text().splitlines() if (mac / "calls").exists() else []
+
+
+def says(mac: Path, name: str, value: str) -> None:
+    (mac / "bin" / f"sysctl.{name}").write_text(value + "\n")
+
+
+def test_the_machine_stays_awake_as_long_as_the_block_and_no_longer_than_the_process(mac, monkeypatch):
+    started = []
+    popen = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: started.append(popen(*a, **k)) or started[-1])
+    with macos.awake():
+        end = time.monotonic() + 30
+        while not calls(mac) and time.monotonic() < end:
+            time.sleep(0.05)
+        assert calls(mac) == [f"caffeinate -i -w {os.getpid()}"]
+        assert started[0].poll() is None
+    assert started[0].poll() is not None
+
+
+def test_a_machine_without_caffeinate_runs_all_the_same(mac, monkeypatch):
+    monkeypatch.setenv("PATH", str(mac))
+    with macos.awake():
+        pass
+
+
+def test_a_folder_of_weights_is_left_out_of_spotlight_and_time_machine(mac):
+    macos.leave_alone(mac)
+    assert (mac / ".metadata_never_index").read_bytes() == b""
+    assert calls(mac) == [f"tmutil addexclusion {mac}"]
+
+
+def test_elsewhere_nothing_is_done(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(subprocess, "Popen", None)
+    with macos.awake():
+        macos.leave_alone(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    assert macos.sysctl("hw.memsize") is None
+    macos.check_python()
+
+
+@pytest.mark.parametrize(
+    ("values", "problem"),
+    [
+        ({"sysctl.proc_translated": "1"}, "is made for Intel and runs translated.*prints arm64"),
+        ({"sysctl.proc_translated": "0", "machdep.cpu.brand_string": "Apple M2"}, "is made for Intel"),
+        ({"machdep.cpu.brand_string": "Intel(R) Core(TM) i7"}, "has an Intel processor"),
+        ({}, "has an Intel processor"),
+    ],
+)
+def test_a_python_for_intel_is_named_as_the_problem(mac, monkeypatch, values, problem):
+    macos.check_python()
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    for name, value in values.items():
+        says(mac, name, value)
+    with pytest.raises(UsageError, match=problem):
+        macos.check_python()
+
+
+def test_the_command_names_it_before_mlx_is_imported(mac):
+    """The real command, where MLX cannot be imported at all."""
+    says(mac, "sysctl.proc_translated", "1")
+    script = (
+        "import sys, platform; sys.platform = 'darwin'; platform.machine = lambda: 'x86_64'; sys.modules['mlx'] = None;"
+        "import cli; cli.main(sys.argv[1:])"
+    )
+    for verb, code in (("plan", 2), ("doctor", 2)):
+        ran = subprocess.run(
+            [sys.executable, "-c", script, verb], cwd=ROOT, capture_output=True, text=True, check=False
+        )
+        assert ran.returncode == code, ran.stderr
+        assert ran.stderr.startswith("flux-krea: this Python (")
+        assert "is made for Intel and runs translated" in ran.stderr

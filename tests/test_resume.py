@@ -1,0 +1,476 @@
+"""`flux-krea resume`: whatever stopped a run, and wherever, its pictures are those of the run that nobody stopped."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import judges
+import numpy as np
+import pytest
+from helpers import REFERENCE, acknowledge, edit_json, run_command
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from mlx_flux_krea import FluxPipeline, interrupted
+from mlx_flux_krea.commands.terminal import PipelineProgress
+from mlx_flux_krea.errors import UsageError
+from mlx_flux_krea.filters import judges as filters_judges
+from mlx_flux_krea.filters.log import Log
+from mlx_flux_krea.painter import Painter
+
+CAT = "a cat"
+TINY = ["--width", "32", "--height", "32", "--steps", "4", "--seed", "7"]
+
+STRIKE = """
+import threading
+from mlx_flux_krea import interrupted, provenance
+from mlx_flux_krea.commands.terminal import PipelineProgress
+interrupted.EVERY = 0
+struck = []
+def strike(*where):
+    if not struck and where[0] == {stage!r} and where[1] >= {done}:
+        struck.append(os.kill(os.getpid(), {number}))
+        time.sleep(0.5)
+PipelineProgress.__call__ = lambda self, *where: strike(*where)
+claim = provenance._claim
+provenance._claim = lambda *paths: (strike("write", 0), claim(*paths))"""
+
+STAGES = {
+    "the text": ("text", 1, "before the first step"),
+    "the first step": ("denoise", 0.1, "before the first step"),
+    "a step": ("denoise", 2.1, "at step 2 of 4"),
+    "the last step": ("denoise", 3.1, "at step 3 of 4"),
+    "decoding": ("decode", 1, "at step 4 of 4"),
+    "writing": ("write", 0, "at step 4 of 4"),
+}
+
+
+def files() -> list[Path]:
+    return sorted(interrupted.folder().glob("*"))
+
+
+@pytest.fixture
+def generate(command, model):
+    def run(*args):
+        return command("generate", CAT, "-m", model, *TINY, *args)
+
+    return run
+
+
+@contextlib.contextmanager
+def failing(stage: str, done: float, picture: int = 1):
+    """Within it the program fails when a stage of a picture is so far."""
+    seen = [""]
+
+    def fail(self, *where):
+        if where[0] != seen[-1]:
+            seen.append(where[0])
+        if where[0] == stage and where[1] >= done and seen.count("denoise") == picture:
+            raise MemoryError("no more of it")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PipelineProgress, "__call__", fail)
+        patch.setattr(interrupted, "EVERY", 0)
+        yield
+
+
+@pytest.fixture(scope="module")
+def whole(model, tmp_path_factory):
+    """The file that the usual run makes."""
+    folder = tmp_path_factory.mktemp("whole")
+    ran = run_command("generate", CAT, "-m", model, *TINY, cwd=folder, FLUX_KREA_HOME=str(folder / "home"))
+    assert ran.returncode == 0, ran.stderr
+    return (folder / "out.png").read_bytes()
+
+
+# --- every stage, every way to stop it ---
+
+
+@pytest.mark.parametrize(
+    ("where", "number"),
+    [(stage, signal.SIGKILL) for stage in STAGES]
+    + [("the text", signal.SIGTERM), ("a step", signal.SIGINT), ("the last step", signal.SIGTERM)]
+    + [("the first step", signal.SIGINT), ("decoding", signal.SIGINT)],
+)
+def test_a_run_that_was_stopped_makes_the_same_file(command, model, whole, tmp_path, where, number):
+    stage, done, said = STAGES[where]
+    code = f"import os, sys, time\nimport cli\n{STRIKE.format(stage=stage, done=done, number=int(number))}\n"
+    call = ["generate", CAT, "-m", model, *TINY]
+    ran = subprocess.run(
+        [sys.executable, "-c", f"{code}cli.main(sys.argv[1:])", *map(str, call)],
+        cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    expected = {signal.SIGINT: 130, signal.SIGTERM: 143}.get(number, -number)
+    assert (ran.returncode, ran.stdout, list(tmp_path.glob("*.png"))) == (expected, "", []), ran.stderr
+    (path,) = files()
+    assert (path.stat().st_mode & 0o777, path.parent.stat().st_mode & 0o777) == (0o600, 0o700)
+    assert said.removeprefix("at ") in command("resume", "--list")[1]
+    if number != signal.SIGKILL:
+        word = "interrupted" if number == signal.SIGINT else "terminated"
+        assert ran.stderr.splitlines()[-1] == f"flux-krea: {word} {said}; go on with: flux-krea resume {path.stem}"
+    code, out, err = command("resume")
+    assert (code, out, files()) == (0, f"{tmp_path / 'out.png'}\n", []), err
+    assert (tmp_path / "out.png").read_bytes() == whole
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--image", REFERENCE / "images" / "input.png", "--strength", "1"],
+        ["--negative-prompt", "blurry", "--true-cfg-scale", "3"],
+        ["--like", "comfy", "--steps", "4"],
+        *(["--noise", recipe] for recipe in ("bfl", "mflux", "mlx-examples")),
+        ["--dtype", "bfloat16", "--guidance", "2", "--metadata", "minimal", "-o", "x.webp", "--quality", "80"],
+    ],
+    ids=lambda options: " ".join(map(str, options[:2])),
+)
+def test_every_kind_of_picture_goes_on_from_the_middle(command, generate, tmp_path, options):
+    with failing("denoise", 2.1):
+        code, out, err = generate(*options)
+    assert (code, out) == (1, "")
+    (path,) = files()
+    assert f"note: what was drawn is kept; go on with: flux-krea resume {path.stem}" in err
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Painter, "_start", None)
+        code, out, err = command("resume", path.stem)
+    assert code == 0, err
+    made = Path(out.strip())
+    assert generate(*options, "-o", f"whole{made.suffix}")[0] == 0
+    assert made.read_bytes() == made.with_name(f"whole{made.suffix}").read_bytes()
+
+
+@pytest.mark.parametrize("what", ["decoding", "writing"])
+def test_a_failed_decode_or_a_full_disk_is_tried_again_and_nothing_is_sampled_again(
+    command, generate, whole, tmp_path, what
+):
+    def full(*paths):
+        raise OSError(28, "No space left on device")
+
+    with failing("decode", 1) if what == "decoding" else pytest.MonkeyPatch.context() as patch:
+        if patch:
+            patch.setattr("mlx_flux_krea.provenance._claim", full)
+        code, out, err = generate()
+    assert (code, out) == (1 if what == "decoding" else 8, "")
+    assert "go on with: flux-krea resume" in err
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Painter, "_conditions", None)
+        patch.setattr(Painter, "_velocity", None)
+        code, out, err = command("resume", "-o", "b.png", "--memory", "1GB", "--json")
+    assert code == 0, err
+    (entry,) = json.loads(out)["images"]
+    assert (entry["path"], set(entry["seconds"])) == ("b.png", {"denoise", "decode"})
+    assert (tmp_path / "b.png").read_bytes() == whole
+
+
+# --- several pictures ---
+
+
+def test_of_several_pictures_the_one_at_hand_and_the_others_follow(command, model, tmp_path, monkeypatch):
+    """With the names that --force gives, from another folder, and the sheet of all of them."""
+    call = ["generate", "a {cat|dog}", "-m", model, *TINY[:-2], "--seed", "7", "8", "--contact-sheet", "--force"]
+    assert command(*call)[0] == 0
+    whole = {path.name: path.read_bytes() for path in tmp_path.glob("*.png")}
+    assert len(whole) == 5
+    for path in tmp_path.glob("*.png"):
+        path.unlink()
+    with failing("denoise", 2.1, picture=2):
+        code, out, err = command(*call)
+    assert (code, out) == (1, "out.png\n")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    os.chdir(elsewhere)
+    assert "picture 2 of 4" in command("resume", "--list")[1]
+    code, out, err = command("resume")
+    assert code == 0, err
+    assert out.split() == [str(tmp_path / name) for name in ("out-2.png", "out-3.png", "out-4.png", "out-sheet.png")]
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("*.png")} == whole
+    assert list(elsewhere.iterdir()) == files() == []
+
+
+def test_rows_of_a_prompt_file_follow_though_the_file_is_gone(command, model, tmp_path, monkeypatch):
+    rows = [{"prompt": "a frog", "seed": 1}, {"prompt": "x", "stesp": 1}, {"prompt": "a toad", "seed": 2, "steps": 3}]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    call = ["generate", "--prompts", "a.jsonl", "-m", model, *TINY[:-2], "-o", "{seed}.png"]
+    with failing("decode", 1):
+        assert command(*call)[0] == 1
+    (tmp_path / "a.jsonl").unlink()
+    code, out, err = command("resume")
+    assert (code, [Path(line).name for line in out.split()]) == (7, ["1.png", "2.png"]), err
+    assert err.splitlines()[-1] == "flux-krea: 1 rows of a.jsonl were skipped"
+    assert files() == []
+
+
+def test_an_input_image_that_was_replaced_meanwhile_is_remembered(command, model, tmp_path, monkeypatch):
+    shutil.copy(REFERENCE / "images" / "input.png", tmp_path / "a.png")
+    call = ["generate", CAT, "-m", model, *TINY, "--image", "a.png", "--strength", "1"]
+    assert command(*call, "-o", "whole.png")[0] == 0
+    with failing("denoise", 2.1):
+        command(*call)
+    shutil.copy(tmp_path / "whole.png", tmp_path / "a.png")
+    assert command("resume")[0] == 0
+    assert (tmp_path / "out.png").read_bytes() == (tmp_path / "whole.png").read_bytes()
+
+
+# --- what stays, and what goes ---
+
+
+def test_nothing_is_kept_of_a_run_that_ended_or_never_began(command, generate, model, home):
+    assert generate()[0] == 0
+    assert generate("--noise", "nobodys")[0] == 2
+    assert generate("--memory", "1MB")[0] == 8
+    assert files() == []
+    code, out, err = command("resume")
+    assert (code, out) == (2, "")
+    assert "there is no unfinished run" in err
+    assert command("resume", "--list")[1:] == ("", "there is no unfinished run\n")
+
+
+def test_what_is_old_is_deleted_and_what_still_runs_is_left_to_its_process(command, generate, home):
+    for _ in range(2):
+        with failing("decode", 1):
+            generate()
+    old, new = sorted(files(), key=lambda path: path.stat().st_mtime)
+    os.utime(old, (0, 0))
+    held = interrupted.Checkpoint.read(new)
+    assert command("resume", "--list")[:2] == (0, "")
+    assert files() == [new]
+    code, _, err = command("resume", new.stem)
+    assert (code, "is still going on" in err) == (2, True)
+    held.close()
+    assert command("resume", new.stem)[0] == 0
+
+
+def test_fast_steps_are_not_all_written_and_slow_ones_are(tmp_path, monkeypatch):
+    written = []
+    monkeypatch.setattr(interrupted.Checkpoint, "_write", lambda self: written.append(self.done))
+    now = [100.0]
+    monkeypatch.setattr(interrupted.time, "monotonic", lambda: now[0])
+    for seconds, expected in ((0.095, [0, 11, 22, 28]), (1.0, list(range(29)))):
+        checkpoint, written[:] = interrupted.Checkpoint({}), []
+        checkpoint.begin({})
+        for done in range(1, 29):
+            now[0] += seconds
+            checkpoint.reached(done, 28, np.zeros((1, 4, 64), np.float32))
+        assert written == expected, seconds
+
+
+# --- files that somebody was sent ---
+
+
+@pytest.fixture(scope="module")
+def left(model, tmp_path_factory):
+    """The folder of a run that stopped in its third step."""
+    folder = tmp_path_factory.mktemp("left")
+    patch = STRIKE.format(stage="denoise", done=2.1, number=int(signal.SIGTERM))
+    call = ["generate", CAT, "-m", model, *TINY, "--image", REFERENCE / "images" / "input.png", "--strength", "1"]
+    ran = subprocess.run(
+        [sys.executable, "-c", f"import os, sys, time\nimport cli\n{patch}\ncli.main(sys.argv[1:])", *map(str, call)],
+        cwd=folder, env=os.environ | {"FLUX_KREA_HOME": str(folder)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert ran.returncode == 143, ran.stderr
+    return folder / "interrupted"
+
+
+@pytest.fixture
+def kept(left, home):
+    """Its file, where ours are."""
+    shutil.copytree(left, interrupted.folder())
+    (path,) = files()
+    return path
+
+
+def contents(path: Path) -> tuple[dict, dict]:
+    with safe_open(path, "numpy") as file:
+        return json.loads(file.metadata()["flux-krea"]), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+def change(path: Path, edit) -> None:
+    facts, arrays = contents(path)
+    text = edit(facts, arrays)
+    save_file(arrays, path, {"flux-krea": text if isinstance(text, str) else json.dumps(facts)})
+
+
+def job(facts: dict) -> dict:
+    return facts["run"]["jobs"][0]
+
+
+DAMAGED = {
+    "text": (lambda f, a: "{", "does not say what it is"),
+    "deep": (lambda f, a: "[" * 100000, "does not say what it is"),
+    "a list": (lambda f, a: "[]", "holds something else"),
+    "a later format": (lambda f, a: f.update(format=2), "has format 2"),
+    "no run": (lambda f, a: f.pop("run"), "holds something else"),
+    "steps": (lambda f, a: f.update(done=9), "holds something else"),
+    "true": (lambda f, a: f.update(done=True), "holds something else"),
+    "fewer steps": (lambda f, a: f.update(total=3), "of 3 steps"),
+    "another size": (lambda f, a: a.update(latents=np.zeros((1, 9, 64), np.float32)), "holds latents (1, 9, 64)"),
+    "another type": (lambda f, a: a.update(latents=a["latents"].astype(np.float64)), "holds something else"),
+    "more": (lambda f, a: a.update(more=np.zeros(3)), "holds something else"),
+    "NaN": (lambda f, a: a["latents"].fill(np.nan), "holds NaN"),
+    "no colours": (lambda f, a: a.update(image=np.zeros((4, 4, 1), np.uint8)), "holds something else"),
+    "no jobs": (lambda f, a: f["run"].update(jobs=[]), "pictures of 0"),
+    "jobs": (lambda f, a: f["run"].update(jobs=[1]), "list of pictures is none"),
+    "a field": (lambda f, a: f["run"].update(more=1), "list of pictures is none"),
+    "a seed": (lambda f, a: job(f).update(seed=-1), "seed is -1"),
+    "an option": (lambda f, a: job(f)["options"].update(stesp=1), "did you mean steps?"),
+    "a value": (lambda f, a: job(f)["options"].update(steps="many"), "'many' is not a valid integer"),
+    "a sampler": (lambda f, a: job(f)["options"].update(sigmas=[0.5, 0.9]), "sigmas are not falling"),
+    "a name": (lambda f, a: job(f).update(output="a.gif"), "ends in '.gif'"),
+    "no checks": (lambda f, a: f["run"]["options"].update(check="none"), "'none' is not one of"),
+    "a laxer check": (lambda f, a: f["run"]["options"].update(nsfw_threshold=0.99), "is not in the range"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_a_damaged_file_is_refused_in_one_line(command, kept, tmp_path, damage):
+    edit, says = DAMAGED[damage]
+    change(kept, edit)
+    code, out, err = command("resume", kept)
+    (line,) = [line for line in err.splitlines() if not line.startswith("making ")]
+    assert (code, out) == (2, ""), err
+    assert line.startswith("flux-krea: ")
+    assert says in line
+    assert list(tmp_path.glob("*.png")) == []
+    assert kept.exists()
+
+
+@pytest.mark.parametrize("damage", ["cut", "foreign", "huge", "gone", "a folder"])
+def test_what_is_no_such_file_is_refused_in_one_line(command, kept, tmp_path, damage):
+    data = kept.read_bytes()
+    if damage == "cut":
+        kept.write_bytes(data[:-100])
+    elif damage == "foreign":
+        save_file({"a": np.zeros(3)}, kept)
+    elif damage == "huge":  # a hole of 40 GB that it says are latents
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        header["latents"] |= {"shape": [1, 4, 64 * 40 * 10**6], "data_offsets": [0, 4 * 4 * 64 * 40 * 10**6]}
+        del header["image"]
+        text = json.dumps(header).encode()
+        with open(kept, "wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            file.truncate(8 + len(text) + header["latents"]["data_offsets"][1])
+    else:
+        kept.unlink()
+        if damage == "a folder":
+            kept.mkdir()
+    code, out, err = command("resume", kept)
+    assert (code, out) == (2, "")
+    assert err.splitlines()[-1].startswith("flux-krea: ")
+    assert "Traceback" not in err
+
+
+def test_a_run_of_another_model_ends_with_3(command, kept, model, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(model, other)
+    edit_json(other / "manifest.json", other=True)
+    code, out, err = command("resume", kept, "-m", other)
+    assert (code, out) == (3, "")
+    assert "is not the model that this run was begun with" in err
+    assert command("resume", kept, "-m", model)[0] == 0
+
+
+def test_a_model_that_moved_is_found_by_its_hash_and_other_versions_are_told(command, kept, model, home):
+    shutil.copytree(model, home / "models" / "moved")
+
+    def edit(facts, arrays):
+        del facts["run"]["options"]["model"]
+        facts["run"]["made_by"]["mlx"] = "0.1"
+
+    change(kept, edit)
+    code, _, err = command("resume", kept)
+    assert code == 0, err
+    assert "note: this run was begun by mlx-flux-krea 0.1.0 with mlx 0.1, and goes on by" in err
+
+
+def test_a_file_from_elsewhere_replaces_nothing_and_stays_as_it_is(command, kept, tmp_path):
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    (theirs / "out.png").write_text("theirs")
+
+    def edit(facts, arrays):
+        facts["run"]["force"], job(facts)["output"] = True, str(theirs / "out.png")
+
+    change(kept, edit)
+    sent = kept.rename(tmp_path / "sent.safetensors")
+    before = sent.read_bytes()
+    code, out, err = command("resume", sent)
+    assert (code, out) == (0, "out.png\n"), err
+    assert (theirs / "out.png").read_text() == "theirs"
+    assert (sent.read_bytes(), files()) == (before, [])
+
+
+# --- filters ---
+
+
+@pytest.fixture
+def strict(model, tmp_path_factory, monkeypatch, home):
+    """The tiny pipeline as a model whose licence requires filters, and both of them."""
+    folder = tmp_path_factory.mktemp("strict") / "tiny"
+    shutil.copytree(model, folder)
+    edit_json(folder / "model_index.json", filters="required")
+    acknowledge(folder)
+    judges.install()
+    monkeypatch.setattr(filters_judges, "load_judge", judges.load_judge)
+    return folder
+
+
+def events(home: Path) -> list[str]:
+    return [entry["event"] for entry in Log(home / "log").read()]
+
+
+def test_a_run_that_goes_on_is_checked_like_a_new_one(command, strict, home, tmp_path):
+    call = ["generate", CAT, "-m", strict, *TINY]
+    with failing("denoise", 2.1):
+        assert command(*call)[0] == 1
+    assert (list(tmp_path.glob("*.png")), "generated" in events(home)) == ([], False)
+    before = len(events(home))
+    code, _, err = command("resume")
+    assert code == 0, err
+    assert events(home)[before:] == ["run", "prompts_passed", "generated", "passed", "released", "written"]
+    assert CAT not in err
+    command(*call, "-o", "whole.png")
+    assert (tmp_path / "out.png").read_bytes() == (tmp_path / "whole.png").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("asked", "is_ours", "answer"),
+    [
+        ("prompts", lambda texts: texts == [CAT], [9.0]),
+        ("images", lambda pixels: pixels[0].shape == (32, 32, 3), [{"integrity": 9.0}]),
+    ],
+)
+def test_what_a_filter_withholds_when_it_goes_on_is_withheld_and_not_kept(
+    command, strict, tmp_path, monkeypatch, asked, is_ours, answer
+):
+    with failing("decode", 1):
+        assert command("generate", CAT, "-m", strict, *TINY)[0] == 1
+    real = getattr(judges.Reader, asked)  # the self-test asks for more than one thing at a time
+    monkeypatch.setattr(judges.Reader, asked, lambda self, what: answer if is_ours(what) else real(self, what))
+    code, out, err = command("resume")
+    assert (code, out) == (4, ""), err
+    assert (list(tmp_path.glob("*.png")), files()) == ([], [])
+
+
+def test_the_stricter_of_file_and_config_holds(command, model, home, monkeypatch):
+    judges.install()
+    monkeypatch.setattr(filters_judges, "load_judge", judges.load_judge)
+    with failing("decode", 1):
+        assert command("generate", CAT, "-m", model, *TINY, "--check", "filters", "--nsfw-threshold", "0.5")[0] == 1
+    command("config", "check", "review")
+    command("config", "nsfw-threshold", "0.7")
+    assert command("resume")[0] == 5
+    run = [entry for entry in Log(home / "log").read() if entry["event"] == "run"][-1]
+    assert (run["check"], run["thresholds"]["nsfw"]) == ("both", 0.5)
+
+
+def test_python_hands_latents_to_nobody_elses_checkpoint(strict):
+    class Spy(interrupted.Checkpoint):
+        pass
+
+    with pytest.raises(UsageError, match="expected a Checkpoint"):
+        FluxPipeline.from_pretrained(strict)(CAT, checkpoint=Spy({}))

@@ -1,0 +1,302 @@
+"""`flux-krea setup` at a real terminal: from an empty home folder to a picture, whatever comes between.
+
+The models are tiny, in the published layouts. The program is told that the sizes of FLUX.1 are those of the tiny one,
+so that it asks for licence and filters, and to draw a small picture; nothing else of it is another than a user's.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import foreign
+import numpy as np
+import pexpect
+import pytest
+from fitted import fitted_filters
+from helpers import PIPELINE, ROOT, TOKENIZERS
+from hub import Hub
+from mlx_flux_krea.convert import convert
+from test_filter_folders import wide  # noqa: F401
+
+from mlx_flux_krea import FluxPipeline, config, plan
+from mlx_flux_krea.commands import estimates
+from mlx_flux_krea.commands.setup import PROMPT
+from mlx_flux_krea.provenance import read_record
+from mlx_flux_krea.weights import COMPONENTS, open_model
+
+PICTURE = {"width": 48, "height": 32, "num_inference_steps": 1, "seed": 1}
+LICENCE = "# A Non-Commercial License\n\nFor déjà vu alone.\n"
+PROGRAM = f"""
+import dataclasses, json, os, socket, sys
+from pathlib import Path
+from mlx_flux_krea import config
+tiny = json.loads(Path(os.environ["TINY"], "config.json").read_text())
+tiny.pop("dtype"), tiny.pop("quantization", None)
+config.FLUX_DEV = config.from_json(config.FluxConfig, tiny, "the tiny one")
+from mlx_flux_krea.commands import setup
+setup.PICTURE = {PICTURE}
+if "NO_SOCKETS" in os.environ:
+    def forbidden(*_, **__):
+        os.write(2, b"a socket was asked for")
+        os._exit(99)
+    socket.socket = type("socket", (socket.socket,), {{"__init__": forbidden}})
+    socket.getaddrinfo = forbidden
+if "FREE" in os.environ:
+    import shutil
+    shutil.disk_usage = lambda path, real=shutil.disk_usage: real(path)._replace(free=int(os.environ["FREE"]))
+if "LARGEST" in os.environ:
+    import resource
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(os.environ["LARGEST"]),) * 2)
+import cli
+cli.main(sys.argv[1:])
+"""
+
+
+@pytest.fixture(scope="module")
+def published_folders(wide, tmp_path_factory):  # noqa: F811
+    """Model and filters as people hold them: {"model", "nsfw", "pixtral"}, and the sizes of the tiny transformer."""
+    root = tmp_path_factory.mktemp("published")
+    model = shutil.copytree(PIPELINE, root / "FLUX.1-Krea-dev")
+    shutil.copytree(TOKENIZERS, model, dirs_exist_ok=True)
+    (model / "LICENSE.md").write_text(LICENCE, encoding="utf-8")
+    made = convert([model], root / "made", quantize="none", dtype="bfloat16").path
+    picture = FluxPipeline.from_pretrained(made)(PROMPT, **PICTURE).images[0]
+    nsfw, pixtral = fitted_filters(root, wide, {PROMPT: False}, [np.asarray(picture)])
+    assert not open_model(made).requires_filters
+    return {"model": model, "nsfw": nsfw, "pixtral": pixtral, "tiny": made / "transformer"}
+
+
+@pytest.fixture
+def place(published_folders, tmp_path, monkeypatch):
+    """A user's folders, with a space and letters beyond ASCII in their names; nothing of this machine's is seen."""
+    own = tmp_path / "Zoë's Mac"
+    own.mkdir()
+    monkeypatch.setenv("HOME", str(own))
+    monkeypatch.setenv("FLUX_KREA_HOME", str(own / "krea и друзья"))
+    monkeypatch.setenv("TINY", str(published_folders["tiny"]))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    for name in ("DISPLAY", "WAYLAND_DISPLAY", "LC_TERMINAL", "TERM_PROGRAM", "KITTY_WINDOW_ID", "MFLUX_CACHE_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    return own
+
+
+def named(folders: dict) -> list[str]:
+    return [part for name in ("model", "nsfw", "pixtral") for part in (f"--{name}", str(folders[name]))]
+
+
+def home_of(place: Path) -> Path:
+    return place / "krea и друзья"
+
+
+ANSWERS = {  # to what is asked, in this order
+    "anything else ends this": "i agree",
+    "Precision (none, 8, 6, 5, 4) [none]": "",
+    "Go on? [Y/n]": "y",
+}
+
+
+def at_terminal(place: Path, *args: str, stop_at: str | None = None, answers: dict[str, str] = ANSWERS):
+    """The command at a terminal of its own, each question answered; at some text Ctrl-C.
+
+    Returns:
+        The exit code, all that was shown, and the questions that came.
+    """
+    child = pexpect.spawn(
+        sys.executable, ["-c", PROGRAM, "setup", *args], cwd=str(place), encoding="utf-8", timeout=200,
+        env=os.environ | {"PYTHONPATH": str(ROOT)}, dimensions=(50, 200),
+    )  # fmt: skip
+    asked, shown, expected = [], "", [*answers, pexpect.EOF]
+    if stop_at:
+        expected = [stop_at, *(text for text in expected if text != stop_at)]
+    while (found := child.expect_exact(expected)) is not None and expected[found] is not pexpect.EOF:
+        shown += child.before + (child.after if isinstance(child.after, str) else "")
+        if expected[found] == stop_at:
+            child.sendintr()
+            expected.remove(stop_at)
+            expected.append(pexpect.TIMEOUT)
+            child.timeout, tries = 20, 10
+        elif expected[found] is pexpect.TIMEOUT:  # it came just before Python waited for an answer, and was not seen
+            tries -= 1
+            assert tries, shown
+            child.sendintr()
+        else:
+            asked.append(expected[found])
+            child.sendline(answers[expected[found]])
+    shown += child.before
+    child.close()
+    return child.exitstatus if child.exitstatus is not None else -child.signalstatus, shown, asked
+
+
+def piped(place: Path, *args: str, **environment) -> subprocess.CompletedProcess:
+    """The command without a terminal."""
+    command = [sys.executable, "-c", PROGRAM, *args]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)} | environment
+    return subprocess.run(
+        command, cwd=place, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+    )
+
+
+def state(home: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in home.rglob("*") if path.is_file() and path.name != "log.jsonl"}
+
+
+def test_from_an_empty_home_to_a_picture_at_a_terminal_and_then_without_a_network(published_folders, place):
+    code, shown, asked = at_terminal(place, *named(published_folders))
+    assert (code, asked) == (0, list(ANSWERS)), shown
+    assert shown.index("For déjà vu alone.") < shown.index("anything else ends this") < shown.index("to fetch")
+    assert "all is well" in shown
+    home = home_of(place)
+    (model,) = (home / "models").iterdir()
+    assert model.name == "FLUX.1-Krea-dev-bf16"
+    assert (model / "LICENSE.md").read_text(encoding="utf-8") == LICENCE
+    record = read_record(home / "pictures" / "FLUX.1-Krea-dev-bf16.png")
+    assert (record["prompt"], record["model"]) == (PROMPT, "FLUX.1-Krea-dev")
+    before = state(home)
+
+    for arguments in ([], named(published_folders)):  # nobody is asked again, and nothing is made again
+        ran = piped(place, "setup", *arguments, "--json", NO_SOCKETS="1")
+        assert ran.returncode == 0, ran.stderr
+        steps = json.loads(ran.stdout)["steps"]
+        assert (steps["weights"], steps["picture"]) == ("everything is installed", "was made")
+        assert state(home) == before
+    size = ["--width", "48", "--height", "32", "--steps", "1", "--seed", "1"]
+    ran = piped(place, "generate", PROMPT, *size, NO_SOCKETS="1")
+    assert (ran.returncode, ran.stdout) == (0, "out.png\n"), ran.stderr
+    for verb in (["doctor", "--full"], ["models"], ["log", "verify"], ["verify", "FLUX.1-Krea-dev-bf16"]):
+        ran = piped(place, *verb, NO_SOCKETS="1")
+        assert ran.returncode == 0, ran.stderr + ran.stdout
+        assert verb[0] in ("log", "verify") or str(place) not in ran.stdout
+
+
+STOPS = [
+    "anything else ends this", "Precision (none", "Go on?", "converting model", "converting nsfw", "converting pixtral",
+    "check:",
+]  # fmt: skip
+
+
+def test_interrupted_at_any_step_it_goes_on(published_folders, place):
+    """Each start is interrupted one step later; what was done before is not asked for or made again."""
+    home, done = home_of(place), set()
+    for number, stop in enumerate(STOPS):
+        code, shown, asked = at_terminal(place, *named(published_folders), stop_at=stop)
+        assert code == 130, shown
+        assert "interrupted" in shown
+        assert ("anything else ends this" in asked) == (number == 1)
+        assert not list(home.rglob("*.partial"))
+        now = {path.name for path in (home / "models", home / "filters") if path.exists() for path in path.iterdir()}
+        assert done <= now
+        done = now
+    assert done == {"FLUX.1-Krea-dev-bf16", "nsfw", "pixtral"}
+    code, shown, asked = at_terminal(place, *named(published_folders))
+    assert (code, asked) == (0, []), shown
+    assert list((home / "pictures").iterdir())
+
+
+def test_a_person_who_does_not_agree_installs_nothing(published_folders, place):
+    for said in ("", "no", "I do not agree", "yes"):
+        code, shown, _ = at_terminal(place, *named(published_folders), answers={"anything else ends this": said})
+        assert code == 6, shown
+        assert "the licence was not acknowledged" in shown
+    assert not home_of(place).exists()
+
+
+def test_a_script_agrees_by_the_hash_of_the_text_alone(published_folders, place):
+    digest = hashlib.sha256(LICENCE.encode()).hexdigest()
+    arguments = ["setup", *named(published_folders)]
+    ran = piped(place, *arguments)
+    assert (ran.returncode, ran.stdout) == (6, "")
+    assert "For déjà vu alone." in ran.stderr
+    assert f"--accept-licence {digest}" in ran.stderr
+    for wrong in ("yes", digest[:-1], "0" * 64):
+        assert piped(place, *arguments, "--accept-licence", wrong).returncode == 6
+    assert not home_of(place).exists()
+    ran = piped(place, *arguments, "--accept-licence", digest, FREE="1000000")
+    assert (ran.returncode, ran.stdout) == (8, "")  # and so it came as far as the disk, which is too small
+    assert re.search(r"1\.0 MB are free on the disk of .*; expected \d", ran.stderr)
+    assert json.loads((home_of(place) / "licences.json").read_text()).keys() == {digest}
+    ran = piped(place, *arguments, LARGEST="200000")
+    assert ran.returncode == 2
+    assert "cannot be written: File too large" in ran.stderr
+    assert [path for path in home_of(place).rglob("*") if path.is_file()] == [home_of(place) / "licences.json"]
+
+
+@pytest.mark.parametrize("where", ["below a file", "on a disk that is read-only"])
+def test_a_home_that_cannot_be_written_is_named(published_folders, place, monkeypatch, where):
+    """Nobody may write there, root neither."""
+    home = home_of(place)
+    home.write_text("")
+    if where == "on a disk that is read-only":
+        home = Path("/System" if sys.platform == "darwin" else "/sys", "flux krea")
+        monkeypatch.setenv("FLUX_KREA_HOME", str(home))
+    digest = hashlib.sha256(LICENCE.encode()).hexdigest()
+    ran = piped(place, "setup", *named(published_folders), "--accept-licence", digest)
+    assert ran.returncode == 6
+    assert f"{home} cannot be" in ran.stderr or f"{home / 'licences.json'} cannot be" in ran.stderr
+    assert "name another place in $FLUX_KREA_HOME" in ran.stderr
+    assert "Traceback" not in ran.stderr
+
+
+def test_without_weights_or_network_it_says_what_is_wanted(place):
+    ran = piped(place, "setup", "--offline")
+    assert ran.returncode == 3
+    assert "nothing on this disk can be made into the model; expected black-forest-labs/FLUX.1-Krea-dev" in ran.stderr
+
+
+# --- what is on this disk already ---
+
+
+@pytest.mark.parametrize("tool", ["ComfyUI", "mflux"])
+def test_files_of_other_programs_are_found_and_offered(published_folders, place, model, tool):
+    """ComfyUI and mflux keep no tokenizers: they are named."""
+    where = {"ComfyUI": place / "ComfyUI" / "models", "mflux": place / "cache" / "flux-krea-q"}[tool]
+    foreign.write(model, where, tool, **({"text_encoder_2": "F16"} if tool == "ComfyUI" else {}))
+    if tool == "ComfyUI":
+        (where / "diffusion_models" / "another.safetensors").write_bytes(b"not one")
+    environment = {"MFLUX_CACHE_DIR": str(place / "cache")}
+    ran = piped(place, "setup", "--offline", "--tokenizers", str(TOKENIZERS), **environment)
+    assert ran.returncode == 3
+    assert "weights:" not in ran.stderr
+    assert "can be made into the nsfw" in ran.stderr, ran.stderr  # the model can: the next is what is missing
+
+
+def test_a_gated_repository_is_explained_and_then_fetched(published_folders, place, tmp_path):
+    others = named(published_folders)[2:]
+    with Hub(published_folders["model"], "black-forest-labs/FLUX.1-Krea-dev", gated="auto") as hub:
+        hub.tokens = {"hf_good": "somebody"}
+        environment = hub.env(tmp_path)
+        ran = piped(place, "setup", *others, **environment)
+        assert (ran.returncode, hub.fetched()) == (3, [])
+        assert "is gated, and nobody is logged in" in ran.stderr
+        assert "hf auth login" in ran.stderr
+        digest = hashlib.sha256(LICENCE.encode()).hexdigest()
+        accept = ["--accept-licence", digest, "--json", "-q", "none"]
+        ran = piped(place, "setup", *others, *accept, **environment | {"HF_TOKEN": "hf_good"})
+        assert ran.returncode == 0, ran.stderr
+        assert "black-forest-labs/FLUX.1-Krea-dev is open to somebody, who is logged in" in ran.stderr
+    report = json.loads(ran.stdout)
+    assert report["model"] == "FLUX.1-Krea-dev"
+    assert Path(report["picture"]).exists()
+    assert not list((tmp_path / "hub").rglob("*.safetensors"))  # what was fetched went when it was converted
+    ran = piped(place, "setup", NO_SOCKETS="1", **environment)
+    assert ran.returncode == 0, ran.stderr
+
+
+# --- what is proposed ---
+
+
+@pytest.mark.parametrize(
+    ("memory", "free", "proposed"),
+    [(64, 100, "none"), (16, 100, "8"), (6, 100, "8"), (64, 20, "8"), (6, 13, "6"), (6, 10, "4"), (6, 1, "8")],
+)
+def test_the_precision_that_is_proposed_fits_disk_and_memory(monkeypatch, memory, free, proposed):
+    monkeypatch.setattr(plan, "machine_memory", lambda: memory * 10**9)
+    sizes = dict(zip(COMPONENTS, (config.FLUX_DEV, config.CLIP_L, config.T5_XXL, config.FLUX_VAE), strict=True))
+    made = {"none": 33.8e9, "8": 18e9, "6": 12.5e9, "5": 11e9, "4": 9.5e9}
+    found = estimates.precisions(sizes, made, 1024, 1024, 512)
+    assert estimates.propose(found, free * 10**9) == proposed
+    assert all(one.peak is None or one.peak <= memory * 10**9 for one in found.values())
