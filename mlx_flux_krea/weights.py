@@ -75,6 +75,7 @@ KINDS = {
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # MLX's names, and those of safetensors
 PACKED = {mx.uint32: "U32", mx.uint8: "U8"}  # of quantized layers, whatever the folder's type
 INDEX = "model.safetensors.index.json"
+NANO = Path(__file__).parent / "nano" / "model"  # comes with the package
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 
@@ -400,31 +401,32 @@ def default_model() -> str | None:
 
 
 def find_model(model: str | os.PathLike | None) -> Path:
-    """The folder meant by a path, by the name of an installed model, or by nothing (the default, or the only one).
+    """The folder meant by a path, by the name of an installed model or `nano`, or by nothing (the default, or the only
+    installed one).
 
     Raises:
         ModelError: nothing there, or more than one where none was named.
     """
     installed = installed_models()
-    names = ", ".join(installed)
     model = default_model() if model is None else model
     if model is None:
         if len(installed) == 1:
             return next(iter(installed.values()))
         if installed:
             todo = "name one with -m, or once and for all: flux-krea models default NAME"
-            raise ModelError(f"several models are installed: {names}", "", todo)
-        todo = "install one: flux-krea setup, or name a folder with -m"
+            raise ModelError(f"several models are installed: {', '.join(installed)}", "", todo)
+        todo = "install one: flux-krea setup, name a folder with -m, or play with the small one: -m nano"
         raise ModelError(f"no model is installed in {home() / 'models'}", "", todo)
     path = Path(os.path.expanduser(model))
-    if not path.exists() and str(model) in installed:
-        return installed[str(model)]
-    if not path.exists():
-        known = f"a path, or one of {names}" if names else "the path of a model folder"
+    if path.exists():
+        return path
+    named = {"nano": NANO} | installed
+    if str(model) not in named:
+        known = f"a path, or one of {', '.join(named)}"
         raise ModelError(
             f"there is no model {str(model)!r}", known, "convert a downloaded folder: flux-krea convert FOLDER"
         )
-    return path
+    return named[str(model)]
 
 
 def check_tensors(where: Path, found: dict, expected: dict) -> None:

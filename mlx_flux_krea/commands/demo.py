@@ -31,10 +31,10 @@ def demo(prompt, output, seed, contact_sheet, force):
     from .terminal import say, show_notes
 
     check_output(output)
-    from mlx_flux_krea import FluxPipeline, nano
+    from mlx_flux_krea import FluxPipeline
 
     show_notes()
-    pipe = FluxPipeline.from_pretrained(nano.FOLDER)
+    pipe = FluxPipeline.from_pretrained("nano")
     pictures = _sheet(pipe, prompt, seed, output) if contact_sheet else _picture(pipe, prompt, seed, output)
     with signals.held():
         signals.finish()

@@ -1,5 +1,5 @@
 """A small model of our own in FLUX.1's architecture, and how it was trained. `model/` is an ordinary model folder."""
 
-from pathlib import Path
+from mlx_flux_krea.weights import NANO as FOLDER
 
-FOLDER = Path(__file__).parent / "model"
+__all__ = ["FOLDER"]

@@ -34,6 +34,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 from mlx_flux_krea.convert import convert
 from mlx_flux_krea.convert.write import sha256
 from mlx_flux_krea.nano import scenes
+from mlx_flux_krea.preview import fit_latent_rgb
 from mlx_flux_krea.tokenizers import CLIPTokenizer, T5Tokenizer
 
 SEED = 20261121
@@ -613,11 +614,20 @@ def export(work: Path, target: Path) -> None:
         "license": "Apache-2.0",
         "max_sequence_length": T5_LENGTH,
         "defaults": {"width": 96, "height": 96, "num_inference_steps": 28, "guidance_scale": 4.5},
+        "latent_rgb": _latent_rgb(work),
     }
     index, manifest = (model / name for name in ("model_index.json", "manifest.json"))
     index.write_text(json.dumps(json.loads(index.read_text()) | facts, indent=2) + "\n")
     written = {"sha256": sha256(index), "bytes": index.stat().st_size}
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {index.name: written}, indent=2) + "\n")
+
+
+def _latent_rgb(work: Path, count: int = 500) -> list[list[float]]:
+    """How previews make colours of latents."""
+    canvas = scenes.CANVASES[0]
+    latents = unpack(load_file(work / "latents" / f"{canvas[0]}x{canvas[1]}.safetensors")["latents"][:count], canvas)
+    pixels = np.stack([np.array(scenes.draw(scene(canvas, n))) for n in range(count)])
+    return fit_latent_rgb(latents.double().numpy(), pixels / 127.5 - 1)
 
 
 PHASES = {
