@@ -48,8 +48,8 @@ def cli():
 
 
 for verb in (
-    demo, setup, generate, resume, shell.shell, review, convert, models, inspect, plan, bench.bench, verify, doctor, log,
-    purge, config.config, schema.tool_schema, completion.completion,
+    demo, setup, generate, resume, shell.shell, review, convert, models, inspect, plan, bench.bench, verify, doctor,
+    log, purge, config.config, schema.tool_schema, completion.completion,
 ):  # fmt: skip
     cli.add_command(verb)
 

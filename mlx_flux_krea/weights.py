@@ -400,6 +400,12 @@ def default_model() -> str | None:
     return model if isinstance(model, str) else None
 
 
+def named(model: str | os.PathLike) -> Path:
+    """The folder of an installed model, or of `nano`, if nothing lies at a path of that name; else the path."""
+    path = Path(os.path.expanduser(model))
+    return path if path.exists() else ({"nano": NANO} | installed_models()).get(str(model), path)
+
+
 def find_model(model: str | os.PathLike | None) -> Path:
     """The folder meant by a path, by the name of an installed model or `nano`, or by nothing (the default, or the only
     installed one).
@@ -417,16 +423,13 @@ def find_model(model: str | os.PathLike | None) -> Path:
             raise ModelError(f"several models are installed: {', '.join(installed)}", "", todo)
         todo = "install one: flux-krea setup, name a folder with -m, or play with the small one: -m nano"
         raise ModelError(f"no model is installed in {home() / 'models'}", "", todo)
-    path = Path(os.path.expanduser(model))
-    if path.exists():
-        return path
-    named = {"nano": NANO} | installed
-    if str(model) not in named:
-        known = f"a path, or one of {', '.join(named)}"
+    path = named(model)
+    if not path.exists():
+        known = f"a path, or one of {', '.join(['nano', *installed])}"
         raise ModelError(
             f"there is no model {str(model)!r}", known, "convert a downloaded folder: flux-krea convert FOLDER"
         )
-    return named[str(model)]
+    return path
 
 
 def check_tensors(where: Path, found: dict, expected: dict) -> None:

@@ -9,10 +9,13 @@ import numpy as np
 import pytest
 from helpers import psnr
 from mlx_flux_krea.convert.quantize import Recipe
+from PIL import Image
 from test_mistakes import half_rotated
 
 from mlx_flux_krea import FluxPipeline, nano, transformer
+from mlx_flux_krea.commands import demo
 from mlx_flux_krea.nano import scenes
+from mlx_flux_krea.provenance import read_record
 
 THINGS = [
     ("a red circle on a blue background", [("circle", "red")], "blue"),
@@ -111,6 +114,31 @@ def test_it_follows_width_and_height(pipe):
         made = pipe(THINGS[0][0], seed=3, width=width, height=height, num_inference_steps=12).images[0]
         assert made.size == (width, height)
         assert is_right(made, *THINGS[0][1:])
+
+
+def test_the_demo_saves_a_right_picture_and_the_same_enlarged_and_says_what_is_next(command, tmp_path):
+    code, out, err = command("demo", THINGS[1][0], "-o", str(tmp_path / "star.png"))
+    assert (code, out.split()) == (0, [str(tmp_path / "star.png"), str(tmp_path / "star-large.png")]), err
+    native, large = Image.open(tmp_path / "star.png"), Image.open(tmp_path / "star-large.png")
+    assert is_right(native, *THINGS[1][1:])
+    assert large.size == (480, 480)
+    assert psnr(large.resize(native.size, Image.Resampling.BOX), native) > 30
+    assert all(f"{stage} " in err for stage in ("encode", "steps", "decode"))
+    assert "toy" in err
+    assert err.endswith("flux-krea setup\n")
+
+
+def test_the_demos_sheet_is_a_grid_over_seeds_and_guidance(command, tmp_path, monkeypatch, pipe):
+    monkeypatch.setattr(demo, "_SCALES", (1.0, 6.0))
+    monkeypatch.setattr(demo, "_SEEDS", 2)
+    code, out, err = command("demo", THINGS[0][0], "--contact-sheet", "-o", str(tmp_path / "sheet.png"))
+    assert (code, out.strip()) == (0, str(tmp_path / "sheet.png")), err
+    assert read_record(tmp_path / "sheet.png")["sheet"] == {
+        "across": ["guidance 1", "guidance 6"], "down": ["seed 1", "seed 2"],
+    }  # fmt: skip
+    sheet = np.array(Image.open(tmp_path / "sheet.png"))
+    last = pipe(THINGS[0][0], seed=2, guidance_scale=6.0).images[0]
+    assert psnr(sheet[-100:-4, -100:-4], last) > 30  # the demo's are in bfloat16
 
 
 def test_the_autoencoder_gives_scenes_back(pipe):

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import macs
 import pytest
-from helpers import DATA, ROOT, image, levels
+from helpers import DATA, ROOT
 from PIL import Image
+from test_nano import is_right
 
 README = (ROOT / "README.md").read_text()
 
@@ -34,13 +35,12 @@ def run(command, folder):
     return ran
 
 
-def test_the_first_command_installs_and_makes_the_picture_of_the_readme(workplace):
-    install, convert, generate = (part.strip() for part in blocks("sh")[0].split("&&\n"))
+def test_the_first_command_installs_and_makes_a_right_picture(workplace):
+    install, _, demo = blocks("sh")[0].strip().rpartition(" && ")
     assert install == 'python3 -m venv .venv && . .venv/bin/activate && pip install -e ".[tests]"'  # as .ci/run does
-    run(convert, workplace)
-    run(generate, workplace)
-    assert levels(Image.open(workplace / "out.png"), Image.open(ROOT / "docs" / "tiny.png")) <= 1
-    assert levels(Image.open(workplace / "out.png"), image("images/t2i_4.0.png")) <= 1
+    run(demo, workplace)
+    assert is_right(Image.open(workplace / "demo.png"), [("circle", "red")], "blue")
+    assert Image.open(workplace / "demo-large.png").size == (480, 480)
 
 
 def test_the_second_command_is_the_one_that_runs_this():
@@ -49,20 +49,18 @@ def test_the_second_command_is_the_one_that_runs_this():
 
 
 def test_the_other_commands_work_in_their_order(workplace):
-    if not (workplace / "tiny").exists():
-        pytest.fail("the first command did not run")
     commands = [line for block in blocks("sh")[2:] for line in block.splitlines()]
-    assert len(commands) == 21
+    assert len(commands) == 24
     for command in commands:
         run(command, workplace)
     made = {path.name for path in workplace.iterdir()}
-    assert {"frog.png", "again.webp", "out-2.png", "out-3.png", "frog_2.png", "frog-sheet.png", "frog_3.png"} <= made
+    assert {"two-large.png", "star.png", "again.webp", "out-3.png", "cross-sheet.png", "cross_3.png"} <= made
 
 
 def test_the_python_example_works(workplace):
     (example,) = blocks("python")
     run(f"{sys.executable} -c '{example}'", workplace)
-    assert Image.open(workplace / "hello.png").size == (64, 64)
+    assert is_right(Image.open(workplace / "star-7.png"), [("star", "white")], "red")
 
 
 def test_commands_that_need_the_real_weights_are_only_shown():

@@ -8,6 +8,7 @@ import shutil
 import struct
 import subprocess
 import sys
+from pathlib import Path
 
 import mlx.core as mx
 import pytest
@@ -16,7 +17,7 @@ from helpers import PIPELINE, REFERENCE, edit_json, edit_tensors, full_size_fold
 from mlx_flux_krea import FluxPipeline
 from mlx_flux_krea import config as configs
 from mlx_flux_krea.errors import ModelError
-from mlx_flux_krea.weights import ModelFolder, find_model, home, open_model
+from mlx_flux_krea.weights import NANO, ModelFolder, find_model, home, open_model
 
 
 @pytest.fixture
@@ -181,6 +182,15 @@ def test_the_only_installed_model_is_taken_and_several_are_asked_about(model):
     assert find_model("two") == home() / "models" / "two"
     with pytest.raises(ModelError, match="one of one, two"):
         find_model("three")
+
+
+def test_the_small_model_is_found_by_its_name_unless_another_has_it(model, tmp_path, monkeypatch):
+    assert find_model("nano") == NANO
+    shutil.copytree(model, home() / "models" / "nano")
+    assert find_model("nano") == home() / "models" / "nano"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "nano").mkdir()
+    assert find_model("nano") == Path("nano")
 
 
 def test_half_made_folders_are_no_models(model):

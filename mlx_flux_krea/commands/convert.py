@@ -39,7 +39,7 @@ def convert(
 ):
     """Convert weights into a model folder.
 
-    SOURCES is a folder (diffusers', ComfyUI's, mflux's, or a model folder), an all-in-one file, or the files of
+    SOURCES is a folder (diffusers', ComfyUI's, mflux's, or a model folder or its name), an all-in-one file, or files of
     transformer, CLIP, T5 and VAE one by one, as safetensors or GGUF. Or it is a content filter: the folder of
     Falconsai/nsfw_image_detection or of Pixtral 12B. Or it is OWNER/NAME, a repository with one of these on the
     Hugging Face hub: what is needed of it is fetched into the hub's cache, and goes on where it was interrupted.
@@ -94,9 +94,9 @@ def convert(
 
 
 def make(sources: list[str | Path], output: Path | None = None, **options):
-    """Converts with a line of progress, and tries what is a filter. Arguments and result are those of `convert`."""
+    """Converts with a line of progress, and tries what is a filter. A source may also be the name of a model."""
     from mlx_flux_krea.convert import convert as run
-    from mlx_flux_krea.weights import FILTERS
+    from mlx_flux_krea.weights import FILTERS, named
 
     from . import macos, trials
     from .terminal import ByteProgress
@@ -104,7 +104,7 @@ def make(sources: list[str | Path], output: Path | None = None, **options):
     progress = ByteProgress()
     with macos.awake():
         try:
-            report = run(sources, output, progress=progress, **options)
+            report = run([named(source) for source in sources], output, progress=progress, **options)
         finally:
             progress.close()
         macos.leave_alone(report.path if output else report.path.parent)

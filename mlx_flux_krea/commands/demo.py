@@ -9,6 +9,7 @@ from . import signals
 from .output import check_output, names_from, save
 
 _SCALES = (1.0, 2.0, 4.5, 8.0)  # guidance, across the sheet
+_SEEDS = 4  # down the sheet
 
 
 @click.command()
@@ -41,7 +42,7 @@ def demo(prompt, output, seed, contact_sheet, force):
         for path, picture in pictures:
             click.echo(save(picture, names_from(path), force))
     say("This is a toy: it proves that the installation works, and knows nothing but coloured shapes.")
-    say("Next, the real model: flux-krea convert FLUX.1-Krea-dev, with the folder you downloaded")
+    say("Next, the real model: flux-krea setup")
 
 
 def _picture(pipe, prompt: str, seed: int, output: Path) -> list[tuple]:
@@ -63,7 +64,7 @@ def _sheet(pipe, prompt: str, seed: int, output: Path) -> list[tuple]:
     from .sheet import contact_sheet
     from .terminal import counted
 
-    seeds = range(seed, seed + 4)
+    seeds = range(seed, seed + _SEEDS)
     asked = counted(list(itertools.product(seeds, _SCALES)), "drawing the sheet", "picture")
     drawn = [pipe(prompt, seed=s, guidance_scale=scale).images[0] for s, scale in asked]
     rows = [drawn[i : i + len(_SCALES)] for i in range(0, len(drawn), len(_SCALES))]

@@ -11,7 +11,7 @@ import click
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 def inspect(path, as_json):
-    """Say what PATH is: a model folder, foreign weights, or a picture made here.
+    """Say what PATH is: a model folder or the name of an installed one, foreign weights, or a picture made here.
 
     \b
     Examples:
@@ -21,7 +21,9 @@ def inspect(path, as_json):
     from mlx_flux_krea.convert.sources import is_model_folder
     from mlx_flux_krea.errors import ModelError, printable
     from mlx_flux_krea.provenance import FORMATS
+    from mlx_flux_krea.weights import named
 
+    path = named(path)
     if not path.exists():
         raise ModelError(f"there is nothing at {path}", "a file or a folder")
     if path.suffix.lower() in FORMATS:

@@ -62,7 +62,7 @@ FLUX = {
     "joint_attention_dim": 128, "pooled_projection_dim": 128, "axes_dims_rope": (8, 12, 12), "guidance_embeds": True,
 }  # fmt: skip
 SCENES = {canvas: 40_000 if canvas == scenes.CANVASES[0] else 4_000 for canvas in scenes.CANVASES}
-STEPS = {"vae": 2_000, "decoder": 1_500, "text": 800, "flow": 18_000, "refine": 15_000, "distil": 1_500}
+STEPS = {"vae": 2_000, "decoder": 1_500, "text": 800, "flow": 18_000, "refine": 15_000, "distil": 2_000}
 RATES = {"vae": 2e-3, "decoder": 5e-4, "text": 1e-3, "flow": 1.2e-3, "refine": 1e-3, "distil": 3e-4}
 BATCH = {"vae": 16, "text": 256, "flow": 48, "refine": 48, "distil": 48}
 
