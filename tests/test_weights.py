@@ -180,7 +180,7 @@ def test_the_only_installed_model_is_taken_and_several_are_asked_about(model):
     with pytest.raises(ModelError, match="several models are installed: one, two"):
         find_model(None)
     assert find_model("two") == home() / "models" / "two"
-    with pytest.raises(ModelError, match="one of one, two"):
+    with pytest.raises(ModelError, match="one of nano, one, two"):
         find_model("three")
 
 
