@@ -32,10 +32,12 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from mlx_flux_krea.convert import convert
+from mlx_flux_krea.convert.licence import licence_files
 from mlx_flux_krea.convert.write import sha256
 from mlx_flux_krea.nano import scenes
 from mlx_flux_krea.preview import fit_latent_rgb
 from mlx_flux_krea.tokenizers import CLIPTokenizer, T5Tokenizer
+from mlx_flux_krea.weights import open_model
 
 SEED = 20261121
 T5_LENGTH = 40
@@ -611,15 +613,22 @@ def export(work: Path, target: Path) -> None:
     convert([foreign], model)
     facts = {
         "base": "none: trained from nothing, on drawn scenes",
-        "license": "Apache-2.0",
+        "license": "apache-2.0",
         "max_sequence_length": T5_LENGTH,
         "defaults": {"width": 96, "height": 96, "num_inference_steps": 28, "guidance_scale": 4.5},
         "latent_rgb": _latent_rgb(work),
     }
     index, manifest = (model / name for name in ("model_index.json", "manifest.json"))
     index.write_text(json.dumps(json.loads(index.read_text()) | facts, indent=2) + "\n")
-    written = {"sha256": sha256(index), "bytes": index.stat().st_size}
-    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {index.name: written}, indent=2) + "\n")
+    made = open_model(model)
+    stored = [f"{component}: {dtype}" for component, dtype in made.dtypes.items()]
+    texts = licence_files(made.index, [Path(__file__).parents[2]], stored)
+    for name, text in texts.items():
+        (model / name).write_bytes(text)
+    written = {
+        n: {"sha256": sha256(model / n), "bytes": (model / n).stat().st_size} for n in sorted([index.name, *texts])
+    }
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | written, indent=2) + "\n")
 
 
 def _latent_rgb(work: Path, count: int = 500) -> list[list[float]]:
