@@ -226,7 +226,8 @@ def reconstruction(folder: Path, count: int = 200) -> float:
     ratios = []
     for scene, _ in scenes_to_judge(count):
         pixels = np.asarray(scenes.draw(scene), np.float32) / 127.5 - 1
-        made = np.array(vae.decode(vae.encode(mx.array(pixels)[None])))[0].clip(-1, 1)
+        mean, _ = vae.encode(mx.array(pixels)[None])
+        made = np.array(vae.decode(mean))[0].clip(-1, 1)
         ratios.append(10 * np.log10(4 / np.mean((made - pixels) ** 2)))
     return float(np.mean(ratios))
 
