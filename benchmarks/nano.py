@@ -21,7 +21,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 from mlx_flux_krea.convert import convert
-from mlx_flux_krea.convert.quantize import RECIPES, Recipe, group_of
+from mlx_flux_krea.convert.quantize import RECIPES, Recipe, dequantize, group_of
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
@@ -181,11 +181,11 @@ def rounded(source: Path, target: Path, chosen: Recipe | dict[str, Quantization]
     for component, sizes in folder.sizes.items():
         how = {f"{p}.weight": chosen.get(group_of(component, f"{p}.weight")) for p in layer_widths(component, sizes)}
         for path in sorted((target / component).glob("*.safetensors")):
-            arrays = {name: array.astype(mx.float32) for name, array in mx.load(str(path)).items()}
-            for name, array in arrays.items():
-                if q := how.get(name):
-                    settings = to_json(q)
-                    arrays[name] = mx.dequantize(*mx.quantize(array, **settings), **settings, dtype=mx.float32)
+            stored = mx.load(str(path))  # scales are rounded to its type, as the converter's are
+            arrays = {name: array.astype(mx.float32) for name, array in stored.items()}
+            for name in arrays.keys() & how.keys():
+                if q := how[name]:
+                    arrays[name] = dequantize(mx.quantize(stored[name], **to_json(q)), q)
             mx.eval(arrays)
             mx.save_safetensors(str(path), arrays)
         config = target / component / "config.json"
