@@ -8,7 +8,7 @@ import nano as judging
 import numpy as np
 import pytest
 from helpers import psnr
-from mlx_flux_krea.convert.quantize import Recipe
+from mlx_flux_krea.convert import convert
 from PIL import Image
 from test_mistakes import half_rotated
 
@@ -19,7 +19,7 @@ from mlx_flux_krea.provenance import read_record
 
 THINGS = [
     ("a red circle on a blue background", [("circle", "red")], "blue"),
-    ("a small yellow star on a purple background", [("star", "yellow")], "purple"),
+    ("a large yellow star on a purple background", [("star", "yellow")], "purple"),
     ("a large white square on a green background", [("square", "white")], "green"),
     ("a black triangle in front of a pink background", [("triangle", "black")], "pink"),
     ("a cyan cross in the top left corner on a red background", [("cross", "cyan")], "red"),
@@ -42,7 +42,7 @@ def is_right(picture, things, background) -> bool:
     return seen == sorted(things) and {judging.nearest(ground[0]), judging.nearest(ground[-1])} == {background}
 
 
-def right(pipe, steps: int = 12) -> int:
+def right(pipe, steps: int = 6) -> int:
     """How many of the eight pictures are right."""
     made = (
         (pipe(prompt, seed=3, num_inference_steps=steps).images[0], things, ground) for prompt, things, ground in THINGS
@@ -64,9 +64,9 @@ def test_they_are_right_in_the_type_of_the_folder():
 
 
 @pytest.mark.parametrize("bits", ["8", "4"])
-def test_they_are_right_after_rounding_to(bits, tmp_path):
-    folder = judging.rounded(nano.FOLDER, tmp_path / "rounded", Recipe(bits))
-    assert right(FluxPipeline.from_pretrained(folder, dtype="float32")) >= BAR
+def test_they_are_right_after_conversion_to_fewer_bits(bits, tmp_path):
+    report = convert([nano.FOLDER], tmp_path / "small", quantize=bits)
+    assert right(FluxPipeline.from_pretrained(report.path, dtype="float32")) >= BAR
 
 
 def test_a_seed_repeats_its_picture_and_another_gives_another(pipe):
@@ -77,13 +77,14 @@ def test_a_seed_repeats_its_picture_and_another_gives_another(pipe):
 
 def test_guidance_is_what_classifier_free_guidance_of_that_scale_would_do(pipe):
     """It was distilled into the embedding: the number must move the picture where the two-pass form moves it."""
-    for prompt, *_ in THINGS[3:6]:
-        two_passes = pipe(
-            prompt, seed=3, num_inference_steps=12, guidance_scale=1.0, negative_prompt="", true_cfg_scale=6.0
-        ).images[0]
-        strong, weak = (pipe(prompt, seed=3, num_inference_steps=12, guidance_scale=g).images[0] for g in (6.0, 1.0))
-        assert psnr(strong, weak) < 40
-        assert psnr(strong, two_passes) > psnr(weak, two_passes) + 1
+    nearer = []
+    for prompt in (THINGS[2][0], THINGS[7][0]):
+        options = {"seed": 3, "num_inference_steps": 12}
+        two_passes = pipe(prompt, negative_prompt="", guidance_scale=1.0, true_cfg_scale=6.0, **options).images[0]
+        strong, weak = (pipe(prompt, guidance_scale=g, **options).images[0] for g in (6.0, 1.0))
+        assert psnr(strong, weak) < 30
+        nearer.append(psnr(strong, two_passes) - psnr(weak, two_passes))
+    assert np.mean(nearer) > 1.5  # measured: 4.9
 
 
 def test_image_to_image_keeps_the_layout_at_low_strength(pipe):
@@ -91,27 +92,33 @@ def test_image_to_image_keeps_the_layout_at_low_strength(pipe):
         96,
         96,
         ("green", "green"),
-        (scenes.Thing("square", "red", "large", 26, 48), scenes.Thing("circle", "white", "large", 70, 48)),
+        (scenes.Thing("square", "red", "large", 26, 30), scenes.Thing("circle", "white", "large", 70, 66)),
         "left of",
     )
-    prompt = "a blue square to the left of a yellow circle on a green background"
-    made = pipe(prompt, seed=1, image=scenes.draw(scene), strength=0.5, num_inference_steps=12).images[0]
-    places = sorted((s.x, s.y) for s in judging.look(np.array(made)))
-    assert np.allclose(places, [(26, 48), (70, 48)], atol=6)
+    prompt = "a red circle to the left of a white square on a green background"
+
+    def look(**options) -> list[tuple]:
+        seen = judging.look(np.array(pipe(prompt, seed=1, num_inference_steps=10, **options).images[0]))
+        return sorted((s.shape, s.x, s.y) for s in seen)
+
+    (circle, *left), (square, *right) = look(image=scenes.draw(scene), strength=0.3)
+    assert (circle, square) == ("circle", "square")  # what was asked for, where the others stood
+    assert np.allclose([left, right], [(26, 30), (70, 66)], atol=6)
+    assert not np.allclose([place for _, *place in look()], [(26, 30), (70, 66)], atol=12)
 
 
 def test_a_negative_prompt_moves_the_picture_away_from_it(pipe):
-    def blueness(**options) -> float:
-        made = pipe("a red circle", seed=1, num_inference_steps=8, guidance_scale=1.0, **options).images[0]
-        return float(np.asarray(made, float)[..., 2].mean() - np.asarray(made, float)[..., :2].mean())
+    def redness(**options) -> float:
+        made = pipe("a circle", seed=1, num_inference_steps=8, guidance_scale=1.0, **options).images[0]
+        return float(np.asarray(made, float)[..., 0].mean() - np.asarray(made, float)[..., 1:].mean())
 
-    away = blueness(negative_prompt="a red circle on a blue background", true_cfg_scale=3.0)
-    assert away < blueness() - 5
+    away = redness(negative_prompt="a red circle", true_cfg_scale=3.0)
+    assert away < redness() - 100
 
 
 def test_it_follows_width_and_height(pipe):
     for width, height in scenes.CANVASES[1:]:
-        made = pipe(THINGS[0][0], seed=3, width=width, height=height, num_inference_steps=12).images[0]
+        made = pipe(THINGS[0][0], seed=3, width=width, height=height, num_inference_steps=6).images[0]
         assert made.size == (width, height)
         assert is_right(made, *THINGS[0][1:])
 
@@ -123,29 +130,30 @@ def test_the_demo_saves_a_right_picture_and_the_same_enlarged_and_says_what_is_n
     assert is_right(native, *THINGS[1][1:])
     assert large.size == (480, 480)
     assert psnr(large.resize(native.size, Image.Resampling.BOX), native) > 30
-    assert all(f"{stage} " in err for stage in ("encode", "steps", "decode"))
+    assert all(f"{stage} " in err for stage in ("text", "denoise", "decode"))
     assert "toy" in err
     assert err.endswith("flux-krea setup\n")
 
 
 def test_the_demos_sheet_is_a_grid_over_seeds_and_guidance(command, tmp_path, monkeypatch, pipe):
     monkeypatch.setattr(demo, "_SCALES", (1.0, 6.0))
-    monkeypatch.setattr(demo, "_SEEDS", 2)
+    monkeypatch.setattr(demo, "_SEEDS", 1)
     code, out, err = command("demo", THINGS[0][0], "--contact-sheet", "-o", str(tmp_path / "sheet.png"))
     assert (code, out.strip()) == (0, str(tmp_path / "sheet.png")), err
     assert read_record(tmp_path / "sheet.png")["sheet"] == {
-        "across": ["guidance 1", "guidance 6"], "down": ["seed 1", "seed 2"],
+        "across": ["guidance 1", "guidance 6"], "down": ["seed 1"],
     }  # fmt: skip
     sheet = np.array(Image.open(tmp_path / "sheet.png"))
-    last = pipe(THINGS[0][0], seed=2, guidance_scale=6.0).images[0]
+    last = pipe(THINGS[0][0], seed=1, guidance_scale=6.0).images[0]
     assert psnr(sheet[-100:-4, -100:-4], last) > 30  # the demo's are in bfloat16
 
 
 def test_the_autoencoder_gives_scenes_back(pipe):
-    assert judging.reconstruction(nano.FOLDER, 20) > 30
+    assert judging.reconstruction(nano.FOLDER, 10) > 30
 
 
-# --- mistakes: what they do to pictures. The ones that pictures survive are in test_mistakes, by numbers ---
+# --- mistakes: what they do to pictures. A wrong GELU in both streams and an unshifted schedule leave seven of these eight
+# right, as many as without: those are seen in test_mistakes, by numbers ---
 
 
 def test_right_pictures_need_the_right_rotation(monkeypatch):
