@@ -1,23 +1,18 @@
 """Sources on the hub: the real command against a hub on this machine, with everything that can go wrong on the way."""
 
-import contextlib
-import fcntl
 import os
-import pty
 import random
 import re
 import shutil
 import signal
 import socket
-import struct
 import subprocess
 import sys
-import termios
 import time
 from pathlib import Path
 
 import pytest
-from helpers import PIPELINE, REFERENCE, TOKENIZERS, run_command
+from helpers import PIPELINE, REFERENCE, TOKENIZERS, at_terminal, run_command
 from hub import WEIGHTS, Hub
 from mlx_flux_krea.convert import _check_disk, convert, hub
 
@@ -73,11 +68,13 @@ def run(served: Hub, tmp_path: Path, *args, timeout: float = 120, **env):
     return run_command(*arguments, cwd=tmp_path, timeout=timeout, **served.env(tmp_path, **env))
 
 
-def begin(served: Hub, tmp_path: Path, *args, stderr=subprocess.PIPE) -> subprocess.Popen:
+def begin(served: Hub, tmp_path: Path, *args) -> subprocess.Popen:
     """The command, running."""
     program = [str(Path(sys.executable).parent / "flux-krea"), "convert", served.repo, *OPTIONS, *args]
     env = {**os.environ, **served.env(tmp_path)}
-    return subprocess.Popen(program, cwd=tmp_path, env=env, stdout=subprocess.DEVNULL, stderr=stderr, text=True)
+    return subprocess.Popen(
+        program, cwd=tmp_path, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
 
 
 def until(condition, process: subprocess.Popen, seconds: float = 60) -> None:
@@ -217,18 +214,10 @@ def test_pieces_are_written_while_others_come_and_whatever_ends_it_the_next_star
 
 
 def test_a_terminal_shows_what_came_and_the_time_left(served, tmp_path):
-    screen, end = pty.openpty()
-    fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 100, 0, 0))
     served.rate = 2e6
-    process = begin(served, tmp_path, stderr=end)
-    os.close(end)
-    shown = b""
-    with contextlib.suppress(OSError):  # on Linux, the end
-        while part := os.read(screen, 4096):
-            shown += part
-    os.close(screen)
-    assert process.wait() == 0
-    assert re.search(rb"fetching +: +\d+%.*/\S+M \[\d+:\d+<\d+:\d+, +\S+B/s\]", shown), shown
+    code, _, shown = at_terminal("convert", REPO, *OPTIONS, cwd=tmp_path, size=(30, 100), **served.env(tmp_path))
+    assert code == 0, shown
+    assert re.search(r"fetching +: +\d+%.*/\S+M \[\d+:\d+<\d+:\d+, +\S+B/s\]", shown), shown
 
 
 # --- refused ---
