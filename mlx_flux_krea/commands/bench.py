@@ -58,17 +58,16 @@ def _facts(pipe, size: dict, result, seconds: float) -> dict:
     import platform
     from importlib.metadata import version
 
-    import mlx.core as mx
-
     from mlx_flux_krea import __version__
     from mlx_flux_krea.plan import step_flops
     from mlx_flux_krea.presets import CHIPS
 
+    from .estimates import device, this_chip
+
     index, flux = pipe.folder.index, pipe.folder.sizes["transformer"]
     width, height = size.get("width", index.defaults.width), size.get("height", index.defaults.height)
-    name = str(mx.device_info().get("device_name", platform.processor() or platform.machine()))
     tflops = step_flops(flux, width, height, index.max_sequence_length) / seconds / 1e12
-    peak = CHIPS.get(name.removeprefix("Apple "))
+    name, peak = device(), CHIPS.get(this_chip())
     most, _ = pipe.folder.quantization.get("transformer", (None, None))
     return {
         "device": name, "model": index.name,

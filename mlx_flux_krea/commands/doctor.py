@@ -89,10 +89,9 @@ def _machine(full: bool) -> list:
 
     from mlx_flux_krea.plan import machine_memory
 
+    from .estimates import device
     from .terminal import size
 
-    device = mx.device_info()
-    chip = device.get("device_name") or macos.sysctl("machdep.cpu.brand_string") or platform.processor()
     system = f"macOS {platform.mac_ver()[0]}" if sys.platform == "darwin" else platform.system()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     wired = macos.sysctl("iogpu.wired_limit_mb")
@@ -100,7 +99,7 @@ def _machine(full: bool) -> list:
     backend = "Metal" if mx.default_device().type == mx.gpu else "CPU"
     return [
         ("system", f"{system}, {platform.release()}", None),
-        ("chip", f"{chip or platform.machine()}, {os.cpu_count()} cores, MLX on {backend}", None),
+        ("chip", f"{device()}, {os.cpu_count()} cores, MLX on {backend}", None),
         ("memory", f"{size(memory)}, of which {size(machine_memory())} may be used{limit}", None),
     ]
 
