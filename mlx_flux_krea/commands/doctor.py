@@ -5,7 +5,6 @@ import json
 import os
 import platform
 import random
-import shutil
 import sys
 import tempfile
 import time
@@ -107,10 +106,10 @@ def _machine(full: bool) -> list:
 def _disk(full: bool) -> list:
     from mlx_flux_krea.weights import home
 
+    from .estimates import home_disk
     from .terminal import size
 
-    place = next(path for path in (home(), *home().absolute().parents) if path.is_dir())
-    free = shutil.disk_usage(place).free
+    place, free = home_disk()
     wrong = ResourceError(f"{size(free)} are free on the disk of {home()}", "1 GB") if free < 10**9 else None
     try:
         speed = f"reads {read_speed(place) / 1e9:.1f} GB/s"

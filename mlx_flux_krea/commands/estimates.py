@@ -3,6 +3,7 @@
 import platform
 import shutil
 from dataclasses import dataclass
+from pathlib import Path
 
 from . import macos
 
@@ -84,10 +85,13 @@ def propose(found: dict[str, Precision], free: int) -> str:
     return next(iter(whole or [name for name in fits if name != "none"] or fits), "8")
 
 
-def free_disk(place) -> int:
-    """Bytes free where a folder is or will be."""
-    place = place.absolute()
-    return shutil.disk_usage(next(path for path in (place, *place.parents) if path.is_dir())).free
+def home_disk() -> tuple[Path, int]:
+    """The home folder, or the nearest above it that exists, and the bytes free on its disk."""
+    from mlx_flux_krea.convert.write import existing
+    from mlx_flux_krea.weights import home
+
+    folder = existing(home() / "models")
+    return folder, shutil.disk_usage(folder).free
 
 
 def minutes(seconds: float) -> str:
