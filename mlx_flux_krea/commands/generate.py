@@ -117,11 +117,11 @@ def make_run(run, as_json: bool, pipe=None, ends: bool = True, skipped: Sequence
 def open_pipe(base: dict):
     """The pipeline of the model that was named; else, of a picture to be repeated, the installed one that made it."""
     from mlx_flux_krea import FluxPipeline
-    from mlx_flux_krea.weights import home, sha256
+    from mlx_flux_krea.weights import installed_models, sha256
 
     model, made_by = base.get("model"), base.get("manifest_sha256")
     if model is None and made_by:
-        found = (path.parent for path in (home() / "models").glob("*/manifest.json") if sha256(path) == made_by)
+        found = (path for path in installed_models().values() if sha256(path / "manifest.json") == made_by)
         model = next(found, None)
     said = {name: base[name] for name in ("dtype", "memory", "check", *_THRESHOLDS) if name in base}
     return FluxPipeline.from_pretrained(model, **said)
