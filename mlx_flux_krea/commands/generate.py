@@ -1,6 +1,5 @@
 """flux-krea generate: pictures from prompts."""
 
-import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ from mlx_flux_krea.errors import FluxKreaError, ModelError, UsageError, Withheld
 
 from . import macos, signals
 from .options import OPTIONS, USUAL, SeveralSeeds, said
-from .output import check_outcomes, check_output, names_from, save
+from .output import check_outcomes, check_output
 
 _TOGETHER = 16  # pictures whose prompts are read at once: so many are kept, with a negative one each
 _THRESHOLDS = ("nsfw_threshold", "integrity_margin")
@@ -128,74 +127,48 @@ def open_pipe(base: dict):
 
 
 def _draw(pipe, drawings: list, run, as_json: bool, sheet: Path | None, ends: bool, preview) -> None:
-    """Draws and saves one after the other."""
+    """Draws and delivers one after the other."""
+    from .delivery import Delivery
     from .sheet import note_sheet
-    from .terminal import PipelineProgress, say
+    from .terminal import PipelineProgress
 
-    progress, report = PipelineProgress(), {"images": [], "skipped": run.skipped}
-    names = {output: names_from(output, taken) for output, taken in run.taken.items()}
+    progress, delivery = PipelineProgress(), Delivery(run, as_json)
     pipe.before_release = signals.hold  # what the log calls released is saved, whatever signal comes
     try:
         for i, drawing in enumerate(drawings):
-            job = drawing.job
-            ahead = [one.request for one in drawings[i : i + _TOGETHER]] if i % _TOGETHER == 0 else []
-            if len({tuple(request.texts()) for request in ahead}) > 1:
-                pipe.read_ahead(ahead, progress)
+            if i % _TOGETHER == 0:
+                _read_ahead(pipe, drawings[i : i + _TOGETHER], progress)
             try:
                 result = pipe(**drawing.arguments, progress=progress, preview=preview, checkpoint=run.checkpoint)
             except Withheld as error:
                 if len(run.jobs) == 1:
                     raise
                 with signals.held():
-                    say(f"seed {job.seed}: withheld: {error.found}")
-                    run.add(f"withheld: {error.found}", None, None)
-                    run.advance()
-                    report["images"].append(
-                        {"path": None, **drawing.request.record(drawing.pick), "outcome": run.done[-1][0]}
-                    )
+                    delivery.refuse(drawing, error)
                 continue
-            outcome, record, picture, path = result.outcomes[drawing.pick], result.records[drawing.pick], None, None
             with signals.held():  # a picture that has its name is also reported
                 signals.let_go()
                 if ends and drawing is drawings[-1] and not sheet:
                     signals.finish()
-                if outcome == "released":
-                    picture = result.images[result.outcomes[: drawing.pick].count("released")]
-                    first, kept = job.output not in names, names.setdefault(job.output, names_from(job.output))
-                    how = {name: job.options[name] for name in ("metadata", "quality") if name in job.options}
-                    path = save(picture, kept, run.force, **how)
-                    if first and path != job.output:
-                        say(f"note: {printable(str(job.output))} exists; writing {printable(str(path))}")
-                else:
-                    say(f"seed {job.seed}: {outcome}")
-                run.add(outcome, path, picture)
-                run.advance()
-                stages = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in result.seconds.items())
-                say(f"seed {job.seed}: {stages}")
-                if "verbose" in run.options:
-                    say(_memory(result))
-                more = {"outcome": outcome, "notes": [*drawing.notes, *result.notes], "seconds": result.seconds}
-                more |= {"peaks": result.peaks, "predicted": result.plan.stages}
-                report["images"].append({"path": path and str(path), **record, **more})
-                if as_json:
-                    say("", event="picture", **report["images"][-1])
-                elif path:
-                    click.echo(path)
+                delivery.deliver(drawing, result)
         if sheet and (made := run.sheet()):
             with signals.held():
                 if ends:
                     signals.finish()
                 if pipe.policy:
                     note_sheet(made)
-                path = save(made, names_from(sheet), run.force)
-                report["contact_sheet"] = str(path)
-                if not as_json:
-                    click.echo(path)
+                delivery.deliver_sheet(made, sheet)
     finally:
         signals.let_go()
         progress.close()
-        if as_json and report["images"]:
-            click.echo(json.dumps(report, ensure_ascii=False))
+        delivery.report()
+
+
+def _read_ahead(pipe, drawings: list, progress) -> None:
+    """Reads the prompts of several pictures at once, where they differ."""
+    requests = [drawing.request for drawing in drawings]
+    if len({tuple(request.texts()) for request in requests}) > 1:
+        pipe.read_ahead(requests, progress)
 
 
 def _check_run(run) -> None:
@@ -275,16 +248,3 @@ def _standard_input() -> str:
         return sys.stdin.buffer.read().decode("utf-8-sig").strip()
     except (AttributeError, OSError, UnicodeDecodeError):
         raise UsageError("standard input is not UTF-8 text", "a prompt") from None
-
-
-def _memory(result) -> str:
-    """Predicted and measured memory of each stage, side by side."""
-    from .terminal import size, table
-
-    stages, predicted = {"denoise": ("image", "modulation", "denoise")}, result.plan.stages
-    rows = [("stage", "seconds", "memory predicted", "measured")]
-    for stage, seconds in result.seconds.items():
-        expected = max(predicted[name] for name in stages.get(stage, (stage,)) if name in predicted)
-        rows.append((stage, f"{seconds:.1f}", size(expected), size(result.peaks[stage])))
-    kept = f"{result.plan.blocks} of {result.plan.of} blocks of the transformer stay in memory"
-    return f"{table(rows, right=(1, 2, 3))}\n{kept}"
