@@ -338,7 +338,7 @@ def test_json_tells_what_happens_while_it_happens_and_all_of_it_at_the_end(tiny,
     size = ["--width", "32", "--height", "32", "--steps", "2"]
     code, out, err = tiny("--prompts", "a.jsonl", "--json", "--contact-sheet", "-o", "{seed}.png", size=size)
     *lines, last = err.splitlines()
-    assert (code, last) == (7, "flux-krea: 1 rows of a.jsonl were skipped")
+    assert (code, last) == (7, "flux-krea: 1 row of a.jsonl was skipped")
     events = list(map(json.loads, lines))
     report = json.loads(out)
     (where,) = report["skipped"]

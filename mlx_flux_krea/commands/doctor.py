@@ -13,7 +13,7 @@ from pathlib import Path
 
 import click
 
-from mlx_flux_krea.errors import FiltersError, FluxKreaError, ModelError, ResourceError, UsageError
+from mlx_flux_krea.errors import FiltersError, FluxKreaError, ModelError, ResourceError, UsageError, amount
 
 from . import macos
 
@@ -54,7 +54,7 @@ def doctor(full, as_json):
     else:
         click.echo(table(rows))
     if wrong:
-        count = f"{len(wrong)} thing{'s are' if len(wrong) > 1 else ' is'} wrong"
+        count = amount(len(wrong), "thing is wrong", "things are wrong")
         summary = FluxKreaError(f"{count}: see the lines that say so")
         summary.exit_code = wrong[0].exit_code
         raise summary
@@ -98,7 +98,7 @@ def _machine(full: bool) -> list:
     backend = "Metal" if mx.default_device().type == mx.gpu else "CPU"
     return [
         ("system", f"{system}, {platform.release()}", None),
-        ("chip", f"{device()}, {os.cpu_count()} cores, MLX on {backend}", None),
+        ("chip", f"{device()}, {amount(os.cpu_count(), 'core')}, MLX on {backend}", None),
         ("memory", f"{size(memory)}, of which {size(machine_memory())} may be used{limit}", None),
     ]
 
@@ -185,7 +185,9 @@ def _log(full: bool) -> list:
     from mlx_flux_krea.weights import home
 
     log = Log(home() / "log")
-    return [("log", f"{len(log.read())} entries, unbroken" if log.path.exists() else "none yet", None)]
+    return [
+        ("log", f"{amount(len(log.read()), 'entry', 'entries')}, unbroken" if log.path.exists() else "none yet", None)
+    ]
 
 
 def _hub(full: bool) -> list:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from mlx_flux_krea.errors import FluxKreaError, ModelError, UsageError, Withheld, printable
+from mlx_flux_krea.errors import FluxKreaError, ModelError, UsageError, Withheld, amount, printable
 
 from . import macos, signals
 from .options import OPTIONS, USUAL, SeveralSeeds, said
@@ -180,7 +180,7 @@ def _check_run(run) -> None:
             error.exit_code = 7
         raise
     if run.skipped:
-        error = UsageError(f"{len(run.skipped)} rows of {run.rows} were skipped")
+        error = UsageError(amount(len(run.skipped), f"row of {run.rows} was", f"rows of {run.rows} were") + " skipped")
         error.exit_code = 7
         raise error
 
@@ -201,8 +201,8 @@ def _announce(folder, base: dict, drawings: list) -> None:
     except ModelError:  # what is wrong with a model, the pipeline says in its order
         return
     parts = [
-        f"{len(drawings)} picture{'s' * (len(drawings) > 1)} of {several(f'{r.width} x {r.height}' for r in requests)}",
-        f"{several(r.num_inference_steps for r in requests)} steps",
+        f"{amount(len(drawings), 'picture')} of {several(f'{r.width} x {r.height}' for r in requests)}",
+        amount(several(r.num_inference_steps for r in requests), "step"),
         *([f"guidance {several(f'{r.guidance_scale:g}' for r in requests)}"] if requests[0].guidance_scale else []),
         f"seed {several(drawing.job.seed for drawing in drawings)}",
     ]
