@@ -307,6 +307,19 @@ def test_a_file_that_was_damaged_in_the_cache_is_seen(served, tmp_path):
     assert "vae/diffusion_pytorch_model.safetensors" in ran.stderr
 
 
+def test_a_beginning_that_was_damaged_is_seen_when_the_rest_has_come(served, tmp_path):
+    assert run(served, tmp_path).returncode == 0
+    (link,) = (tmp_path / "hub" / "hub").glob("models--*/snapshots/*/vae/*.safetensors")
+    blob, data = link.resolve(), link.read_bytes()
+    blob.unlink()
+    blob.with_name(f"{blob.name}.incomplete").write_bytes(bytes([data[0] ^ 1]) + data[1 : len(data) // 2])
+    served.requests.clear()
+    ran = run(served, tmp_path, "--force")
+    assert (ran.returncode, "came with another content" in ran.stderr) == (3, True), ran.stderr
+    assert len(data) // 2 in served.begun_at(f"vae/{link.name}"), "only the rest was asked for"
+    assert leftovers(tmp_path) == []
+
+
 def test_a_hub_that_goes_away_half_way_leaves_what_came(served, folder, expected, tmp_path):
     total = sum(weights(folder).values())
     served.gone_after = total // 2
