@@ -1,6 +1,6 @@
 """Brings files of the hub here: some of them, or the weights of a conversion while it is at work on those that came.
 
-    folder = fetch(listing, listing.licences)               in the cache, until all are here
+    folder = fetch(listing, names)                          in the cache, when all of these are here
 
     with outlined(sources, offline) as remote:              enough to plan a conversion
         with Fetching(remote.files, keep=True) as fetching:
@@ -34,16 +34,12 @@ _HEADER, _LONGEST_HEADER = 2**18, 2**26  # bytes that are asked for at first, an
 _GGUF_HEADER = 2**22  # the vocabulary of a T5 is in there, with 1 MB
 
 
-def fetch(
-    listing: Listing,
-    names: Iterable[str] | None = None,
-    progress: Callable[[str, int, int], None] | None = None,
-) -> Path:
+def fetch(listing: Listing, names: Iterable[str], progress: Callable[[str, int, int], None] | None = None) -> Path:
     """Brings files into the hub's cache.
 
     Args:
         listing: of the repository.
-        names: of files; None: all.
+        names: of files.
         progress: called with "fetching", the bytes that are here and how many there will be.
 
     Returns:
@@ -54,7 +50,7 @@ def fetch(
         ModelError: not allowed, not reachable, gone half-way, or with another hash than was announced.
         ResourceError: the disk is full.
     """
-    wanted = set(names) if names is not None else {file.name for file in listing.files}
+    wanted = set(names)
     files = [file for file in listing.files if file.name in wanted]
     here, total = sum(file.here for file in files), sum(file.size for file in files)
 

@@ -28,6 +28,7 @@ def bench(model, width, height, steps, memory, dtype, as_json):
 
     from mlx_flux_krea import FluxPipeline
 
+    from .setup import PROMPT
     from .terminal import PipelineProgress, say, show_notes
 
     show_notes()
@@ -41,16 +42,13 @@ def bench(model, width, height, steps, memory, dtype, as_json):
         shown(stage, done, total)
 
     try:
-        result = pipe.rehearse(_PROMPT, seed=1, num_inference_steps=steps, progress=progress, **size)
+        result = pipe.rehearse(PROMPT, seed=1, num_inference_steps=steps, progress=progress, **size)
     finally:
         shown.close()
     facts = _facts(pipe, size, result, median(b - a for a, b in pairwise(ends)))
     if facts["wanting"]:
         say(f"note: {facts['wanting']}")
     click.echo(json.dumps(facts) if as_json else _line(facts))
-
-
-_PROMPT = "a lighthouse on a cliff at dusk, long exposure, the sea below it white with foam"
 
 
 def _facts(pipe, size: dict, result, seconds: float) -> dict:

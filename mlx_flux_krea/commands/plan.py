@@ -41,6 +41,7 @@ def _model(model: str, width: int | None, height: int | None, budget: int, dtype
     from mlx_flux_krea.plan import weigh_folder
     from mlx_flux_krea.weights import find_model, open_model
 
+    from .installed import disk_bytes
     from .terminal import size, table
 
     folder = open_model(find_model(model))
@@ -49,7 +50,7 @@ def _model(model: str, width: int | None, height: int | None, budget: int, dtype
     length, compute = folder.index.max_sequence_length, getattr(mx, dtype)
     weights = weigh_folder(folder, compute)
     made = make_plan(weights, folder.sizes, compute, width, height, length, budget=budget)
-    disk = sum(path.stat().st_size for path in folder.path.rglob("*") if path.is_file())
+    disk = disk_bytes(folder.path.resolve())
     bandwidth = _bandwidth(made.read, folder.sizes["transformer"], width, height, length)
     facts = {"model": folder.index.name, "width": width, "height": height, "dtype": dtype, "disk": disk}
     reads = f"the others, {size(made.read)}, are read in each step" if made.read else "nothing is read while drawing"
