@@ -71,7 +71,8 @@ def open_judges(make_run: MakeRun = lambda pieces, run: run) -> dict[str, Judge]
     judges, folder = {}, home() / "filters"
     missing = [name for name in FILTERS if not (folder / name).is_dir()]
     if missing:
-        found = f"the model's licence asks for content filters, and {' and '.join(missing)} are not in {folder}"
+        names = " and ".join(missing) + (" are" if len(missing) > 1 else " is")
+        found = f"the model's licence asks for content filters, and {names} not in {folder}"
         raise FiltersError(found, "", INSTALL)
     for name in FILTERS:
         judges[name] = _asked(name, lambda name=name: load_judge(name, folder / name, make_run))
