@@ -191,13 +191,13 @@ def test_fifty_prompts_in_one_process_one_of_them_bad(tiny, tmp_path, monkeypatc
     """All are drawn but one; and once 32 prompts are kept, memory does not grow with their number."""
     import mlx.core as mx
 
-    from mlx_flux_krea.commands import generate
+    from mlx_flux_krea.commands import delivery
 
     lines = [json.dumps({"prompt": f"frog {n}", "seed": n}) for n in range(50)]
     lines[20] = '{"prompt": "frog", "stesp": 3}'
     (tmp_path / "list.jsonl").write_text("\n".join(lines))
-    save, held = generate.save, []
-    monkeypatch.setattr(generate, "save", lambda *args: held.append(mx.get_active_memory()) or save(*args))
+    save, held = delivery.save, []
+    monkeypatch.setattr(delivery, "save", lambda *args: held.append(mx.get_active_memory()) or save(*args))
     size = ["--width", "16", "--height", "16", "--steps", "1"]
     code, out, err = tiny("--prompts", "list.jsonl", "-o", "{seed}.png", size=size)
     assert code == 7
