@@ -1,6 +1,6 @@
 """Brings files of the hub here: some of them, or the weights of a conversion while it is at work on those that came.
 
-    folder = fetch(listing, listing.licences)               in the cache, until all are here
+    folder = fetch(listing, names)                          in the cache, when all of these are here
 
     with outlined(sources, offline) as remote:              enough to plan a conversion
         with Fetching(remote.files, keep=True) as fetching:
@@ -34,16 +34,12 @@ _HEADER, _LONGEST_HEADER = 2**18, 2**26  # bytes that are asked for at first, an
 _GGUF_HEADER = 2**22  # the vocabulary of a T5 is in there, with 1 MB
 
 
-def fetch(
-    listing: Listing,
-    names: Iterable[str] | None = None,
-    progress: Callable[[str, int, int], None] | None = None,
-) -> Path:
+def fetch(listing: Listing, names: Iterable[str], progress: Callable[[str, int, int], None] | None = None) -> Path:
     """Brings files into the hub's cache.
 
     Args:
         listing: of the repository.
-        names: of files; None: all.
+        names: of files.
         progress: called with "fetching", the bytes that are here and how many there will be.
 
     Returns:
@@ -54,7 +50,7 @@ def fetch(
         ModelError: not allowed, not reachable, gone half-way, or with another hash than was announced.
         ResourceError: the disk is full.
     """
-    wanted = set(names) if names is not None else {file.name for file in listing.files}
+    wanted = set(names)
     files = [file for file in listing.files if file.name in wanted]
     here, total = sum(file.here for file in files), sum(file.size for file in files)
 
@@ -233,15 +229,16 @@ def _read_header(listing: Listing, file: File) -> bytes:
 
 def _fetch(listing: Listing, file: File, stop: threading.Event, got: Callable[[int], None], keep: bool = True) -> Path:
     """Brings a file here, if it is not, and compares its hash. Gives the place of it: in the cache, if it is kept."""
-    place = place_of(listing.repo, listing.commit, file.name, file.digest)
+    place, hashed = place_of(listing.repo, listing.commit, file.name, file.digest), _Hashed(file)
     with explained(listing.repo, file.name):
         if place.suffix == INCOMPLETE:
             place.parent.mkdir(parents=True, exist_ok=True)
             if place.exists() and place.stat().st_size > file.size:
                 place.unlink()
             size = lambda: place.stat().st_size if place.exists() else 0  # noqa: E731
-            patiently(lambda: _append(listing, file, place, stop, got), size, stop)
-        if not _is_as_announced(place, file, stop):
+            patiently(lambda: _append(listing, file, place, stop, got, hashed), size, stop)
+        hashed.catch_up(place, stop)
+        if hashed.digest != file.digest:
             Path(os.path.realpath(place)).unlink()
             place.unlink(missing_ok=True)
             raise ModelError(
@@ -274,20 +271,68 @@ def _keep(listing: Listing, file: File, place: Path) -> Path:
     return kept
 
 
-def _append(listing: Listing, file: File, place: Path, stop: threading.Event, got: Callable[[int], None]) -> None:
+class _Hashed:
+    """The hash that the hub announces of a file, over what is here of it: as LFS has it, or, of small files, as git."""
+
+    def __init__(self, file: File):
+        self._file = file
+        self.restart()
+
+    def restart(self) -> None:
+        """Nothing is here."""
+        is_lfs, self.count = len(self._file.digest) == 64, 0
+        git = b"blob %d\0" % self._file.size
+        self._hash = hashlib.sha256() if is_lfs else hashlib.sha1(git, usedforsecurity=False)
+
+    def add(self, chunk: bytes) -> None:
+        """More came."""
+        self._hash.update(chunk)
+        self.count += len(chunk)
+
+    def catch_up(self, place: Path, stop: threading.Event) -> None:
+        """Reads what is there, unless all of it went through `add`.
+
+        Raises:
+            CancelledError: `stop` was set.
+            ModelError: the file cannot be read.
+        """
+        try:
+            if self.count == place.stat().st_size:
+                return
+            self.restart()
+            with open(place, "rb") as part:
+                while chunk := part.read(2**22):
+                    if stop.is_set():
+                        raise CancelledError
+                    self.add(chunk)
+        except OSError as error:
+            raise ModelError(f"{place} cannot be read: {error.strerror}", "a file that can") from None
+
+    @property
+    def digest(self) -> str:
+        """In hexadecimal."""
+        return self._hash.hexdigest()
+
+
+def _append(
+    listing: Listing, file: File, place: Path, stop: threading.Event, got: Callable[[int], None], hashed: _Hashed
+) -> None:
     """Goes on where the last attempt ended."""
     with open(place, "ab") as part:
         begin = part.tell()
+        hashed.catch_up(place, stop)
         if begin == file.size:
             return
         with _stream(listing, file, begin, file.size) as response:
             if response.status_code != 206 and begin:  # all of it is coming
                 part.truncate(0)
+                hashed.restart()
                 got(-begin)
             for chunk in response.iter_bytes():
                 if stop.is_set():
                     raise CancelledError
                 part.write(chunk)
+                hashed.add(chunk)
                 got(len(chunk))
                 if part.tell() > file.size:
                     return  # the hash will tell
@@ -320,15 +365,6 @@ def _stream(listing: Listing, file: File, start: int, end: int) -> Iterator:
     with get_session().stream("GET", url, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT) as response:
         hf_raise_for_status(response)
         yield response
-
-
-def _is_as_announced(place: Path, file: File, stop: threading.Event) -> bool:
-    if place.stat().st_size != file.size:
-        return False
-    if len(file.digest) == 64:
-        return sha256(place, stop) == file.digest
-    data = place.read_bytes()  # as git has it, which is for small files alone
-    return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest() == file.digest
 
 
 @contextlib.contextmanager

@@ -55,12 +55,6 @@ class Listing:
     commit: str
     files: tuple[File, ...]
     gated: bool  # whoever fetches must have accepted its licence
-    licences: tuple[str, ...]  # names of the files with its text
-
-    @property
-    def size(self) -> int:
-        """Of all files, in bytes."""
-        return sum(file.size for file in self.files)
 
     @property
     def to_fetch(self) -> int:
@@ -101,7 +95,7 @@ def look(repo: str, offline: bool = False) -> Listing:
         if type(size) is not int or not _DIGEST.fullmatch(str(digest)) or not _COMMIT.fullmatch(str(commit)):
             raise ModelError(f"the hub says neither size nor hash of {name} in {repo}", "both", "try again later")
     files = tuple(File(name, *known[name], _count_here(repo, commit, name, *known[name])) for name in names)
-    return Listing(repo, commit, files, gated, tuple(name for name in names if name in LICENCE_NAMES))
+    return Listing(repo, commit, files, gated)
 
 
 def check_access(repo: str) -> None:

@@ -75,3 +75,8 @@ class Interrupted(FluxKreaError):
 def printable(text: str) -> str:
     """The text as one line for a terminal: what does not print, such as an escape in a file's name, is spelled out."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def amount(count: int | str, one: str, many: str = "") -> str:
+    """A count, or some of them, and what is counted: 1 file, 2 files; `many` where an s does not do."""
+    return f"{count} {one if str(count) == '1' else many or one + 's'}"

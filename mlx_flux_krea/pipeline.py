@@ -33,6 +33,8 @@ __all__ = ["FluxPipeline", "Request", "Result"]
 
 logger = logging.getLogger("mlx_flux_krea")
 
+_LOGGED = ("mlx", "model", "base", "manifest_sha256", "dtype", "quantization")  # of a picture's record, in the log
+
 
 class FluxPipeline:
     """Text to image and image to image with one model folder.
@@ -270,7 +272,7 @@ class FluxPipeline:
                 check_acknowledged(self.folder)
                 passed = list(requests)
                 if self.policy:
-                    with self._gate() as gate:
+                    with self._gate(self._record()) as gate:
                         passed = gate.passing(passed)
                 self._painter.check_folder()
                 lengths: dict[int, list] = {}
@@ -326,20 +328,26 @@ class FluxPipeline:
     def _generate(self, request: Request, watched: Watched, progress: Progress | None) -> Result:
         request, notes = self._resolve(request)
         check_acknowledged(self.folder)
-        plan = self.plan(request)
-        with self._painter.reporting(progress), self._gate() as gate:
-            return self._checked_by(gate, request, plan, notes, watched)
+        plan, record = self.plan(request), self._record()
+        with self._painter.reporting(progress), self._gate(record) as gate:
+            return self._checked_by(gate, record, request, plan, notes, watched)
 
-    def _gate(self) -> contextlib.AbstractContextManager:
-        make_run = partial(self._painter.runner, "check")
-        return open_gate(self.policy, make_run, self._margins, self._ready, **self._about())
+    def _gate(self, record: dict) -> contextlib.AbstractContextManager:
+        """A gate whose log knows this model, by what a picture's record says of it."""
+        about = {name: record[name] for name in _LOGGED} | {
+            "license": self.folder.index.license,
+            "license_sha256": sha256(self.folder.path / "LICENSE.md"),
+        }
+        return open_gate(self.policy, partial(self._painter.runner, "check"), self._margins, self._ready, **about)
 
     def _ready(self) -> None:
         """The last place to stop before pictures are handed over, and the first after it."""
         self.before_release()
         self._engine.check()
 
-    def _checked_by(self, gate, request: Request, plan: Plan, notes: list[str], watched: Watched) -> Result:
+    def _checked_by(
+        self, gate, record: dict, request: Request, plan: Plan, notes: list[str], watched: Watched
+    ) -> Result:
         """The run itself: what is asked for, and what comes out, passes the gate."""
         self._painter.check_folder()
         gate.check_prompts(request.texts())
@@ -350,7 +358,7 @@ class FluxPipeline:
             logger.warning(note)
         as_floats = request.output_type == "np" and not self.policy  # else of the bytes that are judged
         conditions, images, seconds, peaks = self._painter.draw(request, plan, watched, as_floats)
-        records = tuple(self._record() | request.record(i) for i in range(request.batch))
+        records = tuple(record | request.record(i) for i in range(request.batch))
         outcomes = ("released",) * request.batch
         if request.output_type == "pil" or self.policy:
             outcomes, images = gate.release(images, records)
@@ -381,14 +389,8 @@ class FluxPipeline:
         check_values("the callback's latents", replaced)
         return replaced.astype(latents.dtype)
 
-    def _about(self) -> dict:
-        """What the log should know of this model, as JSON."""
-        facts = ("mlx", "model", "base", "manifest_sha256", "dtype", "quantization")
-        known = {name: value for name, value in self._record().items() if name in facts}
-        return known | {"license": self.folder.index.license, "license_sha256": sha256(self.folder.path / "LICENSE.md")}
-
     def _record(self) -> dict:
-        """What of this pipeline decides a picture, as JSON."""
+        """What of this pipeline decides a picture, as JSON. Once a run: it hashes the folder's manifest."""
         return {
             "software": SOFTWARE,
             "mlx": version("mlx"),

@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 
 from . import presets
 from .config import FluxConfig, ModelIndex
-from .errors import UsageError
+from .errors import UsageError, amount
 from .noise import find_recipe
 from .plan import Plan
 from .presets import MAX_BATCH, MAX_SCALE, MAX_SIDE, MAX_STEPS
@@ -109,7 +109,7 @@ class Request:
         steps = self.num_inference_steps or (len(self.sigmas) if self.sigmas else index.defaults.num_inference_steps)
         strength = None if self.image is None else presets.STRENGTH if self.strength is None else self.strength
         if strength is not None and first_step(steps, strength) >= steps:
-            raise UsageError(f"strength {strength:g} of {steps} steps runs no step", "more of either")
+            raise UsageError(f"strength {strength:g} of {amount(steps, 'step')} runs no step", "more of either")
         seed = random_seed() if self.seed is None and self.latents is None else self.seed
         guidance = index.defaults.guidance_scale if self.guidance_scale is None else self.guidance_scale
         request = replace(
@@ -186,7 +186,9 @@ class Request:
                 raise UsageError("sigmas are not falling numbers in (0, 1]", "noise levels before the shift")
             _check_int("the number of sigmas", len(levels), 1, MAX_STEPS)
             if self.num_inference_steps not in (None, len(levels)):
-                raise UsageError(f"{len(levels)} sigmas and {self.num_inference_steps} steps", "one of them")
+                raise UsageError(
+                    f"{amount(len(levels), 'sigma')} and {amount(self.num_inference_steps, 'step')}", "one of them"
+                )
 
     def _check_prompts(self) -> None:
         for name in _TEXTS:
@@ -212,7 +214,7 @@ class Request:
         for name in _TEXTS:
             texts = getattr(self, name)
             if isinstance(texts, tuple) and len(texts) != self.prompts:
-                raise UsageError(f"{len(texts)} texts in {name}", f"as many as prompts, {self.prompts}")
+                raise UsageError(f"{amount(len(texts), 'text')} in {name}", f"as many as prompts, {self.prompts}")
 
     def _check_options(self, flux: FluxConfig) -> None:
         if self.guidance_scale is not None and not flux.guidance_embed:
@@ -229,7 +231,9 @@ class Request:
         if self.batch > MAX_BATCH:
             raise UsageError(f"{self.batch} images in one call", f"{MAX_BATCH} at most", "make several calls")
         if isinstance(self.seed, tuple) and len(self.seed) != self.batch:
-            raise UsageError(f"{len(self.seed)} seeds for {self.batch} images", "one seed, or one for each image")
+            raise UsageError(
+                f"{amount(len(self.seed), 'seed')} for {amount(self.batch, 'image')}", "one seed, or one for each image"
+            )
 
     def _check_arrays(self, flux: FluxConfig, tokens: int) -> None:
         """Shapes, types and values of arrays; NaN here would later look like damaged weights."""

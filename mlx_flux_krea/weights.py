@@ -43,7 +43,7 @@ from safetensors import SafetensorError, safe_open
 
 from . import config as configs
 from .clip import CLIPText
-from .errors import ModelError
+from .errors import ModelError, amount
 from .filters.config import FilterIndex, PixtralConfig, ViTConfig
 from .filters.pixtral import Pixtral
 from .filters.vit import ViT
@@ -171,7 +171,7 @@ class ModelFolder:
         """
         own, config = self.index.latent_rgb, self.sizes["vae"]
         if own and len(own) != config.z_channels + 1:
-            found = f"{self.path / 'model_index.json'}: latent_rgb has {len(own)} rows"
+            found = f"{self.path / 'model_index.json'}: latent_rgb has {amount(len(own), 'row')}"
             raise ModelError(found, f"{config.z_channels + 1}")
         return own or (FLUX_LATENT_RGB if config == configs.FLUX_VAE else None)
 

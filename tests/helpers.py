@@ -1,11 +1,17 @@
 """What the tests share: fixtures on disk, goldens, and the two measures of difference."""
 
+import contextlib
+import fcntl
 import functools
 import json
 import os
+import pty
 import shutil
+import struct
 import subprocess
 import sys
+import termios
+from collections.abc import Callable
 from pathlib import Path
 
 import mlx.core as mx
@@ -82,6 +88,44 @@ def run_command(*args, cwd: Path, timeout: float = 120, **env) -> subprocess.Com
     return subprocess.run(
         command, cwd=cwd, env={**os.environ, **env}, capture_output=True, text=True, timeout=timeout, check=False
     )
+
+
+SHOWS_PICTURES = ("DISPLAY", "WAYLAND_DISPLAY", "LC_TERMINAL", "TERM_PROGRAM", "KITTY_WINDOW_ID")
+
+
+def at_terminal(
+    *args, cwd: Path, answer: Callable[[str], str] = lambda shown: "", size: tuple[int, int] = (24, 80), **env
+) -> tuple[int, str, str]:
+    """The installed `flux-krea` at a terminal of its own, which shows no pictures if `env` does not say so.
+
+    Args:
+        args: of the command.
+        cwd: the folder at hand.
+        answer: called with what was shown since the last answer, whenever more is; gives what is typed.
+        size: lines and columns.
+        env: variables.
+
+    Returns:
+        The exit code, standard output, which is no terminal, and all that was shown.
+    """
+    screen, end = pty.openpty()
+    fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("HHHH", *size, 0, 0))
+    command = [str(Path(sys.executable).parent / "flux-krea"), *map(str, args)]
+    environment = {name: value for name, value in os.environ.items() if name not in SHOWS_PICTURES} | env
+    process = subprocess.Popen(
+        command, cwd=cwd, env=environment, stdin=end, stdout=subprocess.PIPE, stderr=end, text=True
+    )
+    os.close(end)
+    shown, answered = b"", 0
+    with contextlib.suppress(OSError):  # on Linux, that the other end is closed
+        while part := os.read(screen, 65536):
+            shown += part
+            if typed := answer(shown[answered:].decode(errors="replace")):
+                os.write(screen, typed.encode())
+                answered = len(shown)
+    stdout, _ = process.communicate(timeout=60)
+    os.close(screen)
+    return process.returncode, stdout, shown.decode(errors="replace")
 
 
 def acknowledge(model: Path) -> None:

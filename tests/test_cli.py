@@ -11,7 +11,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import PIPELINE, REFERENCE, ROOT, TOKENIZERS, acknowledge, full_size_folder, image, levels, run_command
+from helpers import (
+    PIPELINE,
+    REFERENCE,
+    ROOT,
+    TOKENIZERS,
+    acknowledge,
+    at_terminal,
+    full_size_folder,
+    image,
+    levels,
+    run_command,
+)
 from PIL import Image
 
 from mlx_flux_krea.errors import printable
@@ -261,29 +272,9 @@ def test_a_prompt_that_is_not_utf8_is_refused(model, tmp_path):
 
 def test_progress_is_shown_in_a_terminal_and_nowhere_else(model, tmp_path):
     """Through a real pseudo-terminal: seconds per step and time left."""
-    import fcntl
-    import pty
-    import struct
-    import termios
-
-    arguments = ["generate", CAT, "-m", str(model), "--width", "128", "--height", "128", "--steps", "30", "--seed", "1"]
-    leader, follower = pty.openpty()
-    fcntl.ioctl(leader, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
-    command = [str(Path(sys.executable).parent / "flux-krea"), *arguments]
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=follower)
-    os.close(follower)
-    shown = b""
-    while True:
-        try:
-            part = os.read(leader, 4096)
-        except OSError:
-            break
-        if not part:
-            break
-        shown += part
-    process.wait(30)
-    assert process.returncode == 0
-    text = shown.decode()
+    arguments = ["generate", CAT, "-m", model, "--width", 128, "--height", 128, "--steps", 30, "--seed", 1]
+    code, _, text = at_terminal(*arguments, cwd=tmp_path)
+    assert code == 0, text
     assert re.search(r"drawing +\d+% .*/30 steps, +[\d.]+s/step|drawing +\d+% .*/30 steps, +[\d.]+step/s", text), text
     assert re.search(r"\d left, [\d.]+ [kMG]B", text), text
     quiet = run_command(*arguments, "-o", "b.png", cwd=tmp_path)

@@ -197,7 +197,7 @@ DAMAGE = {
         "selftest.json cannot be read",
     ),
     "another record": ("nsfw", damage_self_test, "does not answer its self-test"),
-    "one missing": ("pixtral", lambda folder: folder.rename(folder.with_name("gone")), "pixtral are not in"),
+    "one missing": ("pixtral", lambda folder: folder.rename(folder.with_name("gone")), "pixtral is not in"),
 }
 
 

@@ -191,13 +191,13 @@ def test_fifty_prompts_in_one_process_one_of_them_bad(tiny, tmp_path, monkeypatc
     """All are drawn but one; and once 32 prompts are kept, memory does not grow with their number."""
     import mlx.core as mx
 
-    from mlx_flux_krea.commands import generate
+    from mlx_flux_krea.commands import delivery
 
     lines = [json.dumps({"prompt": f"frog {n}", "seed": n}) for n in range(50)]
     lines[20] = '{"prompt": "frog", "stesp": 3}'
     (tmp_path / "list.jsonl").write_text("\n".join(lines))
-    save, held = generate.save, []
-    monkeypatch.setattr(generate, "save", lambda *args: held.append(mx.get_active_memory()) or save(*args))
+    save, held = delivery.save, []
+    monkeypatch.setattr(delivery, "save", lambda *args: held.append(mx.get_active_memory()) or save(*args))
     size = ["--width", "16", "--height", "16", "--steps", "1"]
     code, out, err = tiny("--prompts", "list.jsonl", "-o", "{seed}.png", size=size)
     assert code == 7
@@ -338,7 +338,7 @@ def test_json_tells_what_happens_while_it_happens_and_all_of_it_at_the_end(tiny,
     size = ["--width", "32", "--height", "32", "--steps", "2"]
     code, out, err = tiny("--prompts", "a.jsonl", "--json", "--contact-sheet", "-o", "{seed}.png", size=size)
     *lines, last = err.splitlines()
-    assert (code, last) == (7, "flux-krea: 1 rows of a.jsonl were skipped")
+    assert (code, last) == (7, "flux-krea: 1 row of a.jsonl was skipped")
     events = list(map(json.loads, lines))
     report = json.loads(out)
     (where,) = report["skipped"]

@@ -1,23 +1,18 @@
 """Sources on the hub: the real command against a hub on this machine, with everything that can go wrong on the way."""
 
-import contextlib
-import fcntl
 import os
-import pty
 import random
 import re
 import shutil
 import signal
 import socket
-import struct
 import subprocess
 import sys
-import termios
 import time
 from pathlib import Path
 
 import pytest
-from helpers import PIPELINE, REFERENCE, TOKENIZERS, run_command
+from helpers import PIPELINE, REFERENCE, TOKENIZERS, at_terminal, run_command
 from hub import WEIGHTS, Hub
 from mlx_flux_krea.convert import _check_disk, convert, hub
 
@@ -73,11 +68,13 @@ def run(served: Hub, tmp_path: Path, *args, timeout: float = 120, **env):
     return run_command(*arguments, cwd=tmp_path, timeout=timeout, **served.env(tmp_path, **env))
 
 
-def begin(served: Hub, tmp_path: Path, *args, stderr=subprocess.PIPE) -> subprocess.Popen:
+def begin(served: Hub, tmp_path: Path, *args) -> subprocess.Popen:
     """The command, running."""
     program = [str(Path(sys.executable).parent / "flux-krea"), "convert", served.repo, *OPTIONS, *args]
     env = {**os.environ, **served.env(tmp_path)}
-    return subprocess.Popen(program, cwd=tmp_path, env=env, stdout=subprocess.DEVNULL, stderr=stderr, text=True)
+    return subprocess.Popen(
+        program, cwd=tmp_path, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
 
 
 def until(condition, process: subprocess.Popen, seconds: float = 60) -> None:
@@ -217,18 +214,10 @@ def test_pieces_are_written_while_others_come_and_whatever_ends_it_the_next_star
 
 
 def test_a_terminal_shows_what_came_and_the_time_left(served, tmp_path):
-    screen, end = pty.openpty()
-    fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 100, 0, 0))
     served.rate = 2e6
-    process = begin(served, tmp_path, stderr=end)
-    os.close(end)
-    shown = b""
-    with contextlib.suppress(OSError):  # on Linux, the end
-        while part := os.read(screen, 4096):
-            shown += part
-    os.close(screen)
-    assert process.wait() == 0
-    assert re.search(rb"fetching +: +\d+%.*/\S+M \[\d+:\d+<\d+:\d+, +\S+B/s\]", shown), shown
+    code, _, shown = at_terminal("convert", REPO, *OPTIONS, cwd=tmp_path, size=(30, 100), **served.env(tmp_path))
+    assert code == 0, shown
+    assert re.search(r"fetching +: +\d+%.*/\S+M \[\d+:\d+<\d+:\d+, +\S+B/s\]", shown), shown
 
 
 # --- refused ---
@@ -316,6 +305,19 @@ def test_a_file_that_was_damaged_in_the_cache_is_seen(served, tmp_path):
     ran = run(served, tmp_path, "--force", "--offline")
     assert ran.returncode == 3
     assert "vae/diffusion_pytorch_model.safetensors" in ran.stderr
+
+
+def test_a_beginning_that_was_damaged_is_seen_when_the_rest_has_come(served, tmp_path):
+    assert run(served, tmp_path).returncode == 0
+    (link,) = (tmp_path / "hub" / "hub").glob("models--*/snapshots/*/vae/*.safetensors")
+    blob, data = link.resolve(), link.read_bytes()
+    blob.unlink()
+    blob.with_name(f"{blob.name}.incomplete").write_bytes(bytes([data[0] ^ 1]) + data[1 : len(data) // 2])
+    served.requests.clear()
+    ran = run(served, tmp_path, "--force")
+    assert (ran.returncode, "came with another content" in ran.stderr) == (3, True), ran.stderr
+    assert len(data) // 2 in served.begun_at(f"vae/{link.name}"), "only the rest was asked for"
+    assert leftovers(tmp_path) == []
 
 
 def test_a_hub_that_goes_away_half_way_leaves_what_came(served, folder, expected, tmp_path):

@@ -639,7 +639,7 @@ NEGATIVE = {"negative_prompt_embeds": mx.zeros((2, 4, 14)), "negative_pooled_pro
         ({"prompt": [CAT] * 2, "num_images_per_prompt": 501}, "1002 images in one call; expected 1000 at most"),
         ({"prompt": CAT, "width": 48.0, "height": 32}, "width is 48.0"),
         ({"prompt": CAT, "true_cfg_scale": "3"}, "true_cfg_scale is '3'"),
-        ({"prompt": CAT, "seed": [1, 2]}, "2 seeds for 1 images"),
+        ({"prompt": CAT, "seed": [1, 2]}, "2 seeds for 1 image;"),
         ({"prompt": CAT, "noise": "krea"}, "cannot be repeated"),
         ({"prompt": CAT, "noise": "x"}, "no noise recipe"),
         ({"prompt": CAT, "noise": ["x"]}, r"noise is \('x',\)"),

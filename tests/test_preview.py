@@ -2,18 +2,13 @@
 
 import base64
 import io
-import os
-import pty
 import re
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
-from helpers import edit_json, image, levels
+from helpers import at_terminal, edit_json, image, levels
 from PIL import Image
 
 from mlx_flux_krea import FluxPipeline, presets
@@ -146,26 +141,11 @@ def test_a_preview_in_a_file_is_replaced_in_every_step_and_says_what_it_is(
 @pytest.mark.parametrize("terminal", ["TERM_PROGRAM=iTerm.app", "KITTY_WINDOW_ID=1"])
 def test_a_terminal_is_shown_every_step(mapped, seen, tmp_path, terminal):
     """Through a pseudo-terminal, and what it was sent decoded back to pixels."""
-    leader, follower = pty.openpty()
-    command = [str(Path(sys.executable).parent / "flux-krea"), "generate", "--preview", CAT, "-m", str(mapped)]
-    silent = dict.fromkeys(("LC_TERMINAL", "TERM_PROGRAM"), "") | dict([terminal.split("=")])
-    process = subprocess.Popen(
-        [*command, *OPTIONS], cwd=tmp_path, env=os.environ | silent, stdout=subprocess.PIPE, stderr=follower
+    variable, value = terminal.split("=")
+    code, out, text = at_terminal(
+        "generate", "--preview", CAT, "-m", mapped, *OPTIONS, cwd=tmp_path, **{variable: value}
     )
-    os.close(follower)
-    sent = b""
-    while True:
-        try:
-            part = os.read(leader, 65536)
-        except OSError:
-            break
-        if not part:
-            break
-        sent += part
-    os.close(leader)
-    assert process.wait(60) == 0
-    assert process.stdout.read() == b"out.png\n"
-    text = sent.decode()
+    assert (code, out) == (0, "out.png\n"), text
     if "KITTY" in terminal:
         parts = re.findall(r"\x1b_G(?:a=T,f=100,r=\d+,C=1,i=1,q=2,)?m=(\d);([^\x1b]*)\x1b", text)
         data = "".join(chunk + "|" * (more == "0") for more, chunk in parts).split("|")[:-1]

@@ -201,7 +201,7 @@ def test_rows_of_a_prompt_file_follow_though_the_file_is_gone(command, model, tm
     (tmp_path / "a.jsonl").unlink()
     code, out, err = command("resume")
     assert (code, [Path(line).name for line in out.split()]) == (7, ["1.png", "2.png"]), err
-    assert err.splitlines()[-1] == "flux-krea: 1 rows of a.jsonl were skipped"
+    assert err.splitlines()[-1] == "flux-krea: 1 row of a.jsonl was skipped"
     assert files() == []
 
 

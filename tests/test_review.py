@@ -3,7 +3,6 @@
 import base64
 import json
 import os
-import pty
 import re
 import subprocess
 import sys
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import acknowledge, edit_json, run_command
+from helpers import SHOWS_PICTURES, acknowledge, at_terminal, edit_json, run_command
 from PIL import Image
 
 from mlx_flux_krea.commands.terminal import show_picture
@@ -40,30 +39,13 @@ def keep(event="waiting", **facts) -> None:
 
 
 def answered(out: Path, answers: list[str], *options, **environment) -> tuple[int, str, str]:
-    """The command at a terminal of its own, each question answered in turn; end of file after the last answer."""
-    master, slave = pty.openpty()
-    command = [str(Path(sys.executable).parent / "flux-krea"), "review", *options]
-    unset = ("DISPLAY", "WAYLAND_DISPLAY", "LC_TERMINAL", "TERM_PROGRAM", "KITTY_WINDOW_ID")
-    environment = {name: value for name, value in os.environ.items() if name not in unset} | environment
-    process = subprocess.Popen(
-        command, cwd=out, env=environment, stdin=slave, stdout=subprocess.PIPE, stderr=slave, text=True
-    )
-    os.close(slave)
-    seen, todo = "", [*answers, "\x04"]
-    while True:
-        try:
-            data = os.read(master, 65536)
-        except OSError:  # the other end is closed
-            break
-        if not data:
-            break
-        seen += data.decode(errors="replace")
-        if todo and re.search(r"(later\): |\]: |releasing it: )$", seen):
-            os.write(master, (todo.pop(0) + "\n").encode() if len(todo) > 1 else b"\x04")
-            seen += "<answer>"
-    stdout = process.communicate(timeout=30)[0]
-    os.close(master)
-    return process.returncode, stdout, seen
+    """The command at a terminal, each question answered in turn; end of file after the last answer."""
+    todo = iter([f"{one}\n" for one in answers])
+
+    def answer(shown: str) -> str:
+        return next(todo, "\x04") if re.search(r"(later\): |\]: |releasing it: )$", shown) else ""
+
+    return at_terminal("review", *options, cwd=out, answer=answer, **environment)
 
 
 def files(folder) -> list[str]:
@@ -192,7 +174,7 @@ def test_generate_in_review_mode_ends_with_5_and_review_releases_the_very_pictur
 
 @pytest.mark.parametrize("variable", ["LC_TERMINAL=iTerm2", "TERM_PROGRAM=iTerm.app", "KITTY_WINDOW_ID=1"])
 def test_terminals_that_can_show_the_picture_get_all_of_it(tmp_path, monkeypatch, capsys, variable):
-    for name in ("LC_TERMINAL", "TERM_PROGRAM", "KITTY_WINDOW_ID"):
+    for name in SHOWS_PICTURES:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv(*variable.split("="))
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
@@ -211,7 +193,7 @@ def test_terminals_that_can_show_the_picture_get_all_of_it(tmp_path, monkeypatch
 
 
 def test_the_platforms_viewer_is_asked_where_there_is_a_display(tmp_path, monkeypatch):
-    for name in ("LC_TERMINAL", "TERM_PROGRAM", "KITTY_WINDOW_ID", "DISPLAY", "WAYLAND_DISPLAY"):
+    for name in SHOWS_PICTURES:
         monkeypatch.delenv(name, raising=False)
     viewer = tmp_path / ("open" if sys.platform == "darwin" else "xdg-open")
     viewer.write_text(f'#!/bin/sh\necho "$1" > {tmp_path}/seen\n')

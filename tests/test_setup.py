@@ -18,7 +18,7 @@ import numpy as np
 import pexpect
 import pytest
 from fitted import fitted_filters
-from helpers import PIPELINE, ROOT, TOKENIZERS
+from helpers import PIPELINE, ROOT, SHOWS_PICTURES, TOKENIZERS
 from hub import Hub
 from mlx_flux_krea.convert import convert
 from test_filter_folders import wide  # noqa: F401
@@ -80,7 +80,7 @@ def place(published_folders, tmp_path, monkeypatch):
     monkeypatch.setenv("FLUX_KREA_HOME", str(own / "krea и друзья"))
     monkeypatch.setenv("TINY", str(published_folders["tiny"]))
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    for name in ("DISPLAY", "WAYLAND_DISPLAY", "LC_TERMINAL", "TERM_PROGRAM", "KITTY_WINDOW_ID", "MFLUX_CACHE_DIR"):
+    for name in (*SHOWS_PICTURES, "MFLUX_CACHE_DIR"):
         monkeypatch.delenv(name, raising=False)
     return own
 

@@ -28,6 +28,7 @@ def bench(model, width, height, steps, memory, dtype, as_json):
 
     from mlx_flux_krea import FluxPipeline
 
+    from .setup import PROMPT
     from .terminal import PipelineProgress, say, show_notes
 
     show_notes()
@@ -41,7 +42,7 @@ def bench(model, width, height, steps, memory, dtype, as_json):
         shown(stage, done, total)
 
     try:
-        result = pipe.rehearse(_PROMPT, seed=1, num_inference_steps=steps, progress=progress, **size)
+        result = pipe.rehearse(PROMPT, seed=1, num_inference_steps=steps, progress=progress, **size)
     finally:
         shown.close()
     facts = _facts(pipe, size, result, median(b - a for a, b in pairwise(ends)))
@@ -50,25 +51,21 @@ def bench(model, width, height, steps, memory, dtype, as_json):
     click.echo(json.dumps(facts) if as_json else _line(facts))
 
 
-_PROMPT = "a lighthouse on a cliff at dusk, long exposure, the sea below it white with foam"
-
-
 def _facts(pipe, size: dict, result, seconds: float) -> dict:
     """What was measured, and what it means."""
     import platform
     from importlib.metadata import version
 
-    import mlx.core as mx
-
     from mlx_flux_krea import __version__
     from mlx_flux_krea.plan import step_flops
     from mlx_flux_krea.presets import CHIPS
 
+    from .estimates import device, this_chip
+
     index, flux = pipe.folder.index, pipe.folder.sizes["transformer"]
     width, height = size.get("width", index.defaults.width), size.get("height", index.defaults.height)
-    name = str(mx.device_info().get("device_name", platform.processor() or platform.machine()))
     tflops = step_flops(flux, width, height, index.max_sequence_length) / seconds / 1e12
-    peak = CHIPS.get(name.removeprefix("Apple "))
+    name, peak = device(), CHIPS.get(this_chip())
     most, _ = pipe.folder.quantization.get("transformer", (None, None))
     return {
         "device": name, "model": index.name,

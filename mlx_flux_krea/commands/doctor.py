@@ -5,7 +5,6 @@ import json
 import os
 import platform
 import random
-import shutil
 import sys
 import tempfile
 import time
@@ -14,7 +13,7 @@ from pathlib import Path
 
 import click
 
-from mlx_flux_krea.errors import FiltersError, FluxKreaError, ModelError, ResourceError, UsageError
+from mlx_flux_krea.errors import FiltersError, FluxKreaError, ModelError, ResourceError, UsageError, amount
 
 from . import macos
 
@@ -55,7 +54,7 @@ def doctor(full, as_json):
     else:
         click.echo(table(rows))
     if wrong:
-        count = f"{len(wrong)} thing{'s are' if len(wrong) > 1 else ' is'} wrong"
+        count = amount(len(wrong), "thing is wrong", "things are wrong")
         summary = FluxKreaError(f"{count}: see the lines that say so")
         summary.exit_code = wrong[0].exit_code
         raise summary
@@ -89,10 +88,9 @@ def _machine(full: bool) -> list:
 
     from mlx_flux_krea.plan import machine_memory
 
+    from .estimates import device
     from .terminal import size
 
-    device = mx.device_info()
-    chip = device.get("device_name") or macos.sysctl("machdep.cpu.brand_string") or platform.processor()
     system = f"macOS {platform.mac_ver()[0]}" if sys.platform == "darwin" else platform.system()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     wired = macos.sysctl("iogpu.wired_limit_mb")
@@ -100,7 +98,7 @@ def _machine(full: bool) -> list:
     backend = "Metal" if mx.default_device().type == mx.gpu else "CPU"
     return [
         ("system", f"{system}, {platform.release()}", None),
-        ("chip", f"{chip or platform.machine()}, {os.cpu_count()} cores, MLX on {backend}", None),
+        ("chip", f"{device()}, {amount(os.cpu_count(), 'core')}, MLX on {backend}", None),
         ("memory", f"{size(memory)}, of which {size(machine_memory())} may be used{limit}", None),
     ]
 
@@ -108,10 +106,10 @@ def _machine(full: bool) -> list:
 def _disk(full: bool) -> list:
     from mlx_flux_krea.weights import home
 
+    from .estimates import home_disk
     from .terminal import size
 
-    place = next(path for path in (home(), *home().absolute().parents) if path.is_dir())
-    free = shutil.disk_usage(place).free
+    place, free = home_disk()
     wrong = ResourceError(f"{size(free)} are free on the disk of {home()}", "1 GB") if free < 10**9 else None
     try:
         speed = f"reads {read_speed(place) / 1e9:.1f} GB/s"
@@ -187,7 +185,9 @@ def _log(full: bool) -> list:
     from mlx_flux_krea.weights import home
 
     log = Log(home() / "log")
-    return [("log", f"{len(log.read())} entries, unbroken" if log.path.exists() else "none yet", None)]
+    return [
+        ("log", f"{amount(len(log.read()), 'entry', 'entries')}, unbroken" if log.path.exists() else "none yet", None)
+    ]
 
 
 def _hub(full: bool) -> list:

@@ -1,7 +1,11 @@
 """What an installation takes of disk, memory and time on this machine: computed, and said by what assumption."""
 
+import platform
 import shutil
 from dataclasses import dataclass
+from pathlib import Path
+
+from . import macos
 
 PREFERRED = ("none", "8", "6", "5", "4")  # precisions that are proposed, the best first
 _NETWORK = 12.5e6  # bytes a second: 100 Mbit/s
@@ -40,22 +44,38 @@ def precisions(
     """
     import mlx.core as mx
 
-    from mlx_flux_krea.convert.quantize import Recipe, choose
     from mlx_flux_krea.errors import ResourceError
-    from mlx_flux_krea.plan import plan, weigh
-    from mlx_flux_krea.weights import layer_widths
+    from mlx_flux_krea.plan import plan
 
     found = {}
     for quantize in PREFERRED:
-        layers = {name: choose(name, layer_widths(name, sizes[name]), Recipe(quantize))[0] for name in sizes}
-        weights = weigh(sizes, layers, dict.fromkeys(sizes, "bfloat16"), mx.bfloat16)
         try:
-            made_plan = plan(weights, sizes, mx.bfloat16, width, height, length, **machine)
+            made_plan = plan(
+                weigh_recipe(sizes, quantize, "bfloat16"), sizes, mx.bfloat16, width, height, length, **machine
+            )
             peak, whole = made_plan.peak, made_plan.blocks == made_plan.of
         except ResourceError:
             peak, whole = None, False
         found[quantize] = Precision(made[quantize], peak, whole)
     return found
+
+
+def weigh_recipe(sizes: dict, quantize: str, dtype: str):
+    """The `plan.Weights` of a model that is not there, as `convert -q` would make it.
+
+    Args:
+        sizes: of each component, its config.
+        quantize: a key of `convert.quantize.RECIPES`.
+        dtype: of what stays unquantized, and to compute in.
+    """
+    import mlx.core as mx
+
+    from mlx_flux_krea.convert.quantize import Recipe, choose
+    from mlx_flux_krea.plan import weigh
+    from mlx_flux_krea.weights import layer_widths
+
+    layers = {name: choose(name, layer_widths(name, sizes[name]), Recipe(quantize))[0] for name in sizes}
+    return weigh(sizes, layers, dict.fromkeys(sizes, dtype), getattr(mx, dtype))
 
 
 def propose(found: dict[str, Precision], free: int) -> str:
@@ -65,10 +85,13 @@ def propose(found: dict[str, Precision], free: int) -> str:
     return next(iter(whole or [name for name in fits if name != "none"] or fits), "8")
 
 
-def free_disk(place) -> int:
-    """Bytes free where a folder is or will be."""
-    place = place.absolute()
-    return shutil.disk_usage(next(path for path in (place, *place.parents) if path.is_dir())).free
+def home_disk() -> tuple[Path, int]:
+    """The home folder, or the nearest above it that exists, and the bytes free on its disk."""
+    from mlx_flux_krea.convert.write import existing
+    from mlx_flux_krea.weights import home
+
+    folder = existing(home() / "models")
+    return folder, shutil.disk_usage(folder).free
 
 
 def minutes(seconds: float) -> str:
@@ -85,10 +108,29 @@ def seconds_to_make(fetch: int, size: int) -> float:
 
 def seconds_to_draw(flux, width: int, height: int, length: int, steps: int, chip: str | None = None) -> float | None:
     """Of a picture on a chip, by default this one; None: its speed is not known."""
-    import mlx.core as mx
+    chip = chip or this_chip()
+    return steps * seconds_a_step(flux, width, height, length, chip) if chip else None
 
+
+def seconds_a_step(flux, width: int, height: int, length: int, chip: str) -> float:
+    """Of computing, on a chip of `presets.CHIPS`."""
     from mlx_flux_krea.plan import step_flops
     from mlx_flux_krea.presets import CHIPS
 
-    peak = CHIPS.get((chip or str(mx.device_info().get("device_name", ""))).removeprefix("Apple "))
-    return steps * step_flops(flux, width, height, length) / (_SHARE * peak * 1e12) if peak else None
+    return step_flops(flux, width, height, length) / (_SHARE * CHIPS[chip] * 1e12)
+
+
+def this_chip() -> str | None:
+    """The row of `presets.CHIPS` that MLX computes on here; None: it is not in there."""
+    from mlx_flux_krea.presets import CHIPS
+
+    name = device().removeprefix("Apple ")
+    return name if name in CHIPS else None
+
+
+def device() -> str:
+    """The name of what MLX computes on, or the system's of its processor."""
+    import mlx.core as mx
+
+    name = mx.device_info().get("device_name") or macos.sysctl("machdep.cpu.brand_string")
+    return str(name or platform.processor() or platform.machine())

@@ -1,17 +1,16 @@
 """flux-krea generate: pictures from prompts."""
 
-import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import click
 
-from mlx_flux_krea.errors import FluxKreaError, ModelError, UsageError, Withheld, printable
+from mlx_flux_krea.errors import FluxKreaError, ModelError, UsageError, Withheld, amount, printable
 
 from . import macos, signals
 from .options import OPTIONS, USUAL, SeveralSeeds, said
-from .output import check_outcomes, check_output, names_from, save
+from .output import check_outcomes, check_output
 
 _TOGETHER = 16  # pictures whose prompts are read at once: so many are kept, with a negative one each
 _THRESHOLDS = ("nsfw_threshold", "integrity_margin")
@@ -117,85 +116,59 @@ def make_run(run, as_json: bool, pipe=None, ends: bool = True, skipped: Sequence
 def open_pipe(base: dict):
     """The pipeline of the model that was named; else, of a picture to be repeated, the installed one that made it."""
     from mlx_flux_krea import FluxPipeline
-    from mlx_flux_krea.weights import home, sha256
+    from mlx_flux_krea.weights import installed_models, sha256
 
     model, made_by = base.get("model"), base.get("manifest_sha256")
     if model is None and made_by:
-        found = (path.parent for path in (home() / "models").glob("*/manifest.json") if sha256(path) == made_by)
+        found = (path for path in installed_models().values() if sha256(path / "manifest.json") == made_by)
         model = next(found, None)
     said = {name: base[name] for name in ("dtype", "memory", "check", *_THRESHOLDS) if name in base}
     return FluxPipeline.from_pretrained(model, **said)
 
 
 def _draw(pipe, drawings: list, run, as_json: bool, sheet: Path | None, ends: bool, preview) -> None:
-    """Draws and saves one after the other."""
+    """Draws and delivers one after the other."""
+    from .delivery import Delivery
     from .sheet import note_sheet
-    from .terminal import PipelineProgress, say
+    from .terminal import PipelineProgress
 
-    progress, report = PipelineProgress(), {"images": [], "skipped": run.skipped}
-    names = {output: names_from(output, taken) for output, taken in run.taken.items()}
+    progress, delivery = PipelineProgress(), Delivery(run, as_json)
     pipe.before_release = signals.hold  # what the log calls released is saved, whatever signal comes
     try:
         for i, drawing in enumerate(drawings):
-            job = drawing.job
-            ahead = [one.request for one in drawings[i : i + _TOGETHER]] if i % _TOGETHER == 0 else []
-            if len({tuple(request.texts()) for request in ahead}) > 1:
-                pipe.read_ahead(ahead, progress)
+            if i % _TOGETHER == 0:
+                _read_ahead(pipe, drawings[i : i + _TOGETHER], progress)
             try:
                 result = pipe(**drawing.arguments, progress=progress, preview=preview, checkpoint=run.checkpoint)
             except Withheld as error:
                 if len(run.jobs) == 1:
                     raise
                 with signals.held():
-                    say(f"seed {job.seed}: withheld: {error.found}")
-                    run.add(f"withheld: {error.found}", None, None)
-                    run.advance()
-                    report["images"].append(
-                        {"path": None, **drawing.request.record(drawing.pick), "outcome": run.done[-1][0]}
-                    )
+                    delivery.refuse(drawing, error)
                 continue
-            outcome, record, picture, path = result.outcomes[drawing.pick], result.records[drawing.pick], None, None
             with signals.held():  # a picture that has its name is also reported
                 signals.let_go()
                 if ends and drawing is drawings[-1] and not sheet:
                     signals.finish()
-                if outcome == "released":
-                    picture = result.images[result.outcomes[: drawing.pick].count("released")]
-                    first, kept = job.output not in names, names.setdefault(job.output, names_from(job.output))
-                    how = {name: job.options[name] for name in ("metadata", "quality") if name in job.options}
-                    path = save(picture, kept, run.force, **how)
-                    if first and path != job.output:
-                        say(f"note: {printable(str(job.output))} exists; writing {printable(str(path))}")
-                else:
-                    say(f"seed {job.seed}: {outcome}")
-                run.add(outcome, path, picture)
-                run.advance()
-                stages = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in result.seconds.items())
-                say(f"seed {job.seed}: {stages}")
-                if "verbose" in run.options:
-                    say(_memory(result))
-                more = {"outcome": outcome, "notes": [*drawing.notes, *result.notes], "seconds": result.seconds}
-                more |= {"peaks": result.peaks, "predicted": result.plan.stages}
-                report["images"].append({"path": path and str(path), **record, **more})
-                if as_json:
-                    say("", event="picture", **report["images"][-1])
-                elif path:
-                    click.echo(path)
+                delivery.deliver(drawing, result)
         if sheet and (made := run.sheet()):
             with signals.held():
                 if ends:
                     signals.finish()
                 if pipe.policy:
                     note_sheet(made)
-                path = save(made, names_from(sheet), run.force)
-                report["contact_sheet"] = str(path)
-                if not as_json:
-                    click.echo(path)
+                delivery.deliver_sheet(made, sheet)
     finally:
         signals.let_go()
         progress.close()
-        if as_json and report["images"]:
-            click.echo(json.dumps(report, ensure_ascii=False))
+        delivery.report()
+
+
+def _read_ahead(pipe, drawings: list, progress) -> None:
+    """Reads the prompts of several pictures at once, where they differ."""
+    requests = [drawing.request for drawing in drawings]
+    if len({tuple(request.texts()) for request in requests}) > 1:
+        pipe.read_ahead(requests, progress)
 
 
 def _check_run(run) -> None:
@@ -207,7 +180,7 @@ def _check_run(run) -> None:
             error.exit_code = 7
         raise
     if run.skipped:
-        error = UsageError(f"{len(run.skipped)} rows of {run.rows} were skipped")
+        error = UsageError(amount(len(run.skipped), f"row of {run.rows} was", f"rows of {run.rows} were") + " skipped")
         error.exit_code = 7
         raise error
 
@@ -228,8 +201,8 @@ def _announce(folder, base: dict, drawings: list) -> None:
     except ModelError:  # what is wrong with a model, the pipeline says in its order
         return
     parts = [
-        f"{len(drawings)} picture{'s' * (len(drawings) > 1)} of {several(f'{r.width} x {r.height}' for r in requests)}",
-        f"{several(r.num_inference_steps for r in requests)} steps",
+        f"{amount(len(drawings), 'picture')} of {several(f'{r.width} x {r.height}' for r in requests)}",
+        amount(several(r.num_inference_steps for r in requests), "step"),
         *([f"guidance {several(f'{r.guidance_scale:g}' for r in requests)}"] if requests[0].guidance_scale else []),
         f"seed {several(drawing.job.seed for drawing in drawings)}",
     ]
@@ -275,16 +248,3 @@ def _standard_input() -> str:
         return sys.stdin.buffer.read().decode("utf-8-sig").strip()
     except (AttributeError, OSError, UnicodeDecodeError):
         raise UsageError("standard input is not UTF-8 text", "a prompt") from None
-
-
-def _memory(result) -> str:
-    """Predicted and measured memory of each stage, side by side."""
-    from .terminal import size, table
-
-    stages, predicted = {"denoise": ("image", "modulation", "denoise")}, result.plan.stages
-    rows = [("stage", "seconds", "memory predicted", "measured")]
-    for stage, seconds in result.seconds.items():
-        expected = max(predicted[name] for name in stages.get(stage, (stage,)) if name in predicted)
-        rows.append((stage, f"{seconds:.1f}", size(expected), size(result.peaks[stage])))
-    kept = f"{result.plan.blocks} of {result.plan.of} blocks of the transformer stay in memory"
-    return f"{table(rows, right=(1, 2, 3))}\n{kept}"

@@ -52,6 +52,7 @@ def _picture(path: Path) -> tuple[dict, str]:
 def _model(path: Path) -> tuple[dict, str]:
     """One of our own folders."""
     from mlx_flux_krea.config import quantization_to_json, to_json
+    from mlx_flux_krea.errors import amount
     from mlx_flux_krea.weights import count_parameters, open_folder
 
     from .terminal import number, size, table
@@ -73,7 +74,7 @@ def _model(path: Path) -> tuple[dict, str]:
     if folder.kind == "FluxPipeline":
         index["filters"] = "required" if folder.requires_filters else "none"
         default = folder.index.defaults
-        steps = f"{default.num_inference_steps} steps, guidance {default.guidance_scale:g}"
+        steps = f"{amount(default.num_inference_steps, 'step')}, guidance {default.guidance_scale:g}"
         about += [
             ("filters", index["filters"]),
             ("defaults", f"{default.width} x {default.height}, {steps}"),

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlx_flux_krea.errors import ModelError
+from mlx_flux_krea.errors import ModelError, amount
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def missing_parts(path: Path) -> str | None:
         if not file.is_file():
             return f"{name} is missing"
         if file.stat().st_size != size:
-            return f"{name} has {file.stat().st_size} bytes, not {size}"
+            return f"{name} has {amount(file.stat().st_size, 'byte')}, not {size}"
     return None
 
 

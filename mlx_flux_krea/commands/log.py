@@ -20,10 +20,12 @@ def log():
 @log.command()
 def verify():
     """Follow the chain of hashes from the first entry to the last."""
+    from mlx_flux_krea.errors import amount
+
     from .terminal import say
 
     path, entries = _read()
-    say(f"{len(entries)} entries, each as it was written")
+    say(f"{amount(len(entries), 'entry', 'entries')}, each as it was written")
     click.echo(path)
 
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from mlx_flux_krea.errors import UsageError, Waiting, Withheld
+from mlx_flux_krea.errors import UsageError, Waiting, Withheld, amount
 
 from . import signals
 
@@ -64,7 +64,7 @@ def check_outcomes(outcomes: list[str]) -> None:
         Withheld: filters flagged some, and none waits.
     """
     waiting, withheld = outcomes.count("waiting"), sum(outcome.startswith("withheld") for outcome in outcomes)
-    of = f"of {len(outcomes)} picture{'s' * (len(outcomes) > 1)}"
+    of = f"of {amount(len(outcomes), 'picture')}"
     if waiting:
         also = f", {withheld} withheld by a filter" * (withheld > 0)
         raise Waiting(f"{waiting} {of} waiting for review{also}", "", "look at it: flux-krea review")

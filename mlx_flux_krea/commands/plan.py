@@ -41,6 +41,7 @@ def _model(model: str, width: int | None, height: int | None, budget: int, dtype
     from mlx_flux_krea.plan import weigh_folder
     from mlx_flux_krea.weights import find_model, open_model
 
+    from .installed import disk_bytes
     from .terminal import size, table
 
     folder = open_model(find_model(model))
@@ -49,7 +50,7 @@ def _model(model: str, width: int | None, height: int | None, budget: int, dtype
     length, compute = folder.index.max_sequence_length, getattr(mx, dtype)
     weights = weigh_folder(folder, compute)
     made = make_plan(weights, folder.sizes, compute, width, height, length, budget=budget)
-    disk = sum(path.stat().st_size for path in folder.path.rglob("*") if path.is_file())
+    disk = disk_bytes(folder.path.resolve())
     bandwidth = _bandwidth(made.read, folder.sizes["transformer"], width, height, length)
     facts = {"model": folder.index.name, "width": width, "height": height, "dtype": dtype, "disk": disk}
     reads = f"the others, {size(made.read)}, are read in each step" if made.read else "nothing is read while drawing"
@@ -68,12 +69,12 @@ def _published(width: int, height: int, budget: int, dtype: str) -> tuple[dict, 
     import mlx.core as mx
 
     from mlx_flux_krea import config
-    from mlx_flux_krea.convert.quantize import RECIPES, Recipe, choose
+    from mlx_flux_krea.convert.quantize import RECIPES
     from mlx_flux_krea.plan import plan as make_plan
-    from mlx_flux_krea.plan import weigh
     from mlx_flux_krea.presets import MAX_SEQUENCE_LENGTH
-    from mlx_flux_krea.weights import COMPONENTS, layer_widths
+    from mlx_flux_krea.weights import COMPONENTS
 
+    from .estimates import weigh_recipe
     from .terminal import size, table
 
     published = (config.FLUX_DEV, config.CLIP_L, config.T5_XXL, config.FLUX_VAE)
@@ -81,8 +82,7 @@ def _published(width: int, height: int, budget: int, dtype: str) -> tuple[dict, 
     rows = [("precision", "disk", "all in memory", "all streamed", "here", "blocks in memory", "read a step")]
     facts, reads = {}, 0
     for quantize in RECIPES:
-        layers = {name: choose(name, layer_widths(name, sizes[name]), Recipe(quantize))[0] for name in sizes}
-        weights = weigh(sizes, layers, dict.fromkeys(sizes, dtype), compute)
+        weights = weigh_recipe(sizes, quantize, dtype)
         made = make_plan(weights, sizes, compute, width, height, MAX_SEQUENCE_LENGTH, budget=2**60)
         here = "too little", "", ""
         if made.least <= budget:
@@ -104,15 +104,14 @@ def _published(width: int, height: int, budget: int, dtype: str) -> tuple[dict, 
 
 def _bandwidth(read: int, flux, width: int, height: int, text_length: int) -> dict[str, float]:
     """GB/s that hide a step's reading behind its products, on this chip, or on those that people have."""
-    import mlx.core as mx
-
-    from mlx_flux_krea.plan import GB, step_flops
+    from mlx_flux_krea.plan import GB
     from mlx_flux_krea.presets import CHIPS
 
-    this = str(mx.device_info().get("device_name", "")).removeprefix("Apple ")
-    chips = {this: CHIPS[this]} if this in CHIPS else CHIPS
-    flops = step_flops(flux, width, height, text_length)
-    return {chip: read / GB / (flops / (0.75e12 * peak)) for chip, peak in chips.items()} if read else {}
+    from .estimates import seconds_a_step, this_chip
+
+    this = this_chip()
+    chips = ([this] if this else CHIPS) if read else ()
+    return {chip: read / GB / seconds_a_step(flux, width, height, text_length, chip) for chip in chips}
 
 
 def _hidden(bandwidth: dict[str, float]) -> list[str]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from mlx_flux_krea.errors import Waiting, printable
+from mlx_flux_krea.errors import Waiting, amount, printable
 
 from . import signals
 from .output import check_output, names_from, save
@@ -121,4 +121,4 @@ def _about(kept) -> list[str]:
 
 
 def _count(waiting: int) -> str:
-    return f"{waiting} picture{'s wait' if waiting > 1 else ' waits'} for review"
+    return amount(waiting, "picture waits for review", "pictures wait for review")

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from mlx_flux_krea.errors import UsageError
+from mlx_flux_krea.errors import UsageError, amount
 
 from .options import PER_PICTURE, cast, check_together
 
@@ -114,7 +114,7 @@ def _csv(text: str, path: Path) -> Iterator[tuple[int, dict | UsageError]]:
             raise UsageError(f"{path}: the first line is {','.join(names)!r}", "names of options, prompt among them")
         for cells in reader:
             if len(cells) > len(names):
-                yield reader.line_num, UsageError(f"{len(cells)} cells", f"{len(names)}, or quotes around commas")
+                yield reader.line_num, UsageError(amount(len(cells), "cell"), f"{len(names)}, or quotes around commas")
             elif any(cell.strip() for cell in cells):
                 yield reader.line_num, {n: c for n, c in zip(names, cells, strict=False) if c.strip()}
     except csv.Error as error:

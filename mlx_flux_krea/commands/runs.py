@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mlx_flux_krea.errors import FluxKreaError, UsageError, Withheld
+from mlx_flux_krea.errors import FluxKreaError, UsageError, Withheld, amount
 from mlx_flux_krea.interrupted import Checkpoint
 from mlx_flux_krea.provenance import SOFTWARE, Picture, opened, read_record
 from mlx_flux_krea.weights import ModelFolder, sha256
@@ -134,7 +134,9 @@ class Run:
             made_by=obj["made_by"],
         )
         if not 0 < len(run.jobs) >= len(run.done):
-            raise UsageError(f"the file tells of {len(run.done)} pictures of {len(run.jobs)}", "what we wrote")
+            raise UsageError(
+                f"the file tells of {amount(len(run.done), 'picture')} of {len(run.jobs)}", "what we wrote"
+            )
         if not ours:
             run.options.pop("preview", None)
             run.jobs = [replace(job, output=Path(job.output.name)) for job in run.jobs]

@@ -250,7 +250,7 @@ def _room(it: Installation) -> str:
 
     if not it.sources:
         return "nothing to fetch or convert"
-    free = estimates.free_disk(home())
+    _, free = estimates.home_disk()
     if "model" in it.outlines:
         _choose_precision(it, free)
     rows, need, seconds = [("part", "from", "to fetch", "to make", "takes about")], 2**26, 0

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import click
 
-from mlx_flux_krea.errors import FluxKreaError, UsageError, printable
+from mlx_flux_krea.errors import FluxKreaError, UsageError, amount, printable
 
 from . import signals
 from .options import LASTING, OPTIONS, SeveralSeeds, cast
@@ -75,7 +75,7 @@ def shell(**options):
             say("flux-krea: this is a bug in flux-krea; please report it with the lines above")
         signals.forget()
     if failed and not typed:
-        error = UsageError(f"{failed} lines failed")
+        error = UsageError(f"{amount(failed, 'line')} failed")
         error.exit_code = 7 if drawn else 2
         raise error
 

@@ -19,7 +19,7 @@ def verify(model, as_json):
       flux-krea verify krea
     """
     from mlx_flux_krea.convert.write import check_manifest
-    from mlx_flux_krea.errors import ModelError
+    from mlx_flux_krea.errors import ModelError, amount
     from mlx_flux_krea.weights import find_model
 
     from .terminal import ByteProgress, say, size
@@ -34,9 +34,8 @@ def verify(model, as_json):
     found = "; ".join(f"{what}: {_some(names)}" for what, names in problems.items() if names)
     if found:
         raise ModelError(f"{path} is not what its manifest.json says ({found})", todo="convert the model again")
-    say(
-        f"{len(files)} files, {size(sum(files.values()))}, as they were written; in {time.perf_counter() - begin:.1f} s"
-    )
+    count, took = amount(len(files), "file"), time.perf_counter() - begin
+    say(f"{count}, {size(sum(files.values()))}, as they were written; in {took:.1f} s")
     if not as_json:
         click.echo(path)
 

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from ..engine import evaluated
-from ..errors import FiltersError, FluxKreaError, Interrupted
+from ..errors import FiltersError, FluxKreaError, Interrupted, amount
 from ..plan import GB, machine_memory
 from ..residency import Blocks
 from ..tokenizers import PixtralTokenizer
@@ -71,7 +71,8 @@ def open_judges(make_run: MakeRun = lambda pieces, run: run) -> dict[str, Judge]
     judges, folder = {}, home() / "filters"
     missing = [name for name in FILTERS if not (folder / name).is_dir()]
     if missing:
-        found = f"the model's licence asks for content filters, and {' and '.join(missing)} are not in {folder}"
+        names = " and ".join(missing) + (" are" if len(missing) > 1 else " is")
+        found = f"the model's licence asks for content filters, and {names} not in {folder}"
         raise FiltersError(found, "", INSTALL)
     for name in FILTERS:
         judges[name] = _asked(name, lambda name=name: load_judge(name, folder / name, make_run))
@@ -267,7 +268,7 @@ def image_labels(name: str, judge: Judge, pixels: Sequence[np.ndarray]) -> list[
             expected = ", ".join(sorted(LABELS[name]))
             raise FiltersError(f"the filter {name} answered {found}", expected, _renew(name))
     if len(answers) != len(pixels):
-        raise FiltersError(f"the filter {name} gave {len(answers)} answers", f"{len(pixels)}", _renew(name))
+        raise FiltersError(f"the filter {name} gave {amount(len(answers), 'answer')}", f"{len(pixels)}", _renew(name))
     return answers
 
 
@@ -279,7 +280,7 @@ def margins_of(judge: Judge, texts: list[str]) -> list[float]:
     """
     margins = _asked("pixtral", lambda: list(judge.prompts(texts))) if texts else []
     if len(margins) != len(texts) or not all(map(_is_finite, margins)):
-        raise FiltersError(f"the filter pixtral answered {margins}", f"{len(texts)} numbers", _renew("pixtral"))
+        raise FiltersError(f"the filter pixtral answered {margins}", amount(len(texts), "number"), _renew("pixtral"))
     return [float(margin) for margin in margins]
 
 
