@@ -134,6 +134,11 @@ class PipelineProgress:
             self._bar, self._stage = None, None
 
 
+def counted(items: list, label: str, unit: str) -> tqdm:
+    """The items one by one, with how many are done and the time left."""
+    return tqdm(items, desc=label, unit=unit, delay=0.5, disable=None, leave=False)
+
+
 class ByteProgress:
     """Bytes done of all, with speed and time left."""
 
