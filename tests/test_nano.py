@@ -152,8 +152,8 @@ def test_the_autoencoder_gives_scenes_back(pipe):
     assert judging.reconstruction(nano.FOLDER, 10) > 30
 
 
-# --- mistakes: what they do to pictures. A wrong GELU in both streams and an unshifted schedule leave as many of these eight
-# right as there are without: those are seen in test_mistakes, by numbers ---
+# --- mistakes: what they do to pictures. A wrong GELU in both streams and an unshifted schedule leave as many right as there
+# are without: those are seen in test_mistakes, by numbers ---
 
 
 def test_right_pictures_need_the_right_rotation(monkeypatch):
