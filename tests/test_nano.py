@@ -148,12 +148,20 @@ def test_the_demos_sheet_is_a_grid_over_seeds_and_guidance(command, tmp_path, mo
     assert psnr(sheet[-100:-4, -100:-4], last) > 30  # the demo's are in bfloat16
 
 
+def test_previews_show_the_picture_long_before_it_is_done(pipe):
+    shown = []
+    made = pipe(THINGS[0][0], seed=3, num_inference_steps=8, preview=lambda *step: shown.append(step)).images[0]
+    small = made.resize((12, 12), Image.Resampling.BOX)
+    nearness = [psnr(pixels[0], small) for *_, pixels in shown]
+    assert nearness[0] < 15 < 17 < nearness[4]
+
+
 def test_the_autoencoder_gives_scenes_back(pipe):
     assert judging.reconstruction(nano.FOLDER, 10) > 30
 
 
-# --- mistakes: what they do to pictures. A wrong GELU in both streams and an unshifted schedule leave as many right as there
-# are without: those are seen in test_mistakes, by numbers ---
+# --- mistakes: what they do to pictures. A wrong GELU in both streams and an unshifted schedule leave as many right as
+# before: those are seen in test_mistakes, by numbers ---
 
 
 def test_right_pictures_need_the_right_rotation(monkeypatch):
