@@ -15,6 +15,7 @@ from mlx.utils import tree_flatten
 
 from . import config as configs
 from .errors import ResourceError, UsageError
+from .quantized import PIECE
 from .residency import SLOTS, kept, matrices
 from .vae import STRIP
 from .weights import PACKED, ModelFolder, build
@@ -24,7 +25,7 @@ _UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": GB, "kib": 2**10, "mib": 2**20,
 # Arrays of T x C that a double and a single block hold at one time, and strips that a convolution needs: on the CPU in
 # float32 and in 16 bits (whose element-wise kernels go through float32 there), and on Metal.
 _BLOCK = {"cpu": {4: (15, 28), 2: (26, 55)}, "gpu": {4: (12, 18), 2: (12, 18)}}
-_DENSE = {"cpu": 2.3, "gpu": 1.0}  # the CPU's product of 16-bit matrices copies them
+_DENSE = {4: 9, 2: 10}  # bytes a weight that the CPU dequantizes takes on its way to float32 and to 16 bits
 _STRIPS = {"cpu": {4: 10, 2: 22}, "gpu": {4: 6, 2: 6}}
 
 
@@ -215,9 +216,9 @@ def plan(
         + weights.t5_rest
         + weights.clip
         + _text(t5, text_length, dtype, device)
-        + int(_DENSE[device] * weights.t5_dense),
+        + _dense(weights.t5_dense, dtype, device),
         "modulation": _slots(weights.modulation, weights.modulation) + weights.rest + rows,
-        "denoise": always + _block(flux, tokens, dtype, device) + int(_DENSE[device] * weights.dense),
+        "denoise": always + _block(flux, tokens, dtype, device) + _dense(weights.dense, dtype, device),
         "decode": always + weights.vae + _planes(vae, width, height, dtype, device),
     }
     if image:
@@ -267,6 +268,11 @@ def _slots(stored: Sequence[int], computed: Sequence[int]) -> int:
 def _text(t5: configs.T5Config, length: int, dtype: mx.Dtype, device: str) -> int:
     scores = 3 * t5.num_heads * length**2 * dtype.size if device == "cpu" else t5.num_heads * length**2 * dtype.size
     return scores + length * (4 * t5.d_ff * 4 + 4 * t5.d_model * dtype.size)
+
+
+def _dense(matrices: int, dtype: mx.Dtype, device: str) -> int:
+    """What is dequantized at one time: on the CPU pieces of the layers that read the same, three of them at most."""
+    return min(matrices // dtype.size, 3 * PIECE) * _DENSE[dtype.size] if device == "cpu" else matrices
 
 
 def _block(flux: configs.FluxConfig, tokens: int, dtype: mx.Dtype, device: str) -> int:
