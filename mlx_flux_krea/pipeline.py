@@ -327,6 +327,9 @@ class FluxPipeline:
         request, notes = self._resolve(request)
         check_acknowledged(self.folder)
         plan = self.plan(request)
+        if plan.tiled:
+            what = f"{request.width} x {request.height} is developed in tiles, since memory is too little for the whole"
+            notes.append(f"{what}: with more of it the picture is a little different")
         with self._painter.reporting(progress), self._gate() as gate:
             return self._checked_by(gate, request, plan, notes, watched)
 
@@ -350,7 +353,8 @@ class FluxPipeline:
             logger.warning(note)
         as_floats = request.output_type == "np" and not self.policy  # else of the bytes that are judged
         conditions, images, seconds, peaks = self._painter.draw(request, plan, watched, as_floats)
-        records = tuple(self._record() | request.record(i) for i in range(request.batch))
+        tiled = {"tiled": True} if plan.tiled else {}
+        records = tuple(self._record() | request.record(i) | tiled for i in range(request.batch))
         outcomes = ("released",) * request.batch
         if request.output_type == "pil" or self.policy:
             outcomes, images = gate.release(images, records)

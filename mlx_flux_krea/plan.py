@@ -17,6 +17,7 @@ from . import config as configs
 from .errors import ResourceError, UsageError
 from .quantized import PIECE
 from .residency import SLOTS, kept, matrices
+from .tiles import SIDE
 from .vae import STRIP
 from .weights import PACKED, ModelFolder, build
 
@@ -75,8 +76,9 @@ class Plan:
         of: how many there are.
         keep: bytes for those that stay.
         read: bytes read from disk in each step.
-        least: the peak where none stays.
+        least: the peak where none stays, and the picture is developed in tiles where that takes less.
         most: the peak where all stay.
+        tiled: whether the picture is developed, and an input image read, in tiles, since strips need more.
     """
 
     budget: int
@@ -87,6 +89,7 @@ class Plan:
     read: int
     least: int
     most: int
+    tiled: bool
 
     @property
     def peak(self) -> int:
@@ -211,19 +214,25 @@ def plan(
     modulations = 12 * flux.depth + 3 * flux.depth_single_blocks + 2
     rows = steps * conditions * modulations * flux.hidden_size * dtype.size
     always = weights.rest + rows + conditions * text_length * flux.hidden_size * dtype.size
-    needs = {
+    strips, tiles = _planes(vae, width, height, dtype, device), _tiles(vae, width, height, dtype, device)
+    fixed = {
         "text": _slots(weights.t5, weights.t5)
         + weights.t5_rest
         + weights.clip
         + _text(t5, text_length, dtype, device)
         + _dense(weights.t5_dense, dtype, device),
+        **({"image": 2 * weights.vae} if image else {}),
         "modulation": _slots(weights.modulation, weights.modulation) + weights.rest + rows,
         "denoise": always + _block(flux, tokens, dtype, device) + _dense(weights.dense, dtype, device),
-        "decode": always + weights.vae + _planes(vae, width, height, dtype, device),
+        "decode": always + weights.vae,
     }
-    if image:
-        needs = {"text": needs["text"], "image": weights.vae + needs["decode"] - always, **needs}
-    stages = _stages(needs, weights, set())
+
+    def needs_with(planes: int) -> dict[str, int]:
+        return {stage: need + planes * (stage in ("image", "decode")) for stage, need in fixed.items()}
+
+    tiled = tiles < strips and max(needs_with(strips).values()) > budget >= max(needs_with(tiles).values())
+    needs = needs_with(tiles if tiled else strips)
+    stages = _stages(needs_with(min(strips, tiles)), weights, set())
     least, most = max(stages.values()), max(needs.values()) + sum(weights.computed)
     if least > budget:
         worst = max(stages, key=stages.get)
@@ -238,7 +247,7 @@ def plan(
     places = kept(weights.computed, max(keep, 0))
     stages = _stages(needs, weights, places)
     read = sum(size for place, size in enumerate(weights.blocks) if place not in places)
-    return Plan(budget, stages, len(places), len(weights.blocks), max(keep, 0), read, least, most)
+    return Plan(budget, stages, len(places), len(weights.blocks), max(keep, 0), read, least, most, tiled)
 
 
 _VERBS = {
@@ -290,6 +299,12 @@ def _planes(vae: configs.VAEConfig, width: int, height: int, dtype: mx.Dtype, de
         strips = _STRIPS[device][size] * min(STRIP, plane * max(i, o))
         most = max(most, plane * (i + 2 * o) + strips)
     return most * size
+
+
+def _tiles(vae: configs.VAEConfig, width: int, height: int, dtype: mx.Dtype, device: str) -> int:
+    """One tile, and the picture in float32 before and after it is added."""
+    side = SIDE * vae.downsampling
+    return _planes(vae, min(width, side), min(height, side), dtype, device) + 2 * 4 * vae.out_ch * width * height
 
 
 def step_flops(flux: configs.FluxConfig, width: int, height: int, text_length: int, patch: int = 16) -> float:
