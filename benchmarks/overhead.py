@@ -68,6 +68,31 @@ def products_of(flux: transformer.Flux, tokens: int, dtype: mx.Dtype):
     return run
 
 
+def pieces_of(flux: transformer.Flux, tokens: int, dtype: mx.Dtype) -> dict:
+    """What a single block does besides its products and attention, on arrays that are there."""
+    size, heads = flux.config.hidden_size, flux.config.num_heads
+    shapes = {"x": (tokens, size), "mlp": (tokens, flux.config.mlp_size), "product": (tokens, 3 * size), "mod": (size,)}
+    x, mlp, product, mod = (mx.random.normal((1, *shape)).astype(dtype) for shape in shapes.values())
+    pe = transformer.rope(mx.zeros((tokens, 3)), flux.config.axes_dim, flux.config.theta)
+    q = mx.random.normal((1, heads, tokens, size // heads)).astype(dtype)
+    mx.eval(x, mlp, product, mod, pe, q)
+    block = flux.single_blocks[0]
+    return {
+        "norm and modulation": lambda: transformer.modulated_norm(x, mod, mod),
+        "norms of queries and keys": lambda: block.norm(product, heads),
+        "rope": lambda: [transformer.apply_rope(q, pe), transformer.apply_rope(q, pe)],
+        "GELU": lambda: transformer.gelu(mlp),
+        "concatenation": lambda: mx.concatenate([x, mlp], axis=-1),
+        "gate": lambda: transformer.gated_residual(x, mod[:, None], x),
+    }
+
+
+def processor_seconds(call) -> float:
+    begin = time.process_time()
+    mx.eval(call())
+    return time.process_time() - begin
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--side", type=int, default=512, help="pixels")
@@ -95,7 +120,13 @@ def main():
     medians = [statistics.median(times) for times in seconds.values()]
     blocks = f"{args.double}+{args.single}"
     print(f"| {blocks} | {args.side} | {args.dtype} | {medians[0]:.2f} | {medians[1]:.2f} | {ratio:.3f} |")
-    print(json.dumps({"ratio": ratio, **seconds}))
+    pieces = pieces_of(flux, tokens + 512, dtype)
+    rounds = [{name: processor_seconds(call) for name, call in pieces.items()} for _ in range(args.rounds)]
+    of_pieces = {name: statistics.median(one[name] for one in rounds) for name in pieces}
+    print(f"| besides, in a single block | {' | '.join(pieces)} |")
+    print(f"|{'---|' * (len(pieces) + 1)}")
+    print(f"| seconds of a processor | {' | '.join(f'{one:.3f}' for one in of_pieces.values())} |")
+    print(json.dumps({"ratio": ratio, **seconds, "pieces": of_pieces}))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from mlx.utils import tree_map
 
 from . import noise as noises
 from . import preview as previews
-from . import sampler
+from . import sampler, tiles
 from .engine import Engine, evaluated
 from .errors import ModelError
 from .interrupted import Checkpoint
@@ -104,7 +104,9 @@ class Painter:
         with _measured("denoise", seconds, peaks):
             latents = self._denoise(request, conditions, plan, watched)
         with _measured("decode", seconds, peaks):
-            images = latents if request.output_type == "latent" else self._decode(request, latents, as_floats)
+            images = (
+                latents if request.output_type == "latent" else self._decode(request, latents, as_floats, plan.tiled)
+            )
         return conditions, images, seconds, peaks
 
     def check_folder(self) -> None:
@@ -140,7 +142,8 @@ class Painter:
         checkpoint = watched.checkpoint
         kept = None if checkpoint is None else checkpoint.latents(shape, steps - start)
         done = 0 if kept is None else checkpoint.done
-        latents = self._start(request, size, float(sigmas[start])) if kept is None else mx.array(kept)
+        first = float(sigmas[start])
+        latents = self._start(request, size, first, plan.tiled) if kept is None else mx.array(kept)
         if done == steps - start:
             return latents
         with self._velocity(request, conditions, sigmas, start, done, size, plan) as velocity:
@@ -160,7 +163,7 @@ class Painter:
                     checkpoint.reached(step + 1, steps - start, np.array(latents.astype(mx.float32)))
         return latents
 
-    def _start(self, request: Request, size: tuple[int, int], sigma: float) -> mx.array:
+    def _start(self, request: Request, size: tuple[int, int], sigma: float, tiled: bool) -> mx.array:
         """Packed latents (B, L, 64) that the loop starts from: given, noise, or noise over an input image.
 
         They stay in float32 through the loop, where diffusers rounds after every step: it costs nothing, and keeps a
@@ -174,15 +177,16 @@ class Painter:
         dtype = mx.float32 if recipe.dtype else self._dtype  # what a tool draws in a type of its own is not rounded
         streams = [noises.Stream(recipe, s, dtype) for s in ((request.seed,) if one_stream else request.seed)]
         # one image is one sample of the first stream, as in diffusers, whatever the number of streams
-        clean = None if request.image is None else self._image_latents(request, streams[0])
+        clean = None if request.image is None else self._image_latents(request, streams[0], tiled)
         drawn = mx.concatenate([stream.noise(shape) for stream in streams]).astype(mx.float32)
         return sampler.pack(drawn if clean is None else sampler.add_noise(clean, drawn, sigma))
 
-    def _image_latents(self, request: Request, stream: noises.Stream) -> mx.array:
+    def _image_latents(self, request: Request, stream: noises.Stream, tiled: bool) -> mx.array:
         """(1, 16, h, w) float32, scaled and shifted: the posterior's mean, or a sample, drawn before the noise."""
         vae = self._vae()
         pixels = pixels_from_image(request.image, request.width, request.height)
-        posterior = vae.encode(pixels, self.runner("image", _count(vae.encode, pixels)))
+        encode = partial(tiles.encode, vae) if tiled else vae.encode
+        posterior = encode(pixels, self.runner("image", _count(encode, pixels)))
         _check_finite("the image encoder", *posterior)
         mean, logvar = (moment.transpose(0, 3, 1, 2).astype(mx.float32) for moment in posterior)
         if noises.find_recipe(request.noise).posterior == "sample":
@@ -260,18 +264,19 @@ class Painter:
             self._modulations = key, flux.modulations(vec, run)
         return self._modulations[1]
 
-    def _decode(self, request: Request, latents: mx.array, as_floats: bool) -> list[np.ndarray]:
+    def _decode(self, request: Request, latents: mx.array, as_floats: bool, tiled: bool) -> list[np.ndarray]:
         """Pixels (H, W, 3) of each picture: uint8, or float32 in [0, 1]."""
         vae = self._vae()
         config = vae.config
         size = request.height // config.downsampling, request.width // config.downsampling
-        pieces = _count(vae.decode, mx.zeros((1, *size, config.z_channels)))
+        decode = partial(tiles.decode, vae) if tiled else vae.decode
+        pieces = _count(decode, mx.zeros((1, *size, config.z_channels)))
         run = self.runner("decode", request.batch * pieces)
         rule = noises.find_recipe(request.noise).pixels
         pictures = []
         for i in range(request.batch):
             z = sampler.unpack(latents[i : i + 1], *size).transpose(0, 2, 3, 1)
-            x = vae.decode(z / config.scale_factor + config.shift_factor, run)
+            x = decode(z / config.scale_factor + config.shift_factor, run)
             _check_finite("the image decoder", x)
             pixels = mx.clip(x.astype(mx.float32) / 2 + 0.5, 0, 1) if as_floats else pixels_to_bytes(x, rule)
             pictures.append(np.array(pixels[0]))

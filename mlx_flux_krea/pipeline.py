@@ -329,6 +329,10 @@ class FluxPipeline:
         request, notes = self._resolve(request)
         check_acknowledged(self.folder)
         plan, record = self.plan(request), self._record()
+        if plan.tiled:
+            record |= {"tiled": True}
+            what = f"{request.width} x {request.height} is developed in tiles, since memory is too little for the whole"
+            notes.append(f"{what}: with more of it the picture is a little different")
         with self._painter.reporting(progress), self._gate(record) as gate:
             return self._checked_by(gate, record, request, plan, notes, watched)
 

@@ -15,7 +15,9 @@ from mlx.utils import tree_flatten
 
 from . import config as configs
 from .errors import ResourceError, UsageError
+from .quantized import PIECE
 from .residency import SLOTS, kept, matrices
+from .tiles import SIDE
 from .vae import STRIP
 from .weights import PACKED, ModelFolder, build
 
@@ -24,7 +26,7 @@ _UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": GB, "kib": 2**10, "mib": 2**20,
 # Arrays of T x C that a double and a single block hold at one time, and strips that a convolution needs: on the CPU in
 # float32 and in 16 bits (whose element-wise kernels go through float32 there), and on Metal.
 _BLOCK = {"cpu": {4: (15, 28), 2: (26, 55)}, "gpu": {4: (12, 18), 2: (12, 18)}}
-_DENSE = {"cpu": 2.3, "gpu": 1.0}  # the CPU's product of 16-bit matrices copies them
+_DENSE = {4: 9, 2: 10}  # bytes a weight that the CPU dequantizes takes on its way to float32 and to 16 bits
 _STRIPS = {"cpu": {4: 10, 2: 22}, "gpu": {4: 6, 2: 6}}
 
 
@@ -74,8 +76,9 @@ class Plan:
         of: how many there are.
         keep: bytes for those that stay.
         read: bytes read from disk in each step.
-        least: the peak where none stays.
+        least: the peak where none stays, and the picture is developed in tiles where that takes less.
         most: the peak where all stay.
+        tiled: whether the picture is developed, and an input image read, in tiles, since strips need more.
     """
 
     budget: int
@@ -86,6 +89,7 @@ class Plan:
     read: int
     least: int
     most: int
+    tiled: bool
 
     @property
     def peak(self) -> int:
@@ -210,19 +214,25 @@ def plan(
     modulations = 12 * flux.depth + 3 * flux.depth_single_blocks + 2
     rows = steps * conditions * modulations * flux.hidden_size * dtype.size
     always = weights.rest + rows + conditions * text_length * flux.hidden_size * dtype.size
-    needs = {
+    strips, tiles = _planes(vae, width, height, dtype, device), _tiles(vae, width, height, dtype, device)
+    fixed = {
         "text": _slots(weights.t5, weights.t5)
         + weights.t5_rest
         + weights.clip
         + _text(t5, text_length, dtype, device)
-        + int(_DENSE[device] * weights.t5_dense),
+        + _dense(weights.t5_dense, dtype, device),
+        **({"image": 2 * weights.vae} if image else {}),
         "modulation": _slots(weights.modulation, weights.modulation) + weights.rest + rows,
-        "denoise": always + _block(flux, tokens, dtype, device) + int(_DENSE[device] * weights.dense),
-        "decode": always + weights.vae + _planes(vae, width, height, dtype, device),
+        "denoise": always + _block(flux, tokens, dtype, device) + _dense(weights.dense, dtype, device),
+        "decode": always + weights.vae,
     }
-    if image:
-        needs = {"text": needs["text"], "image": weights.vae + needs["decode"] - always, **needs}
-    stages = _stages(needs, weights, set())
+
+    def needs_with(planes: int) -> dict[str, int]:
+        return {stage: need + planes * (stage in ("image", "decode")) for stage, need in fixed.items()}
+
+    tiled = tiles < strips and max(needs_with(strips).values()) > budget >= max(needs_with(tiles).values())
+    needs = needs_with(tiles if tiled else strips)
+    stages = _stages(needs_with(min(strips, tiles)), weights, set())
     least, most = max(stages.values()), max(needs.values()) + sum(weights.computed)
     if least > budget:
         worst = max(stages, key=stages.get)
@@ -237,7 +247,7 @@ def plan(
     places = kept(weights.computed, max(keep, 0))
     stages = _stages(needs, weights, places)
     read = sum(size for place, size in enumerate(weights.blocks) if place not in places)
-    return Plan(budget, stages, len(places), len(weights.blocks), max(keep, 0), read, least, most)
+    return Plan(budget, stages, len(places), len(weights.blocks), max(keep, 0), read, least, most, tiled)
 
 
 _VERBS = {
@@ -269,6 +279,11 @@ def _text(t5: configs.T5Config, length: int, dtype: mx.Dtype, device: str) -> in
     return scores + length * (4 * t5.d_ff * 4 + 4 * t5.d_model * dtype.size)
 
 
+def _dense(matrices: int, dtype: mx.Dtype, device: str) -> int:
+    """What is dequantized at one time: on the CPU pieces of the layers that read the same, three of them at most."""
+    return min(matrices // dtype.size, 3 * PIECE) * _DENSE[dtype.size] if device == "cpu" else matrices
+
+
 def _block(flux: configs.FluxConfig, tokens: int, dtype: mx.Dtype, device: str) -> int:
     wide = max(_BLOCK[device][dtype.size]) if flux.depth_single_blocks else _BLOCK[device][dtype.size][0]
     scores = flux.num_heads * tokens**2 * dtype.size if device == "cpu" else 0
@@ -284,6 +299,12 @@ def _planes(vae: configs.VAEConfig, width: int, height: int, dtype: mx.Dtype, de
         strips = _STRIPS[device][size] * min(STRIP, plane * max(i, o))
         most = max(most, plane * (i + 2 * o) + strips)
     return most * size
+
+
+def _tiles(vae: configs.VAEConfig, width: int, height: int, dtype: mx.Dtype, device: str) -> int:
+    """One tile, and the picture in float32 before and after it is added."""
+    side = SIDE * vae.downsampling
+    return _planes(vae, min(width, side), min(height, side), dtype, device) + 2 * 4 * vae.out_ch * width * height
 
 
 def step_flops(flux: configs.FluxConfig, width: int, height: int, text_length: int, patch: int = 16) -> float:

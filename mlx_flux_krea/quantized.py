@@ -20,6 +20,7 @@ import mlx.nn as nn
 # rows, outputs and inputs of the products that are timed: few rows (a modulation) and many (tokens of a picture)
 _SHAPES = {"cpu": ((16, 64, 512), (128, 64, 512)), "gpu": ((32, 3072, 3072), (1024, 3072, 3072))}
 _FEW = 64  # rows up to which the first of them speaks for a product
+PIECE = 2**22  # weights that are dense at one time on the CPU, where what dequantizing leaves takes five times as much
 
 _faster_dense: dict[tuple, bool] = {}  # by kind, type and number of rows: whether to dequantize
 
@@ -31,8 +32,26 @@ class QuantizedLinear(nn.QuantizedLinear):
         many = x.size // x.shape[-1] > _FEW
         if not _faster_dense.get((*self.kind, x.dtype, many), False):
             return super().__call__(x)
-        weight = mx.dequantize(self.weight, self.scales, self.get("biases"), *self.kind, dtype=x.dtype).T
-        return mx.addmm(self.bias, x, weight) if "bias" in self else x @ weight
+        packed = self.weight, self.scales, self.get("biases")
+        if mx.default_device().type.name == "cpu":
+            return self._in_pieces(x, packed)
+        return self._dense(x, packed, self.get("bias"))
+
+    def _dense(self, x: mx.array, packed: tuple, bias: mx.array | None) -> mx.array:
+        weight = mx.dequantize(*packed, *self.kind, dtype=x.dtype).T
+        return x @ weight if bias is None else mx.addmm(bias, x, weight)
+
+    def _in_pieces(self, x: mx.array, packed: tuple) -> mx.array:
+        """The same, some outputs at a time, none of which is dequantized before the one ahead of it is multiplied."""
+        outputs, step = len(self.weight), max(1, PIECE // x.shape[-1])
+        result, ahead = mx.zeros((*x.shape[:-1], outputs), x.dtype), x
+        for first in range(0, outputs, step):
+            some = slice(first, first + step)
+            weight, scales, biases = (None if array is None else array[some] for array in packed)
+            weight = mx.depends([weight], [ahead])[0]
+            ahead = self._dense(x, (weight, scales, biases), self.bias[some] if "bias" in self else None)
+            result[..., some] = ahead
+        return result
 
     @property
     def kind(self) -> tuple[int, int, str]:

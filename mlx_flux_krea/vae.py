@@ -5,6 +5,7 @@ the projections of the attention plain matrices. B batch, H and W pixels or late
 
 Like the other networks this is a function of arrays; `run(piece, *args)` lets the caller evaluate piece by piece. Large
 activations are computed in strips of rows with the statistics of the whole image: the same numbers, in less memory.
+Some are there as a whole all the same, 1 KiB a pixel in 16 bits; where that is too much, `tiles.py` goes on.
 """
 
 from collections.abc import Callable

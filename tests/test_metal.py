@@ -11,7 +11,7 @@ import pytest
 # what MLX has a Metal kernel for, of what the networks could use; no sort, no factorization, nothing that loads
 ALLOWED = {
     *graph.PRODUCTS, *graph.VIEWS, *graph.MARKERS,
-    "Add", "Arange", "ArgReduce", "AsType", "Concatenate", "Cos", "Divide", "Full", "Gather", "GatherAxis",
+    "Add", "Arange", "ArgReduce", "AsType", "Concatenate", "Cos", "Divide", "Exp", "Full", "Gather", "GatherAxis",
     "Maximum", "Minimum", "Multiply", "Pad", "Reduce", "Round", "Sigmoid", "Sin", "Softmax", "Sqrt", "Square",
     "SliceUpdate", "Subtract", "Tanh",
 }  # fmt: skip

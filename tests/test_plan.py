@@ -23,7 +23,8 @@ def weights_of(quantize="none", dtype=mx.bfloat16):
 
 
 def plan_of(weights, side=1024, budget=2**60, **more):
-    return plan(weights, SIZES, mx.bfloat16, side, side, 512, budget=budget, device="gpu", **more)
+    width, height = (side, side) if isinstance(side, int) else side
+    return plan(weights, SIZES, mx.bfloat16, width, height, 512, budget=budget, device="gpu", **more)
 
 
 @pytest.mark.parametrize(

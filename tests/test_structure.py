@@ -14,8 +14,8 @@ import mlx_flux_krea
 PACKAGE = "mlx_flux_krea"
 ROWS = {
     "errors": 0, "config": 0, "presets": 0,
-    "transformer": 1, "t5": 1, "clip": 1, "vae": 1, "quantized": 1, "tokenizers": 1, "noise": 1, "sampler": 1,
-    "engine": 1, "preview": 1,
+    "transformer": 1, "t5": 1, "clip": 1, "vae": 1, "tiles": 1, "quantized": 1, "tokenizers": 1, "noise": 1,
+    "sampler": 1, "engine": 1, "preview": 1,
     "weights": 2, "residency": 2, "plan": 2, "provenance": 2, "request": 2, "interrupted": 2,
     "prompts": 3, "filters": 3, "painter": 3,
     "filters.instructions": 0, "filters.config": 0, "filters.vit": 1, "filters.pixtral": 1,

@@ -59,6 +59,7 @@ def _model(model: str, width: int | None, height: int | None, budget: int, dtype
         _BACKEND[mx.default_device().type.name],
         table([("stage", "peak"), *((name, size(count)) for name, count in made.stages.items())], right=(1,)),
         f"{made.blocks} of {made.of} blocks of the transformer stay in memory; {reads}",
+        *(["the picture is developed in tiles: memory is too little for the whole"] if made.tiled else []),
         *_hidden(bandwidth),
     ]
     return facts | asdict(made) | {"bandwidth": bandwidth}, "\n".join(lines)
@@ -124,6 +125,6 @@ def _hidden(bandwidth: dict[str, float]) -> list[str]:
 
 _BACKEND = {
     "gpu": "peaks on Metal: computed, not measured",
-    "cpu": "peaks on MLX's CPU backend, as measured where weights have 16 or 32 bits",
+    "cpu": "peaks on MLX's CPU backend, as measured",
 }
 _SHOWN = ("M1", "M1 Max", "M2", "M3 Max", "M4", "M4 Pro", "M4 Max", "M5")
