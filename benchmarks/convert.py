@@ -5,8 +5,10 @@
 The input has the names, types and shapes of the published files, and is 34 GB in appearance: a few layers of each kind
 hold numbers, the rest of the files is holes. Needs FOLDER on a disk with 20 GB free (default: a temporary folder).
 
-The bound is the slowest of reading, hashing, quantizing and writing, each by itself on the same cores, measured on 2 GB
-just before the conversion and taken to its size. Reading back is timed apart.
+Reading, hashing, quantizing and writing are each measured by themselves on the same cores, on 2 GB just before the
+conversion, and taken to its size. That gives two bounds: the slowest of the four, as if each had the cores to itself;
+and the processor's time of all four spread over the cores, which nothing on these cores can be faster than. The last
+share is of the processor's time, where other programs on the machine disturb least. Reading back is timed apart.
 """
 
 import argparse
@@ -36,7 +38,7 @@ FILES = {
 }
 FILLED = ("double_blocks.0.", "single_blocks.0.", "encoder.block.0.", "decoder.mid.")  # the layers that hold numbers
 SIZES = {"F32": 4, "BF16": 2, "F16": 2}
-CHUNK = 2**26
+CHUNK = 2**20
 
 
 def make(folder: Path) -> list[Path]:
@@ -65,50 +67,63 @@ def make(folder: Path) -> list[Path]:
 
 
 def convert(sources: list[Path], target: Path, quantize: str) -> dict:
-    """One conversion in a process of its own: seconds until all is written, seconds of reading back, peak memory."""
+    """One conversion in a process of its own.
+
+    Returns:
+        Seconds until all is written, of the processor too; seconds of reading back; peak memory; bytes written.
+    """
     script = """
-import json, resource, sys, time
+import json, os, resource, sys, time
 from mlx_flux_krea.convert import convert
 from mlx_flux_krea.convert.write import Folder
-moments, finish = [time.perf_counter()], Folder.finish
+def now():
+    return time.perf_counter(), time.process_time()
+moments, finish = [now()], Folder.finish
 def timed(*args):
-    moments.append(time.perf_counter())
+    moments.append(now())
     finish(*args)
-    moments.append(time.perf_counter())
+    moments.append(now())
 Folder.finish = timed
 *sources, target, quantize, tokenizers = sys.argv[1:]
 report = convert(sources, target, quantize=quantize, tokenizers=tokenizers)
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+if sys.platform == "darwin":
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+else:  # where that starts at what the process that started this one had
+    peak = next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
 made = sum(c.bytes for c in report.components)
-print(json.dumps({"seconds": moments[1] - moments[0], "back": moments[2] - moments[1], "peak": peak, "bytes": made}))
+(begin, worked), (end, busy), (back, _) = moments
+print(json.dumps({"seconds": end - begin, "cpu": busy - worked, "back": back - end, "peak": peak, "bytes": made}))
 """
     arguments = [*map(str, sources), str(target), quantize, str(TOKENIZERS)]
     ran = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=True)
     return json.loads(ran.stdout.splitlines()[-1])
 
 
-def rate(work, size: int) -> float:
-    """Seconds for each byte, the better of two."""
+def rate(work, size: int) -> np.ndarray:
+    """(2,) seconds for each byte, and of the processor: the better of two."""
     times = []
     for _ in range(2):
-        begin = time.perf_counter()
+        begin = np.array([time.perf_counter(), time.process_time()])
         work()
-        times.append(time.perf_counter() - begin)
-    return min(times) / size
+        times.append(np.array([time.perf_counter(), time.process_time()]) - begin)
+    return np.min(times, axis=0) / size
 
 
-def bounds(source: Path, folder: Path, quantize: str) -> dict[str, float]:
-    """Seconds for each byte of reading, hashing, quantizing (of the input) and writing (of the output)."""
-    size = 2**31
+def bounds(source: Path, folder: Path, quantize: str) -> dict[str, np.ndarray]:
+    """What `rate` gives of reading, hashing, quantizing (of the input) and writing (of the output)."""
+    size, buffer = 2**31, memoryview(bytearray(CHUNK))
 
     def read(use=len):
-        with open(source, "rb") as file:
+        with open(source, "rb", buffering=0) as file:
             for _ in range(size // CHUNK):
-                use(file.read(CHUNK))
+                use(buffer[: file.readinto(buffer)])
+
+    def digest():
+        read(hashlib.sha256().update)
 
     def write():
         data = os.urandom(CHUNK)
-        with open(folder / "written", "wb") as file:
+        with open(folder / "written", "wb", buffering=0) as file:
             for _ in range(size // CHUNK):
                 file.write(data)
             os.fsync(file.fileno())
@@ -123,7 +138,7 @@ def bounds(source: Path, folder: Path, quantize: str) -> dict[str, float]:
 
     rates = {
         "read": rate(read, size),
-        "hash": rate(lambda: read(hashlib.sha256), size),
+        "hash": rate(digest, size) - rate(read, size),
         "quantize": rate(pack, 8 * array.nbytes),
         "write": rate(write, size),
     }
@@ -136,8 +151,10 @@ def main():
     parser.add_argument("folder", nargs="?", type=Path)
     parser.add_argument("--quantize", nargs="+", default=["8", "4"])
     given = parser.parse_args()
-    print("| bits | seconds | reading back | peak memory | read | hash | quantize | write | share of the slowest |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    titles = ("bits", "seconds", "of the processor", "reading back", "peak memory", "read", "hash", "quantize", "write")
+    titles += ("share of the slowest", "share of the cores", "of the processor")
+    print(f"| {' | '.join(titles)} |")
+    print("|---" * len(titles) + "|")
     rows = []
     with tempfile.TemporaryDirectory(dir=given.folder) as name:
         folder = Path(name)
@@ -153,11 +170,16 @@ def main():
                 "quantize": each["quantize"] * size,
                 "write": each["write"] * made["bytes"],
             }
-            share = max(alone.values()) / made["seconds"]
-            seconds = [f"{value:.0f} s" for value in (made["seconds"], made["back"], *alone.values())]
-            cells = [quantize, *seconds[:2], f"{made['peak'] / 1e9:.2f} GB", *seconds[2:], f"{share:.2f}"]
-            print(f"| {' | '.join(cells)} |", flush=True)
-            rows.append({"bits": quantize, "input": size, **made, **alone, "share": share})
+            stages, work = {stage: float(cost[0]) for stage, cost in alone.items()}, sum(c[1] for c in alone.values())
+            shares = {
+                "slowest": max(stages.values()) / made["seconds"],
+                "cores": float(work) / os.cpu_count() / made["seconds"],
+                "processor": float(work) / made["cpu"],
+            }
+            seconds = [f"{value:.0f} s" for value in (made["seconds"], made["cpu"], made["back"], *stages.values())]
+            cells = [quantize, *seconds[:3], f"{made['peak'] / 1e9:.2f} GB", *seconds[3:]]
+            print(f"| {' | '.join([*cells, *(f'{share:.2f}' for share in shares.values())])} |", flush=True)
+            rows.append({"bits": quantize, "input": size, **made, **stages, "shares": shares})
     print(json.dumps(rows))
 
 

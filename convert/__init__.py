@@ -168,24 +168,31 @@ def _write(
                 allow_nonfinite,
             )
             fetching.discard(file for file in files[component] if last[file] == component)
-        for name, data in job.tokens.items():
-            folder.write(name, [data])
-        if job.own:
-            job.own.check({file: hashes[file].result() for file in sizes})
-        records = tuple(
-            configs.Source(name, hashes[file].result(), sizes[file], layout)
-            for file, (name, layout) in _records(job.found).items()
-        )
-        before = job.own.index.source if job.own else ()
-        index = replace(job.index, source=before + records, converter=__version__)
-        stored = [f"{name}: {job.stored(name)}" for name in job.plans]
-        for name, data in licence_files(index, roots(job.found), stored).items():
-            folder.write(name, [data])
+        index = _write_rest(job, folder, {file: hashes[file].result() for file in sizes}, sizes)
         if progress:
             progress("reading back", total, total)
         class_name = next(name for name, (_, networks) in KINDS.items() if set(networks) == set(job.plans))
         folder.finish({"_class_name": class_name, **configs.to_json(index)})
     return index, losses
+
+
+def _write_rest(
+    job: Job, folder: write.Folder, hashes: dict[Path, str], sizes: dict[Path, int]
+) -> configs.ModelIndex | FilterIndex:
+    """Tokenizers and licence; the index, which is not written yet, with what everything was made from."""
+    for name, data in job.tokens.items():
+        folder.write(name, [data])
+    if job.own:
+        job.own.check(hashes)
+    records = tuple(
+        configs.Source(name, hashes[file], sizes[file], layout) for file, (name, layout) in _records(job.found).items()
+    )
+    before = job.own.index.source if job.own else ()
+    index = replace(job.index, source=before + records, converter=__version__)
+    stored = [f"{name}: {job.stored(name)}" for name in job.plans]
+    for name, data in licence_files(index, roots(job.found), stored).items():
+        folder.write(name, [data])
+    return index
 
 
 def _report(job: Job, index: configs.ModelIndex | FilterIndex, losses: Losses) -> Report:

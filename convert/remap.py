@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import mlx.core as mx
@@ -22,6 +22,7 @@ _SLOTS = {
     "{rest}": r"(?P<rest>.+)",
     "*": r"(?P<star>weight|bias)",
 }
+_PIECE = 2**21  # numbers of a matrix that are worked on at a time
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,15 @@ class Target:
     sources: tuple[Tensor, ...]  # none: zeros
     swap: bool
     torch_axes: bool  # of a convolution
+
+    def pieces(self) -> list["Target"]:
+        """What makes it up, row after row, each small enough to stay in a processor's cache on its way."""
+        if len(self.shape) != 2 or self.swap or not self.sources:
+            return [self]
+        most = max(1, _PIECE // self.shape[1])
+        cut = [(tensor, first) for tensor in self.sources for first in range(0, tensor.shape[0], most)]
+        parts = [tensor.rows(first, min(most, tensor.shape[0] - first)) for tensor, first in cut]
+        return [replace(self, shape=(part.shape[0], self.shape[1]), sources=(part,)) for part in parts]
 
     @property
     def q(self) -> Quantization | None:
@@ -133,7 +143,7 @@ def plan(
         used.update(names)
         sources = tuple(tensors[n] for n in names)
         if op is Pick:
-            sources = tuple(tensors[names[0]].row(number) for number in picked if number < tensors[names[0]].shape[0])
+            sources = tuple(sources[0].rows(number, 1) for number in picked if number < sources[0].shape[0])
         made = _shape([_shape_in_our_axes(t.shape, len(shape), torch_axes) for t in sources])
         if made != tuple(shape):
             stored = " + ".join(str(list(t.shape)) for t in sources)

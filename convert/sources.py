@@ -59,12 +59,12 @@ class Tensor:
             raise ModelError(f"{self.path} ended inside {self.name}", "a complete file", "copy or download it again")
         return data
 
-    def row(self, number: int) -> "Tensor":
-        """One row of a matrix, which stays one."""
+    def rows(self, first: int, count: int) -> "Tensor":
+        """Some rows of it, one after another."""
         size = (self.end - self.start) // self.shape[0]
-        start = self.start + number * size
-        parts = tuple(part.row(number) if part.shape[:1] == self.shape[:1] else part for part in self.parts)
-        return replace(self, shape=(1, *self.shape[1:]), start=start, end=start + size, parts=parts)
+        start, shape = self.start + first * size, (count, *self.shape[1:])
+        parts = tuple(part.rows(first, count) if part.shape[:1] == self.shape[:1] else part for part in self.parts)
+        return replace(self, shape=shape, start=start, end=start + count * size, parts=parts)
 
     def read(self) -> mx.array:
         """The tensor as an array, in a type that holds every value."""

@@ -1,4 +1,4 @@
-"""Writes a model folder: shards in our order of tensors, one tensor in memory at a time, under a temporary name.
+"""Writes a model folder: shards in our order of tensors, pieces of a few in memory at a time, under a temporary name.
 
 The folder takes its final name only when everything in it is on disk and was read back. Beside the target lie, hidden,
 
@@ -38,6 +38,7 @@ from .remap import Plan, Target
 from .sources import is_model_folder
 
 SHARD_BYTES = 4 * 2**30  # a shard ends with the block that reaches this
+_BEGUN = 4  # pieces of tensors that are in the making at a time
 _MODULATION = ("_mod.lin.", ".modulation.lin.", "adaLN_modulation.")
 _UNLISTED = ("manifest.json", SELF_TEST)  # the one lists the others, the other is written when they are tried
 _OF_THE_SYSTEM = {".DS_Store", ".localized", ".metadata_never_index", "Thumbs.db", "desktop.ini"}  # nobody misses them
@@ -271,20 +272,21 @@ def write_component(
 
     def chunks(targets: list[Target]) -> Iterator[bytes | memoryview]:
         yield _header(targets, dtype, layers)
-        for made in _made(targets, dtype, layers):
-            problem = None if allow_nonfinite else made.problem(dtype)
-            if problem:
-                tensor, nonfinite = made.target.sources[0], problem.startswith("NaN")
-                todo = "download it again" if nonfinite else "use another --dtype"
-                raise ModelError(
-                    f"{tensor.path}: {tensor.name} holds {problem}", "finite weights" if nonfinite else "", todo
-                )
-            for part in made.parts:
-                data = memoryview(np.asarray(part.reshape(-1).view(mx.uint8)))
+        for target, pieces in itertools.groupby(_made(targets, dtype, layers), lambda made: made.target):
+            beside, lost = [], np.zeros(2)  # scales and biases come behind all of the codes
+            for made in pieces:
+                if not allow_nonfinite:
+                    _check_finite(made, dtype)
+                first, *others = (memoryview(np.asarray(part.reshape(-1).view(mx.uint8))) for part in made.parts)
+                yield first
+                done(len(first))
+                beside.append(others)
+                lost += 0 if made.loss is None else made.loss.tolist()
+            for data in itertools.chain(*zip(*beside, strict=True)):
                 yield data
                 done(len(data))
-            if made.loss is not None:
-                losses[made.target.name] = tuple(made.loss.tolist())
+            if layer_of(target, layers):
+                losses[target.name] = tuple(lost.tolist())
 
     quantization = quantization_to_json(layers)
     fields = {"quantization": quantization} if quantization else {}
@@ -360,15 +362,15 @@ def sha256(path: Path, stop: threading.Event | None = None, done: Callable[[Path
         CancelledError: `stop` was set.
         ModelError: the file cannot be read.
     """
-    digest = hashlib.sha256()
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(2**20))  # one, of a size that stays in a cache
     try:
         with open(path, "rb") as file:
-            while chunk := file.read(2**22):
+            while count := file.readinto(buffer):
                 if stop and stop.is_set():
                     raise CancelledError
-                digest.update(chunk)
+                digest.update(buffer[:count])
                 if done:
-                    done(path, len(chunk))
+                    done(path, count)
     except OSError as error:
         raise ModelError(f"{path} cannot be read: {error.strerror}", "a file that can") from None
     return digest.hexdigest()
@@ -398,15 +400,23 @@ def _place(partial: Path, target: Path, force: bool) -> None:
 
 
 def _made(targets: list[Target], dtype: str, layers: Layers) -> Iterator[Made]:
-    """Two tensors at a time, each on a stream of its own: the next is read while the one before it is computed."""
+    """Pieces of tensors on two streams in turn: the next are read while those before them are computed."""
     begun: deque[Made] = deque()
-    for target, stream in zip(targets, itertools.cycle(_streams()), strict=False):
+    pieces = ((target, piece) for target in targets for piece in target.pieces())
+    for (target, piece), stream in zip(pieces, itertools.cycle(_streams()), strict=False):
         with mx.stream(stream):
-            begun.append(make(target, dtype, layer_of(target, layers)))
-        if len(begun) == 2:
+            begun.append(make(target, piece, dtype, layer_of(target, layers)))
+        if len(begun) == _BEGUN:
             yield begun.popleft()
             mx.clear_cache()
     yield from begun
+
+
+def _check_finite(made: Made, dtype: str) -> None:
+    if problem := made.problem(dtype):
+        tensor, nonfinite = made.piece.sources[0], problem.startswith("NaN")
+        todo = "download it again" if nonfinite else "use another --dtype"
+        raise ModelError(f"{tensor.path}: {tensor.name} holds {problem}", "finite weights" if nonfinite else "", todo)
 
 
 @functools.cache

@@ -37,15 +37,16 @@ PREFIXES = {
     "text_encoder_2": "text_encoders.t5xxl.transformer.",
     "vae": "vae.",
 }
-QUANTIZED_BY_GGUF = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")  # blocks of the others are made at random
-HALVES = {
-    "Q2_K": (80, 82),
-    "Q3_K": (108,),
-    "Q4_K": (0, 2),
-    "Q5_K": (0, 2),
-    "Q6_K": (208,),
-    "IQ4_NL": (0,),
-    "IQ4_XS": (0,),
+# The types that gguf reads and does not write: bits of a number; the fields of a block that scale its parts, all by one
+# (which is one above the middle where they are signed); where d is, and dmin if there is one
+BLOCKS = {
+    "Q2_K": (2, {0: b"\x11" * 16}, (80, 82)),
+    "Q3_K": (3, {96: b"\x11" * 8 + b"\xaa" * 4}, (108,)),
+    "Q4_K": (4, {4: b"\x01" * 8 + b"\x11" * 4}, (0, 2)),
+    "Q5_K": (5, {4: b"\x01" * 8 + b"\x11" * 4}, (0, 2)),
+    "Q6_K": (6, {192: b"\x01" * 16}, (208,)),
+    "IQ4_NL": (4, {}, (0,)),
+    "IQ4_XS": (4, {2: b"\xaa" * 2 + b"\x11" * 4}, (0,)),
 }
 
 
@@ -204,23 +205,60 @@ def save(path: Path, tensors: dict[str, tuple[str, tuple[int, ...], bytes]], met
     path.write_bytes(struct.pack("<Q", len(header)) + header + b"".join(data for *_, data in tensors.values()))
 
 
+@functools.cache
+def _codes(dtype: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The codes of a type in `BLOCKS`, found out by asking gguf what every bit of a block does.
+
+    Returns:
+        For each code the bits of a block that is full of it, with d = 1; its value; and of each bit of a block the
+        number that it belongs to, or -1.
+    """
+    (bits, fields, halves), kind = BLOCKS[dtype], gguf.GGMLQuantizationType[dtype]
+    numbers, size = gguf.GGML_QUANT_SIZES[kind]
+    empty = np.zeros(size, np.uint8)
+    for at, data in fields.items():
+        empty[at : at + len(data)] = np.frombuffer(data, np.uint8)
+    for at, value in zip(halves, (1, 2 ** (bits - 1)), strict=False):
+        empty[at : at + 2] = np.array([value], np.float16).view(np.uint8)
+    flipped = np.packbits(np.unpackbits(empty) ^ np.eye(8 * size, dtype=np.uint8), axis=1)
+    with np.errstate(invalid="ignore", over="ignore"):  # of bits of d
+        change = np.abs(gguf.dequantize(flipped, kind) - gguf.dequantize(empty[None], kind))
+    owner = np.where((change > 0).sum(1) == 1, change.argmax(1), -1)
+    weight = np.zeros(8 * size, int)  # of a bit in the code of its number: they lie in the same order for all numbers
+    for number in range(numbers):
+        weight[owner == number] = 2 ** np.arange(bits)
+    ones = (np.arange(2**bits)[:, None] & weight) > 0
+    blocks = np.where(owner >= 0, ones, np.unpackbits(empty)).astype(np.uint8)
+    return blocks, gguf.dequantize(np.packbits(blocks, axis=1), kind)[:, 0], owner
+
+
+def in_blocks(array: np.ndarray, dtype: str) -> np.ndarray:
+    """A matrix in blocks of a type that gguf only reads: the nearest codes, with one scale for a block."""
+    blocks, values, owner = _codes(dtype)
+    parts = array.reshape(-1, owner.max() + 1)
+    d = (np.abs(parts).max(1, keepdims=True) / values.max()).astype(np.float16)
+    order = np.argsort(values)
+    between = (values[order][1:] + values[order][:-1]) / 2
+    codes = order[np.searchsorted(between, parts / np.maximum(d, 1e-7).astype(np.float32))]
+    data = np.packbits(blocks[codes[:, np.maximum(owner, 0)], np.arange(len(owner))], axis=1)
+    for at, value in zip(BLOCKS[dtype][2], (d, d * 2 ** (BLOCKS[dtype][0] - 1)), strict=False):
+        data[:, at : at + 2] = value.astype(np.float16).view(np.uint8)
+    return data.reshape(*array.shape[:-1], -1)
+
+
 def save_gguf(path: Path, tensors: dict[str, mx.array], kind: str, arch: str = "flux", add=None):
     """A GGUF file: matrices of blocks in `kind`, or in turn ("Q4_K+Q8_0"), where rows are of whole blocks."""
     others, kinds = kind if kind in SAFETENSORS else "F16", itertools.cycle(kind.split("+"))
-    writer, choose = gguf.GGUFWriter(path, arch), np.random.default_rng(0)
+    writer = gguf.GGUFWriter(path, arch)
     if add:
         add(writer)
     for name, array in tensors.items():
         block = ".blk." in name or "_blocks." in name or name.startswith("token_embd")
         dtype = "F32" if array.ndim == 1 else next(kinds) if block else others
-        numbers, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[dtype]]
-        if array.shape[-1] % numbers:
-            dtype, numbers = others, 1
-        if dtype in HALVES:
-            data = choose.integers(0, 256, (array.size // numbers, size), np.uint8)
-            for at in HALVES[dtype]:  # the scales of a block must be finite
-                data[:, at : at + 2] = choose.uniform(1e-4, 1e-2, (len(data), 1)).astype(np.float16).view(np.uint8)
-            data = data.reshape(*array.shape[:-1], -1)
+        if array.shape[-1] % gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[dtype]][0]:
+            dtype = others
+        if dtype in BLOCKS:
+            data = in_blocks(_numpy(array), dtype)
         else:
             data = gguf.quantize(_numpy(array), gguf.GGMLQuantizationType[dtype])
         writer.add_tensor(name, data, raw_dtype=gguf.GGMLQuantizationType[dtype])
@@ -338,6 +376,16 @@ def _save_shards(folder: Path, entries: dict, layout: str, count: int) -> None:
     if layout == "diffusers":
         weights = {n: file for file, shard in zip(files, shards, strict=True) for n in shard}
         (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps({"weight_map": weights}))
+
+
+def assert_same(model: Path, wanted: dict[str, dict[str, mx.array]]) -> None:
+    """A model folder of ours holds these arrays, bit by bit."""
+    for component, arrays in arrays_of(model).items():
+        assert arrays.keys() == wanted[component].keys()
+        for name, array in arrays.items():
+            one = wanted[component][name].astype(mx.float32)
+            assert array.shape == one.shape, name
+            assert mx.array_equal(array, one), (name, float(mx.abs(array - one).max()))
 
 
 def expected(source: Path, layout: str) -> dict[str, dict[str, mx.array]]:

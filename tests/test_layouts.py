@@ -1,4 +1,7 @@
-"""Every layout and type of file that people hold: at full size by names and shapes alone, at small size by content."""
+"""Every layout of file that people hold, by names and shapes at full size; its variants, and what is wrong with some.
+
+What comes out of each layout and type is in test_any_file.
+"""
 
 import json
 import math
@@ -22,7 +25,6 @@ from mlx_flux_krea.convert.gguf_header import read_gguf
 from mlx_flux_krea.convert.sources import Source, Tensor, join_parts, open_sources
 from mlx_flux_krea.convert.tokenizers import unpack
 
-from mlx_flux_krea import FluxPipeline
 from mlx_flux_krea import config as configs
 from mlx_flux_krea.commands.inspect import inspect
 from mlx_flux_krea.errors import ModelError
@@ -278,56 +280,12 @@ def test_an_unknown_gguf_is_called_what_it_says_it_is(tmp_path):
         convert([tmp_path / "m.gguf"], tmp_path / "out")
 
 
-# --- the same content from any layout ---
+# --- what else the same content may look like; test_any_file has the layouts themselves ---
 
 
 def converted(source: Path, tmp_path: Path, **options) -> Path:
     options = {"dtype": "float32", "tokenizers": TOKENIZERS} | options
     return convert([source], tmp_path / "out", **options).path
-
-
-def assert_same(path: Path, expected: dict[str, dict[str, mx.array]]) -> None:
-    """Bit by bit."""
-    for component, arrays in foreign.arrays_of(path).items():
-        assert arrays.keys() == expected[component].keys()
-        for name, array in arrays.items():
-            wanted = expected[component][name].astype(mx.float32)
-            assert array.shape == wanted.shape, name
-            assert mx.array_equal(array, wanted), (name, float(mx.abs(array - wanted).max()))
-
-
-@pytest.mark.parametrize("layout", ["BFL", "ComfyUI", "all-in-one", "diffusers", "mflux", "GGUF"])
-def test_every_layout_without_loss_gives_the_same_bits_and_so_the_same_picture(model, tmp_path, layout):
-    types = {"transformer": "F32", "text_encoder_2": "F32"} if layout == "GGUF" else {}
-    path = converted(foreign.write(model, tmp_path / "source", layout, **types), tmp_path)
-    assert_same(path, foreign.arrays_of(model))
-    call = {"prompt": "a cat", "seed": 1, "height": 32, "width": 32, "num_inference_steps": 1}
-    pictures = [np.asarray(FluxPipeline.from_pretrained(folder)(**call).images[0]) for folder in (model, path)]
-    assert np.array_equal(*pictures)
-
-
-STORED = [
-    ("BFL", {"transformer": "BF16", "text_encoder": "F16", "text_encoder_2": "BF16"}),
-    ("ComfyUI", {"transformer": "F8_E4M3", "text_encoder_2": "F8_E4M3"}),
-    ("ComfyUI", {"transformer": "scaled", "text_encoder_2": "scaled", "text_encoder": "F16"}),
-    ("BFL", {"transformer": "metadata", "text_encoder_2": "metadata"}),
-    ("all-in-one", {"transformer": "F8_E4M3", "text_encoder_2": "F8_E4M3", "text_encoder": "F16"}),
-    ("all-in-one", {"transformer": "scaled", "text_encoder_2": "scaled"}),
-    *(("mflux", dict.fromkeys(COMPONENTS, how)) for how in ("BF16", "q4", "q8", "q3", "q6")),
-    *(
-        ("GGUF", {"transformer": kind, "text_encoder_2": kind})
-        for kind in ("F16", "BF16", *decode._BLOCKS, "Q4_0+Q8_0+F16+Q6_K+BF16")
-    ),
-]
-
-
-@pytest.mark.parametrize(("layout", "types"), STORED, ids=[f"{row[0]}-{row[1]['transformer']}" for row in STORED])
-def test_what_a_file_lost_is_read_as_an_independent_decoder_reads_it(model, tmp_path, layout, types):
-    source = foreign.write(model, tmp_path / "source", layout, **types)
-    if layout == "GGUF":
-        stored = {tensor.dtype for one in open_sources([source]) for tensor in one.tensors.values()}
-        assert {*types["transformer"].split("+")} <= stored
-    assert_same(converted(source, tmp_path), foreign.expected(source, layout))
 
 
 def test_every_value_of_e4m3_and_every_ggml_type_decode_as_elsewhere():
@@ -353,7 +311,7 @@ def test_newer_names_of_transformers_and_comfyui_hold_the_same(model, tmp_path):
 
     rename("clip_l.safetensors", "text_model.", "")
     rename("flux1-krea-dev.safetensors", "_norm.scale", "_norm.weight")
-    assert_same(converted(source, tmp_path), foreign.arrays_of(model))
+    foreign.assert_same(converted(source, tmp_path), foreign.arrays_of(model))
 
 
 def test_the_bias_that_mflux_drops_is_zero_and_reported_as_lost(model, tmp_path):
@@ -368,7 +326,7 @@ def test_the_bias_that_mflux_drops_is_zero_and_reported_as_lost(model, tmp_path)
     wanted = foreign.arrays_of(model)
     name = lost[0][0]
     wanted["transformer"][name] = mx.zeros_like(wanted["transformer"][name])
-    assert_same(report.path, wanted)
+    foreign.assert_same(report.path, wanted)
 
 
 def test_a_bias_is_not_lost_without_a_word_in_other_layouts(model, tmp_path):
@@ -451,7 +409,7 @@ def test_comfyuis_files_may_be_given_one_by_one(model, tmp_path):
     source = foreign.write(model, tmp_path / "source", "ComfyUI")
     files = sorted(source.rglob("*.safetensors"))
     path = convert(files, tmp_path / "out", dtype="float32", tokenizers=TOKENIZERS).path
-    assert_same(path, foreign.arrays_of(model))
+    foreign.assert_same(path, foreign.arrays_of(model))
 
 
 def test_the_record_of_an_all_in_one_file_names_it_once(model, tmp_path):
@@ -474,7 +432,7 @@ def test_what_else_an_all_in_one_file_holds_is_not_passed_over(model, tmp_path):
 def test_a_model_folder_of_ours_is_a_source_like_others(model, tmp_path):
     """What it says of itself is kept."""
     path = converted(model, tmp_path)
-    assert_same(path, foreign.arrays_of(model))
+    foreign.assert_same(path, foreign.arrays_of(model))
     before, after = open_model(model).index, open_model(path).index
     same = ("name", "base", "license", "filters", "schedule", "defaults", "max_sequence_length")
     assert [getattr(after, field) for field in same] == [getattr(before, field) for field in same]

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from helpers import psnr
 from mlx_flux_krea.convert import convert
+from pictures import THINGS, is_right
 from PIL import Image
 from test_mistakes import half_rotated
 
@@ -17,29 +18,7 @@ from mlx_flux_krea.commands import demo
 from mlx_flux_krea.nano import scenes
 from mlx_flux_krea.provenance import read_record
 
-THINGS = [
-    ("a red circle on a blue background", [("circle", "red")], "blue"),
-    ("a large yellow star on a purple background", [("star", "yellow")], "purple"),
-    ("a large white square on a green background", [("square", "white")], "green"),
-    ("a black triangle in front of a pink background", [("triangle", "black")], "pink"),
-    ("a cyan cross in the top left corner on a red background", [("cross", "cyan")], "red"),
-    ("a green ring on plain yellow", [("ring", "green")], "yellow"),
-    (
-        "a red square to the left of a white circle on a blue background",
-        [("square", "red"), ("circle", "white")],
-        "blue",
-    ),
-    ("a blue circle above a pink square on a white background", [("circle", "blue"), ("square", "pink")], "white"),
-]
 BAR = 6  # of the eight pictures
-
-
-def is_right(picture, things, background) -> bool:
-    """Whether the picture shows these things on this background, whatever their size and place."""
-    pixels = np.array(picture)
-    ground = judging.background(pixels)
-    seen = sorted((s.shape, s.colour) for s in judging.look(pixels))
-    return seen == sorted(things) and {judging.nearest(ground[0]), judging.nearest(ground[-1])} == {background}
 
 
 def right(pipe, steps: int = 6) -> int:

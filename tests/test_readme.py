@@ -9,8 +9,8 @@ from pathlib import Path
 import macs
 import pytest
 from helpers import DATA, ROOT
+from pictures import is_right
 from PIL import Image
-from test_nano import is_right
 
 README = (ROOT / "README.md").read_text()
 
