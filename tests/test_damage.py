@@ -15,8 +15,8 @@ from helpers import DATA, PIPELINE, SINGLE_FILES, TOKENIZERS, edit_json, edit_te
 from mlx_flux_krea.convert import convert, index, layouts
 from mlx_flux_krea.convert.sources import open_sources
 
+import cli
 from mlx_flux_krea import config as configs
-from mlx_flux_krea.commands.inspect import inspect
 from mlx_flux_krea.errors import ModelError
 from mlx_flux_krea.weights import open_model
 
@@ -257,7 +257,7 @@ def test_a_source_whose_name_is_not_utf8_is_refused_early(singles, tmp_path):
 
 @pytest.mark.parametrize("part", ["transformer", "vae/model-00001-of-00001.safetensors"])
 def test_a_part_of_a_model_folder_of_ours_can_be_inspected(model, part):
-    shown = CliRunner().invoke(inspect, [str(model / part)], catch_exceptions=False)
+    shown = CliRunner().invoke(cli.cli, ["inspect", str(model / part)], catch_exceptions=False)
     assert (shown.exit_code, "Black Forest Labs" in shown.output) == (0, True)
 
 
@@ -266,7 +266,7 @@ def test_a_model_folder_whose_index_is_damaged_is_not_taken_for_another(model, t
     folder = Path(shutil.copytree(model, tmp_path / "copy"))
     (folder / "model_index.json").write_text(text)
     with pytest.raises(ModelError, match=r"copy/model_index\.json (cannot be read|holds a list)"):
-        CliRunner().invoke(inspect, [str(folder)], catch_exceptions=False)
+        CliRunner().invoke(cli.cli, ["inspect", str(folder)], catch_exceptions=False)
 
 
 def test_a_part_of_a_model_folder_of_ours_is_no_source(model, tmp_path):

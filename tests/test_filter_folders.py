@@ -12,8 +12,8 @@ from mlx_flux_krea.convert import convert, layouts
 from mlx_flux_krea.convert.sources import Source, Tensor
 from mlx_flux_krea.convert.write import check_manifest
 
+import cli
 from mlx_flux_krea import convert as converter
-from mlx_flux_krea.commands.inspect import inspect
 from mlx_flux_krea.config import Quantization
 from mlx_flux_krea.errors import ModelError, UsageError
 from mlx_flux_krea.filters.config import NSFW_SHA256, NSFW_VIT, PIXTRAL_12B
@@ -232,7 +232,7 @@ def test_a_filter_of_ours_is_converted_again(wide, tmp_path):
 
 def test_a_filter_is_inspected_and_is_no_model(wide, tmp_path):
     path = convert([wide], tmp_path / "out", quantize=None).path
-    facts = json.loads(CliRunner().invoke(inspect, [str(path), "--json"]).stdout)
+    facts = json.loads(CliRunner().invoke(cli.cli, ["inspect", str(path), "--json"]).stdout)
     assert list(facts["components"]) == ["pixtral"]
     assert facts["components"]["pixtral"]["quantization"]["bits"] == 4
     with pytest.raises(ModelError, match="is not of a FluxPipeline"):

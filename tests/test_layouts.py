@@ -25,8 +25,8 @@ from mlx_flux_krea.convert.gguf_header import read_gguf
 from mlx_flux_krea.convert.sources import Source, Tensor, join_parts, open_sources
 from mlx_flux_krea.convert.tokenizers import unpack
 
+import cli
 from mlx_flux_krea import config as configs
-from mlx_flux_krea.commands.inspect import inspect
 from mlx_flux_krea.errors import ModelError
 from mlx_flux_krea.filters.config import NSFW_VIT, PIXTRAL_12B
 from mlx_flux_krea.tokenizers import T5Tokenizer
@@ -260,7 +260,7 @@ def test_other_look_alikes_are_refused_by_name_and_inspected_as_what_they_are(tm
     foreign.save(file, {name: ("U8", (4,), bytes(4)) for name in OTHERS[model]})
     with pytest.raises(ModelError, match=f"model.safetensors is {model.strip()}.*expected FLUX.1 Krea"):
         convert([file], tmp_path / "out")
-    shown = CliRunner().invoke(inspect, [str(file)], catch_exceptions=False)
+    shown = CliRunner().invoke(cli.cli, ["inspect", str(file)], catch_exceptions=False)
     assert (shown.exit_code, f"is {model.strip()}" in shown.output) == (0, True)
 
 
@@ -270,7 +270,7 @@ def test_e5m2_is_refused_by_name(tmp_path):
     foreign.save(file, {"img_in.weight": ("F8_E5M2", (2, 2), bytes(4))})
     with pytest.raises(ModelError, match=r"is an fp8 file of the kind e5m2.*\(img_in.weight\); expected FLUX.1"):
         convert([file], tmp_path / "out")
-    shown = CliRunner().invoke(inspect, [str(file)], catch_exceptions=False)
+    shown = CliRunner().invoke(cli.cli, ["inspect", str(file)], catch_exceptions=False)
     assert (shown.exit_code, "e5m2" in shown.output) == (0, True)
 
 
@@ -463,11 +463,13 @@ def test_the_tokenizers_of_a_model_folder_go_with_it(model, tmp_path):
 def test_inspect_names_every_layout_and_reads_no_tensor(model, tmp_path, monkeypatch, layout, types, shown):
     source = foreign.write(model, tmp_path / "source", layout, **types)
     monkeypatch.setattr(Tensor, "read", lambda tensor: pytest.fail("read"))
-    seen = CliRunner().invoke(inspect, [str(source)], catch_exceptions=False)
+    seen = CliRunner().invoke(cli.cli, ["inspect", str(source)], catch_exceptions=False)
     assert seen.exit_code == 0
     assert [text for text in shown if text not in seen.output] == []
     assert "not known" not in seen.output
-    facts = json.loads(CliRunner().invoke(inspect, [str(source), "--json"], catch_exceptions=False).output)["sources"]
+    facts = json.loads(CliRunner().invoke(cli.cli, ["inspect", str(source), "--json"], catch_exceptions=False).output)[
+        "sources"
+    ]
     assert {fact["component"] for fact in facts} == set(COMPONENTS)
 
 

@@ -24,6 +24,7 @@ from mlx_flux_krea.convert.quantize import RECIPES, choose, find_recipe
 from mlx_flux_krea.convert.remap import Target
 from mlx_flux_krea.convert.sources import Tensor
 
+import cli
 from mlx_flux_krea import FluxPipeline, presets, quantized
 from mlx_flux_krea import config as configs
 from mlx_flux_krea.commands.convert import convert as convert_command
@@ -490,7 +491,7 @@ def test_options_that_do_not_go_together_are_refused(options, says, tmp_path):
 def test_the_command_quantizes_to_8_bits_unless_told_otherwise(tmp_path):
     choices = next(p for p in convert_command.params if p.name == "quantize")
     assert tuple(choices.type.choices) == tuple(RECIPES)
-    refused = CliRunner().invoke(convert_command, [str(PIPELINE), "--allow-nonfinite"])
+    refused = CliRunner().invoke(cli.cli, ["convert", str(PIPELINE), "--allow-nonfinite"])
     assert isinstance(refused.exception, UsageError)
     made = json.loads(run_command("convert", PIPELINE, "--tokenizers", TOKENIZERS, "--json", cwd=tmp_path).stdout)
     assert (made["quantize"], made["dtype"]) == ("8", "bfloat16")
