@@ -13,6 +13,7 @@ from helpers import ROOT, run_command
 from PIL import Image
 
 from mlx_flux_krea.provenance import read_record
+from mlx_flux_krea.weights import NANO
 
 
 def test_the_help_pages_are_current():
@@ -132,9 +133,9 @@ def test_the_script_for_each_shell_is_one_that_it_reads(command, tmp_path, shell
         ("watch_and_stop", ["lighthouse.png"]),
     ],
 )
-def test_the_examples_run_on_the_small_model(model, tmp_path, example, made):
+def test_the_examples_run_on_the_small_model(tmp_path, example, made):
     small = tmp_path / "model"
-    shutil.copytree(model, small)
+    shutil.copytree(NANO, small)
     index = json.loads((small / "model_index.json").read_text())
     index["defaults"]["num_inference_steps"] = 4
     (small / "model_index.json").write_text(json.dumps(index))
