@@ -115,11 +115,11 @@ def pixtral_peaks(folder: Path) -> dict[str, int]:
     choose_products(network, mx.bfloat16)
     found = {name: (path, info) for name, info in read_header(path)[0].items()}
     pieces = [*network.vision_tower.layers, network.multi_modal_projector, *network.layers]
-    peaks, rows, columns = {}, 8, 8
-    image_ids = [1, 3, *([10] * columns + [12]) * rows, 4]
+    peaks, rows, columns = {}, 32, 32  # of 512 x 512 pixels, and words as many as the instructions have
+    image_ids = [1, 3, *([10] * columns + [12]) * rows, *range(1000, 1190), 4]
     for what, ids, images in (
-        ("prompt", [1, 3, *range(1000, 1100), 4], []),
-        ("picture", image_ids, [(8 * 16, 8 * 16)]),
+        ("prompt", [1, 3, *range(1000, 1250), 4], []),
+        ("picture", image_ids, [(rows * 16, columns * 16)]),
     ):
         seen = [mx.zeros((1, *side, 3)) for side in images]
         mx.clear_cache()
