@@ -10,6 +10,7 @@ and noise depend on the seed and the number of the step alone. README.md beside 
 
 import argparse
 import copy
+import io
 import json
 import random
 import shutil
@@ -217,12 +218,13 @@ def tokenizers(work: Path, target: Path) -> None:
     t5, clip = target / "tokenizer_2", target / "tokenizer"
     t5.mkdir(parents=True)
     clip.mkdir()
+    made = io.BytesIO()  # under a name, the file would hold the path to it
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(lines + list(string.ascii_letters + string.digits + ".,;:!?'\"-()")),
-        model_prefix=str(t5 / "spiece"), vocab_size=T5_VOCABULARY, model_type="bpe", character_coverage=1.0,
+        model_writer=made, vocab_size=T5_VOCABULARY, model_type="bpe", character_coverage=1.0,
         pad_id=0, eos_id=1, unk_id=2, bos_id=-1, normalization_rule_name="identity", minloglevel=2,
     )  # fmt: skip
-    (t5 / "spiece.vocab").unlink()
+    (t5 / "spiece.model").write_bytes(made.getvalue())
     (t5 / "tokenizer_config.json").write_text(json.dumps({"extra_ids": 0}))
 
     bpe = Tokenizer(models.BPE(continuing_subword_prefix="", end_of_word_suffix="</w>"))
