@@ -36,9 +36,9 @@ def final_latents(folder: Path, prompts: list[str]) -> mx.array:
 
 def parameters(folder: Path) -> dict[str, int]:
     """Of each group with layers that could be quantized, the numbers in them."""
-    counts = {}
-    for component, sizes in open_model(folder).sizes.items():
-        found = open_model(folder).tensors(component)
+    counts, model = {}, open_model(folder)
+    for component, sizes in model.sizes.items():
+        found = model.tensors(component)
         for path in layer_widths(component, sizes):
             rows, width = found[f"{path}.weight"][1].shape
             group = group_of(component, f"{path}.weight")

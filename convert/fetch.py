@@ -28,7 +28,7 @@ from tempfile import TemporaryDirectory
 from mlx_flux_krea.errors import ModelError, UsageError
 
 from .hub import INCOMPLETE, WEIGHTS, File, Listing, explained, folder_of, is_repo_id, look, patiently, place_of
-from .write import sha256
+from .write import read_through, sha256
 
 _HEADER, _LONGEST_HEADER = 2**18, 2**26  # bytes that are asked for at first, and at most
 _GGUF_HEADER = 2**22  # the vocabulary of a T5 is in there, with 1 MB
@@ -284,7 +284,7 @@ class _Hashed:
         git = b"blob %d\0" % self._file.size
         self._hash = hashlib.sha256() if is_lfs else hashlib.sha1(git, usedforsecurity=False)
 
-    def add(self, chunk: bytes) -> None:
+    def add(self, chunk: bytes | memoryview) -> None:
         """More came."""
         self._hash.update(chunk)
         self.count += len(chunk)
@@ -296,17 +296,9 @@ class _Hashed:
             CancelledError: `stop` was set.
             ModelError: the file cannot be read.
         """
-        try:
-            if self.count == place.stat().st_size:
-                return
+        if not os.path.exists(place) or self.count != os.path.getsize(place):
             self.restart()
-            with open(place, "rb") as part:
-                while chunk := part.read(2**22):
-                    if stop.is_set():
-                        raise CancelledError
-                    self.add(chunk)
-        except OSError as error:
-            raise ModelError(f"{place} cannot be read: {error.strerror}", "a file that can") from None
+            read_through(place, self.add, stop)
 
     @property
     def digest(self) -> str:

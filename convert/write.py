@@ -362,18 +362,33 @@ def sha256(path: Path, stop: threading.Event | None = None, done: Callable[[Path
         CancelledError: `stop` was set.
         ModelError: the file cannot be read.
     """
-    digest, buffer = hashlib.sha256(), memoryview(bytearray(2**20))  # one, of a size that stays in a cache
+    digest = hashlib.sha256()
+
+    def use(piece: memoryview) -> None:
+        digest.update(piece)
+        if done:
+            done(path, len(piece))
+
+    read_through(path, use, stop)
+    return digest.hexdigest()
+
+
+def read_through(path: Path, use: Callable[[memoryview], None], stop: threading.Event | None = None) -> None:
+    """Hands all of a file to a function, piece after piece; each is there until the function returns.
+
+    Raises:
+        CancelledError: `stop` was set.
+        ModelError: the file cannot be read.
+    """
+    buffer = memoryview(bytearray(2**20))  # one, of a size that stays in a cache
     try:
         with open(path, "rb") as file:
             while count := file.readinto(buffer):
                 if stop and stop.is_set():
                     raise CancelledError
-                digest.update(buffer[:count])
-                if done:
-                    done(path, count)
+                use(buffer[:count])
     except OSError as error:
         raise ModelError(f"{path} cannot be read: {error.strerror}", "a file that can") from None
-    return digest.hexdigest()
 
 
 def _json(obj) -> bytes:

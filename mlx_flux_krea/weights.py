@@ -413,9 +413,9 @@ def find_model(model: str | os.PathLike | None) -> Path:
     Raises:
         ModelError: nothing there, or more than one where none was named.
     """
-    installed = installed_models()
     model = default_model() if model is None else model
     if model is None:
+        installed = installed_models()
         if len(installed) == 1:
             return next(iter(installed.values()))
         if installed:
@@ -425,7 +425,7 @@ def find_model(model: str | os.PathLike | None) -> Path:
         raise ModelError(f"no model is installed in {home() / 'models'}", "", todo)
     path = named(model)
     if not path.exists():
-        known = f"a path, or one of {', '.join(['nano', *installed])}"
+        known = f"a path, or one of {', '.join(['nano', *installed_models()])}"
         raise ModelError(
             f"there is no model {str(model)!r}", known, "convert a downloaded folder: flux-krea convert FOLDER"
         )

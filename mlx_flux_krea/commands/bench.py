@@ -80,10 +80,10 @@ def _facts(pipe, size: dict, result, seconds: float) -> dict:
 
 def _line(facts: dict) -> str:
     """For a table or a message."""
-    from .terminal import size
+    from .terminal import size, stage_times
 
     share = f" ({facts['share_of_peak']:.0%} of its peak)" if facts["share_of_peak"] else ""
-    stages = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in facts["stages"].items() if stage != "denoise")
+    stages = stage_times({stage: seconds for stage, seconds in facts["stages"].items() if stage != "denoise"})
     return " | ".join(
         (
             facts["device"],

@@ -8,7 +8,7 @@ import click
 from mlx_flux_krea.errors import Withheld, printable
 
 from .output import names_from, save
-from .terminal import say, size, table
+from .terminal import say, size, stage_times, table
 
 
 class Delivery:
@@ -42,8 +42,7 @@ class Delivery:
         facts = {"outcome": outcome, "notes": [*drawing.notes, *result.notes], "seconds": result.seconds}
         facts |= {"peaks": result.peaks, "predicted": result.plan.stages}
         self._add(outcome, path, picture, {**result.records[pick], **facts})
-        stages = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in result.seconds.items())
-        say(f"seed {seed}: {stages}")
+        say(f"seed {seed}: {stage_times(result.seconds)}")
         if "verbose" in self._run.options:
             say(_memory(result))
         if self._as_json:

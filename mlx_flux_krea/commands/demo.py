@@ -48,14 +48,14 @@ def demo(prompt, output, seed, contact_sheet, force):
 
 def _picture(pipe, prompt: str, seed: int, output: Path) -> list[tuple]:
     """The picture, and the same enlarged."""
-    from .terminal import PipelineProgress, say
+    from .terminal import PipelineProgress, say, stage_times
 
     progress = PipelineProgress()
     try:
         result = pipe(prompt, seed=seed, progress=progress)
     finally:
         progress.close()
-    say(", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in result.seconds.items()))
+    say(stage_times(result.seconds))
     native = result.images[0]
     return [(output, native), (output.with_stem(f"{output.stem}-large"), native.enlarged(5))]
 

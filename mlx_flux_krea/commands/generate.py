@@ -176,7 +176,7 @@ def _check_run(run) -> None:
     try:
         check_outcomes([outcome for outcome, _ in run.done])
     except FluxKreaError as error:
-        if any(path for _, path in run.done):
+        if run.has_pictures:
             error.exit_code = 7
         raise
     if run.skipped:

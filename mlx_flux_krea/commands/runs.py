@@ -54,6 +54,11 @@ class Run:
         """How many pictures were written from each output's name."""
         return Counter(job.output for job, (_, path) in zip(self.jobs, self.done, strict=False) if path)
 
+    @property
+    def has_pictures(self) -> bool:
+        """Whether any was released: a failure after that is one of a part."""
+        return any(path for _, path in self.done)
+
     def add(self, outcome: str, path: Path | None, picture: Picture | None) -> None:
         """The next picture has its outcome."""
         if path and picture and "contact_sheet" in self.options:
@@ -183,7 +188,7 @@ def keeping(run: Run, model: ModelFolder) -> Iterator[None]:
         stopped.message += f" {run.reached}; go on with: {_command(kept)}" if kept.exists else ""
         raise
     except FluxKreaError as error:
-        if any(path for _, path in run.done):
+        if run.has_pictures:
             error.exit_code = 7
         if isinstance(error, Withheld) or not (kept.done or run.done):
             kept.remove()
