@@ -75,7 +75,7 @@ def convert(sources: list[Path], target: Path, quantize: str) -> dict:
     script = """
 import json, os, resource, sys, time
 from mlx_flux_krea.convert import convert
-from mlx_flux_krea.convert.write import Folder
+from mlx_flux_krea.convert.folder import Folder
 def now():
     return time.perf_counter(), time.process_time()
 moments, finish = [now()], Folder.finish

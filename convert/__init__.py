@@ -8,7 +8,7 @@ The two networks of the content filters are converted alike, into folders of the
 sources opens files, decode knows their types, layouts recognises them, maps names their tensors, remap puts tensors
 together; own does all of it for folders of ours; hub and fetch are for what is on the Hugging Face hub. quantize has
 the recipes, index, tokenizers and licence add what weights do not say; job holds all that is decided before a weight
-is read, write stores it.
+is read, reading reads, write stores it in a folder that becomes a model when it is complete.
 """
 
 import math
@@ -16,6 +16,7 @@ import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from mlx_flux_krea import __version__
@@ -25,16 +26,18 @@ from mlx_flux_krea.filters.config import NSFW_SHA256, FilterIndex
 from mlx_flux_krea.weights import DTYPES, KINDS
 
 from . import quantize as quantizing
-from . import write
 from .fetch import Fetching, Remote, outlined
+from .folder import Folder, check_disk, existing, new_folder
 from .hub import cache_folder, is_repo_id
 from .job import Group, Job, Outline, decide, examine, roots
 from .layouts import Found
 from .licence import licence_files
 from .quantize import Layers
+from .reading import Reading
+from .write import write_component
 
 __all__ = ["Component", "Group", "Outline", "Report", "convert", "examine"]
-Losses = dict[str, dict[str, tuple[float, float]]]  # of each component, what `write.write_component` returns
+Losses = dict[str, dict[str, tuple[float, float]]]  # of each component, what `write_component` returns
 
 
 @dataclass(frozen=True)
@@ -118,12 +121,13 @@ def convert(
         raise UsageError("--offline fetches nothing that --discard-source could delete", "one of both")
     with outlined(sources, offline, progress) as remote:
         job = decide(remote.paths, out, dtype, quantize, group_size, tokenizers)
+        progress = progress or (lambda *_: None)
         index, losses = _write(job, remote, force, allow_nonfinite, discard_source, progress, placing)
     return _report(job, index, losses)
 
 
 def _write(
-    job: Job, remote: Remote, force: bool, allow_nonfinite: bool, discard: bool, progress: Callable | None, placing
+    job: Job, remote: Remote, force: bool, allow_nonfinite: bool, discard: bool, progress: Callable, placing
 ) -> tuple[configs.ModelIndex | FilterIndex, Losses]:
     """Makes the folder, the smallest component first, while files of those after it may still come.
 
@@ -134,16 +138,16 @@ def _write(
     total = sum(map(job.bytes, job.plans))
     files = {name: found.source.files for name, found in job.found.items()}
     sizes = {file: file.stat().st_size for some in files.values() for file in some}
-    order = sorted(job.plans, key=lambda name: sum(sizes[file] for file in files[name]))
+    place = {name: min(tensor.start for tensor in found.tensors.values()) for name, found in job.found.items()}
+    order = sorted(job.plans, key=lambda name: (sum(sizes[file] for file in files[name]), place[name]))
     last = {file: name for name in order for file in files[name]}  # who needs a file last
     coming = {file: remote.files[file] for file in last if file in remote.files}
-    written, losses = 0, {}
+    hashes, written, losses = {}, 0, {}
     with (
-        write.new_folder(target, force, [*remote.paths, *sizes], placing) as folder,
-        write.hashing(file for file in sizes if file not in coming) as hashes,
+        new_folder(target, force, [*remote.paths, *sizes], placing) as folder,
+        Reading(file for file in sizes if file not in coming) as reading,
         Fetching(coming, keep=not discard) as fetching,
     ):
-        hashes |= fetching.hashes
         to_fetch = [fetching.left(file for file in last if last[file] == name) for name in order]
         _check_disk(target, to_fetch, [job.bytes(name) for name in order], discard)
         fetching.start()
@@ -154,34 +158,34 @@ def _write(
             def done(count: int, component: str = component) -> None:
                 nonlocal written
                 written += count
-                if progress:
-                    progress(component, written, total)
+                progress(component, written, total)
 
-            losses[component] = write.write_component(
+            losses[component] = write_component(
                 folder,
                 component,
                 configs.to_json(config),
                 plan,
                 job.dtype,
                 job.layers[component],
+                reading,
                 done,
                 allow_nonfinite,
             )
-            fetching.discard(file for file in files[component] if last[file] == component)
-        index = _write_rest(job, folder, {file: hashes[file].result() for file in sizes}, sizes)
-        if progress:
-            progress("reading back", total, total)
+            for file in (file for file in files[component] if last[file] == component):
+                hashes[file] = reading.finish(file) or fetching.hashes[file].result()
+                fetching.discard([file])
+        index = _write_rest(job, folder, hashes, sizes)
         class_name = next(name for name, (_, networks) in KINDS.items() if set(networks) == set(job.plans))
-        folder.finish({"_class_name": class_name, **configs.to_json(index)})
+        folder.finish({"_class_name": class_name, **configs.to_json(index)}, partial(progress, "reading back"))
     return index, losses
 
 
 def _write_rest(
-    job: Job, folder: write.Folder, hashes: dict[Path, str], sizes: dict[Path, int]
+    job: Job, folder: Folder, hashes: dict[Path, str], sizes: dict[Path, int]
 ) -> configs.ModelIndex | FilterIndex:
     """Tokenizers and licence; the index, which is not written yet, with what everything was made from."""
     for name, data in job.tokens.items():
-        folder.write(name, [data])
+        folder.write(name, data)
     if job.own:
         job.own.check(hashes)
     records = tuple(
@@ -191,7 +195,7 @@ def _write_rest(
     index = replace(job.index, source=before + records, converter=__version__)
     stored = [f"{name}: {job.stored(name)}" for name in job.plans]
     for name, data in licence_files(index, roots(job.found), stored).items():
-        folder.write(name, [data])
+        folder.write(name, data)
     return index
 
 
@@ -226,13 +230,13 @@ def _check_disk(target: Path, to_fetch: list[int], made: list[int], discard: boo
     todo = "choose another disk with -o"
     if sum(to_fetch):
         todo += " or HF_HOME" + ("" if discard else ", or add --discard-source")
-        if os.stat(write.existing(cache)).st_dev != os.stat(write.existing(target)).st_dev:
-            write.check_disk(cache, sum(to_fetch), "choose another disk with HF_HOME")
+        if os.stat(existing(cache)).st_dev != os.stat(existing(target)).st_dev:
+            check_disk(cache, sum(to_fetch), "choose another disk with HF_HOME")
         elif discard:  # while one is made, those after it may already be here
             need += max(sum(to_fetch[i:]) - sum(made[i + 1 :]) for i in range(len(made)))
         else:
             need += sum(to_fetch)
-    write.check_disk(target, need, todo)
+    check_disk(target, need, todo)
 
 
 def _error(group: Group, losses: dict[str, tuple[float, float]]) -> float | None:

@@ -28,7 +28,7 @@ from tempfile import TemporaryDirectory
 from mlx_flux_krea.errors import ModelError, UsageError
 
 from .hub import INCOMPLETE, WEIGHTS, File, Listing, explained, folder_of, is_repo_id, look, patiently, place_of
-from .write import read_through, sha256
+from .reading import read_through, sha256
 
 _HEADER, _LONGEST_HEADER = 2**18, 2**26  # bytes that are asked for at first, and at most
 _GGUF_HEADER = 2**22  # the vocabulary of a T5 is in there, with 1 MB

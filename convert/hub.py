@@ -20,7 +20,7 @@ from mlx_flux_krea.errors import FluxKreaError, ModelError, ResourceError, Usage
 from mlx_flux_krea.weights import NETWORKS
 
 from .licence import LICENCE_NAMES
-from .write import sha256
+from .reading import sha256
 
 TOKENIZER_FILES = (
     "vocab.json", "merges.txt", "tokenizer.json", "spiece.model", "tokenizer_config.json", "special_tokens_map.json",

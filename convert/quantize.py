@@ -13,6 +13,7 @@ from mlx_flux_krea.errors import UsageError
 from mlx_flux_krea.weights import DTYPES, PACKED
 
 from .remap import Plan, Target
+from .sources import Data
 
 Layers = dict[str, Quantization | None]  # by path: how each layer that could be quantized is stored
 ITEM_BYTES = {DTYPES[name]: getattr(mx, name).size for name in DTYPES} | {t: d.size for d, t in PACKED.items()}
@@ -203,7 +204,7 @@ class Made:
         return f"values too large for {dtype}" if mx.isfinite(self.source).all().item() else "NaN or infinities"
 
 
-def make(target: Target, piece: Target, dtype: str, q: Quantization | None) -> Made:
+def make(target: Target, piece: Target, dtype: str, q: Quantization | None, data: Data) -> Made:
     """Reads a piece of a tensor and begins to make of it what is stored; whoever looks at a part waits for it.
 
     Args:
@@ -211,15 +212,16 @@ def make(target: Target, piece: Target, dtype: str, q: Quantization | None) -> M
         piece: of it.
         dtype: of what is not packed.
         q: how it is quantized.
+        data: reads a tensor's bytes.
     """
     kind, step = getattr(mx, dtype), max(1, target.shape[0] // _ROWS)
     if q and q == piece.q:  # it is stored so already: rounding once is enough
-        packed = piece.packed()
+        packed = piece.packed(data)
         source, some = packed[1], dequantize([part[::step] for part in packed], q)
         parts = tuple(part if part.dtype in PACKED else part.astype(kind) for part in packed)
         checked = tuple(part for part in parts if part.dtype not in PACKED)
     else:
-        source = piece.make()
+        source = piece.make(data)
         array = mx.contiguous(source.astype(kind))
         parts = checked = (array,)
         if q:

@@ -1,5 +1,6 @@
 """Applies a name table: every key of a source matched or refused, every tensor of ours filled, every shape agreeing."""
 
+import itertools
 import math
 import re
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from mlx_flux_krea.config import MODES, Quantization
 from mlx_flux_krea.errors import ModelError
 
 from .maps import Pick, Swap
-from .sources import Tensor
+from .sources import Data, Tensor
 
 _SLOTS = {
     "{n}": r"(?P<n>\d+)",
@@ -35,14 +36,16 @@ class Target:
     swap: bool
     torch_axes: bool  # of a convolution
 
-    def pieces(self) -> list["Target"]:
-        """What makes it up, row after row, each small enough to stay in a processor's cache on its way."""
+    def pieces(self) -> list[tuple[int, "Target"]]:
+        """What makes it up, each small enough to stay in a processor's cache on its way, and the row it begins with."""
         if len(self.shape) != 2 or self.swap or not self.sources:
-            return [self]
+            return [(0, self)]
         most = max(1, _PIECE // self.shape[1])
         cut = [(tensor, first) for tensor in self.sources for first in range(0, tensor.shape[0], most)]
         parts = [tensor.rows(first, min(most, tensor.shape[0] - first)) for tensor, first in cut]
-        return [replace(self, shape=(part.shape[0], self.shape[1]), sources=(part,)) for part in parts]
+        rows = itertools.accumulate((part.shape[0] for part in parts), initial=0)
+        pieces = [replace(self, shape=(part.shape[0], self.shape[1]), sources=(part,)) for part in parts]
+        return list(zip(rows, pieces, strict=False))
 
     @property
     def q(self) -> Quantization | None:
@@ -59,17 +62,17 @@ class Target:
         (tensor,) = self.sources
         return Quantization(int(kind.removesuffix("-bit")), tensor.shape[-1] // tensor.parts[0].shape[-1])
 
-    def packed(self) -> list[mx.array]:
+    def packed(self, data: Data) -> list[mx.array]:
         """`weight`, `scales` and, in mode affine, `biases` of what has a `q`, as they are stored."""
         (tensor,) = self.sources
-        codes = tensor.data().view(np.uint32).reshape(*tensor.shape[:-1], -1)
-        return [mx.array(codes), *(part.read() for part in tensor.parts)]
+        codes = data(tensor).view(np.uint32).reshape(*tensor.shape[:-1], -1)
+        return [mx.array(codes), *(part.read(data) for part in tensor.parts)]
 
-    def make(self) -> mx.array:
+    def make(self, data: Data) -> mx.array:
         """Reads the sources and puts them together, in a type that holds every value."""
         if not self.sources:
             return mx.zeros(self.shape)
-        parts = [_in_our_axes(tensor.read(), len(self.shape), self.torch_axes) for tensor in self.sources]
+        parts = [_in_our_axes(tensor.read(data), len(self.shape), self.torch_axes) for tensor in self.sources]
         array = parts[0] if len(parts) == 1 else mx.concatenate(parts)
         return mx.concatenate(mx.split(array, 2)[::-1]) if self.swap else array
 

@@ -1,6 +1,6 @@
 """Opens what people hold: safetensors and GGUF files, shards, or folders of these. Reads headers only.
 
-A source is a lazy list of tensors; each reads itself when asked. Nothing here knows a layout.
+A source is a list of tensors, and where in its files they lie. Nothing here knows a layout.
 """
 
 import os
@@ -43,22 +43,6 @@ class Tensor:
         """Of the file, its parts included."""
         return self.end - self.start + sum(part.bytes for part in self.parts)
 
-    def data(self) -> np.ndarray:
-        """Its bytes, as they are stored.
-
-        Raises:
-            ModelError: the file cannot be read, or ends too early.
-        """
-        try:
-            with open(self.path, "rb") as file:
-                file.seek(self.start)
-                data = np.fromfile(file, np.uint8, self.end - self.start)
-        except OSError as error:
-            raise ModelError(f"{self.path} cannot be read: {error.strerror}", "a file that can") from None
-        if data.size < self.end - self.start:
-            raise ModelError(f"{self.path} ended inside {self.name}", "a complete file", "copy or download it again")
-        return data
-
     def rows(self, first: int, count: int) -> "Tensor":
         """Some rows of it, one after another."""
         size = (self.end - self.start) // self.shape[0]
@@ -66,9 +50,12 @@ class Tensor:
         parts = tuple(part.rows(first, count) if part.shape[:1] == self.shape[:1] else part for part in self.parts)
         return replace(self, shape=shape, start=start, end=start + count * size, parts=parts)
 
-    def read(self) -> mx.array:
+    def read(self, data: "Data") -> mx.array:
         """The tensor as an array, in a type that holds every value."""
-        return PARTS[self.dtype].decode(self.data(), self.shape, *(part.read() for part in self.parts))
+        return PARTS[self.dtype].decode(data(self), self.shape, *(part.read(data) for part in self.parts))
+
+
+Data = Callable[[Tensor], np.ndarray]  # gives the bytes of a tensor, as they are stored: `reading.Reading.data`
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ by `pread`, so that nothing is copied or allocated while a picture is drawn.
 """
 
 import contextlib
-import fcntl
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -24,6 +23,7 @@ from mlx.utils import tree_unflatten
 
 from .engine import evaluated
 from .errors import ModelError
+from .pagecache import bypass, forget
 from .weights import DTYPES, PACKED, TensorInfo
 
 SLOTS = 2  # buffers for pieces that are not kept: one computes, one is read
@@ -139,8 +139,8 @@ class Reader:
             except OSError as error:
                 raise ModelError(f"{path} cannot be read: {error.strerror}", "a shard of the model") from None
             self._files[path] = file
-            if not self._cached and hasattr(fcntl, "F_NOCACHE"):  # macOS
-                fcntl.fcntl(file, fcntl.F_NOCACHE, 1)
+            if not self._cached:
+                bypass(file)
         return self._files[path]
 
     def _fill(self, file: int, target: memoryview, offset: int, what: str) -> None:
@@ -159,8 +159,8 @@ class Reader:
                     "convert it again",
                 )
             target, offset = target[done:], offset + done
-        if not self._cached and hasattr(os, "posix_fadvise"):  # Linux
-            os.posix_fadvise(file, begin, count, os.POSIX_FADV_DONTNEED)
+        if not self._cached:
+            forget(file, begin, count)
 
 
 class Blocks:

@@ -182,11 +182,11 @@ pipeline.FluxPipeline.__call__ = call"""
 def test_a_second_ctrl_c_does_not_disturb_what_the_first_undoes(tmp_path):
     patch = """
 import shutil
-from mlx_flux_krea.convert import write
-component, remove = write.write_component, shutil.rmtree
+from mlx_flux_krea import convert
+component, remove = convert.write_component, shutil.rmtree
 def write_component(*args): print("moment", file=sys.stderr, flush=True); component(*args); time.sleep(60)
 def rmtree(*args, **kwargs): os.kill(os.getpid(), 2); remove(*args, **kwargs)
-write.write_component, shutil.rmtree = write_component, rmtree"""
+convert.write_component, shutil.rmtree = write_component, rmtree"""
     process = start(["convert", PIPELINE, "--tokenizers", TOKENIZERS, "-o", "tiny"], tmp_path, patch)
     out, err = end(process, signal.SIGINT, "moment")
     assert (process.returncode, out, err) == (130, "", ["flux-krea: interrupted"])
@@ -213,15 +213,17 @@ pipeline.FluxPipeline.__call__ = call"""
 @pytest.mark.parametrize("moment", ["write_component", "write_component again", "_sync", "_place", "after _place"])
 def test_a_signal_ends_converting_and_leaves_nothing_or_the_whole(tmp_path, moment):
     name = moment.split()[1 if moment.startswith("after") else 0]
+    room = "convert" if name == "write_component" else "convert.folder"
     patch = f"""
-from mlx_flux_krea.convert import write
-original = write.{name}
+from mlx_flux_krea import convert
+import mlx_flux_krea.convert.folder
+original = {room}.{name}
 def visible(*args):
     if {moment.startswith("after")}: original(*args)
     print("moment", file=sys.stderr, flush=True)
     time.sleep(0.3)
     if not {moment.startswith("after")}: original(*args)
-write.{name} = visible"""
+{room}.{name} = visible"""
     process = start(["convert", PIPELINE, "--tokenizers", TOKENIZERS, "-o", "tiny"], tmp_path, patch)
     out, err = end(process, signal.SIGINT, "moment", 2 if moment.endswith("again") else 1)
     if "_place" in moment:

@@ -9,8 +9,8 @@ import pytest
 from click.testing import CliRunner
 from helpers import CONTROL, REFERENCE, assert_close, edit_json, edit_tensors, pixtral_source
 from mlx_flux_krea.convert import convert, layouts
+from mlx_flux_krea.convert.folder import check_manifest
 from mlx_flux_krea.convert.sources import Source, Tensor
-from mlx_flux_krea.convert.write import check_manifest
 
 import cli
 from mlx_flux_krea import convert as converter

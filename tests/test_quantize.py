@@ -19,9 +19,11 @@ from click.testing import CliRunner
 from helpers import PIPELINE, REFERENCE, TOKENIZERS, edit_json, edit_tensors, full_size_folder, levels, rel, run_command
 from mlx.utils import tree_flatten
 from mlx_flux_krea.convert import convert, quantize, write
+from mlx_flux_krea.convert.folder import check_manifest
 from mlx_flux_krea.convert.licence import ATTRIBUTION_NOTICE, licence_files
 from mlx_flux_krea.convert.quantize import RECIPES, choose, find_recipe
-from mlx_flux_krea.convert.remap import Target
+from mlx_flux_krea.convert.reading import Reading
+from mlx_flux_krea.convert.remap import Plan, Target
 from mlx_flux_krea.convert.sources import Tensor
 
 import cli
@@ -398,9 +400,12 @@ def test_of_a_tensor_only_pieces_are_in_memory_however_large_it_is(tmp_path):
     mx.clear_cache()
     mx.reset_peak_memory()
     before, rows = mx.get_active_memory(), 0
-    for made in write._made([target], "bfloat16", {"single_blocks.0.linear1": Quantization(8, 64)}):
-        rows += made.parts[0].shape[0]
-        mx.eval(made.parts)
+    layers = {"single_blocks.0.linear1": Quantization(8, 64)}
+    with Reading([file]) as reading:
+        for row, made in write._made(Plan((target,), ()), "bfloat16", layers, reading):
+            assert row == rows
+            rows += made.parts[0].shape[0]
+            mx.eval(made.parts)
     assert rows == shape[0]
     assert mx.get_peak_memory() - before < tensor.bytes / 2
 
@@ -429,13 +434,13 @@ def test_some_rows_tell_the_error_of_all(monkeypatch):
     class Target:
         name, shape, q = "a.weight", (6144, 256), None
 
-        def make(self):
+        def make(self, data):
             return mx.random.normal(self.shape, key=mx.random.key(0)) * mx.linspace(1, 3, 6144)[:, None]
 
     target, errors = Target(), []
     for rows in (quantize._ROWS, 10**9):
         monkeypatch.setattr(quantize, "_ROWS", rows)
-        error, norm = quantize.make(target, target, "bfloat16", Quantization(4, 64)).loss.tolist()
+        error, norm = quantize.make(target, target, "bfloat16", Quantization(4, 64), data=None).loss.tolist()
         errors.append(math.sqrt(error / norm))
     assert errors[0] == pytest.approx(errors[1], rel=0.01)
 
@@ -687,7 +692,7 @@ def test_verify_reads_a_manifest_that_somebody_changed_without_trust(folder, tmp
 
 def test_progress_of_verify_reaches_the_end(make):
     seen = []
-    write.check_manifest(make().path, lambda *step: seen.append(step))
+    check_manifest(make().path, lambda *step: seen.append(step))
     assert seen[-1][0] == "verifying"
     assert max(done for _, done, _ in seen) == seen[0][2]
 

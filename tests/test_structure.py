@@ -13,7 +13,7 @@ import mlx_flux_krea
 
 PACKAGE = "mlx_flux_krea"
 ROWS = {
-    "errors": 0, "config": 0, "presets": 0,
+    "errors": 0, "config": 0, "presets": 0, "pagecache": 0,
     "transformer": 1, "t5": 1, "clip": 1, "vae": 1, "tiles": 1, "quantized": 1, "tokenizers": 1, "noise": 1,
     "sampler": 1, "engine": 1, "preview": 1,
     "weights": 2, "residency": 2, "plan": 2, "provenance": 2, "request": 2, "interrupted": 2,

@@ -124,6 +124,8 @@ def read_speed(place: Path) -> float:
     Raises:
         OSError: it cannot be read, or the new one cannot be written.
     """
+    from mlx_flux_krea.pagecache import bypass, forget
+
     files = [path for path in place.rglob("*.safetensors") if path.is_file()] if (place / "models").is_dir() else []
     largest = max(files, key=lambda path: path.stat().st_size, default=None)
     with contextlib.ExitStack() as stack:
@@ -133,22 +135,13 @@ def read_speed(place: Path) -> float:
             file = stack.enter_context(tempfile.TemporaryFile(dir=place, buffering=0))
             file.write(random.Random(0).randbytes(2**20) * (_ENOUGH // 2**20))
             os.fsync(file.fileno())
-        _uncached(file.fileno())
+        bypass(file.fileno())  # what is in memory of a file is not what a disk reads
+        forget(file.fileno())
         buffer, count, begin = bytearray(2**23), 0, time.perf_counter()
         file.seek(0)
         while (read := file.readinto(buffer)) and (spent := time.perf_counter() - begin) < _SECONDS:
             count += read
         return count / max(spent, 1e-9)
-
-
-def _uncached(file: int) -> None:
-    """What is in memory of a file is not what a disk reads."""
-    import fcntl
-
-    if hasattr(fcntl, "F_NOCACHE"):  # macOS
-        fcntl.fcntl(file, fcntl.F_NOCACHE, 1)
-    elif hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _filters(full: bool) -> list:

@@ -62,7 +62,7 @@ def default(name):
 @click.option("--yes", is_flag=True, help="Do not ask.")
 def rm(name, yes):
     """Delete the model or filter NAME."""
-    from mlx_flux_krea.convert.write import remove_folder
+    from mlx_flux_krea.convert.folder import remove_folder
     from mlx_flux_krea.weights import default_model
 
     from .config import set_model

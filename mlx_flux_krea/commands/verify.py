@@ -18,7 +18,7 @@ def verify(model, as_json):
     Example:
       flux-krea verify krea
     """
-    from mlx_flux_krea.convert.write import check_manifest
+    from mlx_flux_krea.convert.folder import check_manifest
     from mlx_flux_krea.errors import ModelError, amount
     from mlx_flux_krea.weights import find_model
 

@@ -34,7 +34,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from mlx_flux_krea.convert import convert
 from mlx_flux_krea.convert.licence import licence_files
-from mlx_flux_krea.convert.write import sha256
+from mlx_flux_krea.convert.reading import sha256
 from mlx_flux_krea.nano import scenes
 from mlx_flux_krea.preview import fit_latent_rgb
 from mlx_flux_krea.tokenizers import CLIPTokenizer, T5Tokenizer
