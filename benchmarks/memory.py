@@ -2,7 +2,7 @@
 
     python benchmarks/memory.py [--side 128] [--text 64] [--steps 2] [--precision none 8 4]
 
-Random weights, one double and three single blocks, two layers of T5-XXL; the image decoder is measured by itself. It
+Random weights, one double and three single blocks, two layers of T5-XXL; the autoencoder is measured by itself. It
 runs on MLX's CPU backend and says what of the prediction belongs to it. "hidden" is the share of the time for reading
 that streaming did not add to a step.
 """
@@ -55,9 +55,9 @@ def sources(folder: Path) -> list[Path]:
 
 
 def drawn(path: Path, memory: int | str, args) -> dict:
-    """One picture: predicted and measured peaks, and the seconds of a step once everything is warm."""
+    """A second picture: predicted and measured peaks, and the seconds of a step once everything is warm."""
     pipe, times, base = FluxPipeline.from_pretrained(path, memory=memory), [], mx.get_active_memory()
-    for guidance in (4.5, 3.0) if memory == "auto" else (4.5,):  # a picture that finds all blocks in their places
+    for guidance in (4.5, 3.0):  # a second picture finds all that stays in its place
         times.clear()
         result = pipe(
             f"a frog {guidance}", seed=1, width=args.side, height=args.side, num_inference_steps=args.steps,
@@ -83,18 +83,20 @@ def read_seconds(pipe) -> float:
     return time.perf_counter() - begin
 
 
-def decoder(side: int, dtype: mx.Dtype) -> tuple[int, int]:
-    """Predicted and measured peak of the full-width image decoder, without its weights."""
-    network = vae.VAE(config.FLUX_VAE)
+def coders(side: int, dtype: mx.Dtype) -> dict[str, tuple[int, int]]:
+    """Predicted and measured peak of the full-width image encoder and decoder, without their weights."""
+    network, sizes = vae.VAE(config.FLUX_VAE), config.FLUX_VAE
     network.update(tree_map(lambda a: a.astype(dtype), network.parameters()))
-    z = mx.zeros((1, side // 8, side // 8, 16), dtype)
-    mx.eval(network.parameters(), z)
-    mx.clear_cache()
-    base = mx.get_active_memory()
-    mx.reset_peak_memory()
-
-    mx.eval(network.decode(z, evaluated))
-    return _planes(config.FLUX_VAE, side, side, dtype, "cpu"), mx.get_peak_memory() - base
+    x, z = mx.zeros((1, side, side, 3), dtype), mx.zeros((1, side // 8, side // 8, 16), dtype)
+    mx.eval(network.parameters(), x, z)
+    peaks = {}
+    for stage, coder, given in (("image", network.encode, x), ("decode", network.decode, z)):
+        mx.clear_cache()
+        base = mx.get_active_memory()
+        mx.reset_peak_memory()
+        mx.eval(coder(given, evaluated))
+        peaks[stage] = _planes(sizes, stage, side, side, dtype, "cpu"), mx.get_peak_memory() - base
+    return peaks
 
 
 def pixtral_peaks(folder: Path) -> dict[str, int]:
@@ -139,7 +141,9 @@ def main():
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--precision", nargs="*", default=["none", "8", "4"])
     parser.add_argument("--filters", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--decode", type=int, default=256, help="pixels of the picture that is decoded; 0: none")
+    parser.add_argument(
+        "--decode", type=int, default=256, help="pixels of the picture that is encoded and decoded; 0: none"
+    )
     args = parser.parse_args()
     rows = []
     print("| precision | blocks | stage | predicted, GB | measured, GB | ratio | s/step | hidden |")
@@ -166,10 +170,10 @@ def main():
                 print(f"| 4 | streamed | filter, {what} | | {peak / 1e9:.2f} | | | |")
                 rows.append({"precision": "4", "stage": f"filter, {what}", "measured": peak})
     if args.decode:
-        for dtype in (mx.float32, mx.bfloat16):
-            a, b = decoder(args.decode, dtype)
-            print(f"| {dtype} | | decode {args.decode} | {a / 1e9:.2f} | {b / 1e9:.2f} | {a / b:.2f} | | |")
-            rows.append({"precision": str(dtype), "stage": "decode", "predicted": a, "measured": b})
+        for name in ("float32", "bfloat16"):
+            for stage, (a, b) in coders(args.decode, getattr(mx, name)).items():
+                print(f"| {name} | | {stage}, {args.decode} pixels | {a / 1e9:.2f} | {b / 1e9:.2f} | {a / b:.2f} | | |")
+                rows.append({"precision": name, "stage": stage, "predicted": a, "measured": b})
     print(json.dumps({"rows": rows}))
 
 

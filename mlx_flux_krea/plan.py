@@ -6,7 +6,7 @@ is computed from the arrays that a block holds at one time, and was not measured
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -27,7 +27,24 @@ _UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": GB, "kib": 2**10, "mib": 2**20,
 # float32 and in 16 bits (whose element-wise kernels go through float32 there), and on Metal.
 _BLOCK = {"cpu": {4: (15, 28), 2: (26, 55)}, "gpu": {4: (12, 18), 2: (12, 18)}}
 _DENSE = {4: 9, 2: 10}  # bytes a weight that the CPU dequantizes takes on its way to float32 and to 16 bits
-_STRIPS = {"cpu": {4: 10, 2: 22}, "gpu": {4: 6, 2: 6}}
+_STRIPS = {"cpu": {4: 12, 2: 24}, "gpu": {4: 6, 2: 6}}
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """What the matrices of a network's pieces take, in bytes: those of which few are in memory at one time.
+
+    Attributes:
+        stored: of each piece.
+        computed: the same in the compute type.
+        cast: what a piece that is not kept takes besides while it runs, where its stored type is not the compute type.
+        dense: what the quantized matrices of the largest would take, dequantized.
+    """
+
+    stored: tuple[int, ...]
+    computed: tuple[int, ...]
+    cast: int
+    dense: int
 
 
 @dataclass(frozen=True)
@@ -35,34 +52,30 @@ class Weights:
     """What a model's weights take, in bytes.
 
     Attributes:
-        blocks: the matrices of each block of the transformer, as they are stored.
-        computed: the same in the compute type; where it is another, a block that runs takes both.
-        modulation: of each modulation layer, stored.
+        blocks: of the transformer.
+        modulation: its layers.
+        t5: its table and blocks.
         rest: everything else of the transformer.
-        t5: the matrices of each of its pieces, stored.
         t5_rest: everything else of T5.
         clip: all of it.
-        vae: all of it.
-        dense: what the quantized matrices of the largest block take while they are dequantized for a product.
-        t5_dense: the same of T5.
+        encoder: of images, all of it.
+        decoder: of images, all of it.
     """
 
-    blocks: tuple[int, ...]
-    computed: tuple[int, ...]
-    modulation: tuple[int, ...]
+    blocks: Pieces
+    modulation: Pieces
+    t5: Pieces
     rest: int
-    t5: tuple[int, ...]
     t5_rest: int
     clip: int
-    vae: int
-    dense: int
-    t5_dense: int
+    encoder: int
+    decoder: int
 
     @property
     def disk(self) -> int:
         """Bytes of a folder that holds them, where the compute type is the stored one."""
-        rest = self.rest + self.t5_rest + self.clip + self.vae
-        return rest + sum(self.blocks) + sum(self.modulation) + sum(self.t5)
+        pieces = (sum(pieces.stored) for pieces in (self.blocks, self.modulation, self.t5))
+        return sum(pieces) + self.rest + self.t5_rest + self.clip + self.encoder + self.decoder
 
 
 @dataclass(frozen=True)
@@ -134,14 +147,11 @@ def weigh(sizes: dict, layers: dict[str, dict], stored: dict[str, str], dtype: m
         _Sizes(build(name, sizes[name], layers.get(name)), getattr(mx, stored[name]).size, dtype.size)
         for name in ("transformer", "text_encoder_2", "text_encoder", "vae")
     )
-    net, t5_net = flux.network, t5.network
-    blocks, computed = zip(*(flux.matrices(piece) for piece in net.blocks), strict=True)
-    modulation, modulated = zip(*(flux.matrices(piece) for piece in net.modulated), strict=True)
-    pieces, read = zip(*(t5.matrices(piece) for piece in t5_net.pieces), strict=True)
-    rest, t5_rest = flux.all - sum(computed) - sum(modulated), t5.all - sum(read)
-    dense = max((flux.dense(piece) for piece in net.blocks), default=0)
-    t5_dense = max(t5.dense(piece) for piece in t5_net.pieces)
-    return Weights(blocks, computed, modulation, rest, pieces, t5_rest, clip.all, vae.all, dense, t5_dense)
+    blocks, modulation = flux.pieces(flux.network.blocks), flux.pieces(flux.network.modulated)
+    layers = t5.pieces(t5.network.pieces)
+    rest, t5_rest = flux.all - sum(blocks.computed) - sum(modulation.computed), t5.all - sum(layers.computed)
+    coders = vae.of(vae.network.encoder), vae.of(vae.network.decoder)
+    return Weights(blocks, modulation, layers, rest, t5_rest, clip.all, *coders)
 
 
 class _Sizes:
@@ -149,20 +159,27 @@ class _Sizes:
 
     def __init__(self, network: nn.Module, stored: int, computed: int):
         self.network, self._stored, self._computed = network, stored, computed
-        self.all = sum(self._bytes(array, computed) for _, array in tree_flatten(network.parameters()))
+        self.all = self.of(network)
 
-    def matrices(self, piece) -> tuple[int, int]:
-        module, names = matrices(piece)
-        arrays = dict(tree_flatten(module.parameters()))
-        return tuple(sum(self._bytes(arrays[n], size) for n in names) for size in (self._stored, self._computed))
+    def of(self, module: nn.Module) -> int:
+        """Bytes of a part of the network in the compute type."""
+        return sum(self._bytes(array, self._computed) for _, array in tree_flatten(module.parameters()))
 
-    def dense(self, piece) -> int:
-        """Bytes of the quantized matrices of a piece in the compute type."""
-        module, names = matrices(piece)
-        layers = dict(module.named_modules())
+    def pieces(self, pieces: Sequence) -> Pieces:
+        """What `residency.matrices` gives of each."""
+        stored, computed, cast, dense = zip(*(self._matrices(*matrices(piece)) for piece in pieces), strict=True)
+        return Pieces(stored, computed, max(cast), max(dense))
+
+    def _matrices(self, module: nn.Module, names: list[str]) -> tuple[int, int, int, int]:
+        parameters, layers = dict(tree_flatten(module.parameters())), dict(module.named_modules())
+        arrays = [parameters[name] for name in names]
+        stored, computed = (
+            sum(self._bytes(array, size) for array in arrays) for size in (self._stored, self._computed)
+        )
+        cast = computed - sum(array.nbytes for array in arrays if array.dtype in PACKED)
         owners = [layers[path] for path in {name.rpartition(".")[0] for name in names}]
-        packed = (layer for layer in owners if isinstance(layer, nn.QuantizedLinear))
-        return sum(8 * layer.weight.nbytes // layer.bits * self._computed for layer in packed)
+        dense = [8 * it.weight.nbytes // it.bits for it in owners if isinstance(it, nn.QuantizedLinear)]
+        return stored, computed, cast * (self._stored != self._computed), sum(dense) * self._computed
 
     @staticmethod
     def _bytes(array: mx.array, size: int) -> int:
@@ -213,27 +230,32 @@ def plan(
     tokens = text_length + width * height // patch**2
     modulations = 12 * flux.depth + 3 * flux.depth_single_blocks + 2
     rows = steps * conditions * modulations * flux.hidden_size * dtype.size
-    always = weights.rest + rows + conditions * text_length * flux.hidden_size * dtype.size
-    strips, tiles = _planes(vae, width, height, dtype, device), _tiles(vae, width, height, dtype, device)
+    stays = weights.rest + rows  # of the transformer, from one picture to the next
+    texts = conditions * text_length * flux.hidden_size * dtype.size
     fixed = {
-        "text": _slots(weights.t5, weights.t5)
-        + weights.t5_rest
+        "text": weights.t5_rest
         + weights.clip
-        + _text(t5, text_length, dtype, device)
-        + _dense(weights.t5_dense, dtype, device),
-        **({"image": 2 * weights.vae} if image else {}),
-        "modulation": _slots(weights.modulation, weights.modulation) + weights.rest + rows,
-        "denoise": always + _block(flux, tokens, dtype, device) + _dense(weights.dense, dtype, device),
-        "decode": always + weights.vae,
+        + _slots(weights.t5.stored, weights.t5.cast)
+        + _dense(weights.t5.dense, dtype, device)
+        + _text(t5, text_length, dtype, device),
+        **({"image": weights.encoder} if image else {}),
+        "modulation": _slots(weights.modulation.stored, weights.modulation.cast)
+        + _dense(weights.modulation.dense, dtype, device),
+        "denoise": texts + _dense(weights.blocks.dense, dtype, device) + _block(flux, tokens, dtype, device),
+        "decode": weights.decoder,
     }
 
-    def needs_with(planes: int) -> dict[str, int]:
-        return {stage: need + planes * (stage in ("image", "decode")) for stage, need in fixed.items()}
+    def needs_in(pieces: Callable) -> dict[str, int]:
+        planes = {coder: pieces(vae, coder, width, height, dtype, device) for coder in ("image", "decode")}
+        return {stage: stays + need + planes.get(stage, 0) for stage, need in fixed.items()}
 
-    tiled = tiles < strips and max(needs_with(strips).values()) > budget >= max(needs_with(tiles).values())
-    needs = needs_with(tiles if tiled else strips)
-    stages = _stages(needs_with(min(strips, tiles)), weights, set())
-    least, most = max(stages.values()), max(needs.values()) + sum(weights.computed)
+    blocks = weights.blocks
+    strips, tiles = needs_in(_planes), needs_in(_tiles)
+    smaller = tiles if tiles["decode"] < strips["decode"] else strips
+    tiled = smaller is tiles and max(strips.values()) > budget >= max(tiles.values())
+    needs = tiles if tiled else strips
+    stages = _stages(smaller, blocks, set())
+    least, most = max(stages.values()), max(needs.values()) + sum(blocks.computed)
     if least > budget:
         worst = max(stages, key=stages.get)
         raise ResourceError(
@@ -241,13 +263,13 @@ def plan(
             f"and {budget / GB:.2f} GB may be used",
             todo="a smaller picture needs less; --memory says what may be used",
         )
-    keep = budget - max(max(needs.values()), needs["denoise"] + _slots(weights.blocks, weights.computed))
+    keep = budget - max(max(needs.values()), needs["denoise"] + _slots(blocks.stored, blocks.cast))
     if most <= budget:
-        keep = sum(weights.computed)
-    places = kept(weights.computed, max(keep, 0))
-    stages = _stages(needs, weights, places)
-    read = sum(size for place, size in enumerate(weights.blocks) if place not in places)
-    return Plan(budget, stages, len(places), len(weights.blocks), max(keep, 0), read, least, most, tiled)
+        keep = sum(blocks.computed)
+    places = kept(blocks.computed, max(keep, 0))
+    stages = _stages(needs, blocks, places)
+    read = sum(size for place, size in enumerate(blocks.stored) if place not in places)
+    return Plan(budget, stages, len(places), len(blocks.stored), max(keep, 0), read, least, most, tiled)
 
 
 _VERBS = {
@@ -259,19 +281,15 @@ _VERBS = {
 }
 
 
-def _stages(needs: dict[str, int], weights: Weights, places: set[int]) -> dict[str, int]:
-    staying = sum(weights.computed[place] for place in places)
-    streamed = [n for n in range(len(weights.blocks)) if n not in places]
-    slots = _slots([weights.blocks[n] for n in streamed], [weights.computed[n] for n in streamed])
+def _stages(needs: dict[str, int], blocks: Pieces, places: set[int]) -> dict[str, int]:
+    staying = sum(blocks.computed[place] for place in places)
+    slots = _slots([size for place, size in enumerate(blocks.stored) if place not in places], blocks.cast)
     return {name: need + staying + (slots if name == "denoise" else 0) for name, need in needs.items()}
 
 
-def _slots(stored: Sequence[int], computed: Sequence[int]) -> int:
+def _slots(streamed: Sequence[int], cast: int) -> int:
     """Buffers of what is streamed, and the copy in another compute type of the piece that runs."""
-    if not stored:
-        return 0
-    cast = max(computed) if tuple(stored) != tuple(computed) else 0
-    return min(SLOTS, len(stored)) * max(stored) + cast
+    return min(SLOTS, len(streamed)) * max(streamed) + cast if streamed else 0
 
 
 def _text(t5: configs.T5Config, length: int, dtype: mx.Dtype, device: str) -> int:
@@ -290,21 +308,23 @@ def _block(flux: configs.FluxConfig, tokens: int, dtype: mx.Dtype, device: str) 
     return wide * tokens * flux.hidden_size * dtype.size + scores
 
 
-def _planes(vae: configs.VAEConfig, width: int, height: int, dtype: mx.Dtype, device: str) -> int:
-    """The largest residual block of the decoder: its input, what lies between, its output, and some strips."""
+def _planes(vae: configs.VAEConfig, coder: str, width: int, height: int, dtype: mx.Dtype, device: str) -> int:
+    """The largest residual block of a coder: its input, what lies between, its output, and some strips."""
     size, most = 4 if dtype.size == 4 else 2, 0
     widths = [vae.ch * m for m in vae.ch_mult]
-    for level, (i, o) in enumerate(zip([*widths[1:], widths[-1]], widths, strict=True)):
+    inputs = [*widths[1:], widths[-1]] if coder == "decode" else [vae.ch, *widths[:-1]]
+    for level, (i, o) in enumerate(zip(inputs, widths, strict=True)):
         plane = width * height // 4**level
         strips = _STRIPS[device][size] * min(STRIP, plane * max(i, o))
         most = max(most, plane * (i + 2 * o) + strips)
     return most * size
 
 
-def _tiles(vae: configs.VAEConfig, width: int, height: int, dtype: mx.Dtype, device: str) -> int:
+def _tiles(vae: configs.VAEConfig, coder: str, width: int, height: int, dtype: mx.Dtype, device: str) -> int:
     """One tile, and the picture in float32 before and after it is added."""
     side = SIDE * vae.downsampling
-    return _planes(vae, min(width, side), min(height, side), dtype, device) + 2 * 4 * vae.out_ch * width * height
+    tile = _planes(vae, coder, min(width, side), min(height, side), dtype, device)
+    return tile + 2 * 4 * vae.out_ch * width * height
 
 
 def step_flops(flux: configs.FluxConfig, width: int, height: int, text_length: int, patch: int = 16) -> float:

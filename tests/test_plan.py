@@ -1,14 +1,17 @@
 """What a run takes is known before it: exact for weights, near for the rest, and refused where it cannot fit."""
 
+import gc
 import json
 import shutil
 
 import mlx.core as mx
 import pytest
 from helpers import edit_json
+from mlx_flux_krea.convert import convert
 from mlx_flux_krea.convert.quantize import Recipe, choose
+from PIL import Image
 
-from mlx_flux_krea import FluxPipeline, config
+from mlx_flux_krea import FluxPipeline, config, nano
 from mlx_flux_krea.errors import ResourceError, UsageError
 from mlx_flux_krea.plan import GB, machine_memory, parse_memory, plan, step_flops, weigh, weigh_folder
 from mlx_flux_krea.weights import COMPONENTS, layer_widths, open_model
@@ -43,11 +46,11 @@ def test_what_is_no_amount_is_refused(text):
 
 def test_the_published_model_weighs_what_its_parameters_do():
     weights = weights_of()
-    assert sum(weights.blocks) == 2 * (19 * 226_492_416 + 38 * 113_246_208)  # without biases and norms
+    assert sum(weights.blocks.stored) == 2 * (19 * 226_492_416 + 38 * 113_246_208)  # without biases and norms
     assert 33.6e9 < weights.disk < 33.9e9
-    assert max(weights.blocks) == 452_984_832
-    assert sum(weights_of("8").blocks) == pytest.approx(sum(weights.blocks) * 8.5 / 16)
-    assert sum(weights_of("4").blocks) == pytest.approx(sum(weights.blocks) * 4.5 / 16)
+    assert max(weights.blocks.stored) == 452_984_832
+    assert sum(weights_of("8").blocks.stored) == pytest.approx(sum(weights.blocks.stored) * 8.5 / 16)
+    assert sum(weights_of("4").blocks.stored) == pytest.approx(sum(weights.blocks.stored) * 4.5 / 16)
 
 
 def test_a_folder_weighs_what_its_files_do(model):
@@ -63,7 +66,7 @@ def test_an_8_gb_mac_draws_the_unquantized_model_at_a_megapixel():
     assert made.peak <= made.budget
     assert made.least < 2 * GB
     assert made.blocks < made.of == 57
-    assert made.read + sum(weights_of().blocks) * made.blocks / made.of == pytest.approx(17.2 * GB, rel=0.1)
+    assert made.read + sum(weights_of().blocks.stored) * made.blocks / made.of == pytest.approx(17.2 * GB, rel=0.1)
 
 
 def test_more_memory_keeps_more_and_reads_less():
@@ -84,7 +87,7 @@ def test_what_needs_more_says_so():
     assert plan_of(weights, steps=50, conditions=2).stages["modulation"] > one.stages["modulation"]
     assert "image" not in one.stages
     assert plan_of(weights, image=True).stages["image"] > 0
-    assert weights_of(dtype=mx.float32).computed[0] == 2 * weights.computed[0]
+    assert weights_of(dtype=mx.float32).blocks.computed[0] == 2 * weights.blocks.computed[0]
 
 
 def test_a_budget_too_small_for_one_block_is_refused_with_the_numbers():
@@ -100,6 +103,41 @@ def test_nothing_is_loaded_where_memory_is_too_little(model, monkeypatch):
     pipe = FluxPipeline.from_pretrained(model, memory="1MB")
     with pytest.raises(ResourceError, match="--memory says what may be used"):
         pipe(CAT, height=64, width=64)
+
+
+def second_picture(path, memory):
+    """The plan of a picture that another was drawn before, from an image, and the measured peak of each stage."""
+    pipe, image, peaks = FluxPipeline.from_pretrained(path, memory=memory), Image.new("RGB", (96, 96)), {}
+    gc.collect()
+    mx.clear_cache()
+    base = mx.get_active_memory()
+
+    def measure(stage, *_):
+        peaks[stage] = max(peaks.get(stage, 0), mx.get_peak_memory() - base)
+        mx.reset_peak_memory()
+
+    for guidance in (4.5, 3.0):
+        peaks.clear()
+        prompt = f"a red circle, {guidance}"
+        made = pipe(prompt, image=image, guidance_scale=guidance, num_inference_steps=3, seed=1, progress=measure)
+    return made.plan, peaks
+
+
+@pytest.mark.skipif(mx.default_device().type == mx.gpu, reason="what a GPU takes is computed, and was not measured")
+@pytest.mark.parametrize("quantize", ["none", "8", "4"])
+def test_every_stage_takes_what_was_predicted(quantize, tmp_path, monkeypatch):
+    """Of the small model, whose layers are dequantized in as many pieces as those of the real one."""
+    for module in ("plan", "quantized"):
+        monkeypatch.setattr(f"mlx_flux_krea.{module}.PIECE", 3 * 2**12)
+    monkeypatch.setattr("mlx_flux_krea.quantized._faster_dense", {})
+    monkeypatch.setattr("mlx_flux_krea.quantized._is_dense_faster", lambda *_: True)
+    path = convert([nano.FOLDER], tmp_path / "model", quantize=quantize).path
+    kept, peaks = second_picture(path, "auto")
+    streamed, least = second_picture(path, kept.least)
+    assert (kept.blocks, streamed.blocks) == (kept.of, 0)
+    assert kept.stages.keys() == {"text", "image", "modulation", "denoise", "decode"}
+    assert kept.stages == pytest.approx(peaks, rel=0.15)
+    assert streamed.stages == pytest.approx(least, rel=0.15)
 
 
 def test_the_command_draws_within_a_budget_and_shows_what_was_predicted_and_measured(command, model):

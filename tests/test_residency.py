@@ -101,7 +101,7 @@ def pipe_that_keeps(path, share, **more) -> FluxPipeline:
 
     def plan(request):
         made = FluxPipeline.plan(pipe, request)
-        return dataclasses.replace(made, keep=int(share * sum(pipe._weights.computed)))
+        return dataclasses.replace(made, keep=int(share * sum(pipe._weights.blocks.computed)))
 
     pipe.plan = plan
     return pipe
@@ -166,7 +166,7 @@ def test_a_pipeline_keeps_less_when_a_picture_needs_more(model):
     pipe = FluxPipeline.from_pretrained(model)
     shares, images = iter((1, 0.5, 0, 1)), []
     pipe.plan = lambda request: dataclasses.replace(
-        FluxPipeline.plan(pipe, request), keep=int(next(shares) * sum(pipe._weights.computed))
+        FluxPipeline.plan(pipe, request), keep=int(next(shares) * sum(pipe._weights.blocks.computed))
     )
     present = []
     for _ in range(4):

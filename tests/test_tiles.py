@@ -75,7 +75,7 @@ def test_the_smallest_mac_develops_whatever_it_can_draw(quantize):
             free = plan_of(weights, size)
             assert made.peak <= SMALLEST_MAC
             assert not free.tiled
-            strips = free.stages["decode"] - sum(weights.computed)
+            strips = free.stages["decode"] - sum(weights.blocks.computed)
             assert made.tiled == (strips > SMALLEST_MAC)
             seen.add(made.tiled)
     assert seen == {True, False}
