@@ -46,7 +46,7 @@ class Delivery:
         facts |= {"peaks": result.peaks, "predicted": result.plan.stages}
         self._add(outcome, path, picture, {**result.records[pick], **facts})
         say(f"seed {seed}: {stage_times(result.seconds)}")
-        if "verbose" in self._run.options:
+        if self._run.options.get("verbose"):
             say(_memory(result))
         self._tell(path)
 

@@ -13,7 +13,7 @@ from .options import OPTIONS, USUAL, SeveralSeeds, said
 from .output import check_outcomes, check_output
 
 _TOGETHER = 16  # pictures whose prompts are read at once: so many are kept, with a negative one each
-_THRESHOLDS = ("nsfw_threshold", "integrity_margin")
+OF_THE_PIPELINE = ("dtype", "memory", "check", "nsfw_threshold", "integrity_margin")
 
 
 @click.command(cls=SeveralSeeds, params=[click.Argument(["prompt"], required=False), *OPTIONS])
@@ -88,7 +88,7 @@ def make_run(run, as_json: bool, pipe=None, ends: bool = True, skipped: Sequence
     tell_events(as_json)
     base, skipped = run.options, list(skipped)
     jobs = _usable(run.left, lambda job: check_output(job.output, job.options.get("quality")) or job, skipped)
-    sheet = sheet_name(base.get("output", Path(USUAL["output"]))) if "contact_sheet" in base else None
+    sheet = sheet_name(base.get("output", Path(USUAL["output"]))) if base.get("contact_sheet") else None
     if sheet:
         check_output(sheet)
 
@@ -122,7 +122,7 @@ def open_pipe(base: dict):
     if model is None and made_by:
         found = (path for path in installed_models().values() if sha256(path / "manifest.json") == made_by)
         model = next(found, None)
-    said = {name: base[name] for name in ("dtype", "memory", "check", *_THRESHOLDS) if name in base}
+    said = {name: base[name] for name in OF_THE_PIPELINE if name in base}
     return FluxPipeline.from_pretrained(model, **said)
 
 

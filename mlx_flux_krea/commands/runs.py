@@ -65,7 +65,7 @@ class Run:
 
     def add(self, outcome: str, path: Path | None, picture: Picture | None) -> None:
         """The next picture has its outcome."""
-        if path and picture and "contact_sheet" in self.options:
+        if path and picture and self.options.get("contact_sheet"):
             self._small[len(self.done)] = thumbnail(picture)
         self.done.append((outcome, path))
         self.named = {}
@@ -115,7 +115,7 @@ class Run:
 
     def advance(self) -> None:
         """Keeps what is left from here on: the next picture, a contact sheet, or nothing."""
-        if not self.left and "contact_sheet" not in self.options:
+        if not self.left and not self.options.get("contact_sheet"):
             self.checkpoint.remove()
             return
         path = self.left[0].options.get("image") if self.left else None
