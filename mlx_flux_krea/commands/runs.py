@@ -94,7 +94,7 @@ class Run:
             return
         if not self.left:
             self.options.pop("contact_sheet", None)
-        elif is_filtered and not Ledger().has_written(digest):
+        elif is_filtered and not Ledger().log.has_written(digest):
             return
         else:
             self.add("released", path, None)

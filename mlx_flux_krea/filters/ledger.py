@@ -279,16 +279,6 @@ class Ledger:
                 self.log.append("unwritten", image=picture.image)
             raise
 
-    def has_written(self, digest: str) -> bool:
-        """Whether a released picture was written as a file of this SHA-256.
-
-        Raises:
-            FiltersError: the log is damaged.
-        """
-        images = {entry["image"] for entry in self.log.read() if entry.get("file_sha256") == digest}
-        last = map(self.log.picture, images)
-        return any((facts["event"], facts["file_sha256"]) == ("written", digest) for facts in last)
-
     def _folders(self) -> list[Path]:
         return sorted(self.quarantine.glob("*.noindex"))
 
