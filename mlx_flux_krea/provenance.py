@@ -12,6 +12,7 @@ Formats that cannot carry all this are refused.
 import contextlib
 import copy
 import errno
+import glob
 import io
 import json
 import logging
@@ -73,7 +74,15 @@ class Picture(Image.Image):
         return picture
 
     def save(
-        self, fp, format: str | None = None, *, metadata="full", quality: int | None = None, force=True, **params
+        self,
+        fp,
+        format: str | None = None,
+        *,
+        metadata="full",
+        quality: int | None = None,
+        force=True,
+        before: Callable[[bytes], None] = lambda encoded: None,
+        **params,
     ) -> None:
         """Saves as PNG, JPEG (4:4:4) or WebP.
 
@@ -83,6 +92,7 @@ class Picture(Image.Image):
             metadata: "full", or "minimal": only that a machine made it.
             quality: 1 to 100, of JPEG and WebP; None: 95.
             force: a file that stands at the path is replaced.
+            before: called with the file's bytes before any of them is written.
             params: Pillow's own, over the defaults. What `exif` and `pnginfo` hold is written beside ours.
 
         Raises:
@@ -104,6 +114,7 @@ class Picture(Image.Image):
         )
         encoded = io.BytesIO()
         super().save(encoded, format, **params)
+        before(encoded.getvalue())
         self._write(fp, encoded.getvalue(), force)
 
     def _write(self, fp, encoded: bytes, force: bool) -> None:
@@ -154,7 +165,7 @@ def replacing(path: Path, force: bool = True):
         UsageError: the path cannot be written.
         ResourceError: the disk is full.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_native_id()}.partial")
+    partial = path.with_name(_partial(path.name, os.getpid(), threading.get_native_id()))
     try:
         with open(partial, "wb") as file:
             yield file
@@ -172,6 +183,17 @@ def replacing(path: Path, force: bool = True):
     finally:
         with contextlib.suppress(OSError):
             partial.unlink()
+
+
+def remove_partials(path: Path, process: int) -> None:
+    """Deletes what `replacing` left beside a path in a process that was killed."""
+    for partial in path.parent.glob(_partial(glob.escape(path.name), process, "*")):
+        with contextlib.suppress(OSError):
+            partial.unlink()
+
+
+def _partial(name: str, process: int, thread: int | str) -> str:
+    return f".{name}.{process}-{thread}.partial"
 
 
 def _claim(partial: Path, path: Path) -> None:

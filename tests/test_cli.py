@@ -26,7 +26,7 @@ from helpers import (
 from PIL import Image
 
 from mlx_flux_krea.errors import printable
-from mlx_flux_krea.provenance import Picture, read_record
+from mlx_flux_krea.provenance import Picture
 
 CAT = "A cat holding a sign that says hello world"
 MAKING = "making 1 picture of "  # what is said before the work starts
@@ -286,17 +286,6 @@ def test_progress_is_shown_in_a_terminal_and_nowhere_else(model, tmp_path):
 # --- generate ---
 
 
-def test_outputs_take_the_next_free_name_unless_forced(command, model, tmp_path):
-    for expected in ("out.png", "out-2.png", "out-3.png"):
-        code, out, err = command("generate", CAT, "-m", model, "--seed", 1, *SMALL)
-        assert (code, out) == (0, expected + "\n")
-        assert (f"writing {expected}" in err) == (expected != "out.png")
-    first = (tmp_path / "out.png").read_bytes()
-    code, out, _ = command("generate", CAT, "-m", model, "--seed", 2, "--force", *SMALL)
-    assert (code, out) == (0, "out.png\n")
-    assert (tmp_path / "out.png").read_bytes() != first
-
-
 @pytest.mark.parametrize("links", [True, False], ids=["", "on a disk without links"])
 def test_a_name_that_somebody_took_meanwhile_is_left_to_them(command, model, tmp_path, monkeypatch, links):
     from mlx_flux_krea.provenance import Picture
@@ -346,16 +335,6 @@ def test_a_name_that_is_not_utf8_is_written_and_printed_as_it_is(model, tmp_path
         assert (tmp_path / os.fsdecode(name)).exists()
 
 
-def test_several_images_have_seeds_that_count_up_each_drawn_alone(command, model, tmp_path):
-    code, out, err = command("generate", CAT, "-m", model, "--seed", 7, "-n", 2, "-o", "a.webp", *SMALL)
-    assert (code, out.split()) == (0, ["a.webp", "a-2.webp"])
-    assert "seed 7:" in err
-    assert "seed 8:" in err
-    assert [read_record(tmp_path / name)["seed"] for name in ("a.webp", "a-2.webp")] == [7, 8]
-    command("generate", CAT, "-m", model, "--seed", 8, "-o", "alone.webp", *SMALL)
-    assert levels(Image.open(tmp_path / "a-2.webp"), Image.open(tmp_path / "alone.webp")) == 0
-
-
 def test_every_image_starts_from_the_picture_that_was_there_before_the_first(command, model, tmp_path):
     image("images/input.png").save(tmp_path / "a.png")
     start = ["generate", CAT, "-m", model, "--image", "a.png", *SMALL, "--strength", 0.9]
@@ -363,50 +342,6 @@ def test_every_image_starts_from_the_picture_that_was_there_before_the_first(com
     code, _, err = command(*start, "--seed", 7, "-n", 2, "--force", "-o", "a.png")
     assert code == 0, err
     assert levels(Image.open(tmp_path / "a-2.png"), Image.open(tmp_path / "alone.png")) == 0
-
-
-def test_a_seed_that_was_chosen_is_shown_and_repeats_the_picture(command, model, tmp_path):
-    _, _, err = command("generate", CAT, "-m", model, *SMALL)
-    seed = re.search(r"seed (\d+):", err)[1]
-    command("generate", CAT, "-m", model, "--seed", seed, "-o", "again.png", *SMALL)
-    assert levels(Image.open(tmp_path / "out.png"), Image.open(tmp_path / "again.png")) == 0
-
-
-def test_json_holds_everything_and_stdout_nothing_else(command, model, tmp_path):
-    code, out, _ = command("generate", CAT, "-m", model, "--seed", 5, "--json", *SMALL)
-    (entry,) = json.loads(out)["images"]
-    assert code == 0
-    assert entry["path"] == "out.png"
-    assert entry["seed"] == 5
-    assert entry["prompt"] == CAT
-    assert (entry["width"], entry["height"], entry["num_inference_steps"]) == (48, 32, 2)
-    assert set(entry["seconds"]) == {"text", "denoise", "decode"}
-    assert read_record(tmp_path / "out.png").items() <= entry.items()
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        ["--guidance", 2],
-        ["--noise", "mflux"],
-        ["--negative-prompt", "blurry", "--true-cfg-scale", 3],
-        ["--image", REFERENCE / "images" / "input.png", "--strength", 0.5],
-        ["--steps", 3],
-        ["--seed", 2],
-        ["--dtype", "bfloat16"],
-    ],
-    ids=lambda o: o[0],
-)
-def test_every_option_has_its_effect(command, model, tmp_path, options):
-    plain = ["generate", CAT, "-m", model, "--seed", 1, *SMALL]
-    command(*plain, "-o", "plain.png")
-    code, _, err = command(*plain, "-o", "other.png", *options)
-    assert code == 0, err
-    assert levels(Image.open(tmp_path / "plain.png"), Image.open(tmp_path / "other.png")) > 0
-    name = options[0].removeprefix("--").replace("-", "_")
-    name = {"guidance": "guidance_scale", "steps": "num_inference_steps", "image": "strength"}.get(name, name)
-    value = options[3] if name == "strength" else options[1]
-    assert read_record(tmp_path / "other.png")[name] == value
 
 
 def test_the_size_follows_the_options_and_is_floored_with_a_word(command, model, tmp_path):
@@ -486,23 +421,6 @@ def test_a_model_that_requires_filters_is_inspected_by_its_sizes_and_not_run(com
     refused(command("generate", CAT, "-m", folder), 6, "licence of this model was not acknowledged")
     acknowledge(folder)
     refused(command("generate", CAT, "-m", folder), 6, "content filters")
-
-
-def test_metadata_and_quality_are_what_the_command_asks_for(command, model, tmp_path):
-    call = ["generate", "кот", "-m", model, *SMALL, "--seed", "1", "-o", "a.jpg"]
-    assert command(*call)[0] == 0
-    assert command(*call, "--metadata", "minimal", "--quality", "5")[:2] == (0, "a-2.jpg\n")
-    full, minimal = (tmp_path / name for name in ("a.jpg", "a-2.jpg"))
-    assert minimal.stat().st_size < full.stat().st_size
-    assert read_record(full)["prompt"] == "кот"
-    assert read_record(minimal) is None
-    out = command("inspect", minimal)[1]
-    assert "trainedAlgorithmicMedia" in out
-    assert "кот" not in out
-    facts = json.loads(command("inspect", full, "--json")[1])
-    assert facts["parameters"].startswith("кот\nSteps: 2, ")
-    assert facts["record"]["quantization"] == {}
-    refused(command(*call[:-1], "b.png", "--quality", "90"), 2, "quality does nothing in a PNG")
 
 
 def test_a_folder_that_cannot_be_written_is_refused_before_the_model_is_read(command, tmp_path):

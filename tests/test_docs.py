@@ -30,14 +30,6 @@ def test_every_verb_and_its_options_are_in_the_help_pages():
         assert all(option.opts[-1] in section for option in command.params if isinstance(option, click.Option)), name
 
 
-def test_every_option_of_generate_is_tried_by_some_test():
-    from mlx_flux_krea.commands.options import OPTIONS
-
-    text = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py") if path.name != "test_docs.py")
-    for option in OPTIONS:
-        assert any(f'"{name}"' in text for name in option.opts), option.opts
-
-
 def test_options_and_files_that_the_advice_on_prompting_names_exist():
     text = (ROOT / "docs" / "prompting.md").read_text()
     page = (ROOT / "docs" / "commands.md").read_text()

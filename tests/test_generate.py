@@ -51,22 +51,6 @@ def drawings(model, config=None, **given):
 # --- sizes ---
 
 
-def test_an_aspect_at_a_quarter_of_a_megapixel_is_replicates(tiny, monkeypatch):
-    """Up to the pipeline's door: on a small machine so many pixels take half a minute."""
-    from mlx_flux_krea import FluxPipeline
-
-    asked = []
-
-    def stop(self, prompt=None, **arguments):
-        asked.append((arguments["width"], arguments["height"]))
-        raise UsageError("enough")
-
-    monkeypatch.setattr(FluxPipeline, "__call__", stop)
-    _, _, err = tiny(CAT, "--aspect", "16:9", "--megapixels", "0.25", size=[])
-    assert asked == [(672, 384)]  # cog-flux halves 1344 x 768
-    assert "making 1 picture of 672 x 384" in err
-
-
 def test_every_aspect_is_a_shape_near_its_name_and_its_area():
     for name, size in presets.ASPECTS.items():
         wide, high = map(float, name.split(":"))
@@ -309,50 +293,11 @@ def test_without_any_prompt_the_ways_to_give_one_are_named(tiny):
     assert "there is no prompt; expected a text, - for standard input, --prompts FILE, or --from IMAGE" in err
 
 
-def test_a_contact_sheet_holds_every_picture_a_row_for_each_prompt(tiny, tmp_path):
-    code, out, err = tiny("a {cat|dog}", "--seed", "1", "2", "3", "-o", "{prompt}-{seed}.png", "--contact-sheet")
-    assert code == 0, err
-    assert out.split()[-1] == "sheet.png"
-    sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
-    for name in out.split()[:-1]:
-        pixels = np.asarray(Image.open(tmp_path / name))
-        places = np.argwhere((sheet == pixels[0, 0]).all(2))
-        assert any(np.array_equal(sheet[y : y + 32, x : x + 32], pixels) for y, x in places), name
-    labels = read_record(tmp_path / "sheet.png")["sheet"]
-    assert labels == {"across": ["seed 1", "seed 2", "seed 3"], "down": ["cat", "dog"]}
-
-
 def test_pictures_of_several_sizes_make_no_sheet(tiny, tmp_path):
     (tmp_path / "a.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b", "width": 48}')
     code, out, err = tiny("--prompts", "a.jsonl", "--contact-sheet")
     assert (code, out) == (2, "")
     assert "--contact-sheet has pictures of several sizes" in err
-
-
-# --- for programs ---
-
-
-def test_json_tells_what_happens_while_it_happens_and_all_of_it_at_the_end(tiny, tmp_path):
-    rows = ['{"prompt": "a frog", "seed": 1}', '{"prompt": "x", "stesp": 1}', '{"prompt": "a toad", "seed": 2}']
-    (tmp_path / "a.jsonl").write_text("\n".join(rows))
-    size = ["--width", "32", "--height", "32", "--steps", "2"]
-    code, out, err = tiny("--prompts", "a.jsonl", "--json", "--contact-sheet", "-o", "{seed}.png", size=size)
-    *lines, last = err.splitlines()
-    assert (code, last) == (7, "flux-krea: 1 row of a.jsonl was skipped")
-    events = list(map(json.loads, lines))
-    report = json.loads(out)
-    (where,) = report["skipped"]
-    assert (where, "did you mean steps?" in report["skipped"][where]) == ("a.jsonl, line 2", True)
-    assert [e["where"] for e in events if e["event"] == "skipped"] == [where]
-    assert [{n: v for n, v in e.items() if n != "event"} for e in events if e["event"] == "picture"] == report["images"]
-    assert [image["path"] for image in report["images"]] == ["1.png", "2.png"]
-    assert report["contact_sheet"] == "sheet.png"
-    steps = [(e["done"], e["total"]) for e in events if e["event"] == "progress" and e["stage"] == "denoise"]
-    assert steps == [(1, 2), (2, 2)] * 2
-    assert {e["stage"] for e in events if e["event"] == "progress"} == {"text", "modulation", "denoise", "decode"}
-    assert any(e["text"].startswith("making 2 pictures") for e in events if e["event"] == "said")
-    order = [e["event"] for e in events if e["event"] == "picture" or e.get("stage") == "denoise"]
-    assert order == ["progress", "progress", "picture"] * 2
 
 
 # --- like other tools ---
@@ -398,39 +343,10 @@ def test_like_comfy_has_its_schedule_and_its_length_of_t5(tiny, model, tmp_path)
     assert np.abs(ours[:-1] - comfy).max() < 1e-6
 
 
-@pytest.mark.parametrize("tool", LIKE)
-def test_a_tool_is_followed_in_what_the_user_does_not_say_and_where_it_cannot_be_is_named(tiny, tmp_path, tool):
-    code, _, err = tiny(CAT, "--like", tool)
-    assert code == 0, err
-    record = read_record(tmp_path / "out.png")
-    assert (record["guidance_scale"], record["noise"]) == LIKE[tool][3:]
-    assert f"note: like {tool}, by " in err
-    named = f"note: {tool} draws its noise on a CUDA device" in err and "its own, the picture is not" in err
-    assert named == (tool in ("krea", "replicate", "fal"))
-
-
 # --- made again ---
 
 
 INPUT = REFERENCE / "images" / "input.png"
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        ["--seed", "7", "--guidance", "3", "--dtype", "bfloat16"],
-        ["--like", "comfy"],
-        ["--negative-prompt", "blurry", "--true-cfg-scale", "3", "--noise", "mflux"],
-        ["--image", INPUT, "--strength", "1"],
-    ],
-)
-def test_a_picture_is_made_again_from_its_record(tiny, command, model, tmp_path, options):
-    tiny("a {b} \\{cat|dog\\}", *options, "-o", "a.png")
-    again = ["--image", INPUT] if "--image" in options else []
-    code, _, err = command("generate", "--from", "a.png", "-o", "b.png", "-m", model, *again)
-    assert code == 0, err
-    assert same(tmp_path / "a.png", tmp_path / "b.png")
-    assert read_record(tmp_path / "a.png") == read_record(tmp_path / "b.png")
 
 
 def test_options_beside_from_change_the_picture(tiny, command, model, tmp_path):

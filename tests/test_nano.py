@@ -14,9 +14,6 @@ from PIL import Image
 from test_mistakes import half_rotated
 
 from mlx_flux_krea import FluxPipeline, nano, transformer
-from mlx_flux_krea.commands import demo
-from mlx_flux_krea.nano import scenes
-from mlx_flux_krea.provenance import read_record
 
 BAR = 6  # of the eight pictures
 
@@ -64,67 +61,6 @@ def test_guidance_is_what_classifier_free_guidance_of_that_scale_would_do(pipe):
         assert psnr(strong, weak) < 30
         nearer.append(psnr(strong, two_passes) - psnr(weak, two_passes))
     assert np.mean(nearer) > 1.5  # measured: 4.9
-
-
-def test_image_to_image_keeps_the_layout_at_low_strength(pipe):
-    scene = scenes.Scene(
-        96,
-        96,
-        ("green", "green"),
-        (scenes.Thing("square", "red", "large", 26, 30), scenes.Thing("circle", "white", "large", 70, 66)),
-        "left of",
-    )
-    prompt = "a red circle to the left of a white square on a green background"
-
-    def look(**options) -> list[tuple]:
-        seen = judging.look(np.array(pipe(prompt, seed=1, num_inference_steps=10, **options).images[0]))
-        return sorted((s.shape, s.x, s.y) for s in seen)
-
-    (circle, *left), (square, *right) = look(image=scenes.draw(scene), strength=0.3)
-    assert (circle, square) == ("circle", "square")  # what was asked for, where the others stood
-    assert np.allclose([left, right], [(26, 30), (70, 66)], atol=6)
-    assert not np.allclose([place for _, *place in look()], [(26, 30), (70, 66)], atol=12)
-
-
-def test_a_negative_prompt_moves_the_picture_away_from_it(pipe):
-    def redness(**options) -> float:
-        made = pipe("a circle", seed=1, num_inference_steps=8, guidance_scale=1.0, **options).images[0]
-        return float(np.asarray(made, float)[..., 0].mean() - np.asarray(made, float)[..., 1:].mean())
-
-    away = redness(negative_prompt="a red circle", true_cfg_scale=3.0)
-    assert away < redness() - 100
-
-
-def test_it_follows_width_and_height(pipe):
-    for width, height in scenes.CANVASES[1:]:
-        made = pipe(THINGS[0][0], seed=3, width=width, height=height, num_inference_steps=6).images[0]
-        assert made.size == (width, height)
-        assert is_right(made, *THINGS[0][1:])
-
-
-def test_the_demo_saves_a_right_picture_and_the_same_enlarged_and_says_what_is_next(command, tmp_path):
-    code, out, err = command("demo", THINGS[1][0], "-o", str(tmp_path / "star.png"))
-    assert (code, out.split()) == (0, [str(tmp_path / "star.png"), str(tmp_path / "star-large.png")]), err
-    native, large = Image.open(tmp_path / "star.png"), Image.open(tmp_path / "star-large.png")
-    assert is_right(native, *THINGS[1][1:])
-    assert large.size == (480, 480)
-    assert psnr(large.resize(native.size, Image.Resampling.BOX), native) > 30
-    assert all(f"{stage} " in err for stage in ("text", "denoise", "decode"))
-    assert "toy" in err
-    assert err.endswith("flux-krea setup\n")
-
-
-def test_the_demos_sheet_is_a_grid_over_seeds_and_guidance(command, tmp_path, monkeypatch, pipe):
-    monkeypatch.setattr(demo, "_SCALES", (1.0, 6.0))
-    monkeypatch.setattr(demo, "_SEEDS", 1)
-    code, out, err = command("demo", THINGS[0][0], "--contact-sheet", "-o", str(tmp_path / "sheet.png"))
-    assert (code, out.strip()) == (0, str(tmp_path / "sheet.png")), err
-    assert read_record(tmp_path / "sheet.png")["sheet"] == {
-        "across": ["guidance 1", "guidance 6"], "down": ["seed 1"],
-    }  # fmt: skip
-    sheet = np.array(Image.open(tmp_path / "sheet.png"))
-    last = pipe(THINGS[0][0], seed=1, guidance_scale=6.0).images[0]
-    assert psnr(sheet[-100:-4, -100:-4], last) > 30  # the demo's are in bfloat16
 
 
 def test_previews_show_the_picture_long_before_it_is_done(pipe):

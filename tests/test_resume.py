@@ -27,18 +27,30 @@ CAT = "a cat"
 TINY = ["--width", "32", "--height", "32", "--steps", "4", "--seed", "7"]
 
 STRIKE = """
-import threading
+import os, sys, time
+sys.path.insert(0, sys.argv[1])
+import cli, judges
 from mlx_flux_krea import interrupted, provenance
+from mlx_flux_krea.commands import delivery
 from mlx_flux_krea.commands.terminal import PipelineProgress
+from mlx_flux_krea.filters import judges as filters_judges
+filters_judges.load_judge = judges.load_judge
 interrupted.EVERY = 0
-struck = []
+stage, done, number = sys.argv[2], float(sys.argv[3]), int(sys.argv[4])
+struck, named = [], []
 def strike(*where):
-    if not struck and where[0] == {stage!r} and where[1] >= {done}:
-        struck.append(os.kill(os.getpid(), {number}))
+    if not struck and where[0] == stage and where[1] >= done:
+        struck.append(os.kill(os.getpid(), number))
         time.sleep(0.5)
 PipelineProgress.__call__ = lambda self, *where: strike(*where)
-claim = provenance._claim
-provenance._claim = lambda *paths: (strike("write", 0), claim(*paths))"""
+claim, save = provenance._claim, delivery.save
+def claim_and_strike(*paths):
+    strike("write", 0)
+    named.append(claim(*paths))
+    strike("named", len(named))
+provenance._claim = claim_and_strike
+delivery.save = lambda *args, **more: (save(*args, **more), strike("saved", len(named)))[0]
+cli.main(sys.argv[5:])"""
 
 STAGES = {
     "the text": ("text", 1, "before the first step"),
@@ -48,6 +60,14 @@ STAGES = {
     "decoding": ("decode", 1, "at step 4 of 4"),
     "writing": ("write", 0, "at step 4 of 4"),
 }
+
+
+def struck(stage: str, done: float, number: int, *args, cwd: Path, **env) -> subprocess.CompletedProcess:
+    """The command in a process of its own, to which a signal comes when a stage is so far."""
+    call = [sys.executable, "-c", STRIKE, Path(__file__).parent, stage, done, int(number), *args]
+    return subprocess.run(
+        [*map(str, call)], cwd=cwd, env=os.environ | env, capture_output=True, text=True, timeout=120, check=False
+    )
 
 
 def files() -> list[Path]:
@@ -99,12 +119,7 @@ def whole(model, tmp_path_factory):
 )
 def test_a_run_that_was_stopped_makes_the_same_file(command, model, whole, tmp_path, where, number):
     stage, done, said = STAGES[where]
-    code = f"import os, sys, time\nimport cli\n{STRIKE.format(stage=stage, done=done, number=int(number))}\n"
-    call = ["generate", CAT, "-m", model, *TINY]
-    ran = subprocess.run(
-        [sys.executable, "-c", f"{code}cli.main(sys.argv[1:])", *map(str, call)],
-        cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
+    ran = struck(stage, done, number, "generate", CAT, "-m", model, *TINY, cwd=tmp_path)
     expected = {signal.SIGINT: 130, signal.SIGTERM: 143}.get(number, -number)
     assert (ran.returncode, ran.stdout, list(tmp_path.glob("*.png"))) == (expected, "", []), ran.stderr
     (path,) = files()
@@ -192,6 +207,57 @@ def test_of_several_pictures_the_one_at_hand_and_the_others_follow(command, mode
     assert list(elsewhere.iterdir()) == files() == []
 
 
+def contents_of(folder: Path) -> dict[str, bytes]:
+    """Every file in it, hidden ones included."""
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def two(model, tmp_path_factory):
+    """A command that makes two pictures and their sheet, and the folder that it leaves if nobody stops it."""
+    call = ["generate", CAT, "-m", model, *TINY, "8", "--contact-sheet"]
+    folder, home = tmp_path_factory.mktemp("two"), tmp_path_factory.mktemp("home")
+    ran = run_command(*call, cwd=folder, FLUX_KREA_HOME=str(home))
+    assert ran.returncode == 0, ran.stderr
+    return call, contents_of(folder)
+
+
+@pytest.mark.parametrize(
+    ("moment", "of", "told", "drawn"),
+    [
+        ("named", 1, ["out.png", "out-2.png", "out-sheet.png"], 1),
+        ("saved", 2, ["out-2.png", "out-sheet.png"], 0),
+        ("named", 3, ["out-sheet.png"], 0),
+    ],
+)
+def test_a_file_that_had_its_name_when_the_process_was_killed_is_not_made_again(
+    command, two, tmp_path, monkeypatch, moment, of, told, drawn
+):
+    """Nor is what was written of it beside it left; and whoever goes on is told of it."""
+    call, whole = two
+    ran = struck(moment, of, signal.SIGKILL, *call, cwd=tmp_path)
+    assert (ran.returncode, len(list(tmp_path.glob("*.png")))) == (-signal.SIGKILL, of), ran.stderr
+    draw, asked = Painter.draw, []
+    monkeypatch.setattr(Painter, "draw", lambda self, *args: (asked.append(args), draw(self, *args))[1])
+    code, out, err = command("resume", "--json")
+    assert code == 0, err
+    report = json.loads(out)
+    paths = [*(entry["path"] for entry in report["images"]), report["contact_sheet"]]
+    assert ([Path(path).name for path in paths], len(asked)) == (told, drawn)
+    assert {entry["outcome"] for entry in report["images"]} <= {"released"}
+    assert (contents_of(tmp_path) == whole, files()) == (True, [])
+
+
+def test_another_file_that_took_the_name_is_not_taken_for_the_picture(command, two, tmp_path):
+    call, whole = two
+    struck("saved", 1, signal.SIGKILL, *call, cwd=tmp_path)
+    (tmp_path / "out.png").write_bytes(whole["out-2.png"])
+    assert command("resume")[0] == 0
+    made = contents_of(tmp_path)
+    assert [made["out.png"], made["out-3.png"]] == [whole["out-2.png"]] * 2
+    assert made["out-2.png"] == whole["out.png"]
+
+
 def test_rows_of_a_prompt_file_follow_though_the_file_is_gone(command, model, tmp_path, monkeypatch):
     rows = [{"prompt": "a frog", "seed": 1}, {"prompt": "x", "stesp": 1}, {"prompt": "a toad", "seed": 2, "steps": 3}]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -266,12 +332,8 @@ def test_fast_steps_are_not_all_written_and_slow_ones_are(tmp_path, monkeypatch)
 def left(model, tmp_path_factory):
     """The folder of a run that stopped in its third step."""
     folder = tmp_path_factory.mktemp("left")
-    patch = STRIKE.format(stage="denoise", done=2.1, number=int(signal.SIGTERM))
     call = ["generate", CAT, "-m", model, *TINY, "--image", REFERENCE / "images" / "input.png", "--strength", "1"]
-    ran = subprocess.run(
-        [sys.executable, "-c", f"import os, sys, time\nimport cli\n{patch}\ncli.main(sys.argv[1:])", *map(str, call)],
-        cwd=folder, env=os.environ | {"FLUX_KREA_HOME": str(folder)}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    ran = struck("denoise", 2.1, signal.SIGTERM, *call, cwd=folder, FLUX_KREA_HOME=str(folder))
     assert ran.returncode == 143, ran.stderr
     return folder / "interrupted"
 
@@ -313,6 +375,7 @@ DAMAGED = {
     "more": (lambda f, a: a.update(more=np.zeros(3)), "holds something else"),
     "NaN": (lambda f, a: a["latents"].fill(np.nan), "holds NaN"),
     "no colours": (lambda f, a: a.update(image=np.zeros((4, 4, 1), np.uint8)), "holds something else"),
+    "a taken name": (lambda f, a: f["run"].update(named={"path": 3}), "list of pictures is none"),
     "no jobs": (lambda f, a: f["run"].update(jobs=[]), "pictures of 0"),
     "jobs": (lambda f, a: f["run"].update(jobs=[1]), "list of pictures is none"),
     "a field": (lambda f, a: f["run"].update(more=1), "list of pictures is none"),
@@ -435,6 +498,20 @@ def test_a_run_that_goes_on_is_checked_like_a_new_one(command, strict, home, tmp
     assert CAT not in err
     command(*call, "-o", "whole.png")
     assert (tmp_path / "out.png").read_bytes() == (tmp_path / "whole.png").read_bytes()
+
+
+@pytest.mark.parametrize("is_logged", [True, False])
+def test_a_file_that_had_its_name_counts_as_released_when_the_log_says_so(command, strict, home, tmp_path, is_logged):
+    ran = struck("saved", 1, signal.SIGKILL, "generate", CAT, "-m", strict, *TINY, cwd=tmp_path)
+    assert (ran.returncode, ran.stdout, len(files())) == (-signal.SIGKILL, "", 1), ran.stderr
+    if not is_logged:
+        shutil.rmtree(home / "log")
+    before = events(home) if is_logged else []
+    code, out, err = command("resume")
+    assert (code, out) == (0, f"{tmp_path / ('out.png' if is_logged else 'out-2.png')}\n"), err
+    judged = ["run", "prompts_passed", "generated", "passed", "released", "written"]
+    assert events(home)[len(before) :] == ([] if is_logged else judged)
+    assert files() == []
 
 
 @pytest.mark.parametrize(

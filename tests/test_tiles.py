@@ -7,11 +7,13 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from helpers import rel
+from PIL import Image
 from test_plan import plan_of, weights_of
 
 from mlx_flux_krea import FluxPipeline, plan, tiles
 from mlx_flux_krea.engine import evaluated
 from mlx_flux_krea.presets import ASPECTS
+from mlx_flux_krea.provenance import read_record
 from mlx_flux_krea.weights import open_model
 
 SMALLEST_MAC = int(8 * 2**30 * 2 / 3 * 0.8)  # 8 GB, of which two thirds are the GPU's, and a fifth of that others'
@@ -79,6 +81,29 @@ def test_the_smallest_mac_develops_whatever_it_can_draw(quantize):
             assert made.tiled == (strips > SMALLEST_MAC)
             seen.add(made.tiled)
     assert seen == {True, False}
+
+
+def test_a_picture_in_tiles_that_is_repeated_as_a_whole_says_that_it_is_a_little_different(command, monkeypatch):
+    monkeypatch.setattr(tiles, "SIDE", 8)
+    monkeypatch.setattr(plan, "SIDE", 8)
+    size = {"width": 112, "height": 80, "num_inference_steps": 1}
+    least = FluxPipeline.from_pretrained("nano").rehearse("a ring", **size).plan.least
+    call = ["generate", "a ring", "-m", "nano", "--seed", "1", "--steps", "1", "--width", "112", "--height", "80"]
+    assert command(*call, "--memory", least, "-o", "tiled.png")[0] == 0
+    assert read_record("tiled.png")["tiled"] is True
+
+    def repeat(*args) -> tuple[int, float]:
+        code, out, err = command("generate", "--from", "tiled.png", "-m", "nano", *args)
+        assert code == 0, err
+        note = "note: tiled.png was developed in tiles: memory was too little for the whole, which now is developed as"
+        difference = np.abs(np.subtract(*(np.asarray(Image.open(name), float) for name in ("tiled.png", out.strip()))))
+        return err.count(note), difference.mean()
+
+    assert repeat("--memory", least) == (0, 0)
+    told, difference = repeat()
+    assert (told, difference > 0) == (1, True)
+    code, _, err = command("generate", "--from", "tiled.png", "-m", "nano", "--width", "64", "--height", "64")
+    assert (code, "tiles" in err) == (0, False)  # another picture anyway
 
 
 def test_a_picture_in_tiles_says_so_and_takes_what_was_planned(model, monkeypatch, caplog):

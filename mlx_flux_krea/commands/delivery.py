@@ -6,6 +6,7 @@ from pathlib import Path
 import click
 
 from mlx_flux_krea.errors import Withheld, printable
+from mlx_flux_krea.provenance import read_record
 
 from .output import names_from, save
 from .terminal import say, size, stage_times, table
@@ -23,6 +24,8 @@ class Delivery:
         self._run, self._as_json = run, as_json
         self._names = {output: names_from(output, taken) for output, taken in run.taken.items()}
         self._report = {"images": [], "skipped": run.skipped}
+        if run.found:
+            self._tell_found(run.found)
 
     def refuse(self, drawing, error: Withheld) -> None:
         """A prompt or an input image was flagged: there is no picture."""
@@ -43,30 +46,25 @@ class Delivery:
         facts |= {"peaks": result.peaks, "predicted": result.plan.stages}
         self._add(outcome, path, picture, {**result.records[pick], **facts})
         say(f"seed {seed}: {stage_times(result.seconds)}")
-        if "verbose" in self._run.options:
+        if self._run.options.get("verbose"):
             say(_memory(result))
-        if self._as_json:
-            say("", event="picture", **self._report["images"][-1])
-        elif path:
-            click.echo(path)
+        self._tell(path)
 
     def deliver_sheet(self, made, name: Path) -> None:
         """All pictures as one."""
-        path = save(made, names_from(name), self._run.force)
-        self._report["contact_sheet"] = str(path)
-        if not self._as_json:
-            click.echo(path)
+        path = save(made, names_from(name), self._run.force, self._run.note_file)
+        self._tell_sheet(path)
 
     def report(self) -> None:
         """All of it as JSON, where that was asked for and there is something."""
-        if self._as_json and self._report["images"]:
+        if self._as_json and (self._report["images"] or "contact_sheet" in self._report):
             click.echo(json.dumps(self._report, ensure_ascii=False))
 
     def _save(self, job, picture) -> Path:
         """Saves a picture; of the first with a name it is said if it cannot have that."""
         first, names = job.output not in self._names, self._names.setdefault(job.output, names_from(job.output))
         how = {name: job.options[name] for name in ("metadata", "quality") if name in job.options}
-        path = save(picture, names, self._run.force, **how)
+        path = save(picture, names, self._run.force, self._run.note_file, **how)
         if first and path != job.output:
             say(f"note: {printable(str(job.output))} exists; writing {printable(str(path))}")
         return path
@@ -75,6 +73,28 @@ class Delivery:
         self._run.add(outcome, path, picture)
         self._run.advance()
         self._report["images"].append({"path": path and str(path), **facts})
+
+    def _tell(self, path: Path | None) -> None:
+        """Of the last picture, when it is counted."""
+        if self._as_json:
+            say("", event="picture", **self._report["images"][-1])
+        elif path:
+            click.echo(path)
+
+    def _tell_sheet(self, path: Path) -> None:
+        self._report["contact_sheet"] = str(path)
+        if not self._as_json:
+            click.echo(path)
+
+    def _tell_found(self, path: Path) -> None:
+        """Of a file that was written when nobody could be told any more; what it took of time is forgotten."""
+        job, (outcome, last) = self._run.jobs[len(self._run.done) - 1], self._run.done[-1]
+        if path != last:
+            self._tell_sheet(path)
+            return
+        record = read_record(path) or {"seed": job.seed}
+        self._report["images"].append({"path": str(path), **record, "outcome": outcome})
+        self._tell(path)
 
 
 def _memory(result) -> str:

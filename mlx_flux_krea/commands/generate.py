@@ -13,7 +13,7 @@ from .options import OPTIONS, USUAL, SeveralSeeds, said
 from .output import check_outcomes, check_output
 
 _TOGETHER = 16  # pictures whose prompts are read at once: so many are kept, with a negative one each
-_THRESHOLDS = ("nsfw_threshold", "integrity_margin")
+OF_THE_PIPELINE = ("dtype", "memory", "check", "nsfw_threshold", "integrity_margin")
 
 
 @click.command(cls=SeveralSeeds, params=[click.Argument(["prompt"], required=False), *OPTIONS])
@@ -88,7 +88,7 @@ def make_run(run, as_json: bool, pipe=None, ends: bool = True, skipped: Sequence
     tell_events(as_json)
     base, skipped = run.options, list(skipped)
     jobs = _usable(run.left, lambda job: check_output(job.output, job.options.get("quality")) or job, skipped)
-    sheet = sheet_name(base.get("output", Path(USUAL["output"]))) if "contact_sheet" in base else None
+    sheet = sheet_name(base.get("output", Path(USUAL["output"]))) if base.get("contact_sheet") else None
     if sheet:
         check_output(sheet)
 
@@ -106,7 +106,7 @@ def make_run(run, as_json: bool, pipe=None, ends: bool = True, skipped: Sequence
         run.skipped[where] = str(error)
     run.jobs[len(run.done) :] = [drawing.job for drawing in drawings]
     if drawings:
-        _announce(pipe.folder, base, drawings)
+        _announce(pipe, base, drawings)
     with keeping(run, pipe.folder), macos.awake():
         _draw(pipe, drawings, run, as_json, sheet, ends, preview)
     _check_run(run)
@@ -122,7 +122,7 @@ def open_pipe(base: dict):
     if model is None and made_by:
         found = (path for path in installed_models().values() if sha256(path / "manifest.json") == made_by)
         model = next(found, None)
-    said = {name: base[name] for name in ("dtype", "memory", "check", *_THRESHOLDS) if name in base}
+    said = {name: base[name] for name in OF_THE_PIPELINE if name in base}
     return FluxPipeline.from_pretrained(model, **said)
 
 
@@ -185,7 +185,7 @@ def _check_run(run) -> None:
         raise error
 
 
-def _announce(folder, base: dict, drawings: list) -> None:
+def _announce(pipe, base: dict, drawings: list) -> None:
     """What will be drawn, before the work starts: sizes and seeds, how much of the prompts is read, what to know."""
     from mlx_flux_krea.prompts import cut_off, read_prompt
 
@@ -197,7 +197,7 @@ def _announce(folder, base: dict, drawings: list) -> None:
         (*pair, r.max_sequence_length) for r in requests for pair in r.pairs() + r.pairs(negative=True)
     )
     try:
-        read = [read_prompt(folder, *text) for text in texts]
+        read = [read_prompt(pipe.folder, *text) for text in texts]
     except ModelError:  # what is wrong with a model, the pipeline says in its order
         return
     parts = [
@@ -216,18 +216,22 @@ def _announce(folder, base: dict, drawings: list) -> None:
         *(text for tool in tools for text in tool_notes(tool)),
         *(text for drawing in drawings for text in drawing.notes),
         *(text for tokens in read for text in cut_off(tokens)),
-        *_other_weights(folder, base),
+        *_differences(pipe, base, drawings),
     ):
         note(text)
 
 
-def _other_weights(folder, base: dict) -> list[str]:
-    """Whether a picture is repeated with other weights than those that made it."""
+def _differences(pipe, base: dict, drawings: list) -> list[str]:
+    """What of the making of a picture that is repeated is not repeated: its weights, its tiles."""
     from mlx_flux_krea.weights import sha256
 
-    if "manifest_sha256" not in base or sha256(folder.path / "manifest.json") == base["manifest_sha256"]:
-        return []
-    return [f"{base['from_']} was made with other weights than those of {folder.path}"]
+    notes, folder = [], pipe.folder.path
+    if "manifest_sha256" in base and sha256(folder / "manifest.json") != base["manifest_sha256"]:
+        notes.append(f"{base['from_']} was made with other weights than those of {folder}")
+    if base.get("tiled") and not all(pipe.plan(drawing.request).tiled for drawing in drawings):
+        why = "memory was too little for the whole, which now is developed as one"
+        notes.append(f"{base['from_']} was developed in tiles: {why}, and a little different")
+    return notes
 
 
 def _usable(jobs: list, check: Callable, skipped: list) -> list:

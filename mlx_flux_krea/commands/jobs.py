@@ -28,7 +28,7 @@ _REQUEST = {
     **{name: name for name in ("prompt", "negative_prompt", "true_cfg_scale", "width", "height", "noise", "strength")},
 }
 _FROM_RECORD = ("prompt_2", "negative_prompt_2", "sigmas", "max_sequence_length")
-_BESIDE = ("batch", "image_seed", "image_sha256", "manifest_sha256")  # how a record's picture came about
+_BESIDE = ("batch", "image_seed", "image_sha256", "manifest_sha256", "tiled")  # how a record's picture came about
 UNTYPED = (*_FROM_RECORD, *_BESIDE)  # options without an entry in `options.py`, judged where they are used
 _FILE_OPTIONS = ("output", "quality", "metadata")  # not of the picture that a record tells of
 _PICTURE = (*PER_PICTURE, *UNTYPED, "dtype")

@@ -139,10 +139,10 @@ LASTING = (*_LASTING, *(name for name in PER_PICTURE if name != "prompt"))  # in
 # What an option takes the place of, where it was said nearer to the picture: file before row, config before command.
 _SIZE = ("width", "height", "aspect", "megapixels")
 REPLACES = {
-    "width": ("aspect", "megapixels"),
-    "height": ("aspect", "megapixels"),
-    "aspect": ("width", "height"),
-    "megapixels": ("width", "height"),
+    "width": ("aspect", "megapixels", "tiled"),
+    "height": ("aspect", "megapixels", "tiled"),
+    "aspect": ("width", "height", "tiled"),
+    "megapixels": ("width", "height", "tiled"),
     "steps": ("sigmas",),
     "prompt": ("prompt_2",),
     "negative_prompt": ("negative_prompt_2",),

@@ -4,6 +4,7 @@ import errno
 import itertools
 import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from mlx_flux_krea.errors import UsageError, Waiting, Withheld, amount
@@ -45,12 +46,20 @@ def names_from(output: Path, taken: int = 0) -> Iterator[Path]:
     return (output if n == 1 else output.with_stem(f"{output.stem}-{n}") for n in itertools.count(taken + 1))
 
 
-def save(picture, names: Iterator[Path], force: bool, **options) -> Path:
-    """Saves under the next name; without --force under the next that is free at this moment, whoever else writes."""
+def save(picture, names: Iterator[Path], force: bool, noting=lambda path, encoded: None, **options) -> Path:
+    """Saves under the next name; without --force under the next that is free at this moment, whoever else writes.
+
+    Args:
+        picture: what to save.
+        names: to choose from.
+        force: the first of them, whatever stands there.
+        noting: called with a name and the file's bytes before they take it.
+        options: of `Picture.save`.
+    """
     for path in names:
         if force or not os.path.lexists(path):
             try:
-                picture.save(path, force=force, **options)
+                picture.save(path, force=force, before=partial(noting, path), **options)
                 return path
             except FileExistsError:
                 continue

@@ -53,8 +53,6 @@ def _go_on(checkpoint, path: Path, said: dict, as_json: bool) -> None:
     run.checkpoint = checkpoint
     run.restrict(read_config())
     run.options |= {name: said[name] for name in ("model", "memory") if said[name]}
-    if said["output"]:
-        run.place(said["output"])
     if checkpoint.image is not None and run.left and "image" in run.left[0].options:
         run.images[run.left[0].options["image"]] = Image.fromarray(checkpoint.image)
     before = run.made_by
@@ -68,6 +66,9 @@ def _go_on(checkpoint, path: Path, said: dict, as_json: bool) -> None:
     if before != now:
         versions = (f"{made.get('software')} with mlx {made.get('mlx')}" for made in (before, now))
         note("this run was begun by {}, and goes on by {}: the picture may differ".format(*versions))
+    run.take_over(is_filtered=bool(pipe.policy))
+    if said["output"]:
+        run.place(said["output"])
     make_run(run, as_json, pipe)
 
 

@@ -5,6 +5,7 @@ go, and what stands in their way, only our own files may say.
 """
 
 import contextlib
+import hashlib
 import os
 import shlex
 from collections import Counter
@@ -16,8 +17,9 @@ from pathlib import Path
 import numpy as np
 
 from mlx_flux_krea.errors import FluxKreaError, UsageError, Withheld, amount
+from mlx_flux_krea.filters.ledger import Ledger
 from mlx_flux_krea.interrupted import Checkpoint
-from mlx_flux_krea.provenance import SOFTWARE, Picture, opened, read_record
+from mlx_flux_krea.provenance import SOFTWARE, Picture, opened, read_record, remove_partials
 from mlx_flux_krea.weights import ModelFolder, sha256
 
 from . import signals
@@ -42,6 +44,8 @@ class Run:
     made_by: dict[str, str] = field(default_factory=dict)  # hash of the model's manifest, versions
     images: dict = field(default_factory=dict)  # input images that were opened, by their paths
     checkpoint: Checkpoint | None = None  # where it is kept
+    named: dict = field(default_factory=dict)  # the file that is about to take its name: path, sha256, process
+    found: Path | None = None  # such a file of a process that was killed, as long as nobody was told of it
     _small: dict[int, Picture] = field(default_factory=dict)  # thumbnails for a contact sheet
 
     @property
@@ -61,9 +65,40 @@ class Run:
 
     def add(self, outcome: str, path: Path | None, picture: Picture | None) -> None:
         """The next picture has its outcome."""
-        if path and picture and "contact_sheet" in self.options:
+        if path and picture and self.options.get("contact_sheet"):
             self._small[len(self.done)] = thumbnail(picture)
         self.done.append((outcome, path))
+        self.named = {}
+
+    def note_file(self, path: Path, encoded: bytes) -> None:
+        """Keeps which file takes its name next: a process may be killed before it can say that it has it."""
+        digest = hashlib.sha256(encoded).hexdigest()
+        self.named = {"path": os.path.abspath(path), "sha256": digest, "process": os.getpid()}
+        self.checkpoint.run = self.to_json()
+        self.checkpoint.write()
+
+    def take_over(self, is_filtered: bool) -> None:
+        """Counts as done what a process that was killed had given its name, and not yet counted.
+
+        Args:
+            is_filtered: then the log too must say that it was released.
+
+        Raises:
+            FiltersError: the log is damaged.
+        """
+        if not self.named:
+            return
+        path, digest = Path(self.named["path"]), self.named["sha256"]
+        remove_partials(path, self.named["process"])
+        if not path.is_file() or sha256(path) != digest:
+            return
+        if not self.left:
+            self.options.pop("contact_sheet", None)
+        elif is_filtered and not Ledger().log.has_written(digest):
+            return
+        else:
+            self.add("released", path, None)
+        self.found = path
 
     def sheet(self) -> Picture | None:
         """All its pictures as one; those of an earlier process are read from their files."""
@@ -80,7 +115,7 @@ class Run:
 
     def advance(self) -> None:
         """Keeps what is left from here on: the next picture, a contact sheet, or nothing."""
-        if not self.left and "contact_sheet" not in self.options:
+        if not self.left and not self.options.get("contact_sheet"):
             self.checkpoint.remove()
             return
         path = self.left[0].options.get("image") if self.left else None
@@ -109,6 +144,7 @@ class Run:
             "rows": self.rows,
             "force": self.force,
             "made_by": self.made_by,
+            "named": self.named,
         }
 
     @classmethod
@@ -123,7 +159,9 @@ class Run:
             UsageError: anything that is not as we write it.
         """
         _check(obj, {"options": dict, "jobs": list, "done": list, "skipped": dict, "rows": str, "force": bool,
-                     "made_by": dict})  # fmt: skip
+                     "made_by": dict, "named": dict})  # fmt: skip
+        if obj["named"]:
+            _check(obj["named"], {"path": str, "sha256": str, "process": int})
         for texts in (obj["skipped"], obj["made_by"]):
             _check(texts, dict.fromkeys(texts, str))
         for entry in obj["done"]:
@@ -137,6 +175,7 @@ class Run:
             rows=obj["rows"],
             force=obj["force"] and ours,
             made_by=obj["made_by"],
+            named=obj["named"] if ours else {},
         )
         if not 0 < len(run.jobs) >= len(run.done):
             raise UsageError(
@@ -176,8 +215,10 @@ def keeping(run: Run, model: ModelFolder) -> Iterator[None]:
     Raises:
         FluxKreaError: as it comes from the block; where something was drawn, with the way to go on.
     """
-    if run.checkpoint is None:
+    is_new = run.checkpoint is None
+    if is_new:
         run.checkpoint, run.made_by = Checkpoint({}), made_by(model)
+    if is_new or run.found:
         run.advance()
     kept = run.checkpoint
     try:

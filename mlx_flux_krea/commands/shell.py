@@ -15,7 +15,6 @@ from .options import LASTING, OPTIONS, SeveralSeeds, cast
 from .options import said as read
 
 SHORT = {"w": "width", "h": "height", "s": "seed", "g": "guidance", "n": "steps"}  # as black-forest-labs/flux has them
-NAMES = tuple(name for name in LASTING if name not in ("model", "dtype"))
 HELP = """A line is a prompt. An empty line draws the last one again, from the same seed, with what was changed since.
 /w 768  /h 512  /s 7  /g 3.5  /n 20    width, height, seed, guidance, steps
 /NAME VALUE   any other option: {names}
@@ -34,13 +33,14 @@ def shell(**options):
       flux-krea shell --steps 20
     """
     from .config import read_config
-    from .generate import make_pictures, open_pipe
+    from .generate import OF_THE_PIPELINE, make_pictures, open_pipe
     from .jobs import merge
     from .terminal import say, table
 
     said, force, as_json = read(options)
     config = read_config()
-    pipe = open_pipe(merge(config, said))
+    base = merge(config, said)
+    pipe = open_pipe(base)
     last, seeds, drawn, failed = None, [], 0, 0
     typed = sys.stdin.isatty() and sys.stdout.isatty()
     for line in _typed_lines() if typed else map(str.strip, sys.stdin):
@@ -49,7 +49,7 @@ def shell(**options):
             if line in ("/q", "/quit"):
                 break
             elif line == "/help":
-                say(HELP.format(names=" ".join(name.replace("_", "-") for name in NAMES)))
+                say(HELP.format(names=" ".join(name.replace("_", "-") for name in LASTING)))
             elif line == "/":
                 say(table(sorted((name, printable(str(value))) for name, value in said.items())) if said else "nothing")
             elif line.startswith("/"):
@@ -59,7 +59,11 @@ def shell(**options):
                 held = {"seed": tuple(seeds)} if not line and seeds and "seed" not in said else {}
                 given = said | {"prompt": prompt} | held
                 last, seeds = prompt, seeds if not line else []
-                seeds = make_pictures(merge(config, given), given, force, as_json, pipe, ends=False)
+                before, base = base, merge(config, given)
+                if pipe is None or any(before.get(name) != base.get(name) for name in ("model", *OF_THE_PIPELINE)):
+                    pipe = None  # before another takes its memory
+                    pipe = open_pipe(base)
+                seeds = make_pictures(base, given, force, as_json, pipe, ends=False)
                 drawn += 1
         except FluxKreaError as error:
             failed += 1
@@ -84,7 +88,7 @@ def _changed(said: dict, command: str, value: str, merge) -> dict:
     """What was said, with one option more, another value, or one fewer."""
     command = SHORT.get(command, command)
     if value:
-        return merge(said, dict([cast(command, value, NAMES)]))
+        return merge(said, dict([cast(command, value, LASTING)]))
     name = command.replace("-", "_")
     if name not in said:
         raise UsageError(f"/{command} has no value, and none was said before", "/NAME VALUE", "see /help")

@@ -60,6 +60,16 @@ class Log:
         with self._open():
             return dict(self._pictures.get(image, {}))
 
+    def has_written(self, digest: str) -> bool:
+        """Whether the last that it says of some picture is that it was written, as a file of this SHA-256.
+
+        Raises:
+            FiltersError: the log is damaged.
+        """
+        with self._open():
+            last = ((facts["event"], facts.get("file_sha256")) for facts in self._pictures.values())
+            return ("written", digest) in last
+
     def read(self) -> list[dict]:
         """All entries.
 
