@@ -6,11 +6,11 @@ The input has the names, types and shapes of the published files, and is 34 GB i
 hold numbers, the rest of the files is holes. Needs FOLDER on a disk with 20 GB free (default: a temporary folder).
 
 Reading, hashing, quantizing and writing are each measured by themselves on the same cores, on 2 GB just before the
-conversion, past the system's cache as the conversion does it, and taken to its size. Hashing is of the sources; the
-hashes of what was written come from reading back. That gives two bounds: the slowest of the four, as if each had the
-cores to itself; and the processor's time of all four spread over the cores, which nothing on these cores can be faster
-than. The last share is of the processor's time, where other programs on the machine disturb least. Reading back is
-timed apart.
+conversion and just after it, past the system's cache as the conversion does it, and taken to its size. Quantizing is of
+float16 where the input is. Hashing is of the sources; the hashes of what was written come from reading back, which is
+timed apart. That gives two bounds: the slowest of the four, as if each had the cores to itself; and the processor's
+time of all four spread over the cores, which nothing on these cores can be faster than. The last share is of the
+processor's time, where other programs on the machine disturb least.
 """
 
 import argparse
@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from mmap import mmap
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
@@ -32,7 +33,7 @@ import numpy as np
 from foreign import published
 from helpers import TOKENIZERS
 
-from mlx_flux_krea.pagecache import forget
+from mlx_flux_krea.pagecache import forget, open_direct
 
 FILES = {
     "flux1-krea-dev": "bfl-transformer-dev",
@@ -42,7 +43,7 @@ FILES = {
 }
 FILLED = ("double_blocks.0.", "single_blocks.0.", "encoder.block.0.", "decoder.mid.")  # the layers that hold numbers
 SIZES = {"F32": 4, "BF16": 2, "F16": 2}
-CHUNK, BATCH = 2**20, 2**25  # bytes that are read or written in one go, and written until they are to be on the disk
+CHUNK, BATCH = 2**22, 2**25  # bytes that are worked on in one go, and written until they are to be on the disk
 
 
 def make(folder: Path) -> list[Path]:
@@ -113,19 +114,20 @@ def rate(work, size: int) -> np.ndarray:
     return np.min(times, axis=0) / size
 
 
-def bounds(source: Path, folder: Path, quantize: str) -> dict[str, np.ndarray]:
+def bounds(sources: list[Path], folder: Path, quantize: str) -> dict[str, np.ndarray]:
     """What `rate` gives of reading, hashing, quantizing (of the input) and writing (of the output)."""
-    size, buffer = 2**31, memoryview(bytearray(CHUNK))
+    size, buffer = 2**31, mmap(-1, CHUNK)
 
-    def read(use=len):
-        with open(source, "rb", buffering=0) as file:
-            forget(file.fileno())
-            for _ in range(size // CHUNK):
-                use(buffer[: file.readinto(buffer)])
-                forget(file.fileno())
+    def read():
+        file = open_direct(sources[0])
+        for start in range(0, size, CHUNK):
+            os.preadv(file, [buffer], start)
+        os.close(file)
 
     def digest():
-        read(hashlib.sha256().update)
+        digest = hashlib.sha256()
+        for _ in range(size // CHUNK):
+            digest.update(buffer)
 
     def write():
         data = os.urandom(CHUNK)
@@ -136,19 +138,24 @@ def bounds(source: Path, folder: Path, quantize: str) -> dict[str, np.ndarray]:
                 os.fsync(file.fileno())
                 forget(file.fileno())
 
-    array = mx.random.normal((4096, 4096)).astype(mx.bfloat16)
+    def quantizing(kind: mx.Dtype) -> np.ndarray:
+        array = mx.random.normal((CHUNK // 8192, 4096)).astype(kind)
+        mx.eval(array)
+
+        def pack():
+            for _ in range(32):
+                arrays = [(array.astype(mx.bfloat16, stream=stream), stream) for stream in streams]
+                mx.eval([mx.quantize(a, group_size=64, bits=int(quantize), stream=stream) for a, stream in arrays])
+
+        return rate(pack, 64 * array.nbytes)
+
     streams = [mx.new_stream(mx.cpu), mx.new_stream(mx.cpu)]
-    mx.eval(array)
-
-    def pack():
-        for _ in range(4):
-            mx.eval([mx.quantize(array, group_size=64, bits=int(quantize), stream=s) for s in streams])
-
-    reading = rate(read, size)
+    halves = sum(path.stat().st_size for path in sources if "fp16" in path.name or "clip" in path.name)
+    share = halves / sum(path.stat().st_size for path in sources)
     rates = {
-        "read": reading,
-        "hash": rate(digest, size) - reading,
-        "quantize": rate(pack, 8 * array.nbytes),
+        "read": rate(read, size),
+        "hash": rate(digest, size),
+        "quantize": share * quantizing(mx.float16) + (1 - share) * quantizing(mx.bfloat16),
         "write": rate(write, size),
     }
     (folder / "written").unlink()
@@ -170,15 +177,12 @@ def main():
         sources = make(folder)
         size = sum(path.stat().st_size for path in sources)
         for quantize in given.quantize:
-            each = bounds(sources[0], folder, quantize)
+            before = bounds(sources, folder, quantize)
             made = convert(sources, folder / "out", quantize)
             shutil.rmtree(folder / "out")
-            alone = {
-                "read": each["read"] * size,
-                "hash": each["hash"] * size,
-                "quantize": each["quantize"] * size,
-                "write": each["write"] * made["bytes"],
-            }
+            after = bounds(sources, folder, quantize)
+            bytes_of = dict.fromkeys(before, size) | {"write": made["bytes"]}
+            alone = {stage: (before[stage] + after[stage]) / 2 * count for stage, count in bytes_of.items()}
             stages, work = {stage: float(cost[0]) for stage, cost in alone.items()}, sum(c[1] for c in alone.values())
             shares = {
                 "slowest": max(stages.values()) / made["seconds"],

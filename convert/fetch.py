@@ -28,7 +28,7 @@ from tempfile import TemporaryDirectory
 from mlx_flux_krea.errors import ModelError, UsageError
 
 from .hub import INCOMPLETE, WEIGHTS, File, Listing, explained, folder_of, is_repo_id, look, patiently, place_of
-from .reading import read_through, sha256
+from .reading import chunks, sha256
 
 _HEADER, _LONGEST_HEADER = 2**18, 2**26  # bytes that are asked for at first, and at most
 _GGUF_HEADER = 2**22  # the vocabulary of a T5 is in there, with 1 MB
@@ -298,7 +298,8 @@ class _Hashed:
         """
         if not os.path.exists(place) or self.count != os.path.getsize(place):
             self.restart()
-            read_through(place, self.add, stop)
+            for chunk in chunks(place, stop):
+                self.add(chunk)
 
     @property
     def digest(self) -> str:

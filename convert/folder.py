@@ -18,7 +18,7 @@ import shutil
 import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import CancelledError, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from mlx_flux_krea.filters.config import SELF_TEST
 from mlx_flux_krea.pagecache import bypass, forget
 from mlx_flux_krea.weights import open_folder, read_json
 
-from .reading import hashing
+from .reading import chunks, hashing
 from .sources import is_model_folder
 
 _READERS = 4  # files that are read back at a time
@@ -62,6 +62,8 @@ class File:
 
     def write(self, data: bytes | memoryview, start: int = 0) -> None:
         """A piece, where it belongs."""
+        if not data:
+            return
         self._file.seek(start)
         self._file.write(data)
         self._pieces.append((start, len(data), zlib.crc32(data)))
@@ -81,26 +83,23 @@ class File:
             UsageError: it is not what was written.
             CancelledError: `stop` was set.
         """
-        digest, buffer, end = hashlib.sha256(), memoryview(bytearray(2**20)), 0
-        with open(self.path, "rb", buffering=0) as file:
-            bypass(file.fileno())
-            for start, count, crc in sorted(self._pieces):
-                found, left = 0, count
-                while left and (got := file.readinto(buffer[: min(left, len(buffer))])):
-                    if stop.is_set():
-                        raise CancelledError
-                    digest.update(buffer[:got])
-                    found, left = zlib.crc32(buffer[:got], found), left - got
-                    done(got)
-                if (start, crc, 0) != (end, found, left):
-                    break
-                end += count
-            if end != self.size or file.read(1):
-                raise UsageError(
-                    f"{self.path.name} reads back as something else than was written",
-                    "a disk that keeps what it is given",
-                    "choose another with -o",
-                )
+        digest, pieces = hashlib.sha256(), sorted(self._pieces)
+        found, number, place, chunk = [0] * len(pieces), 0, 0, b""
+        for chunk in chunks(self.path, stop):
+            digest.update(chunk)
+            done(len(chunk))
+            while place < self.size and chunk:
+                start, count, _ = pieces[number]
+                part = chunk[: start + count - place]
+                found[number] = zlib.crc32(part, found[number])
+                place, chunk = place + len(part), chunk[len(part) :]
+                number += place == start + count
+        if place < self.size or chunk or found != [crc for *_, crc in pieces]:
+            raise UsageError(
+                f"{self.path.name} reads back as something else than was written",
+                "a disk that keeps what it is given",
+                "choose another with -o",
+            )
         return digest.hexdigest()
 
     def _to_disk(self) -> None:

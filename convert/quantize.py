@@ -184,7 +184,7 @@ class Made:
     Attributes:
         target: the tensor.
         piece: of it.
-        source: as it was, in the type in which it was stored; where it was packed already, its scales.
+        sources: as it was, in the type in which it was stored; where it was packed already, its parts.
         checked: what must be finite, in the folder's type.
         parts: what `stored` describes.
         loss: (2,) squares of the error and of the values, summed; None where nothing is quantized.
@@ -192,7 +192,7 @@ class Made:
 
     target: Target
     piece: Target
-    source: mx.array
+    sources: tuple[mx.array, ...]
     checked: tuple[mx.array, ...]
     parts: tuple[mx.array, ...]
     loss: mx.array | None = None
@@ -201,10 +201,11 @@ class Made:
         """Which values are not finite, or None."""
         if all(map(_is_finite, self.checked)):
             return None
-        return f"values too large for {dtype}" if mx.isfinite(self.source).all().item() else "NaN or infinities"
+        is_finite = all(mx.isfinite(source).all().item() for source in self.sources)
+        return f"values too large for {dtype}" if is_finite else "NaN or infinities"
 
 
-def make(target: Target, piece: Target, dtype: str, q: Quantization | None, data: Data) -> Made:
+def make(target: Target, piece: Target, dtype: str, q: Quantization | None, data: Data, stream) -> Made:
     """Reads a piece of a tensor and begins to make of it what is stored; whoever looks at a part waits for it.
 
     Args:
@@ -213,26 +214,29 @@ def make(target: Target, piece: Target, dtype: str, q: Quantization | None, data
         dtype: of what is not packed.
         q: how it is quantized.
         data: reads a tensor's bytes.
+        stream: computes what is stored. What is lost is for another one, when it is asked for: MLX lets few operations
+            wait in all its streams, and would not begin with the next piece before.
     """
-    kind, step = getattr(mx, dtype), max(1, target.shape[0] // _ROWS)
-    if q and q == piece.q:  # it is stored so already: rounding once is enough
-        packed = piece.packed(data)
-        source, some = packed[1], dequantize([part[::step] for part in packed], q)
-        parts = tuple(part if part.dtype in PACKED else part.astype(kind) for part in packed)
-        checked = tuple(part for part in parts if part.dtype not in PACKED)
-    else:
-        source = piece.make(data)
-        array = mx.contiguous(source.astype(kind))
-        parts = checked = (array,)
-        if q:
-            parts = tuple(mx.quantize(array, group_size=q.group_size, bits=q.bits, mode=q.mode))
-            some = source[::step].astype(mx.float32)
-    loss = None
+    kind, step, loss = getattr(mx, dtype), max(1, target.shape[0] // _ROWS), None
+    is_packed = q is not None and q == piece.q
+    with mx.stream(stream):
+        if is_packed:  # it is stored so already: rounding once is enough
+            sources = piece.packed(data)
+            parts = tuple(part if part.dtype in PACKED else part.astype(kind) for part in sources)
+            checked = tuple(part for part in parts if part.dtype not in PACKED)
+        else:
+            sources = (piece.make(data),)
+            array = mx.contiguous(sources[0].astype(kind))
+            parts = checked = (array,)
+            if q:
+                parts = tuple(mx.quantize(array, group_size=q.group_size, bits=q.bits, mode=q.mode))
+        mx.async_eval(*checked, *parts)
     if q:
+        some = [source[::step] for source in sources]
+        some = dequantize(some, q) if is_packed else some[0].astype(mx.float32)
         error = dequantize([part[::step] for part in parts], q) - some
         loss = mx.stack([mx.square(error).sum(), mx.square(some).sum()]) * (piece.shape[0] / len(some))
-    mx.async_eval(*checked, *parts, *([] if loss is None else [loss]))
-    return Made(target, piece, source, checked, parts, loss)
+    return Made(target, piece, tuple(sources), checked, parts, loss)
 
 
 def dequantize(parts: Sequence[mx.array], q: Quantization) -> mx.array:

@@ -11,26 +11,28 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
+from mmap import mmap
 from pathlib import Path
 
 import numpy as np
 
 from mlx_flux_krea.errors import ModelError
-from mlx_flux_krea.pagecache import bypass, forget
+from mlx_flux_krea.pagecache import PAGE, forget, open_direct
 
 from .sources import Tensor
 
-_CHUNK = 2**20  # of a size that stays in a processor's cache
+_CHUNK = 2**22  # bytes that are read at a time
 _LARGE = 2**20  # smaller tensors may lie anywhere: they are read apart, and again when their turn comes
+_ALIGNMENT = 8  # of numbers of any type
 _BUFFERS = 4  # that are used in turn
-_BUFFER = 2**23  # bytes of each; what is larger gets memory of its own
+_BUFFER = 2**23 + 2 * PAGE  # bytes of each; what is larger gets memory of its own
 
 
 class Reading:
     """Source files, each read once and hashed on the way, as long as its large tensors are asked for in their order.
 
     Whatever the order, tensors and hashes are right. Buffers are used again: memory that is new each time costs a
-    system more than reading into it.
+    system more than reading.
 
     Args:
         hashed: the files whose hash is wanted. Others may be read too.
@@ -40,7 +42,7 @@ class Reading:
         self._digests = {path: hashlib.sha256() for path in hashed}
         self._ends = dict.fromkeys(self._digests, 0)  # bytes of each file that are hashed, or about to be
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="flux-krea-hash")
-        self._buffers = deque((np.empty(_BUFFER, np.uint8), None) for _ in range(_BUFFERS))  # and who still reads each
+        self._buffers = deque((mmap(-1, _BUFFER), None) for _ in range(_BUFFERS))  # and who still reads each
         self._open: tuple[Path, int] | None = None  # one at a time
 
     def __enter__(self) -> "Reading":
@@ -58,7 +60,7 @@ class Reading:
         """
         path, size = tensor.path, tensor.end - tensor.start
         if size < _LARGE or tensor.start < self._ends.get(path, tensor.start):
-            return self._read(path, tensor.start, np.empty(size, np.uint8), tensor.name)
+            return self._read(path, tensor.start, size, tensor.name)
         if path in self._ends:
             self._pass(path, tensor.start)
         return self._next(path, tensor.start, size, tensor.name)
@@ -94,7 +96,7 @@ class Reading:
         buffer, hashing = self._buffers.popleft()
         if hashing:
             hashing.result()
-        data = self._read(path, start, buffer[:size] if size <= _BUFFER else np.empty(size, np.uint8), what)
+        data = self._read(path, start, size, what, buffer)
         forget(self._file(path), start, size)
         if path in self._digests:
             hashing = self._pool.submit(self._digests[path].update, data)
@@ -102,25 +104,30 @@ class Reading:
         self._buffers.append((buffer, hashing))
         return data
 
-    def _read(self, path: Path, start: int, data: np.ndarray, what: str) -> np.ndarray:
-        done = 0
-        try:
-            while done < len(data) and (count := os.preadv(self._file(path), [data[done:]], start + done)):
-                done += count
-        except OSError as error:
-            raise _unreadable(path, error) from None
-        if done < len(data):
-            raise ModelError(f"{path} ended inside {what}", "a complete file", "copy or download it again")
-        return data
+    def _read(self, path: Path, start: int, size: int, what: str, buffer: mmap | None = None) -> np.ndarray:
+        """All pages that the bytes lie in."""
+        skip, done, file = start % PAGE, 0, self._file(path)
+        pages = -(-(skip + size) // PAGE) * PAGE
+        if buffer is None or pages > _BUFFER:
+            buffer = mmap(-1, max(pages, PAGE))
+        while done < skip + size:
+            try:
+                end = done + os.preadv(file, [memoryview(buffer)[done:pages]], start - skip + done)
+            except OSError as error:
+                raise _unreadable(path, error) from None
+            before, done = done, end if end >= skip + size else end // PAGE * PAGE
+            if done == before:
+                raise ModelError(f"{path} ended inside {what}", "a complete file", "copy or download it again")
+        data = np.frombuffer(buffer, np.uint8, size, skip)
+        return data.copy() if skip % _ALIGNMENT else data
 
     def _file(self, path: Path) -> int:
         if not self._open or self._open[0] != path:
             self.close()
             try:
-                self._open = path, os.open(path, os.O_RDONLY)
+                self._open = path, open_direct(path)
             except OSError as error:
                 raise _unreadable(path, error) from None
-            bypass(self._open[1])
         return self._open[1]
 
 
@@ -150,32 +157,33 @@ def sha256(path: Path, stop: threading.Event | None = None, done: Callable[[int]
         ModelError: the file cannot be read.
     """
     digest = hashlib.sha256()
-
-    def use(piece: memoryview) -> None:
-        digest.update(piece)
-        done(len(piece))
-
-    read_through(path, use, stop)
+    for chunk in chunks(path, stop):
+        digest.update(chunk)
+        done(len(chunk))
     return digest.hexdigest()
 
 
-def read_through(path: Path, use: Callable[[memoryview], None], stop: threading.Event | None = None) -> None:
-    """Hands all of a file to a function, piece after piece; each is there until the function returns.
+def chunks(path: Path, stop: threading.Event | None = None) -> Iterator[memoryview]:
+    """All of a file, piece after piece; each is there until the next is asked for.
 
     Raises:
         CancelledError: `stop` was set.
         ModelError: the file cannot be read.
     """
-    buffer, end = memoryview(bytearray(_CHUNK)), 0
     try:
-        with open(path, "rb", buffering=0) as file:
-            bypass(file.fileno())
-            while count := file.readinto(buffer):
+        file, buffer, start = open_direct(path), memoryview(mmap(-1, _CHUNK)), 0
+        try:
+            size = os.fstat(file).st_size
+            while start < size and (count := os.preadv(file, [buffer], start)):
                 if stop and stop.is_set():
                     raise CancelledError
-                use(buffer[:count])
-                forget(file.fileno(), end, count)
-                end += count
+                if start + count < size:
+                    count -= count % PAGE
+                yield buffer[:count]
+                forget(file, start, count)
+                start += count
+        finally:
+            os.close(file)
     except OSError as error:
         raise _unreadable(path, error) from None
 

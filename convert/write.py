@@ -26,7 +26,7 @@ from .reading import Reading
 from .remap import Plan, Target
 
 SHARD_BYTES = 4 * 2**30  # a shard ends with the block that reaches this
-_BEGUN = 4  # pieces of tensors that are in the making at a time
+_BEGUN = 6  # pieces of tensors that are in the making at a time
 _WAITING = 8  # arrays that are made and not written yet
 _CACHE = 2**27  # bytes of freed memory that MLX may keep for the next piece
 _MODULATION = ("_mod.lin.", ".modulation.lin.", "adaLN_modulation.")
@@ -114,8 +114,7 @@ def _made(plan: Plan, dtype: str, layers: Layers, reading: Reading) -> Iterator[
     cache = mx.set_cache_limit(_CACHE)
     try:
         for (row, target, piece), stream in zip(pieces, itertools.cycle(_streams()), strict=False):
-            with mx.stream(stream):
-                begun.append((row, make(target, piece, dtype, layer_of(target, layers), reading.data)))
+            begun.append((row, make(target, piece, dtype, layer_of(target, layers), reading.data, stream)))
             if len(begun) == _BEGUN:
                 yield begun.popleft()
         yield from begun
