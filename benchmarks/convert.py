@@ -33,7 +33,7 @@ import numpy as np
 from foreign import published
 from helpers import TOKENIZERS
 
-from mlx_flux_krea.pagecache import forget, open_direct
+from mlx_flux_krea.pagecache import bypass, forget, open_direct
 
 FILES = {
     "flux1-krea-dev": "bfl-transformer-dev",
@@ -132,6 +132,7 @@ def bounds(sources: list[Path], folder: Path, quantize: str) -> dict[str, np.nda
     def write():
         data = os.urandom(CHUNK)
         with open(folder / "written", "wb", buffering=0) as file:
+            bypass(file.fileno())
             for _ in range(size // BATCH):
                 for _ in range(BATCH // CHUNK):
                     file.write(data)

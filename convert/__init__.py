@@ -8,7 +8,7 @@ The two networks of the content filters are converted alike, into folders of the
 sources opens files, decode knows their types, layouts recognises them, maps names their tensors, remap puts tensors
 together; own does all of it for folders of ours; hub and fetch are for what is on the Hugging Face hub. quantize has
 the recipes, index, tokenizers and licence add what weights do not say; job holds all that is decided before a weight
-is read, reading reads, write stores it in a folder that becomes a model when it is complete.
+is read, reading reads it, write makes the shards, folder gives the whole its name when it is complete and read back.
 """
 
 import math
@@ -101,8 +101,9 @@ def convert(
         allow_nonfinite: weights may hold NaN and infinities, where nothing is quantized.
         offline: of the hub, only what is in its cache.
         discard_source: weights that are fetched from the hub are deleted as soon as they are converted.
-        progress: called with the component at work, the bytes written so far and in all; or with "fetching" or
-            "checking", and the bytes that are here of what comes from the hub.
+        progress: called with the component at work, the bytes written so far and in all; with "fetching" or "checking",
+            and the bytes that are here of what comes from the hub; at last with "reading back", and the bytes of the
+            folder. Not always from the thread of the caller, but never twice at a time.
         placing: gives the context in which the complete folder takes its name, for callers who handle signals.
 
     Raises:

@@ -22,7 +22,7 @@ from mlx_flux_krea.pagecache import PAGE, forget, open_direct
 from .sources import Tensor
 
 _CHUNK = 2**22  # bytes that are read at a time
-_LARGE = 2**20  # smaller tensors may lie anywhere: they are read apart, and again when their turn comes
+_LARGE = 2**18  # bytes; smaller tensors may lie anywhere: they are read apart, and again when their turn comes
 _ALIGNMENT = 8  # of numbers of any type
 _BUFFERS = 4  # that are used in turn
 _BUFFER = 2**23 + 2 * PAGE  # bytes of each; what is larger gets memory of its own
@@ -50,7 +50,7 @@ class Reading:
 
     def __exit__(self, *_) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
-        self.close()
+        self._close()
 
     def data(self, tensor: Tensor) -> np.ndarray:
         """The bytes of a tensor, as they are stored; good until three more were read.
@@ -77,14 +77,8 @@ class Reading:
         if path in self._digests:
             self._pass(path, os.fstat(self._file(path)).st_size)
         wait([hashing for _, hashing in self._buffers if hashing])
-        self.close()
+        self._close()
         return self._digests[path].hexdigest() if path in self._digests else None
-
-    def close(self) -> None:
-        """Closes what is open; it is opened again where it is needed again."""
-        if self._open:
-            os.close(self._open[1])
-        self._open = None
 
     def _pass(self, path: Path, end: int) -> None:
         """Reads and hashes a file as far as this."""
@@ -123,12 +117,17 @@ class Reading:
 
     def _file(self, path: Path) -> int:
         if not self._open or self._open[0] != path:
-            self.close()
+            self._close()
             try:
                 self._open = path, open_direct(path)
             except OSError as error:
                 raise _unreadable(path, error) from None
         return self._open[1]
+
+    def _close(self) -> None:
+        if self._open:
+            os.close(self._open[1])
+        self._open = None
 
 
 @contextlib.contextmanager
@@ -174,11 +173,14 @@ def chunks(path: Path, stop: threading.Event | None = None) -> Iterator[memoryvi
         file, buffer, start = open_direct(path), memoryview(mmap(-1, _CHUNK)), 0
         try:
             size = os.fstat(file).st_size
-            while start < size and (count := os.preadv(file, [buffer], start)):
+            while start < size:
                 if stop and stop.is_set():
                     raise CancelledError
+                count = os.preadv(file, [buffer], start)
                 if start + count < size:
                     count -= count % PAGE
+                if not count:
+                    raise ModelError(f"{path} became shorter while it was read", "a file that nobody changes")
                 yield buffer[:count]
                 forget(file, start, count)
                 start += count

@@ -28,7 +28,6 @@ from .remap import Plan, Target
 SHARD_BYTES = 4 * 2**30  # a shard ends with the block that reaches this
 _BEGUN = 6  # pieces of tensors that are in the making at a time
 _WAITING = 8  # arrays that are made and not written yet
-_CACHE = 2**27  # bytes of freed memory that MLX may keep for the next piece
 _MODULATION = ("_mod.lin.", ".modulation.lin.", "adaLN_modulation.")
 
 
@@ -111,16 +110,12 @@ def _made(plan: Plan, dtype: str, layers: Layers, reading: Reading) -> Iterator[
     pieces = [(row, target, piece) for target in plan.targets for row, piece in target.pieces()]
     pieces.sort(key=lambda cut: [(str(tensor.path), tensor.start) for tensor in cut[2].sources[:1]])
     begun: deque[tuple[int, Made]] = deque()
-    cache = mx.set_cache_limit(_CACHE)
-    try:
-        for (row, target, piece), stream in zip(pieces, itertools.cycle(_streams()), strict=False):
-            begun.append((row, make(target, piece, dtype, layer_of(target, layers), reading.data, stream)))
-            if len(begun) == _BEGUN:
-                yield begun.popleft()
-        yield from begun
-    finally:
-        mx.set_cache_limit(cache)
-        mx.clear_cache()
+    for (row, target, piece), stream in zip(pieces, itertools.cycle(_streams()), strict=False):
+        begun.append((row, make(target, piece, dtype, layer_of(target, layers), reading.data, stream)))
+        if len(begun) == _BEGUN:
+            yield begun.popleft()
+    yield from begun
+    mx.clear_cache()
 
 
 def _check_finite(made: Made, dtype: str) -> None:

@@ -31,7 +31,7 @@ logger = logging.getLogger("mlx_flux_krea")
 
 EVERY = 1.0  # seconds: steps that follow each other faster are not all written
 KEEP_DAYS = 30  # then a file that nobody went on with is deleted
-_FORMAT = 1
+_FORMAT = 2
 _KEY = "flux-krea"
 _LONGEST = 2**26  # characters of JSON
 _KINDS = {"latents": ("F32", 3), "image": ("U8", 3)}  # types and dimensions

@@ -27,7 +27,7 @@ def open_direct(path: Path) -> int:
             os.close(file)
             raise
     except OSError as error:
-        if error.errno != errno.EINVAL:  # a disk that cannot
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # a disk that cannot
             raise
         file = os.open(path, os.O_RDONLY)
     bypass(file)

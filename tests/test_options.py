@@ -4,6 +4,7 @@
 """
 
 import csv
+import gc
 import io
 import itertools
 import json
@@ -13,6 +14,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import judges
+import mlx.core as mx
 import nano as judging
 import numpy as np
 import pytest
@@ -259,13 +261,15 @@ def test_every_type_draws_nearly_the_same_picture(draw):
 def test_with_less_memory_less_is_kept_and_the_picture_is_the_same(run, draw):
     """And verbose shows what was predicted beside what was measured."""
     whole, kept = draw(how=QUICK), []
+    gc.collect()
+    others = mx.get_active_memory() / 1e6  # what tests before this one keep in this process
     for memory in ("5MB", "auto"):
         code, out, err = run("generate", CROSS, "-m", "nano", *QUICK, "--memory", memory, "--verbose")
         assert (code, data([Path(out.strip())])) == (0, data(whole)), err
         kept.append(int(re.search(r"^(\d+) of 10 blocks of the transformer stay in memory$", err, re.M)[1]))
         rows = re.findall(r"^(\w+) +[\d.]+ +([\d.]+) MB +([\d.]+) MB$", err, re.M)
         assert [stage for stage, *_ in rows] == ["text", "denoise", "decode"]
-        assert all(0 < float(measured) < 1.5 * float(predicted) for _, predicted, measured in rows), rows
+        assert all(0 < float(measured) - others < 1.15 * float(predicted) for _, predicted, measured in rows), rows
     assert kept[0] < kept[1] == 10
     assert run("generate", CROSS, "-m", "nano", *QUICK, "--memory", "1MB")[:2] == (8, "")
 
