@@ -151,8 +151,8 @@ def bounds(sources: list[Path], folder: Path, quantize: str) -> dict[str, np.nda
         return rate(pack, 64 * array.nbytes)
 
     streams = [mx.new_stream(mx.cpu), mx.new_stream(mx.cpu)]
-    halves = sum(path.stat().st_size for path in sources if "fp16" in path.name or "clip" in path.name)
-    share = halves / sum(path.stat().st_size for path in sources)
+    sizes = {path.stem: path.stat().st_size for path in sources}
+    share = sum(size for name, size in sizes.items() if FILES[name].endswith("fp16")) / sum(sizes.values())
     rates = {
         "read": rate(read, size),
         "hash": rate(digest, size),

@@ -158,7 +158,7 @@ class Fetching:
         """Bytes of these that are yet to come."""
         return sum(file.size - file.here for _, file in (self._files[path] for path in paths if path in self._files))
 
-    def wait(self, paths: Iterable[Path], progress: Callable[[str, int, int], None] | None) -> None:
+    def wait(self, paths: Iterable[Path], progress: Callable[[str, int, int], None]) -> None:
         """Returns when these are in their places, whole and as they were announced.
 
         Raises:
@@ -167,8 +167,7 @@ class Fetching:
         for path in paths:
             if path in self.hashes:
                 while not self.hashes[path].done():
-                    if progress:
-                        progress("fetching" if self.here < self.total else "checking", self.here, self.total)
+                    progress("fetching" if self.here < self.total else "checking", self.here, self.total)
                     futures.wait([self.hashes[path]], 0.2)
                 self.hashes[path].result()
 

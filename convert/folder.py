@@ -18,7 +18,6 @@ import shutil
 import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -27,10 +26,9 @@ from mlx_flux_krea.filters.config import SELF_TEST
 from mlx_flux_krea.pagecache import bypass, forget
 from mlx_flux_krea.weights import open_folder, read_json
 
-from .reading import chunks, hashing
+from .reading import chunks, hashing, sha256
 from .sources import is_model_folder
 
-_READERS = 4  # files that are read back at a time
 _CACHED = 2**25  # bytes of a file that wait for the disk
 _LAST = ("manifest.json", "model_index.json")
 _UNLISTED = ("manifest.json", SELF_TEST)  # the one lists the others, the other is written when they are tried
@@ -46,7 +44,6 @@ class File:
 
     def __init__(self, path: Path):
         self.path = path
-        self.size = 0
         self._pieces: list[tuple[int, int, int]] = []  # where each begins, its bytes and their crc32
         self._file = open(path, "xb")  # noqa: SIM115
         self._cached = 0  # bytes of it that may be in the system's cache
@@ -60,41 +57,46 @@ class File:
             if kind is None:
                 self._to_disk()
 
-    def write(self, data: bytes | memoryview, start: int = 0) -> None:
-        """A piece, where it belongs."""
+    @property
+    def size(self) -> int:
+        """Bytes that were written."""
+        return sum(count for _, count, _ in self._pieces)
+
+    def write(self, data: bytes | memoryview, start: int = 0) -> int:
+        """A piece, where it belongs. Gives its bytes."""
         if not data:
-            return
+            return 0
         self._file.seek(start)
         self._file.write(data)
         self._pieces.append((start, len(data), zlib.crc32(data)))
-        self.size += len(data)
         self._cached += len(data)
         if self._cached >= _CACHED:
             self._to_disk()
+        return len(data)
 
-    def read_back(self, done: Callable[[int], None], stop: threading.Event) -> str:
+    def read_back(self, stop: threading.Event, done: Callable[[int], None]) -> str:
         """The sha256, in hexadecimal, of what is on the disk.
 
         Args:
-            done: called with the bytes just read.
             stop: ends it early.
+            done: called with the bytes just read.
 
         Raises:
             UsageError: it is not what was written.
             CancelledError: `stop` was set.
         """
-        digest, pieces = hashlib.sha256(), sorted(self._pieces)
+        digest, pieces, size = hashlib.sha256(), sorted(self._pieces), self.size
         found, number, place, chunk = [0] * len(pieces), 0, 0, b""
         for chunk in chunks(self.path, stop):
             digest.update(chunk)
             done(len(chunk))
-            while place < self.size and chunk:
+            while place < size and chunk:
                 start, count, _ = pieces[number]
                 part = chunk[: start + count - place]
                 found[number] = zlib.crc32(part, found[number])
                 place, chunk = place + len(part), chunk[len(part) :]
                 number += place == start + count
-        if place < self.size or chunk or found != [crc for *_, crc in pieces]:
+        if place < size or chunk or found != [crc for *_, crc in pieces]:
             raise UsageError(
                 f"{self.path.name} reads back as something else than was written",
                 "a disk that keeps what it is given",
@@ -160,13 +162,9 @@ class Folder:
 
     def _read_back(self, names: Sequence[str], progress: Callable[[int, int], None]) -> dict[str, str]:
         """The hashes of files."""
-        stop, done = threading.Event(), _counting(sum(self._files[name].size for name in names), progress)
-        with ThreadPoolExecutor(_READERS) as pool:
-            try:
-                hashes = pool.map(lambda name: self._files[name].read_back(done, stop), names)
-                return dict(zip(names, hashes, strict=True))
-            finally:
-                stop.set()
+        done = _counting(sum(self._files[name].size for name in names), progress)
+        with hashing({name: self._files[name].read_back for name in names}, done) as hashes:
+            return {name: digest.result() for name, digest in hashes.items()}
 
 
 @contextlib.contextmanager
@@ -322,8 +320,8 @@ def check_manifest(
     paths = {name: path for name, path in paths.items() if not _of_the_system(path) and name not in _UNLISTED}
     files = {name: path.stat().st_size for name, path in paths.items()}
     done = _counting(sum(files.values()), partial(progress, "verifying"))
-    with hashing(paths.values(), _READERS, done) as hashes:
-        found = {n: {"sha256": hashes[path].result(), "bytes": files[n]} for n, path in paths.items()}
+    with hashing({name: partial(sha256, path) for name, path in paths.items()}, done) as hashes:
+        found = {name: {"sha256": digest.result(), "bytes": files[name]} for name, digest in hashes.items()}
     problems = {
         "differs": [name for name in found if name in listed and found[name] != listed[name]],
         "missing": [name for name in listed if name not in found],

@@ -9,7 +9,7 @@ import hashlib
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from mmap import mmap
 from pathlib import Path
@@ -24,6 +24,7 @@ from .sources import Tensor
 _CHUNK = 2**22  # bytes that are read at a time
 _LARGE = 2**18  # bytes; smaller tensors may lie anywhere: they are read apart, and again when their turn comes
 _ALIGNMENT = 8  # of numbers of any type
+_READERS = 4  # files that are hashed at a time
 _BUFFERS = 4  # that are used in turn
 _BUFFER = 2**23 + 2 * PAGE  # bytes of each; what is larger gets memory of its own
 
@@ -100,18 +101,16 @@ class Reading:
 
     def _read(self, path: Path, start: int, size: int, what: str, buffer: mmap | None = None) -> np.ndarray:
         """All pages that the bytes lie in."""
-        skip, done, file = start % PAGE, 0, self._file(path)
+        skip, file = start % PAGE, self._file(path)
         pages = -(-(skip + size) // PAGE) * PAGE
         if buffer is None or pages > _BUFFER:
             buffer = mmap(-1, max(pages, PAGE))
-        while done < skip + size:
-            try:
-                end = done + os.preadv(file, [memoryview(buffer)[done:pages]], start - skip + done)
-            except OSError as error:
-                raise _unreadable(path, error) from None
-            before, done = done, end if end >= skip + size else end // PAGE * PAGE
-            if done == before:
-                raise ModelError(f"{path} ended inside {what}", "a complete file", "copy or download it again")
+        try:
+            is_whole = _fill(file, memoryview(buffer)[:pages], start - skip, skip + size)
+        except OSError as error:
+            raise _unreadable(path, error) from None
+        if not is_whole:
+            raise ModelError(f"{path} ended inside {what}", "a complete file", "copy or download it again")
         data = np.frombuffer(buffer, np.uint8, size, skip)
         return data.copy() if skip % _ALIGNMENT else data
 
@@ -132,13 +131,19 @@ class Reading:
 
 @contextlib.contextmanager
 def hashing(
-    paths: Iterable[Path], workers: int, done: Callable[[int], None] = lambda count: None
-) -> Iterator[dict[Path, Future[str]]]:
-    """The sha256 of files, computed beside other work; what is not done when the block ends is given up at once."""
+    readers: Mapping[Hashable, Callable[[threading.Event, Callable[[int], None]], str]],
+    done: Callable[[int], None] = lambda count: None,
+) -> Iterator[dict[Hashable, Future[str]]]:
+    """The hashes of files, a few at a time; what is not done when the block ends is given up at once.
+
+    Args:
+        readers: of each file by any name, what gives its hash: called with what ends it early, and with `done`.
+        done: called with the bytes just hashed, from several threads.
+    """
     stop = threading.Event()
-    with ThreadPoolExecutor(workers) as pool:
+    with ThreadPoolExecutor(_READERS) as pool:
         try:
-            yield {path: pool.submit(sha256, path, stop, done) for path in paths}
+            yield {name: pool.submit(read, stop, done) for name, read in readers.items()}
         finally:
             stop.set()
 
@@ -170,24 +175,32 @@ def chunks(path: Path, stop: threading.Event | None = None) -> Iterator[memoryvi
         ModelError: the file cannot be read.
     """
     try:
-        file, buffer, start = open_direct(path), memoryview(mmap(-1, _CHUNK)), 0
+        file, buffer = open_direct(path), memoryview(mmap(-1, _CHUNK))
         try:
             size = os.fstat(file).st_size
-            while start < size:
+            for start in range(0, size, _CHUNK):
                 if stop and stop.is_set():
                     raise CancelledError
-                count = os.preadv(file, [buffer], start)
-                if start + count < size:
-                    count -= count % PAGE
-                if not count:
+                count = min(_CHUNK, size - start)
+                if not _fill(file, buffer, start, count):
                     raise ModelError(f"{path} became shorter while it was read", "a file that nobody changes")
                 yield buffer[:count]
                 forget(file, start, count)
-                start += count
         finally:
             os.close(file)
     except OSError as error:
         raise _unreadable(path, error) from None
+
+
+def _fill(file: int, pages: memoryview, start: int, need: int) -> bool:
+    """Reads what a buffer holds, from the beginning of a page. Gives whether the file has as much as is needed."""
+    done = 0
+    while done < need:
+        end = done + os.preadv(file, [pages[done:]], start + done)
+        before, done = done, end if end >= need else end // PAGE * PAGE
+        if done == before:
+            return False
+    return True
 
 
 def _unreadable(path: Path, error: OSError) -> ModelError:

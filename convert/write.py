@@ -20,7 +20,7 @@ from mlx_flux_krea.config import quantization_to_json
 from mlx_flux_krea.errors import ModelError
 from mlx_flux_krea.weights import INDEX
 
-from .folder import File, Folder
+from .folder import Folder
 from .quantize import ITEM_BYTES, Layers, Made, count_bytes, layer_of, make, stored
 from .reading import Reading
 from .remap import Plan, Target
@@ -88,18 +88,12 @@ def write_component(
                     start += row * len(data) // part.shape[0]
                 if len(writing) == _WAITING:
                     done(writing.popleft().result())
-                writing.append(writer.submit(_put, file, data, start))
+                writing.append(writer.submit(file.write, data, start))
         while writing:
             done(writing.popleft().result())
     metadata = {"total_size": sum(count_bytes(t, dtype, layer_of(t, layers)) for t in plan.targets)}
     folder.write_json(f"{component}/{INDEX}", {"metadata": metadata, "weight_map": weight_map})
     return {name: tuple(loss.tolist()) for name, loss in losses.items()}
-
-
-def _put(file: File, data: memoryview, start: int) -> int:
-    """Writes a piece, and gives its bytes."""
-    file.write(data, start)
-    return len(data)
 
 
 def _made(plan: Plan, dtype: str, layers: Layers, reading: Reading) -> Iterator[tuple[int, Made]]:

@@ -2,20 +2,16 @@
 
 import fcntl
 import filecmp
-import hashlib
 import itertools
 import json
-import math
 import os
 import random
-import re
 import shutil
 import signal
 import struct
 import subprocess
 import sys
 import time
-from concurrent.futures import CancelledError
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,10 +19,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from helpers import PIPELINE, ROOT, SINGLE_FILES, TOKENIZERS, edit_json, edit_tensors, levels, without_guidance
-from mlx_flux_krea.convert import convert, decode, index, layouts, maps, reading, remap, write
+from mlx_flux_krea.convert import convert, index, layouts, maps, remap, write
 from mlx_flux_krea.convert import folder as folders
-from mlx_flux_krea.convert.reading import hashing, sha256
-from mlx_flux_krea.convert.sources import Tensor, open_sources
+from mlx_flux_krea.convert.reading import sha256
+from mlx_flux_krea.convert.sources import open_sources
 from safetensors import safe_open
 
 from mlx_flux_krea import FluxPipeline
@@ -805,18 +801,6 @@ def test_the_file_that_makes_a_folder_a_model_is_written_last(source, tmp_path, 
     assert sorted(written) == sorted(p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file())
 
 
-def test_stopping_does_not_wait_for_the_hash_of_a_large_file(tmp_path):
-    large = tmp_path / "large"
-    with open(large, "wb") as file:
-        file.truncate(2**34)  # with nothing on the disk
-    start = time.perf_counter()
-    with hashing([large], workers=1) as hashes:
-        time.sleep(0.1)
-    assert time.perf_counter() - start < 5
-    with pytest.raises(CancelledError):
-        hashes[large].result()
-
-
 def test_a_file_in_the_place_of_the_target_is_refused(source, tmp_path):
     (tmp_path / "out").write_text("a file")
     with pytest.raises(UsageError, match="is a file"):
@@ -1015,93 +999,6 @@ def test_a_lock_whose_file_went_before_it_was_taken_is_none(tmp_path, monkeypatc
     with pytest.raises(UsageError, match="another conversion is writing"), folders._lock(tmp_path / "out"):
         pytest.fail("taken")
     assert file.exists() == another
-
-
-def test_of_a_source_each_byte_is_read_once_and_hashed_on_the_way(source, tmp_path, monkeypatch):
-    """As others keep it, with queries, keys and values apart; only what is small is read again."""
-    count, read = 0, reading.Reading._read
-
-    def counting(self, path, start, size, *rest):
-        nonlocal count
-        count += size
-        return read(self, path, start, size, *rest)
-
-    monkeypatch.setattr(reading, "_LARGE", 2**12)
-    monkeypatch.setattr(reading.Reading, "_read", counting)
-    out = run(source, out=tmp_path / "out").path
-    files = {path.relative_to(source).as_posix(): path for path in source.rglob("*.safetensors")}
-    assert count <= 1.05 * sum(path.stat().st_size for path in files.values())
-    sources = json.loads((out / "model_index.json").read_text())["source"]
-    assert {s["file"]: s["sha256"] for s in sources} == {name: sha256(path) for name, path in files.items()}
-
-
-@pytest.mark.parametrize("kind", ["F32", "BF16", "F8_E4M3", "8-bit MLX", "4-bit MLX", "3-bit MLX", "Q4_K", "Q2_K"])
-@pytest.mark.parametrize("shape", [(9216, 3072), (3072, 12_288), (4096, 10_240)])
-def test_of_every_type_the_pieces_are_large_enough_to_be_read_once(tmp_path, monkeypatch, kind, shape):
-    stored, read, files = decode.TYPES[kind], [], reading.Reading._read
-    size = math.prod(shape) // stored.numbers * stored.bytes
-    (tmp_path / "holes").touch()
-    os.truncate(tmp_path / "holes", size)
-    tensor = Tensor("w", tmp_path / "holes", kind, shape, 0, size)
-    monkeypatch.setattr(reading.Reading, "_read", lambda *args: read.append(args[3]) or files(*args))
-    with reading.Reading([tensor.path]) as sources:
-        for _, piece in remap.Target("w", shape, (tensor,), False, True).pieces():
-            sources.data(*piece.sources)
-        assert sources.finish(tensor.path) == sha256(tensor.path)
-    assert sum(read) <= 1.04 * size
-
-
-@pytest.mark.parametrize("direct", [True, False])
-@pytest.mark.parametrize("large", [1, 2**12])
-def test_in_any_order_tensors_and_hashes_are_right(source, monkeypatch, large, direct):
-    """Each stays as it is until three more were read, and with systems that read through their cache."""
-    monkeypatch.setattr(reading, "_LARGE", large)
-    if not direct:
-        monkeypatch.delattr(os, "O_DIRECT", raising=False)
-    path = source / "vae" / "diffusion_pytorch_model.safetensors"
-    (found,) = open_sources([path])
-    data, tensors = path.read_bytes(), sorted(found.tensors.values(), key=lambda tensor: tensor.start)
-    for seed in range(5):
-        with reading.Reading([path]) as files:
-            held = []
-            for tensor in tensors:
-                held = [*held[-3:], (tensor, files.data(tensor))]
-                assert all(array.tobytes() == data[one.start : one.end] for one, array in held)
-            assert files.finish(path) == hashlib.sha256(data).hexdigest()
-        random.Random(seed).shuffle(tensors)
-
-
-@pytest.mark.parametrize("left", [0, 1, 100, reading.PAGE, reading.PAGE + 100])
-def test_a_file_that_becomes_shorter_while_it_is_hashed_ends_it(tmp_path, left):
-    path = tmp_path / "file"
-    path.write_bytes(bytes(3 * reading._CHUNK))
-    chunks = reading.chunks(path)
-    assert len(next(chunks)) == reading._CHUNK
-    os.truncate(path, reading._CHUNK + left)
-    with pytest.raises(ModelError, match="became shorter while it was read"):
-        list(chunks)
-
-
-@pytest.mark.parametrize("size", [0, 1, 4095, 4096, 4097, 2**22, 2**22 + 5])
-def test_a_hash_is_of_all_of_a_file_whatever_its_size(tmp_path, size):
-    (tmp_path / "file").write_bytes(data := random.Random(size).randbytes(size))
-    assert sha256(tmp_path / "file") == hashlib.sha256(data).hexdigest()
-
-
-@pytest.mark.parametrize("large", [1, 2**40])
-def test_a_file_that_ends_while_it_is_read_is_named(source, monkeypatch, large):
-    path = source / "vae" / "diffusion_pytorch_model.safetensors"
-    (found,) = open_sources([path])
-    monkeypatch.setattr(reading, "_LARGE", large)
-    last = max(found.tensors.values(), key=lambda tensor: tensor.start)
-    with reading.Reading([path]) as files:
-        files.data(min(found.tensors.values(), key=lambda tensor: tensor.start))
-        os.truncate(path, last.start + 4)
-        with pytest.raises(ModelError, match=rf"model.safetensors ended inside {re.escape(last.name)}"):
-            files.data(last)
-    path.unlink()
-    with reading.Reading([path]) as files, pytest.raises(ModelError, match="cannot be read: No such file"):
-        files.finish(path)
 
 
 def test_hostile_headers_are_refused_without_a_crash(source, tmp_path):
