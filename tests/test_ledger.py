@@ -431,3 +431,8 @@ def test_a_damaged_file_in_quarantine_is_deleted_and_a_half_written_one_too(ledg
     assert [k.image for k in ledger.waiting()] == [one.image]
     assert sorted(p.suffix for p in one.path.parent.iterdir()) == ["", ".png"]
     assert json.loads(lines(ledger)[-1])["reasons"] == ["its file is damaged"]
+
+
+def test_what_waits_comes_oldest_first_though_all_were_made_in_one_second(ledger):
+    made = [kept(ledger, "flagged").image for _ in range(8)]
+    assert [one.image for one in Ledger().waiting()] == made

@@ -179,7 +179,8 @@ class Ledger:
                 facts = self.log.picture(path.stem)
                 if facts.get("event") in ("waiting", "flagged", "error"):
                     found.append(Kept(path.stem, path, facts))
-        return sorted(found, key=lambda kept: (kept.facts.get("time", ""), kept.image))
+        order = {image: number for number, image in enumerate(self.log.images())}  # its times are whole seconds
+        return sorted(found, key=lambda kept: order[kept.image])
 
     def purge(self) -> None:
         """Deletes every picture but those that a process is at work on.

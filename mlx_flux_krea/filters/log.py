@@ -60,6 +60,15 @@ class Log:
         with self._open():
             return dict(self._pictures.get(image, {}))
 
+    def images(self) -> list[str]:
+        """The pictures that it tells of, oldest first.
+
+        Raises:
+            FiltersError: the log is damaged.
+        """
+        with self._open():
+            return list(self._pictures)
+
     def has_written(self, digest: str) -> bool:
         """Whether the last that it says of some picture is that it was written, as a file of this SHA-256.
 
