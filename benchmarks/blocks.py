@@ -21,8 +21,10 @@ from mflux.models.common.config import ModelConfig
 from mflux.models.flux.model.flux_transformer.transformer import Transformer
 from mlx.utils import tree_flatten, tree_map_with_path
 
-from mlx_flux_krea import config, quantized, sampler, transformer
-from mlx_flux_krea.engine import evaluated
+from mlx_flux_krea.models import config, transformer
+from mlx_flux_krea.models import layers as quantized
+from mlx_flux_krea.sampling import sampler
+from mlx_flux_krea.worker import evaluated
 
 STREAMS = {"img": ("norm1", ("to_q", "to_k", "to_v"), "to_out.0", ("norm_q", "norm_k"), "ff")}
 STREAMS["txt"] = (

@@ -33,7 +33,7 @@ import numpy as np
 from foreign import published
 from helpers import TOKENIZERS
 
-from mlx_flux_krea.pagecache import bypass, forget, open_direct
+from mlx_flux_krea.files import bypass, forget, open_direct
 
 FILES = {
     "flux1-krea-dev": "bfl-transformer-dev",

@@ -26,10 +26,10 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map
 from numpy.lib.stride_tricks import as_strided
 
-from mlx_flux_krea import clip, sampler, t5, transformer, vae
-from mlx_flux_krea.config import CLIP_L, FLUX_DEV, FLUX_VAE, T5_XXL
-from mlx_flux_krea.filters import pixtral, vit
-from mlx_flux_krea.filters.config import NSFW_VIT, PIXTRAL_12B
+from mlx_flux_krea.models import clip, pixtral, t5, transformer, vae, vit
+from mlx_flux_krea.models.config import CLIP_L, FLUX_DEV, FLUX_VAE, T5_XXL
+from mlx_flux_krea.models.filter_config import NSFW_VIT, PIXTRAL_12B
+from mlx_flux_krea.sampling import sampler
 
 TEXT_TOKENS, STEPS = 512, 28
 BIG = TEXT_TOKENS * FLUX_DEV.hidden_size

@@ -10,11 +10,11 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 from mlx_flux_krea.convert.quantize import Recipe, choose
 
-from mlx_flux_krea import config
-from mlx_flux_krea.commands import estimates
-from mlx_flux_krea.commands.terminal import size
-from mlx_flux_krea.filters.config import NSFW_VIT, PIXTRAL_12B
-from mlx_flux_krea.plan import GB, weigh
+from mlx_flux_krea.commands.shared import estimates
+from mlx_flux_krea.commands.shared.terminal import size
+from mlx_flux_krea.memory import GB, weigh
+from mlx_flux_krea.models import config
+from mlx_flux_krea.models.filter_config import NSFW_VIT, PIXTRAL_12B
 from mlx_flux_krea.weights import COMPONENTS, build, layer_widths
 
 MACS = (

@@ -25,13 +25,14 @@ from helpers import REFERENCE, TOKENIZERS
 from mlx_flux_krea.convert import convert
 from mlx_flux_krea.convert.quantize import Recipe, choose
 
-from mlx_flux_krea import FluxPipeline, config, vae
-from mlx_flux_krea.engine import evaluated
-from mlx_flux_krea.filters.config import PIXTRAL_12B
-from mlx_flux_krea.plan import _planes
-from mlx_flux_krea.quantized import choose_products
+from mlx_flux_krea import FluxPipeline
+from mlx_flux_krea.memory import _planes
+from mlx_flux_krea.models import config, vae
+from mlx_flux_krea.models.filter_config import PIXTRAL_12B
+from mlx_flux_krea.models.layers import choose_products
 from mlx_flux_krea.residency import Blocks, Reader
 from mlx_flux_krea.weights import build, layer_widths, read_header
+from mlx_flux_krea.worker import evaluated
 
 SIZES = {
     "transformer": dataclasses.replace(config.FLUX_DEV, depth=1, depth_single_blocks=3),

@@ -26,7 +26,7 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from mlx_flux_krea import FluxPipeline
-from mlx_flux_krea.config import Quantization, to_json
+from mlx_flux_krea.models.config import Quantization, to_json
 from mlx_flux_krea.nano import scenes
 from mlx_flux_krea.weights import layer_widths, open_model
 

@@ -15,8 +15,9 @@ import time
 import mlx.core as mx
 from mlx.utils import tree_map
 
-from mlx_flux_krea import config, sampler, transformer
-from mlx_flux_krea.engine import evaluated
+from mlx_flux_krea.models import config, transformer
+from mlx_flux_krea.sampling import sampler
+from mlx_flux_krea.worker import evaluated
 
 
 def step_of(flux: transformer.Flux, tokens: int, side: int, dtype: mx.Dtype):

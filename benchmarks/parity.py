@@ -35,8 +35,9 @@ from test_networks import forward
 from test_noise import CASES, SEEDS, repeated
 from test_pipeline import arguments, latents_of
 
-from mlx_flux_krea import FluxPipeline, sampler
-from mlx_flux_krea.vae import pixels_from_image
+from mlx_flux_krea import FluxPipeline
+from mlx_flux_krea.models.vae import pixels_from_image
+from mlx_flux_krea.sampling import sampler
 from mlx_flux_krea.weights import open_filter, open_model
 
 RUNS = ("t2i_4", "t2i_8", "t2i_list", "cfg_4", "t2i_short", "img2img_8.sample")

@@ -19,7 +19,7 @@ from nano import rounded, scenes_to_judge
 from tqdm import tqdm
 
 from mlx_flux_krea import FluxPipeline, nano
-from mlx_flux_krea.config import Quantization
+from mlx_flux_krea.models.config import Quantization
 from mlx_flux_krea.weights import layer_widths, open_model
 
 WIDTHS = {str(bits): Quantization(bits, 64) for bits in (8, 6, 5, 4, 3)}

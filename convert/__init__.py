@@ -20,9 +20,9 @@ from functools import partial
 from pathlib import Path
 
 from mlx_flux_krea import __version__
-from mlx_flux_krea import config as configs
 from mlx_flux_krea.errors import UsageError, printable
-from mlx_flux_krea.filters.config import NSFW_SHA256, FilterIndex
+from mlx_flux_krea.models import config as configs
+from mlx_flux_krea.models.filter_config import NSFW_SHA256, FilterIndex
 from mlx_flux_krea.weights import DTYPES, KINDS
 
 from . import quantize as quantizing

@@ -22,8 +22,8 @@ from functools import partial
 from pathlib import Path
 
 from mlx_flux_krea.errors import ModelError, ResourceError, UsageError
-from mlx_flux_krea.filters.config import SELF_TEST
-from mlx_flux_krea.pagecache import bypass, forget
+from mlx_flux_krea.files import bypass, forget
+from mlx_flux_krea.models.filter_config import SELF_TEST
 from mlx_flux_krea.weights import open_folder, read_json
 
 from .reading import chunks, hashing, sha256

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlx_flux_krea import config as configs
 from mlx_flux_krea.errors import ModelError, UsageError
-from mlx_flux_krea.filters.config import FilterIndex
+from mlx_flux_krea.models import config as configs
+from mlx_flux_krea.models.filter_config import FilterIndex
 from mlx_flux_krea.weights import COMPONENTS, FILTERS, home, layer_widths
 
 from . import quantize as quantizing

@@ -9,10 +9,10 @@ from functools import cache
 
 from mlx.utils import tree_flatten
 
-from mlx_flux_krea import config as configs
-from mlx_flux_krea.config import VAEConfig
 from mlx_flux_krea.errors import ModelError
-from mlx_flux_krea.filters.config import NSFW_VIT, PIXTRAL_12B, PixtralConfig
+from mlx_flux_krea.models import config as configs
+from mlx_flux_krea.models.config import VAEConfig
+from mlx_flux_krea.models.filter_config import NSFW_VIT, PIXTRAL_12B, PixtralConfig
 from mlx_flux_krea.weights import FILTERS, NETWORKS, build, read_json
 
 from . import decode, maps, sizes

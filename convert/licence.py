@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlx_flux_krea.config import ModelIndex
 from mlx_flux_krea.errors import printable
-from mlx_flux_krea.filters.config import FilterIndex
+from mlx_flux_krea.models.config import ModelIndex
+from mlx_flux_krea.models.filter_config import FilterIndex
 
 # Section 3(b) of the FLUX.1 [dev] Non-Commercial License prescribes these two sentences. Not ours; not to be reworded.
 ATTRIBUTION_NOTICE = (

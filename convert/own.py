@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlx_flux_krea.config import ModelIndex
 from mlx_flux_krea.errors import ModelError
-from mlx_flux_krea.filters.config import FilterIndex
+from mlx_flux_krea.models.config import ModelIndex
+from mlx_flux_krea.models.filter_config import FilterIndex
 from mlx_flux_krea.weights import ModelFolder, open_folder, read_json
 
 from .layouts import Found, Layout, target_shapes

@@ -8,8 +8,8 @@ from fnmatch import fnmatchcase
 import mlx.core as mx
 import numpy as np
 
-from mlx_flux_krea.config import MODES, Quantization
 from mlx_flux_krea.errors import UsageError
+from mlx_flux_krea.models.config import MODES, Quantization
 from mlx_flux_krea.weights import DTYPES, PACKED
 
 from .remap import Plan, Target

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from mlx_flux_krea.errors import ModelError
-from mlx_flux_krea.pagecache import PAGE, forget, open_direct
+from mlx_flux_krea.files import PAGE, forget, open_direct
 
 from .sources import Tensor
 

@@ -10,8 +10,8 @@ from functools import cache
 import mlx.core as mx
 import numpy as np
 
-from mlx_flux_krea.config import MODES, Quantization
 from mlx_flux_krea.errors import ModelError
+from mlx_flux_krea.models.config import MODES, Quantization
 
 from .maps import Pick, Swap
 from .sources import Data, Tensor

@@ -3,9 +3,9 @@ written for; what would not is left alone."""
 
 from dataclasses import fields
 
-from mlx_flux_krea.config import CLIPConfig, T5Config
 from mlx_flux_krea.errors import ModelError
-from mlx_flux_krea.filters.config import PIXTRAL_12B, MistralConfig, PixtralVisionConfig, ViTConfig
+from mlx_flux_krea.models.config import CLIPConfig, T5Config
+from mlx_flux_krea.models.filter_config import PIXTRAL_12B, MistralConfig, PixtralVisionConfig, ViTConfig
 
 
 def require(obj: dict, where: str, todo: str = "this is another network", **expected) -> None:

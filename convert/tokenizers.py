@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 
 from mlx_flux_krea.errors import ModelError
-from mlx_flux_krea.filters.config import PixtralConfig
+from mlx_flux_krea.models.filter_config import PixtralConfig
 from mlx_flux_krea.tokenizers import CLIPTokenizer, PixtralTokenizer, T5Tokenizer
 
 from .gguf_header import read_gguf

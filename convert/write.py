@@ -16,8 +16,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import mlx.core as mx
 import numpy as np
 
-from mlx_flux_krea.config import quantization_to_json
 from mlx_flux_krea.errors import ModelError
+from mlx_flux_krea.models.config import quantization_to_json
 from mlx_flux_krea.weights import INDEX
 
 from .folder import Folder

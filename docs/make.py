@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-import cli
+from mlx_flux_krea import cli
 
 HEAD = "# flux-krea\n\nWhat every verb says with `--help`. Written by `python docs/make.py`; not to be edited.\n"
 

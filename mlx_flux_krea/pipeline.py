@@ -14,20 +14,20 @@ import mlx.core as mx
 import numpy as np
 from PIL import Image
 
-from .config import to_json
-from .engine import Engine
+from .checkpoint import Checkpoint
 from .errors import UsageError
+from .filters.acknowledgement import check_acknowledged
 from .filters.gate import Policy, open_gate
-from .filters.licence import check_acknowledged
-from .interrupted import Checkpoint
-from .painter import Painter, Progress, Watched
-from .plan import Plan, Weights, parse_memory, weigh_folder
-from .plan import plan as make_plan
+from .generator import Painter, Progress, Watched
+from .memory import Plan, Weights, parse_memory, weigh_folder
+from .memory import plan as make_plan
+from .models.config import to_json
+from .models.transformer import Flux
+from .models.vae import VAE, pixels_from_image, pixels_to_bytes
 from .provenance import SOFTWARE
 from .request import Request, Result, check_values, open_image
-from .transformer import Flux
-from .vae import VAE, pixels_from_image, pixels_to_bytes
 from .weights import DTYPES, ModelFolder, find_model, open_model, sha256
+from .worker import Engine
 
 __all__ = ["FluxPipeline", "Request", "Result"]
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from .config import Defaults, Schedule
+from .models.config import Defaults, Schedule
 
 
 @dataclass(frozen=True)

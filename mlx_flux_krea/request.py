@@ -15,13 +15,13 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from . import presets
-from .config import FluxConfig, ModelIndex
 from .errors import UsageError, amount
-from .noise import find_recipe
-from .plan import Plan
+from .memory import Plan
+from .models.config import FluxConfig, ModelIndex
 from .presets import MAX_BATCH, MAX_SCALE, MAX_SIDE, MAX_STEPS
 from .provenance import opened
-from .sampler import first_step
+from .sampling.noise import find_recipe
+from .sampling.sampler import first_step
 
 OUTPUT_TYPES = ("pil", "np", "latent")
 _TEXTS = ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2")

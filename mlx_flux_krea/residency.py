@@ -21,10 +21,10 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_unflatten
 
-from .engine import evaluated
 from .errors import ModelError
-from .pagecache import bypass, forget
+from .files import bypass, forget
 from .weights import DTYPES, PACKED, TensorInfo
+from .worker import evaluated
 
 SLOTS = 2  # buffers for pieces that are not kept: one computes, one is read
 _CHUNK = 32 * 2**20  # bytes of one read; several are under way at a time, which is what fast disks want

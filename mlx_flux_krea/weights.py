@@ -41,18 +41,18 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from safetensors import SafetensorError, safe_open
 
-from . import config as configs
-from .clip import CLIPText
 from .errors import ModelError, amount
-from .filters.config import FilterIndex, PixtralConfig, ViTConfig
-from .filters.pixtral import Pixtral
-from .filters.vit import ViT
+from .models import config as configs
+from .models.clip import CLIPText
+from .models.filter_config import FilterIndex, PixtralConfig, ViTConfig
+from .models.layers import adopt, choose_products
+from .models.pixtral import Pixtral
+from .models.t5 import T5Encoder
+from .models.transformer import Flux
+from .models.vae import VAE
+from .models.vit import ViT
 from .presets import FLUX_LATENT_RGB
-from .quantized import adopt, choose_products
-from .t5 import T5Encoder
 from .tokenizers import CLIPTokenizer, T5Tokenizer
-from .transformer import Flux
-from .vae import VAE
 
 # An M5 would round the products of float32 to TF32, where float32 was asked for and in the float32 parts of a bfloat16
 # run. MLX reads this once, at its first product; networks get their weights here, so that we are in time.

@@ -9,7 +9,7 @@ from helpers import PIPELINE, ROOT, TOKENIZERS
 from mlx_flux_krea.convert import convert
 
 from mlx_flux_krea import FluxPipeline
-from mlx_flux_krea.commands import terminal
+from mlx_flux_krea.commands.shared import terminal
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -65,7 +65,7 @@ def command(tmp_path, monkeypatch, capsys):
     before = {
         number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGALRM)
     }
-    import cli  # takes the signals
+    from mlx_flux_krea import cli  # takes the signals
 
     def run(*args):
         with pytest.raises(SystemExit) as end:

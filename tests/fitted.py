@@ -13,8 +13,9 @@ from helpers import REFERENCE, edit_tensors
 from mlx_flux_krea.convert import convert
 from PIL import Image
 
-from mlx_flux_krea.filters import instructions, judges, pixtral
+from mlx_flux_krea.filters import instructions, judges
 from mlx_flux_krea.filters.instructions import CANARIES
+from mlx_flux_krea.models import pixtral
 from mlx_flux_krea.weights import open_filter
 
 

@@ -19,8 +19,8 @@ import numpy as np
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from mlx_flux_krea import config as configs
-from mlx_flux_krea.filters import licence
+from mlx_flux_krea.filters import acknowledgement as licence
+from mlx_flux_krea.models import config as configs
 
 ROOT = Path(__file__).parent.parent
 DATA = ROOT / "tests" / "data"

@@ -78,7 +78,7 @@ def test_help_fits_the_screen_and_shows_an_example(tmp_path):
 
 def start(arguments, folder, patch="", python=()):
     """The command as a process of its own, with a patch of this program's code that makes a moment visible."""
-    code = f"import os, sys, time\nimport cli\n{patch}\ncli.main(sys.argv[1:])"
+    code = f"import os, sys, time\nfrom mlx_flux_krea import cli\n{patch}\ncli.main(sys.argv[1:])"
     program = ["-c", code] if patch else [str(Path(sys.executable).parent / "flux-krea")]
     command = [sys.executable, *python, *program, *map(str, arguments)]
     return subprocess.Popen(
@@ -131,7 +131,7 @@ def test_a_signal_in_the_middle_of_the_imports_is_neither_lost_nor_a_crash(model
 )
 def test_a_signal_ends_generating_and_leaves_nothing(model, tmp_path, sent, steps):
     patch = """
-from mlx_flux_krea.commands.terminal import PipelineProgress
+from mlx_flux_krea.commands.shared.terminal import PipelineProgress
 PipelineProgress.__call__ = lambda *progress: print("at", *progress[1:], file=sys.stderr, flush=True)"""
     process = start(["generate", CAT, "-m", model, *SLOW], tmp_path, patch)
     out, err = end(process, sent, "at denoise" if steps else "at text", steps or 1)
@@ -236,7 +236,7 @@ def visible(*args):
 
 def test_signals_that_the_caller_ignores_stay_ignored(model, tmp_path):
     patch = """
-from mlx_flux_krea.commands.terminal import PipelineProgress
+from mlx_flux_krea.commands.shared.terminal import PipelineProgress
 PipelineProgress.__call__ = lambda *progress: print("moment", file=sys.stderr, flush=True)"""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
     try:
@@ -256,7 +256,7 @@ def slow(*args, **kwargs):
     print("moment", file=sys.stderr, flush=True)
     time.sleep(0.3)
 Picture.save = slow
-from mlx_flux_krea.commands.terminal import PipelineProgress
+from mlx_flux_krea.commands.shared.terminal import PipelineProgress
 PipelineProgress.close = lambda self: time.sleep(0.2)"""
     for count, code, names in ((1, 130, ["out.png"]), (2, 0, ["out-2.png", "out-3.png"])):
         process = start(["generate", CAT, "-m", model, "-n", 2, *SMALL], tmp_path, patch)

@@ -8,9 +8,9 @@ import time
 import pytest
 from helpers import REFERENCE
 
-from mlx_flux_krea import config as configs
 from mlx_flux_krea.errors import ModelError
-from mlx_flux_krea.sampler import make_sigmas
+from mlx_flux_krea.models import config as configs
+from mlx_flux_krea.sampling.sampler import make_sigmas
 from mlx_flux_krea.weights import COMPONENTS
 
 TINY = json.loads((REFERENCE / "bfl" / "config.json").read_text())

@@ -26,8 +26,8 @@ from mlx_flux_krea.convert.sources import open_sources
 from safetensors import safe_open
 
 from mlx_flux_krea import FluxPipeline
-from mlx_flux_krea import config as configs
 from mlx_flux_krea.errors import ModelError, ResourceError, UsageError
+from mlx_flux_krea.models import config as configs
 from mlx_flux_krea.weights import COMPONENTS, open_model, read_header
 
 
@@ -924,7 +924,7 @@ def test_a_killed_conversion_leaves_no_model_and_the_next_one_clears_up(source, 
 
 def test_fifty_kills_at_random_moments_leave_a_whole_model_or_none(source, tmp_path):
     """What a kill leaves is cleared up by whoever comes next, and no file lies elsewhere."""
-    command = [sys.executable, "-m", "cli", "convert", source, "--tokenizers", TOKENIZERS, "-o", tmp_path / "out"]
+    command = [sys.executable, "-m", "mlx_flux_krea.cli", "convert", source, "--tokenizers", TOKENIZERS, "-o", tmp_path / "out"]
     choose, whole = random.Random(0), 0
     begin = time.monotonic()
     assert subprocess.run(command, cwd=ROOT, capture_output=True, check=False).returncode == 0
@@ -1045,7 +1045,7 @@ def test_a_signal_before_the_folder_has_its_name_undoes_it_and_after_that_does_n
 _SIGNALLED = """
 import os, signal, sys
 from pathlib import Path
-import cli
+from mlx_flux_krea import cli
 from mlx_flux_krea.convert.folder import Folder
 rename, write_file = Path.rename, Folder.write
 def signalled(function):

@@ -15,9 +15,9 @@ from helpers import DATA, PIPELINE, SINGLE_FILES, TOKENIZERS, edit_json, edit_te
 from mlx_flux_krea.convert import convert, index, layouts
 from mlx_flux_krea.convert.sources import open_sources
 
-import cli
-from mlx_flux_krea import config as configs
+from mlx_flux_krea import cli
 from mlx_flux_krea.errors import ModelError
+from mlx_flux_krea.models import config as configs
 from mlx_flux_krea.weights import open_model
 
 NESTED: list = []
@@ -366,7 +366,8 @@ def test_a_file_of_a_tokenizer_that_cannot_be_read_is_not_the_targets_fault(sour
 
 def test_a_disk_that_refuses_a_file_is_named_as_what_cannot_be_written(tmp_path):
     argv = ["convert", str(PIPELINE), "--tokenizers", str(TOKENIZERS), "-o", str(tmp_path / "out")]
-    program = f"import resource, cli; resource.setrlimit(resource.RLIMIT_FSIZE, (10**5, 10**5)); cli.main({argv!r})"
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (10**5, 10**5))"
+    program = f"from mlx_flux_krea import cli; {limit}; cli.main({argv!r})"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=120)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
     assert "out cannot be written: File too large" in done.stderr

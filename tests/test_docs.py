@@ -22,7 +22,7 @@ def test_the_help_pages_are_current():
 
 
 def test_every_verb_and_its_options_are_in_the_help_pages():
-    import cli
+    from mlx_flux_krea import cli
 
     page = (ROOT / "docs" / "commands.md").read_text()
     for name, command in cli.cli.commands.items():

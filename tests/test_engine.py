@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from mlx_flux_krea.engine import Engine
 from mlx_flux_krea.errors import Interrupted
+from mlx_flux_krea.worker import Engine
 
 
 def busy(engine: Engine, started: threading.Event, ended: list) -> None:
@@ -99,7 +99,7 @@ def test_a_keyboard_interrupt_waits_until_the_job_has_stopped():
     """In a process of its own, since the signal goes to its main thread."""
     script = """
 import os, signal, threading, time
-from mlx_flux_krea.engine import Engine
+from mlx_flux_krea.worker import Engine
 engine = Engine()
 ended = []
 def job():
@@ -124,7 +124,7 @@ def test_the_process_ends_cleanly_with_compiled_functions_in_the_thread():
     """A thread that ends together with the interpreter aborts the process (mlx 0.32.4); ours must not."""
     script = """
 import mlx.core as mx
-from mlx_flux_krea.engine import Engine
+from mlx_flux_krea.worker import Engine
 square = mx.compile(lambda x: x * x + 1)
 Engine().run(lambda: mx.eval(square(mx.ones(3))))
 """
@@ -136,7 +136,7 @@ Engine().run(lambda: mx.eval(square(mx.ones(3))))
 def test_the_process_ends_cleanly_while_a_job_runs():
     script = """
 import threading, time
-from mlx_flux_krea.engine import Engine
+from mlx_flux_krea.worker import Engine
 engine, started = Engine(), threading.Event()
 def job():
     started.set()
@@ -153,7 +153,7 @@ started.wait()
 FORK = """
 import os, signal, sys
 import mlx.core as mx
-from mlx_flux_krea.engine import Engine
+from mlx_flux_krea.worker import Engine
 engine = Engine()
 product = lambda: float((mx.ones((64, 64)) @ mx.ones((64, 64))).sum())
 {before}

@@ -12,11 +12,11 @@ from mlx_flux_krea.convert import convert, layouts
 from mlx_flux_krea.convert.folder import check_manifest
 from mlx_flux_krea.convert.sources import Source, Tensor
 
-import cli
+from mlx_flux_krea import cli
 from mlx_flux_krea import convert as converter
-from mlx_flux_krea.config import Quantization
 from mlx_flux_krea.errors import ModelError, UsageError
-from mlx_flux_krea.filters.config import NSFW_SHA256, NSFW_VIT, PIXTRAL_12B
+from mlx_flux_krea.models.config import Quantization
+from mlx_flux_krea.models.filter_config import NSFW_SHA256, NSFW_VIT, PIXTRAL_12B
 from mlx_flux_krea.weights import open_filter, open_model
 
 # the reference's Pixtral in widths that groups of 64 divide: of every axis, what it becomes

@@ -16,8 +16,8 @@ from PIL import Image
 from tekken import make_tekken
 from test_parity import random_weights
 
-from mlx_flux_krea.filters import pixtral, vit
-from mlx_flux_krea.filters.config import PIXTRAL_12B
+from mlx_flux_krea.models import pixtral, vit
+from mlx_flux_krea.models.filter_config import PIXTRAL_12B
 from mlx_flux_krea.tokenizers import PixtralTokenizer
 from mlx_flux_krea.weights import open_filter
 

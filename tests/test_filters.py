@@ -21,8 +21,8 @@ from PIL import Image
 from tekken import make_tekken, tekken_ids
 
 from mlx_flux_krea.errors import ModelError
-from mlx_flux_krea.filters import pixtral, vit
-from mlx_flux_krea.filters.config import PIXTRAL_12B
+from mlx_flux_krea.models import pixtral, vit
+from mlx_flux_krea.models.filter_config import PIXTRAL_12B
 from mlx_flux_krea.tokenizers import PixtralTokenizer
 from mlx_flux_krea.weights import open_filter
 

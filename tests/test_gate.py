@@ -69,7 +69,7 @@ def command(out, capsys):
     """Runs the command's own main in this process and gives (exit code, stdout, stderr)."""
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGALRM)
     before = {number: signal.getsignal(number) for number in numbers}
-    import cli
+    from mlx_flux_krea import cli
 
     def run(*args):
         with pytest.raises(SystemExit) as end:
@@ -597,7 +597,8 @@ def test_a_file_swapped_while_the_filters_look_is_not_released(command, strict, 
 SIGNALLED = """
 import os, sys, time
 sys.path.insert(0, sys.argv[1])
-import judges, cli
+import judges
+from mlx_flux_krea import cli
 from mlx_flux_krea import provenance
 from mlx_flux_krea.filters import judges as filters_judges, ledger, log
 filters_judges.load_judge = judges.load_judge

@@ -15,11 +15,11 @@ from helpers import REFERENCE, edit_json, facts, image, levels
 from PIL import Image
 
 from mlx_flux_krea import presets
-from mlx_flux_krea.commands import jobs as planning
-from mlx_flux_krea.commands import rows
+from mlx_flux_krea.commands.shared import jobs as planning
+from mlx_flux_krea.commands.shared import rows
 from mlx_flux_krea.errors import UsageError
 from mlx_flux_krea.provenance import Picture, read_record
-from mlx_flux_krea.sampler import make_sigmas
+from mlx_flux_krea.sampling.sampler import make_sigmas
 from mlx_flux_krea.weights import open_model
 
 CAT = "A cat holding a sign that says hello world"
@@ -175,7 +175,7 @@ def test_fifty_prompts_in_one_process_one_of_them_bad(tiny, tmp_path, monkeypatc
     """All are drawn but one; and once 32 prompts are kept, memory does not grow with their number."""
     import mlx.core as mx
 
-    from mlx_flux_krea.commands import delivery
+    from mlx_flux_krea.commands.shared import delivery
 
     lines = [json.dumps({"prompt": f"frog {n}", "seed": n}) for n in range(50)]
     lines[20] = '{"prompt": "frog", "stesp": 3}'

@@ -12,12 +12,12 @@ import pytest
 from helpers import REFERENCE, edit_json
 from mlx_flux_krea.convert import convert
 
-from mlx_flux_krea.engine import Engine
+from mlx_flux_krea.checkpoint import Checkpoint
 from mlx_flux_krea.errors import ModelError
 from mlx_flux_krea.filters import judges
 from mlx_flux_krea.filters.ledger import Ledger, Verdict
-from mlx_flux_krea.interrupted import Checkpoint
 from mlx_flux_krea.weights import find_model
+from mlx_flux_krea.worker import Engine
 
 
 @pytest.fixture

@@ -323,8 +323,8 @@ def test_a_beginning_that_was_damaged_is_seen_when_the_rest_has_come(served, tmp
 def test_a_hub_that_goes_away_half_way_leaves_what_came(served, folder, expected, tmp_path):
     total = sum(weights(folder).values())
     served.gone_after = total // 2
-    soon = (
-        "import cli; from mlx_flux_krea.convert import hub; hub._TRIES = 3; cli.main()"  # half a minute is for people
+    soon = (  # half a minute is for people
+        "from mlx_flux_krea import cli; from mlx_flux_krea.convert import hub; hub._TRIES = 3; cli.main()"
     )
     ran = subprocess.run(
         [sys.executable, "-c", soon, "convert", served.repo, *OPTIONS], cwd=tmp_path,

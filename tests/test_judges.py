@@ -19,12 +19,12 @@ from PIL import Image
 from test_filter_folders import wide  # noqa: F401
 
 from mlx_flux_krea import FluxPipeline
-from mlx_flux_krea.engine import Engine
 from mlx_flux_krea.errors import FiltersError
 from mlx_flux_krea.filters import judges
-from mlx_flux_krea.filters.config import NSFW_SHA256
 from mlx_flux_krea.filters.instructions import CANARIES
+from mlx_flux_krea.models.filter_config import NSFW_SHA256
 from mlx_flux_krea.weights import home, open_filter
+from mlx_flux_krea.worker import Engine
 
 ALLOWED, FORBIDDEN = "a cat on a wall", "a famous mouse"
 SMALL = {"height": 32, "width": 48, "num_inference_steps": 2, "seed": 3}
@@ -153,7 +153,7 @@ def sha_of(name: str) -> str:
 
 STOPPED = """
 import sys, time
-import cli
+from mlx_flux_krea import cli
 from mlx_flux_krea.filters import judges
 asked = judges.self_test
 def self_test(*args):

@@ -25,10 +25,10 @@ from mlx_flux_krea.convert.gguf_header import read_gguf
 from mlx_flux_krea.convert.sources import Source, Tensor, join_parts, open_sources
 from mlx_flux_krea.convert.tokenizers import unpack
 
-import cli
-from mlx_flux_krea import config as configs
+from mlx_flux_krea import cli
 from mlx_flux_krea.errors import ModelError
-from mlx_flux_krea.filters.config import NSFW_VIT, PIXTRAL_12B
+from mlx_flux_krea.models import config as configs
+from mlx_flux_krea.models.filter_config import NSFW_VIT, PIXTRAL_12B
 from mlx_flux_krea.tokenizers import T5Tokenizer
 from mlx_flux_krea.weights import COMPONENTS, open_model
 

@@ -9,7 +9,7 @@ from helpers import acknowledge, edit_json
 
 from mlx_flux_krea import FluxPipeline
 from mlx_flux_krea.errors import FiltersError
-from mlx_flux_krea.filters import licence
+from mlx_flux_krea.filters import acknowledgement as licence
 
 SIZE = ["--width", "32", "--height", "32", "--steps", "1", "--check", "review"]
 

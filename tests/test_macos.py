@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from helpers import ROOT
 
-from mlx_flux_krea.commands import macos
+from mlx_flux_krea.commands.shared import macos
 from mlx_flux_krea.errors import UsageError
 
 
@@ -94,7 +94,7 @@ def test_the_command_names_it_before_mlx_is_imported(mac):
     says(mac, "sysctl.proc_translated", "1")
     script = (
         "import sys, platform; sys.platform = 'darwin'; platform.machine = lambda: 'x86_64'; sys.modules['mlx'] = None;"
-        "import cli; cli.main(sys.argv[1:])"
+        "from mlx_flux_krea import cli; cli.main(sys.argv[1:])"
     )
     for verb, code in (("plan", 2), ("doctor", 2)):
         ran = subprocess.run(

@@ -165,7 +165,7 @@ def test_strides_are_followed_as_metal_follows_them(name):
 
 def test_a_silent_promotion_would_be_seen(monkeypatch):
     """One float32 vector in the stream, as in a peer: the count must show it."""
-    from mlx_flux_krea import transformer
+    from mlx_flux_krea.models import transformer
 
     original = transformer.modulated_norm
     monkeypatch.setattr(

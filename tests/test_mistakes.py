@@ -13,8 +13,10 @@ from helpers import goldens, image, levels, nhwc, psnr, rel
 from test_networks import forward
 from test_pipeline import arguments, latents_of
 
-from mlx_flux_krea import FluxPipeline, clip, noise, sampler, t5, transformer, vae
-from mlx_flux_krea.vae import pixels_from_image
+from mlx_flux_krea import FluxPipeline
+from mlx_flux_krea.models import clip, t5, transformer, vae
+from mlx_flux_krea.models.vae import pixels_from_image
+from mlx_flux_krea.sampling import noise, sampler
 from mlx_flux_krea.weights import ModelFolder, open_model
 
 

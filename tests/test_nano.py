@@ -13,7 +13,8 @@ from pictures import THINGS, is_right
 from PIL import Image
 from test_mistakes import half_rotated
 
-from mlx_flux_krea import FluxPipeline, nano, transformer
+from mlx_flux_krea import FluxPipeline, nano
+from mlx_flux_krea.models import transformer
 
 BAR = 6  # of the eight pictures
 

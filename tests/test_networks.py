@@ -8,9 +8,10 @@ from helpers import assert_close, facts, goldens, image, max_abs, nhwc, rel
 from mlx import nn
 from mlx.utils import tree_flatten
 
-from mlx_flux_krea import clip, sampler, t5, transformer, vae
-from mlx_flux_krea.transformer import guarded
-from mlx_flux_krea.vae import pixels_from_image, pixels_to_bytes
+from mlx_flux_krea.models import clip, t5, transformer, vae
+from mlx_flux_krea.models.transformer import guarded
+from mlx_flux_krea.models.vae import pixels_from_image, pixels_to_bytes
+from mlx_flux_krea.sampling import sampler
 from mlx_flux_krea.weights import build, open_model
 
 

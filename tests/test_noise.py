@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 from helpers import facts, goldens, max_abs
 
-from mlx_flux_krea import noise, sampler
 from mlx_flux_krea.errors import UsageError
-from mlx_flux_krea.noise import MLXSeedStream, TorchStream, draw
 from mlx_flux_krea.presets import RECIPES
+from mlx_flux_krea.sampling import noise, sampler
+from mlx_flux_krea.sampling.noise import MLXSeedStream, TorchStream, draw
 
 SEEDS = (0, 1, 42, 2**31, 2**63 - 1)
 CASES = [

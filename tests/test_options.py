@@ -22,10 +22,10 @@ from helpers import psnr
 from pictures import THINGS, is_right
 from PIL import Image
 
-from cli import cli
 from mlx_flux_krea import presets
+from mlx_flux_krea.cli import cli
 from mlx_flux_krea.commands import demo
-from mlx_flux_krea.commands.preview import Preview
+from mlx_flux_krea.commands.shared.preview import Preview
 from mlx_flux_krea.filters import judges as filters_judges
 from mlx_flux_krea.filters.log import Log
 from mlx_flux_krea.nano import scenes

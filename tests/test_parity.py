@@ -17,7 +17,8 @@ from helpers import TOKENIZERS, levels, psnr
 from mlx_flux_krea.convert import convert
 from PIL import Image
 
-from mlx_flux_krea import FluxPipeline, noise
+from mlx_flux_krea import FluxPipeline
+from mlx_flux_krea.sampling import noise
 
 pytestmark = pytest.mark.parity
 

@@ -30,13 +30,14 @@ from helpers import (
 from mlx_flux_krea.convert import convert
 from PIL import ExifTags, Image
 
-from mlx_flux_krea import FluxPipeline, noise, sampler
-from mlx_flux_krea.config import Defaults
+from mlx_flux_krea import FluxPipeline
 from mlx_flux_krea.errors import FiltersError, Interrupted, UsageError
-from mlx_flux_krea.painter import Painter
+from mlx_flux_krea.generator import Painter
+from mlx_flux_krea.models.config import Defaults
+from mlx_flux_krea.models.transformer import Flux
 from mlx_flux_krea.provenance import SOFTWARE
 from mlx_flux_krea.request import Request, open_image
-from mlx_flux_krea.transformer import Flux
+from mlx_flux_krea.sampling import noise, sampler
 from mlx_flux_krea.weights import ModelFolder
 
 CAT = "A cat holding a sign that says hello world"

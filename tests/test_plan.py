@@ -11,9 +11,10 @@ from mlx_flux_krea.convert import convert
 from mlx_flux_krea.convert.quantize import Recipe, choose
 from PIL import Image
 
-from mlx_flux_krea import FluxPipeline, config, nano
+from mlx_flux_krea import FluxPipeline, nano
 from mlx_flux_krea.errors import ResourceError, UsageError
-from mlx_flux_krea.plan import GB, machine_memory, parse_memory, plan, step_flops, weigh, weigh_folder
+from mlx_flux_krea.memory import GB, machine_memory, parse_memory, plan, step_flops, weigh, weigh_folder
+from mlx_flux_krea.models import config
 from mlx_flux_krea.weights import COMPONENTS, layer_widths, open_model
 
 CAT = "A cat holding a sign that says hello world"
@@ -129,8 +130,8 @@ def test_every_stage_takes_what_was_predicted(quantize, tmp_path, monkeypatch):
     """Of the small model, whose layers are dequantized in as many pieces as those of the real one."""
     for module in ("plan", "quantized"):
         monkeypatch.setattr(f"mlx_flux_krea.{module}.PIECE", 3 * 2**12)
-    monkeypatch.setattr("mlx_flux_krea.quantized._faster_dense", {})
-    monkeypatch.setattr("mlx_flux_krea.quantized._is_dense_faster", lambda *_: True)
+    monkeypatch.setattr("mlx_flux_krea.models.layers._faster_dense", {})
+    monkeypatch.setattr("mlx_flux_krea.models.layers._is_dense_faster", lambda *_: True)
     path = convert([nano.FOLDER], tmp_path / "model", quantize=quantize).path
     kept, peaks = second_picture(path, "auto")
     streamed, least = second_picture(path, kept.least)

@@ -12,12 +12,12 @@ from helpers import at_terminal, edit_json, image, levels
 from PIL import Image
 
 from mlx_flux_krea import FluxPipeline, presets
-from mlx_flux_krea.config import FLUX_VAE
 from mlx_flux_krea.errors import ModelError, UsageError
-from mlx_flux_krea.preview import colours, fit_latent_rgb, predicted
+from mlx_flux_krea.models.config import FLUX_VAE
+from mlx_flux_krea.models.vae import pixels_from_image
 from mlx_flux_krea.provenance import read_picture
-from mlx_flux_krea.sampler import unpack
-from mlx_flux_krea.vae import pixels_from_image
+from mlx_flux_krea.sampling.preview import colours, fit_latent_rgb, predicted
+from mlx_flux_krea.sampling.sampler import unpack
 
 CAT = "a cat"
 SIZE = {"width": 48, "height": 32, "num_inference_steps": 3}
@@ -116,7 +116,7 @@ def test_whose_map_is_taken(pipe, mapped, tmp_path):
 def test_a_preview_in_a_file_is_replaced_in_every_step_and_says_what_it_is(
     command, mapped, seen, tmp_path, monkeypatch
 ):
-    from mlx_flux_krea.commands.preview import Preview
+    from mlx_flux_krea.commands.shared.preview import Preview
 
     shown, call = [], Preview.__call__
 

@@ -26,13 +26,13 @@ from mlx_flux_krea.convert.reading import Reading
 from mlx_flux_krea.convert.remap import Plan, Target
 from mlx_flux_krea.convert.sources import Tensor
 
-import cli
-from mlx_flux_krea import FluxPipeline, presets, quantized
-from mlx_flux_krea import config as configs
+from mlx_flux_krea import FluxPipeline, cli, presets
 from mlx_flux_krea.commands.convert import convert as convert_command
-from mlx_flux_krea.config import Quantization
 from mlx_flux_krea.errors import ModelError, UsageError
-from mlx_flux_krea.transformer import DoubleStreamBlock, SingleStreamBlock
+from mlx_flux_krea.models import config as configs
+from mlx_flux_krea.models import layers as quantized
+from mlx_flux_krea.models.config import Quantization
+from mlx_flux_krea.models.transformer import DoubleStreamBlock, SingleStreamBlock
 from mlx_flux_krea.weights import COMPONENTS, build, layer_widths, open_model
 
 PUBLISHED = {"transformer": configs.FLUX_DEV, "text_encoder_2": configs.T5_XXL}

@@ -17,11 +17,12 @@ import pytest
 from helpers import rel
 from mlx_flux_krea.convert import convert
 
-from mlx_flux_krea import FluxPipeline, residency, vae
-from mlx_flux_krea.config import FLUX_VAE
+from mlx_flux_krea import FluxPipeline, residency
 from mlx_flux_krea.errors import Interrupted, ModelError
+from mlx_flux_krea.models import vae
+from mlx_flux_krea.models.config import FLUX_VAE
+from mlx_flux_krea.models.vae import VAE
 from mlx_flux_krea.residency import Blocks, Reader, Unit, kept, matrices
-from mlx_flux_krea.vae import VAE
 from mlx_flux_krea.weights import open_model, read_header
 
 CAT = "A cat holding a sign that says hello world"

@@ -16,12 +16,13 @@ from helpers import REFERENCE, acknowledge, edit_json, run_command
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from mlx_flux_krea import FluxPipeline, interrupted
-from mlx_flux_krea.commands.terminal import PipelineProgress
+from mlx_flux_krea import FluxPipeline
+from mlx_flux_krea import checkpoint as interrupted
+from mlx_flux_krea.commands.shared.terminal import PipelineProgress
 from mlx_flux_krea.errors import UsageError
 from mlx_flux_krea.filters import judges as filters_judges
 from mlx_flux_krea.filters.log import Log
-from mlx_flux_krea.painter import Painter
+from mlx_flux_krea.generator import Painter
 
 CAT = "a cat"
 TINY = ["--width", "32", "--height", "32", "--steps", "4", "--seed", "7"]
@@ -29,10 +30,11 @@ TINY = ["--width", "32", "--height", "32", "--steps", "4", "--seed", "7"]
 STRIKE = """
 import os, sys, time
 sys.path.insert(0, sys.argv[1])
-import cli, judges
-from mlx_flux_krea import interrupted, provenance
+import judges
+from mlx_flux_krea import cli
+from mlx_flux_krea import checkpoint as interrupted, provenance
 from mlx_flux_krea.commands import delivery
-from mlx_flux_krea.commands.terminal import PipelineProgress
+from mlx_flux_krea.commands.shared.terminal import PipelineProgress
 from mlx_flux_krea.filters import judges as filters_judges
 filters_judges.load_judge = judges.load_judge
 interrupted.EVERY = 0

@@ -13,7 +13,7 @@ import pytest
 from helpers import SHOWS_PICTURES, acknowledge, at_terminal, edit_json, run_command
 from PIL import Image
 
-from mlx_flux_krea.commands.terminal import show_picture
+from mlx_flux_krea.commands.shared.terminal import show_picture
 from mlx_flux_krea.filters.ledger import Ledger, Verdict
 from mlx_flux_krea.filters.log import Log
 from mlx_flux_krea.provenance import SOFTWARE, read_record

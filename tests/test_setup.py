@@ -23,9 +23,11 @@ from hub import Hub
 from mlx_flux_krea.convert import convert
 from test_filter_folders import wide  # noqa: F401
 
-from mlx_flux_krea import FluxPipeline, config, plan
-from mlx_flux_krea.commands import estimates
+from mlx_flux_krea import FluxPipeline
+from mlx_flux_krea import memory as plan
 from mlx_flux_krea.commands.setup import PROMPT
+from mlx_flux_krea.commands.shared import estimates
+from mlx_flux_krea.models import config
 from mlx_flux_krea.provenance import read_record
 from mlx_flux_krea.weights import COMPONENTS, open_model
 
@@ -52,7 +54,7 @@ if "FREE" in os.environ:
 if "LARGEST" in os.environ:
     import resource
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(os.environ["LARGEST"]),) * 2)
-import cli
+from mlx_flux_krea import cli
 cli.main(sys.argv[1:])
 """
 

@@ -10,11 +10,13 @@ from helpers import rel
 from PIL import Image
 from test_plan import plan_of, weights_of
 
-from mlx_flux_krea import FluxPipeline, plan, tiles
-from mlx_flux_krea.engine import evaluated
+from mlx_flux_krea import FluxPipeline
+from mlx_flux_krea import memory as plan
+from mlx_flux_krea.models import tiles
 from mlx_flux_krea.presets import ASPECTS
 from mlx_flux_krea.provenance import read_record
 from mlx_flux_krea.weights import open_model
+from mlx_flux_krea.worker import evaluated
 
 SMALLEST_MAC = int(8 * 2**30 * 2 / 3 * 0.8)  # 8 GB, of which two thirds are the GPU's, and a fifth of that others'
 

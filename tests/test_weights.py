@@ -15,8 +15,8 @@ import pytest
 from helpers import PIPELINE, REFERENCE, edit_json, edit_tensors, full_size_folder
 
 from mlx_flux_krea import FluxPipeline
-from mlx_flux_krea import config as configs
 from mlx_flux_krea.errors import ModelError
+from mlx_flux_krea.models import config as configs
 from mlx_flux_krea.weights import NANO, ModelFolder, find_model, home, open_model
 
 

@@ -1,1 +1,1 @@
-"""The verbs of the command line, one file each, and what they share: terminal.py, output.py, signals.py."""
+"""The verbs of the command line, one file each; `shared/` holds what several of them use."""

@@ -29,7 +29,7 @@ def bench(model, width, height, steps, memory, dtype, as_json):
     from mlx_flux_krea import FluxPipeline
 
     from .setup import PROMPT
-    from .terminal import PipelineProgress, say, show_notes
+    from .shared.terminal import PipelineProgress, say, show_notes
 
     show_notes()
     pipe = FluxPipeline.from_pretrained(model, dtype=dtype, memory=memory)
@@ -57,10 +57,10 @@ def _facts(pipe, size: dict, result, seconds: float) -> dict:
     from importlib.metadata import version
 
     from mlx_flux_krea import __version__
-    from mlx_flux_krea.plan import step_flops
+    from mlx_flux_krea.memory import step_flops
     from mlx_flux_krea.presets import CHIPS
 
-    from .estimates import device, this_chip
+    from .shared.estimates import device, this_chip
 
     index, flux = pipe.folder.index, pipe.folder.sizes["transformer"]
     width, height = size.get("width", index.defaults.width), size.get("height", index.defaults.height)
@@ -80,7 +80,7 @@ def _facts(pipe, size: dict, result, seconds: float) -> dict:
 
 def _line(facts: dict) -> str:
     """For a table or a message."""
-    from .terminal import size, stage_times
+    from .shared.terminal import size, stage_times
 
     share = f" ({facts['share_of_peak']:.0%} of its peak)" if facts["share_of_peak"] else ""
     stages = stage_times({stage: seconds for stage, seconds in facts["stages"].items() if stage != "denoise"})

@@ -10,7 +10,7 @@ import click
 
 from mlx_flux_krea.errors import UsageError
 
-from .options import LASTING, cast, check_together
+from .shared.options import LASTING, cast, check_together
 
 
 @click.command()
@@ -29,7 +29,7 @@ def config(option, value, unset, as_json):
       flux-krea config steps 20
       flux-krea config steps --unset
     """
-    from .terminal import say, table
+    from .shared.terminal import say, table
 
     path, options = _path(), _read()
     if option and (value or unset):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from . import signals
+from .shared import signals
 
 
 @click.command()
@@ -52,7 +52,7 @@ def convert(
       flux-krea convert flux1-krea-dev.safetensors clip_l.safetensors \\
           t5xxl_fp16.safetensors ae.safetensors --tokenizers FLUX.1-schnell
     """
-    from .terminal import number, say, size, table
+    from .shared.terminal import number, say, size, table
 
     begin = time.perf_counter()
     report = make(
@@ -98,8 +98,8 @@ def make(sources: list[str | Path], output: Path | None = None, **options):
     from mlx_flux_krea.convert import convert as run
     from mlx_flux_krea.weights import FILTERS, named
 
-    from . import macos, trials
-    from .terminal import ByteProgress
+    from .shared import macos, trials
+    from .shared.terminal import ByteProgress
 
     progress = ByteProgress()
     with macos.awake():

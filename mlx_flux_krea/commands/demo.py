@@ -5,8 +5,8 @@ from pathlib import Path
 
 import click
 
-from . import signals
-from .output import check_output, names_from, save
+from .shared import signals
+from .shared.output import check_output, names_from, save
 
 _SCALES = (1.0, 2.0, 4.5, 8.0)  # guidance, across the sheet
 _SEEDS = 4  # down the sheet
@@ -29,7 +29,7 @@ def demo(prompt, output, seed, contact_sheet, force):
     Example:
       flux-krea demo "a large yellow star above a small pink ring on a purple background"
     """
-    from .terminal import say, show_notes
+    from .shared.terminal import say, show_notes
 
     check_output(output)
     from mlx_flux_krea import FluxPipeline
@@ -48,7 +48,7 @@ def demo(prompt, output, seed, contact_sheet, force):
 
 def _picture(pipe, prompt: str, seed: int, output: Path) -> list[tuple]:
     """The picture, and the same enlarged."""
-    from .terminal import PipelineProgress, say, stage_times
+    from .shared.terminal import PipelineProgress, say, stage_times
 
     progress = PipelineProgress()
     try:
@@ -62,8 +62,8 @@ def _picture(pipe, prompt: str, seed: int, output: Path) -> list[tuple]:
 
 def _sheet(pipe, prompt: str, seed: int, output: Path) -> list[tuple]:
     """Seeds down, guidance across."""
-    from .sheet import contact_sheet
-    from .terminal import counted
+    from .shared.sheet import contact_sheet
+    from .shared.terminal import counted
 
     seeds = range(seed, seed + _SEEDS)
     asked = counted(list(itertools.product(seeds, _SCALES)), "drawing the sheet", "picture")

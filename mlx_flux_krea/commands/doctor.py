@@ -15,7 +15,7 @@ import click
 
 from mlx_flux_krea.errors import FiltersError, FluxKreaError, ModelError, ResourceError, UsageError, amount
 
-from . import macos
+from .shared import macos
 
 _ENOUGH = 2**26  # bytes of a file that tells the speed of a disk
 _SECONDS = 1.0  # that reading it may take
@@ -33,7 +33,7 @@ def doctor(full, as_json):
     Example:
       flux-krea doctor
     """
-    from .terminal import table
+    from .shared.terminal import table
 
     rows, wrong = [], []
     for name, examine in _EXAMINED.items():
@@ -86,10 +86,10 @@ def _program(full: bool) -> list:
 def _machine(full: bool) -> list:
     import mlx.core as mx
 
-    from mlx_flux_krea.plan import machine_memory
+    from mlx_flux_krea.memory import machine_memory
 
-    from .estimates import device
-    from .terminal import size
+    from .shared.estimates import device
+    from .shared.terminal import size
 
     system = f"macOS {platform.mac_ver()[0]}" if sys.platform == "darwin" else platform.system()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -106,8 +106,8 @@ def _machine(full: bool) -> list:
 def _disk(full: bool) -> list:
     from mlx_flux_krea.weights import home
 
-    from .estimates import home_disk
-    from .terminal import size
+    from .shared.estimates import home_disk
+    from .shared.terminal import size
 
     place, free = home_disk()
     wrong = ResourceError(f"{size(free)} are free on the disk of {home()}", "1 GB") if free < 10**9 else None
@@ -124,7 +124,7 @@ def read_speed(place: Path) -> float:
     Raises:
         OSError: it cannot be read, or the new one cannot be written.
     """
-    from mlx_flux_krea.pagecache import bypass, forget
+    from mlx_flux_krea.files import bypass, forget
 
     files = [path for path in place.rglob("*.safetensors") if path.is_file()] if (place / "models").is_dir() else []
     largest = max(files, key=lambda path: path.stat().st_size, default=None)
@@ -148,8 +148,8 @@ def _filters(full: bool) -> list:
     from mlx_flux_krea.filters.judges import FILTERS, INSTALL
     from mlx_flux_krea.weights import home
 
-    from . import trials
-    from .installed import find_installed
+    from .shared import trials
+    from .shared.installed import find_installed
 
     needed = any(one.filters == "required" for one in find_installed())
     rows = []
@@ -191,8 +191,8 @@ def _hub(full: bool) -> list:
 
 
 def _models(full: bool) -> list:
-    from .installed import find_installed
-    from .terminal import size
+    from .shared.installed import find_installed
+    from .shared.terminal import size
 
     found = [one for one in find_installed() if one.kind == "model"]
     rows = []

@@ -8,9 +8,9 @@ import click
 
 from mlx_flux_krea.errors import FluxKreaError, ModelError, UsageError, Withheld, amount, printable
 
-from . import macos, signals
-from .options import OPTIONS, USUAL, SeveralSeeds, said
-from .output import check_outcomes, check_output
+from .shared import macos, signals
+from .shared.options import OPTIONS, USUAL, SeveralSeeds, said
+from .shared.output import check_outcomes, check_output
 
 _TOGETHER = 16  # pictures whose prompts are read at once: so many are kept, with a negative one each
 OF_THE_PIPELINE = ("dtype", "memory", "check", "nsfw_threshold", "integrity_margin")
@@ -35,7 +35,7 @@ def generate(**options):
         given["prompt"] = _standard_input()
 
     from .config import read_config
-    from .jobs import merge
+    from .shared.jobs import merge
 
     make_pictures(merge(read_config(), given), given, force, as_json)
 
@@ -57,8 +57,8 @@ def make_pictures(base: dict, given: dict, force: bool, as_json: bool, pipe=None
     Raises:
         UsageError: options that cannot be used, before any work; or rows of a file that were skipped, after it.
     """
-    from .jobs import make_jobs
-    from .runs import Run
+    from .shared.jobs import make_jobs
+    from .shared.runs import Run
 
     jobs, skipped = make_jobs(base, given)
     return make_run(Run(base, jobs, rows=str(given.get("prompts", "")), force=force), as_json, pipe, ends, skipped)
@@ -80,10 +80,10 @@ def make_run(run, as_json: bool, pipe=None, ends: bool = True, skipped: Sequence
     Raises:
         UsageError: as `make_pictures`.
     """
-    from .jobs import prepare, sheet_name
-    from .preview import make_preview
-    from .runs import keeping
-    from .terminal import say, show_notes, tell_events
+    from .shared.jobs import prepare, sheet_name
+    from .shared.preview import make_preview
+    from .shared.runs import keeping
+    from .shared.terminal import say, show_notes, tell_events
 
     tell_events(as_json)
     base, skipped = run.options, list(skipped)
@@ -128,9 +128,9 @@ def open_pipe(base: dict):
 
 def _draw(pipe, drawings: list, run, as_json: bool, sheet: Path | None, ends: bool, preview) -> None:
     """Draws and delivers one after the other."""
-    from .delivery import Delivery
-    from .sheet import note_sheet
-    from .terminal import PipelineProgress
+    from .shared.delivery import Delivery
+    from .shared.sheet import note_sheet
+    from .shared.terminal import PipelineProgress
 
     progress, delivery = PipelineProgress(), Delivery(run, as_json)
     pipe.before_release = signals.hold  # what the log calls released is saved, whatever signal comes
@@ -189,8 +189,8 @@ def _announce(pipe, base: dict, drawings: list) -> None:
     """What will be drawn, before the work starts: sizes and seeds, how much of the prompts is read, what to know."""
     from mlx_flux_krea.prompts import cut_off, read_prompt
 
-    from .jobs import tool_notes
-    from .terminal import note, say, several
+    from .shared.jobs import tool_notes
+    from .shared.terminal import note, say, several
 
     requests = [drawing.request for drawing in drawings]
     texts = dict.fromkeys(

@@ -38,7 +38,7 @@ def inspect(path, as_json):
 def _picture(path: Path) -> tuple[dict, str]:
     from mlx_flux_krea.provenance import read_picture
 
-    from .terminal import table
+    from .shared.terminal import table
 
     facts = read_picture(path)
     if not any(facts.values()):
@@ -51,11 +51,11 @@ def _picture(path: Path) -> tuple[dict, str]:
 
 def _model(path: Path) -> tuple[dict, str]:
     """One of our own folders."""
-    from mlx_flux_krea.config import quantization_to_json, to_json
     from mlx_flux_krea.errors import amount
+    from mlx_flux_krea.models.config import quantization_to_json, to_json
     from mlx_flux_krea.weights import count_parameters, open_folder
 
-    from .terminal import number, size, table
+    from .shared.terminal import number, size, table
 
     folder = open_folder(path)
     components = {}
@@ -97,7 +97,7 @@ def _foreign(path: Path) -> tuple[dict, str]:
     from mlx_flux_krea.convert.sources import open_sources
     from mlx_flux_krea.errors import ModelError
 
-    from .terminal import number, size, table
+    from .shared.terminal import number, size, table
 
     rows, facts = [("file", "layout", "types", "tensors", "parameters", "size")], []
     for source in open_sources([path]):

@@ -22,7 +22,7 @@ def verify():
     """Follow the chain of hashes from the first entry to the last."""
     from mlx_flux_krea.errors import amount
 
-    from .terminal import say
+    from .shared.terminal import say
 
     path, entries = _read()
     say(f"{amount(len(entries), 'entry', 'entries')}, each as it was written")

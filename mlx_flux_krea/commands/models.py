@@ -27,8 +27,8 @@ def models(context, as_json):
 
     from mlx_flux_krea.weights import home
 
-    from .installed import find_installed
-    from .terminal import say, size, table
+    from .shared.installed import find_installed
+    from .shared.terminal import say, size, table
 
     found = find_installed()
     if as_json:
@@ -50,7 +50,7 @@ def default(name):
     from mlx_flux_krea.weights import open_model
 
     from .config import set_model
-    from .terminal import say
+    from .shared.terminal import say
 
     open_model(_installed(name, "model").path)
     set_model(name)
@@ -66,7 +66,7 @@ def rm(name, yes):
     from mlx_flux_krea.weights import default_model
 
     from .config import set_model
-    from .terminal import agreed, say, size
+    from .shared.terminal import agreed, say, size
 
     one = _installed(name)
     if not agreed(f"delete {one.path}, {size(one.bytes)}", yes):
@@ -85,7 +85,7 @@ def _installed(name: str, kind: str | None = None):
     Raises:
         ModelError: nothing is.
     """
-    from .installed import find_installed
+    from .shared.installed import find_installed
 
     found = [one for one in find_installed() if kind in (None, one.kind)]
     for one in found:

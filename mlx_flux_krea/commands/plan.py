@@ -23,7 +23,7 @@ def plan(model, width, height, memory, dtype, as_json):
       flux-krea plan
       flux-krea plan krea --width 1536 --memory 8GB
     """
-    from mlx_flux_krea.plan import machine_memory, parse_memory
+    from mlx_flux_krea.memory import machine_memory, parse_memory
 
     budget = parse_memory(memory) or machine_memory()
     if model is None:
@@ -37,12 +37,12 @@ def _model(model: str, width: int | None, height: int | None, budget: int, dtype
     """The stages of a run with one model folder."""
     import mlx.core as mx
 
-    from mlx_flux_krea.plan import plan as make_plan
-    from mlx_flux_krea.plan import weigh_folder
+    from mlx_flux_krea.memory import plan as make_plan
+    from mlx_flux_krea.memory import weigh_folder
     from mlx_flux_krea.weights import find_model, open_model
 
-    from .installed import disk_bytes
-    from .terminal import size, table
+    from .shared.installed import disk_bytes
+    from .shared.terminal import size, table
 
     folder = open_model(find_model(model))
     dtype = dtype or folder.dtypes["transformer"]
@@ -69,14 +69,14 @@ def _published(width: int, height: int, budget: int, dtype: str) -> tuple[dict, 
     """FLUX.1 Krea [dev] at every precision that `convert` knows."""
     import mlx.core as mx
 
-    from mlx_flux_krea import config
     from mlx_flux_krea.convert.quantize import RECIPES
-    from mlx_flux_krea.plan import plan as make_plan
+    from mlx_flux_krea.memory import plan as make_plan
+    from mlx_flux_krea.models import config
     from mlx_flux_krea.presets import MAX_SEQUENCE_LENGTH
     from mlx_flux_krea.weights import COMPONENTS
 
-    from .estimates import weigh_recipe
-    from .terminal import size, table
+    from .shared.estimates import weigh_recipe
+    from .shared.terminal import size, table
 
     published = (config.FLUX_DEV, config.CLIP_L, config.T5_XXL, config.FLUX_VAE)
     sizes, compute = dict(zip(COMPONENTS, published, strict=True)), getattr(mx, dtype)
@@ -105,10 +105,10 @@ def _published(width: int, height: int, budget: int, dtype: str) -> tuple[dict, 
 
 def _bandwidth(read: int, flux, width: int, height: int, text_length: int) -> dict[str, float]:
     """GB/s that hide a step's reading behind its products, on this chip, or on those that people have."""
-    from mlx_flux_krea.plan import GB
+    from mlx_flux_krea.memory import GB
     from mlx_flux_krea.presets import CHIPS
 
-    from .estimates import seconds_a_step, this_chip
+    from .shared.estimates import seconds_a_step, this_chip
 
     this = this_chip()
     chips = ([this] if this else CHIPS) if read else ()

@@ -40,8 +40,8 @@ def purge(yes, as_json, **kinds):
     """
     from mlx_flux_krea.weights import home
 
-    from .installed import disk_bytes
-    from .terminal import agreed, is_typed, say, size
+    from .shared.installed import disk_bytes
+    from .shared.terminal import agreed, is_typed, say, size
 
     chosen = [kind for kind in KINDS if kinds[kind]]
     if not chosen and (yes or not is_typed()):
@@ -92,7 +92,7 @@ def _delete_pictures(folder: Path) -> tuple[int, list[Path]]:
     """Through the ledger: the log says that they went, and what a run is at work on stays."""
     from mlx_flux_krea.filters.ledger import Ledger
 
-    from .installed import disk_bytes
+    from .shared.installed import disk_bytes
 
     Ledger().purge()
     return disk_bytes(folder), []
@@ -100,9 +100,9 @@ def _delete_pictures(folder: Path) -> tuple[int, list[Path]]:
 
 def _delete_runs(folder: Path) -> tuple[int, list[Path]]:
     """But those that are still going on."""
-    from mlx_flux_krea.interrupted import unfinished
+    from mlx_flux_krea.checkpoint import unfinished
 
-    from .installed import disk_bytes
+    from .shared.installed import disk_bytes
 
     for path in unfinished():
         path.unlink(missing_ok=True)

@@ -28,7 +28,7 @@ def resume(file, model, output, memory, listed, as_json):
     if listed:
         _show()
         return
-    from mlx_flux_krea.interrupted import Checkpoint, find
+    from mlx_flux_krea.checkpoint import Checkpoint, find
 
     path = find(file)
     checkpoint = Checkpoint.read(path)
@@ -43,8 +43,8 @@ def _go_on(checkpoint, path: Path, said: dict, as_json: bool) -> None:
 
     from .config import read_config
     from .generate import make_run, open_pipe
-    from .runs import Run, made_by
-    from .terminal import note, show_notes
+    from .shared.runs import Run, made_by
+    from .shared.terminal import note, show_notes
 
     try:
         run = Run.from_json(checkpoint.run, checkpoint.is_ours)
@@ -76,9 +76,9 @@ def _show() -> None:
     """What can be gone on with."""
     import time
 
-    from mlx_flux_krea.interrupted import Checkpoint, unfinished
+    from mlx_flux_krea.checkpoint import Checkpoint, unfinished
 
-    from .terminal import say, table
+    from .shared.terminal import say, table
 
     rows = []
     for path in unfinished():

@@ -8,8 +8,8 @@ import click
 
 from mlx_flux_krea.errors import Waiting, amount, printable
 
-from . import signals
-from .output import check_output, names_from, save
+from .shared import signals
+from .shared.output import check_output, names_from, save
 
 QUESTIONS = {
     "unlawful": "Does it show anything unlawful?",
@@ -41,7 +41,7 @@ def review(output, reviewer, quality, metadata):
     """
     from mlx_flux_krea.filters.ledger import Ledger
 
-    from .terminal import say, show_notes
+    from .shared.terminal import say, show_notes
 
     check_output(output, quality)
     show_notes()
@@ -83,7 +83,7 @@ def _judge(kept, reviewer: str):
     """A person's verdict about a picture; None: later."""
     from mlx_flux_krea.filters.ledger import Verdict
 
-    from .terminal import say, show_picture
+    from .shared.terminal import say, show_picture
 
     say("\n".join(_about(kept)))
     if not show_picture(kept.path):

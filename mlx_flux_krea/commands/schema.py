@@ -6,7 +6,7 @@ import click
 
 from mlx_flux_krea import presets
 
-from .options import BY_NAME, USUAL, Seeds
+from .shared.options import BY_NAME, USUAL, Seeds
 
 NAMES = (
     "prompt", "negative_prompt", "true_cfg_scale", "aspect", "megapixels", "width", "height", "steps", "guidance",

@@ -9,8 +9,8 @@ import click
 
 from mlx_flux_krea.errors import FiltersError, ModelError, ResourceError, UsageError, printable
 
-from . import macos, signals
-from .on_disk import REPOSITORIES, Source, find_sources
+from .shared import macos, signals
+from .shared.on_disk import REPOSITORIES, Source, find_sources
 
 PROMPT = "a lighthouse on a cliff at dusk, long exposure, the sea below it white with foam"
 PICTURE = {"width": 512, "height": 512, "num_inference_steps": 20, "seed": 1}
@@ -41,7 +41,7 @@ class Installation:
     @property
     def requires_filters(self) -> bool:
         """Whether the licence of the model asks for filters."""
-        from mlx_flux_krea.config import requires_filters
+        from mlx_flux_krea.models.config import requires_filters
 
         if self.folder:
             return self.folder.requires_filters
@@ -72,7 +72,7 @@ def setup(as_json, **said):
       flux-krea setup
       flux-krea setup --model FLUX.1-Krea-dev --nsfw nsfw_image_detection --pixtral pixtral-12b --offline
     """
-    from .terminal import say, show_notes
+    from .shared.terminal import say, show_notes
 
     show_notes()
     it, done, begin = Installation(said), {}, time.perf_counter()
@@ -91,7 +91,7 @@ def _weights(it: Installation) -> str:
     """What is installed, and what the rest can be made of."""
     from mlx_flux_krea.weights import open_model
 
-    from . import trials
+    from .shared import trials
 
     if path := _installed(it.said):
         it.folder = open_model(path)
@@ -111,7 +111,7 @@ def _installed(said: dict) -> Path | None:
     from mlx_flux_krea.convert.sources import is_model_folder
     from mlx_flux_krea.weights import installed_models
 
-    from .installed import find_installed, missing_parts
+    from .shared.installed import find_installed, missing_parts
 
     named = Path(said["model"][0]).expanduser() if len(said["model"]) == 1 else None
     if named and not named.exists():
@@ -152,10 +152,10 @@ def _was_made_of(path: Path, sources: tuple[str, ...]) -> bool:
 
 def _is_untried(name: str) -> bool:
     """Whether a filter is whole but for its self-test: it was interrupted there."""
-    from mlx_flux_krea.filters.config import SELF_TEST
+    from mlx_flux_krea.models.filter_config import SELF_TEST
     from mlx_flux_krea.weights import home
 
-    from .installed import missing_parts
+    from .shared.installed import missing_parts
 
     folder = home() / "filters" / name
     try:
@@ -169,7 +169,7 @@ def _choose(it: Installation, part: str, given: tuple[str, ...]) -> None:
     from mlx_flux_krea.convert import examine
     from mlx_flux_krea.errors import FluxKreaError
 
-    from .terminal import is_typed, say, size
+    from .shared.terminal import is_typed, say, size
 
     offline = it.said["offline"]
     usable, wrong = [], None
@@ -200,7 +200,7 @@ def _check_login(source: Source, offline: bool) -> None:
     """A gated repository is asked whether it is open before anything comes from it."""
     from mlx_flux_krea.convert import hub
 
-    from .terminal import say
+    from .shared.terminal import say
 
     for repo in filter(hub.is_repo_id, source.sources):
         listing = hub.look(repo, offline)
@@ -211,9 +211,9 @@ def _check_login(source: Source, offline: bool) -> None:
 
 def _licence(it: Installation) -> str:
     """The text that comes with the weights, and that a person has agreed to it."""
-    from mlx_flux_krea.filters import licence
+    from mlx_flux_krea.filters import acknowledgement as licence
 
-    from .terminal import is_typed, say
+    from .shared.terminal import is_typed, say
 
     if not it.requires_filters:
         return "this model asks for nothing"
@@ -245,8 +245,8 @@ def _room(it: Installation) -> str:
     """What will be fetched and made, whether it fits, and in which precision."""
     from mlx_flux_krea.weights import home
 
-    from . import estimates
-    from .terminal import is_typed, say, size, table
+    from .shared import estimates
+    from .shared.terminal import is_typed, say, size, table
 
     if not it.sources:
         return "nothing to fetch or convert"
@@ -270,8 +270,8 @@ def _room(it: Installation) -> str:
 
 
 def _choose_precision(it: Installation, free: int) -> None:
-    from . import estimates
-    from .terminal import is_typed, say, size, table
+    from .shared import estimates
+    from .shared.terminal import is_typed, say, size, table
 
     outline, index = it.outlines["model"], it.outlines["model"].index
     shape = (index.defaults.width, index.defaults.height, index.max_sequence_length)
@@ -296,7 +296,7 @@ def _model(it: Installation) -> str:
     from mlx_flux_krea.weights import default_model, installed_models, open_model
 
     from .config import set_model
-    from .installed import missing_parts
+    from .shared.installed import missing_parts
 
     if it.folder:
         return f"{it.folder.path.name} is installed"
@@ -314,7 +314,7 @@ def _filters(it: Installation) -> str:
     """Both filters, converted and tried, where the licence asks for them."""
     from mlx_flux_krea.weights import home
 
-    from . import trials
+    from .shared import trials
 
     if not it.requires_filters:
         return "this model requires none"
@@ -330,7 +330,7 @@ def _make(it: Installation, part: str, **options):
     from mlx_flux_krea.convert.hub import is_repo_id
 
     from .convert import make
-    from .terminal import say
+    from .shared.terminal import say
 
     sources, offline = it.sources[part].sources, it.said["offline"]
     discard = not (offline or it.said["keep_source"]) and all(map(is_repo_id, sources))
@@ -340,8 +340,8 @@ def _make(it: Installation, part: str, **options):
 
 def _check(it: Installation) -> str:
     """Names, sizes and headers of everything; whole files were read back when they were written."""
-    from . import trials
-    from .installed import missing_parts
+    from .shared import trials
+    from .shared.installed import missing_parts
 
     it.folder.check()
     if problem := missing_parts(it.folder.path):
@@ -360,8 +360,8 @@ def _picture(it: Installation) -> str:
     from mlx_flux_krea.weights import home, sha256
 
     from .config import make_folder
-    from .output import check_outcomes, save
-    from .terminal import PipelineProgress, is_typed, show_picture
+    from .shared.output import check_outcomes, save
+    from .shared.terminal import PipelineProgress, is_typed, show_picture
 
     manifest = sha256(it.folder.path / "manifest.json")
     it.picture = home() / "pictures" / f"{it.folder.path.name}.png"

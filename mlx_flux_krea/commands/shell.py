@@ -10,9 +10,9 @@ import click
 
 from mlx_flux_krea.errors import FluxKreaError, UsageError, amount, printable
 
-from . import signals
-from .options import LASTING, OPTIONS, SeveralSeeds, cast
-from .options import said as read
+from .shared import signals
+from .shared.options import LASTING, OPTIONS, SeveralSeeds, cast
+from .shared.options import said as read
 
 SHORT = {"w": "width", "h": "height", "s": "seed", "g": "guidance", "n": "steps"}  # as black-forest-labs/flux has them
 HELP = """A line is a prompt. An empty line draws the last one again, from the same seed, with what was changed since.
@@ -34,8 +34,8 @@ def shell(**options):
     """
     from .config import read_config
     from .generate import OF_THE_PIPELINE, make_pictures, open_pipe
-    from .jobs import merge
-    from .terminal import say, table
+    from .shared.jobs import merge
+    from .shared.terminal import say, table
 
     said, force, as_json = read(options)
     config = read_config()

@@ -22,7 +22,7 @@ def verify(model, as_json):
     from mlx_flux_krea.errors import ModelError, amount
     from mlx_flux_krea.weights import find_model
 
-    from .terminal import ByteProgress, say, size
+    from .shared.terminal import ByteProgress, say, size
 
     begin, path, progress = time.perf_counter(), find_model(model), ByteProgress()
     try:

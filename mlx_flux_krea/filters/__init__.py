@@ -1,12 +1,9 @@
 """What the licence of FLUX.1 [dev] models asks for: filters, or a person's review, before a picture is passed on.
 
-config.py        sizes of the two networks, the published ones, and the index of a filter's folder
-vit.py           the NSFW classifier
-pixtral.py       the language model with eyes that judges what a prompt asks for and what a picture shows
 gate.py          the policy: what is checked, in which order, and what an answer means
 judges.py        the installed filters: what they must answer with, and their self-tests
 instructions.py  what the language model is asked, with the reason for each sentence
-licence.py       the licence's text, and that a person has acknowledged it
+acknowledgement.py   the licence's text, and that a person has acknowledged it
 ledger.py        quarantine and release: nothing reaches the user but through here
 log.py           what happened, as a chain of hashes
 """

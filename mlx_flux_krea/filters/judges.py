@@ -17,14 +17,15 @@ import mlx.core as mx
 import numpy as np
 from PIL import Image
 
-from ..engine import evaluated
 from ..errors import FiltersError, FluxKreaError, Interrupted, amount
-from ..plan import GB, machine_memory
+from ..memory import GB, machine_memory
+from ..models import pixtral, vit
+from ..models.filter_config import NSFW_SHA256, NSFW_VIT, SELF_TEST
 from ..residency import Blocks
 from ..tokenizers import PixtralTokenizer
 from ..weights import ModelFolder, home, open_filter, sha256
-from . import instructions, pixtral, vit
-from .config import NSFW_SHA256, NSFW_VIT, SELF_TEST
+from ..worker import evaluated
+from . import instructions
 from .instructions import CANARIES
 
 NSFW = 0.85  # a picture passes below this probability

@@ -36,7 +36,7 @@ from mlx_flux_krea.convert import convert
 from mlx_flux_krea.convert.licence import licence_files
 from mlx_flux_krea.convert.reading import sha256
 from mlx_flux_krea.nano import scenes
-from mlx_flux_krea.preview import fit_latent_rgb
+from mlx_flux_krea.sampling.preview import fit_latent_rgb
 from mlx_flux_krea.tokenizers import CLIPTokenizer, T5Tokenizer
 from mlx_flux_krea.weights import open_model
 

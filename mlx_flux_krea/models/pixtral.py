@@ -15,7 +15,7 @@ import mlx.nn as nn
 import numpy as np
 from PIL import Image
 
-from .config import PIXTRAL_12B, PixtralConfig, PixtralVisionConfig
+from .filter_config import PIXTRAL_12B, PixtralConfig, PixtralVisionConfig
 
 _AREA = 512 * 512
 _MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)  # CLIP's

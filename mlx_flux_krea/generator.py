@@ -16,19 +16,20 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_map
 
-from . import noise as noises
-from . import preview as previews
-from . import sampler, tiles
-from .engine import Engine, evaluated
+from .checkpoint import Checkpoint
 from .errors import ModelError
-from .interrupted import Checkpoint
-from .plan import GB, Plan
+from .memory import GB, Plan
+from .models import tiles
+from .models.transformer import Flux, rope
+from .models.vae import VAE, pixels_from_image, pixels_to_bytes
 from .prompts import Encoded, PromptEncoder
 from .request import Request
 from .residency import Blocks
-from .transformer import Flux, rope
-from .vae import VAE, pixels_from_image, pixels_to_bytes
+from .sampling import noise as noises
+from .sampling import preview as previews
+from .sampling import sampler
 from .weights import ModelFolder
+from .worker import Engine, evaluated
 
 Progress = Callable[[str, float, int], None]
 

@@ -10,7 +10,7 @@ import mlx.nn as nn
 import numpy as np
 from PIL import Image, ImageOps
 
-from .config import NSFW_VIT, ViTConfig
+from .filter_config import NSFW_VIT, ViTConfig
 
 
 def preprocess(image: Image.Image, size: int = NSFW_VIT.image_size) -> mx.array:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 import mlx.core as mx
 import numpy as np
 
-from .config import Schedule
+from ..models.config import Schedule
 
 
 def shift_mu(schedule: Schedule, image_seq_len: int) -> float:

@@ -45,7 +45,7 @@ def precisions(
     import mlx.core as mx
 
     from mlx_flux_krea.errors import ResourceError
-    from mlx_flux_krea.plan import plan
+    from mlx_flux_krea.memory import plan
 
     found = {}
     for quantize in PREFERRED:
@@ -71,7 +71,7 @@ def weigh_recipe(sizes: dict, quantize: str, dtype: str):
     import mlx.core as mx
 
     from mlx_flux_krea.convert.quantize import Recipe, choose
-    from mlx_flux_krea.plan import weigh
+    from mlx_flux_krea.memory import weigh
     from mlx_flux_krea.weights import layer_widths
 
     layers = {name: choose(name, layer_widths(name, sizes[name]), Recipe(quantize))[0] for name in sizes}
@@ -114,7 +114,7 @@ def seconds_to_draw(flux, width: int, height: int, length: int, steps: int, chip
 
 def seconds_a_step(flux, width: int, height: int, length: int, chip: str) -> float:
     """Of computing, on a chip of `presets.CHIPS`."""
-    from mlx_flux_krea.plan import step_flops
+    from mlx_flux_krea.memory import step_flops
     from mlx_flux_krea.presets import CHIPS
 
     return step_flops(flux, width, height, length) / (_SHARE * CHIPS[chip] * 1e12)

@@ -15,7 +15,7 @@ from mlx_flux_krea.errors import UsageError
 from mlx_flux_krea.prompts import read_prompt
 from mlx_flux_krea.provenance import read_record
 from mlx_flux_krea.request import Request, open_image, random_seed
-from mlx_flux_krea.sampler import fixed_shift
+from mlx_flux_krea.sampling.sampler import fixed_shift
 from mlx_flux_krea.weights import ModelFolder
 
 from .options import BY_NAME, PER_PICTURE, REPLACES, USUAL, cast

@@ -1,4 +1,4 @@
-"""Sizes of the filters' networks, as `mlx_flux_krea.config` has them of all others; the published ones as instances.
+"""Sizes of the filters' networks, as `config.py` has them of all others; the published ones as instances.
 
 Field names are those of the `config.json` of transformers. What a published file says and no field here repeats
 (activations, label names, token ids) is checked when it is converted, and written for that value alone.
@@ -7,7 +7,7 @@ Field names are those of the `config.json` of transformers. What a published fil
 from dataclasses import dataclass
 from typing import Annotated
 
-from ..config import Count, Epsilon, Source, Width
+from .config import Count, Epsilon, Source, Width
 
 Vocabulary = Annotated[int, 1, 2**22]
 TokenId = Annotated[int, 0, 2**22]

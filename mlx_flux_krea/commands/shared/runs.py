@@ -16,9 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
+from mlx_flux_krea.checkpoint import Checkpoint
 from mlx_flux_krea.errors import FluxKreaError, UsageError, Withheld, amount
 from mlx_flux_krea.filters.ledger import Ledger
-from mlx_flux_krea.interrupted import Checkpoint
 from mlx_flux_krea.provenance import SOFTWARE, Picture, opened, read_record, remove_partials
 from mlx_flux_krea.weights import ModelFolder, sha256
 

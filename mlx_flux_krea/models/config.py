@@ -13,7 +13,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from .errors import ModelError
+from ..errors import ModelError
 
 # a type with the least and the most that a file may say
 Width = Annotated[int, 1, 2**16]  # of a layer: channels, positions, buckets

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import mlx.core as mx
 import numpy as np
 
-from .errors import UsageError
-from .presets import NOT_REPRODUCIBLE, RECIPES, Recipe
+from ..errors import UsageError
+from ..presets import NOT_REPRODUCIBLE, RECIPES, Recipe
 
 
 def find_recipe(name: str) -> Recipe:

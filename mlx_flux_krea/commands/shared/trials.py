@@ -22,8 +22,8 @@ def repeat(name: str, folder: Path) -> None:
     Raises:
         FiltersError: it is damaged, or answers something else than before.
     """
-    from mlx_flux_krea.filters.config import SELF_TEST
     from mlx_flux_krea.filters.judges import check_self_test, load_judge
+    from mlx_flux_krea.models.filter_config import SELF_TEST
 
     def ask(name: str, folder: Path, make_run) -> None:
         check_self_test(name, load_judge(name, folder, make_run), folder / SELF_TEST)
@@ -33,7 +33,7 @@ def repeat(name: str, folder: Path) -> None:
 
 def problem(name: str) -> str | None:
     """Why an installed filter cannot be used, as far as can be seen without asking it; None: nothing is seen."""
-    from mlx_flux_krea.filters.config import SELF_TEST
+    from mlx_flux_krea.models.filter_config import SELF_TEST
     from mlx_flux_krea.weights import open_filter, read_json
 
     from .installed import missing_parts
@@ -51,7 +51,7 @@ def problem(name: str) -> str | None:
 
 def _run(function, name: str, folder: Path) -> None:
     """In an engine's thread, with a line of progress, and so that Ctrl-C stops it."""
-    from mlx_flux_krea.engine import Engine
+    from mlx_flux_krea.worker import Engine
 
     from .terminal import PipelineProgress
 

@@ -13,12 +13,12 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from . import config as configs
 from .errors import ResourceError, UsageError
-from .quantized import PIECE
+from .models import config as configs
+from .models.layers import PIECE
+from .models.tiles import SIDE
+from .models.vae import STRIP
 from .residency import SLOTS, kept, matrices
-from .tiles import SIDE
-from .vae import STRIP
 from .weights import PACKED, ModelFolder, build
 
 GB = 10**9

@@ -4,7 +4,7 @@ Verbs keep heavy imports inside themselves, so that help answers at once.
 """
 
 # ruff: noqa: E402
-from mlx_flux_krea.commands import signals
+from mlx_flux_krea.commands.shared import signals
 
 signals.install()  # before anything that takes time
 
@@ -17,7 +17,7 @@ import traceback
 import click
 
 from mlx_flux_krea import __version__
-from mlx_flux_krea.commands import bench, completion, config, macos, schema, shell
+from mlx_flux_krea.commands import bench, completion, config, schema, shell
 from mlx_flux_krea.commands.convert import convert
 from mlx_flux_krea.commands.demo import demo
 from mlx_flux_krea.commands.doctor import doctor
@@ -30,6 +30,7 @@ from mlx_flux_krea.commands.purge import purge
 from mlx_flux_krea.commands.resume import resume
 from mlx_flux_krea.commands.review import review
 from mlx_flux_krea.commands.setup import setup
+from mlx_flux_krea.commands.shared import macos
 from mlx_flux_krea.commands.verify import verify
 from mlx_flux_krea.errors import FluxKreaError, printable
 

@@ -1,0 +1,1 @@
+"""Parts that several verbs use: options, jobs, prompt files, runs, outputs, terminal, signals."""

@@ -1,0 +1,1 @@
+"""Noise, schedule and sampler as functions, and previews of what a step already knows."""
