@@ -924,7 +924,17 @@ def test_a_killed_conversion_leaves_no_model_and_the_next_one_clears_up(source, 
 
 def test_fifty_kills_at_random_moments_leave_a_whole_model_or_none(source, tmp_path):
     """What a kill leaves is cleared up by whoever comes next, and no file lies elsewhere."""
-    command = [sys.executable, "-m", "mlx_flux_krea.cli", "convert", source, "--tokenizers", TOKENIZERS, "-o", tmp_path / "out"]
+    command = [
+        sys.executable,
+        "-m",
+        "mlx_flux_krea.cli",
+        "convert",
+        source,
+        "--tokenizers",
+        TOKENIZERS,
+        "-o",
+        tmp_path / "out",
+    ]
     choose, whole = random.Random(0), 0
     begin = time.monotonic()
     assert subprocess.run(command, cwd=ROOT, capture_output=True, check=False).returncode == 0
