@@ -89,7 +89,7 @@ def convert(
         sources: a folder (diffusers', ComfyUI's, mflux's, or a model folder of ours), an all-in-one file, or the
             files of the components one by one; or a filter: the classifier ViT or Pixtral, as published. Or any of it
             on the Hugging Face hub, as OWNER/NAME.
-        out: the model folder to make; None: in the home folder (`weights.home`), models/NAME-RECIPE or filters/NAME.
+        out: the model folder to make; None: in the home folder (`home.root`), models/NAME-RECIPE or filters/NAME.
         dtype: of every array that is not packed, and of scales: "bfloat16", "float16" or "float32"; None: bfloat16.
             The classifier is kept in float32.
         quantize: a row of `quantize.RECIPES`; None: what suits, "8", or "4" of Pixtral. The classifier is never

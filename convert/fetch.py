@@ -26,9 +26,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from mlx_flux_krea.errors import ModelError, UsageError
+from mlx_flux_krea.files import chunks, sha256
 
 from .hub import INCOMPLETE, WEIGHTS, File, Listing, explained, folder_of, is_repo_id, look, patiently, place_of
-from .reading import chunks, sha256
 
 _HEADER, _LONGEST_HEADER = 2**18, 2**26  # bytes that are asked for at first, and at most
 _GGUF_HEADER = 2**22  # the vocabulary of a T5 is in there, with 1 MB

@@ -10,7 +10,6 @@ The folder takes its final name only when everything in it is on disk and was re
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -22,11 +21,11 @@ from functools import partial
 from pathlib import Path
 
 from mlx_flux_krea.errors import ModelError, ResourceError, UsageError
-from mlx_flux_krea.files import bypass, forget
+from mlx_flux_krea.files import bypass, chunks, forget, read_json, sha256, sync_folder, try_lock
 from mlx_flux_krea.models.filter_config import SELF_TEST
-from mlx_flux_krea.weights import open_folder, read_json
+from mlx_flux_krea.weights import open_folder
 
-from .reading import chunks, hashing, sha256
+from .reading import hashing
 from .sources import is_model_folder
 
 _CACHED = 2**25  # bytes of a file that wait for the disk
@@ -158,7 +157,7 @@ class Folder:
         self._read_back(_LAST, lambda *_: None)
         open_folder(self.path).check()
         for folder in {file.path.parent for file in self._files.values()}:
-            _sync(folder)
+            sync_folder(folder)
 
     def _read_back(self, names: Sequence[str], progress: Callable[[int, int], None]) -> dict[str, str]:
         """The hashes of files."""
@@ -361,7 +360,7 @@ def _place(partial: Path, target: Path, force: bool) -> None:
         if isinstance(error, OSError) and error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
             raise UsageError(f"{target} appeared meanwhile", "a free name", "choose another with -o") from None
         raise
-    _sync(target.parent)
+    sync_folder(target.parent)
     if old.exists():
         old.rename(partial)  # as such it is deleted, by the next run at the latest
 
@@ -388,20 +387,15 @@ def _parents(target: Path) -> Iterator[None]:
 def _lock(target: Path) -> Iterator[None]:
     """No other conversion has this target in the block. The file is removed while it is locked."""
     path = _beside(target, "lock")
-    with open(path, "a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            ours = os.path.samestat(os.fstat(file.fileno()), os.stat(path))
-        except (BlockingIOError, FileNotFoundError):  # locked, or removed by its holder since we opened it
-            ours = False
-        if not ours:
-            raise UsageError(
-                f"another conversion is writing {target}", "one at a time", "wait for it, or choose another with -o"
-            )
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
+    lock = try_lock(path)
+    if lock is None:
+        found, todo = f"another conversion is writing {target}", "wait for it, or choose another with -o"
+        raise UsageError(found, "one at a time", todo)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(lock)
 
 
 def _recover(target: Path) -> None:
@@ -430,11 +424,3 @@ def _not_ours(target: Path) -> str | None:
 
 def _of_the_system(path: Path) -> bool:
     return path.name in _OF_THE_SYSTEM or path.name[:2] == "._"
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

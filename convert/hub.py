@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlx_flux_krea.errors import FluxKreaError, ModelError, ResourceError, UsageError, printable
+from mlx_flux_krea.files import sha256
 from mlx_flux_krea.weights import NETWORKS
 
 from .licence import LICENCE_NAMES
-from .reading import sha256
 
 TOKENIZER_FILES = (
     "vocab.json", "merges.txt", "tokenizer.json", "spiece.model", "tokenizer_config.json", "special_tokens_map.json",

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from mlx_flux_krea import __version__, presets
 from mlx_flux_krea.errors import ModelError
+from mlx_flux_krea.files import read_json
 from mlx_flux_krea.models import config as configs
 from mlx_flux_krea.models.filter_config import NSFW_VIT, PIXTRAL_12B, FilterIndex
-from mlx_flux_krea.weights import read_json
 
 from .layouts import Found
 from .sizes import require

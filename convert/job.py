@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from mlx_flux_krea import home
 from mlx_flux_krea.errors import ModelError, UsageError
 from mlx_flux_krea.models import config as configs
 from mlx_flux_krea.models.filter_config import FilterIndex
-from mlx_flux_krea.weights import COMPONENTS, FILTERS, home, layer_widths
+from mlx_flux_krea.weights import COMPONENTS, FILTERS, layer_widths
 
 from . import quantize as quantizing
 from .fetch import outlined
@@ -77,8 +78,8 @@ def decide(paths: list[Path], out, dtype: str | None, quantize: str | None, grou
     if kind == "nsfw" and (dtype, quantize) != _DEFAULTS[kind]:
         raise UsageError(f"the classifier in {dtype}, -q {quantize}", "float32, -q none", "leave --dtype and -q out")
     recipe = quantizing.find_recipe(quantize, group_size)
-    place = Path("models", f"{index.name}-{_label(recipe, dtype)}") if kind == "model" else Path("filters", kind)
-    path = Path(os.path.expanduser(out)) if out else home() / place
+    place = (home.MODELS, f"{index.name}-{_label(recipe, dtype)}") if kind == "model" else (home.FILTERS, kind)
+    path = Path(os.path.expanduser(out)) if out else home.path(*place)
     tokens = find_tokenizers(found, plans, tokenizers)
     layers, left, notes = {}, {}, ()
     for name, (config, _) in plans.items():
@@ -112,7 +113,7 @@ class Outline:
 
     def target(self, quantize: str) -> Path:
         """Where `convert` puts a model in this precision, and bfloat16."""
-        return home() / "models" / f"{self.index.name}-{_label(quantizing.find_recipe(quantize, None), 'bfloat16')}"
+        return home.path(home.MODELS, f"{self.index.name}-{_label(quantizing.find_recipe(quantize, None), 'bfloat16')}")
 
 
 def examine(sources: Sequence[str | Path], *, tokenizers: str | Path | None = None, offline: bool = False) -> Outline:

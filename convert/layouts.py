@@ -10,10 +10,11 @@ from functools import cache
 from mlx.utils import tree_flatten
 
 from mlx_flux_krea.errors import ModelError
+from mlx_flux_krea.files import read_json
 from mlx_flux_krea.models import config as configs
 from mlx_flux_krea.models.config import VAEConfig
 from mlx_flux_krea.models.filter_config import NSFW_VIT, PIXTRAL_12B, PixtralConfig
-from mlx_flux_krea.weights import FILTERS, NETWORKS, build, read_json
+from mlx_flux_krea.weights import FILTERS, NETWORKS, build
 
 from . import decode, maps, sizes
 from .remap import Misfit, Plan, plan

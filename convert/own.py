@@ -4,9 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlx_flux_krea.errors import ModelError
+from mlx_flux_krea.files import read_json
 from mlx_flux_krea.models.config import ModelIndex
 from mlx_flux_krea.models.filter_config import FilterIndex
-from mlx_flux_krea.weights import ModelFolder, open_folder, read_json
+from mlx_flux_krea.weights import ModelFolder, open_folder
 
 from .layouts import Found, Layout, target_shapes
 from .quantize import Layers

@@ -10,14 +10,14 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from mmap import mmap
 from pathlib import Path
 
 import numpy as np
 
 from mlx_flux_krea.errors import ModelError
-from mlx_flux_krea.files import PAGE, forget, open_direct
+from mlx_flux_krea.files import PAGE, fill, forget, open_direct, unreadable
 
 from .sources import Tensor
 
@@ -106,9 +106,9 @@ class Reading:
         if buffer is None or pages > _BUFFER:
             buffer = mmap(-1, max(pages, PAGE))
         try:
-            is_whole = _fill(file, memoryview(buffer)[:pages], start - skip, skip + size)
+            is_whole = fill(file, memoryview(buffer)[:pages], start - skip, skip + size)
         except OSError as error:
-            raise _unreadable(path, error) from None
+            raise unreadable(path, error) from None
         if not is_whole:
             raise ModelError(f"{path} ended inside {what}", "a complete file", "copy or download it again")
         data = np.frombuffer(buffer, np.uint8, size, skip)
@@ -120,7 +120,7 @@ class Reading:
             try:
                 self._open = path, open_direct(path)
             except OSError as error:
-                raise _unreadable(path, error) from None
+                raise unreadable(path, error) from None
         return self._open[1]
 
     def _close(self) -> None:
@@ -146,62 +146,3 @@ def hashing(
             yield {name: pool.submit(read, stop, done) for name, read in readers.items()}
         finally:
             stop.set()
-
-
-def sha256(path: Path, stop: threading.Event | None = None, done: Callable[[int], None] = lambda count: None) -> str:
-    """Of a file, in hexadecimal.
-
-    Args:
-        path: the file.
-        stop: ends it early.
-        done: called with the bytes just hashed.
-
-    Raises:
-        CancelledError: `stop` was set.
-        ModelError: the file cannot be read.
-    """
-    digest = hashlib.sha256()
-    for chunk in chunks(path, stop):
-        digest.update(chunk)
-        done(len(chunk))
-    return digest.hexdigest()
-
-
-def chunks(path: Path, stop: threading.Event | None = None) -> Iterator[memoryview]:
-    """All of a file, piece after piece; each is there until the next is asked for.
-
-    Raises:
-        CancelledError: `stop` was set.
-        ModelError: the file cannot be read.
-    """
-    try:
-        file, buffer = open_direct(path), memoryview(mmap(-1, _CHUNK))
-        try:
-            size = os.fstat(file).st_size
-            for start in range(0, size, _CHUNK):
-                if stop and stop.is_set():
-                    raise CancelledError
-                count = min(_CHUNK, size - start)
-                if not _fill(file, buffer, start, count):
-                    raise ModelError(f"{path} became shorter while it was read", "a file that nobody changes")
-                yield buffer[:count]
-                forget(file, start, count)
-        finally:
-            os.close(file)
-    except OSError as error:
-        raise _unreadable(path, error) from None
-
-
-def _fill(file: int, pages: memoryview, start: int, need: int) -> bool:
-    """Reads what a buffer holds, from the beginning of a page. Gives whether the file has as much as is needed."""
-    done = 0
-    while done < need:
-        end = done + os.preadv(file, [pages[done:]], start + done)
-        before, done = done, end if end >= need else end // PAGE * PAGE
-        if done == before:
-            return False
-    return True
-
-
-def _unreadable(path: Path, error: OSError) -> ModelError:
-    return ModelError(f"{path} cannot be read: {error.strerror}", "a file that can")

@@ -14,7 +14,8 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_flux_krea.errors import ModelError, printable
-from mlx_flux_krea.weights import COMPONENTS, NETWORKS, read_header, read_json
+from mlx_flux_krea.files import read_json
+from mlx_flux_krea.weights import COMPONENTS, NETWORKS, read_header
 
 from .decode import COMPOUNDS, GROUP_SIZE, PARTS
 from .gguf_header import read_gguf

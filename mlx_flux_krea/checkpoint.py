@@ -24,8 +24,10 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.numpy import save
 
+from . import home
 from .errors import FluxKreaError, UsageError
-from .weights import home, read_header
+from .files import try_lock
+from .weights import read_header
 
 logger = logging.getLogger("mlx_flux_krea")
 
@@ -182,7 +184,7 @@ class Checkpoint:
 
 def folder() -> Path:
     """Where files of unfinished runs lie."""
-    return home() / "interrupted"
+    return home.path(home.CHECKPOINTS)
 
 
 def unfinished() -> list[Path]:
@@ -215,14 +217,8 @@ def find(name: str | None) -> Path:
 
 def _locked(path: Path) -> int:
     """The file, open and locked."""
-    descriptor = os.open(path, os.O_RDWR)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.path.samestat(os.fstat(descriptor), os.stat(path)):
-            return descriptor
-    except OSError:
-        pass
-    os.close(descriptor)
+    if (descriptor := try_lock(path, create=False)) is not None:
+        return descriptor
     raise UsageError(f"the run of {path} is still going on", "one that has ended", "wait for it, or stop it")
 
 

@@ -16,9 +16,11 @@ from PIL import Image
 
 from .checkpoint import Checkpoint
 from .errors import UsageError
+from .files import sha256_if_exists
 from .filters.acknowledgement import check_acknowledged
 from .filters.gate import Policy, open_gate
 from .generator import Painter, Progress, Watched
+from .home import find_model
 from .memory import Plan, Weights, parse_memory, weigh_folder
 from .memory import plan as make_plan
 from .models.config import to_json
@@ -26,7 +28,7 @@ from .models.transformer import Flux
 from .models.vae import VAE, pixels_from_image, pixels_to_bytes
 from .provenance import SOFTWARE
 from .request import Request, Result, check_values, open_image
-from .weights import DTYPES, ModelFolder, find_model, open_model, sha256
+from .weights import DTYPES, ModelFolder, open_model
 from .worker import Engine
 
 __all__ = ["FluxPipeline", "Request", "Result"]
@@ -340,7 +342,7 @@ class FluxPipeline:
         """A gate whose log knows this model, by what a picture's record says of it."""
         about = {name: record[name] for name in _LOGGED} | {
             "license": self.folder.index.license,
-            "license_sha256": sha256(self.folder.path / "LICENSE.md"),
+            "license_sha256": sha256_if_exists(self.folder.path / "LICENSE.md"),
         }
         return open_gate(self.policy, partial(self._painter.runner, "check"), self._margins, self._ready, **about)
 
@@ -400,7 +402,7 @@ class FluxPipeline:
             "mlx": version("mlx"),
             "model": self.folder.index.name,
             "base": self.folder.index.base,
-            "manifest_sha256": sha256(self.folder.path / "manifest.json"),
+            "manifest_sha256": sha256_if_exists(self.folder.path / "manifest.json"),
             "dtype": self.dtype,
             "quantization": {name: str(most) for name, (most, _) in self.folder.quantization.items()},
             "schedule": to_json(self.folder.index.schedule),

@@ -11,14 +11,11 @@ Formats that cannot carry all this are refused.
 
 import contextlib
 import copy
-import errno
-import glob
 import io
 import json
 import logging
 import os
 import re
-import threading
 import warnings
 from collections.abc import Callable, Iterator
 from html import escape, unescape  # those of xml.sax bring all of urllib
@@ -27,7 +24,8 @@ from pathlib import Path
 from PIL import ExifTags, Image, PngImagePlugin
 
 from . import __version__
-from .errors import ResourceError, UsageError
+from .errors import UsageError
+from .files import replacing
 
 logger = logging.getLogger("mlx_flux_krea")
 
@@ -154,56 +152,6 @@ def check_quality(quality: int | None, format: str) -> None:
         raise UsageError("quality does nothing in a PNG, which loses nothing", "JPEG or WebP", "leave it out")
     if quality is not None and (type(quality) is not int or not 1 <= quality <= 100):
         raise UsageError(f"quality is {quality!r}", "a whole number from 1 to 100")
-
-
-@contextlib.contextmanager
-def replacing(path: Path, force: bool = True):
-    """A file open for writing that takes its name when it is complete, and leaves nothing otherwise.
-
-    Raises:
-        FileExistsError: without `force`, the name is taken, also where it was free when the block began.
-        UsageError: the path cannot be written.
-        ResourceError: the disk is full.
-    """
-    partial = path.with_name(_partial(path.name, os.getpid(), threading.get_native_id()))
-    try:
-        with open(partial, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        if not force:
-            _claim(partial, path)
-        os.replace(partial, path)
-    except FileExistsError:
-        raise
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise ResourceError(f"the disk of {path} is full", "", "make room, or choose another place") from None
-        raise UsageError(f"{path} cannot be written: {error.strerror or error}", "", "choose another place") from None
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-
-
-def remove_partials(path: Path, process: int) -> None:
-    """Deletes what `replacing` left beside a path in a process that was killed."""
-    for partial in path.parent.glob(_partial(glob.escape(path.name), process, "*")):
-        with contextlib.suppress(OSError):
-            partial.unlink()
-
-
-def _partial(name: str, process: int, thread: int | str) -> str:
-    return f".{name}.{process}-{thread}.partial"
-
-
-def _claim(partial: Path, path: Path) -> None:
-    """Gives the file its name where nobody has it: a second link, or where disks have none (exFAT), an empty file."""
-    try:
-        os.link(partial, path)
-    except FileExistsError:
-        raise
-    except OSError:
-        open(path, "xb").close()
 
 
 @contextlib.contextmanager

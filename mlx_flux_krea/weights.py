@@ -26,13 +26,11 @@ first evaluated, and a cast to another compute type never holds two copies of th
 """
 
 import functools
-import hashlib
 import json
 import os
 import re
 import shlex
 import struct
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,7 +39,9 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from safetensors import SafetensorError, safe_open
 
+from . import home
 from .errors import ModelError, amount
+from .files import read_json
 from .models import config as configs
 from .models.clip import CLIPText
 from .models.filter_config import FilterIndex, PixtralConfig, ViTConfig
@@ -75,7 +75,6 @@ KINDS = {
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # MLX's names, and those of safetensors
 PACKED = {mx.uint32: "U32", mx.uint8: "U8"}  # of quantized layers, whatever the folder's type
 INDEX = "model.safetensors.index.json"
-NANO = Path(__file__).parent / "nano" / "model"  # comes with the package
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 
@@ -87,15 +86,6 @@ class TensorInfo:
     shape: tuple[int, ...]
     start: int  # bytes from the beginning of the file
     end: int
-
-
-def home() -> Path:
-    """Where converted models live: $FLUX_KREA_HOME, else the platform's folder for application data."""
-    if os.environ.get("FLUX_KREA_HOME"):
-        return Path(os.path.expanduser(os.environ["FLUX_KREA_HOME"]))
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Application Support" / "flux-krea"
-    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "flux-krea"
 
 
 def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
@@ -122,28 +112,6 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
         for name, t in header.items()
     }
     return infos, metadata
-
-
-def read_json(path: Path) -> dict:
-    """A JSON object from a file.
-
-    Raises:
-        ModelError: missing, not JSON, or not an object.
-    """
-    try:
-        obj = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelError(f"{path} is missing") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{path} cannot be read: {error}", "a JSON file") from None
-    if not isinstance(obj, dict):
-        raise ModelError(f"{path} holds a {type(obj).__name__}", "a JSON object")
-    return obj
-
-
-def sha256(path: Path) -> str | None:
-    """Of a small file, such as a folder's manifest.json, which stands for all of it; None where there is none."""
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None
 
 
 @dataclass(frozen=True)
@@ -263,7 +231,7 @@ class ModelFolder:
                 arrays.append((name, array if array.dtype in PACKED else array.astype(dtype)))
         module.load_weights(arrays, strict=True)
         module.eval()
-        choose_products(module, dtype, home() / "products.json")
+        choose_products(module, dtype, home.path(home.PRODUCTS))
         return module
 
     def _skeleton(self, component: str) -> tuple[nn.Module, dict[str, tuple[Path, TensorInfo]]]:
@@ -333,7 +301,7 @@ def open_filter(name: str, path: Path | None = None) -> ModelFolder:
     Raises:
         ModelError: not there, not such a folder, or a field missing or wrong.
     """
-    path = path or home() / "filters" / name
+    path = path or home.path(home.FILTERS, name)
     if not path.exists():
         todo = "convert a downloaded one: flux-krea convert FOLDER"
         raise ModelError(f"there is no filter at {path}", f"{NETWORKS[name][1].__name__}, converted", todo)
@@ -381,55 +349,6 @@ def open_folder(path: Path) -> ModelFolder:
     if kind == "FluxPipeline":
         configs.check_parts(*(sizes[name] for name in ("transformer", "text_encoder_2", "text_encoder", "vae")))
     return ModelFolder(path, kind, index, sizes, dtypes, quantization)
-
-
-def installed_models() -> dict[str, Path]:
-    """The folders of installed models by their names. Hidden ones are half-made."""
-    found = (home() / "models").glob("*/model_index.json")
-    return {p.parent.name: p.parent for p in sorted(found) if not p.parent.name.startswith(".")}
-
-
-def default_model() -> str | None:
-    """The model that is meant where none is named: `model` in config.json of the home folder (`flux-krea config`).
-
-    Raises:
-        ModelError: the file is damaged.
-    """
-    path = home() / "config.json"
-    model = read_json(path).get("model") if path.exists() else None
-    return model if isinstance(model, str) else None
-
-
-def named(model: str | os.PathLike) -> Path:
-    """The folder of an installed model, or of `nano`, if nothing lies at a path of that name; else the path."""
-    path = Path(os.path.expanduser(model))
-    return path if path.exists() else ({"nano": NANO} | installed_models()).get(str(model), path)
-
-
-def find_model(model: str | os.PathLike | None) -> Path:
-    """The folder meant by a path, by the name of an installed model or `nano`, or by nothing (the default, or the only
-    installed one).
-
-    Raises:
-        ModelError: nothing there, or more than one where none was named.
-    """
-    model = default_model() if model is None else model
-    if model is None:
-        installed = installed_models()
-        if len(installed) == 1:
-            return next(iter(installed.values()))
-        if installed:
-            todo = "name one with -m, or once and for all: flux-krea models default NAME"
-            raise ModelError(f"several models are installed: {', '.join(installed)}", "", todo)
-        todo = "install one: flux-krea setup, name a folder with -m, or play with the small one: -m nano"
-        raise ModelError(f"no model is installed in {home() / 'models'}", "", todo)
-    path = named(model)
-    if not path.exists():
-        known = f"a path, or one of {', '.join(['nano', *installed_models()])}"
-        raise ModelError(
-            f"there is no model {str(model)!r}", known, "convert a downloaded folder: flux-krea convert FOLDER"
-        )
-    return path
 
 
 def check_tensors(where: Path, found: dict, expected: dict) -> None:

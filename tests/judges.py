@@ -7,7 +7,8 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_flux_krea.filters import judges as filters_judges
-from mlx_flux_krea.weights import home, read_header
+from mlx_flux_krea.home import root as home
+from mlx_flux_krea.weights import read_header
 
 EYE = {"weight": [9.0, -4.0, 1.0], "bias": [-9.0]}  # of mean red, green and blue
 NAMES = ("mickey", "pikachu")

@@ -21,12 +21,12 @@ import pytest
 from helpers import PIPELINE, ROOT, SINGLE_FILES, TOKENIZERS, edit_json, edit_tensors, levels, without_guidance
 from mlx_flux_krea.convert import convert, index, layouts, maps, remap, write
 from mlx_flux_krea.convert import folder as folders
-from mlx_flux_krea.convert.reading import sha256
 from mlx_flux_krea.convert.sources import open_sources
 from safetensors import safe_open
 
 from mlx_flux_krea import FluxPipeline
 from mlx_flux_krea.errors import ModelError, ResourceError, UsageError
+from mlx_flux_krea.files import sha256
 from mlx_flux_krea.models import config as configs
 from mlx_flux_krea.weights import COMPONENTS, open_model, read_header
 

@@ -12,8 +12,8 @@ import pytest
 from helpers import ROOT, run_command
 from PIL import Image
 
+from mlx_flux_krea.home import NANO
 from mlx_flux_krea.provenance import read_record
-from mlx_flux_krea.weights import NANO
 
 
 def test_the_help_pages_are_current():

@@ -599,7 +599,7 @@ import os, sys, time
 sys.path.insert(0, sys.argv[1])
 import judges
 from mlx_flux_krea import cli
-from mlx_flux_krea import provenance
+from mlx_flux_krea import files
 from mlx_flux_krea.filters import judges as filters_judges, ledger, log
 filters_judges.load_judge = judges.load_judge
 number, moment, pause = int(sys.argv[2]), sys.argv[3], float(sys.argv[4])
@@ -619,7 +619,7 @@ at("handing over", ledger.Ledger, "hand_over")
 at("released", log.Log, "append", lambda self, event, *rest: event == "released", after=True)
 at("saving", ledger.Ledger, "release")
 at("written", log.Log, "append", lambda self, event, *rest: event == "written", after=True)
-at("placed", provenance.os, "replace", lambda partial, path: str(path).endswith("out.png"), after=True)
+at("placed", files.os, "replace", lambda partial, path: str(path).endswith("out.png"), after=True)
 cli.main(sys.argv[5:])
 """
 CODES = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGKILL: -signal.SIGKILL}
@@ -747,10 +747,11 @@ def test_a_log_that_really_has_no_room_releases_nothing(strict, filters, out, ho
 
 
 def test_a_quarantine_without_room_releases_nothing(command, strict, filters, out, monkeypatch):
-    def full(*args):
-        raise OSError(28, os.strerror(28))
+    def full(file):
+        if os.fstat(file).st_size > 1000:  # a picture, and not the head of the log
+            raise OSError(28, os.strerror(28))
 
-    monkeypatch.setattr("mlx_flux_krea.provenance.os.fsync", full)
+    monkeypatch.setattr("mlx_flux_krea.files.os.fsync", full)
     monkeypatch.setattr("mlx_flux_krea.filters.log.os", type("os", (), {**vars(os), "fsync": lambda number: None}))
     withheld(command("generate", CAT, "-m", strict, *OPTIONS), 8, "is full", out)
 

@@ -16,7 +16,7 @@ from mlx_flux_krea.checkpoint import Checkpoint
 from mlx_flux_krea.errors import ModelError
 from mlx_flux_krea.filters import judges
 from mlx_flux_krea.filters.ledger import Ledger, Verdict
-from mlx_flux_krea.weights import find_model
+from mlx_flux_krea.home import find_model
 from mlx_flux_krea.worker import Engine
 
 

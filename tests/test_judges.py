@@ -22,8 +22,9 @@ from mlx_flux_krea import FluxPipeline
 from mlx_flux_krea.errors import FiltersError
 from mlx_flux_krea.filters import judges
 from mlx_flux_krea.filters.instructions import CANARIES
+from mlx_flux_krea.home import root as home
 from mlx_flux_krea.models.filter_config import NSFW_SHA256
-from mlx_flux_krea.weights import home, open_filter
+from mlx_flux_krea.weights import open_filter
 from mlx_flux_krea.worker import Engine
 
 ALLOWED, FORBIDDEN = "a cat on a wall", "a famous mouse"

@@ -195,7 +195,7 @@ def test_a_full_disk_of_the_output_is_said_and_leaves_nothing(ledger, out, monke
 @pytest.mark.parametrize(("number", "error"), [(28, ResourceError), (30, FiltersError)])
 def test_a_quarantine_that_cannot_be_written_keeps_nothing(ledger, monkeypatch, number, error):
     with ledger.run("filters") as run:
-        monkeypatch.setattr("mlx_flux_krea.provenance.os.replace", fails(number))
+        monkeypatch.setattr("mlx_flux_krea.files.os.replace", fails(number))
         with pytest.raises(error):
             run.keep(PIXELS, RECORD)
         monkeypatch.undo()

@@ -15,10 +15,12 @@ from pathlib import Path
 import pytest
 from helpers import PIPELINE, TOKENIZERS
 from mlx_flux_krea.convert import convert, decode, reading, remap
-from mlx_flux_krea.convert.reading import hashing, sha256
+from mlx_flux_krea.convert.reading import hashing
 from mlx_flux_krea.convert.sources import Tensor, open_sources
 
+from mlx_flux_krea import files as disk
 from mlx_flux_krea.errors import ModelError
+from mlx_flux_krea.files import sha256
 
 
 @pytest.fixture
@@ -101,7 +103,7 @@ def test_a_file_that_ends_while_it_is_read_is_named(source, monkeypatch, large):
 def test_a_file_that_becomes_shorter_while_it_is_hashed_ends_it(tmp_path, left):
     path = tmp_path / "file"
     path.write_bytes(bytes(3 * reading._CHUNK))
-    chunks = reading.chunks(path)
+    chunks = disk.chunks(path)
     assert len(next(chunks)) == reading._CHUNK
     os.truncate(path, reading._CHUNK + left)
     with pytest.raises(ModelError, match="became shorter while it was read"):

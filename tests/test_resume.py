@@ -32,8 +32,8 @@ import os, sys, time
 sys.path.insert(0, sys.argv[1])
 import judges
 from mlx_flux_krea import cli
-from mlx_flux_krea import checkpoint as interrupted, provenance
-from mlx_flux_krea.commands import delivery
+from mlx_flux_krea import checkpoint as interrupted, files
+from mlx_flux_krea.commands.shared import delivery
 from mlx_flux_krea.commands.shared.terminal import PipelineProgress
 from mlx_flux_krea.filters import judges as filters_judges
 filters_judges.load_judge = judges.load_judge
@@ -45,12 +45,12 @@ def strike(*where):
         struck.append(os.kill(os.getpid(), number))
         time.sleep(0.5)
 PipelineProgress.__call__ = lambda self, *where: strike(*where)
-claim, save = provenance._claim, delivery.save
+claim, save = files._claim, delivery.save
 def claim_and_strike(*paths):
     strike("write", 0)
     named.append(claim(*paths))
     strike("named", len(named))
-provenance._claim = claim_and_strike
+files._claim = claim_and_strike
 delivery.save = lambda *args, **more: (save(*args, **more), strike("saved", len(named)))[0]
 cli.main(sys.argv[5:])"""
 
@@ -170,7 +170,7 @@ def test_a_failed_decode_or_a_full_disk_is_tried_again_and_nothing_is_sampled_ag
 
     with failing("decode", 1) if what == "decoding" else pytest.MonkeyPatch.context() as patch:
         if patch:
-            patch.setattr("mlx_flux_krea.provenance._claim", full)
+            patch.setattr("mlx_flux_krea.files._claim", full)
         code, out, err = generate()
     assert (code, out) == (1 if what == "decoding" else 8, "")
     assert "go on with: flux-krea resume" in err

@@ -36,7 +36,7 @@ LICENCE = "# A Non-Commercial License\n\nFor déjà vu alone.\n"
 PROGRAM = f"""
 import dataclasses, json, os, socket, sys
 from pathlib import Path
-from mlx_flux_krea import config
+from mlx_flux_krea.models import config
 tiny = json.loads(Path(os.environ["TINY"], "config.json").read_text())
 tiny.pop("dtype"), tiny.pop("quantization", None)
 config.FLUX_DEV = config.from_json(config.FluxConfig, tiny, "the tiny one")

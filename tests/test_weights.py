@@ -16,8 +16,10 @@ from helpers import PIPELINE, REFERENCE, edit_json, edit_tensors, full_size_fold
 
 from mlx_flux_krea import FluxPipeline
 from mlx_flux_krea.errors import ModelError
+from mlx_flux_krea.home import NANO, find_model
+from mlx_flux_krea.home import root as home
 from mlx_flux_krea.models import config as configs
-from mlx_flux_krea.weights import NANO, ModelFolder, find_model, home, open_model
+from mlx_flux_krea.weights import ModelFolder, open_model
 
 
 @pytest.fixture

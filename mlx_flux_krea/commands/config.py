@@ -73,7 +73,7 @@ def set_model(name: str | None) -> None:
 
 
 def _write(options: dict) -> None:
-    from mlx_flux_krea.provenance import replacing
+    from mlx_flux_krea.files import replacing
 
     check_together(_checked(options, _path()))
     make_folder(_path().parent)
@@ -94,9 +94,9 @@ def make_folder(path: Path) -> None:
 
 
 def _path() -> Path:
-    from mlx_flux_krea.weights import home
+    from mlx_flux_krea import home
 
-    return home() / "config.json"
+    return home.path(home.SETTINGS)
 
 
 def _read() -> dict:

@@ -96,7 +96,8 @@ def convert(
 def make(sources: list[str | Path], output: Path | None = None, **options):
     """Converts with a line of progress, and tries what is a filter. A source may also be the name of a model."""
     from mlx_flux_krea.convert import convert as run
-    from mlx_flux_krea.weights import FILTERS, named
+    from mlx_flux_krea.home import named
+    from mlx_flux_krea.weights import FILTERS
 
     from .shared import macos, trials
     from .shared.terminal import ByteProgress

@@ -62,11 +62,11 @@ def doctor(full, as_json):
 
 def without_paths(text: str) -> str:
     """The text without the folders that tell who and where somebody is."""
-    from mlx_flux_krea.weights import home
+    from mlx_flux_krea import home
 
     places = {str(Path.home()): "~"}
     if os.environ.get("FLUX_KREA_HOME"):
-        places[str(home())] = "$FLUX_KREA_HOME"
+        places[str(home.root())] = "$FLUX_KREA_HOME"
     places |= {os.path.realpath(place): name for place, name in places.items()}
     for place in sorted(places.keys() - {"/"}, key=len, reverse=True):
         text = text.replace(place, places[place])
@@ -104,13 +104,13 @@ def _machine(full: bool) -> list:
 
 
 def _disk(full: bool) -> list:
-    from mlx_flux_krea.weights import home
+    from mlx_flux_krea import home
 
     from .shared.estimates import home_disk
     from .shared.terminal import size
 
     place, free = home_disk()
-    wrong = ResourceError(f"{size(free)} are free on the disk of {home()}", "1 GB") if free < 10**9 else None
+    wrong = ResourceError(f"{size(free)} are free on the disk of {home.root()}", "1 GB") if free < 10**9 else None
     try:
         speed = f"reads {read_speed(place) / 1e9:.1f} GB/s"
     except OSError as error:
@@ -145,8 +145,8 @@ def read_speed(place: Path) -> float:
 
 
 def _filters(full: bool) -> list:
+    from mlx_flux_krea import home
     from mlx_flux_krea.filters.judges import FILTERS, INSTALL
-    from mlx_flux_krea.weights import home
 
     from .shared import trials
     from .shared.installed import find_installed
@@ -154,7 +154,7 @@ def _filters(full: bool) -> list:
     needed = any(one.filters == "required" for one in find_installed())
     rows = []
     for name in FILTERS:
-        path, error = home() / "filters" / name, None
+        path, error = home.path(home.FILTERS, name), None
         if not path.is_dir():
             error = (
                 FiltersError("not installed, and a model here requires it", "", "flux-krea setup") if needed else None
@@ -174,10 +174,10 @@ def _filters(full: bool) -> list:
 
 
 def _log(full: bool) -> list:
+    from mlx_flux_krea import home
     from mlx_flux_krea.filters.log import Log
-    from mlx_flux_krea.weights import home
 
-    log = Log(home() / "log")
+    log = Log(home.path(home.LOG))
     return [
         ("log", f"{amount(len(log.read()), 'entry', 'entries')}, unbroken" if log.path.exists() else "none yet", None)
     ]

@@ -116,11 +116,12 @@ def make_run(run, as_json: bool, pipe=None, ends: bool = True, skipped: Sequence
 def open_pipe(base: dict):
     """The pipeline of the model that was named; else, of a picture to be repeated, the installed one that made it."""
     from mlx_flux_krea import FluxPipeline
-    from mlx_flux_krea.weights import installed_models, sha256
+    from mlx_flux_krea.files import sha256_if_exists
+    from mlx_flux_krea.home import installed_models
 
     model, made_by = base.get("model"), base.get("manifest_sha256")
     if model is None and made_by:
-        found = (path for path in installed_models().values() if sha256(path / "manifest.json") == made_by)
+        found = (path for path in installed_models().values() if sha256_if_exists(path / "manifest.json") == made_by)
         model = next(found, None)
     said = {name: base[name] for name in OF_THE_PIPELINE if name in base}
     return FluxPipeline.from_pretrained(model, **said)
@@ -223,10 +224,10 @@ def _announce(pipe, base: dict, drawings: list) -> None:
 
 def _differences(pipe, base: dict, drawings: list) -> list[str]:
     """What of the making of a picture that is repeated is not repeated: its weights, its tiles."""
-    from mlx_flux_krea.weights import sha256
+    from mlx_flux_krea.files import sha256_if_exists
 
     notes, folder = [], pipe.folder.path
-    if "manifest_sha256" in base and sha256(folder / "manifest.json") != base["manifest_sha256"]:
+    if "manifest_sha256" in base and sha256_if_exists(folder / "manifest.json") != base["manifest_sha256"]:
         notes.append(f"{base['from_']} was made with other weights than those of {folder}")
     if base.get("tiled") and not all(pipe.plan(drawing.request).tiled for drawing in drawings):
         why = "memory was too little for the whole, which now is developed as one"

@@ -20,8 +20,8 @@ def inspect(path, as_json):
     """
     from mlx_flux_krea.convert.sources import is_model_folder
     from mlx_flux_krea.errors import ModelError, printable
+    from mlx_flux_krea.home import named
     from mlx_flux_krea.provenance import FORMATS
-    from mlx_flux_krea.weights import named
 
     path = named(path)
     if not path.exists():

@@ -50,8 +50,8 @@ def export():
 
 def _read():
     """Path and entries of the log, which need not exist."""
+    from mlx_flux_krea import home
     from mlx_flux_krea.filters.log import Log
-    from mlx_flux_krea.weights import home
 
-    log = Log(home() / "log")
+    log = Log(home.path(home.LOG))
     return log.path, log.read() if log.path.exists() else []

@@ -25,7 +25,7 @@ def models(context, as_json):
     if context.invoked_subcommand:
         return
 
-    from mlx_flux_krea.weights import home
+    from mlx_flux_krea import home
 
     from .shared.installed import find_installed
     from .shared.terminal import say, size, table
@@ -40,7 +40,7 @@ def models(context, as_json):
             rows.append((one.name, one.kind, size(one.bytes), one.precision, one.license, state))
         click.echo(table(rows, right=(2,)))
     else:
-        say(f"nothing is installed in {home()}: flux-krea setup")
+        say(f"nothing is installed in {home.root()}: flux-krea setup")
 
 
 @models.command()
@@ -63,7 +63,7 @@ def default(name):
 def rm(name, yes):
     """Delete the model or filter NAME."""
     from mlx_flux_krea.convert.folder import remove_folder
-    from mlx_flux_krea.weights import default_model
+    from mlx_flux_krea.home import default_model
 
     from .config import set_model
     from .shared.terminal import agreed, say, size

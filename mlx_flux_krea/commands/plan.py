@@ -37,9 +37,10 @@ def _model(model: str, width: int | None, height: int | None, budget: int, dtype
     """The stages of a run with one model folder."""
     import mlx.core as mx
 
+    from mlx_flux_krea.home import find_model
     from mlx_flux_krea.memory import plan as make_plan
     from mlx_flux_krea.memory import weigh_folder
-    from mlx_flux_krea.weights import find_model, open_model
+    from mlx_flux_krea.weights import open_model
 
     from .shared.installed import disk_bytes
     from .shared.terminal import size, table

@@ -7,14 +7,15 @@ from pathlib import Path
 
 import click
 
+from mlx_flux_krea import home
 from mlx_flux_krea.errors import UsageError
 
 KINDS = {  # in the order in which they are deleted, with the folder of each
-    "weights": ("models", "all installed models"),
-    "filters": ("filters", "both content filters"),
-    "logs": ("log", "the log of checks and releases, which is what shows that the licence was kept"),
-    "quarantine": ("quarantine", "all pictures that wait for review"),
-    "unfinished": ("interrupted", "what unfinished runs have kept, prompts among it"),
+    "weights": (home.MODELS, "all installed models"),
+    "filters": (home.FILTERS, "both content filters"),
+    "logs": (home.LOG, "the log of checks and releases, which is what shows that the licence was kept"),
+    "quarantine": (home.QUARANTINE, "all pictures that wait for review"),
+    "unfinished": (home.CHECKPOINTS, "what unfinished runs have kept, prompts among it"),
 }
 
 
@@ -38,8 +39,6 @@ def purge(yes, as_json, **kinds):
     Example:
       flux-krea purge --weights --filters
     """
-    from mlx_flux_krea.weights import home
-
     from .shared.installed import disk_bytes
     from .shared.terminal import agreed, is_typed, say, size
 
@@ -49,7 +48,7 @@ def purge(yes, as_json, **kinds):
         raise UsageError("nothing was named that should go", names, "name one or more of them")
     freed = {}
     for kind in chosen or KINDS:
-        folder, what = home() / KINDS[kind][0], KINDS[kind][1]
+        folder, what = home.path(KINDS[kind][0]), KINDS[kind][1]
         if not os.path.lexists(folder):
             if chosen:
                 say(f"{kind}: nothing is there")
@@ -79,7 +78,7 @@ def _delete(folder: Path) -> tuple[int, list[Path]]:
 
 
 def _delete_models(folder: Path) -> tuple[int, list[Path]]:
-    from mlx_flux_krea.weights import default_model, installed_models
+    from mlx_flux_krea.home import default_model, installed_models
 
     from .config import set_model
 

@@ -28,7 +28,8 @@ def tool_schema(model):
     """
     base, defaults = presets.KREA.base, presets.KREA.defaults
     if model:
-        from mlx_flux_krea.weights import find_model, open_model
+        from mlx_flux_krea.home import find_model
+        from mlx_flux_krea.weights import open_model
 
         index = open_model(find_model(model)).index
         base, defaults = index.base, index.defaults

@@ -109,7 +109,7 @@ def _weights(it: Installation) -> str:
 def _installed(said: dict) -> Path | None:
     """The folder of the model that is meant, where it is installed and whole."""
     from mlx_flux_krea.convert.sources import is_model_folder
-    from mlx_flux_krea.weights import installed_models
+    from mlx_flux_krea.home import installed_models
 
     from .shared.installed import find_installed, missing_parts
 
@@ -152,12 +152,12 @@ def _was_made_of(path: Path, sources: tuple[str, ...]) -> bool:
 
 def _is_untried(name: str) -> bool:
     """Whether a filter is whole but for its self-test: it was interrupted there."""
+    from mlx_flux_krea import home
     from mlx_flux_krea.models.filter_config import SELF_TEST
-    from mlx_flux_krea.weights import home
 
     from .shared.installed import missing_parts
 
-    folder = home() / "filters" / name
+    folder = home.path(home.FILTERS, name)
     try:
         return not (folder / SELF_TEST).exists() and missing_parts(folder) is None
     except ModelError:
@@ -243,7 +243,7 @@ def _licence(it: Installation) -> str:
 
 def _room(it: Installation) -> str:
     """What will be fetched and made, whether it fits, and in which precision."""
-    from mlx_flux_krea.weights import home
+    from mlx_flux_krea import home
 
     from .shared import estimates
     from .shared.terminal import is_typed, say, size, table
@@ -263,7 +263,7 @@ def _room(it: Installation) -> str:
     say(f"{estimates.minutes(seconds)} is computed, not measured: {estimates.ASSUMED}")
     if free < need:
         todo = "make room, or name another place in $FLUX_KREA_HOME"
-        raise ResourceError(f"{size(free)} are free on the disk of {home()}", size(need), todo)
+        raise ResourceError(f"{size(free)} are free on the disk of {home.root()}", size(need), todo)
     if is_typed() and not click.confirm("Go on?", default=True, err=True):
         raise UsageError("nothing was installed", "", "start again whenever you like")
     return f"{size(need)} of {size(free)} free on the disk"
@@ -293,7 +293,8 @@ def _choose_precision(it: Installation, free: int) -> None:
 
 def _model(it: Installation) -> str:
     """The model, converted."""
-    from mlx_flux_krea.weights import default_model, installed_models, open_model
+    from mlx_flux_krea.home import default_model, installed_models
+    from mlx_flux_krea.weights import open_model
 
     from .config import set_model
     from .shared.installed import missing_parts
@@ -312,7 +313,7 @@ def _model(it: Installation) -> str:
 
 def _filters(it: Installation) -> str:
     """Both filters, converted and tried, where the licence asks for them."""
-    from mlx_flux_krea.weights import home
+    from mlx_flux_krea import home
 
     from .shared import trials
 
@@ -320,9 +321,9 @@ def _filters(it: Installation) -> str:
         return "this model requires none"
     for name in _FILTERS:
         if name in it.sources:
-            _make(it, name, quantize=None, force=(home() / "filters" / name).exists())
+            _make(it, name, quantize=None, force=home.path(home.FILTERS, name).exists())
         elif _is_untried(name):
-            trials.record(name, home() / "filters" / name)
+            trials.record(name, home.path(home.FILTERS, name))
     return "installed, and they answer as they should"
 
 
@@ -354,17 +355,17 @@ def _check(it: Installation) -> str:
 
 def _picture(it: Installation) -> str:
     """One picture through the whole path."""
-    from mlx_flux_krea import FluxPipeline
+    from mlx_flux_krea import FluxPipeline, home
     from mlx_flux_krea.errors import UsageError
+    from mlx_flux_krea.files import sha256_if_exists
     from mlx_flux_krea.provenance import read_record
-    from mlx_flux_krea.weights import home, sha256
 
     from .config import make_folder
     from .shared.output import check_outcomes, save
     from .shared.terminal import PipelineProgress, is_typed, show_picture
 
-    manifest = sha256(it.folder.path / "manifest.json")
-    it.picture = home() / "pictures" / f"{it.folder.path.name}.png"
+    manifest = sha256_if_exists(it.folder.path / "manifest.json")
+    it.picture = home.path(home.PICTURES, f"{it.folder.path.name}.png")
     try:
         if it.picture.exists() and (read_record(it.picture) or {}).get("manifest_sha256") == manifest:
             return "was made"

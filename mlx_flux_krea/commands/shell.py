@@ -117,14 +117,14 @@ def _typed_lines() -> Iterator[str]:
 @contextlib.contextmanager
 def _history():
     """Lines of earlier times for the arrow keys, in a file that only its owner reads."""
-    from mlx_flux_krea.weights import home
+    from mlx_flux_krea import home
 
     try:
         import readline
     except ImportError:  # some Pythons come without
         yield
         return
-    path = home() / "history"
+    path = home.path(home.HISTORY)
     with contextlib.suppress(OSError):
         readline.read_history_file(path)
     readline.set_history_length(1000)

@@ -20,7 +20,7 @@ def verify(model, as_json):
     """
     from mlx_flux_krea.convert.folder import check_manifest
     from mlx_flux_krea.errors import ModelError, amount
-    from mlx_flux_krea.weights import find_model
+    from mlx_flux_krea.home import find_model
 
     from .shared.terminal import ByteProgress, say, size
 

@@ -7,14 +7,15 @@ What counts is the text in the model folder: another version of a licence is ano
 
 import hashlib
 import json
-import os
 import shlex
 import time
 from pathlib import Path
 
+from .. import home
 from ..errors import FiltersError
-from ..provenance import SOFTWARE, replacing
-from ..weights import ModelFolder, home
+from ..files import replacing
+from ..provenance import SOFTWARE
+from ..weights import ModelFolder
 
 TEXTS = ("LICENSE.md", "NOTICE", "README.md")  # the first that a folder has; the converter always writes the last
 
@@ -78,8 +79,7 @@ def acknowledge(text: bytes, model: str) -> None:
     except OSError as error:
         todo = "mend its rights, or name another place in $FLUX_KREA_HOME"
         raise FiltersError(f"{path.parent} cannot be written: {error.strerror}", "a folder", todo) from None
-    with replacing(path) as file:
-        os.fchmod(file.fileno(), 0o600)
+    with replacing(path, mode=0o600) as file:
         file.write(json.dumps(known, indent=1).encode())
 
 
@@ -98,4 +98,4 @@ def check_acknowledged(folder: ModelFolder) -> None:
 
 
 def _path() -> Path:
-    return home() / "licences.json"
+    return home.path(home.LICENCES)

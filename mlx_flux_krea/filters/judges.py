@@ -8,7 +8,6 @@ another tokenizer they are not. What is not a plain, finite answer with the labe
 import hashlib
 import json
 import math
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -17,13 +16,15 @@ import mlx.core as mx
 import numpy as np
 from PIL import Image
 
+from .. import home
 from ..errors import FiltersError, FluxKreaError, Interrupted, amount
+from ..files import sha256_if_exists, written_whole
 from ..memory import GB, machine_memory
 from ..models import pixtral, vit
 from ..models.filter_config import NSFW_SHA256, NSFW_VIT, SELF_TEST
 from ..residency import Blocks
 from ..tokenizers import PixtralTokenizer
-from ..weights import ModelFolder, home, open_filter, sha256
+from ..weights import ModelFolder, open_filter
 from ..worker import evaluated
 from . import instructions
 from .instructions import CANARIES
@@ -69,7 +70,7 @@ def open_judges(make_run: MakeRun = lambda pieces, run: run) -> dict[str, Judge]
     Raises:
         FiltersError: one is missing, damaged or does not answer as it did when it was converted.
     """
-    judges, folder = {}, home() / "filters"
+    judges, folder = {}, home.path(home.FILTERS)
     missing = [name for name in FILTERS if not (folder / name).is_dir()]
     if missing:
         names = " and ".join(missing) + (" are" if len(missing) > 1 else " is")
@@ -185,7 +186,7 @@ def _text(sentences: Sequence[tuple[str, str]]) -> str:
 
 
 def _about(folder: ModelFolder) -> dict:
-    return {"source": folder.index.base, "manifest_sha256": sha256(folder.path / "manifest.json")}
+    return {"source": folder.index.base, "manifest_sha256": sha256_if_exists(folder.path / "manifest.json")}
 
 
 def self_test(name: str, judge: Judge) -> dict[str, float]:
@@ -219,9 +220,9 @@ def record_self_test(name: str, folder: Path, make_run: MakeRun = lambda pieces,
         FiltersError: the answers are wrong: it cannot be used.
     """
     judge = _asked(name, lambda: load_judge(name, folder, make_run))
-    values, partial = self_test(name, judge), folder / f".{SELF_TEST}.partial"
-    partial.write_text(json.dumps(values, indent=1), encoding="utf-8")
-    os.replace(partial, folder / SELF_TEST)
+    values = self_test(name, judge)
+    with written_whole(folder / SELF_TEST) as file:
+        file.write(json.dumps(values, indent=1).encode())
 
 
 def check_self_test(name: str, judge: Judge, path: Path) -> None:

@@ -9,7 +9,6 @@ the log, and `FOLLOWS` says which event may follow which; there is no other way 
 """
 
 import contextlib
-import fcntl
 import hashlib
 import io
 import json
@@ -26,9 +25,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from .. import home
 from ..errors import FiltersError, FluxKreaError, ResourceError, UsageError
-from ..provenance import SOFTWARE, Picture, opened, read_record, replacing
-from ..weights import home
+from ..files import replacing, try_lock
+from ..provenance import SOFTWARE, Picture, opened, read_record
 from .log import FOLLOWS, Log
 
 KEEP_DAYS = 30  # then what nobody has reviewed is deleted
@@ -95,18 +95,18 @@ class Ledger:
     """Quarantine and log of one home folder, shared by all processes.
 
     Args:
-        root: the home folder; None: `weights.home()`.
+        root: the home folder; None: `home.root()`.
 
     Raises:
         FiltersError: they cannot be made private, lie where they would be copied to a server, or the log is damaged.
     """
 
     def __init__(self, root: Path | None = None):
-        self.root = (root or home()).resolve()
-        self.quarantine = self.root / "quarantine"
-        for folder in (self.quarantine, self.root / "log"):
+        self.root = (root or home.root()).resolve()
+        self.quarantine = self.root / home.QUARANTINE
+        for folder in (self.quarantine, self.root / home.LOG):
             _make_private(folder)
-        self.log = Log(self.root / "log")
+        self.log = Log(self.root / home.LOG)
 
     @contextlib.contextmanager
     def run(self, check: str, **about) -> Iterator["Run"]:
@@ -374,20 +374,13 @@ def _locked(folder: Path) -> Iterator[bool]:
     A folder in which no picture is left goes with the block.
     """
     try:
-        descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+        lock = try_lock(folder / "lock")
     except OSError:  # somebody has just removed it
-        yield False
-        return
+        lock = None
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            is_mine = os.path.samestat(os.fstat(descriptor), os.stat(folder / "lock"))
-        except OSError:
-            is_mine = False
-        try:
-            yield is_mine
-        finally:
-            if is_mine and not any(folder.glob("*.png")):
-                shutil.rmtree(folder, ignore_errors=True)
+        yield lock is not None
     finally:
-        os.close(descriptor)
+        if lock is not None:
+            if not any(folder.glob("*.png")):
+                shutil.rmtree(folder, ignore_errors=True)
+            os.close(lock)

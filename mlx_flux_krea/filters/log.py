@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import FiltersError
+from ..files import written_whole
 
 # events of a picture, and the events that each may follow
 FOLLOWS = {
@@ -178,13 +179,9 @@ class Log:
         self._read(file)
 
     def _write_head(self) -> None:
-        partial = self._head.with_suffix(".partial")
         try:
-            with open(partial, "w") as file:
-                file.write(f"{len(self._hashes) - 1} {self._hashes[-1]}\n")
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, self._head)
+            with written_whole(self._head) as file:
+                file.write(f"{len(self._hashes) - 1} {self._hashes[-1]}\n".encode())
         except OSError as error:
             raise self._unusable(f"cannot be written: {error.strerror}") from None
 

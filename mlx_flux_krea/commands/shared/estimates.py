@@ -87,10 +87,10 @@ def propose(found: dict[str, Precision], free: int) -> str:
 
 def home_disk() -> tuple[Path, int]:
     """The home folder, or the nearest above it that exists, and the bytes free on its disk."""
+    from mlx_flux_krea import home
     from mlx_flux_krea.convert.folder import existing
-    from mlx_flux_krea.weights import home
 
-    folder = existing(home() / "models")
+    folder = existing(home.path(home.MODELS))
     return folder, shutil.disk_usage(folder).free
 
 

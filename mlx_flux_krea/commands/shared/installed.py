@@ -41,12 +41,13 @@ def find_installed() -> list[Installed]:
     Raises:
         ModelError: config.json is damaged.
     """
+    from mlx_flux_krea import home
     from mlx_flux_krea.filters.judges import FILTERS
-    from mlx_flux_krea.weights import default_model, home, installed_models
+    from mlx_flux_krea.home import default_model, installed_models
 
     models, said = installed_models(), default_model()
     default = said or (next(iter(models)) if len(models) == 1 else None)
-    filters = {name: path for name in FILTERS if (path := home() / "filters" / name).is_dir()}
+    filters = {name: path for name in FILTERS if (path := home.path(home.FILTERS, name)).is_dir()}
     return [_look("model", name, path, name == default) for name, path in models.items()] + [
         _look("filter", name, path, False) for name, path in filters.items()
     ]
@@ -65,7 +66,7 @@ def missing_parts(path: Path) -> str | None:
     Raises:
         ModelError: no manifest.json that can be read.
     """
-    from mlx_flux_krea.weights import read_json
+    from mlx_flux_krea.files import read_json
 
     for name, entry in read_json(path / "manifest.json").items():
         file, size = path / name, entry.get("bytes") if isinstance(entry, dict) else None

@@ -74,7 +74,7 @@ def _option(*names: str, help: str, usual=None, **settings) -> click.Option:
 
 def _installed(ctx, param, incomplete: str) -> list[str]:
     """For the shell's completion: the names of installed models."""
-    from mlx_flux_krea.weights import installed_models
+    from mlx_flux_krea.home import installed_models
 
     return [name for name in installed_models() if name.startswith(incomplete)]
 

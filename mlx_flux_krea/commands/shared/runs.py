@@ -18,9 +18,10 @@ import numpy as np
 
 from mlx_flux_krea.checkpoint import Checkpoint
 from mlx_flux_krea.errors import FluxKreaError, UsageError, Withheld, amount
+from mlx_flux_krea.files import remove_partials, sha256_if_exists
 from mlx_flux_krea.filters.ledger import Ledger
-from mlx_flux_krea.provenance import SOFTWARE, Picture, opened, read_record, remove_partials
-from mlx_flux_krea.weights import ModelFolder, sha256
+from mlx_flux_krea.provenance import SOFTWARE, Picture, opened, read_record
+from mlx_flux_krea.weights import ModelFolder
 
 from . import signals
 from .jobs import UNTYPED, Job, output_name
@@ -90,7 +91,7 @@ class Run:
             return
         path, digest = Path(self.named["path"]), self.named["sha256"]
         remove_partials(path, self.named["process"])
-        if not path.is_file() or sha256(path) != digest:
+        if not path.is_file() or sha256_if_exists(path) != digest:
             return
         if not self.left:
             self.options.pop("contact_sheet", None)
@@ -248,7 +249,7 @@ def keeping(run: Run, model: ModelFolder) -> Iterator[None]:
 
 def made_by(model: ModelFolder) -> dict[str, str]:
     """What beside a run's options decides its pictures."""
-    manifest = sha256(model.path / "manifest.json") or ""
+    manifest = sha256_if_exists(model.path / "manifest.json") or ""
     return {"manifest_sha256": manifest, "software": SOFTWARE, "mlx": version("mlx")}
 
 

@@ -33,8 +33,9 @@ def repeat(name: str, folder: Path) -> None:
 
 def problem(name: str) -> str | None:
     """Why an installed filter cannot be used, as far as can be seen without asking it; None: nothing is seen."""
+    from mlx_flux_krea.files import read_json
     from mlx_flux_krea.models.filter_config import SELF_TEST
-    from mlx_flux_krea.weights import open_filter, read_json
+    from mlx_flux_krea.weights import open_filter
 
     from .installed import missing_parts
 
