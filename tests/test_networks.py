@@ -108,7 +108,7 @@ def test_vae_encoding_equals_the_reference(networks):
 
 
 def test_an_image_of_another_size_is_resized_as_the_reference_does():
-    """The goldens were made with Pillow 13; earlier ones (all that Python 3.10 has) round on the way, there as here."""
+    """The goldens were made with Pillow 13; earlier ones round on the way, there as here."""
     resized = pixels_from_image(image("images/input_other_size.png"), 96, 64)
     bar = 0 if int(PIL.__version__.split(".")[0]) >= 13 else 6.01 * 2 / 255
     assert max_abs(resized, nhwc(goldens()["vae.input_resized"])) <= bar
