@@ -143,6 +143,40 @@ FLUX_LATENT_RGB = (
 
 STRENGTH = 0.6  # how far image-to-image goes from its image (FluxImg2ImgPipeline)
 
+# Choices of options, the usual one first.
+COMPUTE_TYPES = ("bfloat16", "float16", "float32")
+METADATA = ("full", "minimal")  # everything that decides the picture, or only that an AI made it
+CHECKS = ("filters", "review", "both")  # who checks pictures before release
+PRECISIONS = ("none", "8", "6", "5", "4", "3", "mxfp4", "nvfp4")  # of the large layers; rows of convert's RECIPES
+PROPOSED_PRECISIONS = PRECISIONS[:5]  # those that `setup` offers, the best first
+GROUP_SIZES = (64, 32, 128)  # weights that share a scale
+
+QUALITY = 95  # of JPEG and WebP
+NSFW_THRESHOLD = 0.85  # probability below which a picture passes; a user may only lower it
+INTEGRITY_MARGIN = 0.0  # by which the filter must clear a picture; a user may only raise it
+
+# The first picture of `setup`, and the prompt of `bench`.
+FIRST_PROMPT = "a lighthouse on a cliff at dusk, long exposure, the sea below it white with foam"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage of a run, as progress lines and messages name it."""
+
+    label: str  # of a progress line
+    unit: str  # of its progress
+    verb: str  # completes "memory to ..."
+
+
+STAGES = {
+    "check": Stage("checking", "layer", "check"),
+    "text": Stage("reading the prompt", "layer", "read the prompt"),
+    "image": Stage("reading the image", "stage", "read the image"),
+    "modulation": Stage("preparing", "layer", "prepare"),
+    "denoise": Stage("denoising", "step", "denoise"),
+    "decode": Stage("decoding", "stage", "decode"),
+}
+
 DYNAMIC_SHIFT = Schedule()
 NO_SHIFT = Schedule(shift="none")
 

@@ -26,12 +26,12 @@ from PIL import ExifTags, Image, PngImagePlugin
 from . import __version__
 from .errors import UsageError
 from .files import replacing
+from .presets import METADATA, QUALITY
 
 logger = logging.getLogger("mlx_flux_krea")
 
 SOFTWARE = f"mlx-flux-krea {__version__}"
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
-LEVELS = ("full", "minimal")
 _KEY = "flux-krea"  # of the JSON text in a PNG
 _A1111_KEY = "parameters"  # of A1111's text in a PNG
 _XMP_KEY = "XML:com.adobe.xmp"  # of XMP in a PNG
@@ -99,8 +99,8 @@ class Picture(Image.Image):
             FileExistsError: without `force`, the path is taken.
             ResourceError: the disk is full.
         """
-        if metadata not in LEVELS:
-            raise UsageError(f'no level of metadata is called "{metadata}"', f"one of {', '.join(LEVELS)}")
+        if metadata not in METADATA:
+            raise UsageError(f'no level of metadata is called "{metadata}"', f"one of {', '.join(METADATA)}")
         name = str(getattr(fp, "name", "")) if hasattr(fp, "write") else os.fspath(fp)
         format = format.upper() if format else FORMATS.get(Path(name).suffix.lower())
         if format not in FORMATS.values():
@@ -280,7 +280,7 @@ def _parameters(format: str, record: dict, metadata: str, exif=None, pnginfo=Non
             info.add_itxt(_A1111_KEY, comment.decode("utf-16-be"))
             info.add_itxt(_KEY, _json(record))
         return {**params, "pnginfo": info, "exif": merged}
-    quality = {"quality": 95, "subsampling": 0} if format == "JPEG" else {"quality": 95}
+    quality = {"quality": QUALITY, "subsampling": 0} if format == "JPEG" else {"quality": QUALITY}
     return {**quality, **params, "exif": merged, "xmp": _xmp(record, metadata == "full").encode()}
 
 

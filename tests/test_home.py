@@ -17,6 +17,7 @@ from mlx_flux_krea.errors import ModelError
 from mlx_flux_krea.filters import judges
 from mlx_flux_krea.filters.ledger import Ledger, Verdict
 from mlx_flux_krea.home import find_model
+from mlx_flux_krea.presets import NSFW_THRESHOLD
 from mlx_flux_krea.worker import Engine
 
 
@@ -203,7 +204,7 @@ def test_full_asks_the_filters_again(command, two):
     """The tiny classifier has random weights: its answers are recorded by its own question, and one is changed."""
     judge = judges.load_judge("nsfw", two / "filters" / "nsfw", lambda pieces, run: run)
     (labels,) = Engine().run(judge.images, [judges.drawn_picture()])
-    is_right = labels["nsfw"] < judges.NSFW
+    is_right = labels["nsfw"] < NSFW_THRESHOLD
     value = math.log(labels["nsfw"] / labels["normal"])
     (two / "filters" / "nsfw" / "selftest.json").write_text(json.dumps({"drawn picture": value}))
     assert examined(command)[0] == 0

@@ -21,14 +21,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..errors import FiltersError, UsageError, Withheld
+from ..presets import CHECKS, NSFW_THRESHOLD
 from ..provenance import Picture
 from ..request import Request
-from .judges import NSFW, Judge, MakeRun, image_labels, margins_of, open_judges
+from .judges import Judge, MakeRun, image_labels, margins_of, open_judges
 from .ledger import Kept, Ledger, Run, Verdict
 
 logger = logging.getLogger("mlx_flux_krea")
 
-CHECKS = ("filters", "review", "both")
 DELETE_NSFW = 0.98  # a picture at or above it is deleted at once, and waits for nobody
 PIECE, OVERLAP = 1500, 300  # characters of a long prompt that are judged at a time
 _LOOKALIKES = str.maketrans(
@@ -51,13 +51,13 @@ class Policy:
     """
 
     check: str = "filters"
-    nsfw: float = NSFW
+    nsfw: float = NSFW_THRESHOLD
     integrity: float = 0.0
 
     def __post_init__(self):
         if self.check not in CHECKS:
             raise UsageError(f"check is {self.check!r}", f"one of {', '.join(CHECKS)}")
-        for name, low, high in (("nsfw", 0.0, NSFW), ("integrity", 0.0, 1000.0)):
+        for name, low, high in (("nsfw", 0.0, NSFW_THRESHOLD), ("integrity", 0.0, 1000.0)):
             value = getattr(self, name)
             if type(value) not in (int, float) or not low <= value <= high:
                 todo = "thresholds can only be made stricter"

@@ -22,6 +22,7 @@ from ..files import sha256_if_exists, written_whole
 from ..memory import GB, machine_memory
 from ..models import pixtral, vit
 from ..models.filter_config import NSFW_SHA256, NSFW_VIT, SELF_TEST
+from ..presets import NSFW_THRESHOLD
 from ..residency import Blocks
 from ..tokenizers import PixtralTokenizer
 from ..weights import ModelFolder, open_filter
@@ -29,7 +30,6 @@ from ..worker import evaluated
 from . import instructions
 from .instructions import CANARIES
 
-NSFW = 0.85  # a picture passes below this probability
 FILTERS = {"nsfw": "Falconsai/nsfw_image_detection", "pixtral": "mistral-community/pixtral-12b"}
 LABELS = {"nsfw": {"normal", "nsfw"}, "pixtral": {"integrity"}}  # that each filter must answer with
 TOLERANCE = 0.25  # of a self-test's logits; a probability near 0 or 1 would hide what became of the weights
@@ -198,7 +198,7 @@ def self_test(name: str, judge: Judge) -> dict[str, float]:
     (labels,) = image_labels(name, judge, [drawn_picture()])
     if name == "nsfw":
         values = {"drawn picture": _log_odds(labels["nsfw"], labels["normal"])}
-        flagged = {"drawn picture": labels["nsfw"] >= NSFW}
+        flagged = {"drawn picture": labels["nsfw"] >= NSFW_THRESHOLD}
     else:
         values = {"drawn picture": float(labels["integrity"])}
         flagged = {"drawn picture": labels["integrity"] > 0}
