@@ -12,10 +12,10 @@ from mlx_flux_krea.convert.quantize import Recipe, choose
 
 from mlx_flux_krea.commands.shared import estimates
 from mlx_flux_krea.commands.shared.terminal import size
-from mlx_flux_krea.memory import GB, weigh
+from mlx_flux_krea.memory import GB
 from mlx_flux_krea.models import config
 from mlx_flux_krea.models.filter_config import NSFW_VIT, PIXTRAL_12B
-from mlx_flux_krea.weights import COMPONENTS, build, layer_widths
+from mlx_flux_krea.weights import build, layer_widths
 
 MACS = (
     ("M1", 8), ("M1", 16), ("M2 Pro", 16), ("M4", 16), ("M4 Pro", 24), ("M3 Max", 36), ("M4 Max", 64), ("M5 Max", 128),
@@ -32,18 +32,12 @@ def weight_bytes(name: str, sizes, quantize: str, item: int) -> int:
     return sum(array.nbytes if array.dtype in (mx.uint32, mx.uint8) else array.size * item for array in arrays)
 
 
-def sizes() -> dict:
-    """Of each component, as published."""
-    return dict(zip(COMPONENTS, (config.FLUX_DEV, config.CLIP_L, config.T5_XXL, config.FLUX_VAE), strict=True))
-
-
 def made() -> dict[str, int]:
     """Bytes of the model folder in each precision."""
-    found = {}
-    for quantize in estimates.PREFERRED:
-        layers = {name: choose(name, layer_widths(name, s), Recipe(quantize))[0] for name, s in sizes().items()}
-        found[quantize] = weigh(sizes(), layers, dict.fromkeys(sizes(), "bfloat16"), mx.bfloat16).disk
-    return found
+    return {
+        quantize: estimates.weigh_recipe(config.FLUX_DEV_MODEL, quantize, "bfloat16").disk
+        for quantize in estimates.PREFERRED
+    }
 
 
 def table(rows: list[tuple]) -> str:
@@ -71,7 +65,7 @@ def page() -> str:
     macs = [("Mac", "proposed", "memory", "a picture")]
     for chip, memory in MACS:
         budget = int(memory * GB * (2 / 3 if memory <= 36 else 3 / 4) * 4 / 5)
-        found = estimates.precisions(sizes(), folders, *SHAPE, budget=budget, device="gpu")
+        found = estimates.precisions(config.FLUX_DEV_MODEL, folders, *SHAPE, budget=budget, device="gpu")
         quantize = estimates.propose(found, 2**60)
         one = found[quantize]
         how = "all in memory" if one.whole else "read block by block"

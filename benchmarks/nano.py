@@ -28,7 +28,7 @@ from tqdm import tqdm
 from mlx_flux_krea import FluxPipeline
 from mlx_flux_krea.models.config import Quantization, to_json
 from mlx_flux_krea.nano import scenes
-from mlx_flux_krea.weights import layer_widths, open_model
+from mlx_flux_krea.weights import open_model
 
 _PALETTE = np.array(list(scenes.COLOURS.values()), float)
 _NAMES = list(scenes.COLOURS)
@@ -178,8 +178,8 @@ def rounded(source: Path, target: Path, chosen: Recipe | dict[str, Quantization]
         chosen = {group: chosen.of(group) for group in RECIPES[chosen.quantize]}
     shutil.copytree(source, target)
     folder = open_model(target)
-    for component, sizes in folder.sizes.items():
-        how = {f"{p}.weight": chosen.get(group_of(component, f"{p}.weight")) for p in layer_widths(component, sizes)}
+    for component, network in folder.networks.items():
+        how = {f"{p}.weight": chosen.get(group_of(component, f"{p}.weight")) for p in network.layers()}
         for path in sorted((target / component).glob("*.safetensors")):
             stored = mx.load(str(path))  # scales are rounded to its type, as the converter's are
             arrays = {name: array.astype(mx.float32) for name, array in stored.items()}

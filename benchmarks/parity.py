@@ -46,7 +46,7 @@ QUANTIZED = (("8", "float32", 0.035), ("6", "float32", 0.25), ("4", "float32", 0
 
 def networks(folder):
     g = goldens()
-    flux, t5, clip, vae = (folder.load(n, mx.float32) for n in ("transformer", "text_encoder_2", "text_encoder", "vae"))
+    flux, t5, clip, vae = (n.load(mx.float32) for n in (folder.flux, folder.t5, folder.clip, folder.vae))
     texts = range(len(facts()["text"]))
     yield "T5 hidden, rel", max(rel(t5(g[f"text.{i}.t5_ids"]), g[f"text.{i}.t5_hidden"]) for i in texts), 3e-5
     yield (
@@ -115,7 +115,7 @@ def bfloat16(model):
 def filters(folder: Path):
     g = goldens()
     path = convert([REFERENCE / "vit"], folder / "nsfw").path
-    classifier = open_filter("nsfw", path).load("nsfw", mx.float32)
+    classifier = open_filter("nsfw", path).network.load(mx.float32)
     yield "classifier, logits, rel", rel(classifier(nhwc(g["vit.pixel_values"])), g["vit.logits"]), 3e-5
     source = pixtral_source(folder / "llava")
     for quantize, dtype, bar in (("none", "float32", 3e-5), ("none", "bfloat16", 0.15), *QUANTIZED):
@@ -123,7 +123,7 @@ def filters(folder: Path):
         path = convert(
             [source], folder / f"{quantize}-{dtype}", dtype=dtype, quantize=quantize, group_size=group_size
         ).path
-        network = open_filter("pixtral", path).load("pixtral", getattr(mx, dtype))
+        network = open_filter("pixtral", path).network.load(getattr(mx, dtype))
         cases = [(network.head(network.hidden(*case(name))), expected(network, name)) for name in GOLDEN_CASES]
         what = dtype if quantize == "none" else f"{quantize} bits"
         yield f"Pixtral, logits of every position, {what}, rel", max(rel(*one) for one in cases), bar

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from mlx_flux_krea import FluxPipeline, nano
 from mlx_flux_krea.models.config import Quantization
-from mlx_flux_krea.weights import layer_widths, open_model
+from mlx_flux_krea.weights import open_model
 
 WIDTHS = {str(bits): Quantization(bits, 64) for bits in (8, 6, 5, 4, 3)}
 WIDTHS |= {"mxfp4": Quantization(4, 32, "mxfp4"), "nvfp4": Quantization(4, 16, "nvfp4")}
@@ -37,9 +37,9 @@ def final_latents(folder: Path, prompts: list[str]) -> mx.array:
 def parameters(folder: Path) -> dict[str, int]:
     """Of each group with layers that could be quantized, the numbers in them."""
     counts, model = {}, open_model(folder)
-    for component, sizes in model.sizes.items():
-        found = model.tensors(component)
-        for path in layer_widths(component, sizes):
+    for component, network in model.networks.items():
+        found = network.tensors()
+        for path in network.layers():
             rows, width = found[f"{path}.weight"][1].shape
             group = group_of(component, f"{path}.weight")
             counts[group] = counts.get(group, 0) + rows * width

@@ -23,7 +23,7 @@ from mlx_flux_krea import __version__
 from mlx_flux_krea.errors import UsageError, printable
 from mlx_flux_krea.models import config as configs
 from mlx_flux_krea.models.filter_config import NSFW_SHA256, FilterIndex
-from mlx_flux_krea.weights import DTYPES, KINDS
+from mlx_flux_krea.weights import CLASS_NAMES, DTYPES
 
 from . import quantize as quantizing
 from .fetch import Fetching, Remote, outlined
@@ -176,8 +176,8 @@ def _write(
                 hashes[file] = reading.finish(file) or fetching.hashes[file].result()
                 fetching.discard([file])
         index = _write_rest(job, folder, hashes, sizes)
-        class_name = next(name for name, (_, networks) in KINDS.items() if set(networks) == set(job.plans))
-        folder.finish({"_class_name": class_name, **configs.to_json(index)}, partial(progress, "reading back"))
+        facts = {"_class_name": CLASS_NAMES[job.kind], **configs.to_json(index)}
+        folder.finish(facts, partial(progress, "reading back"))
     return index, losses
 
 

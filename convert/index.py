@@ -6,6 +6,7 @@ from pathlib import Path
 from mlx_flux_krea import __version__, presets
 from mlx_flux_krea.errors import ModelError
 from mlx_flux_krea.files import read_json
+from mlx_flux_krea.licence import requires_filters
 from mlx_flux_krea.models import config as configs
 from mlx_flux_krea.models.filter_config import NSFW_VIT, PIXTRAL_12B, FilterIndex
 
@@ -59,7 +60,7 @@ def make_index(found: dict[str, Found], config: configs.FluxConfig) -> configs.M
         defaults=family.defaults,
         converter=__version__,
     )
-    return replace(index, filters="required" if configs.requires_filters(config, index) else "none")
+    return replace(index, filters="required" if requires_filters(config.architecture, index.filters) else "none")
 
 
 def make_filter_index(found: Found, config) -> FilterIndex:

@@ -10,9 +10,10 @@ from pathlib import Path
 
 from mlx_flux_krea import home
 from mlx_flux_krea.errors import ModelError, UsageError
+from mlx_flux_krea.licence import requires_filters
 from mlx_flux_krea.models import config as configs
 from mlx_flux_krea.models.filter_config import FilterIndex
-from mlx_flux_krea.weights import COMPONENTS, FILTERS, layer_widths
+from mlx_flux_krea.weights import COMPONENTS, FILTERS, Sizes, layer_widths
 
 from . import quantize as quantizing
 from .fetch import outlined
@@ -25,6 +26,7 @@ from .remap import Plan
 from .sources import is_model_folder, open_sources
 from .tokenizers import find_tokenizers
 
+Index = configs.ModelIndex | FilterIndex
 _SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 # the type, and the recipe of those who ask for what suits
 _DEFAULTS = {"model": ("bfloat16", "8"), "nsfw": ("float32", "none"), "pixtral": ("bfloat16", "4")}
@@ -50,7 +52,7 @@ class Job:
     kind: str  # "model", or which filter
     own: Own | None
     found: dict[str, Found]
-    plans: dict[str, tuple[object, Plan]]  # its sizes, and how its tensors come about
+    plans: dict[str, tuple[Sizes, Plan]]  # its sizes, and how its tensors come about
     index: configs.ModelIndex | FilterIndex
     path: Path
     dtype: str
@@ -97,7 +99,7 @@ class Outline:
 
     Attributes:
         index: the facts of the model folder, without the records of its sources.
-        sizes: of each component, its config.
+        sizes: of the four networks of a model; None: a filter.
         licence: the LICENSE.md that the folder would have; None: none.
         bytes: of all weight files.
         fetch: of them, bytes that would come from the hub.
@@ -105,11 +107,18 @@ class Outline:
     """
 
     index: configs.ModelIndex | FilterIndex
-    sizes: dict[str, object]
+    sizes: configs.ModelSizes | None
     licence: bytes | None
     bytes: int
     fetch: int
     made: dict[str, int]
+
+    @property
+    def requires_filters(self) -> bool:
+        """True where the model's licence demands filters or review."""
+        if not isinstance(self.index, configs.ModelIndex) or self.sizes is None:
+            return False
+        return requires_filters(self.sizes.flux.architecture, self.index.filters)
 
     def target(self, quantize: str) -> Path:
         """Where `convert` puts a model in this precision, and bfloat16."""
@@ -129,7 +138,7 @@ def examine(sources: Sequence[str | Path], *, tokenizers: str | Path | None = No
         licence = licence_files(index, roots(found), []).get("LICENSE.md")
         return Outline(
             index=index,
-            sizes={name: config for name, (config, _) in plans.items()},
+            sizes=_model_sizes(plans),
             licence=licence,
             bytes=sum(file.stat().st_size for file in files),
             fetch=sum(file.size - file.here for file in coming),
@@ -137,7 +146,7 @@ def examine(sources: Sequence[str | Path], *, tokenizers: str | Path | None = No
         )
 
 
-def _made_bytes(plans: dict[str, tuple[object, Plan]], quantize: str) -> int:
+def _made_bytes(plans: dict[str, tuple[Sizes, Plan]], quantize: str) -> int:
     """Of the weights in a folder with the usual type of such a folder."""
     count = 0
     for name, (config, plan) in plans.items():
@@ -147,17 +156,30 @@ def _made_bytes(plans: dict[str, tuple[object, Plan]], quantize: str) -> int:
     return count
 
 
-def _understand(paths: list[Path]) -> tuple[Own | None, dict[str, Found], dict[str, tuple[object, Plan]], object]:
+def _understand(paths: list[Path]) -> tuple[Own | None, dict[str, Found], dict[str, tuple[Sizes, Plan]], Index]:
     """Sources as a folder of ours or not, the layout and the plan of every component, and the facts of the whole."""
     if own := _own(paths):
         return own, own.found, own.plans, own.index
     found = _components(paths)
     plans = {component: make_plan(f) for component, f in found.items()}
-    if "transformer" not in found:
+    sizes = _model_sizes(plans)
+    if sizes is None:
         (name,) = found
         return None, found, plans, make_filter_index(found[name], plans[name][0])
-    configs.check_parts(*(plans[name][0] for name in ("transformer", "text_encoder_2", "text_encoder", "vae")))
-    return None, found, plans, make_index(found, plans["transformer"][0])
+    sizes.check()
+    return None, found, plans, make_index(found, sizes.flux)
+
+
+def _model_sizes(plans: dict[str, tuple[Sizes, Plan]]) -> configs.ModelSizes | None:
+    """Returns the sizes of a model's networks; None: the plans are of a filter."""
+    if "transformer" not in plans:
+        return None
+    flux, clip, t5, vae = (plans[component][0] for component in COMPONENTS)
+    assert isinstance(flux, configs.FluxConfig)
+    assert isinstance(clip, configs.CLIPConfig)
+    assert isinstance(t5, configs.T5Config)
+    assert isinstance(vae, configs.VAEConfig)
+    return configs.ModelSizes(flux=flux, t5=t5, clip=clip, vae=vae)
 
 
 def _own(paths: list[Path]) -> Own | None:

@@ -14,7 +14,7 @@ from mlx_flux_krea.files import read_json
 from mlx_flux_krea.models import config as configs
 from mlx_flux_krea.models.config import VAEConfig
 from mlx_flux_krea.models.filter_config import NSFW_VIT, PIXTRAL_12B, PixtralConfig
-from mlx_flux_krea.weights import FILTERS, NETWORKS, build
+from mlx_flux_krea.weights import FILTERS, NETWORKS, Sizes, build, parameters
 
 from . import decode, maps, sizes
 from .remap import Misfit, Plan, plan
@@ -226,12 +226,12 @@ def _layout(tensors: dict[str, Tensor]) -> Layout | None:
 
 
 @cache
-def target_shapes(component: str, config) -> dict[str, tuple[int, ...]]:
+def target_shapes(component: str, config: Sizes) -> dict[str, tuple[int, ...]]:
     """Our tensors of a component in the order of its modules, with MLX's axes."""
-    return {name: tuple(array.shape) for name, array in tree_flatten(build(component, config).parameters())}
+    return {name: tuple(array.shape) for name, array in parameters(build(component, config)).items()}
 
 
-def make_plan(found: Found) -> tuple[object, Plan]:
+def make_plan(found: Found) -> tuple[Sizes, Plan]:
     """Sizes and the complete mapping of a component.
 
     Sizes come from the layout's own config.json; where it has none (single files, beside whatever else), from the
@@ -246,7 +246,7 @@ def make_plan(found: Found) -> tuple[object, Plan]:
     return config, made
 
 
-def _fit(found: Found) -> tuple[object, Plan]:
+def _fit(found: Found) -> tuple[Sizes, Plan]:
     component, layout = found.layout.component, found.layout
     where = str(found.source.path)
     beside, file = found.source.config(), f"{found.source.folder / 'config.json'}"

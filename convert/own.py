@@ -7,7 +7,7 @@ from mlx_flux_krea.errors import ModelError
 from mlx_flux_krea.files import read_json
 from mlx_flux_krea.models.config import ModelIndex
 from mlx_flux_krea.models.filter_config import FilterIndex
-from mlx_flux_krea.weights import ModelFolder, open_folder
+from mlx_flux_krea.weights import FilterFolder, ModelFolder, Sizes, open_folder
 
 from .layouts import Found, Layout, target_shapes
 from .quantize import Layers
@@ -19,9 +19,9 @@ from .sources import open_sources
 class Own:
     """What is converted, and what it says of itself."""
 
-    folder: ModelFolder
+    folder: ModelFolder | FilterFolder
     found: dict[str, Found]
-    plans: dict[str, tuple[object, Plan]]
+    plans: dict[str, tuple[Sizes, Plan]]
     layers: dict[str, Layers]
 
     @property
@@ -53,7 +53,7 @@ def open_own(path: Path) -> Own:
     found, plans, layers = {}, {}, {}
     for source in open_sources([path]):
         component = source.component
-        config, layers[component] = folder.sizes[component], folder.layers(component)
+        config, layers[component] = folder.networks[component].sizes, folder.networks[component].layers()
         found[component] = Found(source, Layout("flux-krea model folder", component, (), ()), source.tensors)
         targets = []
         for name, shape in target_shapes(component, config).items():

@@ -135,11 +135,11 @@ class Painter:
 
     def _denoise(self, request: Request, conditions: tuple, plan: Plan, watched: Watched) -> mx.array:
         """Latents (B, L, 64) at the end of the schedule, from its beginning or from where an interrupted run was."""
-        down, steps = self.folder.sizes["vae"].downsampling, request.num_inference_steps
+        down, steps = self.folder.vae.sizes.downsampling, request.num_inference_steps
         size = request.height // down, request.width // down
         sigmas = sampler.make_sigmas(self.folder.index.schedule, size[0] * size[1] // 4, steps, request.sigmas or ())
         start = 0 if request.image is None else sampler.first_step(steps, request.strength)
-        shape = request.batch, size[0] * size[1] // 4, self.folder.sizes["transformer"].in_channels
+        shape = request.batch, size[0] * size[1] // 4, self.folder.flux.sizes.in_channels
         checkpoint = watched.checkpoint
         kept = None if checkpoint is None else checkpoint.latents(shape, steps - start)
         done = 0 if kept is None else checkpoint.done
@@ -173,7 +173,7 @@ class Painter:
         if request.latents is not None:
             return request.latents.astype(mx.float32)
         one_stream = isinstance(request.seed, int)
-        shape = (request.batch if one_stream else 1, self.folder.sizes["vae"].z_channels, *size)
+        shape = (request.batch if one_stream else 1, self.folder.vae.sizes.z_channels, *size)
         recipe = noises.find_recipe(request.noise)
         dtype = mx.float32 if recipe.dtype else self._dtype  # what a tool draws in a type of its own is not rounded
         streams = [noises.Stream(recipe, s, dtype) for s in ((request.seed,) if one_stream else request.seed)]
@@ -237,8 +237,8 @@ class Painter:
             self.blocks = self._modulation = None
             return self._networks["transformer"]
         if self.blocks is None:
-            flux: Flux = self.folder.load("transformer", self._dtype)
-            found, check = self.folder.tensors("transformer"), self._engine.check
+            flux = self.folder.flux.load(self._dtype)
+            found, check = self.folder.flux.tensors(), self._engine.check
             self.blocks = Blocks(flux, found, flux.blocks, self._dtype, keep, check)
             self._modulation = Blocks(flux, found, flux.modulated, self._dtype, 0, check)
         else:
@@ -285,13 +285,13 @@ class Painter:
 
     def resident(self, component: str) -> nn.Module:
         if component not in self._networks:
-            self._networks[component] = self.folder.load(component, self._dtype)
+            self._networks[component] = self.folder.networks[component].load(self._dtype)
             mx.eval(self._networks[component].parameters())
         return self._networks[component]
 
     def _vae(self) -> VAE:
         """For one stage, unless somebody asked for it and has it in memory."""
-        return self._networks.get("vae") or self.folder.load("vae", self._dtype)
+        return self._networks.get("vae") or self.folder.vae.load(self._dtype)
 
     def runner(self, stage: str, pieces: int, run: Callable = evaluated, total: int | None = None) -> Callable:
         """Evaluates piece by piece: short command buffers, bounded memory, and a place to stop after each.

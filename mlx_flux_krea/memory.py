@@ -134,18 +134,18 @@ def machine_memory() -> int:
     return int(offered) * 4 // 5
 
 
-def weigh(sizes: dict, layers: dict[str, dict], stored: dict[str, str], dtype: mx.Dtype) -> Weights:
+def weigh(sizes: configs.ModelSizes, layers: dict[str, dict], stored: dict[str, str], dtype: mx.Dtype) -> Weights:
     """What a model's weights take.
 
     Args:
-        sizes: of each component, its config.
-        layers: of each component, how its layers are quantized (`ModelFolder.layers`).
+        sizes: of the four networks.
+        layers: of each component, how its layers are quantized (`NetworkFolder.layers`).
         stored: of each component, the type of its arrays that are not quantized, MLX's name.
         dtype: the compute type.
     """
-    flux, t5, clip, vae = (
-        _Sizes(build(name, sizes[name], layers.get(name)), getattr(mx, stored[name]).size, dtype.size)
-        for name in ("transformer", "text_encoder_2", "text_encoder", "vae")
+    flux, clip, t5, vae = (
+        _Sizes(build(name, config, layers.get(name)), getattr(mx, stored[name]).size, dtype.size)
+        for name, config in sizes.by_component().items()
     )
     blocks, modulation = flux.pieces(flux.network.blocks), flux.pieces(flux.network.modulated)
     layers = t5.pieces(t5.network.pieces)
@@ -188,13 +188,14 @@ class _Sizes:
 
 def weigh_folder(folder: ModelFolder, dtype: mx.Dtype) -> Weights:
     """What the weights of a model folder take."""
-    layers = {name: folder.layers(name) for name in folder.sizes}
-    return weigh(folder.sizes, layers, folder.dtypes, dtype)
+    layers = {name: network.layers() for name, network in folder.networks.items()}
+    stored = {name: network.dtype for name, network in folder.networks.items()}
+    return weigh(folder.sizes, layers, stored, dtype)
 
 
 def plan(
     weights: Weights,
-    sizes: dict,
+    sizes: configs.ModelSizes,
     dtype: mx.Dtype,
     width: int,
     height: int,
@@ -209,7 +210,7 @@ def plan(
 
     Args:
         weights: from `weigh`.
-        sizes: of each component, its config.
+        sizes: of the four networks.
         dtype: the compute type.
         width: pixels.
         height: pixels.
@@ -225,7 +226,7 @@ def plan(
     """
     budget = budget or machine_memory()
     device = device or mx.default_device().type.name
-    flux, t5, vae = sizes["transformer"], sizes["text_encoder_2"], sizes["vae"]
+    flux, t5, vae = sizes.flux, sizes.t5, sizes.vae
     patch = 2 * vae.downsampling
     tokens = text_length + width * height // patch**2
     modulations = 12 * flux.depth + 3 * flux.depth_single_blocks + 2

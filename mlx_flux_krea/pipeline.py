@@ -89,7 +89,7 @@ class FluxPipeline:
             UsageError: a type, an amount of memory or a check that does not exist; a threshold that lets more pass.
         """
         folder = open_model(find_model(model))
-        dtype = dtype or folder.dtypes["transformer"]
+        dtype = dtype or folder.flux.dtype
         if dtype not in DTYPES:
             raise UsageError(f'no type is called "{dtype}"', f"one of {', '.join(DTYPES)}")
         thresholds = {"nsfw": nsfw_threshold, "integrity": integrity_margin}
@@ -377,8 +377,8 @@ class FluxPipeline:
 
     def _resolve(self, request: Request) -> tuple[Request, list[str]]:
         """The request with defaults, once it is known to be sound."""
-        multiple = 2 * self.folder.sizes["vae"].downsampling  # a token is a patch of 2 x 2 latents
-        return request.resolved(self.folder.index, self.folder.sizes["transformer"], multiple)
+        multiple = 2 * self.folder.vae.sizes.downsampling  # a token is a patch of 2 x 2 latents
+        return request.resolved(self.folder.index, self.folder.flux.sizes, multiple)
 
     def _call_back(self, callback: Callable, step: int, sigma: float, latents: mx.array) -> mx.array | None:
         answer = callback(self, step, 1000 * sigma, {"latents": latents})
@@ -404,7 +404,7 @@ class FluxPipeline:
             "base": self.folder.index.base,
             "manifest_sha256": sha256_if_exists(self.folder.path / "manifest.json"),
             "dtype": self.dtype,
-            "quantization": {name: str(most) for name, (most, _) in self.folder.quantization.items()},
+            "quantization": {name: str(n.quantization) for name, n in self.folder.networks.items() if n.quantization},
             "schedule": to_json(self.folder.index.schedule),
         }
 

@@ -58,9 +58,9 @@ class PromptEncoder:
         if missing:
             _ = self._folder.tokenizers  # before any weight is read, so that what is wrong with them is found early
             try:
-                networks = [self._folder.load(name, self._dtype) for name in ("text_encoder", "text_encoder_2")]
+                networks = self._folder.clip.load(self._dtype), self._folder.t5.load(self._dtype)
                 t5 = networks[1]
-                blocks = Blocks(t5, self._folder.tensors("text_encoder_2"), t5.pieces, t5.dtype, 0, self._check)
+                blocks = Blocks(t5, self._folder.t5.tensors(), t5.pieces, t5.dtype, 0, self._check)
                 with blocks.reading(len(missing)) as run:
                     run = make_run(len(missing) * (len(t5.pieces) + 3), run)
                     for key in missing:
@@ -97,7 +97,7 @@ def read_prompt(folder: ModelFolder, clip_text: str, t5_text: str, length: int) 
         ModelError: tokenizers missing or damaged.
     """
     clip, t5 = folder.tokenizers
-    return clip(clip_text, folder.sizes["text_encoder"].max_position_embeddings), t5(t5_text, length)
+    return clip(clip_text, folder.clip.sizes.max_position_embeddings), t5(t5_text, length)
 
 
 def cut_off(tokens: tuple[Tokens, Tokens]) -> tuple[str, ...]:

@@ -1,51 +1,55 @@
-"""The model folder: the one format that the library reads, and how its weights become modules.
+"""The folder of a model or filter: the one format that the library reads, and how its weights become modules.
 
     NAME/
-      model_index.json          what it is, its schedule and defaults, what it was made from (config.ModelIndex)
+      model_index.json          name, schedule, defaults and sources (`config.ModelIndex`)
       transformer/              config.json: sizes, "dtype" and "quantization" (below)
-      text_encoder/    (CLIP)   model-0000k-of-0000n.safetensors: tensors in a fixed order, each block in one piece, the
+      text_encoder/    (CLIP)   model-0000k-of-0000n.safetensors: tensors in a fixed order, each block contiguous, the
       text_encoder_2/  (T5)         modulation layers of the transformer in shards of their own
-      vae/                      model.safetensors.index.json: which shard holds which tensor
+      vae/                      model.safetensors.index.json: maps each tensor to its shard
       tokenizer/  tokenizer_2/  the tokenizers' own files
-      LICENSE.md  NOTICE        of the weights, as far as their licence is known and asks for it
-      README.md                 what it is and what was done to it
+      LICENSE.md  NOTICE        of the weights, where their licence is known and asks for them
+      README.md                 a description of the model and its conversion
       manifest.json             sha256 and size of every other file
 
-A filter's folder is the same with one network in it, nsfw/ or pixtral/, and Pixtral's tokenizer in tokenizer/; what it
-is, model_index.json says in less (filters.config.FilterIndex).
+A filter's folder has the same form with one network, nsfw/ or pixtral/, Pixtral's tokenizer in tokenizer/, and a
+shorter model_index.json (`filter_config.FilterIndex`).
 
-"dtype" is the type of every array that is not quantized, and of scales and biases. Where layers are quantized, in the
-form of mlx-lm: "quantization" holds bits, group_size and mode of most of them, and by its path each layer with others
-(an object of the same three) or with none (false). Of such a layer, `weight` holds packed numbers (U32), `scales` and,
-in mode affine, `biases` what makes values of them; scales of mxfp4 and nvfp4 are bytes (U8). Embeddings are never
-quantized. Whatever computes with a folder finds this there, and is not told.
+"dtype" is the type of every array that is not quantized, and of scales and biases. "quantization" has mlx-lm's form:
+bits, group_size and mode of most layers, then exceptions by path: an object of the same three fields, or false for a
+layer that is not quantized. A quantized layer has packed numbers in `weight` (U32), `scales` and, in mode affine,
+`biases`; scales of mxfp4 and nvfp4 are bytes (U8). The embeddings of FLUX.1's text encoders are never quantized.
+Loading needs no other option: everything about precision is recorded here.
 
 Names are those of Black Forest Labs for the transformer and the VAE, those of transformers for the encoders. Loading is
 strict (every tensor matched, shape and dtype checked before anything is read) and lazy: an array is read when it is
 first evaluated, and a cast to another compute type never holds two copies of the whole.
 """
 
+import contextlib
 import functools
 import json
 import os
 import re
 import shlex
 import struct
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Generic, Literal, TypeVar, overload
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 from safetensors import SafetensorError, safe_open
 
-from . import home
+from . import home, licence
 from .errors import ModelError, amount
-from .files import read_json
+from .files import read_json, written_whole
 from .models import config as configs
 from .models.clip import CLIPText
+from .models.config import CLIPConfig, FluxConfig, ModelIndex, ModelSizes, Quantization, T5Config, VAEConfig
 from .models.filter_config import FilterIndex, PixtralConfig, ViTConfig
-from .models.layers import adopt, choose_products
+from .models.layers import adopt, choose_products, machine
 from .models.pixtral import Pixtral
 from .models.t5 import T5Encoder
 from .models.transformer import Flux
@@ -54,44 +58,49 @@ from .models.vit import ViT
 from .presets import FLUX_LATENT_RGB
 from .tokenizers import CLIPTokenizer, T5Tokenizer
 
-# An M5 would round the products of float32 to TF32, where float32 was asked for and in the float32 parts of a bfloat16
-# run. MLX reads this once, at its first product; networks get their weights here, so that we are in time.
+# An M5 would round products of float32 to TF32, also where float32 was asked for and in the float32 parts of a bfloat16
+# run. MLX reads this variable once, at its first product; networks get their weights here, which is early enough.
 os.environ.setdefault("MLX_ENABLE_TF32", "0")
 
-COMPONENTS = {
-    "transformer": (configs.FluxConfig, Flux),
-    "text_encoder": (configs.CLIPConfig, CLIPText),
-    "text_encoder_2": (configs.T5Config, T5Encoder),
-    "vae": (configs.VAEConfig, VAE),
+Sizes = FluxConfig | CLIPConfig | T5Config | VAEConfig | ViTConfig | PixtralConfig
+S = TypeVar("S", bound=Sizes)
+N = TypeVar("N", bound=nn.Module)
+
+COMPONENTS: dict[str, tuple[type[Sizes], type[nn.Module]]] = {
+    "transformer": (FluxConfig, Flux),
+    "text_encoder": (CLIPConfig, CLIPText),
+    "text_encoder_2": (T5Config, T5Encoder),
+    "vae": (VAEConfig, VAE),
 }
-FILTERS = {"nsfw": (ViTConfig, ViT), "pixtral": (PixtralConfig, Pixtral)}
+FILTERS: dict[str, tuple[type[Sizes], type[nn.Module]]] = {
+    "nsfw": (ViTConfig, ViT),
+    "pixtral": (PixtralConfig, Pixtral),
+}
 NETWORKS = COMPONENTS | FILTERS
-# what folders are: the `_class_name` and the facts in model_index.json, and the networks
-KINDS = {
-    "FluxPipeline": (configs.ModelIndex, tuple(COMPONENTS)),
-    "NSFWFilter": (FilterIndex, ("nsfw",)),
-    "PixtralFilter": (FilterIndex, ("pixtral",)),
-}
+CLASS_NAMES = {"model": "FluxPipeline", "nsfw": "NSFWFilter", "pixtral": "PixtralFilter"}  # in model_index.json
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # MLX's names, and those of safetensors
 PACKED = {mx.uint32: "U32", mx.uint8: "U8"}  # of quantized layers, whatever the folder's type
 INDEX = "model.safetensors.index.json"
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 
+# --- tensors ---
+
+
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies in its file."""
+    """Type, shape and place of a tensor in its file."""
 
     dtype: str  # safetensors' spelling
     shape: tuple[int, ...]
-    start: int  # bytes from the beginning of the file
+    start: int  # bytes from the start of the file
     end: int
 
 
 def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
-    """Tensors and metadata of a safetensors file, without reading a tensor.
+    """Returns the tensors and the metadata of a safetensors file, without reading a tensor.
 
-    The safetensors library judges the header (sizes, overlaps, holes, types); then its offsets can be trusted.
+    The safetensors library checks the header (sizes, overlaps, holes, types); then its offsets can be trusted.
 
     Raises:
         ModelError: not a readable, complete safetensors file.
@@ -114,245 +123,8 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     return infos, metadata
 
 
-@dataclass(frozen=True)
-class ModelFolder:
-    """A model folder whose JSON was read and checked; no weights yet."""
-
-    path: Path
-    kind: str  # a key of `KINDS`
-    index: configs.ModelIndex | FilterIndex
-    sizes: dict[str, object]  # component: its config
-    dtypes: dict[str, str]  # component: the type of its arrays that are not quantized
-    quantization: dict[str, tuple]  # component: what most layers have, and the exceptions; only where there is some
-
-    @property
-    def requires_filters(self) -> bool:
-        """Whether the licence demands filters or review."""
-        return configs.requires_filters(self.sizes["transformer"], self.index)
-
-    @property
-    def latent_rgb(self) -> tuple[tuple[float, ...], ...] | None:
-        """From latents to colours, for previews (`preview.py`): the folder's own map, or that of FLUX.1's autoencoder.
-
-        Raises:
-            ModelError: the folder's has not as many rows as the autoencoder channels, and one.
-        """
-        own, config = self.index.latent_rgb, self.sizes["vae"]
-        if own and len(own) != config.z_channels + 1:
-            found = f"{self.path / 'model_index.json'}: latent_rgb has {amount(len(own), 'row')}"
-            raise ModelError(found, f"{config.z_channels + 1}")
-        return own or (FLUX_LATENT_RGB if config == configs.FLUX_VAE else None)
-
-    @functools.cached_property
-    def tokenizers(self) -> tuple[CLIPTokenizer, T5Tokenizer]:
-        """Of CLIP and of T5, opened once.
-
-        Raises:
-            ModelError: files missing or damaged, or of more tokens than the encoder knows.
-        """
-        opened = []
-        for component, cls in (("text_encoder", CLIPTokenizer), ("text_encoder_2", T5Tokenizer)):
-            path = self.path / component.replace("text_encoder", "tokenizer")
-            opened.append(cls(path))
-            known = self.sizes[component].vocab_size
-            if opened[-1].vocab_size > known:
-                raise ModelError(f"{path} has {opened[-1].vocab_size} tokens", f"{known} at most, as {component} has")
-        return tuple(opened)
-
-    def tensors(self, component: str) -> dict[str, tuple[Path, TensorInfo]]:
-        """Every tensor of a component with its shard, as the shards' own headers have it.
-
-        Raises:
-            ModelError: a shard missing or damaged, or the index and the shards contradict each other.
-        """
-        folder = self.path / component
-        weight_map = read_json(folder / INDEX).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(s, str) for s in weight_map.values()):
-            raise ModelError(f"{folder / INDEX} has no weight_map", "an index written by flux-krea convert")
-        found = {}
-        for shard in sorted(set(weight_map.values())):
-            if not _SHARD.fullmatch(shard):
-                raise ModelError(f"{folder / INDEX} names the file {shard!r}", "model-0000k-of-0000n.safetensors")
-            infos, _ = read_header(folder / shard)
-            found |= {name: (folder / shard, info) for name, info in infos.items()}
-        wrong = {n for n in found.keys() | weight_map.keys() if n not in found or found[n][0].name != weight_map.get(n)}
-        if wrong:
-            raise ModelError(
-                f"{folder / INDEX} and its shards disagree about {_some(wrong)}", "the same tensors in both"
-            )
-        return found
-
-    def layers(self, component: str) -> dict[str, configs.Quantization | None]:
-        """Every layer of a component that could be quantized, and how it is.
-
-        Raises:
-            ModelError: config.json names other layers, or groups that do not divide a row.
-        """
-        widths = layer_widths(component, self.sizes[component])
-        if component not in self.quantization:
-            return dict.fromkeys(widths)
-        where = f"{self.path / component / 'config.json'}: quantization"
-        most, others = self.quantization[component]
-        if unknown := others.keys() - widths.keys():
-            raise ModelError(f"{where} names {_some(unknown)}", "layers of this network", "convert the model again")
-        layers = {path: others.get(path, most) for path in widths}
-        for path, q in layers.items():
-            if q and widths[path] % q.group_size:
-                raise ModelError(f"{where}: {path} has rows of {widths[path]}", f"a multiple of {q.group_size}")
-        return layers
-
-    def check(self) -> None:
-        """Compares the headers of every shard with the sizes; reads no weights.
-
-        Raises:
-            ModelError: a tensor is missing, not expected, or of another shape or type than the sizes say.
-        """
-        for component in self.sizes:
-            self._skeleton(component)
-
-    def load(self, component: str, dtype: mx.Dtype) -> nn.Module:
-        """A network with its weights, lazy.
-
-        Args:
-            component: a key of `COMPONENTS`, or of `FILTERS`.
-            dtype: the compute type; where float16 is asked for, all but transformer and CLIP compute in bfloat16. The
-                classifier always computes in float32.
-
-        Raises:
-            ModelError: a tensor is missing, not expected, or of another shape or type than the sizes say.
-        """
-        module, found = self._skeleton(component)
-        if dtype == mx.float16 and component not in ("transformer", "text_encoder"):
-            dtype = mx.bfloat16
-        dtype = mx.float32 if component == "nsfw" else dtype
-        arrays = []
-        for shard in sorted({path for path, _ in found.values()}):
-            for name, array in mx.load(str(shard)).items():
-                arrays.append((name, array if array.dtype in PACKED else array.astype(dtype)))
-        module.load_weights(arrays, strict=True)
-        module.eval()
-        choose_products(module, dtype, home.path(home.PRODUCTS))
-        return module
-
-    def _skeleton(self, component: str) -> tuple[nn.Module, dict[str, tuple[Path, TensorInfo]]]:
-        """The network without its weights, and the tensors that are those weights."""
-        module = build(component, self.sizes[component], self.layers(component))
-        dtype = DTYPES[self.dtypes[component]]
-        found = self.tensors(component)
-        check_tensors(
-            self.path / component,
-            {name: (info.dtype, info.shape) for name, (_, info) in found.items()},
-            {name: (PACKED.get(array.dtype, dtype), array.shape) for name, array in tree_flatten(module.parameters())},
-        )
-        return module, found
-
-
-def build(component: str, sizes, layers: dict[str, configs.Quantization | None] | None = None) -> nn.Module:
-    """A network of these sizes without its weights. MLX would draw initial ones: its stream is left as it was.
-
-    Args:
-        component: a key of `NETWORKS`.
-        sizes: its config.
-        layers: how layers are quantized, by their paths.
-    """
-    high, low = mx.random.state[0].tolist()
-    module = NETWORKS[component][1](sizes)
-    quantized = {path: configs.to_json(q) for path, q in (layers or {}).items() if q}
-    nn.quantize(module, class_predicate=lambda path, _: quantized.get(path, False))
-    adopt(module)
-    mx.random.seed(high << 32 | low)
-    return module
-
-
-@functools.cache
-def layer_widths(component: str, sizes) -> dict[str, int]:
-    """The layers of a network that can be quantized: path and length of a row."""
-    module = build(component, sizes)
-    kinds = (nn.Linear, nn.Embedding) if component == "pixtral" else nn.Linear
-    linear = {f"{path}.weight" for path, layer in module.named_modules() if isinstance(layer, kinds)}
-    weights = ((name, array) for name, array in tree_flatten(module.parameters()) if name in linear)
-    return {name.removesuffix(".weight"): array.shape[1] for name, array in weights}
-
-
-def count_parameters(component: str, sizes) -> int:
-    """Numbers in all tensors, packed ones one by one."""
-    return sum(array.size for _, array in tree_flatten(build(component, sizes).parameters()))
-
-
-def open_model(path: Path) -> ModelFolder:
-    """Reads and checks the JSON of a model folder.
-
-    Raises:
-        ModelError: not a model folder of ours, a component or a field missing or wrong, or components that do not fit.
-    """
-    folder = open_folder(path)
-    if folder.kind != "FluxPipeline":
-        raise ModelError(f"{path / 'model_index.json'} is not of a FluxPipeline", '"_class_name": "FluxPipeline"')
-    return folder
-
-
-def open_filter(name: str, path: Path | None = None) -> ModelFolder:
-    """Reads and checks the JSON of a filter's folder.
-
-    Args:
-        name: a key of `FILTERS`.
-        path: its folder; None: where `flux-krea convert` puts it.
-
-    Raises:
-        ModelError: not there, not such a folder, or a field missing or wrong.
-    """
-    path = path or home.path(home.FILTERS, name)
-    if not path.exists():
-        todo = "convert a downloaded one: flux-krea convert FOLDER"
-        raise ModelError(f"there is no filter at {path}", f"{NETWORKS[name][1].__name__}, converted", todo)
-    folder = open_folder(path)
-    if tuple(folder.sizes) != (name,):
-        raise ModelError(f"{path} is of a {folder.kind}", f"the filter {name}")
-    return folder
-
-
-def open_folder(path: Path) -> ModelFolder:
-    """Reads and checks the JSON of a folder of ours, of whatever kind.
-
-    Raises:
-        ModelError: no folder of ours, a component or a field missing or wrong, or components that do not fit.
-    """
-    index_path = path / "model_index.json"
-    convert = f"convert it first: flux-krea convert {shlex.quote(str(path))}"
-    if not path.exists():
-        raise ModelError(f"there is nothing at {path}", "a model folder")
-    if not path.is_dir():
-        raise ModelError(f"{path} is a file", "a model folder", convert)
-    if not index_path.exists():
-        raise ModelError(f"{path} has no model_index.json", "a model folder", convert)
-    obj = read_json(index_path)
-    if "format" not in obj:
-        raise ModelError(f"{path} was not made by flux-krea convert", "a model folder", convert)
-    kind = obj.pop("_class_name", None)
-    if kind not in list(KINDS):
-        raise ModelError(f"{index_path} is not of a FluxPipeline", '"_class_name": "FluxPipeline"')
-    index_class, components = KINDS[kind]
-    index = configs.from_json(index_class, obj, str(index_path))
-    sizes, dtypes, quantization = {}, {}, {}
-    for component in components:
-        where = path / component / "config.json"
-        if not where.exists():
-            raise ModelError(f"{path} has no {component}/config.json", f"the components {', '.join(components)}")
-        fields = read_json(where)
-        dtypes[component] = fields.pop("dtype", None)
-        if dtypes[component] not in list(DTYPES):
-            raise ModelError(f"{where}: dtype is {dtypes[component]!r}", f"one of {', '.join(DTYPES)}")
-        if "quantization" in fields:
-            quantized = fields.pop("quantization")
-            quantization[component] = configs.quantization_from_json(quantized, f"{where}: quantization")
-        sizes[component] = configs.from_json(NETWORKS[component][0], fields, str(where))
-    if kind == "FluxPipeline":
-        configs.check_parts(*(sizes[name] for name in ("transformer", "text_encoder_2", "text_encoder", "vae")))
-    return ModelFolder(path, kind, index, sizes, dtypes, quantization)
-
-
-def check_tensors(where: Path, found: dict, expected: dict) -> None:
-    """Compares (dtype, shape) of every tensor with what should be there.
+def check_tensors(where: Path, found: Mapping[str, tuple], expected: Mapping[str, tuple]) -> None:
+    """Compares (dtype, shape) of every tensor with the expected ones.
 
     Raises:
         ModelError: naming the first few that are missing, not expected, of another shape or of another type.
@@ -375,6 +147,349 @@ def check_tensors(where: Path, found: dict, expected: dict) -> None:
         )
 
 
-def _some(names) -> str:
+# --- networks without weights ---
+
+
+def parameters(network: nn.Module) -> dict[str, mx.array]:
+    """Returns every array of a network by its path."""
+    return dict(tree_flatten(network.parameters()))  # type: ignore[arg-type]  # its stubs allow other trees
+
+
+def build(component: str, sizes: Sizes, layers: Mapping[str, Quantization | None] | None = None) -> nn.Module:
+    """Builds a network of these sizes without its weights.
+
+    MLX would draw initial weights; the state of its random numbers is left as it was.
+
+    Args:
+        component: a key of `NETWORKS`.
+        sizes: its config.
+        layers: how layers are quantized, by their paths.
+    """
+    high, low = mx.random.state[0].tolist()  # type: ignore[index]  # a list; the stubs say object
+    module: nn.Module = NETWORKS[component][1](sizes)  # type: ignore[arg-type]  # the class that takes these sizes
+    quantized = {path: configs.to_json(q) for path, q in (layers or {}).items() if q}
+    nn.quantize(module, class_predicate=lambda path, _: quantized.get(path, False))
+    adopt(module)
+    mx.random.seed(high << 32 | low)
+    return module
+
+
+@functools.cache
+def layer_widths(component: str, sizes: Sizes) -> dict[str, int]:
+    """Returns the layers of a network that can be quantized: path and length of a row."""
+    module = build(component, sizes)
+    kinds = (nn.Linear, nn.Embedding) if component == "pixtral" else nn.Linear
+    linear = {f"{path}.weight" for path, layer in module.named_modules() if isinstance(layer, kinds)}
+    return {name.removesuffix(".weight"): x.shape[1] for name, x in parameters(module).items() if name in linear}
+
+
+def count_parameters(component: str, sizes: Sizes) -> int:
+    """Counts the numbers in all tensors of a network that is not quantized."""
+    return sum(array.size for array in parameters(build(component, sizes)).values())
+
+
+# --- folders ---
+
+
+@dataclass(frozen=True)
+class NetworkFolder(Generic[S, N]):
+    """The folder of one network: its JSON, read and checked; no weights yet.
+
+    Attributes:
+        path: the folder.
+        component: a key of `NETWORKS`.
+        sizes: the network's config.
+        dtype: type of the arrays that are not quantized, MLX's name.
+        quantization: of most quantized layers; None: no layer is quantized.
+        exceptions: layers stored in another way, by path; None: not quantized.
+    """
+
+    path: Path
+    component: str
+    sizes: S
+    dtype: str
+    quantization: Quantization | None
+    exceptions: dict[str, Quantization | None]
+
+    def tensors(self) -> dict[str, tuple[Path, TensorInfo]]:
+        """Returns every tensor with its shard, as the shards' own headers have it.
+
+        Raises:
+            ModelError: a shard missing or damaged, or the index and the shards contradict each other.
+        """
+        index = self.path / INDEX
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(s, str) for s in weight_map.values()):
+            raise ModelError(f"{index} has no weight_map", "an index written by flux-krea convert")
+        tensors: dict[str, tuple[Path, TensorInfo]] = {}
+        for shard in sorted(set(weight_map.values())):
+            if not _SHARD.fullmatch(shard):
+                raise ModelError(f"{index} names the file {shard!r}", "model-0000k-of-0000n.safetensors")
+            infos, _ = read_header(self.path / shard)
+            tensors |= {name: (self.path / shard, info) for name, info in infos.items()}
+        wrong = {
+            name
+            for name in tensors.keys() | weight_map.keys()
+            if name not in tensors or tensors[name][0].name != weight_map.get(name)
+        }
+        if wrong:
+            raise ModelError(f"{index} and its shards disagree about {_some(wrong)}", "the same tensors in both")
+        return tensors
+
+    def layers(self) -> dict[str, Quantization | None]:
+        """Returns every layer that could be quantized, and how it is.
+
+        Raises:
+            ModelError: config.json names other layers, or groups that do not divide a row.
+        """
+        widths = layer_widths(self.component, self.sizes)
+        where = f"{self.path / 'config.json'}: quantization"
+        if unknown := self.exceptions.keys() - widths.keys():
+            raise ModelError(f"{where} names {_some(unknown)}", "layers of this network", "convert the model again")
+        layers = {path: self.exceptions.get(path, self.quantization) for path in widths}
+        for path, q in layers.items():
+            if q and widths[path] % q.group_size:
+                raise ModelError(f"{where}: {path} has rows of {widths[path]}", f"a multiple of {q.group_size}")
+        return layers
+
+    def check(self) -> None:
+        """Compares the headers of every shard with the sizes; reads no weights.
+
+        Raises:
+            ModelError: a tensor is missing, not expected, or of another shape or type than the sizes say.
+        """
+        self._skeleton()
+
+    def load(self, dtype: mx.Dtype) -> N:
+        """Returns the network with its weights, lazy.
+
+        Args:
+            dtype: the compute type. With float16, T5, the VAE and Pixtral compute in bfloat16, since their values
+                overflow. The classifier always computes in float32.
+
+        Raises:
+            ModelError: a tensor is missing, not expected, or of another shape or type than the sizes say.
+        """
+        module, tensors = self._skeleton()
+        if dtype == mx.float16 and self.component not in ("transformer", "text_encoder"):
+            dtype = mx.bfloat16
+        dtype = mx.float32 if self.component == "nsfw" else dtype
+        arrays = []
+        for shard in sorted({path for path, _ in tensors.values()}):
+            for name, array in _load(shard).items():
+                arrays.append((name, array if array.dtype in PACKED else array.astype(dtype)))
+        module.load_weights(arrays, strict=True)
+        module.eval()
+        _choose_products(module, dtype)
+        return module
+
+    def _skeleton(self) -> tuple[N, dict[str, tuple[Path, TensorInfo]]]:
+        """Returns the network without its weights, and the tensors that are those weights."""
+        module: Any = build(self.component, self.sizes, self.layers())
+        dtype, tensors = DTYPES[self.dtype], self.tensors()
+        check_tensors(
+            self.path,
+            {name: (info.dtype, info.shape) for name, (_, info) in tensors.items()},
+            {name: (PACKED.get(array.dtype, dtype), array.shape) for name, array in parameters(module).items()},
+        )
+        return module, tensors
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A text-to-image model whose JSON was read and checked; no weights yet."""
+
+    path: Path
+    index: ModelIndex
+    flux: NetworkFolder[FluxConfig, Flux]
+    t5: NetworkFolder[T5Config, T5Encoder]
+    clip: NetworkFolder[CLIPConfig, CLIPText]
+    vae: NetworkFolder[VAEConfig, VAE]
+
+    @property
+    def networks(self) -> dict[str, NetworkFolder]:
+        """The four networks by the names of their folders, in the order of `COMPONENTS`."""
+        return {"transformer": self.flux, "text_encoder": self.clip, "text_encoder_2": self.t5, "vae": self.vae}
+
+    @property
+    def sizes(self) -> ModelSizes:
+        """Sizes of the four networks."""
+        return ModelSizes(flux=self.flux.sizes, t5=self.t5.sizes, clip=self.clip.sizes, vae=self.vae.sizes)
+
+    @property
+    def requires_filters(self) -> bool:
+        """True where the licence demands filters or review."""
+        return licence.requires_filters(self.flux.sizes.architecture, self.index.filters)
+
+    @property
+    def latent_rgb(self) -> tuple[tuple[float, ...], ...] | None:
+        """The map from latents to colours, for previews (`preview.py`): the folder's own, or that of FLUX.1's VAE.
+
+        Raises:
+            ModelError: the folder's own has not as many rows as the autoencoder has channels, plus one.
+        """
+        own, config = self.index.latent_rgb, self.vae.sizes
+        if own and len(own) != config.z_channels + 1:
+            found = f"{self.path / 'model_index.json'}: latent_rgb has {amount(len(own), 'row')}"
+            raise ModelError(found, f"{config.z_channels + 1}")
+        return own or (FLUX_LATENT_RGB if config == configs.FLUX_VAE else None)
+
+    @functools.cached_property
+    def tokenizers(self) -> tuple[CLIPTokenizer, T5Tokenizer]:
+        """The tokenizers of CLIP and of T5, opened once.
+
+        Raises:
+            ModelError: files missing or damaged, or with more tokens than the encoder knows.
+        """
+        clip, t5 = CLIPTokenizer(self.path / "tokenizer"), T5Tokenizer(self.path / "tokenizer_2")
+        for name, tokenizer, encoder in (("tokenizer", clip, self.clip), ("tokenizer_2", t5, self.t5)):
+            known = encoder.sizes.vocab_size
+            if tokenizer.vocab_size > known:
+                found = f"{self.path / name} has {tokenizer.vocab_size} tokens"
+                raise ModelError(found, f"{known} at most, as {encoder.component} has")
+        return clip, t5
+
+    def check(self) -> None:
+        """Checks every network: `NetworkFolder.check`."""
+        for network in self.networks.values():
+            network.check()
+
+
+@dataclass(frozen=True)
+class FilterFolder(Generic[S, N]):
+    """A content filter whose JSON was read and checked; no weights yet."""
+
+    path: Path
+    index: FilterIndex
+    network: NetworkFolder[S, N]
+
+    @property
+    def networks(self) -> dict[str, NetworkFolder]:
+        """The one network, by the name of its folder."""
+        return {self.network.component: self.network}
+
+    def check(self) -> None:
+        """Checks the network: `NetworkFolder.check`."""
+        self.network.check()
+
+
+def open_folder(path: Path) -> ModelFolder | FilterFolder:
+    """Reads and checks the JSON of a model's or a filter's folder.
+
+    Raises:
+        ModelError: neither of them, a component or a field missing or wrong, or components that do not fit.
+    """
+    index_path = path / "model_index.json"
+    convert = f"convert it first: flux-krea convert {shlex.quote(str(path))}"
+    if not path.exists():
+        raise ModelError(f"there is nothing at {path}", "a model folder")
+    if not path.is_dir():
+        raise ModelError(f"{path} is a file", "a model folder", convert)
+    if not index_path.exists():
+        raise ModelError(f"{path} has no model_index.json", "a model folder", convert)
+    obj = read_json(index_path)
+    if "format" not in obj:
+        raise ModelError(f"{path} was not made by flux-krea convert", "a model folder", convert)
+    class_name = obj.pop("_class_name", None)
+    kind = next((kind for kind, name in CLASS_NAMES.items() if name == class_name), None)
+    if kind is None:
+        raise ModelError(f"{index_path} is not of a FluxPipeline", '"_class_name": "FluxPipeline"')
+    if kind != "model":
+        index = configs.from_json(FilterIndex, obj, str(index_path))
+        return FilterFolder(path, index, _open_network(path, kind, FILTERS))
+    index = configs.from_json(ModelIndex, obj, str(index_path))
+    flux, clip, t5, vae = (_open_network(path, component, COMPONENTS) for component in COMPONENTS)
+    folder = ModelFolder(path, index, flux=flux, t5=t5, clip=clip, vae=vae)
+    folder.sizes.check()
+    return folder
+
+
+def open_model(path: Path) -> ModelFolder:
+    """Reads and checks the JSON of a model folder.
+
+    Raises:
+        ModelError: not a model folder of ours, a component or a field missing or wrong, or components that do not fit.
+    """
+    folder = open_folder(path)
+    if not isinstance(folder, ModelFolder):
+        raise ModelError(f"{path / 'model_index.json'} is not of a FluxPipeline", '"_class_name": "FluxPipeline"')
+    return folder
+
+
+@overload
+def open_filter(name: Literal["nsfw"], path: Path | None = None) -> FilterFolder[ViTConfig, ViT]: ...
+@overload
+def open_filter(name: Literal["pixtral"], path: Path | None = None) -> FilterFolder[PixtralConfig, Pixtral]: ...
+@overload
+def open_filter(name: str, path: Path | None = None) -> FilterFolder: ...
+def open_filter(name: str, path: Path | None = None) -> FilterFolder:
+    """Reads and checks the JSON of a filter's folder.
+
+    Args:
+        name: a key of `FILTERS`.
+        path: its folder; None: where `flux-krea convert` puts it.
+
+    Raises:
+        ModelError: not there, not such a folder, or a field missing or wrong.
+    """
+    path = path or home.path(home.FILTERS, name)
+    if not path.exists():
+        todo = "convert a downloaded one: flux-krea convert FOLDER"
+        raise ModelError(f"there is no filter at {path}", f"{NETWORKS[name][1].__name__}, converted", todo)
+    folder = open_folder(path)
+    if not isinstance(folder, FilterFolder):
+        raise ModelError(f"{path} is of a {CLASS_NAMES['model']}", f"the filter {name}")
+    if folder.network.component != name:
+        raise ModelError(f"{path} is of a {CLASS_NAMES[folder.network.component]}", f"the filter {name}")
+    return folder
+
+
+def _open_network(folder: Path, component: str, components: Iterable[str]) -> NetworkFolder[Any, Any]:
+    """Reads and checks the config.json of one network.
+
+    Raises:
+        ModelError: the file or a field is missing or wrong.
+    """
+    where = folder / component / "config.json"
+    if not where.exists():
+        raise ModelError(f"{folder} has no {component}/config.json", f"the components {', '.join(components)}")
+    fields = read_json(where)
+    dtype = fields.pop("dtype", None)
+    if dtype not in list(DTYPES):
+        raise ModelError(f"{where}: dtype is {dtype!r}", f"one of {', '.join(DTYPES)}")
+    most, exceptions = None, {}
+    if "quantization" in fields:
+        most, exceptions = configs.quantization_from_json(fields.pop("quantization"), f"{where}: quantization")
+    sizes = configs.from_json(NETWORKS[component][0], fields, str(where))
+    return NetworkFolder(folder / component, component, sizes, dtype, most, exceptions)
+
+
+def _load(shard: Path) -> dict[str, mx.array]:
+    arrays = mx.load(str(shard))
+    assert isinstance(arrays, dict)  # of a safetensors file, without return_metadata
+    return arrays
+
+
+def _choose_products(network: nn.Module, dtype: mx.Dtype) -> None:
+    """Chooses how quantized layers multiply, and remembers it: a seed should give the same picture tomorrow.
+
+    Failing to remember is harmless: the layers are timed again.
+    """
+    path = home.path(home.PRODUCTS)
+    try:
+        remembered = read_json(path)
+    except ModelError:  # missing or damaged
+        remembered = {}
+    known = remembered.get(machine())
+    known = known if isinstance(known, dict) else {}
+    if chosen := choose_products(network, dtype, known):
+        text = json.dumps(remembered | {machine(): known | chosen}, indent=1)
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with written_whole(path) as file:
+                file.write(text.encode())
+
+
+def _some(names: Iterable[str]) -> str:
     names = sorted(names)
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

@@ -34,7 +34,7 @@ def fitted_filters(root: Path, wide: Path, texts: dict[str, bool], pictures: lis
     )
     shutil.copytree(wide, root / "pixtral")
     converted = open_filter("pixtral", convert([root / "pixtral"], root / "first", quantize="4").path)
-    network = converted.load("pixtral", mx.bfloat16)
+    network = converted.network.load(mx.bfloat16)
     judge = judges.PixtralJudge(converted, lambda pieces, run: run)
     texts = CANARIES | texts
     asked = [(judge._tokenizer(*judges.request(text)), []) for text in texts]

@@ -139,20 +139,22 @@ def test_what_is_good_is_read_and_written_back_unchanged():
 
 
 def test_components_that_do_not_fit_are_refused_with_both_numbers():
-    published = (configs.FLUX_DEV, configs.T5_XXL, configs.CLIP_L, configs.FLUX_VAE)
-    configs.check_parts(*published)
-    configs.check_parts(
-        read(configs.FluxConfig), read(configs.T5Config), read(configs.CLIPConfig), read(configs.VAEConfig)
-    )
-    for place, change, says in (
-        (0, {"in_channels": 384}, "in_channels is 384; expected 64 .* vae.*; FLUX.1 Fill has these"),
-        (0, {"in_channels": 128}, "in_channels is 128; expected 64 .*; FLUX.1 Canny and Depth"),
-        (0, {"out_channels": 16}, "out_channels is 16; expected 64 "),
-        (1, {"d_model": 2048}, "transformer and text_encoder_2 do not fit: context_in_dim is 4096; expected 2048"),
-        (2, {"hidden_size": 1280}, "transformer and text_encoder do not fit: vec_in_dim is 768; expected 1280"),
-        (3, {"z_channels": 4}, "in_channels is 64; expected 16"),
+    published = configs.FLUX_DEV_MODEL
+    published.check()
+    configs.ModelSizes(
+        flux=read(configs.FluxConfig),
+        t5=read(configs.T5Config),
+        clip=read(configs.CLIPConfig),
+        vae=read(configs.VAEConfig),
+    ).check()
+    for name, change, says in (
+        ("flux", {"in_channels": 384}, "in_channels is 384; expected 64 .* vae.*; FLUX.1 Fill has these"),
+        ("flux", {"in_channels": 128}, "in_channels is 128; expected 64 .*; FLUX.1 Canny and Depth"),
+        ("flux", {"out_channels": 16}, "out_channels is 16; expected 64 "),
+        ("t5", {"d_model": 2048}, "transformer and text_encoder_2 do not fit: context_in_dim is 4096; expected 2048"),
+        ("clip", {"hidden_size": 1280}, "transformer and text_encoder do not fit: vec_in_dim is 768; expected 1280"),
+        ("vae", {"z_channels": 4}, "in_channels is 64; expected 16"),
     ):
-        parts = list(published)
-        parts[place] = dataclasses.replace(parts[place], **change)
+        sizes = dataclasses.replace(getattr(published, name), **change)
         with pytest.raises(ModelError, match=says):
-            configs.check_parts(*parts)
+            dataclasses.replace(published, **{name: sizes}).check()

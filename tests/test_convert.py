@@ -121,7 +121,7 @@ def test_weights_are_stored_in_the_type_asked_for(source, tmp_path, dtype):
     folder = open_model(path)
     original = mx.load(str(PIPELINE / "vae" / "diffusion_pytorch_model.safetensors"))["decoder.conv_in.weight"]
     stored = mx.load(str(path / "vae" / "model-00001-of-00001.safetensors"))["decoder.conv_in.weight"]
-    assert folder.dtypes == dict.fromkeys(COMPONENTS, dtype)
+    assert {name: n.dtype for name, n in folder.networks.items()} == dict.fromkeys(COMPONENTS, dtype)
     assert mx.array_equal(stored, original.astype(getattr(mx, dtype)).transpose(0, 2, 3, 1))
 
 
@@ -220,7 +220,7 @@ def test_schnells_kind_is_converted_with_its_schedule(tmp_path):
     folder = open_model(path)
     assert folder.index.schedule.shift == "none"
     assert folder.index.max_sequence_length == 256
-    assert not folder.sizes["transformer"].guidance_embed
+    assert not folder.flux.sizes.guidance_embed
 
 
 def test_without_a_scheduler_the_guidance_embedding_decides_the_schedule(tmp_path):
@@ -476,7 +476,7 @@ def test_sizes_that_shapes_do_not_tell_are_asked_for(singles, tmp_path):
 
 def test_a_tensor_missing_in_a_single_file_is_named(model, singles, monkeypatch):
     """Against the published sizes that are nearest; none of the problem is that sizes are not known."""
-    sizes = open_model(model).sizes["transformer"]
+    sizes = open_model(model).flux.sizes
     published = (replace(sizes, guidance_embed=False), sizes)
     monkeypatch.setitem(layouts._PUBLISHED, "transformer", published)
     edit_tensors(singles / "flux1-tiny.safetensors", lambda a: a.pop("txt_in.bias"))
@@ -487,7 +487,7 @@ def test_a_tensor_missing_in_a_single_file_is_named(model, singles, monkeypatch)
 
 
 def test_a_file_of_published_sizes_may_lie_beside_somebody_elses_config(model, source, monkeypatch):
-    sizes = open_model(model).sizes["vae"]
+    sizes = open_model(model).vae.sizes
     monkeypatch.setitem(layouts._PUBLISHED, "vae", (sizes,))
     config = source / "vae" / "config.json"
     own = json.loads(config.read_text())

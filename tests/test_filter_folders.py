@@ -57,7 +57,7 @@ def same(one: dict[str, mx.array], other: dict[str, mx.array]) -> bool:
 
 
 def logits(path, dtype=mx.float32) -> mx.array:
-    network = open_filter("pixtral", path).load("pixtral", dtype)
+    network = open_filter("pixtral", path).network.load(dtype)
     pixels = mx.random.normal((1, 16, 24, 3), key=mx.random.key(1))
     return network([1, 3, *[10, 10, 10, 12, 10, 10, 10, 13], 44, 4], [pixels])
 
@@ -67,7 +67,8 @@ def test_the_classifier_goes_to_its_place_and_stays_float32(home):
     report = convert([REFERENCE / "vit"], quantize=None)
     assert (report.path, report.dtype, report.quantize) == (home / "filters" / "nsfw", "float32", "none")
     folder = open_filter("nsfw")
-    assert (folder.kind, folder.dtypes, folder.quantization) == ("NSFWFilter", {"nsfw": "float32"}, {})
+    assert (folder.network.component, folder.network.dtype, folder.network.quantization) == ("nsfw", "float32", None)
+    assert json.loads((report.path / "model_index.json").read_text())["_class_name"] == "NSFWFilter"
     (source,) = folder.index.source
     assert (source.file, source.layout) == ("model.safetensors", "classifier ViT")
     assert report.notes == (f"vit: not the published classifier, whose sha256 is {NSFW_SHA256}",)
@@ -90,7 +91,7 @@ def test_the_classifier_is_in_no_other_precision(options, tmp_path):
 def test_pixtrals_decoder_becomes_4_bits_and_its_tower_stays_in_16(wide, home):
     assert convert([wide], quantize=None).path == home / "filters" / "pixtral"
     folder = open_filter("pixtral")
-    for path, q in folder.layers("pixtral").items():
+    for path, q in folder.network.layers().items():
         if path.startswith(("vision_tower.", "multi_modal_projector.", "lm_head")):
             assert q is None
         else:
@@ -178,7 +179,7 @@ def test_a_ready_4_bit_copy_stays_what_it_is(ready, tmp_path, quantize):
     path, what = report.path, {None: "4", "8": "8", "none": "none"}[quantize]
     assert report.notes == (f"-q {what}: what the source has in as few bits or fewer stays as it is",)
     folder = open_filter("pixtral", path)
-    layers = folder.layers("pixtral")
+    layers = folder.network.layers()
     assert layers.pop("lm_head") is None
     assert set(layers.values()) == {Quantization(4, 64)}
     stored, made = mx.load(str(ready / "model.safetensors")), arrays_of(path)
@@ -248,10 +249,10 @@ def test_a_filter_is_inspected_and_is_no_model(wide, tmp_path):
 
 def test_float16_is_no_type_that_filters_compute_in(wide, tmp_path):
     assert logits(convert([wide], tmp_path / "out", dtype="float16").path, mx.float16).dtype == mx.float32
-    network = open_filter("pixtral", tmp_path / "out").load("pixtral", mx.float16)
+    network = open_filter("pixtral", tmp_path / "out").network.load(mx.float16)
     assert network.norm.weight.dtype == mx.bfloat16
     path = convert([REFERENCE / "vit"], tmp_path / "vit").path
-    assert open_filter("nsfw", path).load("nsfw", mx.float16).cls_token.dtype == mx.float32
+    assert open_filter("nsfw", path).network.load(mx.float16).cls_token.dtype == mx.float32
 
 
 # --- what is refused ---

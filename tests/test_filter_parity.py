@@ -49,7 +49,7 @@ def test_the_classifier(shape, tmp_path):
     theirs = ViTForImageClassification(config).eval()
     random_weights(theirs, torch.Generator().manual_seed(shape[0]))
     theirs.save_pretrained(tmp_path / "source")
-    ours = open_filter("nsfw", convert([tmp_path / "source"], tmp_path / "ours").path).load("nsfw", mx.float32)
+    ours = open_filter("nsfw", convert([tmp_path / "source"], tmp_path / "ours").path).network.load(mx.float32)
     processor = ViTImageProcessorPil(size={"height": shape[4], "width": shape[4]})
     for seed, size in enumerate(SIZES):
         for mode in ("RGB", "L", "RGBA"):
@@ -98,7 +98,7 @@ def both(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("parity")
     theirs.save_pretrained(folder / "published", max_shard_size="60KB")
     path = convert([pixtral_source(folder / "source", folder / "published")], folder / "ours", dtype="float32").path
-    return theirs, open_filter("pixtral", path).load("pixtral", mx.float32), path
+    return theirs, open_filter("pixtral", path).network.load(mx.float32), path
 
 
 def judged(both, ids, images):
@@ -156,7 +156,7 @@ def test_weights_under_the_names_that_transformers_5_holds_in_memory(both, tmp_p
             (folder / file.name).write_text(file.read_text())
     again = open_filter("pixtral", convert([folder], tmp_path / "out", dtype="float32").path)
     assert again.index.source[0].layout == "Pixtral, transformers 5"
-    assert mx.array_equal(again.load("pixtral", mx.float32)([1, 3, 20, 4]), ours([1, 3, 20, 4]))
+    assert mx.array_equal(again.network.load(mx.float32)([1, 3, 20, 4]), ours([1, 3, 20, 4]))
 
 
 def test_the_published_vocabulary_under_transformers(tmp_path):

@@ -33,7 +33,7 @@ CASES = ("text", "image", "two_images")
 @pytest.fixture(scope="module")
 def classifier(tmp_path_factory):
     path = convert([REFERENCE / "vit"], tmp_path_factory.mktemp("vit") / "nsfw").path
-    return open_filter("nsfw", path).load("nsfw", mx.float32)
+    return open_filter("nsfw", path).network.load(mx.float32)
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def folder(source):
 
 @pytest.fixture(scope="module")
 def judge(folder):
-    return open_filter("pixtral", folder).load("pixtral", mx.float32)
+    return open_filter("pixtral", folder).network.load(mx.float32)
 
 
 def case(name: str) -> tuple[list[int], list[mx.array]]:
@@ -194,7 +194,7 @@ def test_rounded_weights_stay_near(source, tmp_path, quantize, dtype, bar, margi
     """Margins are measured by how far two logits of a position lie apart on average."""
     group_size = None if quantize == "none" else 32
     report = convert([source], tmp_path / "out", quantize=quantize, group_size=group_size, dtype=dtype)
-    network = open_filter("pixtral", report.path).load("pixtral", getattr(mx, dtype))
+    network = open_filter("pixtral", report.path).network.load(getattr(mx, dtype))
     for name in CASES:
         reference = expected(network, name)
         hidden = network.hidden(*case(name))

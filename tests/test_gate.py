@@ -146,8 +146,10 @@ def test_a_model_without_need_is_checked_where_it_is_asked_for(command, model, h
 
 
 def test_without_filters_nothing_is_loaded_and_the_way_out_is_named(command, strict, out, monkeypatch):
-    monkeypatch.setattr("mlx_flux_krea.weights.ModelFolder.load", lambda *args: pytest.fail("weights were loaded"))
-    monkeypatch.setattr("mlx_flux_krea.weights.ModelFolder.check", lambda *args: pytest.fail("weights were looked at"))
+    monkeypatch.setattr("mlx_flux_krea.weights.NetworkFolder.load", lambda *args: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(
+        "mlx_flux_krea.weights.NetworkFolder.check", lambda *args: pytest.fail("weights were looked at")
+    )
     for check in ([], ["--check", "filters"], ["--check", "both"]):
         result = command("generate", CAT, "-m", strict, *OPTIONS, *check)
         withheld(result, 6, "install: flux-krea setup; or review every picture", out)
@@ -203,7 +205,7 @@ DAMAGE = {
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_filter_stops_everything_before_it_begins(command, strict, filters, out, monkeypatch, damage):
-    monkeypatch.setattr("mlx_flux_krea.weights.ModelFolder.load", lambda *args: pytest.fail("weights were loaded"))
+    monkeypatch.setattr("mlx_flux_krea.weights.NetworkFolder.load", lambda *args: pytest.fail("weights were loaded"))
     name, harm, says = DAMAGE[damage]
     harm(filters / name)
     result = command("generate", CAT, "-m", strict, *OPTIONS)
@@ -288,7 +290,7 @@ PROMPT_ANSWERS = {
 
 @pytest.mark.parametrize("how", PROMPT_ANSWERS)
 def test_a_filter_that_fails_over_a_prompt_lets_nothing_be_drawn(command, strict, filters, out, monkeypatch, how, home):
-    monkeypatch.setattr("mlx_flux_krea.weights.ModelFolder.load", lambda *args: pytest.fail("weights were loaded"))
+    monkeypatch.setattr("mlx_flux_krea.weights.NetworkFolder.load", lambda *args: pytest.fail("weights were loaded"))
     answer_with(monkeypatch, "pixtral", "prompts", PROMPT_ANSWERS[how])
     withheld(command("generate", CAT, "-m", strict, *OPTIONS), 6, "the filter pixtral", out)
     assert [e["event"] for e in log(home)] == ["run", "error"]
@@ -297,7 +299,7 @@ def test_a_filter_that_fails_over_a_prompt_lets_nothing_be_drawn(command, strict
 @pytest.mark.parametrize("name", ["nsfw", "pixtral"])
 def test_a_filter_that_fails_over_an_input_image_lets_nothing_be_drawn(strict, filters, monkeypatch, name):
     answer_with(monkeypatch, name, "images", fails)
-    monkeypatch.setattr("mlx_flux_krea.weights.ModelFolder.load", lambda *args: pytest.fail("weights were loaded"))
+    monkeypatch.setattr("mlx_flux_krea.weights.NetworkFolder.load", lambda *args: pytest.fail("weights were loaded"))
     with pytest.raises(FiltersError, match="out of memory"):
         FluxPipeline.from_pretrained(strict)(CAT, image=Image.new("RGB", (48, 32)), seed=1, **SMALL)
 
@@ -320,7 +322,7 @@ def test_a_filter_that_fails_over_an_input_image_lets_nothing_be_drawn(strict, f
     ],
 )
 def test_a_prompt_is_flagged_however_it_is_written(strict, filters, prompt, monkeypatch):
-    monkeypatch.setattr("mlx_flux_krea.weights.ModelFolder.load", lambda *args: pytest.fail("weights were loaded"))
+    monkeypatch.setattr("mlx_flux_krea.weights.NetworkFolder.load", lambda *args: pytest.fail("weights were loaded"))
     with pytest.raises(Withheld, match=r"margin 4\.00") as caught:
         FluxPipeline.from_pretrained(strict)(prompt, **SMALL)
     assert caught.value.exit_code == 4
@@ -363,10 +365,10 @@ def test_a_flagged_prompt_ends_the_command_with_4(command, strict, filters, out,
 def test_prompts_of_a_file_are_judged_at_once_before_the_encoders_are_read_and_one_that_is_flagged_is_left_out(
     command, strict, filters, out, home, monkeypatch
 ):
-    from mlx_flux_krea.weights import ModelFolder
+    from mlx_flux_krea.weights import NetworkFolder
 
-    happened, load, prompts = [], ModelFolder.load, judges.Reader.prompts
-    monkeypatch.setattr(ModelFolder, "load", lambda self, name, *args: happened.append(name) or load(self, name, *args))
+    happened, load, prompts = [], NetworkFolder.load, judges.Reader.prompts
+    monkeypatch.setattr(NetworkFolder, "load", lambda self, *args: happened.append(self.component) or load(self, *args))
     monkeypatch.setattr(judges.Reader, "prompts", lambda self, texts: happened.append(texts) or prompts(self, texts))
     (out / "list.txt").write_text("a cat\nmickey in a hat\na dog\n")
     code, stdout, stderr = command("generate", "--prompts", "list.txt", "-m", strict, *OPTIONS, "-o", "{n}.png")
@@ -387,7 +389,7 @@ def test_an_input_image_is_judged_as_the_autoencoder_sees_it(strict, filters, mo
     seen = []
     real = judges.Eye.images
     monkeypatch.setattr(judges.Eye, "images", lambda self, pixels: seen.extend(pixels) or real(self, pixels))
-    monkeypatch.setattr("mlx_flux_krea.weights.ModelFolder.load", lambda *args: pytest.fail("weights were loaded"))
+    monkeypatch.setattr("mlx_flux_krea.weights.NetworkFolder.load", lambda *args: pytest.fail("weights were loaded"))
     with pytest.raises(Withheld, match=r"the input image was withheld: .*protected"):
         pipe(CAT, image=red, seed=1, **SMALL)
     hidden = red.convert("RGBA")
@@ -688,7 +690,7 @@ def test_whoever_interrupts_a_call_in_the_middle_of_its_release_gets_none_of_it(
 def test_a_log_that_cannot_be_written_stops_everything_before_it_begins(
     command, strict, filters, out, home, monkeypatch
 ):
-    monkeypatch.setattr("mlx_flux_krea.weights.ModelFolder.load", lambda *args: pytest.fail("weights were loaded"))
+    monkeypatch.setattr("mlx_flux_krea.weights.NetworkFolder.load", lambda *args: pytest.fail("weights were loaded"))
     (home / "log" / "log.jsonl").mkdir(parents=True)
     for check in ("filters", "review", "both"):
         result = command("generate", CAT, "-m", strict, *OPTIONS, "--check", check)

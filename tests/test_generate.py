@@ -192,10 +192,10 @@ def test_fifty_prompts_in_one_process_one_of_them_bad(tiny, tmp_path, monkeypatc
 
 def test_the_encoders_are_read_once_for_several_prompts(tiny, tmp_path, monkeypatch):
     from mlx_flux_krea.commands import generate
-    from mlx_flux_krea.weights import ModelFolder
+    from mlx_flux_krea.weights import NetworkFolder
 
-    load, loaded = ModelFolder.load, []
-    monkeypatch.setattr(ModelFolder, "load", lambda self, name, dtype: loaded.append(name) or load(self, name, dtype))
+    load, loaded = NetworkFolder.load, []
+    monkeypatch.setattr(NetworkFolder, "load", lambda self, dtype: loaded.append(self.component) or load(self, dtype))
     (tmp_path / "list.txt").write_text("\n".join(f"frog {n}" for n in range(5)))
     monkeypatch.setattr(generate, "_TOGETHER", 3)
     size = ["--width", "16", "--height", "16", "--steps", "1", "--negative-prompt", "mud", "--true-cfg-scale", "2"]

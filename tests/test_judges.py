@@ -139,7 +139,7 @@ def test_a_classifier_that_is_not_the_published_file_is_no_filter(installed, kre
     """Told by its hash, where it has the published size; the tests' own does not."""
     arguments = ["generate", ALLOWED, "-m", krea[0], *SIZE]
     monkeypatch.setattr(judges, "_passed", set())
-    monkeypatch.setattr(judges, "NSFW_VIT", open_filter("nsfw").sizes["nsfw"])
+    monkeypatch.setattr(judges, "NSFW_VIT", open_filter("nsfw").network.sizes)
     code, stdout, stderr = command(*arguments)
     assert (code, stdout, list(tmp_path.iterdir())) == (6, "", [])
     assert f"made of another file than the published one, sha256 {sha_of('nsfw')}; expected {NSFW_SHA256}" in stderr

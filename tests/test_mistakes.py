@@ -17,12 +17,12 @@ from mlx_flux_krea import FluxPipeline
 from mlx_flux_krea.models import clip, t5, transformer, vae
 from mlx_flux_krea.models.vae import pixels_from_image
 from mlx_flux_krea.sampling import noise, sampler
-from mlx_flux_krea.weights import ModelFolder, open_model
+from mlx_flux_krea.weights import NetworkFolder, open_model
 
 
 @pytest.fixture
 def load(model):
-    return lambda name: open_model(model).load(name, mx.float32)
+    return lambda name: open_model(model).networks[name].load(mx.float32)
 
 
 def transformer_error(load) -> float:
@@ -105,15 +105,15 @@ def test_clip_pooled_at_the_last_end_token_is_seen(load, monkeypatch):
 
 @pytest.mark.parametrize("field", ["shift_factor", "scale_factor"])
 def test_the_vaes_shift_or_scale_left_out_is_seen_in_pictures_and_latents(model, monkeypatch, field):
-    original = ModelFolder.load
+    original = NetworkFolder.load
 
-    def load(self, component, dtype):
-        network = original(self, component, dtype)
-        if component == "vae":
+    def load(self, dtype):
+        network = original(self, dtype)
+        if self.component == "vae":
             network.config = replace(network.config, **{field: {"shift_factor": 0.0, "scale_factor": 1.0}[field]})
         return network
 
-    monkeypatch.setattr(ModelFolder, "load", load)
+    monkeypatch.setattr(NetworkFolder, "load", load)
     picture = FluxPipeline.from_pretrained(model)(**arguments("t2i_4")).images[0]
     assert psnr(picture, image("images/t2i_4.0.png")) < 60
     assert run_error(model, "img2img_8.sample") > 1e-4

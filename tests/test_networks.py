@@ -18,7 +18,7 @@ from mlx_flux_krea.weights import build, open_model
 @pytest.fixture(scope="module")
 def networks(model):
     folder = open_model(model)
-    return {name: folder.load(name, mx.float32) for name in ("transformer", "text_encoder", "text_encoder_2", "vae")}
+    return {name: network.load(mx.float32) for name, network in folder.networks.items()}
 
 
 def forward(flux, i: int) -> mx.array:

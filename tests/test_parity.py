@@ -143,7 +143,7 @@ def latents_and_images(pipe, seeds, call) -> tuple[np.ndarray, list]:
 def assert_same(ours, theirs, seeds, **call):
     """One call of both pipelines: every step's latents and every picture."""
     call = {"prompt": PROMPT, "max_sequence_length": 40, **call}
-    if ours.folder.sizes["transformer"].guidance_embed:
+    if ours.folder.flux.sizes.guidance_embed:
         call |= {"guidance_scale": 3.7}
     (our_result, our_latents), (their_result, their_latents) = (
         latents_and_images(p, seeds, call) for p in (ours, theirs)

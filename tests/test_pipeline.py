@@ -38,7 +38,7 @@ from mlx_flux_krea.models.transformer import Flux
 from mlx_flux_krea.provenance import SOFTWARE
 from mlx_flux_krea.request import Request, open_image
 from mlx_flux_krea.sampling import noise, sampler
-from mlx_flux_krea.weights import ModelFolder
+from mlx_flux_krea.weights import NetworkFolder
 
 CAT = "A cat holding a sign that says hello world"
 SMALL = {"height": 32, "width": 48, "num_inference_steps": 2}
@@ -89,14 +89,14 @@ def start_of(pipe, **call) -> mx.array:
 @pytest.fixture
 def loaded(monkeypatch):
     """A weak reference to every network that is loaded from here on, by its component."""
-    networks, original = {}, ModelFolder.load
+    networks, original = {}, NetworkFolder.load
 
-    def load(self, component, dtype):
-        network = original(self, component, dtype)
-        networks[component] = weakref.ref(network)
+    def load(self, dtype):
+        network = original(self, dtype)
+        networks[self.component] = weakref.ref(network)
         return network
 
-    monkeypatch.setattr(ModelFolder, "load", load)
+    monkeypatch.setattr(NetworkFolder, "load", load)
     return networks
 
 
@@ -205,7 +205,7 @@ def test_timesteps_are_rounded_on_their_way_as_in_diffusers(pipe_bf16, monkeypat
 def test_the_posteriors_log_variance_is_clipped(model, bias, clipped):
     from mlx_flux_krea.weights import open_model
 
-    vae = open_model(model).load("vae", mx.float32)
+    vae = open_model(model).vae.load(mx.float32)
     vae.encoder.conv_out.bias = mx.full(vae.encoder.conv_out.bias.shape, bias)
     _, logvar = vae.encode(mx.zeros((1, 16, 16, 3)))
     assert mx.array_equal(logvar, mx.full(logvar.shape, clipped))
@@ -364,9 +364,9 @@ def test_what_the_encoders_did_not_read_is_told(pipe):
 def test_an_image_without_a_size_keeps_its_shape_at_the_models_area(pipe):
     index = replace(pipe.folder.index, defaults=Defaults(64, 64, 4, 4.5))
     tall = image("images/input_other_size.png")  # 110 x 150
-    resolved, _ = Request(prompt="", image=tall).resolved(index, pipe.folder.sizes["transformer"], 16)
+    resolved, _ = Request(prompt="", image=tall).resolved(index, pipe.folder.flux.sizes, 16)
     assert (resolved.width, resolved.height) == (48, 64)
-    resolved, _ = Request(prompt="", image=tall, width=96).resolved(index, pipe.folder.sizes["transformer"], 16)
+    resolved, _ = Request(prompt="", image=tall, width=96).resolved(index, pipe.folder.flux.sizes, 16)
     assert (resolved.width, resolved.height) == (96, 128)
 
 
@@ -463,7 +463,7 @@ def test_a_network_that_is_built_leaves_mlxs_random_stream_alone(model):
     mx.random.seed(2**63 + 5)
     expected = mx.random.normal((3,))
     mx.random.seed(2**63 + 5)
-    open_model(model).load("transformer", mx.float32)
+    open_model(model).flux.load(mx.float32)
     assert mx.array_equal(mx.random.normal((3,)), expected)
 
 
@@ -669,7 +669,7 @@ NEGATIVE = {"negative_prompt_embeds": mx.zeros((2, 4, 14)), "negative_pooled_pro
 )
 def test_what_cannot_be_used_is_refused_before_any_weight_is_read(model, monkeypatch, call, says):
     pipe = FluxPipeline.from_pretrained(model)
-    monkeypatch.delattr(ModelFolder, "load")
+    monkeypatch.delattr(NetworkFolder, "load")
     size = {"height": 32, "width": 48} if "height" not in call and "width" not in call else {}
     with pytest.raises(UsageError, match=says) as caught:
         pipe(**size, **call)
@@ -695,7 +695,7 @@ def test_an_image_is_turned_upright_before_its_size_is_taken(pipe, tmp_path, ori
     opened = open_image(tmp_path / "a.png" if as_path else Image.open(tmp_path / "a.png"))
     assert np.array_equal(np.asarray(opened), upright)
     index = replace(pipe.folder.index, defaults=Defaults(64, 64, 4, 4.5))
-    resolved, _ = Request(prompt="", image=opened).resolved(index, pipe.folder.sizes["transformer"], 16)
+    resolved, _ = Request(prompt="", image=opened).resolved(index, pipe.folder.flux.sizes, 16)
     assert (resolved.width > resolved.height) == (upright.shape[1] > upright.shape[0])
 
 

@@ -15,15 +15,16 @@ from mlx_flux_krea import FluxPipeline, nano
 from mlx_flux_krea.errors import ResourceError, UsageError
 from mlx_flux_krea.memory import GB, machine_memory, parse_memory, plan, step_flops, weigh, weigh_folder
 from mlx_flux_krea.models import config
-from mlx_flux_krea.weights import COMPONENTS, layer_widths, open_model
+from mlx_flux_krea.weights import layer_widths, open_model
 
 CAT = "A cat holding a sign that says hello world"
-SIZES = dict(zip(COMPONENTS, (config.FLUX_DEV, config.CLIP_L, config.T5_XXL, config.FLUX_VAE), strict=True))
+SIZES = config.FLUX_DEV_MODEL
 
 
 def weights_of(quantize="none", dtype=mx.bfloat16):
-    layers = {name: choose(name, layer_widths(name, SIZES[name]), Recipe(quantize))[0] for name in SIZES}
-    return weigh(SIZES, layers, dict.fromkeys(SIZES, "bfloat16"), dtype)
+    networks = SIZES.by_component()
+    layers = {name: choose(name, layer_widths(name, one), Recipe(quantize))[0] for name, one in networks.items()}
+    return weigh(SIZES, layers, dict.fromkeys(networks, "bfloat16"), dtype)
 
 
 def plan_of(weights, side=1024, budget=2**60, **more):
@@ -57,7 +58,7 @@ def test_the_published_model_weighs_what_its_parameters_do():
 def test_a_folder_weighs_what_its_files_do(model):
     folder = open_model(model)
     weights = weigh_folder(folder, mx.float32)
-    found = [info for name in COMPONENTS for _, info in folder.tensors(name).values()]
+    found = [info for network in folder.networks.values() for _, info in network.tensors().values()]
     assert weights.disk == sum(info.end - info.start for info in found)
 
 
@@ -100,7 +101,7 @@ def test_a_budget_too_small_for_one_block_is_refused_with_the_numbers():
 
 
 def test_nothing_is_loaded_where_memory_is_too_little(model, monkeypatch):
-    monkeypatch.setattr("mlx_flux_krea.weights.ModelFolder.load", lambda *_: pytest.fail("a network was loaded"))
+    monkeypatch.setattr("mlx_flux_krea.weights.NetworkFolder.load", lambda *_: pytest.fail("a network was loaded"))
     pipe = FluxPipeline.from_pretrained(model, memory="1MB")
     with pytest.raises(ResourceError, match="--memory says what may be used"):
         pipe(CAT, height=64, width=64)
@@ -128,7 +129,7 @@ def second_picture(path, memory):
 @pytest.mark.parametrize("quantize", ["none", "8", "4"])
 def test_every_stage_takes_what_was_predicted(quantize, tmp_path, monkeypatch):
     """Of the small model, whose layers are dequantized in as many pieces as those of the real one."""
-    for module in ("plan", "quantized"):
+    for module in ("memory", "models.layers"):
         monkeypatch.setattr(f"mlx_flux_krea.{module}.PIECE", 3 * 2**12)
     monkeypatch.setattr("mlx_flux_krea.models.layers._faster_dense", {})
     monkeypatch.setattr("mlx_flux_krea.models.layers._is_dense_faster", lambda *_: True)
@@ -189,7 +190,7 @@ def test_the_bench_measures_a_run_and_releases_nothing(command, model, tmp_path)
     assert "5 of 5 blocks in memory" in line
     assert [path.name for path in tmp_path.iterdir()] == ["strict"]
     facts = json.loads(command("bench", "-m", model, "--width", 64, "--height", 64, "--steps", 3, "--json")[1])
-    sizes = open_model(model).sizes["transformer"]
+    sizes = open_model(model).flux.sizes
     length = open_model(model).index.max_sequence_length
     assert facts["tflops"] * facts["seconds_per_step"] * 1e12 == pytest.approx(step_flops(sizes, 64, 64, length))
     assert facts["peaks"].keys() == {"text", "denoise", "decode"}

@@ -4,6 +4,7 @@ import base64
 import io
 import re
 import shutil
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
@@ -18,6 +19,7 @@ from mlx_flux_krea.models.vae import pixels_from_image
 from mlx_flux_krea.provenance import read_picture
 from mlx_flux_krea.sampling.preview import colours, fit_latent_rgb, predicted
 from mlx_flux_krea.sampling.sampler import unpack
+from mlx_flux_krea.weights import open_model
 
 CAT = "a cat"
 SIZE = {"width": 48, "height": 32, "num_inference_steps": 3}
@@ -101,10 +103,9 @@ def test_whose_map_is_taken(pipe, mapped, tmp_path):
     with pytest.raises(UsageError, match="a preview needs latent_rgb"):
         pipe(CAT, preview=print, **SIZE)
     assert FluxPipeline.from_pretrained(mapped).folder.latent_rgb == tuple(map(tuple, MAP))
-    big = FluxPipeline.from_pretrained(mapped)
-    big.folder.sizes["vae"], index = FLUX_VAE, big.folder.index
-    object.__setattr__(index, "latent_rgb", ())
-    assert big.folder.latent_rgb == presets.FLUX_LATENT_RGB
+    big = open_model(mapped)
+    big = replace(big, vae=replace(big.vae, sizes=FLUX_VAE), index=replace(big.index, latent_rgb=()))
+    assert big.latent_rgb == presets.FLUX_LATENT_RGB
     assert [len(row) for row in presets.FLUX_LATENT_RGB] == [3] * 17
     for wrong, says in ((MAP[1:], "latent_rgb has 16 rows; expected 17"), ([[0, 1]], "rows that are not red, green")):
         shutil.copytree(mapped, tmp_path / "wrong", dirs_exist_ok=True)

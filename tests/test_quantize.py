@@ -103,7 +103,7 @@ def arrays_of(path: Path, component: str) -> dict[str, mx.array]:
 
 def values_of(path: Path, component: str) -> dict[str, mx.array]:
     """What a folder means, by mlx's own dequantize in float32."""
-    arrays, layers = arrays_of(path, component), open_model(path).layers(component)
+    arrays, layers = arrays_of(path, component), open_model(path).networks[component].layers()
     for layer, q in layers.items():
         if q:
             parts = [arrays.pop(f"{layer}.{part}", None) for part in ("weight", "scales", "biases")]
@@ -151,10 +151,10 @@ def test_a_bfloat16_folder_computes_in_bfloat16_throughout(make, quantize):
     path = make(quantize, dtype="bfloat16").path
     for component in ("transformer", "text_encoder_2"):
         for dtype in (mx.bfloat16, mx.float32):
-            network = open_model(path).load(component, dtype)
+            network = open_model(path).networks[component].load(dtype)
             types = {array.dtype for _, array in tree_flatten(network.parameters())}
             assert types == {dtype, mx.uint32} | ({mx.uint8} if quantize == "nvfp4" else set())
-    flux, t5 = (open_model(path).load(c, mx.bfloat16) for c in ("transformer", "text_encoder_2"))
+    flux, t5 = (network.load(mx.bfloat16) for network in (open_model(path).flux, open_model(path).t5))
     assert t5(mx.array([[3, 1]])).dtype == mx.bfloat16
     one = mx.ones((1,))
     out = flux(
@@ -281,7 +281,7 @@ def test_building_a_quantized_network_leaves_the_random_stream_as_it_was(make):
     mx.random.seed(5)
     expected = mx.random.uniform(shape=(4,)).tolist()
     mx.random.seed(5)
-    open_model(make().path).load("transformer", mx.float32)
+    open_model(make().path).flux.load(mx.float32)
     assert mx.random.uniform(shape=(4,)).tolist() == expected
 
 
@@ -292,7 +292,7 @@ def test_a_full_size_folder_of_few_bits_is_checked_without_reading_weights(tmp_p
         layers, left = choose(component, layer_widths(component, sizes), find_recipe("4", 128))
         assert not left
         edit_json(folder / component / "config.json", quantization=configs.quantization_to_json(layers))
-        assert open_model(folder).layers(component) == layers
+        assert open_model(folder).networks[component].layers() == layers
     with pytest.raises(ModelError, match=r"index\.json is missing"):
         open_model(folder).check()
 
@@ -315,12 +315,15 @@ def test_recipes_name_groups_that_exist_and_quantize_what_is_large(recipe):
 
 
 def test_what_is_small_and_sensitive_keeps_its_bits(make):
-    layers = open_model(make("4").path).layers("transformer")
+    layers = open_model(make("4").path).flux.layers()
     assert {q for path, q in layers.items() if "mod" in path.lower()} == {Quantization(8, 64)}
     for path in ("img_in", "txt_in", "time_in.in_layer", "vector_in.out_layer", "final_layer.linear"):
         assert layers[path] is None
     assert layers["single_blocks.0.linear2"] == Quantization(4, 64)
-    assert open_model(make("4").path).quantization.keys() == {"transformer", "text_encoder_2"}
+    assert {n for n, one in open_model(make("4").path).networks.items() if one.quantization} == {
+        "transformer",
+        "text_encoder_2",
+    }
 
 
 @pytest.mark.parametrize(("bits", "group"), [("8", 32), ("5", 128), ("3", 64), ("mxfp4", None), ("nvfp4", None)])
@@ -335,7 +338,8 @@ def test_a_folder_is_as_large_as_its_bits(make, bits, group):
     assert linear1.parameters == rows * width + rows
     assert linear1.bytes == rows * width * ((int(bits) if affine else 4) + scale) / 8 + rows * 2
     for component in report.components:
-        stored = sum(info.end - info.start for _, info in open_model(report.path).tensors(component.name).values())
+        tensors = open_model(report.path).networks[component.name].tensors()
+        stored = sum(info.end - info.start for _, info in tensors.values())
         assert component.bytes == stored == sum(g.bytes for g in report.groups if g.component == component.name)
         assert component.parameters == sum(g.parameters for g in report.groups if g.component == component.name)
 
@@ -747,7 +751,7 @@ def test_products_are_timed_once_for_each_kind_and_type(make, monkeypatch):
     monkeypatch.setattr(quantized, "_is_dense_faster", lambda *what: timed.append(what) or True)
     folder = open_model(make("4").path)
     for _ in range(2):
-        folder.load("transformer", mx.float32)
+        folder.flux.load(mx.float32)
     kinds = {(64, 4, "affine"), (64, 8, "affine")}
     assert sorted(timed) == sorted((kind, mx.float32, many) for kind in kinds for many in (False, True))
 
@@ -759,7 +763,7 @@ def test_what_was_timed_is_remembered_so_that_a_seed_gives_the_same_picture_tomo
 
     def in_a_new_process() -> dict:
         monkeypatch.setattr(quantized, "_faster_dense", {})
-        folder.load("transformer", mx.float32)
+        folder.flux.load(mx.float32)
         return quantized._faster_dense
 
     first = in_a_new_process()

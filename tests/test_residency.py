@@ -37,12 +37,12 @@ def folder(model):
 
 
 def blocks_of(folder, keep, dtype=mx.float32, **more):
-    flux = folder.load("transformer", dtype)
-    return Blocks(flux, folder.tensors("transformer"), flux.blocks, dtype, keep, **more)
+    flux = folder.flux.load(dtype)
+    return Blocks(flux, folder.flux.tensors(), flux.blocks, dtype, keep, **more)
 
 
 def test_a_layer_and_its_modulation_have_all_matrices_between_them(folder):
-    flux = folder.load("transformer", mx.float32)
+    flux = folder.flux.load(mx.float32)
     for layer in (*flux.blocks, flux.final_layer):
         names = [set(matrices(piece)[1]) for piece in (layer, layer.modulate)]
         assert not names[0] & names[1]
@@ -54,8 +54,8 @@ def test_a_layer_and_its_modulation_have_all_matrices_between_them(folder):
 
 
 def test_a_unit_reads_what_the_file_holds(folder):
-    whole, streamed = folder.load("transformer", mx.float32), folder.load("transformer", mx.float32)
-    unit = Unit(streamed.double_blocks[1], "double_blocks.1.", folder.tensors("transformer"))
+    whole, streamed = folder.flux.load(mx.float32), folder.flux.load(mx.float32)
+    unit = Unit(streamed.double_blocks[1], "double_blocks.1.", folder.flux.tensors())
     unit.drop()
     buffer, reader = mx.ones((unit.size,), mx.uint8), Reader(cached=False)
     for future in reader.read(unit, buffer):
@@ -213,7 +213,7 @@ def copy(model, tmp_path):
 
 
 def shard_of(path, tensor):
-    return open_model(path).tensors("transformer")[tensor][0]
+    return open_model(path).flux.tensors()[tensor][0]
 
 
 def test_a_file_that_becomes_shorter_is_named_with_its_tensor(copy):
@@ -322,7 +322,7 @@ def test_what_is_streamed_leaves_the_page_cache_to_others(cached):
 
 @pytest.mark.parametrize("strip", [2**9, 2**11, 2**13])
 def test_strips_decode_and_encode_as_the_whole_does(folder, monkeypatch, strip):
-    network = folder.load("vae", mx.float32)
+    network = folder.vae.load(mx.float32)
     mx.random.seed(0)
     z, x = mx.random.normal((1, 6, 10, 16)), mx.random.normal((1, 48, 80, 3))
     whole = network.decode(z), *network.encode(x)

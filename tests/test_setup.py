@@ -29,7 +29,7 @@ from mlx_flux_krea.commands.setup import PROMPT
 from mlx_flux_krea.commands.shared import estimates
 from mlx_flux_krea.models import config
 from mlx_flux_krea.provenance import read_record
-from mlx_flux_krea.weights import COMPONENTS, open_model
+from mlx_flux_krea.weights import open_model
 
 PICTURE = {"width": 48, "height": 32, "num_inference_steps": 1, "seed": 1}
 LICENCE = "# A Non-Commercial License\n\nFor déjà vu alone.\n"
@@ -297,7 +297,7 @@ def test_a_gated_repository_is_explained_and_then_fetched(published_folders, pla
 )
 def test_the_precision_that_is_proposed_fits_disk_and_memory(monkeypatch, memory, free, proposed):
     monkeypatch.setattr(plan, "machine_memory", lambda: memory * 10**9)
-    sizes = dict(zip(COMPONENTS, (config.FLUX_DEV, config.CLIP_L, config.T5_XXL, config.FLUX_VAE), strict=True))
+    sizes = config.ModelSizes(flux=config.FLUX_DEV, t5=config.T5_XXL, clip=config.CLIP_L, vae=config.FLUX_VAE)
     made = {"none": 33.8e9, "8": 18e9, "6": 12.5e9, "5": 11e9, "4": 9.5e9}
     found = estimates.precisions(sizes, made, 1024, 1024, 512)
     assert estimates.propose(found, free * 10**9) == proposed

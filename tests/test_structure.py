@@ -13,7 +13,7 @@ import mlx_flux_krea
 
 PACKAGE = "mlx_flux_krea"
 ROWS = {
-    "errors": 0, "presets": 0, "files": 0, "home": 1, "models.config": 0, "models.filter_config": 0,
+    "errors": 0, "presets": 0, "licence": 0, "files": 0, "home": 1, "models.config": 0, "models.filter_config": 0,
     "filters.instructions": 0,
     "models": 0, "sampling": 0, "models.transformer": 1, "models.t5": 1, "models.clip": 1, "models.vae": 1,
     "models.tiles": 1, "models.layers": 1, "models.vit": 1, "models.pixtral": 1, "tokenizers": 1, "sampling.noise": 1,

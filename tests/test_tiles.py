@@ -56,7 +56,7 @@ def test_tiles_that_differ_have_no_seam_between_them(monkeypatch):
 
 def test_decoded_and_encoded_in_tiles_a_picture_is_nearly_the_same(model, monkeypatch):
     """One tile is exactly the whole; several have group statistics of their own."""
-    vae = open_model(model).load("vae", mx.float32)
+    vae = open_model(model).vae.load(mx.float32)
     z = mx.random.normal((1, 24, 40, 16), key=mx.random.key(1))
     x = vae.decode(z)
     whole = x, *vae.encode(x)

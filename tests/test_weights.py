@@ -19,7 +19,7 @@ from mlx_flux_krea.errors import ModelError
 from mlx_flux_krea.home import NANO, find_model
 from mlx_flux_krea.home import root as home
 from mlx_flux_krea.models import config as configs
-from mlx_flux_krea.weights import ModelFolder, open_model
+from mlx_flux_krea.weights import NetworkFolder, open_model
 
 
 @pytest.fixture
@@ -94,7 +94,7 @@ def damage(folder, how):
 )
 def test_a_damaged_folder_is_refused_by_name_before_any_weight_is_read(folder, how, says, monkeypatch):
     damage(folder, how)
-    monkeypatch.delattr(ModelFolder, "load")
+    monkeypatch.delattr(NetworkFolder, "load")
     pipe = FluxPipeline.from_pretrained(folder)
     with pytest.raises(ModelError, match=says) as caught:
         pipe("a", seed=1, height=32, width=32, num_inference_steps=1)
@@ -231,17 +231,19 @@ def test_published_sizes_go_through_json_unchanged():
 )
 def test_filters_are_required_by_what_the_transformer_is(change, required, tmp_path):
     folder = open_model(full_size_folder(tmp_path / "big", filters="none"))
-    assert configs.requires_filters(dataclasses.replace(configs.FLUX_DEV, **change), folder.index) is required
-    strict = dataclasses.replace(folder.index, filters="required")
-    assert configs.requires_filters(dataclasses.replace(configs.FLUX_DEV, **change), strict)
+    sizes = dataclasses.replace(configs.FLUX_DEV, **change)
+    folder = dataclasses.replace(folder, flux=dataclasses.replace(folder.flux, sizes=sizes))
+    assert folder.requires_filters is required
+    strict = dataclasses.replace(folder, index=dataclasses.replace(folder.index, filters="required"))
+    assert strict.requires_filters
 
 
 def test_loading_reads_nothing_until_it_is_evaluated(model):
     gc.collect()  # what other tests left would be counted when it goes
     mx.clear_cache()
     before = mx.get_active_memory()
-    flux = open_model(model).load("transformer", mx.bfloat16)
+    flux = open_model(model).flux.load(mx.bfloat16)
     assert mx.get_active_memory() - before < 10_000
     mx.eval(flux.parameters())
-    size = sum(info.end - info.start for _, info in open_model(model).tensors("transformer").values())
+    size = sum(info.end - info.start for _, info in open_model(model).flux.tensors().values())
     assert mx.get_active_memory() - before == pytest.approx(size / 2, rel=0.2)  # float32 in the file, half of it here

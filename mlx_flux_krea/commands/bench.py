@@ -62,11 +62,11 @@ def _facts(pipe, size: dict, result, seconds: float) -> dict:
 
     from .shared.estimates import device, this_chip
 
-    index, flux = pipe.folder.index, pipe.folder.sizes["transformer"]
+    index, flux = pipe.folder.index, pipe.folder.flux.sizes
     width, height = size.get("width", index.defaults.width), size.get("height", index.defaults.height)
     tflops = step_flops(flux, width, height, index.max_sequence_length) / seconds / 1e12
     name, peak = device(), CHIPS.get(this_chip())
-    most, _ = pipe.folder.quantization.get("transformer", (None, None))
+    most = pipe.folder.flux.quantization
     return {
         "device": name, "model": index.name,
         "precision": f"{most.bits} bits, {most.mode}" if most else "16 bits or more",

@@ -53,25 +53,25 @@ def _model(path: Path) -> tuple[dict, str]:
     """One of our own folders."""
     from mlx_flux_krea.errors import amount
     from mlx_flux_krea.models.config import quantization_to_json, to_json
-    from mlx_flux_krea.weights import count_parameters, open_folder
+    from mlx_flux_krea.weights import ModelFolder, count_parameters, open_folder
 
     from .shared.terminal import number, size, table
 
     folder = open_folder(path)
     components = {}
-    for name in folder.sizes:
-        infos = [info for _, info in folder.tensors(name).values()]
+    for name, network in folder.networks.items():
+        infos = [info for _, info in network.tensors().values()]
         components[name] = {
-            "dtype": folder.dtypes[name],
-            "quantization": quantization_to_json(folder.layers(name)),
+            "dtype": network.dtype,
+            "quantization": quantization_to_json(network.layers()),
             "tensors": len(infos),
-            "parameters": count_parameters(name, folder.sizes[name]),
+            "parameters": count_parameters(name, network.sizes),
             "bytes": sum(info.end - info.start for info in infos),
-            "config": to_json(folder.sizes[name]),
+            "config": to_json(network.sizes),
         }
     index = to_json(folder.index)
     about = [("model", f"{index['name']} ({index['base']})"), ("licence", index["license"])]
-    if folder.kind == "FluxPipeline":
+    if isinstance(folder, ModelFolder):
         index["filters"] = "required" if folder.requires_filters else "none"
         default = folder.index.defaults
         steps = f"{amount(default.num_inference_steps, 'step')}, guidance {default.guidance_scale:g}"
@@ -83,7 +83,7 @@ def _model(path: Path) -> tuple[dict, str]:
     about.append(("made from", ", ".join(source["file"] for source in index["source"])))
     facts = {"kind": "model folder", **index, "components": components}
     rows = [("component", "stored", "tensors", "parameters", "size")]
-    most = {name: f"{q}, " for name, (q, _) in folder.quantization.items()}
+    most = {name: f"{n.quantization}, " for name, n in folder.networks.items() if n.quantization}
     rows += [
         (n, most.get(n, "") + c["dtype"], c["tensors"], number(c["parameters"]), size(c["bytes"]))
         for n, c in components.items()

@@ -46,13 +46,13 @@ def _model(model: str, width: int | None, height: int | None, budget: int, dtype
     from .shared.terminal import size, table
 
     folder = open_model(find_model(model))
-    dtype = dtype or folder.dtypes["transformer"]
+    dtype = dtype or folder.flux.dtype
     width, height = width or folder.index.defaults.width, height or folder.index.defaults.height
     length, compute = folder.index.max_sequence_length, getattr(mx, dtype)
     weights = weigh_folder(folder, compute)
     made = make_plan(weights, folder.sizes, compute, width, height, length, budget=budget)
     disk = disk_bytes(folder.path.resolve())
-    bandwidth = _bandwidth(made.read, folder.sizes["transformer"], width, height, length)
+    bandwidth = _bandwidth(made.read, folder.flux.sizes, width, height, length)
     facts = {"model": folder.index.name, "width": width, "height": height, "dtype": dtype, "disk": disk}
     reads = f"the others, {size(made.read)}, are read in each step" if made.read else "nothing is read while drawing"
     lines = [
@@ -74,13 +74,11 @@ def _published(width: int, height: int, budget: int, dtype: str) -> tuple[dict, 
     from mlx_flux_krea.memory import plan as make_plan
     from mlx_flux_krea.models import config
     from mlx_flux_krea.presets import MAX_SEQUENCE_LENGTH
-    from mlx_flux_krea.weights import COMPONENTS
 
     from .shared.estimates import weigh_recipe
     from .shared.terminal import size, table
 
-    published = (config.FLUX_DEV, config.CLIP_L, config.T5_XXL, config.FLUX_VAE)
-    sizes, compute = dict(zip(COMPONENTS, published, strict=True)), getattr(mx, dtype)
+    sizes, compute = config.FLUX_DEV_MODEL, getattr(mx, dtype)
     rows = [("precision", "disk", "all in memory", "all streamed", "here", "blocks in memory", "read a step")]
     facts, reads = {}, 0
     for quantize in RECIPES:
@@ -93,7 +91,7 @@ def _published(width: int, height: int, budget: int, dtype: str) -> tuple[dict, 
             reads = reads or made.read
         rows.append((quantize, size(weights.disk), size(made.most), size(made.least), *here))
         facts[quantize] = {"disk": weights.disk, "fits": made.least <= budget, **asdict(made)}
-    bandwidth = _bandwidth(reads, sizes["transformer"], width, height, MAX_SEQUENCE_LENGTH)
+    bandwidth = _bandwidth(reads, sizes.flux, width, height, MAX_SEQUENCE_LENGTH)
     lines = [
         f"FLUX.1 Krea [dev] at {width} x {height}, {dtype}, in {size(budget)} of memory",
         _BACKEND[mx.default_device().type.name],

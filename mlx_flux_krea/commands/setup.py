@@ -41,11 +41,7 @@ class Installation:
     @property
     def requires_filters(self) -> bool:
         """Whether the licence of the model asks for filters."""
-        from mlx_flux_krea.models.config import requires_filters
-
-        if self.folder:
-            return self.folder.requires_filters
-        return requires_filters(self.outlines["model"].sizes["transformer"], self.outlines["model"].index)
+        return (self.folder or self.outlines["model"]).requires_filters
 
 
 @click.command()
@@ -132,7 +128,7 @@ def _precision(path: Path) -> str | None:
     """The precision of a model as -q names it, where it is a usual one."""
     from mlx_flux_krea.weights import open_model
 
-    most, _ = open_model(path).quantization.get("transformer", (None, None))
+    most = open_model(path).flux.quantization
     return "none" if most is None else str(most.bits) if most.mode == "affine" else None
 
 
@@ -286,7 +282,7 @@ def _choose_precision(it: Installation, free: int) -> None:
         it.quantize = click.prompt("Precision", type=click.Choice(list(found)), default=it.quantize, err=True)
     if found[it.quantize].peak is None:
         raise ResourceError(f"in precision {it.quantize} no picture of {shape[0]} x {shape[1]} fits into memory")
-    draws = estimates.seconds_to_draw(outline.sizes["transformer"], *shape, index.defaults.num_inference_steps)
+    draws = estimates.seconds_to_draw(outline.sizes.flux, *shape, index.defaults.num_inference_steps)
     if draws:
         say(f"a picture of {shape[0]} x {shape[1]} takes about {estimates.minutes(draws)} here (computed)")
 

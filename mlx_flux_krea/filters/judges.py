@@ -21,11 +21,13 @@ from ..errors import FiltersError, FluxKreaError, Interrupted, amount
 from ..files import sha256_if_exists, written_whole
 from ..memory import GB, machine_memory
 from ..models import pixtral, vit
-from ..models.filter_config import NSFW_SHA256, NSFW_VIT, SELF_TEST
+from ..models.filter_config import NSFW_SHA256, NSFW_VIT, SELF_TEST, PixtralConfig, ViTConfig
+from ..models.pixtral import Pixtral
+from ..models.vit import ViT
 from ..presets import NSFW_THRESHOLD
 from ..residency import Blocks
 from ..tokenizers import PixtralTokenizer
-from ..weights import ModelFolder, open_filter
+from ..weights import FilterFolder, open_filter
 from ..worker import evaluated
 from . import instructions
 from .instructions import CANARIES
@@ -92,7 +94,9 @@ def load_judge(name: str, folder: Path, make_run: MakeRun) -> Judge:
     Raises:
         ModelError: its files are not what they were.
     """
-    return {"nsfw": NSFWJudge, "pixtral": PixtralJudge}[name](open_filter(name, folder), make_run)
+    if name == "nsfw":
+        return NSFWJudge(open_filter("nsfw", folder), make_run)
+    return PixtralJudge(open_filter("pixtral", folder), make_run)
 
 
 class NSFWJudge:
@@ -106,10 +110,10 @@ class NSFWJudge:
         FiltersError: it has the published size, and was not made of the published file.
     """
 
-    def __init__(self, folder: ModelFolder, make_run: MakeRun):
+    def __init__(self, folder: FilterFolder[ViTConfig, ViT], make_run: MakeRun):
         folder.check()
         hashes = [source.sha256 for source in folder.index.source]
-        if folder.sizes["nsfw"] == NSFW_VIT and NSFW_SHA256 not in hashes:
+        if folder.network.sizes == NSFW_VIT and NSFW_SHA256 not in hashes:
             found = f"the filter nsfw was made of another file than the published one, sha256 {', '.join(hashes)}"
             raise FiltersError(found, NSFW_SHA256, _renew("nsfw"))
         self.about = _about(folder)
@@ -117,7 +121,7 @@ class NSFWJudge:
 
     def images(self, pixels: Sequence[np.ndarray]) -> list[dict[str, float]]:
         """The probability of each label for each picture."""
-        network = self._folder.load("nsfw", mx.float32)
+        network = self._folder.network.load(mx.float32)
         run = self._make_run(len(pixels) * (len(network.layers) + 2), evaluated)
         answers = []
         for one in pixels:
@@ -136,11 +140,11 @@ class PixtralJudge:
     Arguments as of `NSFWJudge`.
     """
 
-    def __init__(self, folder: ModelFolder, make_run: MakeRun):
+    def __init__(self, folder: FilterFolder[PixtralConfig, Pixtral], make_run: MakeRun):
         folder.check()
         self.about = _about(folder)
         self._folder, self._make_run = folder, make_run
-        self._tokenizer = PixtralTokenizer(folder.path / "tokenizer", folder.sizes["pixtral"].head_ids[:2])
+        self._tokenizer = PixtralTokenizer(folder.path / "tokenizer", folder.network.sizes.head_ids[:2])
 
     def prompts(self, texts: Sequence[str]) -> list[float]:
         """The margin of yes for each text."""
@@ -149,7 +153,7 @@ class PixtralJudge:
     def images(self, pixels: Sequence[np.ndarray]) -> list[dict[str, float]]:
         """The margin of yes for each picture."""
         asked = []
-        vision = self._folder.sizes["pixtral"].vision_config
+        vision = self._folder.network.sizes.vision_config
         before, after = (_text(part) for part in (instructions.IMAGE_BEFORE, instructions.IMAGE_AFTER))
         for one in pixels:
             seen = pixtral.preprocess(pixtral.to_area(Image.fromarray(one)), vision)
@@ -161,11 +165,11 @@ class PixtralJudge:
         mx.clear_cache()
 
     def _margins(self, asked: list[tuple[list[int], list[mx.array]]]) -> list[float]:
-        network = self._folder.load("pixtral", getattr(mx, self._folder.dtypes["pixtral"]))
+        network = self._folder.network.load(getattr(mx, self._folder.network.dtype))
         sees = any(images for _, images in asked)
         pieces = [*network.vision_tower.layers, network.multi_modal_projector] * sees + network.layers
         room = machine_memory() - _BESIDES if len(asked) > 1 else 0  # what runs once is never worth keeping
-        blocks = Blocks(network, self._folder.tensors("pixtral"), pieces, network.norm.weight.dtype, max(room, 0))
+        blocks = Blocks(network, self._folder.network.tensors(), pieces, network.norm.weight.dtype, max(room, 0))
         with blocks.reading(len(asked)) as run:
             run = self._make_run(len(asked) * (len(pieces) + 3 + sees), run)
             return [network.margin(ids, images, run).item() for ids, images in asked]
@@ -185,7 +189,7 @@ def _text(sentences: Sequence[tuple[str, str]]) -> str:
     return " ".join(sentence for sentence, _ in sentences)
 
 
-def _about(folder: ModelFolder) -> dict:
+def _about(folder: FilterFolder) -> dict:
     return {"source": folder.index.base, "manifest_sha256": sha256_if_exists(folder.path / "manifest.json")}
 
 

@@ -11,9 +11,12 @@ import types
 import typing
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 from ..errors import ModelError
+from ..licence import Architecture
+
+T = TypeVar("T")
 
 # a type with the least and the most that a file may say
 Width = Annotated[int, 1, 2**16]  # of a layer: channels, positions, buckets
@@ -48,6 +51,17 @@ class FluxConfig:
     def mlp_size(self) -> int:
         """Width of the hidden layer of each MLP."""
         return int(self.hidden_size * self.mlp_ratio)
+
+    @property
+    def architecture(self) -> Architecture:
+        """The sizes that tell FLUX.1 from other models of its form (`licence.requires_filters`)."""
+        return Architecture(
+            hidden_size=self.hidden_size,
+            num_heads=self.num_heads,
+            depth=self.depth,
+            depth_single_blocks=self.depth_single_blocks,
+            guidance_embed=self.guidance_embed,
+        )
 
     def problem(self) -> str | None:
         """What contradicts itself in these numbers, or None."""
@@ -137,6 +151,39 @@ class VAEConfig:
         return None
 
 
+@dataclass(frozen=True)
+class ModelSizes:
+    """Sizes of the four networks of a text-to-image model."""
+
+    flux: FluxConfig
+    t5: T5Config
+    clip: CLIPConfig
+    vae: VAEConfig
+
+    def by_component(self) -> dict[str, FluxConfig | CLIPConfig | T5Config | VAEConfig]:
+        """Returns the sizes by the names of the folders that hold the networks, in their order."""
+        return {"transformer": self.flux, "text_encoder": self.clip, "text_encoder_2": self.t5, "vae": self.vae}
+
+    def check(self) -> None:
+        """Checks that the networks fit together.
+
+        Raises:
+            ModelError: naming the first two that do not, with their numbers.
+        """
+        kin = {384: "FLUX.1 Fill", 128: "FLUX.1 Canny and Depth"}.get(self.flux.in_channels)
+        todo = f"{kin} has these, and is not supported yet" if kin else "take the components of one model"
+        rows = (
+            ("in_channels", "vae", "4 * z_channels", 4 * self.vae.z_channels),  # a patch of 2 x 2
+            ("out_channels", "vae", "4 * z_channels", 4 * self.vae.z_channels),
+            ("context_in_dim", "text_encoder_2", "d_model", self.t5.d_model),
+            ("vec_in_dim", "text_encoder", "hidden_size", self.clip.hidden_size),
+        )
+        for name, other, theirs, expected in rows:
+            if getattr(self.flux, name) != expected:
+                found = f"transformer and {other} do not fit: {name} is {getattr(self.flux, name)}"
+                raise ModelError(found, f"{expected} ({theirs} of the {other})", todo)
+
+
 FLUX_DEV = FluxConfig(
     in_channels=64, out_channels=64, vec_in_dim=768, context_in_dim=4096, hidden_size=3072, mlp_ratio=4.0,
     num_heads=24, depth=19, depth_single_blocks=38, axes_dim=(16, 56, 56), theta=10_000, guidance_embed=True,
@@ -154,6 +201,7 @@ FLUX_VAE = VAEConfig(
     in_channels=3, out_ch=3, ch=128, ch_mult=(1, 2, 4, 4), num_res_blocks=2, z_channels=16, norm_num_groups=32,
     scale_factor=0.3611, shift_factor=0.1159,
 )  # fmt: skip
+FLUX_DEV_MODEL = ModelSizes(flux=FLUX_DEV, t5=T5_XXL, clip=CLIP_L, vae=FLUX_VAE)
 
 
 # how numbers can be stored in few bits (mx.quantize): the bits and the group sizes of each mode
@@ -292,42 +340,12 @@ class ModelIndex:
         return None
 
 
-def requires_filters(config: FluxConfig, index: ModelIndex) -> bool:
-    """Whether the licence of this model demands content filters or review.
-
-    Decided by what the transformer is: FLUX.1's published size with guidance embedding (dev, Krea, Kontext). The
-    folder's JSON can add the requirement and never lift it.
-    """
-    size = ("hidden_size", "num_heads", "depth", "depth_single_blocks", "guidance_embed")
-    return index.filters == "required" or all(getattr(config, f) == getattr(FLUX_DEV, f) for f in size)
-
-
-def check_parts(flux: FluxConfig, t5: T5Config, clip: CLIPConfig, vae: VAEConfig) -> None:
-    """Checks that the components of a model fit together.
-
-    Raises:
-        ModelError: naming the first two that do not, with their numbers.
-    """
-    kin = {384: "FLUX.1 Fill", 128: "FLUX.1 Canny and Depth"}.get(flux.in_channels)
-    todo = f"{kin} has these, and is not supported yet" if kin else "take the components of one model"
-    rows = (
-        ("in_channels", "vae", "4 * z_channels", 4 * vae.z_channels),  # a patch of 2 x 2
-        ("out_channels", "vae", "4 * z_channels", 4 * vae.z_channels),
-        ("context_in_dim", "text_encoder_2", "d_model", t5.d_model),
-        ("vec_in_dim", "text_encoder", "hidden_size", clip.hidden_size),
-    )
-    for name, other, theirs, expected in rows:
-        if getattr(flux, name) != expected:
-            found = f"transformer and {other} do not fit: {name} is {getattr(flux, name)}"
-            raise ModelError(found, f"{expected} ({theirs} of the {other})", todo)
-
-
 def to_json(config) -> dict:
     """The JSON form of one of the dataclasses above, in the order of its fields."""
     return dataclasses.asdict(config)
 
 
-def from_json(cls, obj, where: str):
+def from_json(cls: type[T], obj, where: str) -> T:
     """One of the dataclasses above from its JSON form.
 
     Args:

@@ -6,13 +6,9 @@ once, for about a tenth of a second, and what was found is remembered: the two g
 and a seed should give the same picture tomorrow.
 """
 
-import contextlib
-import json
-import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib.metadata import version
-from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -65,40 +61,32 @@ def adopt(network: nn.Module) -> None:
         layer.__class__ = QuantizedLinear
 
 
-def choose_products(network: nn.Module, dtype: mx.Dtype, file: Path | None = None) -> None:
-    """Chooses how the quantized layers of a network multiply, by timing what this machine was not timed for before.
+def choose_products(
+    network: nn.Module, dtype: mx.Dtype, remembered: Mapping[str, object] | None = None
+) -> dict[str, bool]:
+    """Chooses how the quantized layers of a network multiply, by timing each kind that is not yet known.
 
     Args:
         network: its layers through `adopt`.
         dtype: the compute type.
-        file: remembers it, for this chip and this version of MLX. Where it cannot be written, that is no harm.
+        remembered: earlier results on this machine (`machine`), as this function returned them.
+
+    Returns:
+        Results that this process did not have: whether the dense product of a kind of layers is faster, by its name.
     """
     keys = {(*layer.kind, dtype, many) for layer in _layers(network) for many in (False, True)} - _faster_dense.keys()
-    if not keys:
-        return
-    machine = f"{mx.device_info().get('device_name')}, {mx.default_device().type.name}, mlx {version('mlx')}"
-    names = {key: " ".join(map(str, key)) for key in keys}
-    remembered = _read(file)
-    known = remembered.get(machine) if isinstance(remembered.get(machine), dict) else {}
-    for key, name in names.items():
-        found = known.get(name)
-        _faster_dense[key] = found if isinstance(found, bool) else _is_dense_faster(key[:3], dtype, key[4])
-    known |= {name: _faster_dense[key] for key, name in names.items()}
-    if file:
-        with contextlib.suppress(OSError):
-            file.parent.mkdir(parents=True, exist_ok=True)
-            partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
-            partial.write_text(json.dumps(remembered | {machine: known}, indent=1), encoding="utf-8")
-            os.replace(partial, file)
+    chosen = {}
+    for key in keys:
+        name = " ".join(map(str, key))
+        known = remembered.get(name) if remembered else None
+        _faster_dense[key] = known if isinstance(known, bool) else _is_dense_faster(key[:3], dtype, key[4])
+        chosen[name] = _faster_dense[key]
+    return chosen
 
 
-def _read(file: Path | None) -> dict:
-    """What was remembered; nothing where there is no such file, or a damaged one."""
-    try:
-        found = json.loads(file.read_text(encoding="utf-8")) if file else {}
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
+def machine() -> str:
+    """Names the chip, the device that MLX uses and its version: results of `choose_products` hold for these."""
+    return f"{mx.device_info().get('device_name')}, {mx.default_device().type.name}, mlx {version('mlx')}"
 
 
 def _is_dense_faster(kind: tuple[int, int, str], dtype: mx.Dtype, many: bool) -> bool:

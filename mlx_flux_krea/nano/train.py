@@ -623,7 +623,7 @@ def export(work: Path, target: Path) -> None:
     index, manifest = (model / name for name in ("model_index.json", "manifest.json"))
     index.write_text(json.dumps(json.loads(index.read_text()) | facts, indent=2) + "\n")
     made = open_model(model)
-    stored = [f"{component}: {dtype}" for component, dtype in made.dtypes.items()]
+    stored = [f"{component}: {network.dtype}" for component, network in made.networks.items()]
     texts = licence_files(made.index, [Path(__file__).parents[2]], stored)
     for name, text in texts.items():
         (model / name).write_bytes(text)

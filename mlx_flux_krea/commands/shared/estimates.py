@@ -5,6 +5,8 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from mlx_flux_krea.models.config import ModelSizes
+
 from . import macos
 
 PREFERRED = ("none", "8", "6", "5", "4")  # precisions that are proposed, the best first
@@ -30,12 +32,12 @@ class Precision:
 
 
 def precisions(
-    sizes: dict, made: dict[str, int], width: int, height: int, length: int, **machine
+    sizes: ModelSizes, made: dict[str, int], width: int, height: int, length: int, **machine
 ) -> dict[str, Precision]:
     """What each precision that may be proposed takes.
 
     Args:
-        sizes: of each component, its config.
+        sizes: of the four networks.
         made: bytes of the folder in each precision.
         width: pixels of a picture.
         height: pixels.
@@ -60,11 +62,11 @@ def precisions(
     return found
 
 
-def weigh_recipe(sizes: dict, quantize: str, dtype: str):
+def weigh_recipe(sizes: ModelSizes, quantize: str, dtype: str):
     """The `plan.Weights` of a model that is not there, as `convert -q` would make it.
 
     Args:
-        sizes: of each component, its config.
+        sizes: of the four networks.
         quantize: a key of `convert.quantize.RECIPES`.
         dtype: of what stays unquantized, and to compute in.
     """
@@ -74,8 +76,9 @@ def weigh_recipe(sizes: dict, quantize: str, dtype: str):
     from mlx_flux_krea.memory import weigh
     from mlx_flux_krea.weights import layer_widths
 
-    layers = {name: choose(name, layer_widths(name, sizes[name]), Recipe(quantize))[0] for name in sizes}
-    return weigh(sizes, layers, dict.fromkeys(sizes, dtype), getattr(mx, dtype))
+    networks = sizes.by_component()
+    layers = {name: choose(name, layer_widths(name, one), Recipe(quantize))[0] for name, one in networks.items()}
+    return weigh(sizes, layers, dict.fromkeys(networks, dtype), getattr(mx, dtype))
 
 
 def propose(found: dict[str, Precision], free: int) -> str:

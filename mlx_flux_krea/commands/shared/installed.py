@@ -78,17 +78,18 @@ def missing_parts(path: Path) -> str | None:
 
 
 def _look(kind: str, name: str, path: Path, default: bool) -> Installed:
-    from mlx_flux_krea.weights import open_folder
+    from mlx_flux_krea.weights import ModelFolder, open_folder
 
     count = disk_bytes(path.resolve())
     try:
         folder, problem = open_folder(path), missing_parts(path)
     except ModelError as error:
         return Installed(name, kind, path, count, "", "", "", "", default, str(error))
-    component = next(iter(folder.sizes))
-    most, _ = folder.quantization.get(component, (None, None))
-    precision = f"{most}, {folder.dtypes[component]}" if most else folder.dtypes[component]
-    filters = "" if kind == "filter" else "required" if folder.requires_filters else "none"
+    network = next(iter(folder.networks.values()))
+    precision = f"{network.quantization}, {network.dtype}" if network.quantization else network.dtype
+    filters = ""
+    if isinstance(folder, ModelFolder):
+        filters = "required" if folder.requires_filters else "none"
     return Installed(
         name, kind, path, count, precision, folder.index.license, folder.index.base, filters, default, problem
     )

@@ -170,7 +170,7 @@ def prepare(job: Job, folder: ModelFolder, images: dict) -> Drawing:
     if "image_sha256" in options:
         _check_image(options, image, notes)
     default = tool.defaults if tool else folder.index.defaults
-    flux, multiple = folder.sizes["transformer"], 2 * folder.sizes["vae"].downsampling
+    flux, multiple = folder.flux.sizes, 2 * folder.vae.sizes.downsampling
     arguments = {name: options[option] for option, name in _REQUEST.items() if option in options}
     arguments |= {name: options[name] for name in _FROM_RECORD if name in options}
     if "aspect" in options or "megapixels" in options:
