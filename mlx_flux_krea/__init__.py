@@ -7,6 +7,11 @@
 Importing this package is cheap: MLX and the networks are imported when a name below is first used.
 """
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .pipeline import FluxPipeline, Request, Result
+
 __version__ = "0.1.0"
 __all__ = ["FluxPipeline", "Request", "Result", "__version__"]
 

@@ -5,7 +5,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from helpers import PIPELINE, ROOT, TOKENIZERS
+from helpers import PIPELINE, TOKENIZERS
 from mlx_flux_krea.convert import convert
 
 from mlx_flux_krea import FluxPipeline
@@ -38,13 +38,12 @@ def pipe_bf16(model):
 
 @pytest.fixture(scope="session")
 def published():
-    """The real vocabularies, which are not ours to commit."""
+    """The published vocabularies, which are not ours to commit: the folder that $FLUX_KREA_TOKENIZERS names."""
     named = os.environ.get("FLUX_KREA_TOKENIZERS")
-    folder = Path(named) if named else ROOT.parent / "shared" / "tokenizers"
-    if not named and not folder.exists():
-        pytest.skip("the published vocabularies are not here; $FLUX_KREA_TOKENIZERS says where")
-    assert (folder / "golden.json").exists(), f"{folder} holds no golden.json"
-    return folder
+    if not named:
+        pytest.skip("needs the published vocabularies, and FLUX_KREA_TOKENIZERS is not set (see CONTRIBUTING.md)")
+    assert (Path(named) / "golden.json").exists(), f"{named} holds no golden.json"
+    return Path(named)
 
 
 @pytest.fixture(autouse=True)

@@ -12,6 +12,7 @@ import pytest
 from helpers import ROOT, run_command
 from PIL import Image
 
+from mlx_flux_krea import errors
 from mlx_flux_krea.home import NANO
 from mlx_flux_krea.provenance import read_record
 
@@ -35,6 +36,32 @@ def test_options_and_files_that_the_advice_on_prompting_names_exist():
     page = (ROOT / "docs" / "commands.md").read_text()
     for option in set(re.findall(r"--[a-z-]+", text)):
         assert f"{option} " in page, option
+
+
+def test_every_file_in_the_tree_exists():
+    (tree,) = re.findall(r"```text\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL)
+    folder = ROOT
+    for line in tree.splitlines():
+        inside = line.startswith("  ")
+        for name in re.split(r" {2,}", line.strip()):
+            if re.fullmatch(r"[a-z_0-9]+(\.py|/)", name):
+                path = (folder if inside else ROOT) / name
+                assert path.exists(), path
+                if not inside and name.endswith("/"):
+                    folder = ROOT / name
+    listed = set(re.findall(r"[a-z_0-9]+\.py", tree))
+    ours = {p.name for p in [*(ROOT / "convert").glob("*.py"), *(ROOT / "mlx_flux_krea").glob("*.py")]}
+    assert ours - {"__init__.py"} <= listed
+
+
+def test_every_error_has_its_exit_code_in_the_docs():
+    page = (ROOT / "docs" / "exit-codes.md").read_text()
+    rows = {row[0]: row[2] for row in re.findall(r"^\| ([0-9, ]+) \| (.*?) \|(.*?)\|$", page, re.MULTILINE)}
+    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, Exception)]
+    for kind in kinds:
+        if kind is not errors.FluxKreaError:
+            (found,) = (named for codes, named in rows.items() if str(kind.exit_code) in codes.split(", "))
+            assert f"`{kind.__name__}`" in found, kind
 
 
 # --- tool-schema ---

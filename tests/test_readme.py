@@ -73,20 +73,3 @@ def test_commands_that_need_the_real_weights_are_only_shown():
 def test_the_tables_are_what_their_program_computes():
     for table in macs.page().split("\n\n"):
         assert f"\n{table}\n" in README, "run: python benchmarks/macs.py"
-
-
-def test_every_file_in_the_tree_exists():
-    (tree,) = blocks("text")
-    folder = ROOT
-    for line in tree.splitlines():
-        names = re.split(r" {2,}", line.strip())
-        inside = line.startswith("  ")
-        for name in names:
-            if re.fullmatch(r"[a-z_0-9]+(\.py|/)", name):
-                path = (folder if inside else ROOT) / name
-                assert path.exists(), path
-                if not inside and name.endswith("/"):
-                    folder = ROOT / name
-    listed = set(re.findall(r"[a-z_0-9]+\.py", tree))
-    ours = {p.name for p in [*(ROOT / "convert").glob("*.py"), *(ROOT / "mlx_flux_krea").glob("*.py")]}
-    assert ours - {"__init__.py"} <= listed
