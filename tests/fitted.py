@@ -4,19 +4,59 @@ Random weights know nothing about rights. So the last layer is fitted, by least 
 handful of inputs, to answer those rightly; all before it, and the whole way to it, is the real one.
 """
 
+import json
 import shutil
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
-from helpers import REFERENCE, edit_tensors
+from helpers import PIPELINE, REFERENCE, TOKENIZERS, edit_json, edit_tensors, pixtral_source
 from mlx_flux_krea.convert import convert
 from PIL import Image
 
+from mlx_flux_krea import FluxPipeline
+from mlx_flux_krea.commands.setup import PROMPT
 from mlx_flux_krea.filters import instructions, judges
 from mlx_flux_krea.filters.instructions import CANARIES
 from mlx_flux_krea.models import pixtral
-from mlx_flux_krea.weights import open_filter
+from mlx_flux_krea.weights import open_filter, open_model
+
+# the reference's Pixtral in widths that groups of 64 divide: of every axis, what it becomes
+WIDER = {32: 64, 56: 128, 48: 192, 16: 64}
+TEXT = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 32}
+VISION = {"hidden_size": 64, "intermediate_size": 192, "head_dim": 16}
+
+LICENCE = "# A Non-Commercial License\n\nFor déjà vu alone.\n"
+PICTURE = {"width": 48, "height": 32, "num_inference_steps": 1, "seed": 1}
+
+
+def write_wide(root: Path) -> Path:
+    """Writes a small Pixtral with random weights into a folder, as it would be published."""
+    folder = root / "reference"
+    shutil.copytree(REFERENCE / "llava", folder)
+
+    def draw(arrays):
+        for seed, (name, array) in enumerate(sorted(arrays.items())):
+            drawn = mx.random.normal([WIDER.get(n, n) for n in array.shape], key=mx.random.key(seed))
+            arrays[name] = (drawn * 0.15 + (array.ndim == 1)).astype(mx.bfloat16)
+
+    edit_tensors(folder / "model.safetensors", draw)
+    config = json.loads((folder / "config.json").read_text())
+    text, vision = config["text_config"] | TEXT, config["vision_config"] | VISION
+    edit_json(folder / "config.json", text_config=text, vision_config=vision)
+    return pixtral_source(root / "source", folder)
+
+
+def write_published(root: Path) -> dict[str, Path]:
+    """Writes model and filters as they are published, and "tiny": the converted transformer, whose sizes are tested."""
+    model = shutil.copytree(PIPELINE, root / "FLUX.1-Krea-dev")
+    shutil.copytree(TOKENIZERS, model, dirs_exist_ok=True)
+    (model / "LICENSE.md").write_text(LICENCE, encoding="utf-8")
+    made = convert([model], root / "made", quantize="none", dtype="bfloat16").path
+    picture = FluxPipeline.from_pretrained(made)(PROMPT, **PICTURE).images[0]
+    nsfw, pixtral = fitted_filters(root, write_wide(root / "wide"), {PROMPT: False}, [np.asarray(picture)])
+    assert not open_model(made).requires_filters
+    return {"model": model, "nsfw": nsfw, "pixtral": pixtral, "tiny": made / "transformer"}
 
 
 def fitted_filters(root: Path, wide: Path, texts: dict[str, bool], pictures: list[np.ndarray]) -> tuple[Path, Path]:

@@ -7,6 +7,7 @@ import foreign
 import mlx.core as mx
 import pytest
 from click.testing import CliRunner
+from fitted import write_wide
 from helpers import CONTROL, REFERENCE, assert_close, edit_json, edit_tensors, pixtral_source
 from mlx_flux_krea.convert import convert, layouts
 from mlx_flux_krea.convert.folder import check_manifest
@@ -19,28 +20,11 @@ from mlx_flux_krea.models.config import Quantization
 from mlx_flux_krea.models.filter_config import NSFW_SHA256, NSFW_VIT, PIXTRAL_12B
 from mlx_flux_krea.weights import open_filter, open_model
 
-# the reference's Pixtral in widths that groups of 64 divide: of every axis, what it becomes
-WIDER = {32: 64, 56: 128, 48: 192, 16: 64}
-TEXT = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 32}
-VISION = {"hidden_size": 64, "intermediate_size": 192, "head_dim": 16}
-
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory):
     """A small Pixtral with random weights, as it would be published."""
-    folder = tmp_path_factory.mktemp("wide") / "reference"
-    shutil.copytree(REFERENCE / "llava", folder)
-
-    def draw(arrays):
-        for seed, (name, array) in enumerate(sorted(arrays.items())):
-            drawn = mx.random.normal([WIDER.get(n, n) for n in array.shape], key=mx.random.key(seed))
-            arrays[name] = (drawn * 0.15 + (array.ndim == 1)).astype(mx.bfloat16)
-
-    edit_tensors(folder / "model.safetensors", draw)
-    config = json.loads((folder / "config.json").read_text())
-    text, vision = config["text_config"] | TEXT, config["vision_config"] | VISION
-    edit_json(folder / "config.json", text_config=text, vision_config=vision)
-    return pixtral_source(folder.parent / "source", folder)
+    return write_wide(tmp_path_factory.mktemp("wide"))
 
 
 def arrays_of(path, component="pixtral") -> dict[str, mx.array]:

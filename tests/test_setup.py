@@ -8,31 +8,23 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import foreign
-import numpy as np
 import pexpect
 import pytest
-from fitted import fitted_filters
-from helpers import PIPELINE, ROOT, SHOWS_PICTURES, TOKENIZERS
+from fitted import LICENCE, PICTURE, write_published
+from helpers import ROOT, SHOWS_PICTURES, TOKENIZERS
 from hub import Hub
-from mlx_flux_krea.convert import convert
-from test_filter_folders import wide  # noqa: F401
 
-from mlx_flux_krea import FluxPipeline
 from mlx_flux_krea import memory as plan
 from mlx_flux_krea.commands.setup import PROMPT
 from mlx_flux_krea.commands.shared import estimates
 from mlx_flux_krea.models import config
 from mlx_flux_krea.provenance import read_record
-from mlx_flux_krea.weights import open_model
 
-PICTURE = {"width": 48, "height": 32, "num_inference_steps": 1, "seed": 1}
-LICENCE = "# A Non-Commercial License\n\nFor déjà vu alone.\n"
 PROGRAM = f"""
 import dataclasses, json, os, socket, sys
 from pathlib import Path
@@ -60,17 +52,9 @@ cli.main(sys.argv[1:])
 
 
 @pytest.fixture(scope="module")
-def published_folders(wide, tmp_path_factory):  # noqa: F811
-    """Model and filters as people hold them: {"model", "nsfw", "pixtral"}, and the sizes of the tiny transformer."""
-    root = tmp_path_factory.mktemp("published")
-    model = shutil.copytree(PIPELINE, root / "FLUX.1-Krea-dev")
-    shutil.copytree(TOKENIZERS, model, dirs_exist_ok=True)
-    (model / "LICENSE.md").write_text(LICENCE, encoding="utf-8")
-    made = convert([model], root / "made", quantize="none", dtype="bfloat16").path
-    picture = FluxPipeline.from_pretrained(made)(PROMPT, **PICTURE).images[0]
-    nsfw, pixtral = fitted_filters(root, wide, {PROMPT: False}, [np.asarray(picture)])
-    assert not open_model(made).requires_filters
-    return {"model": model, "nsfw": nsfw, "pixtral": pixtral, "tiny": made / "transformer"}
+def published_folders(tmp_path_factory):
+    """Model and filters as people hold them, and the converted tiny transformer, whose sizes stand for the real."""
+    return write_published(tmp_path_factory.mktemp("published"))
 
 
 @pytest.fixture
