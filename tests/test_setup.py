@@ -28,10 +28,12 @@ from mlx_flux_krea.provenance import read_record
 PROGRAM = f"""
 import dataclasses, json, os, socket, sys
 from pathlib import Path
+from mlx_flux_krea import licence
 from mlx_flux_krea.models import config
 tiny = json.loads(Path(os.environ["TINY"], "config.json").read_text())
 tiny.pop("dtype"), tiny.pop("quantization", None)
 config.FLUX_DEV = config.from_json(config.FluxConfig, tiny, "the tiny one")
+licence.FLUX_1_DEV = config.FLUX_DEV.architecture
 from mlx_flux_krea.commands import setup
 setup.PICTURE = {PICTURE}
 if "NO_SOCKETS" in os.environ:
