@@ -75,7 +75,7 @@ def drawn(path: Path, memory: int | str, args) -> dict:
 def read_seconds(pipe) -> float:
     """How long the blocks take to read alone, as streaming reads them."""
     begin, reader = time.perf_counter(), Reader(cached=False)
-    for unit in pipe._painter.blocks.units:
+    for unit in pipe._generator.blocks.units:
         buffer = mx.zeros((unit.size,), mx.uint8)
         mx.eval(buffer)
         for future in reader.read(unit, buffer):

@@ -3,7 +3,7 @@
     LD_PRELOAD=libopenblas.so.0 python benchmarks/overhead.py [--side 512] [--double 1] [--single 2] [--rounds 3]
 
 Blocks of FLUX.1's full width with random weights. MLX's own products on the CPU are slow, and would hide everything
-else: preload OpenBLAS (Debian: libopenblas0-pthread). The ratio is the engine's overhead.
+else: preload OpenBLAS (Debian: libopenblas0-pthread). The ratio is the pipeline's overhead.
 """
 
 import argparse

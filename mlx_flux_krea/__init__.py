@@ -7,17 +7,18 @@
 Importing this package is cheap: MLX and the networks are imported when a name below is first used.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from .pipeline import FluxPipeline, Request, Result
+if TYPE_CHECKING:  # type checkers see these names here; at run time `__getattr__` imports them
+    from .pipeline import FluxPipeline
+    from .request import Request, ResolvedRequest, Result
 
 __version__ = "0.1.0"
-__all__ = ["FluxPipeline", "Request", "Result", "__version__"]
+__all__ = ["FluxPipeline", "Request", "ResolvedRequest", "Result", "__version__"]
 
 
-def __getattr__(name: str):
-    if name in ("FluxPipeline", "Request", "Result"):
+def __getattr__(name: str) -> Any:
+    if name in __all__:
         from . import pipeline
 
         return getattr(pipeline, name)

@@ -91,7 +91,7 @@ class Checkpoint:
         return self.path.exists() or self._source is not None
 
     @property
-    def is_drawn(self) -> bool:
+    def is_denoised(self) -> bool:
         """Whether only decoding is left."""
         return bool(self.total) and self.done == self.total
 

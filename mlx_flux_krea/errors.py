@@ -1,22 +1,24 @@
-"""The errors that a user can meet. Each one knows the exit code of the command line (DESIGN, section 9).
+"""The errors that a user can meet. Each class has its exit code of the command line.
 
-A message has up to three parts: what was found, what was expected, what to do next. Programming errors are not here:
-they are plain `ValueError`s in MLX's form, with the class and the argument in brackets.
+A message has up to three parts: found, expected, next step. Programming errors are not here: they are `ValueError`s in
+MLX's form, with the class and the argument in brackets.
 """
 
+from typing import Self
+
 __all__ = [
-    "FiltersError", "FluxKreaError", "Interrupted", "ModelError", "ResourceError", "UsageError", "Waiting", "Withheld",
-    "printable",
+    "FiltersError", "FluxKreaError", "Interrupted", "ModelError", "PartlyDone", "ResourceError", "UsageError",
+    "Waiting", "Withheld", "amount", "printable",
 ]  # fmt: skip
 
 
 class FluxKreaError(Exception):
-    """Base of all errors that are a user's to mend.
+    """Base of all errors that a user can mend.
 
     Args:
-        found: what was found, with the file and tensor or the option that it is about.
-        expected: what should have been there.
-        todo: what to do next, usually a command.
+        found: the fault, with its file and tensor, or its option.
+        expected: the value or state that was expected.
+        todo: the next step, usually a command.
     """
 
     exit_code = 1
@@ -28,6 +30,10 @@ class FluxKreaError(Exception):
     def __str__(self) -> str:
         expected = f"expected {self.expected}" if self.expected else ""
         return "; ".join(part for part in (self.found, expected, self.todo) if part)
+
+    def with_next_step(self, todo: str) -> Self:
+        """Returns the same error with one more next step; an error itself never changes."""
+        return type(self)(self.found, self.expected, "; ".join(filter(None, (self.todo, todo))))
 
 
 class UsageError(FluxKreaError, ValueError):
@@ -43,13 +49,13 @@ class ModelError(FluxKreaError):
 
 
 class Withheld(FluxKreaError):
-    """A filter flagged what was asked for or what was drawn; nothing was released."""
+    """A filter flagged the prompt, the input image or the pictures; nothing was released."""
 
     exit_code = 4
 
 
 class Waiting(FluxKreaError):
-    """What was drawn waits for a person's review."""
+    """Pictures wait for a person's review."""
 
     exit_code = 5
 
@@ -58,6 +64,12 @@ class FiltersError(FluxKreaError):
     """Filters that the model's licence requires, or their log, are missing or unhealthy; nothing was released."""
 
     exit_code = 6
+
+
+class PartlyDone(FluxKreaError):
+    """A part was done: some pictures, rows or lines, and not the others."""
+
+    exit_code = 7
 
 
 class ResourceError(FluxKreaError):
@@ -73,10 +85,10 @@ class Interrupted(FluxKreaError):
 
 
 def printable(text: str) -> str:
-    """The text as one line for a terminal: what does not print, such as an escape in a file's name, is spelled out."""
+    """Returns the text as one line for a terminal, with other characters (escapes in a file's name) spelled out."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def amount(count: int | str, one: str, many: str = "") -> str:
-    """A count, or some of them, and what is counted: 1 file, 2 files; `many` where an s does not do."""
+    """Returns a count and its noun: 1 file, 2 files. `many` is the plural where an s is not enough."""
     return f"{count} {one if str(count) == '1' else many or one + 's'}"

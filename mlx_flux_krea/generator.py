@@ -2,7 +2,7 @@
 
 Networks, sampler and noise are functions; this file decides what is evaluated when, what is kept, which seed draws
 what, and where a run can be stopped. It asks nobody whether it may: `pipeline.py` does. All of it happens in the
-engine's thread.
+worker's thread.
 """
 
 import contextlib
@@ -23,40 +23,40 @@ from .models import tiles
 from .models.transformer import Flux, rope
 from .models.vae import VAE, pixels_from_image, pixels_to_bytes
 from .prompts import Encoded, PromptEncoder
-from .request import Request
+from .request import ResolvedRequest
 from .residency import Blocks
 from .sampling import noise as noises
 from .sampling import preview as previews
 from .sampling import sampler
 from .weights import ModelFolder
-from .worker import Engine, evaluated
+from .worker import Worker, evaluated
 
 Progress = Callable[[str, float, int], None]
 
 
 @dataclass(frozen=True)
-class Watched:
-    """Who sees, and keeps, what a run has reached after a step."""
+class Observers:
+    """Functions that see a run after each step, and the file that it can be resumed from."""
 
-    callback: Callable | None = None  # of (step, sigma, latents): others to go on with, or None
+    callback: Callable | None = None  # of (step, sigma, latents); returns latents to continue with, or None
     preview: Callable | None = None  # of (step, steps, pixels)
     checkpoint: Checkpoint | None = None
 
 
-class Painter:
+class Generator:
     """The networks of one model folder, as far as they are in memory, and what of them is kept between pictures.
 
     Args:
         folder: what was read of it.
         dtype: the compute type.
-        engine: whose thread this is called in.
+        worker: in whose thread this is called.
     """
 
-    def __init__(self, folder: ModelFolder, dtype: mx.Dtype, engine: Engine):
+    def __init__(self, folder: ModelFolder, dtype: mx.Dtype, worker: Worker):
         self.folder = folder
         self._dtype = dtype
-        self._engine = engine
-        self._encoder = PromptEncoder(folder, dtype, engine.check)
+        self._worker = worker
+        self._encoder = PromptEncoder(folder, dtype, worker.check)
         self._networks: dict[str, nn.Module] = {}
         self.blocks: Blocks | None = None
         self._modulation: Blocks | None = None  # its layers, apart from the blocks they belong to
@@ -74,15 +74,15 @@ class Painter:
             self._progress = outer
             mx.clear_cache()
 
-    def draw(
-        self, request: Request, plan: Plan, watched: Watched, as_floats: bool = False
+    def generate(
+        self, request: ResolvedRequest, plan: Plan, observers: Observers, as_floats: bool = False
     ) -> tuple[tuple[list[Encoded], list[Encoded]], list[np.ndarray] | mx.array, dict[str, float], dict[str, int]]:
         """All pictures of a request, which nobody has judged.
 
         Args:
-            request: a resolved one.
+            request: size, prompts, seeds and steps.
             plan: how much of the transformer may stay in memory.
-            watched: who sees the steps.
+            observers: called after each step.
             as_floats: pixels in [0, 1] instead of bytes.
 
         Returns:
@@ -99,11 +99,11 @@ class Painter:
         seconds: dict[str, float] = {}
         peaks: dict[str, int] = {}
         conditions: tuple = (), ()
-        if watched.checkpoint is None or not watched.checkpoint.is_drawn:
+        if observers.checkpoint is None or not observers.checkpoint.is_denoised:
             with _measured("text", seconds, peaks):
                 conditions = self._conditions(request)
         with _measured("denoise", seconds, peaks):
-            latents = self._denoise(request, conditions, plan, watched)
+            latents = self._denoise(request, conditions, plan, observers)
         with _measured("decode", seconds, peaks):
             images = (
                 latents if request.output_type == "latent" else self._decode(request, latents, as_floats, plan.tiled)
@@ -122,7 +122,7 @@ class Painter:
             _check_finite("a text encoder", one.embeds, one.pooled)
         return encoded
 
-    def _conditions(self, request: Request) -> tuple[list[Encoded], list[Encoded]]:
+    def _conditions(self, request: ResolvedRequest) -> tuple[list[Encoded], list[Encoded]]:
         """What the transformer reads: of each prompt, and of each prompt's negative (or nothing)."""
         pairs, negative_pairs = request.pairs(), request.pairs(negative=True)
         encoded = self.encode(pairs + negative_pairs, request.max_sequence_length)
@@ -133,14 +133,14 @@ class Painter:
             negative = _given(request.negative_prompt_embeds, request.negative_pooled_prompt_embeds)
         return positive, negative * request.prompts if len(negative) == 1 else negative
 
-    def _denoise(self, request: Request, conditions: tuple, plan: Plan, watched: Watched) -> mx.array:
+    def _denoise(self, request: ResolvedRequest, conditions: tuple, plan: Plan, observers: Observers) -> mx.array:
         """Latents (B, L, 64) at the end of the schedule, from its beginning or from where an interrupted run was."""
         down, steps = self.folder.vae.sizes.downsampling, request.num_inference_steps
         size = request.height // down, request.width // down
-        sigmas = sampler.make_sigmas(self.folder.index.schedule, size[0] * size[1] // 4, steps, request.sigmas or ())
+        sigmas = sampler.make_sigmas(self.folder.index.schedule, size[0] * size[1] // 4, steps, request.sigmas)
         start = 0 if request.image is None else sampler.first_step(steps, request.strength)
         shape = request.batch, size[0] * size[1] // 4, self.folder.flux.sizes.in_channels
-        checkpoint = watched.checkpoint
+        checkpoint = observers.checkpoint
         kept = None if checkpoint is None else checkpoint.latents(shape, steps - start)
         done = 0 if kept is None else checkpoint.done
         first = float(sigmas[start])
@@ -153,18 +153,18 @@ class Painter:
             for step in range(done, steps - start):
                 before, latents = latents, run.send(replaced)
                 _check_finite(f"step {step + 1} of the transformer", latents)
-                if watched.preview:
+                if observers.preview:
                     clean = previews.predicted(before, latents, *map(float, sigmas[start + step :][:2]))
                     pixels = previews.colours(sampler.unpack(clean, *size), self.folder.latent_rgb)
-                    watched.preview(step + 1, steps - start, pixels)
+                    observers.preview(step + 1, steps - start, pixels)
                 sigma = float(sigmas[start + step])
-                replaced = watched.callback(step, sigma, latents) if watched.callback else None
+                replaced = observers.callback(step, sigma, latents) if observers.callback else None
                 latents = latents if replaced is None else replaced
                 if checkpoint is not None:
                     checkpoint.reached(step + 1, steps - start, np.array(latents.astype(mx.float32)))
         return latents
 
-    def _start(self, request: Request, size: tuple[int, int], sigma: float, tiled: bool) -> mx.array:
+    def _start(self, request: ResolvedRequest, size: tuple[int, int], sigma: float, tiled: bool) -> mx.array:
         """Packed latents (B, L, 64) that the loop starts from: given, noise, or noise over an input image.
 
         They stay in float32 through the loop, where diffusers rounds after every step: it costs nothing, and keeps a
@@ -182,7 +182,7 @@ class Painter:
         drawn = mx.concatenate([stream.noise(shape) for stream in streams]).astype(mx.float32)
         return sampler.pack(drawn if clean is None else sampler.add_noise(clean, drawn, sigma))
 
-    def _image_latents(self, request: Request, stream: noises.Stream, tiled: bool) -> mx.array:
+    def _image_latents(self, request: ResolvedRequest, stream: noises.Stream, tiled: bool) -> mx.array:
         """(1, 16, h, w) float32, scaled and shifted: the posterior's mean, or a sample, drawn before the noise."""
         vae = self._vae()
         pixels = pixels_from_image(request.image, request.width, request.height)
@@ -196,7 +196,7 @@ class Painter:
 
     @contextlib.contextmanager
     def _velocity(
-        self, request: Request, conditions: tuple, sigmas: np.ndarray, start: int, done: int, size, plan: Plan
+        self, request: ResolvedRequest, conditions: tuple, sigmas: np.ndarray, start: int, done: int, size, plan: Plan
     ) -> Iterator:
         """The model that the sampler integrates. What does not depend on the latents is computed here, once.
 
@@ -238,7 +238,7 @@ class Painter:
             return self._networks["transformer"]
         if self.blocks is None:
             flux = self.folder.flux.load(self._dtype)
-            found, check = self.folder.flux.tensors(), self._engine.check
+            found, check = self.folder.flux.tensors(), self._worker.check
             self.blocks = Blocks(flux, found, flux.blocks, self._dtype, keep, check)
             self._modulation = Blocks(flux, found, flux.modulated, self._dtype, 0, check)
         else:
@@ -265,7 +265,7 @@ class Painter:
             self._modulations = key, flux.modulations(vec, run)
         return self._modulations[1]
 
-    def _decode(self, request: Request, latents: mx.array, as_floats: bool, tiled: bool) -> list[np.ndarray]:
+    def _decode(self, request: ResolvedRequest, latents: mx.array, as_floats: bool, tiled: bool) -> list[np.ndarray]:
         """Pixels (H, W, 3) of each picture: uint8, or float32 in [0, 1]."""
         vae = self._vae()
         config = vae.config
@@ -308,7 +308,7 @@ class Painter:
             if self._progress:
                 self._progress(stage, done * total / pieces, total)
 
-        return self._engine.watched(run, report)
+        return self._worker.stoppable(run, report)
 
 
 def _count(function: Callable, x: mx.array) -> int:

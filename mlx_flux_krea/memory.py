@@ -197,6 +197,7 @@ def plan(
     weights: Weights,
     sizes: configs.ModelSizes,
     dtype: mx.Dtype,
+    *,
     width: int,
     height: int,
     text_length: int,

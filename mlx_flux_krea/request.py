@@ -1,4 +1,7 @@
-"""What a caller asks for and what comes back, as frozen objects; every check that needs no weights is here."""
+"""A request as a caller writes it, the same with every default filled in, and the result of a call.
+
+Every check that needs no weights is here.
+"""
 
 import hashlib
 import math
@@ -7,12 +10,13 @@ import os
 import reprlib
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from . import presets
 from .errors import UsageError, amount
@@ -22,6 +26,7 @@ from .presets import MAX_BATCH, MAX_SCALE, MAX_SIDE, MAX_STEPS
 from .provenance import opened
 from .sampling.noise import find_recipe
 from .sampling.sampler import first_step
+from .weights import ModelFolder
 
 OUTPUT_TYPES = ("pil", "np", "latent")
 _TEXTS = ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2")
@@ -31,141 +36,108 @@ _ARRAYS = ("latents", *_EMBEDS, *_EMBEDS.values())
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """One call of the pipeline (DESIGN, section 8). None means: the folder's default, or not used.
+    """The arguments of one call of the pipeline. None means: the model's default, or not used.
 
-    Numbers of any library become Python's, sequences tuples, arrays MLX's; `resolved` then judges all of it.
+    Values are converted on the way in: numbers of any library to Python's, sequences to tuples, arrays to MLX's, an
+    image by `open_image`. `resolve` checks them.
 
     Raises:
-        UsageError: what should be an array is none.
+        UsageError: a value that cannot be read as an array or as an image.
     """
 
-    prompt: str | tuple[str, ...] | None = None  # for CLIP, and for T5 where prompt_2 does not say otherwise
-    prompt_2: str | tuple[str, ...] | None = None
-    negative_prompt: str | tuple[str, ...] | None = None
-    negative_prompt_2: str | tuple[str, ...] | None = None
+    prompt: str | Sequence[str] | None = None  # for CLIP, and for T5 where prompt_2 is None
+    prompt_2: str | Sequence[str] | None = None
+    negative_prompt: str | Sequence[str] | None = None
+    negative_prompt_2: str | Sequence[str] | None = None
     true_cfg_scale: float = 1.0  # above 1: negative + scale * (positive - negative), at double cost
-    height: int | None = None  # pixels, floored to a multiple of 16
-    width: int | None = None
+    width: int | None = None  # pixels, floored to a multiple of 16
+    height: int | None = None
     num_inference_steps: int | None = None
-    sigmas: tuple[float, ...] | None = None  # noise levels of one's own, before the shift
+    sigmas: Sequence[float] | None = None  # noise levels before the shift, instead of evenly spaced ones
     guidance_scale: float | None = None  # of the embedding that guidance was distilled into
     num_images_per_prompt: int = 1
-    seed: int | tuple[int, ...] | None = None  # one stream for the batch, or one for each image
+    seed: int | Sequence[int] | None = None  # one stream for the batch, or one for each image
     noise: str = "diffusers"  # a row of presets.RECIPES
     latents: mx.array | None = None  # (B, L, 64), packed
     prompt_embeds: mx.array | None = None  # (P, S, context_in_dim)
     pooled_prompt_embeds: mx.array | None = None  # (P, vec_in_dim)
     negative_prompt_embeds: mx.array | None = None
     negative_pooled_prompt_embeds: mx.array | None = None
-    image: Image.Image | None = None  # from `open_image`
-    strength: float | None = None  # presets.STRENGTH; how much of the schedule an input image goes through
-    output_type: str = "pil"
+    image: Image.Image | str | os.PathLike | None = None
+    strength: float | None = None  # share of the schedule that an input image goes through
+    output_type: str = "pil"  # one of OUTPUT_TYPES
     max_sequence_length: int | None = None  # of T5
 
     def __post_init__(self):
         for name, value in vars(self).items():
-            if value is not None and name != "image":
-                object.__setattr__(self, name, _array(name, value) if name in _ARRAYS else _plain(value))
+            if name == "image":
+                object.__setattr__(self, name, open_image(value))
+            elif value is not None:
+                object.__setattr__(self, name, _array(name, value) if name in _ARRAYS else _as_python(value))
 
-    @property
-    def prompts(self) -> int:
-        """P, the number of prompts."""
-        if self.prompt_embeds is not None:
-            return self.prompt_embeds.shape[0]
-        return 1 if isinstance(self.prompt, str) else len(self.prompt)
-
-    @property
-    def batch(self) -> int:
-        """B, the number of images."""
-        return self.prompts * self.num_images_per_prompt
-
-    @property
-    def true_cfg(self) -> bool:
-        """Whether a negative prompt takes part."""
-        return self.true_cfg_scale > 1
-
-    def resolved(self, index: ModelIndex, flux: FluxConfig, multiple: int) -> tuple["Request", list[str]]:
-        """The request with every default filled in, and what the user should be told about it.
-
-        Args:
-            index: of the model folder.
-            flux: sizes of its transformer.
-            multiple: what sides must be divisible by.
+    def resolve(self, folder: ModelFolder) -> "ResolvedRequest":
+        """Returns the request with every default filled in from a model folder, and notes for the user.
 
         Raises:
             UsageError: an option that cannot be used, or options that do not go together.
         """
+        index, flux = folder.index, folder.flux.sizes
+        multiple = 2 * folder.vae.sizes.downsampling  # a token is a patch of 2 x 2 latents
         self._check_numbers(index)
         self._check_prompts()
         self._check_options(flux)
-        notes = []
-        width, height = self._size(index)
-        floored = (width // multiple * multiple, height // multiple * multiple)
-        if min(floored) < multiple or max(floored) > MAX_SIDE:
-            raise UsageError(f"the size is {width} x {height}", f"sides from {multiple} to {MAX_SIDE} pixels")
-        if floored != (width, height):
-            notes.append(f"{width} x {height} is no multiple of {multiple}: the picture is {floored[0]} x {floored[1]}")
-        self._check_arrays(flux, floored[0] * floored[1] // multiple**2)
-        steps = self.num_inference_steps or (len(self.sigmas) if self.sigmas else index.defaults.num_inference_steps)
-        strength = None if self.image is None else presets.STRENGTH if self.strength is None else self.strength
-        if strength is not None and first_step(steps, strength) >= steps:
+        width, height, notes = self._floored_size(index, multiple)
+        self._check_arrays(flux, width * height // multiple**2)
+        sigmas = tuple(self.sigmas or ())
+        steps = self.num_inference_steps or len(sigmas) or index.defaults.num_inference_steps
+        strength = presets.STRENGTH if self.strength is None else self.strength
+        if self.image is not None and first_step(steps, strength) >= steps:
             raise UsageError(f"strength {strength:g} of {amount(steps, 'step')} runs no step", "more of either")
-        seed = random_seed() if self.seed is None and self.latents is None else self.seed
         guidance = index.defaults.guidance_scale if self.guidance_scale is None else self.guidance_scale
-        request = replace(
-            self,
-            width=floored[0],
-            height=floored[1],
+        return ResolvedRequest(
+            prompt=self._texts(self.prompt),
+            prompt_2=self._texts(self.prompt_2),
+            negative_prompt=self._texts(self.negative_prompt),
+            negative_prompt_2=self._texts(self.negative_prompt_2),
+            true_cfg_scale=self.true_cfg_scale,
+            width=width,
+            height=height,
             num_inference_steps=steps,
+            sigmas=sigmas,
             guidance_scale=guidance if flux.guidance_embed else None,
-            seed=seed,
+            num_images_per_prompt=self.num_images_per_prompt,
+            seed=self._seed(),
+            noise=self.noise,
+            latents=self.latents,
+            prompt_embeds=self.prompt_embeds,
+            pooled_prompt_embeds=self.pooled_prompt_embeds,
+            negative_prompt_embeds=self.negative_prompt_embeds,
+            negative_pooled_prompt_embeds=self.negative_pooled_prompt_embeds,
+            image=open_image(self.image),
             strength=strength,
+            output_type=self.output_type,
             max_sequence_length=self.max_sequence_length or index.max_sequence_length,
+            notes=notes,
         )
-        return request, notes
 
-    def pairs(self, negative: bool = False) -> list[tuple[str, str]]:
-        """What CLIP and what T5 reads of each prompt; none where embeds are given, or nothing negative is."""
-        texts, texts_2 = (self.negative_prompt, self.negative_prompt_2) if negative else (self.prompt, self.prompt_2)
-        if texts is None:
-            return []
-        both = texts, texts if texts_2 is None else texts_2
-        first, second = ((text,) * self.prompts if isinstance(text, str) else text for text in both)
-        return list(zip(first, second, strict=True))
+    @property
+    def _prompts(self) -> int:
+        if self.prompt_embeds is not None:
+            return self.prompt_embeds.shape[0]
+        return len(self.prompt) if isinstance(self.prompt, tuple) else 1
 
-    def texts(self) -> list[str]:
-        """Every text that is read, each once."""
-        given = (getattr(self, name) for name in _TEXTS)
-        return list(dict.fromkeys(t for value in given for t in ((value,) if isinstance(value, str) else value or ())))
+    @property
+    def _batch(self) -> int:
+        return self._prompts * self.num_images_per_prompt
 
-    def record(self, i: int) -> dict:
-        """What of this request decides picture i, as JSON."""
-        one_stream = isinstance(self.seed, int)
-        record = {
-            name: value[i // self.num_images_per_prompt] if isinstance(value, tuple) else value
-            for name in _TEXTS
-            if (value := getattr(self, name)) is not None
-        }
-        record |= {
-            "true_cfg_scale": self.true_cfg_scale if self.true_cfg else None,
-            "width": self.width,
-            "height": self.height,
-            "num_inference_steps": self.num_inference_steps,
-            "sigmas": None if self.sigmas is None else list(self.sigmas),
-            "guidance_scale": self.guidance_scale,
-            "seed": self.seed if one_stream or self.seed is None else self.seed[i],
-            "noise": self.noise,
-            "batch": [i, self.batch] if one_stream and self.batch > 1 else None,  # place in the stream's one draw
-            "strength": self.strength,
-            "max_sequence_length": self.max_sequence_length,
-            "given": [name for name in ("latents", *_EMBEDS) if getattr(self, name) is not None] or None,
-        }
-        if self.image is not None:
-            size, pixels = self.image.size, hashlib.sha256(self.image.tobytes()).hexdigest()
-            record["image"] = {"width": size[0], "height": size[1], "rgb_sha256": pixels}  # upright, before resizing
-            if i and not one_stream and find_recipe(self.noise).posterior == "sample":
-                record["image_seed"] = self.seed[0]  # whose stream the image was sampled from, before its own noise
-        return {name: value for name, value in record.items() if value is not None}
+    def _texts(self, given: str | Sequence[str] | None) -> tuple[str, ...]:
+        """Returns a text for each prompt, or none."""
+        return (given,) * self._prompts if isinstance(given, str) else tuple(given or ())
+
+    def _seed(self) -> int | tuple[int, ...] | None:
+        if self.seed is None:
+            return random_seed() if self.latents is None else None
+        return self.seed if isinstance(self.seed, int) else tuple(self.seed)
 
     def _check_numbers(self, index: ModelIndex) -> None:
         _check_int("num_inference_steps", self.num_inference_steps, 1, MAX_STEPS)
@@ -206,15 +178,15 @@ class Request:
             raise UsageError("there is no prompt", "a text; an empty one is allowed")
         negative = self.negative_prompt is not None or self.negative_prompt_embeds is not None
         scale = f"true_cfg_scale {self.true_cfg_scale:g}"
-        if negative and not self.true_cfg:
+        if negative and not self.true_cfg_scale > 1:
             todo = "set true_cfg_scale (it doubles the time of a step)"
             raise UsageError(f"a negative prompt does nothing at {scale}", "above 1", todo)
-        if self.true_cfg and not negative:
+        if self.true_cfg_scale > 1 and not negative:
             raise UsageError(f"{scale} needs a negative prompt", "one, even an empty one")
         for name in _TEXTS:
             texts = getattr(self, name)
-            if isinstance(texts, tuple) and len(texts) != self.prompts:
-                raise UsageError(f"{amount(len(texts), 'text')} in {name}", f"as many as prompts, {self.prompts}")
+            if isinstance(texts, tuple) and len(texts) != self._prompts:
+                raise UsageError(f"{amount(len(texts), 'text')} in {name}", f"as many as prompts, {self._prompts}")
 
     def _check_options(self, flux: FluxConfig) -> None:
         if self.guidance_scale is not None and not flux.guidance_embed:
@@ -228,24 +200,25 @@ class Request:
         find_recipe(self.noise)
         if self.latents is not None and (self.seed is not None or self.image is not None):
             raise UsageError("latents are given beside a seed or an image", "one of them: latents are the start")
-        if self.batch > MAX_BATCH:
-            raise UsageError(f"{self.batch} images in one call", f"{MAX_BATCH} at most", "make several calls")
-        if isinstance(self.seed, tuple) and len(self.seed) != self.batch:
+        if self._batch > MAX_BATCH:
+            raise UsageError(f"{self._batch} images in one call", f"{MAX_BATCH} at most", "make several calls")
+        if isinstance(self.seed, tuple) and len(self.seed) != self._batch:
             raise UsageError(
-                f"{amount(len(self.seed), 'seed')} for {amount(self.batch, 'image')}", "one seed, or one for each image"
+                f"{amount(len(self.seed), 'seed')} for {amount(self._batch, 'image')}",
+                "one seed, or one for each image",
             )
 
     def _check_arrays(self, flux: FluxConfig, tokens: int) -> None:
         """Shapes, types and values of arrays; NaN here would later look like damaged weights."""
-        shapes = {"latents": (self.batch, tokens, flux.in_channels)}
+        shapes = {"latents": (self._batch, tokens, flux.in_channels)}
         for embeds, pooled in _EMBEDS.items():
             if getattr(self, embeds) is None:
                 continue
             shape = getattr(self, embeds).shape
             if len(shape) != 3 or shape[2] != flux.context_in_dim or 0 in shape:
                 raise UsageError(f"{embeds} has shape {shape}", f"(prompts, tokens, {flux.context_in_dim})")
-            if embeds.startswith("negative") and shape[0] not in (1, self.prompts):
-                raise UsageError(f"{embeds} holds {shape[0]} prompts", f"one, or {self.prompts}")
+            if embeds.startswith("negative") and shape[0] not in (1, self._prompts):
+                raise UsageError(f"{embeds} holds {shape[0]} prompts", f"one, or {self._prompts}")
             shapes[pooled] = (shape[0], flux.vec_in_dim)
         for name in _ARRAYS:
             if (array := getattr(self, name)) is None:
@@ -254,32 +227,130 @@ class Request:
                 raise UsageError(f"{name} has shape {array.shape}", f"{shapes[name]}")
             check_values(name, array)
 
+    def _floored_size(self, index: ModelIndex, multiple: int) -> tuple[int, int, tuple[str, ...]]:
+        """Returns width and height as the model can make them, and a note where they are not the size asked for."""
+        width, height = self._size(index)
+        floored = (width // multiple * multiple, height // multiple * multiple)
+        if min(floored) < multiple or max(floored) > MAX_SIDE:
+            raise UsageError(f"the size is {width} x {height}", f"sides from {multiple} to {MAX_SIDE} pixels")
+        if floored == (width, height):
+            return *floored, ()
+        picture = f"the picture is {floored[0]} x {floored[1]}"
+        return *floored, (f"{width} x {height} is no multiple of {multiple}: {picture}",)
+
     def _size(self, index: ModelIndex) -> tuple[int, int]:
-        """Width and height asked for: given, the default's, or an input image's shape at the default's area."""
-        default = index.defaults
-        if self.image is None or (self.width and self.height):
+        """Returns width and height: as given, the default, or an input image's shape at the default's area."""
+        default, image = index.defaults, self.image
+        if not isinstance(image, Image.Image) or (self.width and self.height):
             return self.width or default.width, self.height or default.height
-        aspect = self.image.width / self.image.height
+        aspect = image.width / image.height
         if self.width or self.height:
-            return self.width or round(self.height * aspect), self.height or round(self.width / aspect)
+            return self.width or round((self.height or 0) * aspect), self.height or round((self.width or 0) / aspect)
         area = default.width * default.height
         return round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
 
 
+@dataclass(frozen=True, kw_only=True)
+class ResolvedRequest:
+    """A request that one model can run: checked, with every default filled in. From `Request.resolve`.
+
+    P prompts, n images of each, B = P n images in all, L image tokens, S text tokens.
+    """
+
+    prompt: tuple[str, ...]  # P texts; none where embeds are given
+    prompt_2: tuple[str, ...]  # P texts for T5; none: those of `prompt`
+    negative_prompt: tuple[str, ...]
+    negative_prompt_2: tuple[str, ...]
+    true_cfg_scale: float
+    width: int  # pixels
+    height: int
+    num_inference_steps: int
+    sigmas: tuple[float, ...]  # noise levels before the shift; none: the schedule's
+    guidance_scale: float | None  # None: the model has no guidance embedding
+    num_images_per_prompt: int  # n
+    seed: int | tuple[int, ...] | None  # None: latents are given
+    noise: str
+    latents: mx.array | None  # (B, L, 64)
+    prompt_embeds: mx.array | None  # (P, S, context_in_dim)
+    pooled_prompt_embeds: mx.array | None  # (P, vec_in_dim)
+    negative_prompt_embeds: mx.array | None
+    negative_pooled_prompt_embeds: mx.array | None
+    image: Image.Image | None  # upright RGB
+    strength: float  # without effect where there is no image
+    output_type: str
+    max_sequence_length: int  # S
+    notes: tuple[str, ...]  # for the user, such as a size that was changed
+
+    @property
+    def prompts(self) -> int:
+        """P, the number of prompts."""
+        return len(self.prompt) if self.prompt_embeds is None else self.prompt_embeds.shape[0]
+
+    @property
+    def batch(self) -> int:
+        """B, the number of images."""
+        return self.prompts * self.num_images_per_prompt
+
+    @property
+    def true_cfg(self) -> bool:
+        """True where a negative prompt takes part."""
+        return self.true_cfg_scale > 1
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """One seed for the batch, or one for each image; none where latents are given."""
+        return () if self.seed is None else (self.seed,) if isinstance(self.seed, int) else self.seed
+
+    def pairs(self, negative: bool = False) -> list[tuple[str, str]]:
+        """Returns (text for CLIP, text for T5) of each prompt, or of each negative one; none where embeds are given."""
+        texts, texts_2 = (self.negative_prompt, self.negative_prompt_2) if negative else (self.prompt, self.prompt_2)
+        return list(zip(texts, texts_2 or texts, strict=True))
+
+    def texts(self) -> list[str]:
+        """Returns every text that the encoders read, each once."""
+        return list(dict.fromkeys(text for name in _TEXTS for text in getattr(self, name)))
+
+    def record(self, i: int) -> dict:
+        """Returns everything in this request that decides picture i, as JSON."""
+        one_stream = isinstance(self.seed, int)
+        prompt = i // self.num_images_per_prompt
+        record = {name: texts[prompt] for name in _TEXTS if (texts := getattr(self, name))}
+        record |= {
+            "true_cfg_scale": self.true_cfg_scale if self.true_cfg else None,
+            "width": self.width,
+            "height": self.height,
+            "num_inference_steps": self.num_inference_steps,
+            "sigmas": list(self.sigmas) or None,
+            "guidance_scale": self.guidance_scale,
+            "seed": self.seeds[0 if one_stream else i] if self.seeds else None,
+            "noise": self.noise,
+            "batch": [i, self.batch] if one_stream and self.batch > 1 else None,  # place in the stream's one draw
+            "strength": None if self.image is None else self.strength,
+            "max_sequence_length": self.max_sequence_length,
+            "given": [name for name in ("latents", *_EMBEDS) if getattr(self, name) is not None] or None,
+        }
+        if self.image is not None:
+            size, pixels = self.image.size, hashlib.sha256(self.image.tobytes()).hexdigest()
+            record["image"] = {"width": size[0], "height": size[1], "rgb_sha256": pixels}  # upright, before resizing
+            if i and not one_stream and find_recipe(self.noise).posterior == "sample":
+                record["image_seed"] = self.seeds[0]  # whose stream the image was sampled from, before its own noise
+        return {name: value for name, value in record.items() if value is not None}
+
+
 @dataclass(frozen=True)
 class Result:
-    """What a call gave."""
+    """Released pictures, and a report of the call that made them."""
 
-    images: (
-        list  # what was released: PIL pictures; one (B, H, W, 3) float array in [0, 1]; or packed latents (B, L, 64)
-    )
-    outcomes: tuple[str, ...]  # of each image that was drawn: "released", "waiting", or "withheld: " and why
+    # list[Picture]; for "np" one (B, H, W, 3) float array in [0, 1]; for "latent" packed latents (B, L, 64). Any, since
+    # the caller who chose the output type knows which.
+    images: Any
+    outcomes: tuple[str, ...]  # of each generated image: "released", "waiting", or "withheld: " and why
     seeds: tuple[int, ...]  # one for the batch or one for each image; none where latents were given
-    notes: tuple[str, ...] = ()  # what the user should know: sizes changed, text cut off
+    notes: tuple[str, ...] = ()  # for the user: sizes changed, text cut off
     records: tuple[dict, ...] = ()  # of each image: everything that decides it
     seconds: dict[str, float] = field(default_factory=dict)  # of each stage
-    plan: Plan | None = None  # the memory that was expected, in bytes
-    peaks: dict[str, int] = field(default_factory=dict)  # and what each stage took
+    plan: Plan | None = None  # expected memory, in bytes
+    peaks: dict[str, int] = field(default_factory=dict)  # measured memory of each stage, in bytes
 
 
 def random_seed() -> int:
@@ -298,8 +369,8 @@ def open_image(image: Image.Image | str | os.PathLike | None) -> Image.Image | N
     Raises:
         UsageError: not an image, broken, too large to be honest, or of a kind whose white is not known.
     """
-    if image is None:
-        return None
+    if image is None or _is_open(image):
+        return image
     if not isinstance(image, str | os.PathLike | Image.Image):
         raise UsageError(f"image is {type(image).__name__}", "a PIL image or a path")
     image = os.path.expanduser(image) if isinstance(image, str | os.PathLike) else image
@@ -320,6 +391,17 @@ def open_image(image: Image.Image | str | os.PathLike | None) -> Image.Image | N
     return upright
 
 
+def _is_open(image) -> bool:
+    """Returns True for an image that `open_image` has returned, or one that is like it."""
+    return (
+        type(image) is Image.Image  # in memory, unlike a file's
+        and image.mode == "RGB"
+        and 0 not in image.size
+        and "transparency" not in image.info
+        and image.getexif().get(ExifTags.Base.Orientation, 1) == 1
+    )
+
+
 def check_values(name: str, array: mx.array) -> None:
     """Checks an array that the user gave.
 
@@ -332,7 +414,7 @@ def check_values(name: str, array: mx.array) -> None:
         raise UsageError(f"{name} holds NaN or infinities", "finite numbers")
 
 
-def _plain(value):
+def _as_python(value):
     """Numbers of any library as Python's, sequences as tuples; anything else as it is."""
     if isinstance(value, np.ndarray | mx.array):
         value = value.tolist()
@@ -342,7 +424,7 @@ def _plain(value):
         return int(value)
     if isinstance(value, numbers.Real):
         return float(value)
-    return tuple(map(_plain, value)) if isinstance(value, Sequence) else value
+    return tuple(map(_as_python, value)) if isinstance(value, Sequence) else value
 
 
 def _array(name: str, value) -> mx.array:

@@ -1,4 +1,4 @@
-"""The one thread that loads and runs.
+"""The one thread that loads and computes.
 
 MLX streams belong to the thread that made them, and a lazy array can be evaluated in that thread only. So everything
 that pipelines compute is computed here, one job after another, and callers may be any thread.
@@ -16,87 +16,154 @@ import queue
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, wait
+from typing import Any, Generic, ParamSpec, TypeVar
 
 import mlx.core as mx
 
 from .errors import Interrupted, UsageError
 
+P = ParamSpec("P")
+T = TypeVar("T")
 
-class Engine:
+
+class Job(Generic[T]):
+    """One call of a function in the worker's thread; from `Worker.submit`.
+
+    Args:
+        function: the call.
+        jobs: the list that this job leaves when it ends.
+    """
+
+    def __init__(self, function: Callable[[], T], jobs: "list[Job[Any]]"):
+        self._function: Callable[[], T] | None = function
+        self._jobs = jobs
+        self._stop = threading.Event()
+        self._future: Future[T] = Future()
+
+    @property
+    def is_stopped(self) -> bool:
+        """True once `stop` was called."""
+        return self._stop.is_set()
+
+    def stop(self) -> None:
+        """Stops this job and the jobs inside it at their next `check`; a job that waits never starts. Any thread."""
+        self._stop.set()
+
+    def result(self) -> T:
+        """Waits for the function's result.
+
+        An exception that reaches the waiting caller, such as KeyboardInterrupt, stops this job and no other. It
+        propagates once the job has ended.
+
+        Raises:
+            Interrupted: the job was stopped.
+        """
+        try:
+            while not self._future.done():  # a signal that comes just before an endless wait would not end it
+                wait([self._future], timeout=0.2)
+            return self._future.result()
+        finally:
+            if not self._future.done():
+                self.stop()
+                wait([self._future])
+
+    def call(self) -> None:
+        """Calls the function in this thread, which must be the worker's, for `result` to return or raise."""
+        function, self._function = self._function, None  # a job that somebody holds keeps no arrays alive
+        _running.append(self)
+        try:
+            if self.is_stopped or function is None:
+                raise Interrupted("stopped on request")
+            result = function()
+        except BaseException as error:
+            self._end()
+            self._future.set_exception(error)
+        else:
+            self._end()
+            self._future.set_result(result)
+
+    def _end(self) -> None:
+        """Leaves both lists before anybody can see the result: `interrupt` must not choose a job that has ended."""
+        _running.remove(self)
+        self._jobs.remove(self)
+
+
+class Worker:
     """A pipeline's share of the thread: its jobs, and the means to stop them."""
 
     def __init__(self):
-        self._stops: set[threading.Event] = set()  # one for each job that waits or runs
+        self._jobs: list[Job[Any]] = []  # those that wait or run, in the order in which they came
 
-    def run(self, function: Callable, *args):
-        """The function's result, computed in the engine's thread; from within that thread, directly.
-
-        An exception that reaches the waiting caller, such as KeyboardInterrupt, stops the function at its next `check`
-        and goes on once it has stopped.
+    def submit(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Job[T]:
+        """Queues a call for the thread. From within that thread it is made at once, inside the running job.
 
         Raises:
             UsageError: this process was forked from one that had computed.
         """
         thread = _thread()
-        future: Future = Future()
-        stop = threading.Event()
-        self._stops.add(stop)
+        job = Job(lambda: function(*args, **kwargs), self._jobs)
+        self._jobs.append(job)
         if threading.current_thread() is thread:
-            _running.append(stop)
-            try:
-                return function(*args)
-            finally:
-                _running.remove(stop)
-                self._stops.discard(stop)
-        _jobs.put((future, stop, function, args))
-        try:
-            while not future.done():  # a signal that comes just before an endless wait would not end it
-                wait([future], timeout=0.2)
-            return future.result()
-        finally:
-            if not future.done():
-                stop.set()
-                wait([future])
-            self._stops.discard(stop)
+            job.call()
+        else:
+            _waiting.put(job)
+        return job
 
-    def interrupt(self) -> None:
-        """Stops what waits or runs, at its next `check`; without effect where nothing does."""
-        for stop in list(self._stops):
-            stop.set()
-
-    def check(self) -> None:
-        """Called between evaluations, in the engine's thread.
+    def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Returns the function's result, computed in the worker's thread; see `Job.result`.
 
         Raises:
-            Interrupted: somebody asked to stop.
+            UsageError: this process was forked from one that had computed.
+            Interrupted: the job was stopped.
         """
-        if any(stop.is_set() for stop in _running):
+        return self.submit(function, *args, **kwargs).result()
+
+    def interrupt(self) -> None:
+        """Stops one job at its next `check`; without effect where this worker has none. For any thread.
+
+        In the worker's thread, where callbacks run, it is the job that calls this. From any other thread it is the job
+        that runs, with all jobs inside it; if none runs, the one that has waited longest.
+        """
+        jobs = list(self._jobs)
+        running = [job for job in list(_running) if job in jobs]
+        if running and threading.current_thread() is _thread():
+            running[-1].stop()
+        elif jobs:
+            (running or jobs)[0].stop()
+
+    def check(self) -> None:
+        """Stops the job at hand, if that was asked for. Called between evaluations, in the worker's thread.
+
+        Raises:
+            Interrupted: this job, or one that it is inside of, was stopped.
+        """
+        if any(job.is_stopped for job in _running):
             raise Interrupted("stopped on request")
 
-    def watched(self, run: Callable, report: Callable[[int], None]) -> Callable:
-        """A `run` that can be stopped after each piece, and then reports how many are done."""
+    def stoppable(self, run: Callable, report: Callable[[int], None]) -> Callable:
+        """Returns a `run` that can be stopped after each part, and then reports how many are done."""
         done = 0
 
-        def run_watched(piece, *args):
+        def run_stoppable(part, *args):
             nonlocal done
-            result = run(piece, *args)
+            result = run(part, *args)
             self.check()
             done += 1
             report(done)
             return result
 
-        return run_watched
+        return run_stoppable
 
 
-def evaluated(piece: Callable, *args):
-    """The `run` of networks whose weights are in memory: one piece after the other is evaluated."""
-    result = piece(*args)
+def evaluated(part: Callable, *args):
+    """The `run` of networks whose weights are in memory: evaluates one part after the other."""
+    result = part(*args)
     mx.eval(result)
     return result
 
 
-_jobs: queue.SimpleQueue = queue.SimpleQueue()
-_running: list[threading.Event] = []  # the stops of the job at hand and of those within it
+_waiting: "queue.SimpleQueue[Job]" = queue.SimpleQueue()
+_running: list[Job] = []  # the job at hand, and the jobs inside it
 _started: list[threading.Thread] = []
 _starting = threading.Lock()
 
@@ -115,14 +182,9 @@ def _thread() -> threading.Thread:
 
 def _work() -> None:
     while True:
-        future, stop, function, args = _jobs.get()
-        _running[:] = [stop]
-        try:
-            future.set_result(function(*args))
-        except BaseException as error:
-            future.set_exception(error)
-        _running.clear()
-        del future, stop, function, args  # a sleeping thread keeps nothing alive
+        job = _waiting.get()
+        job.call()
+        del job  # a sleeping thread keeps nothing alive
 
 
 def _after_fork() -> None:
@@ -135,11 +197,9 @@ os.register_at_fork(after_in_child=_after_fork)
 
 
 def _stop_all() -> None:
-    """The interpreter ends: what still runs stops after the piece at hand, and then the thread sleeps."""
+    """The interpreter ends: what still runs stops after the part at hand, and then the thread sleeps."""
     if not _started[0].is_alive():  # in a forked child
         return
-    for stop in list(_running):
-        stop.set()
-    idle: Future = Future()
-    _jobs.put((idle, threading.Event(), lambda: None, ()))
-    wait([idle])
+    for job in list(_running):
+        job.stop()
+    Worker().run(lambda: None)

@@ -564,7 +564,7 @@ def test_latents_and_callbacks_that_see_them_are_refused(strict, filters):
     pipe = FluxPipeline.from_pretrained(strict)
     for check in ("filters", "review", "both"):
         pipe = FluxPipeline.from_pretrained(strict, check=check)
-        with pytest.raises(UsageError, match="latents are pictures that nobody has judged"):
+        with pytest.raises(UsageError, match="latents are pictures that nobody has checked"):
             pipe(CAT, output_type="latent", **SMALL)
         with pytest.raises(UsageError, match="which sees latents"):
             pipe(CAT, callback_on_step_end=lambda *args: seen.append(args), **SMALL)

@@ -18,7 +18,7 @@ from mlx_flux_krea.filters import judges
 from mlx_flux_krea.filters.ledger import Ledger, Verdict
 from mlx_flux_krea.home import find_model
 from mlx_flux_krea.presets import NSFW_THRESHOLD
-from mlx_flux_krea.worker import Engine
+from mlx_flux_krea.worker import Worker
 
 
 @pytest.fixture
@@ -203,7 +203,7 @@ def test_a_model_that_requires_filters_makes_their_absence_wrong(command, two):
 def test_full_asks_the_filters_again(command, two):
     """The tiny classifier has random weights: its answers are recorded by its own question, and one is changed."""
     judge = judges.load_judge("nsfw", two / "filters" / "nsfw", lambda pieces, run: run)
-    (labels,) = Engine().run(judge.images, [judges.drawn_picture()])
+    (labels,) = Worker().run(judge.images, [judges.drawn_picture()])
     is_right = labels["nsfw"] < NSFW_THRESHOLD
     value = math.log(labels["nsfw"] / labels["normal"])
     (two / "filters" / "nsfw" / "selftest.json").write_text(json.dumps({"drawn picture": value}))

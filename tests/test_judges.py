@@ -25,7 +25,7 @@ from mlx_flux_krea.filters.instructions import CANARIES
 from mlx_flux_krea.home import root as home
 from mlx_flux_krea.models.filter_config import NSFW_SHA256
 from mlx_flux_krea.weights import open_filter
-from mlx_flux_krea.worker import Engine
+from mlx_flux_krea.worker import Worker
 
 ALLOWED, FORBIDDEN = "a cat on a wall", "a famous mouse"
 SMALL = {"height": 32, "width": 48, "num_inference_steps": 2, "seed": 3}
@@ -61,7 +61,7 @@ def test_the_command_converts_tries_and_installs_both(installed):
     for name in ("nsfw", "pixtral"):
         recorded = json.loads((installed / name / "selftest.json").read_text())
         assert recorded.keys() == {"drawn picture", *(CANARIES if name == "pixtral" else ())}
-    assert set(Engine().run(judges.open_judges)) == {"nsfw", "pixtral"}
+    assert set(Worker().run(judges.open_judges)) == {"nsfw", "pixtral"}
 
 
 def test_what_is_allowed_is_released_and_what_is_not_is_not_even_drawn(installed, krea, tmp_path):
@@ -82,7 +82,7 @@ def test_streamed_and_kept_it_answers_the_same_to_the_last_bit(installed, monkey
     texts, pictures = [ALLOWED, FORBIDDEN, "a third"], [judges.drawn_picture(), judges.drawn_picture()[:, ::-1]]
     for room in (0, 2**40, judges._BESIDES + 60_000):
         monkeypatch.setattr(judges, "machine_memory", lambda room=room: room)
-        answers.append(Engine().run(lambda: (judge.prompts(texts), judge.images(pictures))))
+        answers.append(Worker().run(lambda: (judge.prompts(texts), judge.images(pictures))))
     assert answers[0] == answers[1] == answers[2]
 
 
@@ -128,10 +128,10 @@ def test_the_self_test_runs_once_in_a_process(installed, monkeypatch):
     monkeypatch.setattr(judges, "_passed", set())
     monkeypatch.setattr(judges, "self_test", lambda name, judge: tested.append(name) or original(name, judge))
     for _ in range(2):
-        Engine().run(judges.open_judges)
+        Worker().run(judges.open_judges)
     assert tested == ["nsfw", "pixtral"]
     Path(installed / "nsfw" / "model_index.json").touch()
-    Engine().run(judges.open_judges)
+    Worker().run(judges.open_judges)
     assert tested == ["nsfw", "pixtral", "nsfw"]
 
 

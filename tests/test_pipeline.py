@@ -32,7 +32,7 @@ from PIL import ExifTags, Image
 
 from mlx_flux_krea import FluxPipeline
 from mlx_flux_krea.errors import FiltersError, Interrupted, UsageError
-from mlx_flux_krea.generator import Painter
+from mlx_flux_krea.generator import Generator
 from mlx_flux_krea.models.config import Defaults
 from mlx_flux_krea.models.transformer import Flux
 from mlx_flux_krea.provenance import SOFTWARE
@@ -240,7 +240,7 @@ def test_bfloat16_stays_bfloat16_at_every_edge(pipe_bf16, monkeypatch):
     from mlx.utils import tree_flatten
 
     seen = {}
-    original = Painter.runner
+    original = Generator.runner
 
     def runner(self, stage, *args, **more):
         run = original(self, stage, *args, **more)
@@ -254,7 +254,7 @@ def test_bfloat16_stays_bfloat16_at_every_edge(pipe_bf16, monkeypatch):
 
         return watched
 
-    monkeypatch.setattr(Painter, "runner", runner)
+    monkeypatch.setattr(Generator, "runner", runner)
     pipe_bf16(**arguments("img2img_8.sample") | {"prompt": "a prompt that was not encoded before"})
     assert seen == {stage: {mx.bfloat16} for stage in ("text", "image", "modulation", "denoise", "decode")}
 
@@ -362,11 +362,11 @@ def test_what_the_encoders_did_not_read_is_told(pipe):
 
 
 def test_an_image_without_a_size_keeps_its_shape_at_the_models_area(pipe):
-    index = replace(pipe.folder.index, defaults=Defaults(64, 64, 4, 4.5))
+    folder = replace(pipe.folder, index=replace(pipe.folder.index, defaults=Defaults(64, 64, 4, 4.5)))
     tall = image("images/input_other_size.png")  # 110 x 150
-    resolved, _ = Request(prompt="", image=tall).resolved(index, pipe.folder.flux.sizes, 16)
+    resolved = Request(prompt="", image=tall).resolve(folder)
     assert (resolved.width, resolved.height) == (48, 64)
-    resolved, _ = Request(prompt="", image=tall, width=96).resolved(index, pipe.folder.flux.sizes, 16)
+    resolved = Request(prompt="", image=tall, width=96).resolve(folder)
     assert (resolved.width, resolved.height) == (96, 128)
 
 
@@ -519,6 +519,69 @@ def test_interrupt_stops_after_the_piece_at_hand_and_the_pipeline_still_works(mo
         pipe(CAT, seed=1, progress=progress, **SMALL)
     assert len(after) == 1
     assert pipe(CAT, seed=1, **SMALL).images[0].size == (48, 32)
+
+
+def test_of_two_calls_from_two_threads_one_is_stopped_and_the_other_finishes(model):
+    pipe, runs, queued, results = FluxPipeline.from_pretrained(model), threading.Event(), threading.Event(), {}
+
+    def call(name, progress=None):
+        try:
+            results[name] = pipe(CAT, seed=1, progress=progress, **SMALL).images[0].size
+        except Interrupted:
+            results[name] = "interrupted"
+
+    def hold(*_):
+        runs.set()
+        assert queued.wait(30)
+
+    first = threading.Thread(target=call, args=("first", hold))
+    first.start()
+    assert runs.wait(30)
+    second = threading.Thread(target=call, args=("second",))
+    second.start()
+    pipe.interrupt()
+    queued.set()
+    first.join()
+    second.join()
+    assert results == {"first": "interrupted", "second": (48, 32)}
+
+
+def test_a_call_inside_a_callback_is_stopped_without_the_call_around_it(model):
+    pipe, stopped = FluxPipeline.from_pretrained(model), []
+
+    def callback(pipe, *_):
+        try:
+            pipe(CAT, seed=2, progress=lambda *_: pipe.interrupt(), **SMALL)
+        except Interrupted:
+            stopped.append(True)
+
+    assert pipe(CAT, seed=1, callback_on_step_end=callback, **SMALL).images[0].size == (48, 32)
+    assert stopped == [True, True]
+
+
+def test_a_plan_takes_a_request_or_its_arguments(pipe):
+    plan = pipe.plan(Request(prompt=CAT, **SMALL))
+    assert plan == pipe.plan(prompt=CAT, **SMALL) == pipe(CAT, seed=1, **SMALL).plan
+    assert pipe.plan(prompt=CAT, width=512, height=512).peak > plan.peak
+    for call in ({}, {"request": Request(prompt=CAT), "width": 64}):
+        with pytest.raises(UsageError, match="a plan needs a request"):
+            pipe.plan(**call)
+
+
+def test_prompts_are_read_ahead_of_requests_as_a_caller_writes_them(model, monkeypatch):
+    pipe = FluxPipeline.from_pretrained(model)
+    pipe.read_ahead([Request(prompt="a"), Request(prompt=["b", "c"])])
+    monkeypatch.setattr(NetworkFolder, "load", None)
+    embeds, _ = pipe.encode_prompt(["a", "b", "c"])
+    assert len(embeds) == 3
+
+
+def test_a_request_opens_its_image(pipe, tmp_path):
+    Image.fromarray(CORNERS).save(tmp_path / "a.png")
+    request = Request(prompt=CAT, image=tmp_path / "a.png").resolve(pipe.folder)
+    assert request.image.mode == "RGB"
+    assert (request.image.width, request.image.height) == (CORNERS.shape[1], CORNERS.shape[0])
+    assert open_image(request.image) is request.image
 
 
 def test_interrupt_without_a_run_does_nothing(pipe):
@@ -694,8 +757,8 @@ def test_an_image_is_turned_upright_before_its_size_is_taken(pipe, tmp_path, ori
     Image.fromarray(CORNERS).save(tmp_path / "a.png", exif=exif)
     opened = open_image(tmp_path / "a.png" if as_path else Image.open(tmp_path / "a.png"))
     assert np.array_equal(np.asarray(opened), upright)
-    index = replace(pipe.folder.index, defaults=Defaults(64, 64, 4, 4.5))
-    resolved, _ = Request(prompt="", image=opened).resolved(index, pipe.folder.flux.sizes, 16)
+    folder = replace(pipe.folder, index=replace(pipe.folder.index, defaults=Defaults(64, 64, 4, 4.5)))
+    resolved = Request(prompt="", image=opened).resolve(folder)
     assert (resolved.width > resolved.height) == (upright.shape[1] > upright.shape[0])
 
 

@@ -29,7 +29,8 @@ def weights_of(quantize="none", dtype=mx.bfloat16):
 
 def plan_of(weights, side=1024, budget=2**60, **more):
     width, height = (side, side) if isinstance(side, int) else side
-    return plan(weights, SIZES, mx.bfloat16, width, height, 512, budget=budget, device="gpu", **more)
+    shape = {"width": width, "height": height, "text_length": 512}
+    return plan(weights, SIZES, mx.bfloat16, **shape, budget=budget, device="gpu", **more)
 
 
 @pytest.mark.parametrize(

@@ -175,6 +175,6 @@ def test_models_without_a_map_and_those_that_need_filters_have_no_preview(comman
     strict = tmp_path / "strict"
     shutil.copytree(mapped, strict)
     edit_json(strict / "model_index.json", filters="required")
-    with pytest.raises(UsageError, match="preview is given, which sees what is being drawn"):
+    with pytest.raises(UsageError, match="preview is given, which shows unfinished pictures"):
         FluxPipeline.from_pretrained(strict)(CAT, preview=print, **SIZE)
     assert not (tmp_path / "now.png").exists()

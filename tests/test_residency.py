@@ -115,7 +115,7 @@ def test_streamed_kept_and_half_of_each_draw_the_same_bits(models, precision):
         pipe = pipe_that_keeps(models[precision], share)
         images.append(pipe(CAT, seed=3, output_type="np", **SMALL).images)
         kept, present, of = (
-            len(x) for x in (pipe._painter.blocks.kept, pipe._painter.blocks.present, pipe._painter.blocks.units)
+            len(x) for x in (pipe._generator.blocks.kept, pipe._generator.blocks.present, pipe._generator.blocks.units)
         )
         assert kept == present
         assert (share == 1 and kept == of) or (share == 0 and kept == 0) or 0 < kept < of
@@ -172,7 +172,7 @@ def test_a_pipeline_keeps_less_when_a_picture_needs_more(model):
     present = []
     for _ in range(4):
         images.append(pipe(CAT, seed=3, output_type="np", **SMALL).images)
-        present.append(len(pipe._painter.blocks.present))
+        present.append(len(pipe._generator.blocks.present))
     assert present[0] == present[3] == 5
     assert 0 < present[1] < 5
     assert present[2] == 0

@@ -22,7 +22,7 @@ from mlx_flux_krea.commands.shared.terminal import PipelineProgress
 from mlx_flux_krea.errors import UsageError
 from mlx_flux_krea.filters import judges as filters_judges
 from mlx_flux_krea.filters.log import Log
-from mlx_flux_krea.generator import Painter
+from mlx_flux_krea.generator import Generator
 
 CAT = "a cat"
 TINY = ["--width", "32", "--height", "32", "--steps", "4", "--seed", "7"]
@@ -153,7 +153,7 @@ def test_every_kind_of_picture_goes_on_from_the_middle(command, generate, tmp_pa
     (path,) = files()
     assert f"note: what was drawn is kept; go on with: flux-krea resume {path.stem}" in err
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Painter, "_start", None)
+        patch.setattr(Generator, "_start", None)
         code, out, err = command("resume", path.stem)
     assert code == 0, err
     made = Path(out.strip())
@@ -175,8 +175,8 @@ def test_a_failed_decode_or_a_full_disk_is_tried_again_and_nothing_is_sampled_ag
     assert (code, out) == (1 if what == "decoding" else 8, "")
     assert "go on with: flux-krea resume" in err
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Painter, "_conditions", None)
-        patch.setattr(Painter, "_velocity", None)
+        patch.setattr(Generator, "_conditions", None)
+        patch.setattr(Generator, "_velocity", None)
         code, out, err = command("resume", "-o", "b.png", "--memory", "1GB", "--json")
     assert code == 0, err
     (entry,) = json.loads(out)["images"]
@@ -239,8 +239,8 @@ def test_a_file_that_had_its_name_when_the_process_was_killed_is_not_made_again(
     call, whole = two
     ran = struck(moment, of, signal.SIGKILL, *call, cwd=tmp_path)
     assert (ran.returncode, len(list(tmp_path.glob("*.png")))) == (-signal.SIGKILL, of), ran.stderr
-    draw, asked = Painter.draw, []
-    monkeypatch.setattr(Painter, "draw", lambda self, *args: (asked.append(args), draw(self, *args))[1])
+    generate, asked = Generator.generate, []
+    monkeypatch.setattr(Generator, "generate", lambda self, *args: (asked.append(args), generate(self, *args))[1])
     code, out, err = command("resume", "--json")
     assert code == 0, err
     report = json.loads(out)

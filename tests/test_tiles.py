@@ -119,8 +119,8 @@ def test_a_picture_in_tiles_says_so_and_takes_what_was_planned(model, monkeypatc
         made = FluxPipeline.from_pretrained(model, memory=whole.plan.least)("a cat", **sides)
     assert made.plan.tiled
     assert made.records[0]["tiled"] is True
-    assert any("is developed in tiles" in note for note in made.notes)
-    assert "is developed in tiles" in caplog.text
+    assert any("it is decoded in tiles" in note for note in made.notes)
+    assert "it is decoded in tiles" in caplog.text
     assert made.peaks["decode"] < whole.peaks["decode"]
     a, b = (np.asarray(result.images[0], np.float32) for result in (made, whole))
     assert 0 < np.abs(a - b).mean() < 10

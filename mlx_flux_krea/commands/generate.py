@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from mlx_flux_krea.errors import FluxKreaError, ModelError, UsageError, Withheld, amount, printable
+from mlx_flux_krea.errors import FluxKreaError, ModelError, PartlyDone, UsageError, Withheld, amount, printable
 
 from .shared import macos, signals
 from .shared.options import OPTIONS, USUAL, SeveralSeeds, said
@@ -134,13 +134,18 @@ def _draw(pipe, drawings: list, run, as_json: bool, sheet: Path | None, ends: bo
     from .shared.terminal import PipelineProgress
 
     progress, delivery = PipelineProgress(), Delivery(run, as_json)
-    pipe.before_release = signals.hold  # what the log calls released is saved, whatever signal comes
     try:
         for i, drawing in enumerate(drawings):
             if i % _TOGETHER == 0:
                 _read_ahead(pipe, drawings[i : i + _TOGETHER], progress)
             try:
-                result = pipe(**drawing.arguments, progress=progress, preview=preview, checkpoint=run.checkpoint)
+                result = pipe.generate(
+                    drawing.given,
+                    progress=progress,
+                    preview=preview,
+                    checkpoint=run.checkpoint,
+                    before_release=signals.hold,  # pictures that the log calls released are saved despite a signal
+                )
             except Withheld as error:
                 if len(run.jobs) == 1:
                     raise
@@ -178,12 +183,11 @@ def _check_run(run) -> None:
         check_outcomes([outcome for outcome, _ in run.done])
     except FluxKreaError as error:
         if run.has_pictures:
-            error.exit_code = 7
+            raise PartlyDone(error.found, error.expected, error.todo) from None
         raise
     if run.skipped:
-        error = UsageError(amount(len(run.skipped), f"row of {run.rows} was", f"rows of {run.rows} were") + " skipped")
-        error.exit_code = 7
-        raise error
+        rows = amount(len(run.skipped), f"row of {run.rows} was", f"rows of {run.rows} were")
+        raise PartlyDone(f"{rows} skipped")
 
 
 def _announce(pipe, base: dict, drawings: list) -> None:

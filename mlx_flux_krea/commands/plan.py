@@ -50,7 +50,7 @@ def _model(model: str, width: int | None, height: int | None, budget: int, dtype
     width, height = width or folder.index.defaults.width, height or folder.index.defaults.height
     length, compute = folder.index.max_sequence_length, getattr(mx, dtype)
     weights = weigh_folder(folder, compute)
-    made = make_plan(weights, folder.sizes, compute, width, height, length, budget=budget)
+    made = make_plan(weights, folder.sizes, compute, width=width, height=height, text_length=length, budget=budget)
     disk = disk_bytes(folder.path.resolve())
     bandwidth = _bandwidth(made.read, folder.flux.sizes, width, height, length)
     facts = {"model": folder.index.name, "width": width, "height": height, "dtype": dtype, "disk": disk}
@@ -80,13 +80,14 @@ def _published(width: int, height: int, budget: int, dtype: str) -> tuple[dict, 
 
     sizes, compute = config.FLUX_DEV_MODEL, getattr(mx, dtype)
     rows = [("precision", "disk", "all in memory", "all streamed", "here", "blocks in memory", "read a step")]
+    shape = {"width": width, "height": height, "text_length": MAX_SEQUENCE_LENGTH}
     facts, reads = {}, 0
     for quantize in RECIPES:
         weights = weigh_recipe(sizes, quantize, dtype)
-        made = make_plan(weights, sizes, compute, width, height, MAX_SEQUENCE_LENGTH, budget=2**60)
+        made = make_plan(weights, sizes, compute, **shape, budget=2**60)
         here = "too little", "", ""
         if made.least <= budget:
-            made = make_plan(weights, sizes, compute, width, height, MAX_SEQUENCE_LENGTH, budget=budget)
+            made = make_plan(weights, sizes, compute, **shape, budget=budget)
             here = size(made.peak), f"{made.blocks} of {made.of}", size(made.read) if made.read else "nothing"
             reads = reads or made.read
         rows.append((quantize, size(weights.disk), size(made.most), size(made.least), *here))

@@ -351,7 +351,7 @@ def _check(it: Installation) -> str:
 
 def _picture(it: Installation) -> str:
     """One picture through the whole path."""
-    from mlx_flux_krea import FluxPipeline, home
+    from mlx_flux_krea import FluxPipeline, Request, home
     from mlx_flux_krea.errors import UsageError
     from mlx_flux_krea.files import sha256_if_exists
     from mlx_flux_krea.provenance import read_record
@@ -369,10 +369,10 @@ def _picture(it: Installation) -> str:
         pass
     make_folder(it.picture.parent)
     progress, pipe = PipelineProgress(), FluxPipeline.from_pretrained(it.folder.path)
-    pipe.before_release = signals.hold
     try:
         with macos.awake():
-            result = pipe(PROMPT, **PICTURE, progress=progress)
+            request = Request(prompt=PROMPT, **PICTURE)
+            result = pipe.generate(request, progress=progress, before_release=signals.hold)
         check_outcomes(list(result.outcomes))
         save(result.images[0], iter([it.picture]), force=True)
     finally:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import click
 
-from mlx_flux_krea.errors import FluxKreaError, UsageError, amount, printable
+from mlx_flux_krea.errors import FluxKreaError, PartlyDone, UsageError, amount, printable
 
 from .shared import signals
 from .shared.options import LASTING, OPTIONS, SeveralSeeds, cast
@@ -79,9 +79,7 @@ def shell(**options):
             say("flux-krea: this is a bug in flux-krea; please report it with the lines above")
         signals.forget()
     if failed and not typed:
-        error = UsageError(f"{amount(failed, 'line')} failed")
-        error.exit_code = 7 if drawn else 2
-        raise error
+        raise (PartlyDone if drawn else UsageError)(f"{amount(failed, 'line')} failed")
 
 
 def _changed(said: dict, command: str, value: str, merge) -> dict:

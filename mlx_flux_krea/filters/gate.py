@@ -23,7 +23,7 @@ import numpy as np
 from ..errors import FiltersError, UsageError, Withheld
 from ..presets import CHECKS, NSFW_THRESHOLD
 from ..provenance import Picture
-from ..request import Request
+from ..request import ResolvedRequest
 from .judges import Judge, MakeRun, image_labels, margins_of, open_judges
 from .ledger import Kept, Ledger, Run, Verdict
 
@@ -123,7 +123,7 @@ class Gate:
                 "say it in other words",
             )
 
-    def passing(self, requests: Sequence[Request]) -> list[Request]:
+    def passing(self, requests: Sequence[ResolvedRequest]) -> list[ResolvedRequest]:
         """Those of whose texts none is flagged. All are judged at once, and what was found is kept for `check_prompts`.
 
         Raises:
@@ -184,8 +184,7 @@ class Gate:
         except FiltersError as error:
             for one in kept:
                 ledger.settle(one, Verdict("error", one.facts["pixels"], (error.found,)))
-            error.todo = f"{error.todo}; what was drawn waits: flux-krea review"
-            raise
+            raise error.with_next_step("the pictures wait for review: flux-krea review") from error
         settled = [self._settle(one, some) for one, some in zip(kept, scores, strict=True)]
         passed = [one for one in settled if one.facts["event"] == "passed"]
         self._ready()

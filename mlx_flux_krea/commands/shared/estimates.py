@@ -52,9 +52,8 @@ def precisions(
     found = {}
     for quantize in PREFERRED:
         try:
-            made_plan = plan(
-                weigh_recipe(sizes, quantize, "bfloat16"), sizes, mx.bfloat16, width, height, length, **machine
-            )
+            weights = weigh_recipe(sizes, quantize, "bfloat16")
+            made_plan = plan(weights, sizes, mx.bfloat16, width=width, height=height, text_length=length, **machine)
             peak, whole = made_plan.peak, made_plan.blocks == made_plan.of
         except ResourceError:
             peak, whole = None, False

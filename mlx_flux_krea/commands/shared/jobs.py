@@ -7,14 +7,14 @@ options that exclude each other are errors. Everything here is done before a wei
 import hashlib
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mlx_flux_krea import presets
 from mlx_flux_krea.errors import UsageError
 from mlx_flux_krea.prompts import read_prompt
 from mlx_flux_krea.provenance import read_record
-from mlx_flux_krea.request import Request, open_image, random_seed
+from mlx_flux_krea.request import Request, ResolvedRequest, open_image, random_seed
 from mlx_flux_krea.sampling.sampler import fixed_shift
 from mlx_flux_krea.weights import ModelFolder
 
@@ -51,8 +51,8 @@ class Drawing:
     """A job as the pipeline takes it."""
 
     job: Job
-    arguments: dict  # of FluxPipeline.__call__
-    request: Request  # resolved: with every default
+    given: Request  # as the pipeline is called with
+    request: ResolvedRequest  # with every default
     pick: int  # which of the images that come back
     notes: tuple[str, ...]
 
@@ -197,16 +197,17 @@ def prepare(job: Job, folder: ModelFolder, images: dict) -> Drawing:
     elif options.get("image_seed") is not None:
         pick, seed, arguments["num_images_per_prompt"] = 1, [options["image_seed"], job.seed], 2
     arguments |= {"seed": seed, "image": image}
-    request, _ = Request(**arguments).resolved(folder.index, flux, multiple)
+    given = Request(**arguments)
+    request = given.resolve(folder)
     if tool and tool.mu:
         tokens = request.width * request.height // multiple**2
         levels = fixed_shift(folder.index.schedule, tokens, request.num_inference_steps, tool.mu)
-        arguments["sigmas"] = tuple(levels.tolist())
+        given = replace(given, sigmas=tuple(levels.tolist()))
     if request.width * request.height > presets.REPEATS_ABOVE * presets.MEGAPIXEL:
         area = request.width * request.height / presets.MEGAPIXEL
         limit = f"above {presets.REPEATS_ABOVE:g} megapixels this model draws things twice, and stripes"
         notes.append(f"{request.width} x {request.height} is {area:.1f} megapixels: {limit}")
-    return Drawing(job, arguments, request, pick, tuple(notes))
+    return Drawing(job, given, request, pick, tuple(notes))
 
 
 def size_of(aspect: str | None, megapixels: float, shape: tuple[int, int]) -> tuple[int, int]:

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from mlx_flux_krea.checkpoint import Checkpoint
-from mlx_flux_krea.errors import FluxKreaError, UsageError, Withheld, amount
+from mlx_flux_krea.errors import FluxKreaError, PartlyDone, UsageError, Withheld, amount
 from mlx_flux_krea.files import remove_partials, sha256_if_exists
 from mlx_flux_krea.filters.ledger import Ledger
 from mlx_flux_krea.provenance import SOFTWARE, Picture, opened, read_record
@@ -230,14 +230,16 @@ def keeping(run: Run, model: ModelFolder) -> Iterator[None]:
         stopped.message += f" {run.reached}; go on with: {_command(kept)}" if kept.exists else ""
         raise
     except FluxKreaError as error:
-        if run.has_pictures:
-            error.exit_code = 7
+        todo = ""
         if isinstance(error, Withheld) or not (kept.done or run.done):
             kept.remove()
         else:
             kept.write()
-            error.todo = "; ".join(filter(None, (error.todo, f"go on with: {_command(kept)}" * kept.exists)))
-        raise
+            todo = f"go on with: {_command(kept)}" * kept.exists
+        told = error.with_next_step(todo)
+        if run.has_pictures:
+            raise PartlyDone(told.found, told.expected, told.todo) from error
+        raise told from error
     except Exception:
         kept.write()
         if kept.exists:

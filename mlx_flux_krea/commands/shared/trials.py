@@ -51,17 +51,17 @@ def problem(name: str) -> str | None:
 
 
 def _run(function, name: str, folder: Path) -> None:
-    """In an engine's thread, with a line of progress, and so that Ctrl-C stops it."""
-    from mlx_flux_krea.worker import Engine
+    """In a worker's thread, with a line of progress, and so that Ctrl-C stops it."""
+    from mlx_flux_krea.worker import Worker
 
     from .terminal import PipelineProgress
 
-    engine, progress = Engine(), PipelineProgress()
+    worker, progress = Worker(), PipelineProgress()
 
     def make_run(pieces, run):
-        return engine.watched(run, lambda done: progress("check", done, pieces))
+        return worker.stoppable(run, lambda done: progress("check", done, pieces))
 
     try:
-        engine.run(function, name, folder, make_run)
+        worker.run(function, name, folder, make_run)
     finally:
         progress.close()
