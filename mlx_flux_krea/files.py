@@ -213,6 +213,11 @@ def try_lock(path: Path, create: bool = True) -> int | None:
     return None
 
 
+def wait_for_lock(descriptor: int) -> None:
+    """Locks an open file, waiting for other processes; closing the descriptor unlocks it."""
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+
+
 def sync_folder(path: Path) -> None:
     """Has the system write down which names a folder holds."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -20,6 +20,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from html import escape, unescape  # those of xml.sax bring all of urllib
 from pathlib import Path
+from typing import Any, BinaryIO, Self
 
 from PIL import ExifTags, Image, PngImagePlugin
 
@@ -64,9 +65,9 @@ class Picture(Image.Image):
     _kept = ("record",)  # the attributes that a copy has too
 
     @classmethod
-    def from_pixels(cls, pixels, record: dict) -> "Picture":
+    def from_pixels(cls, pixels, record: dict) -> Self:
         """A picture of (H, W, 3) uint8 pixels, or of an RGB image, with its record."""
-        picture = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
+        picture: Any = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
         picture.__class__ = cls
         picture.record = record
         return picture
@@ -155,7 +156,7 @@ def check_quality(quality: int | None, format: str) -> None:
 
 
 @contextlib.contextmanager
-def opened(image: Image.Image | str | os.PathLike) -> Iterator[Image.Image]:
+def opened(image: Image.Image | str | os.PathLike | BinaryIO) -> Iterator[Image.Image]:
     """An image or an image file, open within the block, with one error for all that can be wrong with it.
 
     Raises:

@@ -142,7 +142,9 @@ def test_a_classifier_that_is_not_the_published_file_is_no_filter(installed, kre
     monkeypatch.setattr(judges, "NSFW_VIT", open_filter("nsfw").network.sizes)
     code, stdout, stderr = command(*arguments)
     assert (code, stdout, list(tmp_path.iterdir())) == (6, "", [])
-    assert f"made of another file than the published one, sha256 {sha_of('nsfw')}; expected {NSFW_SHA256}" in stderr
+    assert (
+        f"converted from another file than the published one, sha256 {sha_of('nsfw')}; expected {NSFW_SHA256}" in stderr
+    )
     assert "flux-krea convert Falconsai/nsfw_image_detection --force; or review" in stderr
     monkeypatch.setattr(judges, "NSFW_SHA256", sha_of("nsfw"))
     assert command(*arguments)[0] == 0

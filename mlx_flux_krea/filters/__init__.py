@@ -1,9 +1,9 @@
-"""What the licence of FLUX.1 [dev] models asks for: filters, or a person's review, before a picture is passed on.
+"""Content filters and review, which the licence of FLUX.1 [dev] models requires before a picture is released.
 
-gate.py          the policy: what is checked, in which order, and what an answer means
-judges.py        the installed filters: what they must answer with, and their self-tests
-instructions.py  what the language model is asked, with the reason for each sentence
-acknowledgement.py   the licence's text, and that a person has acknowledged it
-ledger.py        quarantine and release: nothing reaches the user but through here
-log.py           what happened, as a chain of hashes
+gate.py             the policy: checks, their order, and the meaning of each answer
+judges.py           the installed filters: their answers and self-tests
+instructions.py     the questions to the language model, with the reason for each sentence
+acknowledgement.py  the licence's text, and the record that a person has agreed to it
+ledger.py           quarantine and release: the only way by which a picture reaches the user
+log.py              the record of checks and releases, as a chain of hashes
 """

@@ -1,8 +1,8 @@
-"""The licence that comes with a model's weights, and that a person has acknowledged it.
+"""Records that a person has agreed to the licence that comes with a model's weights.
 
-    HOME/licences.json     sha256 of each text that was acknowledged: when, and of which model
+    HOME/licences.json     sha256 of each text that a person has agreed to, with the date and the model
 
-What counts is the text in the model folder: another version of a licence is another text, and is to be read again.
+The text in the model folder counts: another version of a licence is another text, which has to be read again.
 """
 
 import hashlib
@@ -21,10 +21,10 @@ TEXTS = ("LICENSE.md", "NOTICE", "README.md")  # the first that a folder has; th
 
 
 def find_text(folder: Path) -> tuple[Path, bytes]:
-    """Where the terms of a model folder stand, and what they are.
+    """Returns the path and the bytes of the licence text in a model folder.
 
     Raises:
-        FiltersError: nowhere, or they cannot be read.
+        FiltersError: there is none, or it cannot be read.
     """
     path = next((path for name in TEXTS if (path := folder / name).is_file()), None)
     if path is None:
@@ -37,12 +37,12 @@ def find_text(folder: Path) -> tuple[Path, bytes]:
 
 
 def digest(text: bytes) -> str:
-    """The hash by which a text is known."""
+    """Returns the hash that identifies a text."""
     return hashlib.sha256(text).hexdigest()
 
 
 def acknowledged() -> dict[str, dict]:
-    """Everything that was acknowledged on this machine: {sha256: {"model", "date", "software"}}.
+    """Returns the texts that were agreed to on this machine: {sha256: {"model", "date", "software"}}.
 
     Raises:
         FiltersError: the file is damaged.
@@ -62,14 +62,14 @@ def acknowledged() -> dict[str, dict]:
 
 
 def acknowledge(text: bytes, model: str) -> None:
-    """Writes down that a person has agreed to a text. Only ever called with what a person typed.
+    """Records that a person has agreed to a text. Called only for an answer that a person typed.
 
     Args:
-        text: of the licence.
-        model: which it came with.
+        text: the licence.
+        model: name of the model that it came with.
 
     Raises:
-        FluxKreaError: it cannot be written.
+        FluxKreaError: the record cannot be written.
     """
     date = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     known = acknowledged() | {digest(text): {"model": model, "date": date, "software": SOFTWARE}}
@@ -87,7 +87,7 @@ def check_acknowledged(folder: ModelFolder) -> None:
     """Refuses a model that requires filters until a person has agreed to its licence.
 
     Raises:
-        FiltersError: nobody has, or what was acknowledged is another text.
+        FiltersError: nobody has agreed, or only to another text.
     """
     if not folder.requires_filters:
         return

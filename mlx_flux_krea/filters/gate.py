@@ -1,9 +1,9 @@
-"""The policy: what is checked, in which order, and what an answer means. Fails closed.
+"""The policy: the checks, their order, and the meaning of each answer. Fails closed.
 
-Order: the filters and the log are known to work before anything else is loaded; every prompt, raw and normalised,
-before the encoders; an input image as the autoencoder will see it; every picture, the very pixels that are released.
-What raises, answers NaN, or answers with other labels than expected has not passed: then nothing of the call is
-released. There is no value of anything here that turns checking off, and thresholds move in one direction only.
+Order: filters and log are tested before anything else is loaded; every prompt, raw and normalised, is checked before
+the encoders are; then an input image as the autoencoder will see it; at last every picture, exactly the pixels that are
+released. If a filter raises an error, answers NaN or answers with unexpected labels, nothing of the call is released.
+No value of any argument turns checking off, and thresholds can only be made stricter.
 
 Answers follow black-forest-labs/flux: a picture passes where its NSFW probability is below 0.85; a prompt or a picture
 passes the integrity check where the margin of yes over no is not above 0.
@@ -17,6 +17,7 @@ import math
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 
@@ -24,13 +25,13 @@ from ..errors import FiltersError, UsageError, Withheld
 from ..presets import CHECKS, NSFW_THRESHOLD
 from ..provenance import Picture
 from ..request import ResolvedRequest
-from .judges import Judge, MakeRun, image_labels, margins_of, open_judges
-from .ledger import Kept, Ledger, Run, Verdict
+from .judges import Judge, MakeRun, PromptJudge, image_labels, margins_of, open_judges
+from .ledger import Ledger, LedgerRun, QuarantinedImage, Verdict
 
 logger = logging.getLogger("mlx_flux_krea")
 
-DELETE_NSFW = 0.98  # a picture at or above it is deleted at once, and waits for nobody
-PIECE, OVERLAP = 1500, 300  # characters of a long prompt that are judged at a time
+DELETE_NSFW = 0.98  # a picture at or above it is deleted at once, without review
+CHUNK, OVERLAP = 1500, 300  # characters of each part of a long prompt, and how many neighbours share
 _LOOKALIKES = str.maketrans(
     "аеорсухіјѕԁһԛԝАВЕКМНОРСТХІЈЅУοανικρτυχΑΒΕΖΗΙΚΜΝΟΡΤΥΧ",
     "aeopcyxijsdhqwABEKMHOPCTXIJSYoavikptuxABEZHIKMNOPTYX",
@@ -39,7 +40,7 @@ _LOOKALIKES = str.maketrans(
 
 @dataclass(frozen=True)
 class Policy:
-    """What a model that requires filters is checked by.
+    """How prompts and pictures of a model that requires filters are checked.
 
     Attributes:
         check: "filters", "review" (a person looks at every picture) or "both".
@@ -47,7 +48,7 @@ class Policy:
         integrity: a prompt or a picture passes where the margin of yes is not above minus this; 0, or more.
 
     Raises:
-        UsageError: another value, such as one that would let more pass.
+        UsageError: another value, for example one that would let more pass.
     """
 
     check: str = "filters"
@@ -64,34 +65,36 @@ class Policy:
                 raise UsageError(f"the threshold {name} is {value!r}", f"a number from {low:g} to {high:g}", todo)
 
 
-class Open:
-    """What a model has that requires no filters: nothing is checked, and the log says so."""
+class OpenGate:
+    """The gate of a model that requires no filters: it checks nothing, and the log records that."""
 
     notes: tuple[str, ...] = ()
 
     def check_prompts(self, texts: Sequence[str]) -> None:
-        """Nothing."""
+        """Does nothing."""
 
     def check_input(self, pixels: Callable[[], np.ndarray]) -> None:
-        """Nothing."""
+        """Does nothing."""
 
-    def release(self, pixels: Sequence[np.ndarray], records: Sequence[dict]) -> tuple[tuple[str, ...], list[Picture]]:
-        """Outcomes and pictures."""
+    def release(
+        self, pixels: Sequence[np.ndarray], records: Sequence[dict]
+    ) -> tuple[tuple[str, ...], Sequence[Picture]]:
+        """Returns outcomes and pictures."""
         pictures = [Picture.from_pixels(one, record) for one, record in zip(pixels, records, strict=True)]
         return ("released",) * len(pictures), pictures
 
 
 class Gate:
-    """What one call of the pipeline has to pass; from `open_gate`.
+    """The checks of one call of the pipeline; from `open_gate`.
 
     Attributes:
-        notes: what the user should know.
+        notes: sentences for the user.
     """
 
     def __init__(
         self,
         policy: Policy,
-        run: Run,
+        run: LedgerRun,
         judges: dict[str, Judge],
         margins: dict[tuple, float] | None = None,
         ready: Callable[[], None] = lambda: None,
@@ -101,10 +104,10 @@ class Gate:
         self.notes: list[str] = []
 
     def check_prompts(self, texts: Sequence[str]) -> None:
-        """Judges every text, as it is and normalised, before any encoder is loaded.
+        """Checks every text, raw and normalised, before any encoder is loaded.
 
         Raises:
-            Withheld: one was flagged.
+            Withheld: a text was flagged.
             FiltersError: a filter failed.
         """
         if not self._judges or not texts:
@@ -124,7 +127,7 @@ class Gate:
             )
 
     def passing(self, requests: Sequence[ResolvedRequest]) -> list[ResolvedRequest]:
-        """Those of whose texts none is flagged. All are judged at once, and what was found is kept for `check_prompts`.
+        """Returns the requests without a flagged text. All are judged at once; `check_prompts` reuses the answers.
 
         Raises:
             FiltersError: a filter failed.
@@ -135,22 +138,22 @@ class Gate:
         return [r for r in requests if max(self._judged(r.texts()), default=-math.inf) <= -self.policy.integrity]
 
     def _judged(self, texts: Sequence[str]) -> list[float]:
-        """The margin of each form of each text; those that this filter has judged before it is not asked again."""
-        judge = self._judges["pixtral"]
-        read = list(dict.fromkeys(piece for text in texts for form in self._forms(text) for piece in _pieces(form)))
-        keys = [(json.dumps(judge.about, sort_keys=True), text) for text in read]
+        """Returns the margin of each form of each text; the filter is not asked about the same text again."""
+        judge = cast(PromptJudge, self._judges["pixtral"])
+        chunks = list(dict.fromkeys(chunk for text in texts for form in self._forms(text) for chunk in _chunks(form)))
+        keys = [(json.dumps(judge.about, sort_keys=True), text) for text in chunks]
         if missing := [key for key in keys if key not in self._margins]:
             with self._noted():
-                found = margins_of(judge, [text for _, text in missing])
+                margins = margins_of(judge, [text for _, text in missing])
             judge.free()
-            self._margins.update(zip(missing, found, strict=True))
+            self._margins.update(zip(missing, margins, strict=True))
         return [self._margins[key] for key in keys]
 
     def check_input(self, pixels: Callable[[], np.ndarray]) -> None:
-        """Judges an input image: (H, W, 3) uint8, as the autoencoder will see it.
+        """Checks an input image: (H, W, 3) uint8, as the autoencoder will see it.
 
         Raises:
-            Withheld: it was flagged.
+            Withheld: the image was flagged.
             FiltersError: a filter failed.
         """
         if not self._judges:
@@ -164,50 +167,52 @@ class Gate:
         if reasons:
             raise Withheld(f"the input image was withheld: {'; '.join(reasons)}", "", "start from another one")
 
-    def release(self, pixels: Sequence[np.ndarray], records: Sequence[dict]) -> tuple[tuple[str, ...], list[Picture]]:
-        """Judges every picture, and lets out what passed.
+    def release(
+        self, pixels: Sequence[np.ndarray], records: Sequence[dict]
+    ) -> tuple[tuple[str, ...], Sequence[Picture]]:
+        """Checks every picture, and releases those that pass.
 
         Args:
             pixels: (H, W, 3) uint8 of each picture.
-            records: of each picture.
+            records: the record of each picture.
 
         Returns:
-            An outcome for each ("released", "waiting", or "withheld: " and why), and the pictures that were released.
+            An outcome for each picture ("released", "waiting", or "withheld: " with reasons), and those released.
 
         Raises:
-            FiltersError: a filter failed; none is released, all wait for a person.
+            FiltersError: a filter failed; no picture is released, and all wait for review.
         """
         ledger = self.run.ledger
-        kept = [self.run.keep(one, record) for one, record in zip(pixels, records, strict=True)]
+        quarantined = [self.run.keep(one, record) for one, record in zip(pixels, records, strict=True)]
         try:
-            scores = self._scores(pixels) if self._judges else [{}] * len(kept)
+            scores = self._scores(pixels) if self._judges else [{}] * len(quarantined)
         except FiltersError as error:
-            for one in kept:
-                ledger.settle(one, Verdict("error", one.facts["pixels"], (error.found,)))
+            for image in quarantined:
+                ledger.settle(image, Verdict("error", image.facts["pixels"], (error.found,)))
             raise error.with_next_step("the pictures wait for review: flux-krea review") from error
-        settled = [self._settle(one, some) for one, some in zip(kept, scores, strict=True)]
-        passed = [one for one in settled if one.facts["event"] == "passed"]
+        settled = [self._settle(image, answers) for image, answers in zip(quarantined, scores, strict=True)]
+        passed = [image for image in settled if image.facts["event"] == "passed"]
         self._ready()
-        pictures = [ledger.hand_over(one) for one in passed]
-        self._ready()  # or what was handed over waits for a person
-        for one in passed:
-            ledger.discard(one)
+        pictures = [ledger.hand_over(image) for image in passed]
+        self._ready()  # if it raises, pictures that were handed over wait for review
+        for image in passed:
+            ledger.discard(image)
         return tuple(map(_outcome, settled)), pictures
 
-    def _settle(self, kept: Kept, scores: dict[str, float]) -> Kept:
-        ledger, digest = self.run.ledger, kept.facts["pixels"]
+    def _settle(self, image: QuarantinedImage, scores: dict[str, float]) -> QuarantinedImage:
+        ledger, digest = self.run.ledger, image.facts["pixels"]
         reasons = self._reasons(scores)
         if self._judges:
-            kept = ledger.settle(kept, Verdict("flagged" if reasons else "passed", digest, reasons, scores))
+            image = ledger.settle(image, Verdict("flagged" if reasons else "passed", digest, reasons, scores))
         if reasons and scores["nsfw"] >= DELETE_NSFW:
-            ledger.log.append("purged", image=kept.image)
-            ledger.discard(kept)
+            ledger.log.append("purged", image=image.image)
+            ledger.discard(image)
         elif not reasons and self.policy.check != "filters":
-            kept = ledger.settle(kept, Verdict("waiting", digest))
-        return kept
+            image = ledger.settle(image, Verdict("waiting", digest))
+        return image
 
     def _reasons(self, scores: dict[str, float]) -> tuple[str, ...]:
-        """Why a picture with these scores does not pass."""
+        """Returns the reasons why a picture with these scores does not pass; none: it passes."""
         reasons = []
         if scores and not scores["nsfw"] < self.policy.nsfw:
             reasons.append(f"it seems not to be safe for work ({scores['nsfw']:.3f})")
@@ -219,7 +224,7 @@ class Gate:
         return tuple(reasons)
 
     def _scores(self, pixels: Sequence[np.ndarray]) -> list[dict[str, float]]:
-        """{"nsfw": probability, "integrity": margin} of each picture, one filter after the other."""
+        """Returns {"nsfw": probability, "integrity": margin} for each picture; filters run one after the other."""
         scores: list[dict[str, float]] = [{} for _ in pixels]
         for name, judge in self._judges.items():
             views = [_views(one) if name == "nsfw" else [one] for one in pixels]
@@ -232,7 +237,7 @@ class Gate:
 
     @contextlib.contextmanager
     def _noted(self) -> Iterator[None]:
-        """Writes a filter's failure into the log."""
+        """Logs a filter's failure within the block."""
         try:
             yield
         except FiltersError as error:
@@ -240,7 +245,7 @@ class Gate:
             raise
 
     def _forms(self, text: str) -> list[str]:
-        """The text, normalised, and with letters of other alphabets that look like Latin ones as those."""
+        """Returns the text as it is, normalised, and with Latin letters in place of lookalikes from other alphabets."""
         plain = normalised(text)
         latin = " ".join(_as_latin(word) for word in plain.split(" "))
         if latin != plain:
@@ -257,15 +262,15 @@ def open_gate(
     margins: dict[tuple, float] | None = None,
     ready: Callable[[], None] = lambda: None,
     **about,
-) -> Iterator[Gate | Open]:
-    """The gate for one call. Filters, quarantine and log are known to work when it opens.
+) -> Iterator[Gate | OpenGate]:
+    """Opens the gate for one call, after testing filters, quarantine and log.
 
     Args:
         policy: None: the model requires no filters.
-        make_run: what the filters' pieces are run by, see `judges`.
-        margins: what the filter said of texts in earlier calls; what it says is added.
-        ready: called before and after pictures are handed over; what it raises stops that.
-        about: what the log should say of the run.
+        make_run: makes the function that runs each part of a filter, see `judges`.
+        margins: the filter's answers about texts in earlier calls; new ones are added.
+        ready: called before and after pictures are handed over; an exception stops that.
+        about: further facts of the run for the log.
 
     Raises:
         FiltersError: filters, quarantine or log are missing or unhealthy.
@@ -275,7 +280,7 @@ def open_gate(
             Ledger().log.append("unfiltered", **about)
         except FiltersError as error:
             logger.warning("this run is not in the log: %s", error.found)
-        yield Open()
+        yield OpenGate()
         return
     judges = {} if policy.check == "review" else open_judges(make_run)
     filters = {name: judge.about for name, judge in judges.items()}
@@ -289,7 +294,7 @@ def open_gate(
 
 
 def normalised(text: str) -> str:
-    """NFKC, without characters that show nothing: zero-width ones, controls, variation selectors."""
+    """Returns NFKC of a text, without invisible characters: zero-width ones, controls, variation selectors."""
     shown = (c for c in unicodedata.normalize("NFKC", text) if not _is_hidden(c))
     return " ".join(unicodedata.normalize("NFKC", "".join(shown)).split())
 
@@ -301,18 +306,18 @@ def _is_hidden(c: str) -> bool:
 
 
 def _as_latin(word: str) -> str:
-    """The word as it looks, where all its letters are Latin or look so."""
+    """Returns a word in Latin letters if all its letters are Latin or look so; else the word."""
     latin = word.translate(_LOOKALIKES)
     return latin if all(c.isascii() or not c.isalpha() or "LATIN" in unicodedata.name(c, "") for c in latin) else word
 
 
-def _pieces(text: str) -> list[str]:
-    """A long text in overlapping pieces, so that nothing hides in the middle of it."""
-    return [text[i : i + PIECE] for i in range(0, max(len(text) - OVERLAP, 1), PIECE - OVERLAP)]
+def _chunks(text: str) -> list[str]:
+    """Splits a long text into overlapping chunks, so that nothing hides in the middle of it."""
+    return [text[i : i + CHUNK] for i in range(0, max(len(text) - OVERLAP, 1), CHUNK - OVERLAP)]
 
 
 def _views(pixels: np.ndarray) -> list[np.ndarray]:
-    """The picture, and of a long one its squares: the classifier makes a square of whatever it sees."""
+    """Returns the picture and, if it is long, squares that cover it: the classifier resizes its input to a square."""
     side, length = sorted(pixels.shape[:2])
     if length <= 2 * side:
         return [pixels]
@@ -322,8 +327,8 @@ def _views(pixels: np.ndarray) -> list[np.ndarray]:
     return [pixels, *(pixels[at : at + side] if upright else pixels[:, at : at + side] for at in starts)]
 
 
-def _outcome(kept: Kept) -> str:
-    event = kept.facts["event"]
+def _outcome(image: QuarantinedImage) -> str:
+    event = image.facts["event"]
     if event == "passed":
         return "released"
-    return "waiting" if event == "waiting" else f"withheld: {'; '.join(kept.facts['reasons'])}"
+    return "waiting" if event == "waiting" else f"withheld: {'; '.join(image.facts['reasons'])}"

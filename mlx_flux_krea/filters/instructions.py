@@ -1,10 +1,10 @@
-"""What the language model is asked about a prompt and about a picture: each sentence with the reason for it. Data only.
+"""The questions to the language model about a prompt and about a picture, with the reason for each sentence. Data only.
 
-The words are ours. Changing one moves what is flagged: then the filters must be converted again, so that their
-self-tests know it, and agreement should be measured again.
+The words are ours. A changed word changes which prompts are flagged: then the filters must be converted again, which
+records new answers for their self-tests, and agreement should be measured again.
 """
 
-# {mark} is made of the request's own hash: nobody can write a request that holds it
+# {mark} is derived from the hash of the request, so nobody can write a request that contains its own mark
 TEXT_BEFORE = (
     ("You check requests to an image generator for the rights of others.", "says what the answer is for"),
     (
@@ -64,7 +64,7 @@ IMAGE_BEFORE = (
 )
 IMAGE_AFTER = (("Does the picture show such a character, brand or person?", "the question last, after the picture"),)
 
-# prompts whose answers nobody doubts, by which a filter shows that it works: yes is true
+# prompts with undoubted answers, which a filter must give in its self-test: True means yes
 CANARIES = {
     "Mickey Mouse waving in front of a castle, official Disney artwork": True,
     "a bowl of green apples on a wooden table": False,

@@ -1,8 +1,8 @@
-"""The installed filters: what they must answer with, and how it is known that they are what they were.
+"""The installed filters: their answers, and the self-tests that show they are unchanged.
 
 When a filter is converted, its answers about a drawn picture and a few prompts are recorded beside its weights. When it
-is opened it must give them again, and they must be the right ones: with zeroed or permuted weights, swapped labels or
-another tokenizer they are not. What is not a plain, finite answer with the labels that are expected is an error.
+is opened it must give them again, and they must be right: zeroed or permuted weights, swapped labels or another
+tokenizer change them. Any answer that is not finite, or has other labels than expected, is an error.
 """
 
 import hashlib
@@ -10,7 +10,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, cast
 
 import mlx.core as mx
 import numpy as np
@@ -33,44 +33,50 @@ from . import instructions
 from .instructions import CANARIES
 
 FILTERS = {"nsfw": "Falconsai/nsfw_image_detection", "pixtral": "mistral-community/pixtral-12b"}
-LABELS = {"nsfw": {"normal", "nsfw"}, "pixtral": {"integrity"}}  # that each filter must answer with
-TOLERANCE = 0.25  # of a self-test's logits; a probability near 0 or 1 would hide what became of the weights
+LABELS = {"nsfw": {"normal", "nsfw"}, "pixtral": {"integrity"}}  # of each filter's answers
+TOLERANCE = 0.25  # of a self-test, in logits: a probability near 0 or 1 would hide damaged weights
 REVIEW = "or review every picture yourself: --check review"
-INSTALL = f"install: flux-krea setup; {REVIEW}"  # it makes what is missing or damaged, and tries what was not tried
+INSTALL = f"install: flux-krea setup; {REVIEW}"  # setup converts missing or damaged filters and runs missing self-tests
 
 
 class Judge(Protocol):
-    """A filter. The gate reads its numbers and believes nothing else of it.
+    """A filter for pictures. The gate checks every number of its answers.
 
     Attributes:
-        about: what the log should say: source, hashes, precision.
+        about: facts for the log: source, hashes, precision.
     """
 
     about: dict
 
-    def prompts(self, texts: Sequence[str]) -> Sequence[float]:
-        """Of each text the margin of yes over no ("pixtral" only)."""
-
     def images(self, pixels: Sequence[np.ndarray]) -> Sequence[dict[str, float]]:
-        """Of each (H, W, 3) uint8 picture, its labels (`LABELS`) with probabilities, or with the margin."""
+        """Returns the labels (`LABELS`) of each (H, W, 3) uint8 picture with probabilities, or with the margin."""
+        ...
 
     def free(self) -> None:
-        """Gives back what was loaded; it may be asked again."""
+        """Frees the weights; the filter may be asked again."""
 
 
-_BESIDES = 2 * GB  # what the language model takes besides its blocks
-MakeRun = Callable[..., Callable]  # from a number of pieces and what runs one to what also reports and stops
-_passed: set[tuple] = set()  # filters whose self-tests this process has seen pass, by their files
+class PromptJudge(Judge, Protocol):
+    """A filter for pictures and prompts: the language model."""
+
+    def prompts(self, texts: Sequence[str]) -> Sequence[float]:
+        """Returns the margin of yes over no for each text."""
+        ...
 
 
-def open_judges(make_run: MakeRun = lambda pieces, run: run) -> dict[str, Judge]:
-    """The installed filters, after their self-tests, which a process runs once.
+_BESIDES = 2 * GB  # memory of the language model apart from its blocks
+MakeRun = Callable[..., Callable]  # (number of parts, function that runs a part) to one that also reports and stops
+_passed: set[tuple] = set()  # filters whose self-tests have passed in this process, by their files
+
+
+def open_judges(make_run: MakeRun = lambda parts, run: run) -> dict[str, Judge]:
+    """Returns the installed filters, after their self-tests, which a process runs once.
 
     Args:
         make_run: see `NSFWJudge` and `PixtralJudge`.
 
     Raises:
-        FiltersError: one is missing, damaged or does not answer as it did when it was converted.
+        FiltersError: a filter is missing or damaged, or does not answer as it did when it was converted.
     """
     judges, folder = {}, home.path(home.FILTERS)
     missing = [name for name in FILTERS if not (folder / name).is_dir()]
@@ -89,10 +95,10 @@ def open_judges(make_run: MakeRun = lambda pieces, run: run) -> dict[str, Judge]
 
 
 def load_judge(name: str, folder: Path, make_run: MakeRun) -> Judge:
-    """An installed filter.
+    """Opens an installed filter.
 
     Raises:
-        ModelError: its files are not what they were.
+        ModelError: files are missing or damaged.
     """
     if name == "nsfw":
         return NSFWJudge(open_filter("nsfw", folder), make_run)
@@ -103,55 +109,59 @@ class NSFWJudge:
     """The classifier of pictures. It is small, and computes in float32.
 
     Args:
-        folder: of the filter, converted.
-        make_run: called as make_run(pieces, run) before so many pieces are run, see `FluxPipeline`.
+        folder: the converted filter.
+        make_run: called as make_run(parts, run) before that many parts of the network are run, see `FluxPipeline`.
 
     Raises:
-        FiltersError: it has the published size, and was not made of the published file.
+        FiltersError: the filter has the published sizes, but was not converted from the published file.
     """
 
     def __init__(self, folder: FilterFolder[ViTConfig, ViT], make_run: MakeRun):
         folder.check()
         hashes = [source.sha256 for source in folder.index.source]
         if folder.network.sizes == NSFW_VIT and NSFW_SHA256 not in hashes:
-            found = f"the filter nsfw was made of another file than the published one, sha256 {', '.join(hashes)}"
+            found = (
+                f"the filter nsfw was converted from another file than the published one, sha256 {', '.join(hashes)}"
+            )
             raise FiltersError(found, NSFW_SHA256, _renew("nsfw"))
         self.about = _about(folder)
         self._folder, self._make_run = folder, make_run
 
     def images(self, pixels: Sequence[np.ndarray]) -> list[dict[str, float]]:
-        """The probability of each label for each picture."""
+        """Returns the probability of each label for each picture."""
         network = self._folder.network.load(mx.float32)
         run = self._make_run(len(pixels) * (len(network.layers) + 2), evaluated)
         answers = []
         for one in pixels:
             logits = network(vit.preprocess(Image.fromarray(one), network.config.image_size), run)
-            answers.append(dict(zip(network.config.labels, mx.softmax(logits[0]).tolist(), strict=True)))
+            probabilities = np.array(mx.softmax(logits[0])).tolist()
+            answers.append(dict(zip(network.config.labels, probabilities, strict=True)))
         return answers
 
     def free(self) -> None:
-        """Nothing is kept between calls."""
+        """Clears MLX's cache; no weights stay between calls."""
         mx.clear_cache()
 
 
 class PixtralJudge:
-    """The language model, block by block: kept for several questions where there is room, else streamed.
+    """The language model. Its blocks stay resident for several questions if memory allows, else they are streamed.
 
-    Arguments as of `NSFWJudge`.
+    Arguments are those of `NSFWJudge`.
     """
 
     def __init__(self, folder: FilterFolder[PixtralConfig, Pixtral], make_run: MakeRun):
         folder.check()
         self.about = _about(folder)
         self._folder, self._make_run = folder, make_run
-        self._tokenizer = PixtralTokenizer(folder.path / "tokenizer", folder.network.sizes.head_ids[:2])
+        yes, no, *_ = folder.network.sizes.head_ids
+        self._tokenizer = PixtralTokenizer(folder.path / "tokenizer", (yes, no))
 
     def prompts(self, texts: Sequence[str]) -> list[float]:
-        """The margin of yes for each text."""
+        """Returns the margin of yes for each text."""
         return self._margins([(self._tokenizer(*request(text)), []) for text in texts])
 
     def images(self, pixels: Sequence[np.ndarray]) -> list[dict[str, float]]:
-        """The margin of yes for each picture."""
+        """Returns the margin of yes for each picture."""
         asked = []
         vision = self._folder.network.sizes.vision_config
         before, after = (_text(part) for part in (instructions.IMAGE_BEFORE, instructions.IMAGE_AFTER))
@@ -161,24 +171,24 @@ class PixtralJudge:
         return [{"integrity": margin} for margin in self._margins(asked)]
 
     def free(self) -> None:
-        """Nothing is kept between calls."""
+        """Clears MLX's cache; no weights stay between calls."""
         mx.clear_cache()
 
     def _margins(self, asked: list[tuple[list[int], list[mx.array]]]) -> list[float]:
         network = self._folder.network.load(getattr(mx, self._folder.network.dtype))
         sees = any(images for _, images in asked)
-        pieces = [*network.vision_tower.layers, network.multi_modal_projector] * sees + network.layers
-        room = machine_memory() - _BESIDES if len(asked) > 1 else 0  # what runs once is never worth keeping
-        blocks = Blocks(network, self._folder.network.tensors(), pieces, network.norm.weight.dtype, max(room, 0))
+        parts = [*network.vision_tower.layers, network.multi_modal_projector] * sees + network.layers
+        room = machine_memory() - _BESIDES if len(asked) > 1 else 0  # a block that runs once need not stay
+        blocks = Blocks(network, self._folder.network.tensors(), parts, network.norm.weight.dtype, max(room, 0))
         with blocks.reading(len(asked)) as run:
-            run = self._make_run(len(asked) * (len(pieces) + 3 + sees), run)
-            return [network.margin(ids, images, run).item() for ids, images in asked]
+            run = self._make_run(len(asked) * (len(parts) + 3 + sees), run)
+            return [float(np.array(network.margin(ids, images, run)).item()) for ids, images in asked]
 
 
 def request(text: str) -> tuple[str, str, str]:
-    """A prompt as the language model is asked about it: what comes before, the prompt, what comes after.
+    """Returns the question about a prompt in three parts: the text before, the prompt, the text after.
 
-    The lines around it hold the prompt's own hash: nobody can write a prompt that ends itself.
+    The lines around the prompt contain its own hash, so nobody can write a prompt that closes the quotation.
     """
     mark = hashlib.sha256(text.encode()).hexdigest()[:16]
     before, after = (_text(part).format(mark=mark) for part in (instructions.TEXT_BEFORE, instructions.TEXT_AFTER))
@@ -194,10 +204,10 @@ def _about(folder: FilterFolder) -> dict:
 
 
 def self_test(name: str, judge: Judge) -> dict[str, float]:
-    """What a filter answers about the canaries: a drawn picture, and prompts. The converter records it.
+    """Returns a filter's answers about a drawn picture and the canary prompts; they are recorded at conversion.
 
     Raises:
-        FiltersError: the answers are wrong, whatever was recorded.
+        FiltersError: the answers are wrong.
     """
     (labels,) = image_labels(name, judge, [drawn_picture()])
     if name == "nsfw":
@@ -206,22 +216,22 @@ def self_test(name: str, judge: Judge) -> dict[str, float]:
     else:
         values = {"drawn picture": float(labels["integrity"])}
         flagged = {"drawn picture": labels["integrity"] > 0}
-        margins = dict(zip(CANARIES, margins_of(judge, list(CANARIES)), strict=True))
+        margins = dict(zip(CANARIES, margins_of(cast(PromptJudge, judge), list(CANARIES)), strict=True))
         values |= margins
         flagged |= {text: margin > 0 for text, margin in margins.items()}
     judge.free()
-    for what, is_flagged in flagged.items():
-        if is_flagged != CANARIES.get(what, False):
-            found = f"the filter {name} fails its self-test: it {'flags' if is_flagged else 'passes'} {what!r}"
+    for canary, is_flagged in flagged.items():
+        if is_flagged != CANARIES.get(canary, False):
+            found = f"the filter {name} fails its self-test: it {'flags' if is_flagged else 'passes'} {canary!r}"
             raise FiltersError(found, "the opposite", _renew(name))
     return values
 
 
-def record_self_test(name: str, folder: Path, make_run: MakeRun = lambda pieces, run: run) -> None:
-    """Writes down what a filter answers that was just converted, for `check_self_test`.
+def record_self_test(name: str, folder: Path, make_run: MakeRun = lambda parts, run: run) -> None:
+    """Records the answers of a newly converted filter, for `check_self_test`.
 
     Raises:
-        FiltersError: the answers are wrong: it cannot be used.
+        FiltersError: the answers are wrong, so the filter cannot be used.
     """
     judge = _asked(name, lambda: load_judge(name, folder, make_run))
     values = self_test(name, judge)
@@ -230,10 +240,10 @@ def record_self_test(name: str, folder: Path, make_run: MakeRun = lambda pieces,
 
 
 def check_self_test(name: str, judge: Judge, path: Path) -> None:
-    """Compares what a filter answers with what it answered when it was converted.
+    """Compares a filter's answers with those recorded at its conversion.
 
     Raises:
-        FiltersError: it differs, or nothing was recorded.
+        FiltersError: they differ, or none were recorded.
     """
     try:
         recorded = json.loads(path.read_text(encoding="utf-8"))
@@ -249,7 +259,7 @@ def check_self_test(name: str, judge: Judge, path: Path) -> None:
 
 
 def drawn_picture() -> np.ndarray:
-    """A sun over a meadow, (128, 192, 3) uint8: nothing that anybody could mind."""
+    """Draws a sun over a meadow, (128, 192, 3) uint8, to which no filter should object."""
     y, x = np.mgrid[:128, :192]
     sky = np.stack([120 + y // 2, 170 + y // 3, 230 - y // 8], axis=-1)
     meadow = np.stack([60 + (x * y) % 13, 140 + (x + 2 * y) % 17, 50 + (3 * x + y) % 11], axis=-1)
@@ -259,10 +269,10 @@ def drawn_picture() -> np.ndarray:
 
 
 def image_labels(name: str, judge: Judge, pixels: Sequence[np.ndarray]) -> list[dict[str, float]]:
-    """What a filter says of each picture, once it is known to be an answer.
+    """Returns a filter's answer about each picture, checked for labels and finite numbers.
 
     Raises:
-        FiltersError: it raised, or its labels or numbers are not what they must be.
+        FiltersError: the filter raised an error, or its labels or numbers are not valid.
     """
     answers = _asked(name, lambda: [dict(one) for one in judge.images(pixels)])
     for answer in answers:
@@ -278,11 +288,11 @@ def image_labels(name: str, judge: Judge, pixels: Sequence[np.ndarray]) -> list[
     return answers
 
 
-def margins_of(judge: Judge, texts: list[str]) -> list[float]:
-    """Of each text the margin of yes.
+def margins_of(judge: PromptJudge, texts: list[str]) -> list[float]:
+    """Returns the margin of yes for each text, checked for finite numbers.
 
     Raises:
-        FiltersError: the filter raised, or its numbers are none.
+        FiltersError: the filter raised an error, or its numbers are not valid.
     """
     margins = _asked("pixtral", lambda: list(judge.prompts(texts))) if texts else []
     if len(margins) != len(texts) or not all(map(_is_finite, margins)):
@@ -295,7 +305,7 @@ def _log_odds(p: float, q: float) -> float:
 
 
 def _asked(name: str, ask: Callable):
-    """The answer of a filter; whatever it raises is a `FiltersError`."""
+    """Returns a filter's answer; any error that it raises becomes a `FiltersError`."""
     try:
         return ask()
     except (FiltersError, Interrupted):
@@ -311,5 +321,5 @@ def _is_finite(value) -> bool:
 
 
 def _renew(name: str) -> str:
-    """What to do about a filter that is there, and not itself."""
+    """Returns the next step for an installed filter that is not valid."""
     return f"convert it again: flux-krea convert {FILTERS[name]} --force; {REVIEW}"

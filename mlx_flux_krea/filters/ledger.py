@@ -1,8 +1,8 @@
-"""Quarantine, log and release: where a picture waits until a filter or a person has vouched for these very pixels.
+"""Quarantine, log and release: a picture waits here until a filter or a person has approved exactly these pixels.
 
-    HOME/quarantine/RUN.noindex/     of one run: `lock`, held as long as it lives, and IMAGE.png with its record inside
-    HOME/log/log.jsonl               what happened, one JSON object a line (see `Log`)
-    HOME/log/head                    number and hash of its last line, so that a shortened log is noticed
+    HOME/quarantine/RUN.noindex/     one run: `lock`, held while its process lives, and IMAGE.png with its record inside
+    HOME/log/log.jsonl               one JSON object a line for each event (see `Log`)
+    HOME/log/head                    number and hash of the last line, so that a shortened log is noticed
 
 Names are random. Folders are for their owner alone and not indexed by Spotlight. A picture's state is its last event in
 the log, and `FOLLOWS` says which event may follow which; there is no other way out of the quarantine.
@@ -31,7 +31,7 @@ from ..files import replacing, try_lock
 from ..provenance import SOFTWARE, Picture, opened, read_record
 from .log import FOLLOWS, Log
 
-KEEP_DAYS = 30  # then what nobody has reviewed is deleted
+KEEP_DAYS = 30  # pictures that nobody reviews within them are deleted
 _SYNCHRONISED = re.compile(
     "(mobile documents|cloudstorage|icloud drive|dropbox|onedrive|google ?drive)( ?[-(].*)?", re.I
 )
@@ -39,15 +39,15 @@ _SYNCHRONISED = re.compile(
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a filter or a person says about one picture.
+    """The judgement of a filter or a person on one picture.
 
     Attributes:
         event: "passed", "flagged", "error", "waiting", "approved" or "rejected".
-        pixels: whose `pixel_hash` it is about.
+        pixels: `pixel_hash` of the picture.
         reasons: sentences.
-        scores: of the filters, by name.
-        reviewer: the name of a person, for "approved" and "rejected".
-        answers: that person's, by question.
+        scores: the filters' scores by name.
+        reviewer: name of the person who approved or rejected it.
+        answers: that person's answers by question.
     """
 
     event: str
@@ -59,13 +59,13 @@ class Verdict:
 
 
 @dataclass(frozen=True)
-class Kept:
+class QuarantinedImage:
     """A picture in quarantine.
 
     Attributes:
         image: its random name.
-        path: of the PNG.
-        facts: what the log says: "event", "check", "pixels", "scores", "reasons", ...
+        path: its PNG file.
+        facts: from the log: "event", "check", "pixels", "scores", "reasons", ...
     """
 
     image: str
@@ -74,7 +74,7 @@ class Kept:
 
 
 class Released(Picture):
-    """A picture that a filter or a person has vouched for. `save` is `Ledger.release`."""
+    """A picture that a filter or a person has approved. Its `save` calls `Ledger.release`."""
 
     image: str
     root: Path
@@ -85,9 +85,9 @@ class Released(Picture):
 
 
 def pixel_hash(pixels: np.ndarray) -> str:
-    """SHA-256 of (H, W, 3) uint8 pixels and their size."""
+    """Returns the SHA-256 of (H, W, 3) uint8 pixels and their size."""
     digest = hashlib.sha256(f"{pixels.dtype} {pixels.shape}".encode())
-    digest.update(np.ascontiguousarray(pixels))
+    digest.update(np.ascontiguousarray(pixels).data)
     return digest.hexdigest()
 
 
@@ -98,7 +98,7 @@ class Ledger:
         root: the home folder; None: `home.root()`.
 
     Raises:
-        FiltersError: they cannot be made private, lie where they would be copied to a server, or the log is damaged.
+        FiltersError: the folders cannot be made private or would be copied to a server, or the log is damaged.
     """
 
     def __init__(self, root: Path | None = None):
@@ -109,33 +109,33 @@ class Ledger:
         self.log = Log(self.root / home.LOG)
 
     @contextlib.contextmanager
-    def run(self, check: str, **about) -> Iterator["Run"]:
-        """A run of the pipeline: what it draws is kept under its lock.
+    def run(self, check: str, **about) -> Iterator["LedgerRun"]:
+        """Starts a run of the pipeline, whose pictures are kept under its lock.
 
-        What died before is recovered first, what is too old deleted.
+        Pictures of runs that died are recovered first, and pictures that are too old are deleted.
 
         Args:
             check: "filters", "review" or "both".
-            about: what the log should say of it.
+            about: further facts of the run for the log.
         """
         self.recover()
         with contextlib.ExitStack() as stack:
-            is_mine = False
-            while not is_mine:  # whoever recovers may take a new folder for one that died
+            while True:
                 name = secrets.token_hex(16)
                 folder = self.quarantine / f"{name}.noindex"
                 _make_private(folder)
-                is_mine = stack.enter_context(_locked(folder))
+                if stack.enter_context(_locked(folder)):
+                    break  # else another process took the new folder for one of a dead run
             self.log.append("run", run=name, check=check, software=SOFTWARE, **about)
             try:
-                yield Run(self, folder, name, check)
+                yield LedgerRun(self, folder, name, check)
             except BaseException:
-                with contextlib.suppress(FluxKreaError):  # it may be the log that failed: then the next run does it
+                with contextlib.suppress(FluxKreaError):  # the log itself may have failed: then the next run recovers
                     self._recover_all(folder)
                 raise
 
     def recover(self) -> None:
-        """Marks what runs that died left behind: it waits for a person, and is never released by itself."""
+        """Marks pictures of dead runs as waiting for a person; they are never released automatically."""
         for folder in self._folders():
             with _locked(folder) as is_dead:
                 if is_dead:
@@ -156,7 +156,7 @@ class Ledger:
         elif now - path.stat().st_mtime > KEEP_DAYS * 86400:
             self.log.append("purged", image=path.stem, reasons=[f"older than {KEEP_DAYS} days"])
             path.unlink(missing_ok=True)
-        elif event is None:  # it died between writing the picture and writing the log, or the log is a new one
+        elif event is None:  # the run died between writing picture and log, or the log is new
             try:
                 pixels, record = _read(path)
             except UsageError:
@@ -167,23 +167,23 @@ class Ledger:
             self.log.append("error", image=path.stem, reasons=["never judged: its run died"], **known)
         elif event == "generated":
             self.log.append("error", image=path.stem, reasons=["never judged: its run died"])
-        elif event not in ("waiting", "flagged", "error"):  # vouched for, and perhaps never written
+        elif event not in ("waiting", "flagged", "error"):  # approved, and perhaps never written
             self.log.append("waiting", image=path.stem, reasons=["its run died before it was written"])
 
-    def waiting(self) -> list[Kept]:
-        """What a person may review now, oldest first: it waits, was flagged, or could not be judged."""
+    def waiting(self) -> list[QuarantinedImage]:
+        """Returns the pictures that a person may review, oldest first: waiting, flagged, or not judged."""
         self.recover()
-        found = []
+        images = []
         for folder in self._folders():
             for path in folder.glob("*.png"):
                 facts = self.log.picture(path.stem)
                 if facts.get("event") in ("waiting", "flagged", "error"):
-                    found.append(Kept(path.stem, path, facts))
-        order = {image: number for number, image in enumerate(self.log.images())}  # its times are whole seconds
-        return sorted(found, key=lambda kept: order[kept.image])
+                    images.append(QuarantinedImage(path.stem, path, facts))
+        order = {image: number for number, image in enumerate(self.log.images())}  # times in the log are whole seconds
+        return sorted(images, key=lambda quarantined: order[quarantined.image])
 
     def purge(self) -> None:
-        """Deletes every picture but those that a process is at work on.
+        """Deletes every picture except those that a running process holds.
 
         Raises:
             FiltersError: the log is damaged, or cannot be written.
@@ -196,66 +196,69 @@ class Ledger:
                     path.unlink(missing_ok=True)
 
     @contextlib.contextmanager
-    def claimed(self, kept: Kept) -> Iterator[bool]:
-        """Whether the picture is this process's alone within the block; false: somebody else has it, or had."""
-        with _locked(kept.path.parent) as is_mine:
-            yield is_mine and kept.path.exists()
+    def claimed(self, quarantined: QuarantinedImage) -> Iterator[bool]:
+        """Claims a picture for this process within the block; gives False if another process has it, or had it."""
+        with _locked(quarantined.path.parent) as is_mine:
+            yield is_mine and quarantined.path.exists()
 
-    def settle(self, kept: Kept, verdict: Verdict) -> Kept:
-        """Writes a verdict into the log.
+    def settle(self, quarantined: QuarantinedImage, verdict: Verdict) -> QuarantinedImage:
+        """Writes a verdict into the log, and returns the picture with its new facts.
 
         Raises:
-            ValueError: not a verdict, or one about other pixels.
-            FiltersError: not the time for such a verdict, or the log cannot be written.
+            ValueError: not a verdict, or a verdict about other pixels.
+            FiltersError: the picture's state does not allow it, or the log cannot be written.
         """
         if not isinstance(verdict, Verdict):
             raise ValueError(f"[Ledger.settle] {type(verdict).__name__} is not a Verdict")
-        if verdict.pixels != kept.facts["pixels"]:
+        if verdict.pixels != quarantined.facts["pixels"]:
             raise ValueError("[Ledger.settle] the verdict is about other pixels")
         more = {name: value for name, value in vars(verdict).items() if value and name not in ("event", "pixels")}
-        self.log.append(verdict.event, image=kept.image, pixels=verdict.pixels, **more)
-        return Kept(kept.image, kept.path, self.log.picture(kept.image))
+        self.log.append(verdict.event, image=quarantined.image, pixels=verdict.pixels, **more)
+        return QuarantinedImage(quarantined.image, quarantined.path, self.log.picture(quarantined.image))
 
-    def hand_over(self, kept: Kept) -> Released:
-        """The picture that was vouched for, out of its file.
+    def hand_over(self, quarantined: QuarantinedImage) -> Released:
+        """Returns an approved picture, read from its file.
 
         Raises:
-            FiltersError: nobody vouched for it, or the file is not the one that was judged.
+            FiltersError: it was not approved, or the file is not the judged one.
         """
         try:
-            pixels, record = _read(kept.path)
-            wrong = pixel_hash(pixels) != kept.facts["pixels"] or _hash_json(record) != kept.facts["record_sha256"]
+            pixels, record = _read(quarantined.path)
+            wrong = (
+                pixel_hash(pixels) != quarantined.facts["pixels"]
+                or _hash_json(record) != quarantined.facts["record_sha256"]
+            )
         except UsageError:
             wrong = True
         if wrong:
-            self.log.append("error", image=kept.image, reasons=["its file is not the one that was judged"])
+            self.log.append("error", image=quarantined.image, reasons=["its file is not the one that was judged"])
             raise FiltersError(
-                f"{kept.path} changed after it was judged", "the same pixels and record", "it stays where it is"
+                f"{quarantined.path} changed after it was judged", "the same pixels and record", "it stays where it is"
             )
-        self.log.append("released", image=kept.image, pixels=kept.facts["pixels"])
+        self.log.append("released", image=quarantined.image, pixels=quarantined.facts["pixels"])
         picture = Released.from_pixels(pixels, record)
-        picture.image, picture.root = kept.image, self.root
+        picture.image, picture.root = quarantined.image, self.root
         return picture
 
-    def discard(self, kept: Kept) -> None:
-        """Deletes the file: it was written elsewhere, handed over, or rejected."""
-        kept.path.unlink(missing_ok=True)
+    def discard(self, quarantined: QuarantinedImage) -> None:
+        """Deletes the file of a picture that was handed over, written elsewhere or rejected."""
+        quarantined.path.unlink(missing_ok=True)
 
     def release(self, picture: Released, encoded: bytes, fp, force: bool) -> None:
-        """Writes a released picture; nothing else writes what a filtered model drew.
+        """Writes a released picture; pictures of a model that requires filters are written by no other function.
 
-        Order: the log vouches for these pixels, the encoded file is decoded and compared, the log has the file's hash
-        on disk, a temporary file beside the target is written and read back, and takes its name.
+        Order: the log confirms the release of these pixels; the encoded file is decoded and compared; the file's hash
+        is written to the log; a temporary file beside the target is written, read back and renamed.
 
         Args:
             picture: from `hand_over`.
             encoded: the file's bytes.
             fp: a path, or a file open for writing.
-            force: a file that stands at the path is replaced.
+            force: replace an existing file.
 
         Raises:
             UsageError: the pixels were changed since, or the path cannot be written.
-            FiltersError: the log does not know it, or cannot be written; or the encoded file shows something else.
+            FiltersError: the log does not know it, or cannot be written; or the encoded file shows another picture.
             FileExistsError: without `force`, the path is taken.
             ResourceError: the disk is full.
         """
@@ -284,13 +287,13 @@ class Ledger:
         return sorted(self.quarantine.glob("*.noindex"))
 
 
-class Run:
-    """One run's part of the quarantine; from `Ledger.run`."""
+class LedgerRun:
+    """The part of one run in the quarantine; from `Ledger.run`."""
 
     def __init__(self, ledger: Ledger, folder: Path, name: str, check: str):
         self.ledger, self.folder, self.name, self.check = ledger, folder, name, check
 
-    def keep(self, pixels: np.ndarray, record: dict) -> Kept:
+    def keep(self, pixels: np.ndarray, record: dict) -> QuarantinedImage:
         """Puts (H, W, 3) uint8 pixels with their record into quarantine.
 
         Raises:
@@ -308,10 +311,10 @@ class Run:
         facts = {"pixels": pixel_hash(pixels), "record_sha256": _hash_json(record), "seed": record.get("seed")}
         size = {"height": pixels.shape[0], "width": pixels.shape[1]}
         self.ledger.log.append("generated", image=image, run=self.name, check=self.check, **facts, **size)
-        return Kept(image, path, self.ledger.log.picture(image))
+        return QuarantinedImage(image, path, self.ledger.log.picture(image))
 
     def note(self, event: str, **facts) -> None:
-        """Writes into the log what is not about a picture of this run, such as a prompt that was flagged."""
+        """Logs an event that is not about a picture of this run, such as a flagged prompt."""
         self.ledger.log.append(event, run=self.name, **facts)
 
 
@@ -320,7 +323,7 @@ def _hash_json(record: dict | None) -> str:
 
 
 def _read(path: Path) -> tuple[np.ndarray, dict]:
-    """Pixels and record of a picture in quarantine."""
+    """Returns pixels and record of a picture in quarantine."""
     with opened(path) as image:
         pixels = np.asarray(image)
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
@@ -329,29 +332,31 @@ def _read(path: Path) -> tuple[np.ndarray, dict]:
 
 
 def _compare(pixels: np.ndarray, encoded: bytes) -> None:
-    """Decodes a file again: the same pixels where the format loses nothing, else one picture that looks alike."""
+    """Decodes a file and compares it: equal pixels in PNG, a similar picture in other formats."""
     with opened(io.BytesIO(encoded)) as image:
         format, frames, shown = image.format, getattr(image, "n_frames", 1), image.convert("RGB")
     same = frames == 1 and shown.size == (pixels.shape[1], pixels.shape[0])
     if same and format == "PNG":
         same = np.array_equal(np.asarray(shown), pixels)
-    elif same:  # quarters, which no quality moves by 64 of 255
+    elif same:  # means of its quarters, which no quality setting changes by 64 of 255
         quarters = (
             np.asarray(one.resize((2, 2), Image.Resampling.BOX), int) for one in (shown, Image.fromarray(pixels))
         )
         same = np.abs(np.subtract(*quarters)).max() <= 64
     if not same:
-        raise FiltersError("the encoded file shows something else than what was released", "the same picture")
+        raise FiltersError("the encoded file does not show the released picture", "the same picture")
 
 
 def _make_private(folder: Path) -> None:
-    """A folder for its owner alone.
+    """Makes a folder that its owner alone can read.
 
     Raises:
-        FiltersError: it cannot be made so, or lies where files are copied to a server.
+        FiltersError: that fails, or the folder lies where files are copied to a server.
     """
     own = Path.home()
-    desktop = sys.platform == "darwin" and {own / "Desktop", own / "Documents"} & set(folder.parents)  # iCloud's choice
+    desktop = sys.platform == "darwin" and {own / "Desktop", own / "Documents"} & set(
+        folder.parents
+    )  # which iCloud may copy
     if desktop or any(map(_SYNCHRONISED.fullmatch, folder.parts)):
         todo = "name another place in $FLUX_KREA_HOME"
         raise FiltersError(f"{folder} looks like a folder that is copied to a server", "a private place", todo)
@@ -369,13 +374,13 @@ def _make_private(folder: Path) -> None:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[bool]:
-    """Whether the folder's lock is ours within the block; it goes with the process, however that ends.
+    """Locks a folder within the block; gives False if another process holds it. A dead process loses its lock.
 
-    A folder in which no picture is left goes with the block.
+    At the end of the block, a folder without pictures is deleted.
     """
     try:
         lock = try_lock(folder / "lock")
-    except OSError:  # somebody has just removed it
+    except OSError:  # another process has just removed it
         lock = None
     try:
         yield lock is not None

@@ -1,13 +1,12 @@
 """The log: one JSON object a line, appended under a lock, each with the hash of the line before.
 
-A line is on disk before `append` returns, and so before anything is released on its strength. Whoever owns the machine
-can delete the log, or write another: it shows changes, it does not prevent them. It holds hashes of prompts and pixels,
-never the prompts, the pixels or the names of files.
+A line is on disk before `append` returns, so before any release that depends on it. The owner of the machine can delete
+the log or write another: it shows changes and does not prevent them. It holds hashes of prompts and pixels, never the
+prompts, the pixels or the names of files.
 """
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -16,9 +15,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import FiltersError
-from ..files import written_whole
+from ..files import wait_for_lock, written_whole
 
-# events of a picture, and the events that each may follow
+# events of a picture, each with the events that it may follow
 FOLLOWS = {
     "generated": (None,),
     "passed": ("generated",),
@@ -32,28 +31,28 @@ FOLLOWS = {
     "unwritten": ("written",),
     "purged": (None, "generated", "passed", "waiting", "flagged", "error", "approved", "released"),
 }
-_START = "0" * 64  # what the first line has for the hash of the line before
+_START = "0" * 64  # stands in the first line for the hash of the line before
 
 
 class Log:
     """The log in a folder.
 
     Args:
-        folder: that holds log.jsonl and head; it exists.
+        folder: an existing one; it holds log.jsonl and head.
     """
 
     def __init__(self, folder: Path):
         self.path = folder / "log.jsonl"
         self._head = folder / "head"
         self._entries: list[dict] = []
-        self._hashes = [_START]  # of every line, torn ones included
+        self._hashes = [_START]  # of every line, including torn ones
         self._pictures: dict[str, dict] = {}
-        self._read_to = 0  # bytes of the file that are in whole lines
-        self._tail = b""  # what a crash left of the last line
-        self._torn = False  # the last whole line is no entry, and needs one that says so
+        self._read_to = 0  # bytes of the whole lines
+        self._tail = b""  # part of a last line, left by a crash
+        self._torn = False  # the last whole line is not an entry; an entry must follow that records this
 
     def picture(self, image: str) -> dict:
-        """What the log says of a picture: the facts of all its events, the last event, and the first's time.
+        """Returns the facts of all events of a picture; "event" is the last one's and "time" the first one's.
 
         Raises:
             FiltersError: the log is damaged.
@@ -62,7 +61,7 @@ class Log:
             return dict(self._pictures.get(image, {}))
 
     def images(self) -> list[str]:
-        """The pictures that it tells of, oldest first.
+        """Returns the names of all pictures in the log, oldest first.
 
         Raises:
             FiltersError: the log is damaged.
@@ -71,7 +70,7 @@ class Log:
             return list(self._pictures)
 
     def has_written(self, digest: str) -> bool:
-        """Whether the last that it says of some picture is that it was written, as a file of this SHA-256.
+        """Tells if a picture's last event is that it was written to a file with this SHA-256.
 
         Raises:
             FiltersError: the log is damaged.
@@ -81,7 +80,7 @@ class Log:
             return ("written", digest) in last
 
     def read(self) -> list[dict]:
-        """All entries.
+        """Returns all entries.
 
         Raises:
             FiltersError: the log is damaged.
@@ -90,12 +89,12 @@ class Log:
             return list(self._entries)
 
     def append(self, event: str, image: str | None = None, **facts) -> dict:
-        """Writes one entry, and returns when it is on disk.
+        """Writes one entry, and returns it when it is on disk.
 
         Args:
-            event: what happened; of a picture, a key of `FOLLOWS`.
-            image: the random name of the picture that it is about.
-            facts: what JSON can hold.
+            event: its name; of a picture, a key of `FOLLOWS`.
+            image: the random name of a picture; None: the entry is about none.
+            facts: further values, as JSON holds them.
 
         Raises:
             FiltersError: the log is damaged or cannot be written, or the event may not follow the picture's last one.
@@ -121,18 +120,18 @@ class Log:
 
     @contextlib.contextmanager
     def _open(self) -> Iterator:
-        """The file, locked, and everything in it read and verified."""
+        """Opens and locks the file; reads and verifies new lines."""
         try:
             descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
         except OSError as error:
             raise self._unusable(f"cannot be opened: {error.strerror}") from None
         with open(descriptor, "r+b", buffering=0) as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            wait_for_lock(file.fileno())
             self._read(file)
             yield file
 
     def _read(self, file) -> None:
-        """Verifies what was appended since the last time.
+        """Verifies the lines that were appended since the last call.
 
         Raises:
             FiltersError: a line was changed, removed or added out of order, or the end is missing.
@@ -166,7 +165,7 @@ class Log:
         return json.dumps(entry, allow_nan=False).encode() + b"\n"
 
     def _write(self, file, data: bytes) -> None:
-        """All of it on disk, or none of it."""
+        """Appends bytes: on disk completely, or not at all."""
         size = file.seek(0, os.SEEK_END)
         try:
             if file.write(data) != len(data):
@@ -186,7 +185,7 @@ class Log:
             raise self._unusable(f"cannot be written: {error.strerror}") from None
 
     def _check_head(self) -> None:
-        """Raises FiltersError where lines are missing at the end. The head may be one entry behind, after a crash."""
+        """Raises FiltersError if lines are missing at the end. After a crash the head may be one entry behind."""
         try:
             number, digest = self._head.read_text().split()
             known = self._hashes[int(number)] == digest
@@ -198,7 +197,7 @@ class Log:
             raise self._damaged("its end is missing, or its head")
 
     def _damaged(self, how: str) -> FiltersError:
-        todo = f"flux-krea log verify says the same; to begin a new log, move {self.path.parent} to another place"
+        todo = f"check it with flux-krea log verify; to start a new log, move {self.path.parent} to another place"
         return FiltersError(f"{self.path} was changed: {how}", "an unbroken chain", todo)
 
     def _unusable(self, why: str) -> FiltersError:
