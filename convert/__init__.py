@@ -11,6 +11,10 @@ the recipes, index, tokenizers and licence add what weights do not say; job hold
 is read, reading reads it, write makes the shards, folder gives the whole its name when it is complete and read back.
 """
 
+from . import checkout  # noqa: F401  # first, since imports from another checkout may fail with any message
+
+# isort: split
+
 import math
 import os
 from collections.abc import Callable, Sequence

@@ -1,8 +1,41 @@
 """Data: noise recipes and defaults of the reference tools, sizes, limits, and the models of the FLUX.1 family."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
-from .models.config import Defaults, Schedule
+Shift = Annotated[float, -20.0, 20.0]  # with the limits of a file
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How sigmas are shifted: exp(mu), with mu linear in the number of image tokens, or not at all (schnell)."""
+
+    shift: str = "dynamic"  # or "none"
+    base_shift: Shift = 0.5
+    max_shift: Shift = 1.15
+    base_image_seq_len: Annotated[int, 1, 2**20] = 256
+    max_image_seq_len: Annotated[int, 1, 2**20] = 4096
+
+    def problem(self) -> str | None:
+        """What contradicts itself in these numbers, or None."""
+        if self.shift not in ("dynamic", "none"):
+            return f'shift is "{self.shift}" and not "dynamic" or "none"'
+        tokens = self.max_image_seq_len - self.base_image_seq_len
+        if tokens <= 0:
+            return f"max_image_seq_len {self.max_image_seq_len} is not above base_image_seq_len"
+        if abs(self.max_shift - self.base_shift) / tokens > 2.5e-4:  # exp(mu) of the largest picture is a float32
+            return f"a shift from {self.base_shift} to {self.max_shift} within {tokens} tokens is too steep"
+        return None
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What a picture is made with where the user does not say."""
+
+    width: Annotated[int, 16, 8192]
+    height: Annotated[int, 16, 8192]
+    num_inference_steps: Annotated[int, 1, 1000]
+    guidance_scale: Annotated[float, 0.0, 1000.0]
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,8 @@
-"""The rooms and their arrows (DESIGN, section 2): imports point down only, and only the last row prints."""
+"""The rooms and their levels: imports point down, networks import no networks, and only the top level prints."""
 
 import ast
+import os
+import shutil
 import subprocess
 import sys
 from importlib.util import resolve_name
@@ -12,42 +14,46 @@ from helpers import ROOT
 import mlx_flux_krea
 
 PACKAGE = "mlx_flux_krea"
-ROWS = {
-    "errors": 0, "presets": 0, "licence": 0, "files": 0, "home": 1, "models.config": 0, "models.filter_config": 0,
-    "filters.instructions": 0,
-    "models": 0, "sampling": 0, "models.transformer": 1, "models.t5": 1, "models.clip": 1, "models.vae": 1,
-    "models.tiles": 1, "models.layers": 1, "models.vit": 1, "models.pixtral": 1, "tokenizers": 1, "sampling.noise": 1,
-    "sampling.sampler": 1, "sampling.preview": 1, "worker": 1,
-    "weights": 2, "residency": 2, "memory": 2, "provenance": 2, "request": 2, "checkpoint": 2,
-    "prompts": 3, "filters": 3, "generator": 3,
-    "pipeline": 4,
-    "convert": 5,
-    "commands": 6, "cli": 6, "nano": 6,
-}  # fmt: skip
+LEVELS = {
+    7: "cli commands server nano",
+    6: "convert",
+    5: "pipeline",
+    4: "generator filters",
+    3: "request memory residency adapters checkpoint inputs prompts",
+    2: "weights provenance credentials home files",
+    1: "models sampling tokenizers worker",
+    0: "errors presets licence",
+}
+LEVEL = {room: level for level, rooms in LEVELS.items() for room in rooms.split()}
+NETWORKS = {f"models.{name}" for name in ["transformer", "t5", "clip", "vae", "siglip", "vit", "pixtral"]}
+NO_NETWORKS = {f"models.{name}" for name in ["config", "filter_config", "layers", "tiles"]}
 FILES = sorted([ROOT / "cli.py", *(ROOT / "convert").glob("*.py"), *(ROOT / PACKAGE).rglob("*.py")])
 
 
 def module_name(path: Path) -> str:
-    """Its name where it is installed; a package's ends with __init__."""
+    """Returns its name where it is installed; a package's ends with __init__."""
     name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
     return f"{PACKAGE}.{name}" if name.startswith("convert.") else name
 
 
-def room(name: str) -> str | None:
-    """The room of a module, or of something in it; None: the package itself. A sub-package's module may have a row."""
-    if name.split(".")[0] in ("cli", "convert"):
-        return name.split(".")[0]
-    parts = name.split(".")[1:]
-    return next((r for n in (2, 1) if (r := ".".join(parts[:n])) in ROWS), parts[0]) if parts else None
+def place(name: str) -> str:
+    """Returns a module's name inside our package; "" for the package itself and for modules of others."""
+    first, _, rest = name.partition(".")
+    return name if first in ("cli", "convert") else rest if first == PACKAGE else ""
 
 
-def imported_rooms(source: str, module: str) -> set[str]:
-    """Rooms of ours that a module imports, at its top or inside a function."""
+def room(name: str) -> str:
+    """Returns the room of a module of ours, or of something in it."""
+    return place(name).partition(".")[0]
+
+
+def imported(source: str, module: str) -> set[str]:
+    """Returns all names that a module imports, at its top or inside a function."""
     names = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
-            # `import mlx_flux_krea` and `import mlx_flux_krea.x` bind the package, and with it what is lazily in it
+            # `import mlx_flux_krea` and `import mlx_flux_krea.x` bind the package, and with it its lazy names
             bound = {a.name for a in node.names if not (a.asname and "." in a.name)}
             names |= {f"{PACKAGE}.pipeline" for name in bound if name.split(".")[0] == PACKAGE}
         elif isinstance(node, ast.ImportFrom):
@@ -56,28 +62,40 @@ def imported_rooms(source: str, module: str) -> set[str]:
         elif isinstance(node, ast.Call) and "import" in ast.unparse(node.func):  # import_module, __import__
             names |= {arg.value for arg in node.args if isinstance(arg, ast.Constant) and isinstance(arg.value, str)}
     lazy = {f"{PACKAGE}.{name}" for name in ("*", *mlx_flux_krea.__all__)} - {f"{PACKAGE}.__version__"}
-    names = {f"{PACKAGE}.pipeline" if name in lazy else name for name in names}
-    ours = {room(name) for name in names if name.split(".")[0] in (PACKAGE, "cli", "convert")}
-    return ours - {None, "__version__", room(module)}
+    return {f"{PACKAGE}.pipeline" if name in lazy else name for name in names}
 
 
 def unwanted(source: str, module: str) -> set[str]:
-    """What a module imports against the arrows."""
-    mine, rooms = room(module), imported_rooms(source, module)
+    """Returns the rooms, and for networks the networks, that a module imports and must not."""
+    mine = room(module)
+    places = {place(name) for name in imported(source, module)}
+    rooms = {name.partition(".")[0] for name in places if name}
+    wrong = {name for name in rooms if LEVEL.get(name, 0) > LEVEL[mine]}
     if mine == "convert":
-        return {r for r in rooms if ROWS[r] > 2}
-    return {r for r in rooms if ROWS[r] > ROWS[mine] or ROWS[r] == ROWS[mine] == 1}
+        wrong |= rooms & {"pipeline", "cli"}
+    if place(module) in NETWORKS:
+        wrong |= {".".join(name.split(".")[:2]) for name in places} & NETWORKS - {place(module)}
+    return wrong
 
 
-def test_every_room_has_a_row():
-    assert {room(module_name(path)) for path in FILES} - {"__init__"} <= ROWS.keys()
+def test_every_file_has_a_level():
+    rooms = {room(module_name(path)) for path in FILES}
+    assert rooms - {"__init__"} <= LEVEL.keys()
+    models = {place(module_name(path)) for path in (ROOT / PACKAGE / "models").glob("*.py")}
+    assert models - {"models.__init__"} <= NETWORKS | NO_NETWORKS
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+@pytest.mark.parametrize("path", [p for p in FILES if p != ROOT / PACKAGE / "__init__.py"], ids=module_name)
 def test_imports_point_down(path):
-    module = module_name(path)
-    if module != f"{PACKAGE}.__init__":
-        assert unwanted(path.read_text(), module) == set()
+    """The package's own __init__ has no level: it is the list of public names."""
+    assert unwanted(path.read_text(), module_name(path)) == set()
+
+
+def test_importing_the_package_imports_no_room():
+    tree = ast.parse((ROOT / PACKAGE / "__init__.py").read_text())
+    top = [node for node in tree.body if isinstance(node, ast.ImportFrom | ast.Import)]
+    assert [node.module for node in top if isinstance(node, ast.ImportFrom)] == ["typing"]
+    assert len(top) == 1
 
 
 @pytest.mark.parametrize(
@@ -89,26 +107,31 @@ def test_imports_point_down(path):
         ("import mlx_flux_krea as ours", "convert.remap", {"pipeline"}),
         ("import mlx_flux_krea.models.config", "convert.remap", {"pipeline"}),
         ("from mlx_flux_krea import *", "convert.__init__", {"pipeline"}),
-        ("from mlx_flux_krea.prompts import PromptEncoder", "convert.write", {"prompts"}),
         ("from importlib import import_module\nimport_module('mlx_flux_krea.pipeline')", "convert.write", {"pipeline"}),
         ("__import__('cli')", "convert.write", {"cli"}),
+        ("from mlx_flux_krea.cli import main", "convert.write", {"cli"}),
+        ("from mlx_flux_krea.commands.shared.terminal import say", "convert.write", {"commands"}),
         ("from .. import FluxPipeline", "mlx_flux_krea.models.vae", {"pipeline"}),
-        ("from ..sampling import noise", "mlx_flux_krea.models.vae", {"sampling.noise"}),
+        ("from ..weights import ModelFolder", "mlx_flux_krea.models.vae", {"weights"}),
+        ("from ..files import read_json", "mlx_flux_krea.models.config", {"files"}),
         ("from .commands.shared.terminal import say", "mlx_flux_krea.weights", {"commands"}),
         ("import convert", "mlx_flux_krea.weights", {"convert"}),
         ("from mlx_flux_krea.convert import convert", "mlx_flux_krea.pipeline", {"convert"}),
         ("from mlx_flux_krea.nano import FOLDER", "mlx_flux_krea.pipeline", {"nano"}),
+        ("from .generator import Generator", "mlx_flux_krea.request", {"generator"}),
+        ("from .request import Request", "mlx_flux_krea.weights", {"request"}),
+        ("from .presets import STRENGTH\nfrom .files import forget", "mlx_flux_krea.licence", {"files"}),
         # in a sub-package one dot is the sub-package, two are the library
         ("from .. import pipeline", "mlx_flux_krea.filters.gate", {"pipeline"}),
         ("from ..pipeline import Request", "mlx_flux_krea.filters.gate", {"pipeline"}),
         ("from .. import FluxPipeline", "mlx_flux_krea.filters.__init__", {"pipeline"}),
         ("from .vit import ViT", "mlx_flux_krea.models.pixtral", {"models.vit"}),
+        ("from . import vit", "mlx_flux_krea.models.pixtral", {"models.vit"}),
+        ("import mlx_flux_krea.models.vit as vit", "mlx_flux_krea.models.pixtral", {"models.vit"}),
     ],
 )
-def test_an_arrow_that_points_up_is_seen(source, module, rooms, monkeypatch):
-    """Each of these lines in that module is what the test above must refuse, rooms of later days included."""
-    for name, row in (("filters.gate", 3), ("filters", 3)):
-        monkeypatch.setitem(ROWS, name, row)
+def test_an_arrow_that_points_up_is_seen(source, module, rooms):
+    """Each of these lines in that module is one that the test above must refuse, rooms of later days included."""
     module = f"{PACKAGE}.{module}" if module.startswith("convert") else module
     assert unwanted(source, module) == rooms
 
@@ -119,7 +142,9 @@ def test_an_arrow_that_points_up_is_seen(source, module, rooms, monkeypatch):
         ("from . import maps\nfrom .layouts import Found", "convert.remap"),
         ("from mlx_flux_krea import __version__, presets", "convert.remap"),
         ("import mlx_flux_krea.models.config as configs", "convert.remap"),
-        ("from .config import VAEConfig", "mlx_flux_krea.models.vae"),
+        ("from .config import VAEConfig\nfrom . import layers", "mlx_flux_krea.models.vae"),
+        ("from ..sampling import noise", "mlx_flux_krea.models.vae"),
+        ("from .weights import ModelFolder", "mlx_flux_krea.provenance"),
         ("from . import pipeline\nfrom .shared.terminal import say", "mlx_flux_krea.commands.generate"),
         ("from mlx_flux_krea import FluxPipeline", "cli"),
     ],
@@ -128,7 +153,7 @@ def test_arrows_that_point_down_are_allowed(source, module):
     assert unwanted(source, f"{PACKAGE}.{module}" if module.startswith("convert") else module) == set()
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+@pytest.mark.parametrize("path", FILES, ids=module_name)
 def test_torch_and_transformers_are_for_training_alone(path):
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
@@ -139,9 +164,9 @@ def test_torch_and_transformers_are_for_training_alone(path):
     assert module_name(path) == f"{PACKAGE}.nano.train" or names.isdisjoint({"torch", "diffusers", "transformers"})
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_only_the_commands_print(path):
-    if ROWS.get(room(module_name(path))) == 6:
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_only_the_top_level_prints(path):
+    if LEVEL.get(room(module_name(path))) == 7:
         return
     called = {
         node.func.id if isinstance(node.func, ast.Name) else node.func.attr
@@ -173,3 +198,26 @@ def test_imports_bring_nothing_heavy(statement, unwanted):
     script = f"import sys; {statement}; print(*{{m.split('.')[0] for m in sys.modules}})"
     ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
     assert unwanted.isdisjoint(ran.stdout.split())
+
+
+def test_a_package_and_a_converter_of_two_checkouts_are_refused(tmp_path):
+    """As with an editable install of one checkout, and the folder of another, which Python puts before it."""
+    other = tmp_path / PACKAGE
+    shutil.copytree(ROOT / PACKAGE, other, ignore=shutil.ignore_patterns("model", "__pycache__"))
+    script = f"""
+import importlib.util, sys
+import {PACKAGE}
+name = "{PACKAGE}.convert"
+spec = importlib.util.spec_from_file_location(name, "{ROOT / "convert" / "__init__.py"}")
+sys.modules[name] = module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+"""
+    env = os.environ | {"PYTHONPATH": str(tmp_path)}
+    ran = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=tmp_path, env=env
+    )
+    last = ran.stderr.splitlines()[-1]
+    assert ran.returncode == 1
+    for path in (other, ROOT / "convert"):
+        assert str(path) in last
+    assert f"pip install -e {tmp_path}" in last

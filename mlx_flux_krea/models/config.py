@@ -15,6 +15,7 @@ from typing import Annotated, TypeVar
 
 from ..errors import ModelError
 from ..licence import Architecture
+from ..presets import Defaults, Schedule
 
 T = TypeVar("T")
 
@@ -22,7 +23,6 @@ T = TypeVar("T")
 Width = Annotated[int, 1, 2**16]  # of a layer: channels, positions, buckets
 Count = Annotated[int, 1, 512]  # of layers, heads, groups
 Epsilon = Annotated[float, 1e-12, 0.1]
-Shift = Annotated[float, -20.0, 20.0]
 
 
 @dataclass(frozen=True)
@@ -269,38 +269,6 @@ def quantization_from_json(obj, where: str) -> tuple[Quantization, dict[str, Qua
         elif path not in names:
             raise ModelError(f"{where}: {_short(path)} is {_kind(value)}", "false, or bits, group_size and mode")
     return most, others
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """How sigmas are shifted: exp(mu), with mu linear in the number of image tokens, or not at all (schnell)."""
-
-    shift: str = "dynamic"  # or "none"
-    base_shift: Shift = 0.5
-    max_shift: Shift = 1.15
-    base_image_seq_len: Annotated[int, 1, 2**20] = 256
-    max_image_seq_len: Annotated[int, 1, 2**20] = 4096
-
-    def problem(self) -> str | None:
-        """What contradicts itself in these numbers, or None."""
-        if self.shift not in ("dynamic", "none"):
-            return f'shift is "{self.shift}" and not "dynamic" or "none"'
-        tokens = self.max_image_seq_len - self.base_image_seq_len
-        if tokens <= 0:
-            return f"max_image_seq_len {self.max_image_seq_len} is not above base_image_seq_len"
-        if abs(self.max_shift - self.base_shift) / tokens > 2.5e-4:  # exp(mu) of the largest picture is a float32
-            return f"a shift from {self.base_shift} to {self.max_shift} within {tokens} tokens is too steep"
-        return None
-
-
-@dataclass(frozen=True)
-class Defaults:
-    """What a picture is made with where the user does not say."""
-
-    width: Annotated[int, 16, 8192]
-    height: Annotated[int, 16, 8192]
-    num_inference_steps: Annotated[int, 1, 1000]
-    guidance_scale: Annotated[float, 0.0, 1000.0]
 
 
 @dataclass(frozen=True)
