@@ -19,7 +19,7 @@ from .checkpoint import Checkpoint
 from .errors import UsageError
 from .files import sha256_if_exists
 from .filters.acknowledgement import check_acknowledged
-from .filters.gate import Gate, Open, Policy, open_gate
+from .filters.gate import Gate, OpenGate, Policy, open_gate
 from .generator import Generator, Observers, Progress
 from .home import find_model
 from .memory import Plan, Weights, parse_memory, weigh_folder
@@ -406,7 +406,7 @@ class FluxPipeline:
         with self._generator.reporting(progress), self._gate(record, ready) as gate:
             return self._generate_checked(gate, record, resolved, plan=plan, notes=notes, observers=observers)
 
-    def _gate(self, record: dict, ready: Callable[[], None] = lambda: None) -> AbstractContextManager[Gate | Open]:
+    def _gate(self, record: dict, ready: Callable[[], None] = lambda: None) -> AbstractContextManager[Gate | OpenGate]:
         """Returns a gate whose log names this model, by the fields of a picture's record."""
         about = {name: record[name] for name in _LOGGED} | {
             "license": self.folder.index.license,
@@ -416,7 +416,7 @@ class FluxPipeline:
 
     def _generate_checked(
         self,
-        gate: Gate | Open,
+        gate: Gate | OpenGate,
         record: dict,
         request: ResolvedRequest,
         *,
