@@ -11,16 +11,17 @@ from mlx.utils import tree_flatten
 from mlx_flux_krea.convert.quantize import Recipe, choose
 
 from mlx_flux_krea.commands.shared import estimates
-from mlx_flux_krea.commands.shared.terminal import size
+from mlx_flux_krea.commands.shared.text import duration, size
 from mlx_flux_krea.memory import GB
 from mlx_flux_krea.models import config
 from mlx_flux_krea.models.filter_config import NSFW_VIT, PIXTRAL_12B
+from mlx_flux_krea.presets import PROPOSED_PRECISIONS
 from mlx_flux_krea.weights import build, layer_widths
 
 MACS = (
     ("M1", 8), ("M1", 16), ("M2 Pro", 16), ("M4", 16), ("M4 Pro", 24), ("M3 Max", 36), ("M4 Max", 64), ("M5 Max", 128),
 )  # fmt: skip
-SHAPE = (1024, 1024, 512)  # width, height, tokens
+SHAPE = {"width": 1024, "height": 1024, "length": 512}  # pixels, and tokens of T5
 STEPS = 28
 HOW = {"none": "16 bits", "8": "8 bits"}
 
@@ -36,7 +37,7 @@ def made() -> dict[str, int]:
     """Bytes of the model folder in each precision."""
     return {
         quantize: estimates.weigh_recipe(config.FLUX_DEV_MODEL, quantize, "bfloat16").disk
-        for quantize in estimates.PREFERRED
+        for quantize in PROPOSED_PRECISIONS
     }
 
 
@@ -60,17 +61,17 @@ def page() -> str:
     names = {"model": "FLUX.1 Krea [dev]", "nsfw": "classifier of pictures", "pixtral": "Pixtral 12B"}
     rows = [("", "to fetch", "on disk", "takes about")]
     for part, count in fetched.items():
-        took = estimates.minutes(estimates.seconds_to_make(count, count))
+        took = duration(estimates.conversion_seconds(count, count))
         rows.append((names[part], size(count), kept[part], took))
     macs = [("Mac", "proposed", "memory", "a picture")]
     for chip, memory in MACS:
         budget = int(memory * GB * (2 / 3 if memory <= 36 else 3 / 4) * 4 / 5)
-        found = estimates.precisions(config.FLUX_DEV_MODEL, folders, *SHAPE, budget=budget, device="gpu")
+        found = estimates.precisions(config.FLUX_DEV_MODEL, folders, **SHAPE, budget=budget, device="gpu")
         quantize = estimates.propose(found, 2**60)
         one = found[quantize]
         how = "all in memory" if one.whole else "read block by block"
-        draws = estimates.seconds_to_draw(config.FLUX_DEV, *SHAPE, STEPS, chip)
-        macs.append((f"{chip}, {memory} GB", f"{HOW[quantize]}, {how}", size(one.peak), estimates.minutes(draws)))
+        draws = estimates.picture_seconds(config.FLUX_DEV, **SHAPE, steps=STEPS, chip=chip)
+        macs.append((f"{chip}, {memory} GB", f"{HOW[quantize]}, {how}", size(one.peak), duration(draws)))
     return f"{table(rows)}\n\n{table(macs)}"
 
 

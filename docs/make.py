@@ -1,23 +1,34 @@
-"""Writes docs/commands.md, the help page of every verb: `python docs/make.py`. A test says when it is due."""
+"""Writes docs/commands.md, the help page of every verb: `python docs/make.py`. A test fails when it is out of date."""
 
 from pathlib import Path
 
 import click
 
-from mlx_flux_krea import cli
+from mlx_flux_krea.cli import cli
 
-HEAD = "# flux-krea\n\nWhat every verb says with `--help`. Written by `python docs/make.py`; not to be edited.\n"
+HEAD = "# flux-krea\n\nHelp of every verb. Written by `python docs/make.py`; do not edit.\n"
 
 
 def page() -> str:
-    """The file as it should be."""
-    width = {"terminal_width": 80, "max_content_width": 80}
-    context = click.Context(cli.cli, info_name="flux-krea", **width, **{"help_option_names": ["-h", "--help"]})
-    texts = [("flux-krea", cli.cli.get_help(context))]
-    for name, command in sorted(cli.cli.commands.items()):
-        inside = click.Context(command, info_name=name, parent=context, **width)
-        texts.append((f"flux-krea {name}", command.get_help(inside)))
+    """Returns the text of the file."""
+    group = _context(cli, "flux-krea", None)
+    texts = [("flux-krea", cli.get_help(group))]
+    for name in cli.list_commands(group):
+        command = cli.get_command(group, name)
+        assert command, name
+        texts.append((f"flux-krea {name}", command.get_help(_context(command, name, group))))
     return HEAD + "".join(f"\n## {name}\n\n```text\n{text}\n```\n" for name, text in texts)
+
+
+def _context(command: click.Command, name: str, parent: click.Context | None) -> click.Context:
+    return click.Context(
+        command,
+        info_name=name,
+        parent=parent,
+        terminal_width=80,
+        max_content_width=80,
+        help_option_names=["-h", "--help"],
+    )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""The `flux-krea` command: its group, the list of its verbs, and the one place that turns errors into exit codes.
+"""The `flux-krea` command: its table of verbs, and the one place that turns errors into messages and exit codes.
 
-Verbs keep heavy imports inside themselves, so that help answers at once.
+A verb's module is imported when the verb is called, so that `flux-krea --help` answers at once.
 """
 
 # ruff: noqa: E402
@@ -10,32 +10,84 @@ signals.install()  # before anything that takes time
 
 import contextlib
 import errno
+import importlib
 import os
 import sys
 import traceback
+from dataclasses import dataclass
 
 import click
+from click.shell_completion import CompletionItem
 
 from mlx_flux_krea import __version__
-from mlx_flux_krea.commands import bench, completion, config, schema, shell
-from mlx_flux_krea.commands.convert import convert
-from mlx_flux_krea.commands.demo import demo
-from mlx_flux_krea.commands.doctor import doctor
-from mlx_flux_krea.commands.generate import generate
-from mlx_flux_krea.commands.inspect import inspect
-from mlx_flux_krea.commands.log import log
-from mlx_flux_krea.commands.models import models
-from mlx_flux_krea.commands.plan import plan
-from mlx_flux_krea.commands.purge import purge
-from mlx_flux_krea.commands.resume import resume
-from mlx_flux_krea.commands.review import review
-from mlx_flux_krea.commands.setup import setup
+from mlx_flux_krea.commands import completion
 from mlx_flux_krea.commands.shared import macos
-from mlx_flux_krea.commands.verify import verify
 from mlx_flux_krea.errors import FluxKreaError, printable
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@dataclass(frozen=True)
+class Verb:
+    """A command of the group, which is loaded on demand."""
+
+    module: str  # in mlx_flux_krea.commands
+    attribute: str
+    help: str  # the first sentence of the command's own help
+
+    def load(self) -> click.Command:
+        """Imports the command.
+
+        Raises:
+            UsageError: MLX does not work with this Python.
+        """
+        macos.check_python()
+        return getattr(importlib.import_module(f"mlx_flux_krea.commands.{self.module}"), self.attribute)
+
+
+VERBS = {
+    "bench": Verb("bench", "bench", "Measure the speed of this machine."),
+    "completion": Verb("completion", "completion", "Print the completion script for a shell."),
+    "config": Verb("config", "config", "Show or change generate's default options."),
+    "convert": Verb("convert", "convert", "Convert weights into a model folder."),
+    "demo": Verb("demo", "demo", "Make a picture with the small built-in model."),
+    "doctor": Verb("doctor", "doctor", "Examine this machine and the installation."),
+    "generate": Verb("generate", "generate", "Generate pictures from PROMPT."),
+    "inspect": Verb("inspect", "inspect", "Describe a model, other weights, or a picture made here."),
+    "log": Verb("log", "log", "Verify or export the log of checks and releases."),
+    "models": Verb("models", "models", "List the installed models and filters."),
+    "plan": Verb("plan", "plan", "Predict memory and disk of a picture, without loading."),
+    "purge": Verb("purge", "purge", "Delete models, filters, logs, pictures or unfinished runs."),
+    "resume": Verb("resume", "resume", "Continue a run that was interrupted, killed, or failed."),
+    "review": Verb("review", "review", "Review waiting pictures, and release or reject them."),
+    "setup": Verb("setup", "setup", "Install FLUX.1 Krea [dev] and make a first picture."),
+    "shell": Verb("shell", "shell", "Generate pictures line by line, with the model in memory."),
+    "tool-schema": Verb("schema", "tool_schema", "Print generate as a JSON tool for language models."),
+    "verify": Verb("verify", "verify", "Compare every file of a model with its manifest."),
+}
+
+
+class Verbs(click.Group):
+    """The group of `VERBS`, which lists them without loading any."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Returns the names of the verbs."""
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Loads a verb; None: there is none of this name."""
+        return VERBS[cmd_name].load() if cmd_name in VERBS else None
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Writes the table of verbs."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, verb.help) for name, verb in VERBS.items()])
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Completes the name of a verb, or an option of the group."""
+        verbs = [CompletionItem(name, help=verb.help) for name, verb in VERBS.items() if name.startswith(incomplete)]
+        return verbs + click.Command.shell_complete(self, ctx, incomplete)
+
+
+@click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="flux-krea")
 def cli():
     """FLUX.1 Krea [dev] on Apple silicon.
@@ -45,18 +97,10 @@ def cli():
       flux-krea convert FLUX.1-Krea-dev -o krea
       flux-krea generate "a frog holding a sign" -m krea -o frog.png
     """
-    macos.check_python()
-
-
-for verb in (
-    demo, setup, generate, resume, shell.shell, review, convert, models, inspect, plan, bench.bench, verify, doctor,
-    log, purge, config.config, schema.tool_schema, completion.completion,
-):  # fmt: skip
-    cli.add_command(verb)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The console script: runs the command and exits with its code."""
+    """Runs the command and exits with its code. This is the console script."""
     try:
         signals.listen()
         code = _run(sys.argv[1:] if argv is None else argv)
@@ -67,20 +111,21 @@ def main(argv: list[str] | None = None) -> None:
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
-        except OSError:  # or the interpreter tries again at its end, complains, and exits with another code
+        except OSError:  # else the interpreter tries again at exit, complains, and changes the exit code
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     sys.exit(code)
 
 
 def _run(argv: list[str]) -> int:
-    """Runs the command; every error becomes one line and its exit code."""
+    """Runs the command. Turns every error into a message and returns the exit code."""
     for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed by whoever started this
+        if getattr(sys, name) is None:  # the caller closed it
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
-    sys.stdout.reconfigure(errors="surrogateescape")  # names of files are bytes
+    if reconfigure := getattr(sys.stdout, "reconfigure", None):
+        reconfigure(errors="surrogateescape")  # file names are bytes
     try:
-        if asked := os.environ.get(completion.VARIABLE):
-            return completion.answer(cli, asked)
+        if instruction := os.environ.get(completion.VARIABLE):
+            return completion.answer(cli, instruction)
         with cli.make_context("flux-krea", list(argv) or ["--help"]) as context:
             cli.invoke(context)
         return 0
@@ -90,13 +135,17 @@ def _run(argv: list[str]) -> int:
 
 
 def _report(error: Exception) -> int:
-    """The one place that maps errors to exit codes."""
+    """Maps an error to its message and exit code; no other place does."""
     if isinstance(error, click.exceptions.Exit):  # of --help and --version
         return error.exit_code
     if isinstance(error, FluxKreaError):
-        return _fail(str(error), error.exit_code)
+        # here, since options.py would slow down --help
+        from mlx_flux_krea.commands.shared.options import with_option_names
+
+        return _fail(with_option_names(str(error)), error.exit_code)
     if isinstance(error, click.ClickException):
-        command = error.ctx.command_path if getattr(error, "ctx", None) else "flux-krea"
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context else "flux-krea"
         return _fail(f"{error.format_message().rstrip('.?')}; try {command} --help", 2)
     if isinstance(error, OSError):
         return _os_error(error)
@@ -105,11 +154,11 @@ def _report(error: Exception) -> int:
 
 
 def _os_error(error: OSError) -> int:
-    """What the system refused. Whatever writes files says itself that it cannot: this was our output, or a reading."""
+    """Reports an error of the system, in reading a file or printing; code that writes files reports its own."""
     disk_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
     if not any(frame.f_code is click.echo.__code__ for frame, _ in traceback.walk_tb(error.__traceback__)):
         return _fail(f"{error.filename or 'a file'} cannot be read: {error.strerror or error}", 8 if disk_full else 3)
-    if error.errno == errno.EPIPE:  # the reader went away, and knows it
+    if error.errno == errno.EPIPE:  # the reader closed the pipe on purpose
         return 2
     return _fail(f"the output cannot be written: {error.strerror}", 8 if disk_full else 2)
 

@@ -9,7 +9,6 @@ from helpers import PIPELINE, TOKENIZERS
 from mlx_flux_krea.convert import convert
 
 from mlx_flux_krea import FluxPipeline
-from mlx_flux_krea.commands.shared import terminal
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -53,7 +52,6 @@ def home(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("FLUX_KREA_HOME", str(folder / "home"))
     monkeypatch.setenv("HF_HOME", str(folder / "hub"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr(terminal, "_as_events", False)  # a run with --json leaves it on
     return folder / "home"
 
 

@@ -15,10 +15,10 @@ from mlx_flux_krea.convert import convert
 from PIL import Image
 
 from mlx_flux_krea import FluxPipeline
-from mlx_flux_krea.commands.setup import PROMPT
 from mlx_flux_krea.filters import instructions, judges
 from mlx_flux_krea.filters.instructions import CANARIES
 from mlx_flux_krea.models import pixtral
+from mlx_flux_krea.presets import FIRST_PROMPT
 from mlx_flux_krea.weights import open_filter, open_model
 
 # the reference's Pixtral in widths that groups of 64 divide: of every axis, what it becomes
@@ -53,8 +53,8 @@ def write_published(root: Path) -> dict[str, Path]:
     shutil.copytree(TOKENIZERS, model, dirs_exist_ok=True)
     (model / "LICENSE.md").write_text(LICENCE, encoding="utf-8")
     made = convert([model], root / "made", quantize="none", dtype="bfloat16").path
-    picture = FluxPipeline.from_pretrained(made)(PROMPT, **PICTURE).images[0]
-    nsfw, pixtral = fitted_filters(root, write_wide(root / "wide"), {PROMPT: False}, [np.asarray(picture)])
+    picture = FluxPipeline.from_pretrained(made)(FIRST_PROMPT, **PICTURE).images[0]
+    nsfw, pixtral = fitted_filters(root, write_wide(root / "wide"), {FIRST_PROMPT: False}, [np.asarray(picture)])
     assert not open_model(made).requires_filters
     return {"model": model, "nsfw": nsfw, "pixtral": pixtral, "tiny": made / "transformer"}
 

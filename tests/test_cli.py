@@ -29,7 +29,7 @@ from mlx_flux_krea.errors import printable
 from mlx_flux_krea.provenance import Picture
 
 CAT = "A cat holding a sign that says hello world"
-MAKING = "making 1 picture of "  # what is said before the work starts
+MAKING = "1 picture: "  # written before the work starts
 SMALL = ["--width", "48", "--height", "32", "--steps", "2"]
 CODES = {signal.SIGINT: (130, "interrupted"), signal.SIGTERM: (143, "terminated"), signal.SIGHUP: (143, "terminated")}
 
@@ -104,8 +104,8 @@ def end(process, sent, marker, count=1):
 
 
 def stopped(line: str, word: str) -> bool:
-    """Whether a line says that the command was stopped, and if something of it is left, how to go on."""
-    more = r"( (at step \d+ of \d+|before the first step); go on with: flux-krea resume [0-9a-f]{8})?"
+    """True for a line that says that the command was stopped, and how to continue what remains."""
+    more = r"( (at step \d+ of \d+|before the first step); continue with: flux-krea resume [0-9a-f]{8})?"
     return re.fullmatch(f"flux-krea: {word}{more}", line) is not None
 
 
@@ -117,7 +117,7 @@ def test_a_signal_in_the_middle_of_the_imports_is_neither_lost_nor_a_crash(model
     sent = list(CODES)[imports // 30 % 3]
     process = start(["generate", CAT, "-m", model, *SLOW], tmp_path, python=["-X", "importtime"])
     for line in process.stderr:  # the first thing that the command imports: from here on it takes signals
-        if "commands.signals" in line:
+        if "shared.signals" in line:
             break
     out, err = end(process, sent, "import time:", imports)
     code, word = CODES[sent]
@@ -206,7 +206,7 @@ pipeline.FluxPipeline.__call__ = call"""
     process = start(["generate", CAT, "-m", model, *SMALL], tmp_path, patch)
     out, err = end(process, signal.SIGTERM, "moment")
     assert (process.returncode, out) == (143, "")
-    assert err[0].startswith("note: what was drawn is kept; go on with: flux-krea resume ")
+    assert err[0].startswith("note: the run is saved; continue with: flux-krea resume ")
     assert err[1:] == ["flux-krea: terminated"]
 
 
@@ -277,10 +277,10 @@ def test_progress_is_shown_in_a_terminal_and_nowhere_else(model, tmp_path):
     arguments = ["generate", CAT, "-m", model, "--width", 128, "--height", 128, "--steps", 30, "--seed", 1]
     code, _, text = at_terminal(*arguments, cwd=tmp_path)
     assert code == 0, text
-    assert re.search(r"drawing +\d+% .*/30 steps, +[\d.]+s/step|drawing +\d+% .*/30 steps, +[\d.]+step/s", text), text
+    assert re.search(r"denoising +\d+% .*/30 steps, +[\d.]+(s/step|step/s)", text), text
     assert re.search(r"\d left, [\d.]+ [kMG]B", text), text
     quiet = run_command(*arguments, "-o", "b.png", cwd=tmp_path)
-    assert "drawing" not in quiet.stderr
+    assert "denoising" not in quiet.stderr
 
 
 # --- generate ---
@@ -582,10 +582,10 @@ def test_inspect_says_what_it_does_not_know(command, tmp_path):
     mx.save_safetensors(str(tmp_path / "odd.safetensors"), {"something": mx.zeros((2, 3))})
     code, out, _ = command("inspect", "odd.safetensors")
     assert code == 0
-    assert "not known" in out
+    assert "unknown" in out
     Image.new("RGB", (8, 8)).save(tmp_path / "plain.png")
     code, out, _ = command("inspect", "plain.png")
-    assert (code, out) == (0, "plain.png carries no record of ours\n")
+    assert (code, out) == (0, "plain.png has no record of ours\n")
     refused(command("inspect", "nothing"), 3, "there is nothing at nothing")
     (tmp_path / "text.safetensors").write_text("text")
     refused(command("inspect", "text.safetensors"), 3, "cannot be read")

@@ -40,8 +40,8 @@ def same(a: Path, b: Path) -> bool:
     return levels(Image.open(a), Image.open(b)) == 0
 
 
-def drawings(model, config=None, **given):
-    """What would be drawn, without drawing it."""
+def prepared(model, config=None, **given):
+    """Prepares the jobs of some options, without generating them."""
     base = planning.merge(config or {}, given)
     jobs, skipped = planning.make_jobs(base, given)
     assert skipped == []
@@ -64,16 +64,16 @@ def test_every_aspect_is_a_shape_near_its_name_and_its_area():
 
 def test_megapixels_alone_keep_the_shape_of_the_image_or_of_the_model(model, tmp_path):
     Image.new("RGB", (300, 100)).save(tmp_path / "wide.png")
-    (drawing,) = drawings(model, prompt=CAT, megapixels=0.75, image=tmp_path / "wide.png")
-    assert (drawing.request.width, drawing.request.height) == (1536, 512)
-    (drawing,) = drawings(model, prompt=CAT, megapixels=0.25)
-    assert (drawing.request.width, drawing.request.height) == (512, 512)
+    (job,) = prepared(model, prompt=CAT, megapixels=0.75, image=tmp_path / "wide.png")
+    assert (job.request.width, job.request.height) == (1536, 512)
+    (job,) = prepared(model, prompt=CAT, megapixels=0.25)
+    assert (job.request.width, job.request.height) == (512, 512)
 
 
 def test_a_size_at_which_the_model_repeats_itself_is_drawn_with_a_warning(model):
-    assert drawings(model, prompt=CAT, width=1280, height=1280)[0].notes == ()
-    (note,) = drawings(model, prompt=CAT, aspect="1:1", megapixels=2.3)[0].notes
-    assert note.startswith("1552 x 1552 is 2.3 megapixels: above 1.8 megapixels this model draws things twice")
+    assert prepared(model, prompt=CAT, width=1280, height=1280)[0].notes == ()
+    (note,) = prepared(model, prompt=CAT, aspect="1:1", megapixels=2.3)[0].notes
+    assert note.startswith("1552 x 1552 is 2.3 megapixels: above 1.8 megapixels this model repeats objects")
 
 
 @pytest.mark.parametrize("other", [["--aspect", "1:1"], ["--megapixels", "1"]])
@@ -102,7 +102,7 @@ def test_alternatives_make_a_picture_of_each_choice(tiny, tmp_path):
     assert code == 0, err
     assert out.split() == [f"a-{c}-{a}.png" for c in ("red", "green") for a in ("cat", "dog")]
     assert read_record(tmp_path / "a-green-cat.png")["prompt"] == "a green cat"
-    assert "making 4 pictures of 32 x 32" in err
+    assert "4 pictures: 32 x 32 with 1 step" in err
 
 
 @pytest.mark.parametrize(
@@ -134,11 +134,11 @@ def test_how_much_of_a_prompt_is_read_is_said_before_the_work_starts(tiny):
     assert code == 0
     announced, cut, first, *_ = err.splitlines()
     t5 = [len(entry["t5_ids"]) for entry in facts()["tokens"] if entry["prompt"] == CAT]
-    assert re.search(r"CLIP reads 4 to 77 of 77 tokens, T5 reads \d+ to \d+ of 512 tokens", announced), announced
+    assert re.search(r"4 to 77 of 77 CLIP tokens used, \d+ to \d+ of 512 T5 tokens used", announced), announced
     assert cut.startswith("note: CLIP reads 77 tokens; not read: 'cat cat cat cat cat")
     assert first.startswith("seed ")
     assert err.count("not read") == 1
-    assert f"T5 reads {t5[0]} of 512" in tiny(CAT)[2]
+    assert f"{t5[0]} of 512 T5 tokens used" in tiny(CAT)[2]
 
 
 CSV = [
@@ -191,13 +191,13 @@ def test_fifty_prompts_in_one_process_one_of_them_bad(tiny, tmp_path, monkeypatc
 
 
 def test_the_encoders_are_read_once_for_several_prompts(tiny, tmp_path, monkeypatch):
-    from mlx_flux_krea.commands import generate
+    from mlx_flux_krea.commands.shared import generation
     from mlx_flux_krea.weights import NetworkFolder
 
     load, loaded = NetworkFolder.load, []
     monkeypatch.setattr(NetworkFolder, "load", lambda self, dtype: loaded.append(self.component) or load(self, dtype))
     (tmp_path / "list.txt").write_text("\n".join(f"frog {n}" for n in range(5)))
-    monkeypatch.setattr(generate, "_TOGETHER", 3)
+    monkeypatch.setattr(generation, "_TOGETHER", 3)
     size = ["--width", "16", "--height", "16", "--steps", "1", "--negative-prompt", "mud", "--true-cfg-scale", "2"]
     code, out, err = tiny("--prompts", "list.txt", "--seed", "1", "-o", "{n}.png", size=size)
     assert (code, len(out.split())) == (0, 5), err
@@ -210,7 +210,7 @@ def test_the_encoders_are_read_once_for_several_prompts(tiny, tmp_path, monkeypa
     ("name", "text", "says"),
     [
         ("a.txt", "", "holds no prompt"),
-        ("a.csv", "frog\n", "names of options, prompt among them"),
+        ("a.csv", "frog\n", "names of options, with prompt"),
         ("a.csv", 'prompt\n"a', "a.csv, line 2"),
         ("a.jsonl", "[1]\n{", "no row can be used; a.jsonl, line 1: this is not a JSON object"),
         ("a.jsonl", '{"prompt": "a", "model": "x"}', "there is no option 'model' here"),
@@ -252,7 +252,7 @@ def test_several_seeds_are_several_pictures_named_by_their_seed(tiny, tmp_path, 
     code, out, err = tiny(*options, "-o", "out_{seed}.png", CAT)
     assert code == 0, err
     assert out.split() == [f"out_{seed}.png" for seed in seeds]
-    assert f"seed {', '.join(map(str, seeds))}, CLIP" in err
+    assert f"seed {', '.join(map(str, seeds))}, 11 of" in err
     assert [read_record(tmp_path / name)["seed"] for name in out.split()] == seeds
 
 
@@ -260,13 +260,13 @@ def test_a_random_seed_is_chosen_once_for_all_prompts(tiny, tmp_path):
     _, out, err = tiny("a {cat|dog}", "-n", "2", "-o", "{n}-{seed}.png")
     seeds = [int(re.search(r"-(\d+)", name)[1]) for name in out.split()]
     assert seeds == [seeds[0], seeds[0] + 1] * 2
-    assert f"seed {seeds[0]}, {seeds[1]}, CLIP" in err.splitlines()[0]
+    assert f"seed {seeds[0]}, {seeds[1]}, 4 to" in err.splitlines()[0]
 
 
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--seed", "1", "2", "-n", "2"], "--num-images beside 2 seeds"),
+        (["--seed", "1", "2", "-n", "2"], "--num-images is given with 2 seeds"),
         (["--seed", "7+0"], "range of 0 seeds"),
         (["--seed", "7+9999999"], "range of 9999999 seeds"),
         (["--seed", f"{2**64 - 1}+2"], "is not in the range"),
@@ -316,7 +316,7 @@ LIKE = {  # width, height, steps, guidance, noise: what each tool's own code or 
 @pytest.mark.parametrize("tool", LIKE)
 def test_like_sets_what_the_tool_does_and_options_beside_it_override(model, tool):
     def settings(**given):
-        r = drawings(model, prompt=CAT, like=tool, **given)[0].request
+        r = prepared(model, prompt=CAT, like=tool, **given)[0].request
         return r.width, r.height, r.num_inference_steps, r.guidance_scale, r.noise
 
     assert settings() == LIKE[tool]
@@ -413,7 +413,7 @@ def test_a_record_that_cannot_be_followed_is_refused(command, model, tmp_path, m
     assert (code, out) == (2, ""), err
     assert says in err
     Image.new("RGB", (16, 16)).save("b.png")
-    assert "b.png carries no record of ours" in command("generate", "--from", "b.png", "-m", model)[2]
+    assert "b.png has no record of ours" in command("generate", "--from", "b.png", "-m", model)[2]
 
 
 def test_another_image_than_the_record_has_is_noted(tiny, command, model, tmp_path):
@@ -450,12 +450,12 @@ def test_the_config_file_holds_where_the_command_says_nothing(tiny, command, mod
 
 def test_like_and_from_go_before_the_config_file(model):
     config = {"steps": 5, "guidance": 2.0, "negative_prompt": "blurry", "true_cfg_scale": 2.0, "aspect": "1:1"}
-    (drawing,) = drawings(model, config, prompt=CAT, like="bfl")
-    request = drawing.request
+    (job,) = prepared(model, config, prompt=CAT, like="bfl")
+    request = job.request
     assert (request.width, request.num_inference_steps, request.guidance_scale) == (1360, 50, 2.5)
     assert request.negative_prompt == "blurry"
-    (drawing,) = drawings(model, {"like": "bfl"}, prompt=CAT, steps=5)
-    assert (drawing.request.width, drawing.request.num_inference_steps) == (1360, 5)
+    (job,) = prepared(model, {"like": "bfl"}, prompt=CAT, steps=5)
+    assert (job.request.width, job.request.num_inference_steps) == (1360, 5)
 
 
 def test_a_picture_made_again_is_the_same_whatever_the_config_file_says(tiny, command, model, tmp_path):

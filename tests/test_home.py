@@ -104,7 +104,7 @@ def test_a_linked_model_loses_its_link_and_nothing_else(command, model, home):
     (home / "models" / "linked").symlink_to(model)
     assert [row["name"] for row in json.loads(command("models", "--json")[1])] == ["linked"]
     code, _, err = command("models", "rm", "linked", "--yes")
-    assert (code, "what it led to is still there" in err) == (0, True)
+    assert (code, "its target is still there" in err) == (0, True)
     assert (model / "model_index.json").exists()
     assert list((home / "models").iterdir()) == []
 
@@ -139,7 +139,7 @@ def examined(command, *options):
 def test_a_whole_installation_is_called_so(command, two):
     code, found, wrong, err = examined(command)
     assert (code, wrong) == (0, []), err
-    assert found["model one"].endswith("whole by size")
+    assert found["model one"].endswith("complete by size")
     assert found["hub login"].startswith("no")
     assert found["log"] == "none yet"
     assert re.fullmatch(r".* free, reads \d+\.\d GB/s", found["disk"])
@@ -246,7 +246,7 @@ def test_what_is_named_goes_and_nothing_else(command, two, options, stay):
     command("models", "default", "one")
     size = sum(path.stat().st_size for path in (two / "models").rglob("*") if path.is_file())
     code, _, err = command("purge", *options)
-    assert (code, "say it with --yes" in err) == (2, True)
+    assert (code, "confirm with --yes" in err) == (2, True)
     kept = {"models", "filters", "log", "quarantine", "interrupted", "config.json"}
     assert {Path(name).parts[0] for name in left(two)} == kept
     code, out, err = command("purge", *options, "--yes", "--json")
@@ -288,6 +288,6 @@ def test_no_link_out_of_the_home_folder_is_followed(command, two, tmp_path, link
     (two / linked).symlink_to(tmp_path / "elsewhere")
     before = left(tmp_path / "elsewhere")
     code, _, err = command("purge", "--weights", "--yes")
-    assert (code, "was a link: what it led to is still there" in err) == (0, True)
+    assert (code, "was a link: its target is still there" in err) == (0, True)
     assert left(tmp_path / "elsewhere") == before
     assert not (two / "models").exists()

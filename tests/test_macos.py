@@ -56,7 +56,7 @@ def test_a_machine_without_caffeinate_runs_all_the_same(mac, monkeypatch):
 
 
 def test_a_folder_of_weights_is_left_out_of_spotlight_and_time_machine(mac):
-    macos.leave_alone(mac)
+    macos.exclude(mac)
     assert (mac / ".metadata_never_index").read_bytes() == b""
     assert calls(mac) == [f"tmutil addexclusion {mac}"]
 
@@ -65,7 +65,7 @@ def test_elsewhere_nothing_is_done(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setattr(subprocess, "Popen", None)
     with macos.awake():
-        macos.leave_alone(tmp_path)
+        macos.exclude(tmp_path)
     assert list(tmp_path.iterdir()) == []
     assert macos.sysctl("hw.memsize") is None
     macos.check_python()
@@ -74,8 +74,8 @@ def test_elsewhere_nothing_is_done(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("values", "problem"),
     [
-        ({"sysctl.proc_translated": "1"}, "is made for Intel and runs translated.*prints arm64"),
-        ({"sysctl.proc_translated": "0", "machdep.cpu.brand_string": "Apple M2"}, "is made for Intel"),
+        ({"sysctl.proc_translated": "1"}, "is built for Intel and runs translated.*prints arm64"),
+        ({"sysctl.proc_translated": "0", "machdep.cpu.brand_string": "Apple M2"}, "is built for Intel"),
         ({"machdep.cpu.brand_string": "Intel(R) Core(TM) i7"}, "has an Intel processor"),
         ({}, "has an Intel processor"),
     ],
@@ -102,4 +102,4 @@ def test_the_command_names_it_before_mlx_is_imported(mac):
         )
         assert ran.returncode == code, ran.stderr
         assert ran.stderr.startswith("flux-krea: this Python (")
-        assert "is made for Intel and runs translated" in ran.stderr
+        assert "is built for Intel and runs translated" in ran.stderr

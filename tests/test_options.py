@@ -23,7 +23,7 @@ from pictures import THINGS, is_right
 from PIL import Image
 
 from mlx_flux_krea import presets
-from mlx_flux_krea.cli import cli
+from mlx_flux_krea.cli import VERBS
 from mlx_flux_krea.commands import demo
 from mlx_flux_krea.commands.shared.preview import Preview
 from mlx_flux_krea.filters import judges as filters_judges
@@ -184,7 +184,7 @@ def test_like_a_tool_the_picture_is_right_and_drawn_as_the_tool_does(run):
         assert (record["guidance_scale"], record["noise"]) == (tool.defaults.guidance_scale, tool.noise)
         assert ("sigmas" in record, right(path)) == (bool(tool.mu), how is not QUICK), name
         assert f"note: like {name}, by " in err
-        named = f"note: {name} draws its noise on a CUDA device" in err and "its own, the picture is not" in err
+        named = f"note: {name} draws its noise on a CUDA device" in err and "match, the picture does not" in err
         assert named == (name in presets.NOT_REPRODUCIBLE)
 
 
@@ -266,7 +266,7 @@ def test_with_less_memory_less_is_kept_and_the_picture_is_the_same(run, draw):
     for memory in ("5MB", "auto"):
         code, out, err = run("generate", CROSS, "-m", "nano", *QUICK, "--memory", memory, "--verbose")
         assert (code, data([Path(out.strip())])) == (0, data(whole)), err
-        kept.append(int(re.search(r"^(\d+) of 10 blocks of the transformer stay in memory$", err, re.M)[1]))
+        kept.append(int(re.search(r"^(\d+) of 10 transformer blocks resident in memory$", err, re.M)[1]))
         rows = re.findall(r"^(\w+) +[\d.]+ +([\d.]+) MB +([\d.]+) MB$", err, re.M)
         assert [stage for stage, *_ in rows] == ["text", "denoise", "decode"]
         assert all(0 < float(measured) - others < 1.15 * float(predicted) for _, predicted, measured in rows), rows
@@ -360,7 +360,7 @@ def test_json_tells_what_happens_while_it_happens_and_all_of_it_at_the_end(run, 
     steps = [(e["done"], e["total"]) for e in events if e["event"] == "progress" and e["stage"] == "denoise"]
     assert steps == [(1, 2), (2, 2)] * 2
     assert {e["stage"] for e in events if e["event"] == "progress"} == {"text", "modulation", "denoise", "decode"}
-    assert any(e["text"].startswith("making 2 pictures") for e in events if e["event"] == "said")
+    assert any(e["text"].startswith("2 pictures: ") for e in events if e["event"] == "said")
     order = [e["event"] for e in events if e["event"] == "picture" or e.get("stage") == "denoise"]
     assert order == ["progress", "progress", "picture"] * 2
 
@@ -438,7 +438,7 @@ def test_options_of_a_shell_and_of_its_lines_do_what_they_do_in_generate(run, dr
         code, out, err = run(verb, *args, *spelled(BESIDE), **more)
         files = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
         assert (code, set(files)) == (0, {"start.webp", "now.png", "1.jpg", "2.jpg", "sheet.jpg"}), err
-        assert (files.pop("start.webp"), err.count("of 10 blocks")) == (start, 2)
+        assert (files.pop("start.webp"), err.count("of 10 transformer blocks")) == (start, 2)
         for name in files:  # all are replaced by the next run; nothing but a preview takes a preview's name
             (tmp_path / name).unlink() if name == "now.png" else (tmp_path / name).write_text("mine")
         told = [
@@ -475,4 +475,4 @@ def test_what_a_shell_may_not_draw_it_does_not_draw_whenever_that_is_said(run, f
 
 @pytest.mark.parametrize("verb", ["generate", "demo", "shell"])
 def test_no_option_of_a_verb_is_without_a_test_of_what_it_does(verb):
-    assert {parameter.opts[-1] for parameter in cli.commands[verb].params} == SHOWN[verb]
+    assert {parameter.opts[-1] for parameter in VERBS[verb].load().params} == SHOWN[verb]

@@ -150,7 +150,7 @@ def test_the_command_draws_within_a_budget_and_shows_what_was_predicted_and_meas
     measured = {row[0]: row for row in rows if row and row[0] in ("text", "denoise", "decode")}
     assert len(measured) == 3
     assert ["stage", "seconds", "memory", "predicted", "measured"] in rows
-    assert "of 5 blocks of the transformer stay in memory" in out[2]
+    assert "of 5 transformer blocks resident in memory" in out[2]
     code, _, err = command("generate", CAT, "-m", model, "--memory", "2MB")
     assert code == 8
     assert "needs" in err
@@ -159,7 +159,7 @@ def test_the_command_draws_within_a_budget_and_shows_what_was_predicted_and_meas
 def test_the_command_plans_a_model_and_the_published_one(command, model):
     code, text, _ = command("plan", model, "--width", 64, "--height", 64, "--memory", "1GB")
     assert code == 0
-    assert "5 of 5 blocks of the transformer stay in memory; nothing is read while drawing" in text
+    assert "5 of 5 transformer blocks are resident in memory; none is streamed" in text
     code, out, _ = command("plan", model, "--json", "--memory", "1GB", "--width", 64, "--height", 64)
     facts = json.loads(out)
     assert facts["stages"].keys() == {"text", "modulation", "denoise", "decode"}
@@ -187,7 +187,7 @@ def test_the_bench_measures_a_run_and_releases_nothing(command, model, tmp_path)
     code, line, _ = command("bench", "-m", strict, "--width", 64, "--height", 64, "--steps", 3)
     assert code == 0
     assert line.count(" | ") == 6
-    assert "s a step" in line
+    assert "s per step" in line
     assert "5 of 5 blocks in memory" in line
     assert [path.name for path in tmp_path.iterdir()] == ["strict"]
     facts = json.loads(command("bench", "-m", model, "--width", 64, "--height", 64, "--steps", 3, "--json")[1])

@@ -129,7 +129,7 @@ def test_a_run_that_was_stopped_makes_the_same_file(command, model, whole, tmp_p
     assert said.removeprefix("at ") in command("resume", "--list")[1]
     if number != signal.SIGKILL:
         word = "interrupted" if number == signal.SIGINT else "terminated"
-        assert ran.stderr.splitlines()[-1] == f"flux-krea: {word} {said}; go on with: flux-krea resume {path.stem}"
+        assert ran.stderr.splitlines()[-1] == f"flux-krea: {word} {said}; continue with: flux-krea resume {path.stem}"
     code, out, err = command("resume")
     assert (code, out, files()) == (0, f"{tmp_path / 'out.png'}\n", []), err
     assert (tmp_path / "out.png").read_bytes() == whole
@@ -151,7 +151,7 @@ def test_every_kind_of_picture_goes_on_from_the_middle(command, generate, tmp_pa
         code, out, err = generate(*options)
     assert (code, out) == (1, "")
     (path,) = files()
-    assert f"note: what was drawn is kept; go on with: flux-krea resume {path.stem}" in err
+    assert f"note: the run is saved; continue with: flux-krea resume {path.stem}" in err
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Generator, "_start", None)
         code, out, err = command("resume", path.stem)
@@ -173,7 +173,7 @@ def test_a_failed_decode_or_a_full_disk_is_tried_again_and_nothing_is_sampled_ag
             patch.setattr("mlx_flux_krea.files._claim", full)
         code, out, err = generate()
     assert (code, out) == (1 if what == "decoding" else 8, "")
-    assert "go on with: flux-krea resume" in err
+    assert "continue with: flux-krea resume" in err
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Generator, "_conditions", None)
         patch.setattr(Generator, "_velocity", None)
@@ -378,10 +378,10 @@ DAMAGED = {
     "more": (lambda f, a: a.update(more=np.zeros(3)), "holds something else"),
     "NaN": (lambda f, a: a["latents"].fill(np.nan), "holds NaN"),
     "no colours": (lambda f, a: a.update(image=np.zeros((4, 4, 1), np.uint8)), "holds something else"),
-    "a taken name": (lambda f, a: f["run"].update(named={"path": 3}), "list of pictures is none"),
-    "no jobs": (lambda f, a: f["run"].update(jobs=[]), "pictures of 0"),
-    "jobs": (lambda f, a: f["run"].update(jobs=[1]), "list of pictures is none"),
-    "a field": (lambda f, a: f["run"].update(more=1), "list of pictures is none"),
+    "a taken name": (lambda f, a: f["run"].update(named={"path": 3}), "list of pictures is damaged"),
+    "no jobs": (lambda f, a: f["run"].update(jobs=[]), "finished pictures of 0"),
+    "jobs": (lambda f, a: f["run"].update(jobs=[1]), "list of pictures is damaged"),
+    "a field": (lambda f, a: f["run"].update(more=1), "list of pictures is damaged"),
     "a seed": (lambda f, a: job(f).update(seed=-1), "seed is -1"),
     "an option": (lambda f, a: job(f)["options"].update(stesp=1), "did you mean steps?"),
     "a value": (lambda f, a: job(f)["options"].update(steps="many"), "'many' is not a valid integer"),
@@ -436,7 +436,7 @@ def test_a_run_of_another_model_ends_with_3(command, kept, model, tmp_path):
     edit_json(other / "manifest.json", other=True)
     code, out, err = command("resume", kept, "-m", other)
     assert (code, out) == (3, "")
-    assert "is not the model that this run was begun with" in err
+    assert "is not the model that this run started with" in err
     assert command("resume", kept, "-m", model)[0] == 0
 
 
@@ -450,7 +450,7 @@ def test_a_model_that_moved_is_found_by_its_hash_and_other_versions_are_told(com
     change(kept, edit)
     code, _, err = command("resume", kept)
     assert code == 0, err
-    assert "note: this run was begun by mlx-flux-krea 0.1.0 with mlx 0.1, and goes on by" in err
+    assert "note: this run was started by mlx-flux-krea 0.1.0 with mlx 0.1 and is continued by" in err
 
 
 def test_a_file_from_elsewhere_replaces_nothing_and_stays_as_it_is(command, kept, tmp_path):

@@ -13,7 +13,7 @@ import pytest
 from helpers import SHOWS_PICTURES, acknowledge, at_terminal, edit_json, run_command
 from PIL import Image
 
-from mlx_flux_krea.commands.shared.terminal import show_picture
+from mlx_flux_krea.commands.shared.terminal import Console, show_picture
 from mlx_flux_krea.filters.ledger import Ledger, Verdict
 from mlx_flux_krea.filters.log import Log
 from mlx_flux_krea.provenance import SOFTWARE, read_record
@@ -77,7 +77,7 @@ def test_one_yes_rejects_and_deletes(out, home, answers):
     keep()
     code, stdout, seen = answered(out, answers, "--reviewer", "Ada", **SHOWN)
     assert (code, stdout, files(out), files(home / "quarantine")) == (0, "", [], [])
-    assert "rejected, and deleted" in seen
+    assert "rejected and deleted" in seen
     assert (log(home)[-1]["event"], log(home)[-1]["reviewer"]) == ("rejected", "Ada")
 
 
@@ -159,7 +159,7 @@ def test_generate_in_review_mode_ends_with_5_and_review_releases_the_very_pictur
     assert (ran.returncode, files(out)) == (5, []), ran.stderr
     (image,) = json.loads(ran.stdout)["images"]
     assert (image["path"], image["outcome"]) == (None, "waiting")
-    assert "look at it: flux-krea review" in ran.stderr
+    assert "review it: flux-krea review" in ran.stderr
     code, stdout, seen = answered(out, ["no", "no"], "--reviewer", "Ada", "-o", "cat.webp", **SHOWN)
     assert (code, stdout) == (0, "cat.webp\n"), seen
     assert read_record(out / "cat.webp")["prompt"] == "a cat"
@@ -179,7 +179,7 @@ def test_terminals_that_can_show_the_picture_get_all_of_it(tmp_path, monkeypatch
     monkeypatch.setenv(*variable.split("="))
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
     Image.fromarray(noise).save(tmp_path / "a.png")
-    assert show_picture(tmp_path / "a.png")
+    assert show_picture(tmp_path / "a.png", Console())
     sent = capsys.readouterr().err
     if "KITTY" in variable:
         chunks = re.findall(r"\x1b_G(a=T,f=100,)?m=(\d);([^\x1b]*)\x1b\\", sent)
@@ -200,12 +200,12 @@ def test_the_platforms_viewer_is_asked_where_there_is_a_display(tmp_path, monkey
     viewer.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     Image.fromarray(PIXELS).save(tmp_path / "a.png")
-    assert show_picture(tmp_path / "a.png") == (sys.platform == "darwin")
+    assert show_picture(tmp_path / "a.png", Console()) == (sys.platform == "darwin")
     monkeypatch.setenv("DISPLAY", ":0")
-    assert show_picture(tmp_path / "a.png")
+    assert show_picture(tmp_path / "a.png", Console())
     assert (tmp_path / "seen").read_text() == f"{tmp_path}/a.png\n"
     viewer.write_text("#!/bin/sh\nexit 3\n")
-    assert not show_picture(tmp_path / "a.png")
+    assert not show_picture(tmp_path / "a.png", Console())
 
 
 # --- the log ---
@@ -213,7 +213,7 @@ def test_the_platforms_viewer_is_asked_where_there_is_a_display(tmp_path, monkey
 
 def test_the_log_is_verified_and_exported_without_a_word_of_a_prompt(out, home):
     ran = run_command("log", "verify", cwd=out)
-    assert (ran.returncode, ran.stderr) == (0, "0 entries, each as it was written\n")
+    assert (ran.returncode, ran.stderr) == (0, "0 entries, unchanged\n")
     assert json.loads(run_command("log", "export", cwd=out).stdout)["entries"] == []
     assert not home.exists()  # looking makes nothing
     keep()

@@ -20,9 +20,9 @@ from helpers import ROOT, SHOWS_PICTURES, TOKENIZERS
 from hub import Hub
 
 from mlx_flux_krea import memory as plan
-from mlx_flux_krea.commands.setup import PROMPT
 from mlx_flux_krea.commands.shared import estimates
 from mlx_flux_krea.models import config
+from mlx_flux_krea.presets import FIRST_PROMPT
 from mlx_flux_krea.provenance import read_record
 
 PROGRAM = f"""
@@ -82,9 +82,9 @@ def home_of(place: Path) -> Path:
 
 
 ANSWERS = {  # to what is asked, in this order
-    "anything else ends this": "i agree",
+    "anything else ends setup": "i agree",
     "Precision (none, 8, 6, 5, 4) [none]": "",
-    "Go on? [Y/n]": "y",
+    "Continue? [Y/n]": "y",
 }
 
 
@@ -136,24 +136,24 @@ def state(home: Path) -> dict[Path, int]:
 def test_from_an_empty_home_to_a_picture_at_a_terminal_and_then_without_a_network(published_folders, place):
     code, shown, asked = at_terminal(place, *named(published_folders))
     assert (code, asked) == (0, list(ANSWERS)), shown
-    assert shown.index("For déjà vu alone.") < shown.index("anything else ends this") < shown.index("to fetch")
-    assert "all is well" in shown
+    assert shown.index("For déjà vu alone.") < shown.index("anything else ends setup") < shown.index("to download")
+    assert "everything is ready" in shown
     home = home_of(place)
     (model,) = (home / "models").iterdir()
     assert model.name == "FLUX.1-Krea-dev-bf16"
     assert (model / "LICENSE.md").read_text(encoding="utf-8") == LICENCE
     record = read_record(home / "pictures" / "FLUX.1-Krea-dev-bf16.png")
-    assert (record["prompt"], record["model"]) == (PROMPT, "FLUX.1-Krea-dev")
+    assert (record["prompt"], record["model"]) == (FIRST_PROMPT, "FLUX.1-Krea-dev")
     before = state(home)
 
     for arguments in ([], named(published_folders)):  # nobody is asked again, and nothing is made again
         ran = piped(place, "setup", *arguments, "--json", NO_SOCKETS="1")
         assert ran.returncode == 0, ran.stderr
         steps = json.loads(ran.stdout)["steps"]
-        assert (steps["weights"], steps["picture"]) == ("everything is installed", "was made")
+        assert (steps["weights"], steps["picture"]) == ("everything is installed", "already made")
         assert state(home) == before
     size = ["--width", "48", "--height", "32", "--steps", "1", "--seed", "1"]
-    ran = piped(place, "generate", PROMPT, *size, NO_SOCKETS="1")
+    ran = piped(place, "generate", FIRST_PROMPT, *size, NO_SOCKETS="1")
     assert (ran.returncode, ran.stdout) == (0, "out.png\n"), ran.stderr
     for verb in (["doctor", "--full"], ["models"], ["log", "verify"], ["verify", "FLUX.1-Krea-dev-bf16"]):
         ran = piped(place, *verb, NO_SOCKETS="1")
@@ -162,8 +162,8 @@ def test_from_an_empty_home_to_a_picture_at_a_terminal_and_then_without_a_networ
 
 
 STOPS = [
-    "anything else ends this", "Precision (none", "Go on?", "converting model", "converting nsfw", "converting pixtral",
-    "check:",
+    "anything else ends setup", "Precision (none", "Continue?", "converting model", "converting nsfw",
+    "converting pixtral", "check:",
 ]  # fmt: skip
 
 
@@ -174,7 +174,7 @@ def test_interrupted_at_any_step_it_goes_on(published_folders, place):
         code, shown, asked = at_terminal(place, *named(published_folders), stop_at=stop)
         assert code == 130, shown
         assert "interrupted" in shown
-        assert ("anything else ends this" in asked) == (number == 1)
+        assert ("anything else ends setup" in asked) == (number == 1)
         assert not list(home.rglob("*.partial"))
         now = {path.name for path in (home / "models", home / "filters") if path.exists() for path in path.iterdir()}
         assert done <= now
@@ -187,7 +187,7 @@ def test_interrupted_at_any_step_it_goes_on(published_folders, place):
 
 def test_a_person_who_does_not_agree_installs_nothing(published_folders, place):
     for said in ("", "no", "I do not agree", "yes"):
-        code, shown, _ = at_terminal(place, *named(published_folders), answers={"anything else ends this": said})
+        code, shown, _ = at_terminal(place, *named(published_folders), answers={"anything else ends setup": said})
         assert code == 6, shown
         assert "the licence was not acknowledged" in shown
     assert not home_of(place).exists()
@@ -232,7 +232,7 @@ def test_a_home_that_cannot_be_written_is_named(published_folders, place, monkey
 def test_without_weights_or_network_it_says_what_is_wanted(place):
     ran = piped(place, "setup", "--offline")
     assert ran.returncode == 3
-    assert "nothing on this disk can be made into the model; expected black-forest-labs/FLUX.1-Krea-dev" in ran.stderr
+    assert "no source of the model is on this disk; expected black-forest-labs/FLUX.1-Krea-dev" in ran.stderr
 
 
 # --- what is on this disk already ---
@@ -249,7 +249,7 @@ def test_files_of_other_programs_are_found_and_offered(published_folders, place,
     ran = piped(place, "setup", "--offline", "--tokenizers", str(TOKENIZERS), **environment)
     assert ran.returncode == 3
     assert "weights:" not in ran.stderr
-    assert "can be made into the nsfw" in ran.stderr, ran.stderr  # the model can: the next is what is missing
+    assert "no source of the nsfw is" in ran.stderr, ran.stderr  # the model can: the next is what is missing
 
 
 def test_a_gated_repository_is_explained_and_then_fetched(published_folders, place, tmp_path):
@@ -285,6 +285,6 @@ def test_the_precision_that_is_proposed_fits_disk_and_memory(monkeypatch, memory
     monkeypatch.setattr(plan, "machine_memory", lambda: memory * 10**9)
     sizes = config.ModelSizes(flux=config.FLUX_DEV, t5=config.T5_XXL, clip=config.CLIP_L, vae=config.FLUX_VAE)
     made = {"none": 33.8e9, "8": 18e9, "6": 12.5e9, "5": 11e9, "4": 9.5e9}
-    found = estimates.precisions(sizes, made, 1024, 1024, 512)
+    found = estimates.precisions(sizes, made, width=1024, height=1024, length=512)
     assert estimates.propose(found, free * 10**9) == proposed
     assert all(one.peak is None or one.peak <= memory * 10**9 for one in found.values())

@@ -104,7 +104,7 @@ def test_ctrl_c_takes_back_a_line_or_stops_a_picture_and_the_lines_are_kept(mode
         wait_for(b"half a line")
         press_ctrl_c(b"flux-krea> ")
         os.write(leader, b"a frog\n")
-        wait_for(b"making 1 picture")
+        wait_for(b"1 picture: ")
         press_ctrl_c(b"interrupted")
         os.write(leader, b"/n 1\n/w 32\n/h 32\na toad\n")
         wait_for(b"out.png")

@@ -114,7 +114,7 @@ def test_importing_the_package_imports_no_room():
         ("from .. import FluxPipeline", "mlx_flux_krea.models.vae", {"pipeline"}),
         ("from ..weights import ModelFolder", "mlx_flux_krea.models.vae", {"weights"}),
         ("from ..files import read_json", "mlx_flux_krea.models.config", {"files"}),
-        ("from .commands.shared.terminal import say", "mlx_flux_krea.weights", {"commands"}),
+        ("from .commands.shared.terminal import Console", "mlx_flux_krea.weights", {"commands"}),
         ("import convert", "mlx_flux_krea.weights", {"convert"}),
         ("from mlx_flux_krea.convert import convert", "mlx_flux_krea.pipeline", {"convert"}),
         ("from mlx_flux_krea.nano import FOLDER", "mlx_flux_krea.pipeline", {"nano"}),
@@ -145,7 +145,7 @@ def test_an_arrow_that_points_up_is_seen(source, module, rooms):
         ("from .config import VAEConfig\nfrom . import layers", "mlx_flux_krea.models.vae"),
         ("from ..sampling import noise", "mlx_flux_krea.models.vae"),
         ("from .weights import ModelFolder", "mlx_flux_krea.provenance"),
-        ("from . import pipeline\nfrom .shared.terminal import say", "mlx_flux_krea.commands.generate"),
+        ("from . import pipeline\nfrom .shared.terminal import Console", "mlx_flux_krea.commands.generate"),
         ("from mlx_flux_krea import FluxPipeline", "cli"),
     ],
 )

@@ -1,16 +1,18 @@
-"""flux-krea completion: what makes a shell complete our verbs and options."""
+"""flux-krea completion: the script by which a shell completes verbs, options and models."""
 
 import click
 from click.shell_completion import get_completion_class, shell_complete
 
-VARIABLE = "_FLUX_KREA_COMPLETE"  # in which the shell's script asks
+VARIABLE = "_FLUX_KREA_COMPLETE"  # set by the shell's script when it asks for completions
 
 
 @click.command()
 @click.argument("shell", type=click.Choice(["zsh", "bash", "fish"]))
 @click.pass_context
 def completion(context, shell):
-    """Print what makes SHELL complete verbs, options and models.
+    """Print the completion script for a shell.
+
+    It completes verbs, options and names of models.
 
     \b
     Examples:
@@ -18,10 +20,12 @@ def completion(context, shell):
       echo 'eval "$(flux-krea completion bash)"' >> ~/.bashrc
       flux-krea completion fish > ~/.config/fish/completions/flux-krea.fish
     """
-    script = get_completion_class(shell)(context.find_root().command, {}, "flux-krea", VARIABLE)
+    kind = get_completion_class(shell)
+    assert kind, shell  # click has a class for each choice
+    script = kind(context.find_root().command, {}, "flux-krea", VARIABLE)
     click.echo(script.source_template % script.source_vars())
 
 
-def answer(group: click.Group, asked: str) -> int:
-    """What the shell's script asks for, on stdout; gives the exit code."""
-    return shell_complete(group, {}, "flux-krea", VARIABLE, asked)
+def answer(group: click.Group, instruction: str) -> int:
+    """Prints completions for the shell's script. Returns the exit code."""
+    return shell_complete(group, {}, "flux-krea", VARIABLE, instruction)

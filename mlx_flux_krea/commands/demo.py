@@ -5,8 +5,15 @@ from pathlib import Path
 
 import click
 
+from mlx_flux_krea import FluxPipeline
+from mlx_flux_krea.provenance import Picture
+
 from .shared import signals
+from .shared.options import FILE
 from .shared.output import check_output, names_from, save
+from .shared.sheet import contact_sheet as make_sheet
+from .shared.terminal import Console, PipelineProgress, counted
+from .shared.text import stage_times
 
 _SCALES = (1.0, 2.0, 4.5, 8.0)  # guidance, across the sheet
 _SEEDS = 4  # down the sheet
@@ -14,60 +21,51 @@ _SEEDS = 4  # down the sheet
 
 @click.command()
 @click.argument("prompt", default="a red circle on a blue background")
-@click.option(
-    "-o", "--output", type=click.Path(path_type=Path), default="demo.png", show_default=True, help="PNG, JPEG or WebP."
-)
-@click.option("--seed", type=int, default=1, show_default=True, help="Repeats a picture.")
-@click.option("--contact-sheet", is_flag=True, help="A sheet instead: four seeds, each at four guidance values.")
+@click.option("-o", "--output", type=FILE, default="demo.png", show_default=True, help="PNG, JPEG or WebP file.")
+@click.option("--seed", type=int, default=1, show_default=True, help="Seed: the same seed repeats a picture.")
+@click.option("--contact-sheet", is_flag=True, help="Make a sheet instead: four seeds, each at four guidance scales.")
 @click.option("--force", is_flag=True, help="Replace the output; otherwise the next free name is taken.")
 def demo(prompt, output, seed, contact_sheet, force):
-    """Make a picture with the small model that comes with the program.
+    """Make a picture with the small built-in model.
 
-    It has learned coloured circles, squares, triangles, stars, crosses and rings.
+    The model knows coloured circles, squares, triangles, stars, crosses and rings.
 
     \b
     Example:
       flux-krea demo "a large yellow star above a small pink ring on a purple background"
     """
-    from .shared.terminal import say, show_notes
-
     check_output(output)
-    from mlx_flux_krea import FluxPipeline
-
-    show_notes()
-    pipe = FluxPipeline.from_pretrained("nano")
-    pictures = _sheet(pipe, prompt, seed, output) if contact_sheet else _picture(pipe, prompt, seed, output)
+    console = Console()
+    with console.library_notes():
+        pipe = FluxPipeline.from_pretrained("nano")
+        make = _sheet if contact_sheet else _picture
+        pictures = make(pipe, prompt, seed, output, console)
     with signals.held():
         signals.finish()
         for path, picture in pictures:
             click.echo(save(picture, names_from(path), force))
-    say("This is a toy: it proves that the installation works, and knows nothing but coloured shapes.")
-    say("It gets 93 % of sentences about one of them right, and 80 % of those about two.")
-    say("Next, the real model: flux-krea setup")
+    console.say("This toy model shows that the installation works. It knows nothing but coloured shapes.")
+    console.say("It gets 93 % of sentences about one shape right, and 80 % of those about two.")
+    console.say("Next, the real model: flux-krea setup")
 
 
-def _picture(pipe, prompt: str, seed: int, output: Path) -> list[tuple]:
-    """The picture, and the same enlarged."""
-    from .shared.terminal import PipelineProgress, say, stage_times
-
-    progress = PipelineProgress()
+def _picture(pipe: FluxPipeline, prompt: str, seed: int, output: Path, console: Console) -> list[tuple[Path, Picture]]:
+    """Generates the picture. Returns it, and an enlarged copy."""
+    progress = PipelineProgress(console)
     try:
         result = pipe(prompt, seed=seed, progress=progress)
     finally:
         progress.close()
-    say(stage_times(result.seconds))
+    console.say(stage_times(result.seconds))
     native = result.images[0]
     return [(output, native), (output.with_stem(f"{output.stem}-large"), native.enlarged(5))]
 
 
-def _sheet(pipe, prompt: str, seed: int, output: Path) -> list[tuple]:
-    """Seeds down, guidance across."""
-    from .shared.sheet import contact_sheet
-    from .shared.terminal import counted
-
+def _sheet(pipe: FluxPipeline, prompt: str, seed: int, output: Path, console: Console) -> list[tuple[Path, Picture]]:
+    """Generates a sheet with seeds down and guidance scales across."""
     seeds = range(seed, seed + _SEEDS)
-    asked = counted(list(itertools.product(seeds, _SCALES)), "drawing the sheet", "picture")
-    drawn = [pipe(prompt, seed=s, guidance_scale=scale).images[0] for s, scale in asked]
-    rows = [drawn[i : i + len(_SCALES)] for i in range(0, len(drawn), len(_SCALES))]
+    cells = counted(list(itertools.product(seeds, _SCALES)), "generating the sheet", "picture")
+    pictures = [pipe(prompt, seed=s, guidance_scale=scale).images[0] for s, scale in cells]
+    rows = [pictures[i : i + len(_SCALES)] for i in range(0, len(pictures), len(_SCALES))]
     labels = [f"guidance {scale:g}" for scale in _SCALES], [f"seed {s}" for s in seeds]
-    return [(output, contact_sheet(rows, *labels))]
+    return [(output, make_sheet(rows, *labels))]

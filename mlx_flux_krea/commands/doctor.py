@@ -1,4 +1,7 @@
-"""flux-krea doctor: what this machine and this installation are, and what is wrong, to paste into a report."""
+"""flux-krea doctor: examines this machine and the installation, as a text to paste into a report.
+
+Each examination imports its own libraries, so that one that cannot be imported becomes a finding.
+"""
 
 import contextlib
 import json
@@ -9,61 +12,67 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
 import click
 
+from mlx_flux_krea import __version__, home
 from mlx_flux_krea.errors import FiltersError, FluxKreaError, ModelError, ResourceError, UsageError, amount
+from mlx_flux_krea.files import bypass, forget
 
 from .shared import macos
+from .shared.text import size, table
 
-_ENOUGH = 2**26  # bytes of a file that tells the speed of a disk
-_SECONDS = 1.0  # that reading it may take
+_ENOUGH = 2**26  # bytes of a file that shows the speed of a disk
+_SECONDS = 1.0  # of reading it, at most
+
+
+class Finding(NamedTuple):
+    """One line of the report."""
+
+    name: str
+    text: str
+    error: FluxKreaError | None = None
 
 
 @click.command()
-@click.option("--full", is_flag=True, help="Also ask both filters again, which takes a minute.")
-@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+@click.option("--full", is_flag=True, help="Also run the filters' self-tests, which takes a minute.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def doctor(full, as_json):
-    """Examine this machine and what is installed.
+    """Examine this machine and the installation.
 
-    Ends with an error where something is wrong. No path of yours, no name and no token is in what it prints.
+    Ends with an error if anything is wrong. The report holds no personal path, name or token.
 
     \b
     Example:
       flux-krea doctor
     """
-    from .shared.terminal import table
-
-    rows, wrong = [], []
-    for name, examine in _EXAMINED.items():
+    rows, errors = [], []
+    for name, examine in _EXAMINATIONS.items():
         try:
-            found = examine(full)
+            findings = examine(full)
         except FluxKreaError as error:
-            found = [(name, "", error)]
+            findings = [Finding(name, "", error)]
         except (OSError, ImportError) as error:
-            found = [(name, "", UsageError(f"cannot be examined: {error}"))]
-        for label, says, error in found:
-            if error:
-                wrong.append(error)
-                says = f"WRONG: {error}"
-            rows.append((label, without_paths(str(says))))
+            findings = [Finding(name, "", UsageError(f"cannot be examined: {error}"))]
+        for finding in findings:
+            errors += [finding.error] if finding.error else []
+            text = f"WRONG: {finding.error}" if finding.error else finding.text
+            rows.append((finding.name, without_paths(text)))
     if as_json:
-        problems = [{"error": without_paths(str(error)), "exit_code": error.exit_code} for error in wrong]
-        click.echo(json.dumps({"findings": dict(rows), "wrong": problems}, ensure_ascii=False))
+        wrong = [{"error": without_paths(str(error)), "exit_code": error.exit_code} for error in errors]
+        click.echo(json.dumps({"findings": dict(rows), "wrong": wrong}, ensure_ascii=False))
     else:
         click.echo(table(rows))
-    if wrong:
-        count = amount(len(wrong), "thing is wrong", "things are wrong")
-        summary = FluxKreaError(f"{count}: see the lines that say so")
-        summary.exit_code = wrong[0].exit_code
-        raise summary
+    if errors:
+        count = amount(len(errors), "thing is wrong", "things are wrong")
+        raise type(errors[0])(f"{count}: see the lines marked WRONG")
 
 
 def without_paths(text: str) -> str:
-    """The text without the folders that tell who and where somebody is."""
-    from mlx_flux_krea import home
-
+    """Replaces the home folders, which show a user's name, by ~ and $FLUX_KREA_HOME."""
     places = {str(Path.home()): "~"}
     if os.environ.get("FLUX_KREA_HOME"):
         places[str(home.root())] = "$FLUX_KREA_HOME"
@@ -73,59 +82,12 @@ def without_paths(text: str) -> str:
     return text
 
 
-def _program(full: bool) -> list:
-    from importlib.metadata import version
-
-    from mlx_flux_krea import __version__
-
-    built = f"{platform.python_version()}, {platform.machine()}"
-    libraries = ", ".join(f"{name} {version(name)}" for name in ("mlx", "huggingface-hub"))
-    return [("flux-krea", f"{__version__}, with {libraries}", None), ("Python", built, None)]
-
-
-def _machine(full: bool) -> list:
-    import mlx.core as mx
-
-    from mlx_flux_krea.memory import machine_memory
-
-    from .shared.estimates import device
-    from .shared.terminal import size
-
-    system = f"macOS {platform.mac_ver()[0]}" if sys.platform == "darwin" else platform.system()
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    wired = macos.sysctl("iogpu.wired_limit_mb")
-    limit = "" if wired is None else f", wired limit {'the default' if wired == '0' else f'{wired} MB'}"
-    backend = "Metal" if mx.default_device().type == mx.gpu else "CPU"
-    return [
-        ("system", f"{system}, {platform.release()}", None),
-        ("chip", f"{device()}, {amount(os.cpu_count(), 'core')}, MLX on {backend}", None),
-        ("memory", f"{size(memory)}, of which {size(machine_memory())} may be used{limit}", None),
-    ]
-
-
-def _disk(full: bool) -> list:
-    from mlx_flux_krea import home
-
-    from .shared.estimates import home_disk
-    from .shared.terminal import size
-
-    place, free = home_disk()
-    wrong = ResourceError(f"{size(free)} are free on the disk of {home.root()}", "1 GB") if free < 10**9 else None
-    try:
-        speed = f"reads {read_speed(place) / 1e9:.1f} GB/s"
-    except OSError as error:
-        speed = f"its speed cannot be measured: {error.strerror}"
-    return [("disk", f"{size(free)} free, {speed}", wrong)]
-
-
 def read_speed(place: Path) -> float:
-    """Bytes per second that come from the disk of a folder, from the largest file of weights in it, or a new one.
+    """Measures the bytes per second that a disk reads, from its largest file of weights or from a new file.
 
     Raises:
-        OSError: it cannot be read, or the new one cannot be written.
+        OSError: the disk cannot be read, or the new file cannot be written.
     """
-    from mlx_flux_krea.files import bypass, forget
-
     files = [path for path in place.rglob("*.safetensors") if path.is_file()] if (place / "models").is_dir() else []
     largest = max(files, key=lambda path: path.stat().st_size, default=None)
     with contextlib.ExitStack() as stack:
@@ -135,75 +97,113 @@ def read_speed(place: Path) -> float:
             file = stack.enter_context(tempfile.TemporaryFile(dir=place, buffering=0))
             file.write(random.Random(0).randbytes(2**20) * (_ENOUGH // 2**20))
             os.fsync(file.fileno())
-        bypass(file.fileno())  # what is in memory of a file is not what a disk reads
+        bypass(file.fileno())  # cached pages would show the speed of memory
         forget(file.fileno())
-        buffer, count, begin = bytearray(2**23), 0, time.perf_counter()
+        buffer, count, start = bytearray(2**23), 0, time.perf_counter()
         file.seek(0)
-        while (read := file.readinto(buffer)) and (spent := time.perf_counter() - begin) < _SECONDS:
+        spent = 0.0
+        while spent < _SECONDS and (read := file.readinto(buffer)):
             count += read
+            spent = time.perf_counter() - start
         return count / max(spent, 1e-9)
 
 
-def _filters(full: bool) -> list:
-    from mlx_flux_krea import home
-    from mlx_flux_krea.filters.judges import FILTERS, INSTALL
+def _program(full: bool) -> list[Finding]:
+    built = f"{platform.python_version()}, {platform.machine()}"
+    libraries = ", ".join(f"{name} {version(name)}" for name in ("mlx", "huggingface-hub"))
+    return [Finding("flux-krea", f"{__version__}, with {libraries}"), Finding("Python", built)]
 
-    from .shared import trials
+
+def _machine(full: bool) -> list[Finding]:
+    import mlx.core as mx
+
+    from mlx_flux_krea.memory import machine_memory
+
+    from .shared.estimates import device
+
+    system = f"macOS {platform.mac_ver()[0]}" if sys.platform == "darwin" else platform.system()
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    wired = macos.sysctl("iogpu.wired_limit_mb")
+    limit = "" if wired is None else f", wired limit {'the default' if wired == '0' else f'{wired} MB'}"
+    backend = "Metal" if mx.default_device().type == mx.DeviceType.gpu else "CPU"
+    return [
+        Finding("system", f"{system}, {platform.release()}"),
+        Finding("chip", f"{device()}, {amount(os.cpu_count() or 1, 'core')}, MLX on {backend}"),
+        Finding("memory", f"{size(memory)}, of which {size(machine_memory())} may be used{limit}"),
+    ]
+
+
+def _disk(full: bool) -> list[Finding]:
+    from .shared.estimates import home_disk
+
+    place, free = home_disk()
+    error = ResourceError(f"{size(free)} are free on the disk of {home.root()}", "1 GB") if free < 10**9 else None
+    try:
+        speed = f"reads {read_speed(place) / 1e9:.1f} GB/s"
+    except OSError as reason:
+        speed = f"its speed cannot be measured: {reason.strerror}"
+    return [Finding("disk", f"{size(free)} free, {speed}", error)]
+
+
+def _filters(full: bool) -> list[Finding]:
+    from mlx_flux_krea.filters.judges import FILTERS
+
     from .shared.installed import find_installed
 
-    needed = any(one.filters == "required" for one in find_installed())
-    rows = []
-    for name in FILTERS:
-        path, error = home.path(home.FILTERS, name), None
-        if not path.is_dir():
-            error = (
-                FiltersError("not installed, and a model here requires it", "", "flux-krea setup") if needed else None
-            )
-            rows.append((f"filter {name}", "not installed", error))
-            continue
-        if says := trials.problem(name):
-            error = FiltersError(says, "", INSTALL)
-        elif full:
-            try:
-                trials.repeat(name, path)
-            except FiltersError as wrong:
-                error = wrong
-        says = "answers its self-test as it did" if full else "whole by size, self-test recorded; --full asks it again"
-        rows.append((f"filter {name}", says, error))
-    return rows
+    required = any(one.filters == "required" for one in find_installed())
+    return [_filter(name, required, full) for name in FILTERS]
 
 
-def _log(full: bool) -> list:
-    from mlx_flux_krea import home
+def _filter(name: str, required: bool, full: bool) -> Finding:
+    from mlx_flux_krea.filters.judges import INSTALL
+
+    from .shared import trials
+    from .shared.terminal import Console
+
+    label, path = f"filter {name}", home.path(home.FILTERS, name)
+    if not path.is_dir():
+        missing = FiltersError("not installed, and a model here requires it", "", "flux-krea setup")
+        return Finding(label, "not installed", missing if required else None)
+    if problem := trials.problem(name):
+        return Finding(label, "", FiltersError(problem, "", INSTALL))
+    if not full:
+        return Finding(label, "complete by size, self-test recorded; --full repeats it")
+    try:
+        trials.repeat(name, path, Console())
+    except FiltersError as error:
+        return Finding(label, "", error)
+    return Finding(label, "repeats its self-test")
+
+
+def _log(full: bool) -> list[Finding]:
     from mlx_flux_krea.filters.log import Log
 
     log = Log(home.path(home.LOG))
     return [
-        ("log", f"{amount(len(log.read()), 'entry', 'entries')}, unbroken" if log.path.exists() else "none yet", None)
+        Finding("log", f"{amount(len(log.read()), 'entry', 'entries')}, unbroken" if log.path.exists() else "none yet")
     ]
 
 
-def _hub(full: bool) -> list:
+def _hub(full: bool) -> list[Finding]:
     from huggingface_hub import constants, get_token
 
     offline = ", HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else ""
-    return [("hub login", ("yes" if get_token() else "no") + offline, None)]
+    return [Finding("hub login", ("yes" if get_token() else "no") + offline)]
 
 
-def _models(full: bool) -> list:
+def _models(full: bool) -> list[Finding]:
     from .shared.installed import find_installed
-    from .shared.terminal import size
 
-    found = [one for one in find_installed() if one.kind == "model"]
-    rows = []
-    for one in found:
-        says = f"{size(one.bytes)}, {one.precision}, {one.license}, filters {one.filters}, whole by size"
-        error = ModelError(one.problem, "", "convert it again: flux-krea setup") if one.problem else None
-        rows.append((f"model {one.name}", says + ", default" * one.default, error))
-    return rows or [("models", "", ModelError("none is installed", "", "flux-krea setup"))]
+    findings = []
+    for one in find_installed():
+        if one.kind == "model":
+            text = f"{size(one.bytes)}, {one.precision}, {one.license}, filters {one.filters}, complete by size"
+            error = ModelError(one.problem, "", "convert it again: flux-krea setup") if one.problem else None
+            findings.append(Finding(f"model {one.name}", text + ", default" * one.default, error))
+    return findings or [Finding("models", "", ModelError("none is installed", "", "flux-krea setup"))]
 
 
-_EXAMINED: dict[str, Callable[[bool], list]] = {
+_EXAMINATIONS: dict[str, Callable[[bool], list[Finding]]] = {
     "program": _program,
     "machine": _machine,
     "disk": _disk,

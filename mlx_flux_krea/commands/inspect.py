@@ -1,28 +1,37 @@
-"""flux-krea inspect: what a file or folder is. Reads headers, never tensors."""
+"""flux-krea inspect: describes a file or folder from its headers, without reading tensors."""
 
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import click
 
+from mlx_flux_krea.convert.layouts import identify
+from mlx_flux_krea.convert.sources import is_model_folder, open_sources
+from mlx_flux_krea.errors import ModelError, amount, printable
+from mlx_flux_krea.home import named
+from mlx_flux_krea.models.config import quantization_to_json, to_json
+from mlx_flux_krea.provenance import FORMATS, read_picture
+from mlx_flux_krea.weights import ModelFolder, count_parameters, open_folder
+
+from .shared.options import FILE
+from .shared.text import number, size, table
+
 
 @click.command()
-@click.argument("path", type=click.Path(path_type=Path))
-@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+@click.argument("path", type=FILE)
+@click.option("--json", "as_json", is_flag=True, help="Print all facts as JSON.")
 def inspect(path, as_json):
-    """Say what PATH is: a model folder or the name of an installed one, foreign weights, or a picture made here.
+    """Describe a model, other weights, or a picture made here.
+
+    PATH is a file or folder, or the name of an installed model.
 
     \b
     Examples:
       flux-krea inspect flux1-krea-dev.safetensors
       flux-krea inspect out.png
     """
-    from mlx_flux_krea.convert.sources import is_model_folder
-    from mlx_flux_krea.errors import ModelError, printable
-    from mlx_flux_krea.home import named
-    from mlx_flux_krea.provenance import FORMATS
-
     path = named(path)
     if not path.exists():
         raise ModelError(f"there is nothing at {path}", "a file or a folder")
@@ -35,28 +44,19 @@ def inspect(path, as_json):
     click.echo(_json(facts) if as_json else "\n".join(map(printable, lines.split("\n"))))
 
 
-def _picture(path: Path) -> tuple[dict, str]:
-    from mlx_flux_krea.provenance import read_picture
-
-    from .shared.terminal import table
-
+def _picture(path: Path) -> tuple[dict[str, Any], str]:
+    """Describes a picture by its record."""
     facts = read_picture(path)
     if not any(facts.values()):
-        return {"kind": "picture", **facts}, f"{path} carries no record of ours"
-    about = {"made by": facts["source_type"] or "not said", "software": facts["software"] or "not said"}
+        return {"kind": "picture", **facts}, f"{path} has no record of ours"
+    about = {"made by": facts["source_type"] or "unknown", "software": facts["software"] or "unknown"}
     if facts["record"] is None and facts["parameters"]:
         about["parameters"] = facts["parameters"]
     return {"kind": "picture", **facts}, table(list((about | (facts["record"] or {})).items()))
 
 
-def _model(path: Path) -> tuple[dict, str]:
-    """One of our own folders."""
-    from mlx_flux_krea.errors import amount
-    from mlx_flux_krea.models.config import quantization_to_json, to_json
-    from mlx_flux_krea.weights import ModelFolder, count_parameters, open_folder
-
-    from .shared.terminal import number, size, table
-
+def _model(path: Path) -> tuple[dict[str, Any], str]:
+    """Describes a model folder."""
     folder = open_folder(path)
     components = {}
     for name, network in folder.networks.items():
@@ -80,9 +80,9 @@ def _model(path: Path) -> tuple[dict, str]:
             ("defaults", f"{default.width} x {default.height}, {steps}"),
             ("shift", index["schedule"]["shift"]),
         ]
-    about.append(("made from", ", ".join(source["file"] for source in index["source"])))
+    about.append(("converted from", ", ".join(source["file"] for source in index["source"])))
     facts = {"kind": "model folder", **index, "components": components}
-    rows = [("component", "stored", "tensors", "parameters", "size")]
+    rows: list[tuple] = [("component", "stored", "tensors", "parameters", "size")]
     most = {name: f"{n.quantization}, " for name, n in folder.networks.items() if n.quantization}
     rows += [
         (n, most.get(n, "") + c["dtype"], c["tensors"], number(c["parameters"]), size(c["bytes"]))
@@ -91,47 +91,43 @@ def _model(path: Path) -> tuple[dict, str]:
     return facts, table(about) + "\n\n" + table(rows, right=(2, 3, 4))
 
 
-def _foreign(path: Path) -> tuple[dict, str]:
-    """Whatever the converter can open."""
-    from mlx_flux_krea.convert.layouts import identify
-    from mlx_flux_krea.convert.sources import open_sources
-    from mlx_flux_krea.errors import ModelError
-
-    from .shared.terminal import number, size, table
-
-    rows, facts = [("file", "layout", "types", "tensors", "parameters", "size")], []
+def _foreign(path: Path) -> tuple[dict[str, Any], str]:
+    """Describes weights that the converter can open."""
+    rows: list[tuple] = [("file", "layout", "types", "tensors", "parameters", "size")]
+    facts = []
     for source in open_sources([path]):
+        problem = None
         try:
-            found = [(one.layout.name, one.layout.component, one.tensors.values()) for one in identify(source)]
-            problem = None
+            layouts = [(one.layout.name, one.layout.component, one.tensors.values()) for one in identify(source)]
         except ModelError as error:
-            found, problem = [("not known", None, source.tensors.values())], str(error)
-        for layout, component, tensors in found:
+            layouts, problem = [("unknown", None, source.tensors.values())], str(error)
+        for layout, component, tensors in layouts:
             dtypes: dict[str, int] = {}
             for tensor in tensors:
                 dtypes[tensor.dtype] = dtypes.get(tensor.dtype, 0) + 1
-            fact = {
-                "path": str(source.path),
-                "layout": layout,
-                "component": component,
-                "problem": problem,
-                "dtypes": dtypes,
-                "tensors": sum(1 + len(tensor.parts) for tensor in tensors),
-                "parameters": sum(math.prod(tensor.shape) for tensor in tensors),
-                "bytes": sum(tensor.bytes for tensor in tensors),
-                "metadata": source.metadata,
-            }
-            facts.append(fact)
+            count = sum(1 + len(tensor.parts) for tensor in tensors)
+            parameters = sum(math.prod(tensor.shape) for tensor in tensors)
+            stored = sum(tensor.bytes for tensor in tensors)
+            facts.append(
+                {
+                    "path": str(source.path),
+                    "layout": layout,
+                    "component": component,
+                    "problem": problem,
+                    "dtypes": dtypes,
+                    "tensors": count,
+                    "parameters": parameters,
+                    "bytes": stored,
+                    "metadata": source.metadata,
+                }
+            )
             types = ", ".join(f"{n} {t}" for t, n in sorted(dtypes.items()))
-            counts = fact["tensors"], number(fact["parameters"]), size(fact["bytes"])
-            rows.append((source.path.name, layout, types, *counts))
-    text = table(rows, right=(3, 4, 5))
-    for problem in (fact["problem"] for fact in facts):
-        text += f"\n{problem}" if problem else ""
-    return {"kind": "weights", "sources": facts}, text
+            rows.append((source.path.name, layout, types, count, number(parameters), size(stored)))
+    problems = [fact["problem"] for fact in facts if fact["problem"]]
+    return {"kind": "weights", "sources": facts}, "\n".join([table(rows, right=(3, 4, 5)), *problems])
 
 
-def _json(facts: dict) -> str:
-    """Readable where it can be shown as it is: what stands in a file must not steer a terminal."""
+def _json(facts: dict[str, Any]) -> str:
+    """Formats facts as JSON; characters that control a terminal are escaped."""
     text = json.dumps(facts, ensure_ascii=False)
     return text if text.isprintable() else json.dumps(facts)

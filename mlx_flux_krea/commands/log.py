@@ -1,14 +1,22 @@
-"""flux-krea log: whether the log of checks and releases is whole, and a summary for whoever may ask."""
+"""flux-krea log: verifies and exports the log of checks and releases."""
 
 import json
 from collections import Counter
+from pathlib import Path
 
 import click
+
+from mlx_flux_krea import home
+from mlx_flux_krea.errors import amount
+from mlx_flux_krea.filters.log import Log
+from mlx_flux_krea.provenance import SOFTWARE
+
+from .shared.terminal import Console
 
 
 @click.group()
 def log():
-    """The log of what was checked, reviewed and released.
+    """Verify or export the log of checks and releases.
 
     \b
     Examples:
@@ -19,21 +27,15 @@ def log():
 
 @log.command()
 def verify():
-    """Follow the chain of hashes from the first entry to the last."""
-    from mlx_flux_krea.errors import amount
-
-    from .shared.terminal import say
-
+    """Verify the chain of hashes from the first entry to the last."""
     path, entries = _read()
-    say(f"{amount(len(entries), 'entry', 'entries')}, each as it was written")
+    Console().say(f"{amount(len(entries), 'entry', 'entries')}, unchanged")
     click.echo(path)
 
 
 @log.command()
 def export():
-    """Print a summary and every entry as JSON. There are hashes of prompts and pictures in it, and neither of them."""
-    from mlx_flux_krea.provenance import SOFTWARE
-
+    """Print a summary and every entry as JSON, with hashes of prompts and pictures only."""
     _, entries = _read()
     runs = [entry for entry in entries if entry["event"] in ("run", "unfiltered")]
     summary = {
@@ -48,10 +50,7 @@ def export():
     click.echo(json.dumps({**summary, "entries": entries}))
 
 
-def _read():
-    """Path and entries of the log, which need not exist."""
-    from mlx_flux_krea import home
-    from mlx_flux_krea.filters.log import Log
-
+def _read() -> tuple[Path, list[dict]]:
+    """Returns path and entries of the log, which need not exist."""
     log = Log(home.path(home.LOG))
     return log.path, log.read() if log.path.exists() else []

@@ -1,20 +1,28 @@
-"""flux-krea models: what is installed, which model is meant where none is named, and how one is removed."""
+"""flux-krea models: lists, removes and chooses the default model."""
 
 import json
 from dataclasses import asdict
 
 import click
 
+from mlx_flux_krea import home
+from mlx_flux_krea.convert.folder import remove_folder
 from mlx_flux_krea.errors import ModelError
+from mlx_flux_krea.weights import open_model
+
+from .shared import settings
+from .shared.installed import Installed, find_installed
+from .shared.terminal import Console, confirmed
+from .shared.text import size, table
 
 
 @click.group(invoke_without_command=True)
-@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print the list as JSON.")
 @click.pass_context
 def models(context, as_json):
     """List the installed models and filters.
 
-    Sizes are compared with what was written; `verify` compares every byte.
+    Files are checked by size; `flux-krea verify` checks every byte.
 
     \b
     Examples:
@@ -24,72 +32,53 @@ def models(context, as_json):
     """
     if context.invoked_subcommand:
         return
-
-    from mlx_flux_krea import home
-
-    from .shared.installed import find_installed
-    from .shared.terminal import say, size, table
-
-    found = find_installed()
+    installed = find_installed()
     if as_json:
-        click.echo(json.dumps([{**asdict(one), "path": str(one.path)} for one in found], ensure_ascii=False))
-    elif found:
+        click.echo(json.dumps([{**asdict(one), "path": str(one.path)} for one in installed], ensure_ascii=False))
+    elif installed:
         rows = [("name", "", "size", "precision", "licence", "")]
-        for one in found:
+        for one in installed:
             state = one.problem or ("default" if one.default else "")
             rows.append((one.name, one.kind, size(one.bytes), one.precision, one.license, state))
         click.echo(table(rows, right=(2,)))
     else:
-        say(f"nothing is installed in {home.root()}: flux-krea setup")
+        Console().say(f"nothing is installed in {home.root()}: flux-krea setup")
 
 
 @models.command()
 @click.argument("name")
 def default(name):
-    """Make NAME the model that is meant where none is named."""
-    from mlx_flux_krea.weights import open_model
-
-    from .config import set_model
-    from .shared.terminal import say
-
-    open_model(_installed(name, "model").path)
-    set_model(name)
-    say(f"{name} is what generate takes now")
+    """Make NAME the default model."""
+    open_model(_find(name, "model").path)
+    settings.set_model(name)
+    Console().say(f"{name} is the default model now")
 
 
 @models.command()
 @click.argument("name")
-@click.option("--yes", is_flag=True, help="Do not ask.")
+@click.option("--yes", is_flag=True, help="Delete without asking.")
 def rm(name, yes):
     """Delete the model or filter NAME."""
-    from mlx_flux_krea.convert.folder import remove_folder
-    from mlx_flux_krea.home import default_model
-
-    from .config import set_model
-    from .shared.terminal import agreed, say, size
-
-    one = _installed(name)
-    if not agreed(f"delete {one.path}, {size(one.bytes)}", yes):
-        say("nothing was deleted")
+    console, one = Console(), _find(name)
+    if not confirmed(f"delete {one.path}, {size(one.bytes)}", yes):
+        console.say("nothing was deleted")
         return
     linked = one.path.is_symlink()
     remove_folder(one.path)
-    if one.kind == "model" and default_model() == name:
-        set_model(None)
-    say(f"{name} was a link: what it led to is still there" if linked else f"{size(one.bytes)} freed")
+    if one.kind == "model" and home.default_model() == name:
+        settings.set_model(None)
+    console.say(f"{name} was a link: its target is still there" if linked else f"{size(one.bytes)} freed")
 
 
-def _installed(name: str, kind: str | None = None):
-    """What is installed under a name; of a model and a filter, the model.
+def _find(name: str, kind: str | None = None) -> Installed:
+    """Finds an installed model or filter by name; a model comes before a filter of the same name.
 
     Raises:
-        ModelError: nothing is.
+        ModelError: there is none.
     """
-    from .shared.installed import find_installed
-
-    found = [one for one in find_installed() if kind in (None, one.kind)]
-    for one in found:
+    candidates = [one for one in find_installed() if kind in (None, one.kind)]
+    for one in candidates:
         if one.name == name:
             return one
-    names = ", ".join(one.name for one in found) or "nothing is"
+    names = ", ".join(one.name for one in candidates) or "nothing is"
     raise ModelError(f"no {kind or 'model or filter'} is installed as {name!r}", names, "see flux-krea models")

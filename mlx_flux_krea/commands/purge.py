@@ -1,4 +1,4 @@
-"""flux-krea purge: what lies in the home folder is deleted, each kind of it by choice."""
+"""flux-krea purge: deletes kinds of data from the home folder."""
 
 import json
 import os
@@ -8,102 +8,95 @@ from pathlib import Path
 import click
 
 from mlx_flux_krea import home
+from mlx_flux_krea.checkpoint import unfinished as unfinished_runs
 from mlx_flux_krea.errors import UsageError
+from mlx_flux_krea.filters.ledger import Ledger
 
-KINDS = {  # in the order in which they are deleted, with the folder of each
+from .shared import settings
+from .shared.installed import disk_bytes
+from .shared.terminal import Console, confirmed, is_interactive
+from .shared.text import size
+
+KINDS = {  # in the order in which they are deleted: folder and description
     "weights": (home.MODELS, "all installed models"),
     "filters": (home.FILTERS, "both content filters"),
-    "logs": (home.LOG, "the log of checks and releases, which is what shows that the licence was kept"),
+    "logs": (home.LOG, "the log of checks and releases, your evidence of keeping the licence"),
     "quarantine": (home.QUARANTINE, "all pictures that wait for review"),
-    "unfinished": (home.CHECKPOINTS, "what unfinished runs have kept, prompts among it"),
+    "unfinished": (home.CHECKPOINTS, "all unfinished runs, with their prompts"),
 }
 
 
 @click.command()
-@click.option("--weights", is_flag=True, help="Installed models.")
-@click.option("--filters", is_flag=True, help="Installed filters.")
-@click.option(
-    "--logs", is_flag=True, help="The log of what was checked and released: your evidence, kept nowhere else."
-)
-@click.option("--quarantine", is_flag=True, help="Pictures that wait for review.")
-@click.option("--unfinished", is_flag=True, help="What unfinished runs have kept.")
-@click.option("--yes", is_flag=True, help="Do not ask.")
-@click.option("--json", "as_json", is_flag=True, help="Print what was freed as JSON.")
+@click.option("--weights", is_flag=True, help="Delete the installed models.")
+@click.option("--filters", is_flag=True, help="Delete the installed filters.")
+@click.option("--logs", is_flag=True, help="Delete the log of checks and releases: your evidence, with no other copy.")
+@click.option("--quarantine", is_flag=True, help="Delete the pictures that wait for review.")
+@click.option("--unfinished", is_flag=True, help="Delete the unfinished runs.")
+@click.option("--yes", is_flag=True, help="Delete without asking.")
+@click.option("--json", "as_json", is_flag=True, help="Print the bytes freed as JSON.")
 def purge(yes, as_json, **kinds):
-    """Delete weights, filters, logs, waiting pictures or unfinished runs.
+    """Delete models, filters, logs, pictures or unfinished runs.
 
-    Without an option, each is asked for. The licence ends with its breach, and then weights and filters have to go.
-    Links are deleted, and not what they lead to. What a picture was released to is yours, and is not touched.
+    Without an option, each kind is asked about. If you breach the licence it ends, and weights and filters must be
+    deleted. Links are deleted, but not their targets. Released pictures stay.
 
     \b
     Example:
       flux-krea purge --weights --filters
     """
-    from .shared.installed import disk_bytes
-    from .shared.terminal import agreed, is_typed, say, size
-
+    console = Console()
     chosen = [kind for kind in KINDS if kinds[kind]]
-    if not chosen and (yes or not is_typed()):
+    if not chosen and (yes or not is_interactive()):
         names = ", ".join(f"--{kind}" for kind in KINDS)
-        raise UsageError("nothing was named that should go", names, "name one or more of them")
+        raise UsageError("no option says which data to delete", names, "give one or more of them")
     freed = {}
     for kind in chosen or KINDS:
-        folder, what = home.path(KINDS[kind][0]), KINDS[kind][1]
+        place, description = KINDS[kind]
+        folder = home.path(place)
         if not os.path.lexists(folder):
             if chosen:
-                say(f"{kind}: nothing is there")
+                console.say(f"{kind}: nothing is there")
             continue
         count = disk_bytes(folder)
-        if agreed(f"delete {what} ({folder}, {size(count)})", yes):
-            kept, links = _DELETE[kind](folder)
-            freed[kind] = count - kept
+        if confirmed(f"delete {description} ({folder}, {size(count)})", yes):
+            left, links = _DELETE[kind](folder)
+            freed[kind] = count - left
             for link in links:
-                say(f"{link} was a link: what it led to is still there")
-            say(f"{kind}: {size(freed[kind])} freed")
+                console.say(f"{link} was a link: its target is still there")
+            console.say(f"{kind}: {size(freed[kind])} freed")
     if as_json:
         click.echo(json.dumps({"freed": freed, "bytes": sum(freed.values())}))
 
 
 def _delete(folder: Path) -> tuple[int, list[Path]]:
-    """Deletes a folder. Gives the bytes that are left, and the links that went."""
+    """Deletes a folder. Returns the bytes that are left, and the links that were deleted."""
     if folder.is_symlink():
         folder.unlink()
         return 0, [folder]
     links = [path for path in folder.rglob("*") if path.is_symlink()]
     try:
-        shutil.rmtree(folder)  # which follows no link
+        shutil.rmtree(folder)  # follows no link
     except OSError as error:
         raise UsageError(f"{error.filename or folder} cannot be deleted: {error.strerror}") from None
     return 0, links
 
 
 def _delete_models(folder: Path) -> tuple[int, list[Path]]:
-    from mlx_flux_krea.home import default_model, installed_models
-
-    from .config import set_model
-
-    if default_model() in installed_models():
-        set_model(None)
+    """Deletes the models, and the default that names one of them."""
+    if home.default_model() in home.installed_models():
+        settings.set_model(None)
     return _delete(folder)
 
 
 def _delete_pictures(folder: Path) -> tuple[int, list[Path]]:
-    """Through the ledger: the log says that they went, and what a run is at work on stays."""
-    from mlx_flux_krea.filters.ledger import Ledger
-
-    from .shared.installed import disk_bytes
-
+    """Deletes pictures through the ledger, which logs it. Pictures of a run at work stay."""
     Ledger().purge()
     return disk_bytes(folder), []
 
 
 def _delete_runs(folder: Path) -> tuple[int, list[Path]]:
-    """But those that are still going on."""
-    from mlx_flux_krea.checkpoint import unfinished
-
-    from .shared.installed import disk_bytes
-
-    for path in unfinished():
+    """Deletes unfinished runs, except those that a process is working on."""
+    for path in unfinished_runs():
         path.unlink(missing_ok=True)
     return disk_bytes(folder), []
 

@@ -1,85 +1,85 @@
-"""flux-krea resume: an interrupted run, from where it was."""
+"""flux-krea resume: continues an interrupted run."""
 
+import time
 from pathlib import Path
 
 import click
+from PIL import Image
 
+from mlx_flux_krea.checkpoint import Checkpoint, find, unfinished
 from mlx_flux_krea.errors import ModelError, UsageError
+
+from .shared import settings
+from .shared.generation import Generation, open_pipeline
+from .shared.options import FILE
+from .shared.runs import Run, made_by
+from .shared.terminal import Console
+from .shared.text import table
 
 
 @click.command()
 @click.argument("file", required=False)
-@click.option("-m", "--model", help="Where its model is now.")
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Another place for what is left.")
-@click.option("--memory", help="What may be used, such as 8GB, instead of what it was begun with.")
-@click.option("--list", "listed", is_flag=True, help="Show what can be gone on with, newest first.")
-@click.option("--json", "as_json", is_flag=True, help="As for generate.")
+@click.option("-m", "--model", help="Folder or name of the run's model.  [default: the same as before]")
+@click.option("-o", "--output", type=FILE, help="Output of the remaining pictures.  [default: the run's]")
+@click.option("--memory", help="Memory budget, such as 8GB.  [default: the run's]")
+@click.option("--list", "listed", is_flag=True, help="List unfinished runs, newest first.")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON report, as generate does.")
 def resume(file, model, output, memory, listed, as_json):
-    """Go on with a run of `generate` that was interrupted, killed, or failed.
+    """Continue a run that was interrupted, killed, or failed.
 
-    FILE is what it was told to be gone on with by, or the path of such a file; without it, the newest. The pictures are
-    those that it would have made. Unfinished runs are kept for 30 days.
+    FILE: the run's ID or checkpoint file; default: the newest. The result is the same as without the interruption.
+    Unfinished runs are deleted after 30 days.
 
     \b
     Examples:
       flux-krea resume
       flux-krea resume 3f2a9c1b --memory 8GB
     """
+    console = Console(as_events=as_json)
     if listed:
-        _show()
+        _list(console)
         return
-    from mlx_flux_krea.checkpoint import Checkpoint, find
-
     path = find(file)
     checkpoint = Checkpoint.read(path)
     try:
-        _go_on(checkpoint, path, {"model": model, "output": output, "memory": memory}, as_json)
+        run = _read_run(checkpoint, path)
+        run.options |= {name: value for name, value in (("model", model), ("memory", memory)) if value}
+        _continue(run, output, console, as_json)
     finally:
         checkpoint.close()
 
 
-def _go_on(checkpoint, path: Path, said: dict, as_json: bool) -> None:
-    from PIL import Image
-
-    from .config import read_config
-    from .generate import make_run, open_pipe
-    from .shared.runs import Run, made_by
-    from .shared.terminal import note, show_notes
-
+def _read_run(checkpoint: Checkpoint, path: Path) -> Run:
+    """Reads the run of a checkpoint, with the checks of the config file where they are stricter."""
     try:
-        run = Run.from_json(checkpoint.run, checkpoint.is_ours)
+        run = Run.from_checkpoint(checkpoint)
     except UsageError as error:
         raise UsageError(f"{path}: {error.found}", error.expected, error.todo) from None
-    run.checkpoint = checkpoint
-    run.restrict(read_config())
-    run.options |= {name: said[name] for name in ("model", "memory") if said[name]}
-    if checkpoint.image is not None and run.left and "image" in run.left[0].options:
-        run.images[run.left[0].options["image"]] = Image.fromarray(checkpoint.image)
+    run.restrict(settings.read_options())
+    if checkpoint.image is not None and run.remaining and "image" in run.remaining[0].options:
+        run.images[run.remaining[0].options["image"]] = Image.fromarray(checkpoint.image)
+    return run
+
+
+def _continue(run: Run, output: Path | None, console: Console, as_json: bool) -> None:
     before = run.made_by
     by_hash = {} if "model" in run.options else {"manifest_sha256": before.get("manifest_sha256")}
-    pipe = open_pipe(run.options | by_hash)
-    show_notes()
+    pipe = open_pipeline(run.options | by_hash)
     now = made_by(pipe.folder)
     if before.get("manifest_sha256") != now["manifest_sha256"]:
-        todo = "name the one that it was begun with: -m MODEL"
-        raise ModelError(f"{pipe.folder.path} is not the model that this run was begun with", "its manifest", todo)
+        todo = "name the model that the run started with: -m MODEL"
+        raise ModelError(f"{pipe.folder.path} is not the model that this run started with", "its manifest", todo)
     if before != now:
-        versions = (f"{made.get('software')} with mlx {made.get('mlx')}" for made in (before, now))
-        note("this run was begun by {}, and goes on by {}: the picture may differ".format(*versions))
+        versions = (f"{versions.get('software')} with mlx {versions.get('mlx')}" for versions in (before, now))
+        console.note("this run was started by {} and is continued by {}: the picture may differ".format(*versions))
     run.take_over(is_filtered=bool(pipe.policy))
-    if said["output"]:
-        run.place(said["output"])
-    make_run(run, as_json, pipe)
+    if output:
+        run.place(output)
+    Generation(console, as_json=as_json, pipe=pipe).run(run)
 
 
-def _show() -> None:
-    """What can be gone on with."""
-    import time
-
-    from mlx_flux_krea.checkpoint import Checkpoint, unfinished
-
-    from .shared.terminal import say, table
-
+def _list(console: Console) -> None:
+    """Prints unfinished runs."""
     rows = []
     for path in unfinished():
         try:
@@ -95,4 +95,4 @@ def _show() -> None:
     if rows:
         click.echo(table(rows))
     else:
-        say("there is no unfinished run")
+        console.say("there is no unfinished run")

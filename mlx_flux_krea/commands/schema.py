@@ -1,12 +1,15 @@
-"""flux-krea tool-schema: `generate` as a tool that a language model can call."""
+"""flux-krea tool-schema: describes `generate` as a tool that a language model can call."""
 
 import json
+from typing import Any
 
 import click
 
 from mlx_flux_krea import presets
+from mlx_flux_krea.home import find_model
+from mlx_flux_krea.weights import open_model
 
-from .shared.options import BY_NAME, USUAL, Seeds
+from .shared.options import BY_NAME, DEFAULTS, Seeds
 
 NAMES = (
     "prompt", "negative_prompt", "true_cfg_scale", "aspect", "megapixels", "width", "height", "steps", "guidance",
@@ -15,11 +18,11 @@ NAMES = (
 
 
 @click.command(name="tool-schema")
-@click.option("-m", "--model", help="Whose defaults.  [default: FLUX.1 Krea [dev]'s]")
+@click.option("-m", "--model", help="Model whose defaults are shown.  [default: FLUX.1 Krea [dev]]")
 def tool_schema(model):
-    """Print a JSON description of `generate` for language models.
+    """Print generate as a JSON tool for language models.
 
-    What a model answers with is a row for --prompts.
+    The answer of a language model is a row of a --prompts file.
 
     \b
     Example:
@@ -28,12 +31,9 @@ def tool_schema(model):
     """
     base, defaults = presets.KREA.base, presets.KREA.defaults
     if model:
-        from mlx_flux_krea.home import find_model
-        from mlx_flux_krea.weights import open_model
-
         index = open_model(find_model(model)).index
         base, defaults = index.base, index.defaults
-    usual = USUAL | {
+    values = DEFAULTS | {
         "width": defaults.width,
         "height": defaults.height,
         "steps": defaults.num_inference_steps,
@@ -41,15 +41,16 @@ def tool_schema(model):
     }
     properties = {}
     for name in NAMES:
-        text = BY_NAME[name].help.partition("  [default")[0].replace("--true-cfg-scale", "true_cfg_scale above 1")
+        text = (BY_NAME[name].help or "").partition("  [default")[0]
+        text = text.replace("--true-cfg-scale", "true_cfg_scale above 1")
         properties[name] = {**_type(BY_NAME[name].type), "description": text}
-        if name in usual:
-            properties[name]["default"] = usual[name]
-    properties["seed"]["description"] = "Repeats a picture."
+        if name in values:
+            properties[name]["default"] = values[name]
+    properties["seed"]["description"] = "Seed: the same seed repeats a picture."
     properties["noise"]["enum"] = list(presets.RECIPES)
     schema = {
         "name": "generate_image",
-        "description": f"Makes pictures from a description in words, with {base} on this machine. "
+        "description": f"Generates pictures from a description in words, with {base} on this machine. "
         "width and height exclude aspect and megapixels.",
         "parameters": {
             "type": "object",
@@ -61,13 +62,13 @@ def tool_schema(model):
     click.echo(json.dumps(schema, indent=1, ensure_ascii=False))
 
 
-def _type(type_: click.ParamType) -> dict:
-    """A type of click's in JSON Schema."""
-    if isinstance(type_, Seeds):
+def _type(kind: click.ParamType) -> dict[str, Any]:
+    """Returns a type of click as JSON Schema."""
+    if isinstance(kind, Seeds):
         return {"type": "integer", "minimum": 0, "maximum": 2**64 - 1}
-    if isinstance(type_, click.Choice):
-        return {"type": "string", "enum": list(type_.choices)}
-    if isinstance(type_, click.IntRange | click.FloatRange):
-        kind = "integer" if isinstance(type_, click.IntRange) else "number"
-        return {"type": kind, "minimum": type_.min, "maximum": type_.max}
+    if isinstance(kind, click.Choice):
+        return {"type": "string", "enum": list(kind.choices)}
+    if isinstance(kind, click.IntRange | click.FloatRange):
+        name = "integer" if isinstance(kind, click.IntRange) else "number"
+        return {"type": name, "minimum": kind.min, "maximum": kind.max}
     return {"type": "string"}

@@ -1,144 +1,159 @@
-"""flux-krea setup: from nothing to a first picture. A step that the disk shows to be done is not done again."""
+"""flux-krea setup: from nothing to a first picture. Steps that are already done are skipped."""
 
 import json
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import click
 
-from mlx_flux_krea.errors import FiltersError, ModelError, ResourceError, UsageError, printable
+from mlx_flux_krea import FluxPipeline, Request, home
+from mlx_flux_krea.convert import Report, examine, hub
+from mlx_flux_krea.convert.job import Outline
+from mlx_flux_krea.convert.sources import is_model_folder
+from mlx_flux_krea.errors import FiltersError, FluxKreaError, ModelError, ResourceError, UsageError, printable
+from mlx_flux_krea.files import sha256_if_exists
+from mlx_flux_krea.filters import acknowledgement
+from mlx_flux_krea.models.config import ModelIndex, ModelSizes
+from mlx_flux_krea.models.filter_config import SELF_TEST
+from mlx_flux_krea.presets import FIRST_PROMPT, PROPOSED_PRECISIONS
+from mlx_flux_krea.provenance import read_record
+from mlx_flux_krea.weights import ModelFolder, open_model
 
-from .shared import macos, signals
+from .shared import estimates, macos, settings, signals, trials
+from .shared.conversion import convert_sources
+from .shared.installed import find_installed, missing_parts
 from .shared.on_disk import REPOSITORIES, Source, find_sources
+from .shared.options import FILE
+from .shared.output import check_outcomes, save
+from .shared.terminal import Console, PipelineProgress, is_interactive, show_picture
+from .shared.text import duration, size, table
 
-PROMPT = "a lighthouse on a cliff at dusk, long exposure, the sea below it white with foam"
-PICTURE = {"width": 512, "height": 512, "num_inference_steps": 20, "seed": 1}
+PICTURE: dict[str, Any] = {"width": 512, "height": 512, "num_inference_steps": 20, "seed": 1}
 AGREED = "I agree"
 _FILTERS = ("nsfw", "pixtral")
 
 
 @dataclass
 class Installation:
-    """What was asked for, and what is known so far.
+    """Options of `setup`, and the facts known so far.
 
     Attributes:
-        said: the options.
-        folder: the model, where it is installed.
-        sources: what is still to be made, and of what.
-        outlines: the same, as `convert` sees it.
-        quantize: the precision of a model that is to be made.
-        picture: the file of the test picture.
+        options: of the command.
+        console: where questions and results are written.
+        folder: the model, once it is installed.
+        sources: parts that are still to be converted, with their sources.
+        outlines: what the conversion of each will make.
+        precision: of a model that is to be converted.
+        picture: file of the first picture.
     """
 
-    said: dict
-    folder: object = None
+    options: dict[str, Any]
+    console: Console
+    folder: ModelFolder | None = None
     sources: dict[str, Source] = field(default_factory=dict)
-    outlines: dict[str, object] = field(default_factory=dict)
-    quantize: str | None = None
+    outlines: dict[str, Outline] = field(default_factory=dict)
+    precision: str = "none"
     picture: Path | None = None
 
     @property
     def requires_filters(self) -> bool:
-        """Whether the licence of the model asks for filters."""
+        """True where the licence of the model demands filters."""
         return (self.folder or self.outlines["model"]).requires_filters
+
+    @property
+    def model(self) -> ModelFolder:
+        """The installed model, after its step."""
+        if self.folder is None:
+            raise ValueError("[Installation] The model is not installed yet.")
+        return self.folder
 
 
 @click.command()
-@click.option("--model", multiple=True, help="What to make the model of, as SOURCES of convert; or an installed one.")
-@click.option("--nsfw", help="What to make the classifier of pictures of.")
-@click.option("--pixtral", help="What to make the language model of that judges prompts and pictures.")
-@click.option("--tokenizers", type=click.Path(path_type=Path), help="A folder with tokenizer/ and tokenizer_2/ in it.")
+@click.option("--model", multiple=True, help="Sources of the model, as for convert, or an installed model.")
+@click.option("--nsfw", help="Path or hub id of the picture classifier.")
+@click.option("--pixtral", help="Path or hub id of the Pixtral model.")
+@click.option("--tokenizers", type=FILE, help="Folder with tokenizer/ and tokenizer_2/.")
 @click.option(
-    "-q", "--quantize", type=click.Choice(["none", "8", "6", "5", "4"]), help="Precision.  [default: by plan]"
+    "-q",
+    "--quantize",
+    type=click.Choice(PROPOSED_PRECISIONS),
+    help="Bits of the large layers.  [default: the best that fits]",
 )
-@click.option("--accept-licence", metavar="SHA256", help="Agree to the licence text that has this hash.")
-@click.option("--offline", is_flag=True, help="Use what is on this disk, and ask nobody.")
-@click.option("--keep-source", is_flag=True, help="Keep what is fetched in the hub's cache, also once it is converted.")
+@click.option("--accept-licence", metavar="SHA256", help="Agree to the licence text with this hash.")
+@click.option("--offline", is_flag=True, help="Use files on this disk, without network access.")
+@click.option("--keep-source", is_flag=True, help="Keep downloads in the hub's cache after conversion.")
 @click.option("--json", "as_json", is_flag=True, help="Print a report as JSON.")
-def setup(as_json, **said):
-    """Install FLUX.1 Krea [dev] and its filters, and make a first picture.
+def setup(as_json, **options):
+    """Install FLUX.1 Krea [dev] and make a first picture.
 
-    Looks for weights on this disk, fetches what is missing, converts, tries everything out. Interrupted, it goes on
-    with the next start; once all is done, it says so. Without a terminal nobody is asked, and the licence has to be
-    named by its hash.
+    Setup looks for weights on this disk, downloads missing ones, shows the licence, converts model and filters, and
+    tests them. An interrupted setup continues at the next start. Without a terminal, agree to the licence with
+    --accept-licence.
 
     \b
     Examples:
       flux-krea setup
       flux-krea setup --model FLUX.1-Krea-dev --nsfw nsfw_image_detection --pixtral pixtral-12b --offline
     """
-    from .shared.terminal import say, show_notes
-
-    show_notes()
-    it, done, begin = Installation(said), {}, time.perf_counter()
-    for name, step in STEPS.items():
-        done[name] = step(it)
-        say(f"{name + ':':10} {printable(done[name])}")
-    say(f"all is well, in {time.perf_counter() - begin:.0f} s")
+    console = Console()
+    it, done, start = Installation(options, console), {}, time.perf_counter()
+    with console.library_notes():
+        for name, step in STEPS.items():
+            done[name] = step(it)
+            console.say(f"{name + ':':10} {printable(done[name])}")
+    console.say(f"everything is ready, in {time.perf_counter() - start:.0f} s")
     if as_json:
-        about = {"model": it.folder.index.name, "path": str(it.folder.path), "picture": str(it.picture), "steps": done}
-        click.echo(json.dumps(about, ensure_ascii=False))
+        report = {"model": it.model.index.name, "path": str(it.model.path), "picture": str(it.picture), "steps": done}
+        click.echo(json.dumps(report, ensure_ascii=False))
     else:
         click.echo(it.picture)
 
 
 def _weights(it: Installation) -> str:
-    """What is installed, and what the rest can be made of."""
-    from mlx_flux_krea.weights import open_model
-
-    from .shared import trials
-
-    if path := _installed(it.said):
+    """Finds installed parts, and sources of the others."""
+    if path := _installed(it.options):
         it.folder = open_model(path)
     else:
-        _choose(it, "model", it.said["model"])
+        _choose(it, "model", it.options["model"])
     if it.requires_filters:
         for name in _FILTERS:
-            if trials.problem(name) and not _is_untried(name):
-                _choose(it, name, (it.said[name],) if it.said[name] else ())
+            if trials.problem(name) and not _lacks_self_test(name):
+                _choose(it, name, (it.options[name],) if it.options[name] else ())
     if not it.sources:
         return "everything is installed"
     return "; ".join(f"{part} from {source.where}" for part, source in it.sources.items())
 
 
-def _installed(said: dict) -> Path | None:
-    """The folder of the model that is meant, where it is installed and whole."""
-    from mlx_flux_krea.convert.sources import is_model_folder
-    from mlx_flux_krea.home import installed_models
-
-    from .shared.installed import find_installed, missing_parts
-
-    named = Path(said["model"][0]).expanduser() if len(said["model"]) == 1 else None
+def _installed(options: dict[str, Any]) -> Path | None:
+    """Returns the folder of the model that the options mean, if it is installed and complete."""
+    sources = options["model"]
+    named = Path(sources[0]).expanduser() if len(sources) == 1 else None
     if named and not named.exists():
-        named = installed_models().get(said["model"][0], named)
+        named = home.installed_models().get(sources[0], named)
     if named and named.is_dir() and is_model_folder(named):
         if problem := missing_parts(named):
-            raise ModelError(f"{named} is damaged ({problem})", "a whole one", "convert it again")
+            raise ModelError(f"{named} is damaged ({problem})", "a complete one", "convert it again")
         return named
-    found = [one for one in find_installed() if one.kind == "model" and not one.problem]
-    for one in sorted(found, key=lambda one: not one.default):
-        fits = _was_made_of(one.path, said["model"]) if said["model"] else one.filters == "required"
-        if fits and said["quantize"] in (None, _precision(one.path)):
+    whole = [one for one in find_installed() if one.kind == "model" and not one.problem]
+    for one in sorted(whole, key=lambda one: not one.default):
+        fits = _was_converted_from(one.path, sources) if sources else one.filters == "required"
+        if fits and options["quantize"] in (None, _precision(one.path)):
             return one.path
     return None
 
 
 def _precision(path: Path) -> str | None:
-    """The precision of a model as -q names it, where it is a usual one."""
-    from mlx_flux_krea.weights import open_model
-
+    """Returns the precision of a model as -q names it; None: another one."""
     most = open_model(path).flux.quantization
     return "none" if most is None else str(most.bits) if most.mode == "affine" else None
 
 
-def _was_made_of(path: Path, sources: tuple[str, ...]) -> bool:
-    """Whether a model was made of these sources, judged by the names and sizes of files."""
-    from mlx_flux_krea.convert.hub import is_repo_id
-    from mlx_flux_krea.weights import open_model
-
+def _was_converted_from(path: Path, sources: tuple[str, ...]) -> bool:
+    """True where a model was converted from these sources, judged by names and sizes of files."""
     index = open_model(path).index
-    if len(sources) == 1 and is_repo_id(sources[0]):
+    if len(sources) == 1 and hub.is_repo_id(sources[0]):
         return index.name == sources[0].rpartition("/")[2]
     roots = [Path(source).expanduser() for source in sources]
     files = [file for root in roots for file in (root.rglob("*") if root.is_dir() else [root]) if file.is_file()]
@@ -146,13 +161,8 @@ def _was_made_of(path: Path, sources: tuple[str, ...]) -> bool:
     return all((Path(source.file).name, source.bytes) in known for source in index.source)
 
 
-def _is_untried(name: str) -> bool:
-    """Whether a filter is whole but for its self-test: it was interrupted there."""
-    from mlx_flux_krea import home
-    from mlx_flux_krea.models.filter_config import SELF_TEST
-
-    from .shared.installed import missing_parts
-
+def _lacks_self_test(name: str) -> bool:
+    """True where a filter is complete except for its self-test, since setup was interrupted there."""
     folder = home.path(home.FILTERS, name)
     try:
         return not (folder / SELF_TEST).exists() and missing_parts(folder) is None
@@ -161,226 +171,213 @@ def _is_untried(name: str) -> bool:
 
 
 def _choose(it: Installation, part: str, given: tuple[str, ...]) -> None:
-    """What a part is made of: what was named, else what the person chooses, else the first that can be used."""
-    from mlx_flux_krea.convert import examine
-    from mlx_flux_krea.errors import FluxKreaError
+    """Chooses the source of a part: the one given, else the person's choice, else the first that can be used.
 
-    from .shared.terminal import is_typed, say, size
-
-    offline = it.said["offline"]
-    usable, wrong = [], None
+    Raises:
+        FluxKreaError: no source can be used.
+    """
+    offline, tokenizers = it.options["offline"], it.options["tokenizers"] if part == "model" else None
+    usable, first_error = [], None
     for source in [Source(given, ", ".join(given))] if given else find_sources(part, offline):
         try:
-            _check_login(source, offline)
-            outline = examine(
-                source.sources, tokenizers=it.said["tokenizers"] if part == "model" else None, offline=offline
-            )
-            usable.append((source, outline))
+            _check_login(source, offline, it.console)
+            usable.append((source, examine(source.sources, tokenizers=tokenizers, offline=offline)))
         except FluxKreaError as error:
-            wrong = wrong or error
-            say(f"{source.where} cannot be used: {printable(str(error))}")
-    if not usable and wrong:
-        raise wrong
+            first_error = first_error or error
+            it.console.say(f"{source.where} cannot be used: {printable(str(error))}")
     if not usable:
-        repo = REPOSITORIES[part][0]
-        raise ModelError(f"nothing on this disk can be made into the {part}", repo, f"name it with --{part}")
+        missing = ModelError(
+            f"no source of the {part} is on this disk", REPOSITORIES[part][0], f"name one with --{part}"
+        )
+        raise first_error or missing
     answer = 1
-    if len(usable) > 1 and is_typed():
+    if len(usable) > 1 and is_interactive():
         for number, (source, outline) in enumerate(usable, 1):
-            say(f"{number}  {part}: {source.where}, {size(outline.bytes)}, of which {size(outline.fetch)} to fetch")
+            sizes = f"{size(outline.bytes)}, of which {size(outline.fetch)} to download"
+            it.console.say(f"{number}  {part}: {source.where}, {sizes}")
         answer = click.prompt(f"Which {part}", type=click.IntRange(1, len(usable)), default=1, err=True)
     it.sources[part], it.outlines[part] = usable[answer - 1]
 
 
-def _check_login(source: Source, offline: bool) -> None:
-    """A gated repository is asked whether it is open before anything comes from it."""
-    from mlx_flux_krea.convert import hub
-
-    from .shared.terminal import say
-
+def _check_login(source: Source, offline: bool, console: Console) -> None:
+    """Checks access to gated repositories before anything is downloaded."""
     for repo in filter(hub.is_repo_id, source.sources):
         listing = hub.look(repo, offline)
         if listing.gated and listing.to_fetch:
             hub.check_access(repo)
-            say(f"{repo} is open to {printable(str(hub.login()))}, who is logged in")
+            console.say(f"{repo} is open to {printable(str(hub.login()))}, who is logged in")
 
 
 def _licence(it: Installation) -> str:
-    """The text that comes with the weights, and that a person has agreed to it."""
-    from mlx_flux_krea.filters import acknowledgement as licence
-
-    from .shared.terminal import is_typed, say
-
+    """Shows the licence of the weights and asks for agreement."""
     if not it.requires_filters:
-        return "this model asks for nothing"
-    text = licence.find_text(it.folder.path)[1] if it.folder else it.outlines["model"].licence
+        return "this model requires none"
+    text = acknowledgement.find_text(it.folder.path)[1] if it.folder else it.outlines["model"].licence
     if text is None:
         return "comes with the converted model"
-    digest, model = licence.digest(text), it.folder.index.name if it.folder else it.outlines["model"].index.name
-    if known := licence.acknowledged().get(digest):
+    digest = acknowledgement.digest(text)
+    model = (it.folder or it.outlines["model"]).index.name
+    if known := acknowledgement.acknowledged().get(digest):
         return f"acknowledged on {known['date']}, sha256 {digest}"
-    if it.said["accept_licence"]:
-        if it.said["accept_licence"].strip().lower() != digest:
-            raise FiltersError("--accept-licence names another text", digest, "read this one before you agree to it")
+    if it.options["accept_licence"]:
+        if it.options["accept_licence"].strip().lower() != digest:
+            raise FiltersError("--accept-licence names another text", digest, "read this text before you agree to it")
     else:
-        say("\n".join(printable(line) for line in text.decode(errors="replace").splitlines()))
-        say(f"\nThis is the licence of {printable(model)}; its sha256 is {digest}.")
-        if not is_typed():
-            todo = f"read it, and agree at a terminal, or with --accept-licence {digest}"
-            raise FiltersError("nobody has acknowledged the licence", "", todo)
-        answer = click.prompt(
-            f'Type "{AGREED}" if you do; anything else ends this', default="", show_default=False, err=True
-        )
-        if answer.strip().lower() != AGREED.lower():
-            raise FiltersError("the licence was not acknowledged", "", "nothing was fetched or installed")
-    licence.acknowledge(text, model)
+        _ask_agreement(text, digest, model, it.console)
+    acknowledgement.acknowledge(text, model)
     return f"acknowledged, sha256 {digest}"
 
 
+def _ask_agreement(text: bytes, digest: str, model: str, console: Console) -> None:
+    """Shows a licence and asks a person to agree.
+
+    Raises:
+        FiltersError: nobody agreed.
+    """
+    console.say("\n".join(printable(line) for line in text.decode(errors="replace").splitlines()))
+    console.say(f"\nThis is the licence of {printable(model)}; its sha256 is {digest}.")
+    if not is_interactive():
+        todo = f"read it, and agree at a terminal, or with --accept-licence {digest}"
+        raise FiltersError("nobody has acknowledged the licence", "", todo)
+    answer = click.prompt(
+        f'Type "{AGREED}" to agree; anything else ends setup', default="", show_default=False, err=True
+    )
+    if answer.strip().lower() != AGREED.lower():
+        raise FiltersError("the licence was not acknowledged", "", "nothing was downloaded or installed")
+
+
 def _room(it: Installation) -> str:
-    """What will be fetched and made, whether it fits, and in which precision."""
-    from mlx_flux_krea import home
-
-    from .shared import estimates
-    from .shared.terminal import is_typed, say, size, table
-
+    """Shows downloads, disk and time, and checks that they fit."""
     if not it.sources:
-        return "nothing to fetch or convert"
+        return "nothing to download or convert"
     _, free = estimates.home_disk()
     if "model" in it.outlines:
         _choose_precision(it, free)
-    rows, need, seconds = [("part", "from", "to fetch", "to make", "takes about")], 2**26, 0
+    rows = [("part", "from", "to download", "on disk", "takes about")]
+    need, seconds = 2**26, 0.0
     for part, outline in it.outlines.items():
-        made = outline.made[{"model": it.quantize, "nsfw": "none", "pixtral": "4"}[part]]
-        need += made + (outline.fetch if it.said["keep_source"] else 0)
-        seconds += (took := estimates.seconds_to_make(outline.fetch, outline.bytes))
-        rows.append((part, it.sources[part].where, size(outline.fetch), size(made), estimates.minutes(took)))
-    say(table(rows, right=(2, 3, 4)))
-    say(f"{estimates.minutes(seconds)} is computed, not measured: {estimates.ASSUMED}")
+        folder = outline.made[{"model": it.precision, "nsfw": "none", "pixtral": "4"}[part]]
+        need += folder + (outline.fetch if it.options["keep_source"] else 0)
+        took = estimates.conversion_seconds(outline.fetch, outline.bytes)
+        seconds += took
+        rows.append((part, it.sources[part].where, size(outline.fetch), size(folder), duration(took)))
+    it.console.say(table(rows, right=(2, 3, 4)))
+    it.console.say(f"{duration(seconds)} is computed, not measured: {estimates.ASSUMED}")
     if free < need:
         todo = "make room, or name another place in $FLUX_KREA_HOME"
         raise ResourceError(f"{size(free)} are free on the disk of {home.root()}", size(need), todo)
-    if is_typed() and not click.confirm("Go on?", default=True, err=True):
-        raise UsageError("nothing was installed", "", "start again whenever you like")
+    if is_interactive() and not click.confirm("Continue?", default=True, err=True):
+        raise UsageError("nothing was installed", "", "start setup again at any time")
     return f"{size(need)} of {size(free)} free on the disk"
 
 
 def _choose_precision(it: Installation, free: int) -> None:
-    from .shared import estimates
-    from .shared.terminal import is_typed, say, size, table
+    """Proposes a precision that fits disk and memory, and lets a person choose.
 
-    outline, index = it.outlines["model"], it.outlines["model"].index
-    shape = (index.defaults.width, index.defaults.height, index.max_sequence_length)
-    found = estimates.precisions(outline.sizes, outline.made, *shape)
-    it.quantize = it.said["quantize"] or estimates.propose(found, free)
-    rows = [("precision", "disk", f"memory at {shape[0]} x {shape[1]}", "")]
+    Raises:
+        ResourceError: no picture fits into memory in the precision that was chosen.
+    """
+    index, sizes = _model_facts(it.outlines["model"])
+    width, height, length = index.defaults.width, index.defaults.height, index.max_sequence_length
+    picture = f"{width} x {height}"
+    found = estimates.precisions(sizes, it.outlines["model"].made, width=width, height=height, length=length)
+    it.precision = it.options["quantize"] or estimates.propose(found, free)
+    rows = [("precision", "disk", f"memory at {picture}", "")]
     for name, one in found.items():
-        how = "too little" if one.peak is None else "all in memory" if one.whole else "read block by block"
-        rows.append((name, size(one.disk), size(one.peak) if one.peak else "", how))
-    say(table(rows, right=(1, 2)))
-    if is_typed() and not it.said["quantize"]:
-        it.quantize = click.prompt("Precision", type=click.Choice(list(found)), default=it.quantize, err=True)
-    if found[it.quantize].peak is None:
-        raise ResourceError(f"in precision {it.quantize} no picture of {shape[0]} x {shape[1]} fits into memory")
-    draws = estimates.seconds_to_draw(outline.sizes.flux, *shape, index.defaults.num_inference_steps)
-    if draws:
-        say(f"a picture of {shape[0]} x {shape[1]} takes about {estimates.minutes(draws)} here (computed)")
+        how = "too little" if one.peak is None else "all in memory" if one.whole else "streamed from disk"
+        rows.append((name, size(one.disk), "" if one.peak is None else size(one.peak), how))
+    it.console.say(table(rows, right=(1, 2)))
+    if is_interactive() and not it.options["quantize"]:
+        it.precision = click.prompt("Precision", type=click.Choice(list(found)), default=it.precision, err=True)
+    if found[it.precision].peak is None:
+        raise ResourceError(f"in precision {it.precision} no picture of {picture} fits into memory")
+    steps = index.defaults.num_inference_steps
+    seconds = estimates.picture_seconds(sizes.flux, width=width, height=height, length=length, steps=steps)
+    if seconds:
+        it.console.say(f"a picture of {picture} takes about {duration(seconds)} here (computed)")
+
+
+def _model_facts(outline: Outline) -> tuple[ModelIndex, ModelSizes]:
+    """Returns index and sizes of a model's outline.
+
+    Raises:
+        ModelError: the sources are those of a filter.
+    """
+    if not isinstance(outline.index, ModelIndex) or outline.sizes is None:
+        raise ModelError(f"{outline.index.name} is a filter", "a model", "name its sources with --model")
+    return outline.index, outline.sizes
 
 
 def _model(it: Installation) -> str:
-    """The model, converted."""
-    from mlx_flux_krea.home import default_model, installed_models
-    from mlx_flux_krea.weights import open_model
-
-    from .config import set_model
-    from .shared.installed import missing_parts
-
+    """Converts the model."""
     if it.folder:
         return f"{it.folder.path.name} is installed"
-    target = it.outlines["model"].target(it.quantize)
+    target = it.outlines["model"].target(it.precision)
     broken = target.is_dir() and (not (target / "manifest.json").exists() or missing_parts(target) is not None)
-    report = _make(it, "model", quantize=it.quantize, tokenizers=it.said["tokenizers"], force=broken)
+    report = _convert(it, "model", quantize=it.precision, tokenizers=it.options["tokenizers"], force=broken)
     it.folder = open_model(report.path)
-    if len(installed_models()) > 1 and default_model() is None:
-        set_model(report.path.name)
-    _licence(it)  # where the text was not known before
+    if len(home.installed_models()) > 1 and home.default_model() is None:
+        settings.set_model(report.path.name)
+    _licence(it)  # in case the text was not known before
     return f"{report.path.name}, {report.base}"
 
 
 def _filters(it: Installation) -> str:
-    """Both filters, converted and tried, where the licence asks for them."""
-    from mlx_flux_krea import home
-
-    from .shared import trials
-
+    """Converts both filters and runs their self-tests, if the licence requires them."""
     if not it.requires_filters:
         return "this model requires none"
     for name in _FILTERS:
         if name in it.sources:
-            _make(it, name, quantize=None, force=home.path(home.FILTERS, name).exists())
-        elif _is_untried(name):
-            trials.record(name, home.path(home.FILTERS, name))
-    return "installed, and they answer as they should"
+            _convert(it, name, quantize=None, force=home.path(home.FILTERS, name).exists())
+        elif _lacks_self_test(name):
+            trials.record(name, home.path(home.FILTERS, name), it.console)
+    return "installed, and their self-tests pass"
 
 
-def _make(it: Installation, part: str, **options):
-    from mlx_flux_krea.convert.hub import is_repo_id
-
-    from .convert import make
-    from .shared.terminal import say
-
-    sources, offline = it.sources[part].sources, it.said["offline"]
-    discard = not (offline or it.said["keep_source"]) and all(map(is_repo_id, sources))
-    say(f"converting {part} from {printable(it.sources[part].where)}")
-    return make(list(sources), None, offline=offline, discard_source=discard, placing=signals.held, **options)
+def _convert(it: Installation, part: str, **options) -> Report:
+    """Converts a part; downloads are deleted, unless --keep-source was given."""
+    sources, offline = it.sources[part].sources, it.options["offline"]
+    discard = not (offline or it.options["keep_source"]) and all(map(hub.is_repo_id, sources))
+    it.console.say(f"converting {part} from {printable(it.sources[part].where)}")
+    return convert_sources(
+        sources, None, it.console, offline=offline, discard_source=discard, placing=signals.held, **options
+    )
 
 
 def _check(it: Installation) -> str:
-    """Names, sizes and headers of everything; whole files were read back when they were written."""
-    from .shared import trials
-    from .shared.installed import missing_parts
-
-    it.folder.check()
-    if problem := missing_parts(it.folder.path):
-        raise ModelError(f"{it.folder.path} is damaged ({problem})", "a whole one", "start again")
+    """Checks names, sizes and headers of all files, which were compared in full when they were written."""
+    it.model.check()
+    if problem := missing_parts(it.model.path):
+        raise ModelError(f"{it.model.path} is damaged ({problem})", "a complete one", "start setup again")
     for name in _FILTERS if it.requires_filters else ():
         if problem := trials.problem(name):
-            raise FiltersError(f"the filter {name}: {problem}", "a whole one", "start again")
-    return "every file is there, with its size and header"
+            raise FiltersError(f"the filter {name}: {problem}", "a complete one", "start setup again")
+    return "every file has its size and header"
 
 
 def _picture(it: Installation) -> str:
-    """One picture through the whole path."""
-    from mlx_flux_krea import FluxPipeline, Request, home
-    from mlx_flux_krea.errors import UsageError
-    from mlx_flux_krea.files import sha256_if_exists
-    from mlx_flux_krea.provenance import read_record
-
-    from .config import make_folder
-    from .shared.output import check_outcomes, save
-    from .shared.terminal import PipelineProgress, is_typed, show_picture
-
-    manifest = sha256_if_exists(it.folder.path / "manifest.json")
-    it.picture = home.path(home.PICTURES, f"{it.folder.path.name}.png")
+    """Generates the first picture, through the filters."""
+    manifest = sha256_if_exists(it.model.path / "manifest.json")
+    it.picture = home.path(home.PICTURES, f"{it.model.path.name}.png")
     try:
         if it.picture.exists() and (read_record(it.picture) or {}).get("manifest_sha256") == manifest:
-            return "was made"
-    except UsageError:  # damaged: another one is made
+            return "already made"
+    except UsageError:  # a damaged file is replaced
         pass
-    make_folder(it.picture.parent)
-    progress, pipe = PipelineProgress(), FluxPipeline.from_pretrained(it.folder.path)
+    settings.make_folder(it.picture.parent)
+    progress, pipe = PipelineProgress(it.console), FluxPipeline.from_pretrained(it.model.path)
     try:
         with macos.awake():
-            request = Request(prompt=PROMPT, **PICTURE)
+            request = Request(prompt=FIRST_PROMPT, **PICTURE)
             result = pipe.generate(request, progress=progress, before_release=signals.hold)
         check_outcomes(list(result.outcomes))
         save(result.images[0], iter([it.picture]), force=True)
     finally:
         signals.let_go()
         progress.close()
-    if is_typed():
-        show_picture(it.picture)
-    return f'"{PROMPT}", in {sum(result.seconds.values()):.0f} s'
+    if is_interactive():
+        show_picture(it.picture, it.console)
+    return f'"{FIRST_PROMPT}", in {sum(result.seconds.values()):.0f} s'
 
 
 STEPS = {

@@ -1,100 +1,140 @@
-"""flux-krea shell: line by line, with the model warm."""
+"""flux-krea shell: prompts line by line, with the model in memory."""
 
 import contextlib
 import os
 import sys
 import traceback
 from collections.abc import Iterator
+from typing import Any
 
 import click
 
+from mlx_flux_krea import FluxPipeline, home
 from mlx_flux_krea.errors import FluxKreaError, PartlyDone, UsageError, amount, printable
 
-from .shared import signals
-from .shared.options import LASTING, OPTIONS, SeveralSeeds, cast
-from .shared.options import said as read
+from .shared import settings, signals
+from .shared.generation import OF_THE_PIPELINE, Generation, open_pipeline
+from .shared.jobs import merge
+from .shared.options import LASTING, OPTIONS, GeneratingCommand, cast, given_options, with_option_names
+from .shared.terminal import Console
+from .shared.text import table
+
+try:
+    import readline
+except ImportError:  # some builds of Python lack it
+    readline = None
 
 SHORT = {"w": "width", "h": "height", "s": "seed", "g": "guidance", "n": "steps"}  # as black-forest-labs/flux has them
-HELP = """A line is a prompt. An empty line draws the last one again, from the same seed, with what was changed since.
+HELP = """A line is a prompt. An empty line repeats the last prompt and seed with the options changed since.
 /w 768  /h 512  /s 7  /g 3.5  /n 20    width, height, seed, guidance, steps
 /NAME VALUE   any other option: {names}
-/NAME         as if it had never been said
-/             what was said so far         /q   the end"""
+/NAME         remove the option
+/             list the options that are set         /q   quit"""
 
 
-@click.command(cls=SeveralSeeds, params=[option for option in OPTIONS if option.name in (*LASTING, "force", "as_json")])
+@click.command(
+    cls=GeneratingCommand, params=[option for option in OPTIONS if option.name in (*LASTING, "force", "as_json")]
+)
 def shell(**options):
-    """Draw line by line, with the model warm.
+    """Generate pictures line by line, with the model in memory.
 
-    A line is a prompt, an empty one the last again; /w /h /s /g /n and every other option by its name. /help says more.
+    A line is a prompt; an empty line repeats the last one. /w, /h, /s, /g, /n and /NAME change options, /help lists
+    them.
 
     \b
     Example:
       flux-krea shell --steps 20
     """
-    from .config import read_config
-    from .generate import OF_THE_PIPELINE, make_pictures, open_pipe
-    from .shared.jobs import merge
-    from .shared.terminal import say, table
+    given, force, as_json = given_options(options)
+    session = _Session(given, force, as_json)
+    is_typed = sys.stdin.isatty() and sys.stdout.isatty()
+    for line in _typed_lines() if is_typed else map(str.strip, sys.stdin):
+        if line in ("/q", "/quit"):
+            break
+        session.try_line(line)
+    if session.failed and not is_typed:
+        kind = PartlyDone if session.succeeded else UsageError
+        raise kind(f"{amount(session.failed, 'line')} failed")
 
-    said, force, as_json = read(options)
-    config = read_config()
-    base = merge(config, said)
-    pipe = open_pipe(base)
-    last, seeds, drawn, failed = None, [], 0, 0
-    typed = sys.stdin.isatty() and sys.stdout.isatty()
-    for line in _typed_lines() if typed else map(str.strip, sys.stdin):
+
+class _Session:
+    """Options, model and last prompt of a shell.
+
+    Args:
+        given: options of the command line.
+        force: replace existing files.
+        as_json: print JSON reports, and events on standard error.
+    """
+
+    def __init__(self, given: dict[str, Any], force: bool, as_json: bool):
+        self._given, self._force, self._as_json = given, force, as_json
+        self._console = Console(as_events=as_json)
+        self._config = settings.read_options()
+        self._base = merge(self._config, given)
+        self._pipe: FluxPipeline | None = open_pipeline(self._base)
+        self._prompt: str | None = None
+        self._seeds: list[int] = []  # of the last prompt
+        self.failed = self.succeeded = 0  # lines that failed, and prompts that succeeded
+
+    def try_line(self, line: str) -> None:
+        """Runs one line; the model stays in memory whatever goes wrong, and Ctrl-C stops only this line."""
         try:
-            command, _, value = line.removeprefix("/").partition(" ")
-            if line in ("/q", "/quit"):
-                break
-            elif line == "/help":
-                say(HELP.format(names=" ".join(name.replace("_", "-") for name in LASTING)))
-            elif line == "/":
-                say(table(sorted((name, printable(str(value))) for name, value in said.items())) if said else "nothing")
-            elif line.startswith("/"):
-                said = _changed(said, command, value.strip(), merge)
-            elif line or last is not None:
-                prompt = line or last
-                held = {"seed": tuple(seeds)} if not line and seeds and "seed" not in said else {}
-                given = said | {"prompt": prompt} | held
-                last, seeds = prompt, seeds if not line else []
-                before, base = base, merge(config, given)
-                if pipe is None or any(before.get(name) != base.get(name) for name in ("model", *OF_THE_PIPELINE)):
-                    pipe = None  # before another takes its memory
-                    pipe = open_pipe(base)
-                seeds = make_pictures(base, given, force, as_json, pipe, ends=False)
-                drawn += 1
+            self._run_line(line)
         except FluxKreaError as error:
-            failed += 1
-            say(f"flux-krea: {printable(str(error))}")
+            self._fail(str(error))
         except signals.Stopped as stopped:
             if stopped.exit_code != 130:
                 raise
-            failed += 1
-            say(f"flux-krea: {stopped.message}")
-        except Exception as error:  # the model stays warm, whatever is wrong with one line
-            failed += 1
+            self._fail(stopped.message)
+        except Exception as error:
             traceback.print_exception(error)
-            say("flux-krea: this is a bug in flux-krea; please report it with the lines above")
+            self._fail("this is a bug in flux-krea; please report it with the lines above")
         signals.forget()
-    if failed and not typed:
-        raise (PartlyDone if drawn else UsageError)(f"{amount(failed, 'line')} failed")
 
+    def _run_line(self, line: str) -> None:
+        if line == "/help":
+            self._console.say(HELP.format(names=" ".join(name.replace("_", "-") for name in LASTING)))
+        elif line == "/":
+            rows = sorted((name, str(value)) for name, value in self._given.items())
+            self._console.say(table(rows) if rows else "no option is set")
+        elif line.startswith("/"):
+            command, _, value = line.removeprefix("/").partition(" ")
+            self._change(command, value.strip())
+        elif line or self._prompt is not None:
+            self._generate(line)
 
-def _changed(said: dict, command: str, value: str, merge) -> dict:
-    """What was said, with one option more, another value, or one fewer."""
-    command = SHORT.get(command, command)
-    if value:
-        return merge(said, dict([cast(command, value, LASTING)]))
-    name = command.replace("-", "_")
-    if name not in said:
-        raise UsageError(f"/{command} has no value, and none was said before", "/NAME VALUE", "see /help")
-    return {n: v for n, v in said.items() if n != name}
+    def _change(self, command: str, value: str) -> None:
+        """Sets an option, or removes it where no value is given."""
+        command = SHORT.get(command, command)
+        if value:
+            self._given = merge(self._given, dict([cast(command, value, LASTING)]))
+            return
+        name = command.replace("-", "_")
+        if name not in self._given:
+            raise UsageError(f"/{command} has no value, and is not set", "/NAME VALUE", "see /help")
+        self._given = {n: v for n, v in self._given.items() if n != name}
+
+    def _generate(self, line: str) -> None:
+        """Generates a prompt; an empty line repeats the last prompt with its seeds."""
+        prompt = line or self._prompt
+        repeated = {"seed": tuple(self._seeds)} if not line and self._seeds and "seed" not in self._given else {}
+        given = self._given | {"prompt": prompt} | repeated
+        self._prompt, self._seeds = prompt, [] if line else self._seeds
+        before, self._base = self._base, merge(self._config, given)
+        if self._pipe is None or any(before.get(n) != self._base.get(n) for n in ("model", *OF_THE_PIPELINE)):
+            self._pipe = None  # frees its memory before another model is opened
+            self._pipe = open_pipeline(self._base)
+        generation = Generation(self._console, as_json=self._as_json, pipe=self._pipe, is_last=False)
+        self._seeds = generation.run_options(self._base, given, self._force)
+        self.succeeded += 1
+
+    def _fail(self, message: str) -> None:
+        self.failed += 1
+        self._console.say(f"flux-krea: {printable(with_option_names(message))}")
 
 
 def _typed_lines() -> Iterator[str]:
-    """What is typed, with a history that is kept. Ctrl-C takes back a line, Ctrl-D ends."""
+    """Yields lines typed at a terminal, with a history. Ctrl-C discards a line, Ctrl-D ends."""
     with _history():
         while True:
             line = None
@@ -113,13 +153,9 @@ def _typed_lines() -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def _history():
-    """Lines of earlier times for the arrow keys, in a file that only its owner reads."""
-    from mlx_flux_krea import home
-
-    try:
-        import readline
-    except ImportError:  # some Pythons come without
+def _history() -> Iterator[None]:
+    """Keeps typed lines for the arrow keys, in a file that only its owner can read."""
+    if readline is None:
         yield
         return
     path = home.path(home.HISTORY)

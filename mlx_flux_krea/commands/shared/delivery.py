@@ -1,83 +1,90 @@
-"""What becomes of pictures that a run has drawn: where each went, as lines, as events, and as a report at the end."""
+"""Delivery of a run's pictures: each is saved, recorded in the run, and reported as a line, an event and in JSON."""
 
 import json
 from pathlib import Path
+from typing import Any
 
 import click
 
+from mlx_flux_krea import Result
 from mlx_flux_krea.errors import Withheld, printable
-from mlx_flux_krea.provenance import read_record
+from mlx_flux_krea.provenance import Picture, read_record
 
+from .jobs import Job, PreparedJob
+from .options import with_option_names
 from .output import names_from, save
-from .terminal import say, size, stage_times, table
+from .runs import Run
+from .terminal import Console
+from .text import size, stage_times, table
 
 
 class Delivery:
-    """Saves the pictures of a run as they come, keeps how far it is, and says what became of each.
+    """Saves and reports the pictures of a run as they are finished.
 
     Args:
-        run: a `runs.Run`; those that it has already are not said again.
-        as_json: say it as events, and all of it at the end.
+        run: the run; pictures that it already has are not reported again.
+        as_json: report events, and everything as JSON at the end.
+        console: where lines and events are written.
     """
 
-    def __init__(self, run, as_json: bool):
-        self._run, self._as_json = run, as_json
+    def __init__(self, run: Run, as_json: bool, console: Console):
+        self._run, self._as_json, self._console = run, as_json, console
         self._names = {output: names_from(output, taken) for output, taken in run.taken.items()}
-        self._report = {"images": [], "skipped": run.skipped}
-        if run.found:
-            self._tell_found(run.found)
+        self._report: dict[str, Any] = {"images": [], "skipped": run.skipped}
+        if run.unreported:
+            self._report_earlier(run.unreported)
 
-    def refuse(self, drawing, error: Withheld) -> None:
-        """A prompt or an input image was flagged: there is no picture."""
-        say(f"seed {drawing.job.seed}: withheld: {error.found}")
+    def refuse(self, prepared: PreparedJob, error: Withheld) -> None:
+        """Reports a job whose prompt or input image was withheld."""
         outcome = f"withheld: {error.found}"
-        self._add(outcome, None, None, {**drawing.request.record(drawing.pick), "outcome": outcome})
+        self._console.say(f"seed {prepared.job.seed}: {outcome}")
+        self._add(outcome, None, None, {**prepared.request.record(prepared.pick), "outcome": outcome})
 
-    def deliver(self, drawing, result) -> None:
-        """What the pipeline made of a drawing: a file, if it was released."""
-        pick, seed, picture, path = drawing.pick, drawing.job.seed, None, None
+    def deliver(self, prepared: PreparedJob, result: Result) -> None:
+        """Saves the picture of a job, if it was released, and reports its outcome."""
+        pick, seed, picture, path = prepared.pick, prepared.job.seed, None, None
         outcome = result.outcomes[pick]
         if outcome == "released":
             picture = result.images[result.outcomes[:pick].count("released")]
-            path = self._save(drawing.job, picture)
+            path = self._save(prepared.job, picture)
         else:
-            say(f"seed {seed}: {outcome}")
-        facts = {"outcome": outcome, "notes": [*drawing.notes, *result.notes], "seconds": result.seconds}
-        facts |= {"peaks": result.peaks, "predicted": result.plan.stages}
+            self._console.say(f"seed {seed}: {outcome}")
+        notes = [*prepared.notes, *map(with_option_names, result.notes)]
+        facts = {"outcome": outcome, "notes": notes, "seconds": result.seconds}
+        facts |= {"peaks": result.peaks, "predicted": result.plan.stages if result.plan else {}}
         self._add(outcome, path, picture, {**result.records[pick], **facts})
-        say(f"seed {seed}: {stage_times(result.seconds)}")
+        self._console.say(f"seed {seed}: {stage_times(result.seconds)}")
         if self._run.options.get("verbose"):
-            say(_memory(result))
+            self._console.say(_memory(result))
         self._tell(path)
 
-    def deliver_sheet(self, made, name: Path) -> None:
-        """All pictures as one."""
-        path = save(made, names_from(name), self._run.force, self._run.note_file)
-        self._tell_sheet(path)
+    def deliver_sheet(self, sheet: Picture, name: Path) -> None:
+        """Saves and reports the contact sheet."""
+        self._tell_sheet(save(sheet, names_from(name), self._run.force, self._run.claim))
 
     def report(self) -> None:
-        """All of it as JSON, where that was asked for and there is something."""
+        """Prints the JSON report, if it was asked for and holds anything."""
         if self._as_json and (self._report["images"] or "contact_sheet" in self._report):
             click.echo(json.dumps(self._report, ensure_ascii=False))
 
-    def _save(self, job, picture) -> Path:
-        """Saves a picture; of the first with a name it is said if it cannot have that."""
+    def _save(self, job: Job, picture: Picture) -> Path:
+        """Saves a picture; a note tells if the first picture of a name gets another one."""
         first, names = job.output not in self._names, self._names.setdefault(job.output, names_from(job.output))
         how = {name: job.options[name] for name in ("metadata", "quality") if name in job.options}
-        path = save(picture, names, self._run.force, self._run.note_file, **how)
+        path = save(picture, names, self._run.force, self._run.claim, **how)
         if first and path != job.output:
-            say(f"note: {printable(str(job.output))} exists; writing {printable(str(path))}")
+            self._console.say(f"note: {printable(str(job.output))} exists; writing {printable(str(path))}")
         return path
 
-    def _add(self, outcome: str, path: Path | None, picture, facts: dict) -> None:
+    def _add(self, outcome: str, path: Path | None, picture: Picture | None, facts: dict) -> None:
         self._run.add(outcome, path, picture)
         self._run.advance()
         self._report["images"].append({"path": path and str(path), **facts})
 
     def _tell(self, path: Path | None) -> None:
-        """Of the last picture, when it is counted."""
+        """Reports the last picture of the report."""
         if self._as_json:
-            say("", event="picture", **self._report["images"][-1])
+            self._console.say("", event="picture", **self._report["images"][-1])
         elif path:
             click.echo(path)
 
@@ -86,8 +93,8 @@ class Delivery:
         if not self._as_json:
             click.echo(path)
 
-    def _tell_found(self, path: Path) -> None:
-        """Of a file that was written when nobody could be told any more; what it took of time is forgotten."""
+    def _report_earlier(self, path: Path) -> None:
+        """Reports a file that a killed process saved; its times are lost."""
         job, (outcome, last) = self._run.jobs[len(self._run.done) - 1], self._run.done[-1]
         if path != last:
             self._tell_sheet(path)
@@ -97,12 +104,14 @@ class Delivery:
         self._tell(path)
 
 
-def _memory(result) -> str:
-    """Predicted and measured memory of each stage, side by side."""
+def _memory(result: Result) -> str:
+    """Formats predicted and measured memory of each stage side by side."""
+    if result.plan is None:
+        return ""
     stages, predicted = {"denoise": ("image", "modulation", "denoise")}, result.plan.stages
     rows = [("stage", "seconds", "memory predicted", "measured")]
     for stage, seconds in result.seconds.items():
         expected = max(predicted[name] for name in stages.get(stage, (stage,)) if name in predicted)
         rows.append((stage, f"{seconds:.1f}", size(expected), size(result.peaks[stage])))
-    kept = f"{result.plan.blocks} of {result.plan.of} blocks of the transformer stay in memory"
-    return f"{table(rows, right=(1, 2, 3))}\n{kept}"
+    resident = f"{result.plan.blocks} of {result.plan.of} transformer blocks resident in memory"
+    return f"{table(rows, right=(1, 2, 3))}\n{resident}"

@@ -1,25 +1,29 @@
-"""What is installed in the home folder, from its JSON and the sizes of its files; no file of weights is opened."""
+"""Models and filters in the home folder, read from JSON and file sizes; no file of weights is opened."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
+from mlx_flux_krea import home
 from mlx_flux_krea.errors import ModelError, amount
+from mlx_flux_krea.files import read_json
+from mlx_flux_krea.filters.judges import FILTERS
+from mlx_flux_krea.weights import ModelFolder, open_folder
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Installed:
-    """A model or a filter.
+    """An installed model or filter. Of a damaged one, texts read from its files are empty.
 
     Attributes:
         name: of its folder.
         kind: "model" or "filter".
         path: its folder.
         bytes: on disk.
-        precision: of the most of its largest network; of a damaged one, empty.
-        license: as its model_index.json says.
-        base: what it was made from.
-        filters: "required" or "none"; of a filter, empty.
-        default: whether it is meant where none is named.
+        precision: of most layers of its largest network.
+        license: from its model_index.json.
+        base: the model that it was converted from.
+        filters: "required" or "none"; empty for a filter.
+        default: the model that is used where none is named.
         problem: why it cannot be used, or None.
     """
 
@@ -27,47 +31,41 @@ class Installed:
     kind: str
     path: Path
     bytes: int
-    precision: str
-    license: str
-    base: str
-    filters: str
-    default: bool
-    problem: str | None
+    precision: str = ""
+    license: str = ""
+    base: str = ""
+    filters: str = ""
+    default: bool = False
+    problem: str | None = None
 
 
 def find_installed() -> list[Installed]:
-    """Models by their names, then the filters that are there.
+    """Lists the models by name, then the filters.
 
     Raises:
         ModelError: config.json is damaged.
     """
-    from mlx_flux_krea import home
-    from mlx_flux_krea.filters.judges import FILTERS
-    from mlx_flux_krea.home import default_model, installed_models
-
-    models, said = installed_models(), default_model()
-    default = said or (next(iter(models)) if len(models) == 1 else None)
+    models, chosen = home.installed_models(), home.default_model()
+    default = chosen or (next(iter(models)) if len(models) == 1 else None)
     filters = {name: path for name in FILTERS if (path := home.path(home.FILTERS, name)).is_dir()}
-    return [_look("model", name, path, name == default) for name, path in models.items()] + [
-        _look("filter", name, path, False) for name, path in filters.items()
+    return [_examine("model", name, path, name == default) for name, path in models.items()] + [
+        _examine("filter", name, path, False) for name, path in filters.items()
     ]
 
 
 def disk_bytes(path: Path) -> int:
-    """Of a file, or of all files in a folder; links are not followed."""
+    """Returns the bytes of a file, or of all files in a folder. Links are not followed."""
     if path.is_symlink() or not path.is_dir():
         return path.lstat().st_size
-    return sum(disk_bytes(one) for one in path.iterdir())
+    return sum(disk_bytes(child) for child in path.iterdir())
 
 
 def missing_parts(path: Path) -> str | None:
-    """What of a folder of ours is not there as its manifest.json has it, judged by sizes; None: all is.
+    """Compares the sizes of a folder's files with its manifest.json. Returns the first difference, or None.
 
     Raises:
-        ModelError: no manifest.json that can be read.
+        ModelError: manifest.json cannot be read.
     """
-    from mlx_flux_krea.files import read_json
-
     for name, entry in read_json(path / "manifest.json").items():
         file, size = path / name, entry.get("bytes") if isinstance(entry, dict) else None
         if not file.is_file():
@@ -77,19 +75,24 @@ def missing_parts(path: Path) -> str | None:
     return None
 
 
-def _look(kind: str, name: str, path: Path, default: bool) -> Installed:
-    from mlx_flux_krea.weights import ModelFolder, open_folder
-
+def _examine(kind: str, name: str, path: Path, default: bool) -> Installed:
     count = disk_bytes(path.resolve())
     try:
         folder, problem = open_folder(path), missing_parts(path)
     except ModelError as error:
-        return Installed(name, kind, path, count, "", "", "", "", default, str(error))
-    network = next(iter(folder.networks.values()))
-    precision = f"{network.quantization}, {network.dtype}" if network.quantization else network.dtype
-    filters = ""
+        return Installed(name=name, kind=kind, path=path, bytes=count, default=default, problem=str(error))
+    network, filters = next(iter(folder.networks.values())), ""
     if isinstance(folder, ModelFolder):
         filters = "required" if folder.requires_filters else "none"
     return Installed(
-        name, kind, path, count, precision, folder.index.license, folder.index.base, filters, default, problem
+        name=name,
+        kind=kind,
+        path=path,
+        bytes=count,
+        precision=f"{network.quantization}, {network.dtype}" if network.quantization else network.dtype,
+        license=folder.index.license,
+        base=folder.index.base,
+        filters=filters,
+        default=default,
+        problem=problem,
     )

@@ -1,6 +1,6 @@
-"""What a Mac is asked for besides computing: to stay awake, to leave model folders alone, to say what it is.
+"""Services of macOS: the machine stays awake, model folders stay out of indexes and backups, the system is identified.
 
-Elsewhere all of this does nothing. Whatever fails here fails silently: no run depends on it.
+On other systems these functions do nothing. Failures are ignored, since no run depends on them.
 """
 
 import contextlib
@@ -13,12 +13,12 @@ from pathlib import Path
 
 from mlx_flux_krea.errors import UsageError
 
-NEVER_INDEX = ".metadata_never_index"  # Spotlight leaves a folder alone that holds a file of this name
+NEVER_INDEX = ".metadata_never_index"  # Spotlight ignores a folder that holds a file of this name
 
 
 @contextlib.contextmanager
 def awake() -> Iterator[None]:
-    """The machine does not go to sleep by itself within the block, nor when this process is killed in it."""
+    """Keeps the machine from sleeping within the block, and no longer than this process lives."""
     command = ["caffeinate", "-i", "-w", str(os.getpid())]
     process = None
     if sys.platform == "darwin":
@@ -34,22 +34,22 @@ def awake() -> Iterator[None]:
             process.wait()
 
 
-def leave_alone(folder: Path) -> None:
-    """Weights can be had again: Spotlight does not read this folder, and Time Machine does not copy it."""
+def exclude(folder: Path) -> None:
+    """Keeps a folder of weights, which can be made again, out of Spotlight and Time Machine."""
     if sys.platform != "darwin":
         return
     with contextlib.suppress(OSError):
         (folder / NEVER_INDEX).touch()
-    run("tmutil", "addexclusion", str(folder))  # com.apple.metadata:com_apple_backup_excludeItem, set on the folder
+    run("tmutil", "addexclusion", str(folder))  # sets com.apple.metadata:com_apple_backup_excludeItem on the folder
 
 
 def sysctl(name: str) -> str | None:
-    """A value that the kernel has under this name."""
+    """Returns a value of the kernel; None where there is none."""
     return run("sysctl", "-n", name)
 
 
 def run(*command: str) -> str | None:
-    """What a program of the system prints; None where it fails, or this is no Mac."""
+    """Returns the output of a program of the system; None where it fails, or on another system."""
     if sys.platform != "darwin":
         return None
     try:
@@ -60,16 +60,16 @@ def run(*command: str) -> str | None:
 
 
 def check_python() -> None:
-    """Finds a Python for Intel out before it fails to import MLX.
+    """Refuses a Python for Intel, in which the import of MLX fails.
 
     Raises:
-        UsageError: it is one.
+        UsageError: this is one.
     """
     if sys.platform != "darwin" or platform.machine() != "x86_64":
         return
     if sysctl("sysctl.proc_translated") == "1" or (sysctl("machdep.cpu.brand_string") or "").startswith("Apple"):
         raise UsageError(
-            f"this Python ({sys.executable}) is made for Intel and runs translated, in which MLX does not run",
+            f"this Python ({sys.executable}) is built for Intel and runs translated, where MLX does not work",
             "a Python for Apple silicon: python3 -c 'import platform; print(platform.machine())' prints arm64",
             "install one from python.org or with uv, make a new environment with it, and install flux-krea there",
         )

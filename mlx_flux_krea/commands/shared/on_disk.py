@@ -1,4 +1,4 @@
-"""Weights that are on this disk already: in the hub's cache, ComfyUI's folder of models, mflux's cache."""
+"""Weights already on this disk: in the hub's cache, ComfyUI's model folders, or mflux's cache."""
 
 import contextlib
 import os
@@ -7,9 +7,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from mlx_flux_krea.convert.hub import cached
+from mlx_flux_krea.convert.layouts import identify
+from mlx_flux_krea.convert.sources import open_sources
 from mlx_flux_krea.errors import ModelError
 
-# what can be converted of each part of an installation, the original first
+# Repositories that each part of an installation can be converted from, the original first.
 REPOSITORIES = {
     "model": ("black-forest-labs/FLUX.1-Krea-dev",),
     "nsfw": ("Falconsai/nsfw_image_detection",),
@@ -20,11 +23,11 @@ _COMFYUI = ("diffusion_models", "unet", "checkpoints", "text_encoders", "clip", 
 
 @dataclass(frozen=True)
 class Source:
-    """Something that `convert` can make a part of.
+    """Weights that `convert` can read.
 
     Attributes:
-        sources: what it is told.
-        where: in words.
+        sources: SOURCES of `convert`.
+        where: the same in words.
     """
 
     sources: tuple[str, ...]
@@ -32,25 +35,23 @@ class Source:
 
 
 def find_sources(part: str, offline: bool) -> list[Source]:
-    """What a part can be made of: what is here, then what can be fetched.
+    """Lists the sources of a part: those on this disk, then the hub.
 
     Args:
         part: a key of `REPOSITORIES`.
-        offline: only what is here.
+        offline: leave out the hub.
     """
-    from mlx_flux_krea.convert.hub import cached
-
     here = [repo for repo in REPOSITORIES[part] if cached(repo)]
     found = [Source((repo,), f"the hub's cache, {repo}") for repo in here]
     if part == "model":
-        found += [*_of_comfyui(), *_of_mflux()]
+        found += [*_comfyui_sources(), *_mflux_sources()]
     if not offline and REPOSITORIES[part][0] not in here:
         found.append(Source(REPOSITORIES[part][:1], f"the hub, {REPOSITORIES[part][0]}"))
     return found
 
 
-def _of_comfyui() -> Iterator[Source]:
-    """A Krea among ComfyUI's files, and of the other components the largest file that is one."""
+def _comfyui_sources() -> Iterator[Source]:
+    """Yields FLUX.1 Krea files of ComfyUI, with the largest file of each other component."""
     own = Path.home()
     for models in (own / "ComfyUI" / "models", own / "Documents" / "ComfyUI" / "models", Path("ComfyUI", "models")):
         files = [file for name in _COMFYUI if (models / name).is_dir() for file in (models / name).iterdir()]
@@ -66,8 +67,8 @@ def _of_comfyui() -> Iterator[Source]:
                 yield Source(tuple(map(str, dict.fromkeys(names))), f"ComfyUI, {file}")
 
 
-def _of_mflux() -> Iterator[Source]:
-    """A Krea that mflux has saved in its cache."""
+def _mflux_sources() -> Iterator[Source]:
+    """Yields FLUX.1 Krea folders in mflux's cache."""
     usual = "Library/Caches/mflux" if sys.platform == "darwin" else ".cache/mflux"
     cache = Path(os.environ.get("MFLUX_CACHE_DIR") or Path.home() / usual)
     for folder in sorted(cache.glob("*")) + sorted(cache.glob("*/*")):
@@ -76,10 +77,7 @@ def _of_mflux() -> Iterator[Source]:
 
 
 def _components(file: Path) -> list[str]:
-    """What is in a file, from its header; nothing where it is none of ours."""
-    from mlx_flux_krea.convert.layouts import identify
-    from mlx_flux_krea.convert.sources import open_sources
-
+    """Returns the components in a file, from its header; none where the layout is unknown."""
     with contextlib.suppress(ModelError):
         return [one.layout.component for source in open_sources([file]) for one in identify(source)]
     return []

@@ -1,4 +1,4 @@
-"""The options of `generate`, declared once: for the command line, rows of a prompt file, the config file and tools."""
+"""Options of `generate`, declared once: for the command line, rows of a prompt file, the config file and tools."""
 
 import difflib
 import re
@@ -6,19 +6,19 @@ from pathlib import Path
 
 import click
 
-from mlx_flux_krea import presets
+from mlx_flux_krea import home, presets
 from mlx_flux_krea.errors import UsageError
 
 _SEED = re.compile(r"(-?\d+)(?:\+(\d+))?")
 
 
 class Seeds(click.ParamType):
-    """Whole numbers, and ranges such as 7+4: four seeds from 7 on."""
+    """Type of --seed: whole numbers, and ranges such as 7+4 (four seeds from 7)."""
 
     name = "seeds"
 
     def convert(self, value, param, ctx) -> tuple[int, ...]:
-        """The seeds that a text lists, with spaces or commas between them."""
+        """Returns the seeds in a text, which spaces or commas separate."""
         if isinstance(value, tuple):
             return value
         seeds: list[int] = []
@@ -36,17 +36,17 @@ class Seeds(click.ParamType):
         return tuple(seeds)
 
 
-IN_TERMINAL = "terminal"  # where --preview shows a picture if no file is named
+IN_TERMINAL = "terminal"  # value of --preview without a file
 _PICTURE_FILE = re.compile(rf".+\.(png|jpe?g|webp)|{IN_TERMINAL}", re.I)
 
 
-class SeveralSeeds(click.Command):
-    """A command whose --seed takes all the numbers that follow it, and whose --preview may do without a value."""
+class GeneratingCommand(click.Command):
+    """Command whose --seed takes several numbers, and whose --preview needs no value."""
 
     def parse_args(self, ctx, args: list[str]) -> list[str]:
-        """Joins them to the one value that click reads."""
+        """Joins several words into the one value that click expects."""
         joined: list[str] = []
-        place = None  # where the value of --seed stands in `joined`
+        place = None  # of the value of --seed in `joined`
         for i, arg in enumerate(args):
             if arg == "--":
                 joined += args[i:]
@@ -62,81 +62,90 @@ class SeveralSeeds(click.Command):
         return super().parse_args(ctx, joined)
 
 
-USUAL: dict[str, object] = {}  # by option: what holds where nobody says otherwise and the model has no word in it
+DEFAULTS: dict[str, object] = {}  # by option: its default, where the model has none of its own
 
 
-def _option(*names: str, help: str, usual=None, **settings) -> click.Option:
-    option = click.Option(names, help=help if usual is None else f"{help}  [default: {usual}]", **settings)
-    if usual is not None and not str(usual).startswith("the "):
-        USUAL[option.name] = usual
+def _option(*names: str, help: str, default=None, **settings) -> click.Option:
+    option = click.Option(names, help=help if default is None else f"{help}  [default: {default}]", **settings)
+    if default is not None and not str(default).startswith("the "):
+        DEFAULTS[str(option.name)] = default
     return option
 
 
-def _installed(ctx, param, incomplete: str) -> list[str]:
-    """For the shell's completion: the names of installed models."""
-    from mlx_flux_krea.home import installed_models
-
-    return [name for name in installed_models() if name.startswith(incomplete)]
+def _installed(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
+    """Completes the names of installed models, for the shell."""
+    return [name for name in home.installed_models() if name.startswith(incomplete)]
 
 
-_FILE = click.Path(path_type=Path)
-_SIDE = click.IntRange(1, presets.MAX_SIDE)
+FILE = click.Path(path_type=Path)
+SIDE = click.IntRange(1, presets.MAX_SIDE)
+DTYPE = click.Choice(presets.COMPUTE_TYPES)
+METADATA = click.Choice(presets.METADATA)
+QUALITY = click.IntRange(1, 100)
+MODEL_HELP = "Model: the name of an installed one, or a folder."
+MODEL_DEFAULT = "the only one, or models default"
 _SCALE = click.FloatRange(0, presets.MAX_SCALE)
 _BATCH = click.IntRange(1, presets.MAX_BATCH)
 _STEPS = click.IntRange(1, presets.MAX_STEPS)
 _AREA = click.FloatRange(*presets.MEGAPIXELS)
-_DTYPE = click.Choice(["bfloat16", "float16", "float32"])
-_METADATA = click.Choice(["full", "minimal"])
-_CHECK = click.Choice(["filters", "review", "both"])
-_ONE = "the only one, or models default"
-_MODEL = "the model's"
+_NSFW = click.FloatRange(0, presets.NSFW_THRESHOLD)
+_OF_MODEL = "the model's"
 OPTIONS = [
-    _option(
-        "-m", "--model", help="A model folder, or the name of an installed one.", usual=_ONE, shell_complete=_installed
-    ),
-    _option("-o", "--output", type=_FILE, help="PNG, JPEG or WebP; takes {seed}, {n}, {prompt}.", usual="out.png"),
-    _option("--prompts", type=_FILE, help="A file: a prompt a line; or CSV or JSONL, with any option per row."),
-    _option("--width", type=_SIDE, help="Pixels, a multiple of 16.", usual=_MODEL),
-    _option("--height", type=_SIDE, help="Pixels, a multiple of 16.", usual=_MODEL),
-    _option("--aspect", type=click.Choice(list(presets.ASPECTS)), help="The shape, instead of width and height."),
-    _option("--megapixels", type=_AREA, help="The area that goes with it.", usual=1),
-    _option("--steps", type=_STEPS, help="Number of steps.", usual=_MODEL),
-    _option("--guidance", type=_SCALE, help="How closely to follow the prompt.", usual=_MODEL),
-    _option("--seed", type=Seeds(), metavar="N...", help="1, or 1 2 3, or 7+4: four from 7 on.  [default: a new one]"),
-    _option("-n", "--num-images", type=_BATCH, help="With seeds that count up.", usual=1),
-    _option("--contact-sheet", is_flag=True, help="All pictures as one besides, a row for each prompt."),
-    _option("--like", type=click.Choice(list(presets.TOOLS)), help="What that tool does where you say nothing."),
-    _option("--from", "from_", type=_FILE, help="A picture made here, to be made again; options beside it change it."),
-    _option("--noise", help=f"Whose seed: {', '.join(presets.RECIPES)}.", usual="diffusers"),
-    _option("--negative-prompt", help="What to move away from; needs --true-cfg-scale."),
-    _option("--true-cfg-scale", type=_SCALE, help="Above 1: doubles the time of a step.", usual=1),
-    _option("--image", type=_FILE, help="An image to start from."),
-    _option("--strength", type=click.FloatRange(0, 1), help="How far to go from the image.", usual=presets.STRENGTH),
-    _option("--dtype", type=_DTYPE, help="To compute in.", usual=_MODEL),
-    _option("--memory", help="What may be used, such as 8GB; the rest is read as it is needed.", usual="auto"),
-    _option("--quality", type=click.IntRange(1, 100), help="Of JPEG and WebP.", usual=95),
-    _option(
-        "--metadata",
-        type=_METADATA,
-        help="What the file tells: all that made it, or only that an AI did.",
-        usual="full",
-    ),
-    _option("--check", type=_CHECK, help="Who looks first; review: you do.  [default: filters, if the licence asks]"),
-    _option("--nsfw-threshold", type=click.FloatRange(0, 0.85), help="A picture passes below it.", usual=0.85),
-    _option("--integrity-margin", type=_SCALE, help="How clear the filter's no must be.", usual=0),
-    _option("--preview", metavar="[FILE]", help="Show each step in the terminal (iTerm2, kitty), or in this file."),
-    _option("-v", "--verbose", is_flag=True, help="Show what each stage took of time and memory."),
+    _option("-m", "--model", help=MODEL_HELP, default=MODEL_DEFAULT, shell_complete=_installed),
+    _option("-o", "--output", type=FILE, help="PNG, JPEG or WebP file; {seed}, {n}, {prompt} are filled in.",
+            default="out.png"),
+    _option("--prompts", type=FILE, help="File of prompts, one a line; CSV and JSONL set any option per row."),
+    _option("--width", type=SIDE, help="Width in pixels, a multiple of 16.", default=_OF_MODEL),
+    _option("--height", type=SIDE, help="Height in pixels, a multiple of 16.", default=_OF_MODEL),
+    _option("--aspect", type=click.Choice(list(presets.ASPECTS)), help="Aspect ratio, instead of width and height."),
+    _option("--megapixels", type=_AREA, help="Area in megapixels, at the aspect ratio.", default=1),
+    _option("--steps", type=_STEPS, help="Number of denoising steps.", default=_OF_MODEL),
+    _option("--guidance", type=_SCALE, help="Guidance scale: how closely to follow the prompt.", default=_OF_MODEL),
+    _option("--seed", type=Seeds(), metavar="N...", help="Seeds: 1, or 1 2 3, or 7+4 (4 from 7).  [default: random]"),
+    _option("-n", "--num-images", type=_BATCH, help="Number of pictures, with consecutive seeds.", default=1),
+    _option("--contact-sheet", is_flag=True, help="Also save a contact sheet, one row per prompt."),
+    _option("--like", type=click.Choice(list(presets.TOOLS)), help="Tool whose defaults replace the model's."),
+    _option("--from", "from_", type=FILE, help="Picture made here, to make again; other options change it."),
+    _option("--noise", help=f"Noise recipe, the tool whose seeds to reproduce: {', '.join(presets.RECIPES)}.",
+            default="diffusers"),
+    _option("--negative-prompt", help="Text to move away from; needs --true-cfg-scale."),
+    _option("--true-cfg-scale", type=_SCALE, help="Scale of the negative prompt; above 1, steps take twice the time.",
+            default=1),
+    _option("--image", type=FILE, help="Image to start from."),
+    _option("--strength", type=click.FloatRange(0, 1), help="Share of the steps that change the image.",
+            default=presets.STRENGTH),
+    _option("--dtype", type=DTYPE, help="Compute type.", default=_OF_MODEL),
+    _option("--memory", help="Memory budget, such as 8GB; blocks beyond it are streamed from disk.", default="auto"),
+    _option("--quality", type=QUALITY, help="Quality of JPEG and WebP.", default=presets.QUALITY),
+    _option("--metadata", type=METADATA, help="Record in the file: all settings, or only that an AI made it.",
+            default="full"),
+    _option("--check", type=click.Choice(presets.CHECKS),
+            help="Who checks pictures before release: filters, you (review), or both.  [default: filters if required]"),
+    _option("--nsfw-threshold", type=_NSFW, help="NSFW probability from which a picture is withheld.",
+            default=presets.NSFW_THRESHOLD),
+    _option("--integrity-margin", type=_SCALE, help="Minimum margin by which the filter must clear a picture.",
+            default=0),
+    _option("--preview", metavar="[FILE]", help="Show each step in the terminal (iTerm2, kitty), or in FILE."),
+    _option("-v", "--verbose", is_flag=True, help="Show time and memory of each stage."),
     _option("--force", is_flag=True, help="Replace the output, also a link; otherwise the next free name is taken."),
-    _option("--json", "as_json", is_flag=True, help="Print a JSON object instead of paths, and what happens as JSON."),
-]
-BY_NAME = {option.name: option for option in OPTIONS} | {"prompt": _option("--prompt", help="What to draw.")}
+    _option("--json", "as_json", is_flag=True, help="Print a JSON report instead of paths, and events on stderr."),
+]  # fmt: skip
+BY_NAME = {str(option.name): option for option in OPTIONS} | {"prompt": _option("--prompt", help="Text to generate.")}
+# Options that the library's arguments name differently.
+ARGUMENTS = {"steps": "num_inference_steps", "guidance": "guidance_scale", "num_images": "num_images_per_prompt"}
+_OPTION_OF = {argument: option for option, argument in ARGUMENTS.items()}
+_BACKQUOTED = re.compile(
+    r"""(?<!\w)(?P<text>'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")(?!\w)  # a quoted text, which is somebody's own
+    | `(?P<name>[a-z_][a-z0-9_]*)`""",
+    re.VERBOSE,
+)
 _POLICY = ("check", "nsfw_threshold", "integrity_margin")
 _LASTING = ("model", "dtype", "memory", "contact_sheet", "preview", "verbose", *_POLICY)
-_RUN = (*_LASTING, "prompts", "from_", "force", "as_json")  # of a whole run
+_RUN = (*_LASTING, "prompts", "from_", "force", "as_json")  # options of a whole run
 PER_PICTURE = tuple(name for name in BY_NAME if name not in _RUN)
-LASTING = (*_LASTING, *(name for name in PER_PICTURE if name != "prompt"))  # in the config file
+LASTING = (*_LASTING, *(name for name in PER_PICTURE if name != "prompt"))  # may stand in the config file
 
-# What an option takes the place of, where it was said nearer to the picture: file before row, config before command.
+# Options of an outer layer that an option of an inner layer replaces: row before file, command before config.
 _SIZE = ("width", "height", "aspect", "megapixels")
 REPLACES = {
     "width": ("aspect", "megapixels", "tiled"),
@@ -154,15 +163,31 @@ EXCLUSIVE += [("like", "from_"), ("prompt", "prompts")]
 
 
 def spelled(name: str) -> str:
-    """An option as the user writes it."""
-    return "PROMPT" if name == "prompt" else BY_NAME[name].opts[-1]
+    """Returns an option as users write it."""
+    return "PROMPT" if name == "prompt" else str(BY_NAME[name].opts[-1])
 
 
-def said(options: dict) -> tuple[dict, bool, bool]:
-    """The options of a command that somebody gave, without --force and --json, which are told apart.
+def with_option_names(message: str) -> str:
+    """Replaces the library's backquoted arguments in a message by options: `guidance_scale` by --guidance.
+
+    Names that are no option lose their backquotes. Quoted texts stay as they are.
+    """
+
+    def replaced(match: re.Match) -> str:
+        name = match["name"]
+        if name is None:
+            return str(match["text"])
+        option = _OPTION_OF.get(name, name)
+        return spelled(option) if option in BY_NAME else name
+
+    return _BACKQUOTED.sub(replaced, message)
+
+
+def given_options(options: dict) -> tuple[dict, bool, bool]:
+    """Splits a command's parameters into options that were given, --force, and --json.
 
     Raises:
-        UsageError: two of them exclude each other.
+        UsageError: two options exclude each other.
     """
     given = {name: value for name, value in options.items() if value is not None and value is not False}
     force, as_json = given.pop("force", False), given.pop("as_json", False)
@@ -171,7 +196,7 @@ def said(options: dict) -> tuple[dict, bool, bool]:
 
 
 def check_together(options: dict) -> None:
-    """Refuses options of one command or one row that exclude each other.
+    """Checks that options of one layer, such as one row, do not exclude each other.
 
     Raises:
         UsageError: two of them do.
@@ -180,31 +205,31 @@ def check_together(options: dict) -> None:
         if one in options and other in options:
             raise UsageError(f"{spelled(one)} and {spelled(other)} are both given", "one of them")
     if options.get("num_images", 1) > 1 and len(options.get("seed", ())) > 1:
-        raise UsageError(f"--num-images beside {len(options['seed'])} seeds", "one of them")
+        raise UsageError(f"--num-images is given with {len(options['seed'])} seeds", "one of them")
 
 
 def cast(name: str, value, allowed: tuple[str, ...]) -> tuple[str, object]:
-    """An option from a file: its name as the code knows it, and its value as the command line would give it.
+    """Reads an option of a file: returns its name in the code, and its value as the command line gives it.
 
     Args:
-        name: with dashes or underscores, with or without dashes in front.
-        value: a text, a number or a boolean; of `seed` also a list.
-        allowed: the names that may stand there.
+        name: with dashes or underscores, with or without leading dashes.
+        value: a text, a number or a boolean; for `seed` also a list.
+        allowed: names that the file may hold.
 
     Raises:
-        UsageError: no such option, or a value that it does not take.
+        UsageError: an unknown option, or a value that it does not take.
     """
-    found = str(name).strip().lstrip("-").replace("-", "_").lower()
-    if found not in allowed:
-        near = difflib.get_close_matches(found, allowed, 1)
+    known = str(name).strip().lstrip("-").replace("-", "_").lower()
+    if known not in allowed:
+        near = difflib.get_close_matches(known, allowed, 1)
         todo = f"did you mean {near[0]}?" if near else f"one of {', '.join(allowed)}"
         raise UsageError(f"there is no option {name!r} here", "", todo)
-    if found == "seed" and isinstance(value, list):
+    if known == "seed" and isinstance(value, list):
         value = " ".join(map(str, value))
     if not isinstance(value, str | int | float):
-        raise UsageError(f"{found} is {type(value).__name__}", "a text or a number")
-    option = BY_NAME[found]
+        raise UsageError(f"{known} is {type(value).__name__}", "a text or a number")
+    option = BY_NAME[known]
     try:
-        return found, option.type.convert(str(value), option, None)
+        return known, option.type.convert(str(value), option, None)
     except click.BadParameter as error:
-        raise UsageError(f"{found}: {error.message.rstrip('.')}") from None
+        raise UsageError(f"{known}: {error.message.rstrip('.')}") from None

@@ -1,36 +1,34 @@
-"""Where a picture is written: the name is checked before any work, and nobody else's file is taken."""
+"""Output files: names are checked before any work, and existing files are not replaced."""
 
 import errno
 import itertools
 import os
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
 from mlx_flux_krea.errors import UsageError, Waiting, Withheld, amount
+from mlx_flux_krea.provenance import FORMATS, Picture, check_quality
 
 from . import signals
 
 
 def check_output(output: Path, quality: int | None = None) -> None:
-    """Finds out before any work whether a picture can be written there.
+    """Checks that a picture can be written to a file.
 
     Raises:
-        UsageError: not a name that can be written, or of a format or a quality that is not known.
+        UsageError: it cannot be written, or its format or quality is not known.
     """
-    import tempfile
-
-    from mlx_flux_krea.provenance import FORMATS, check_quality
-
     if os.path.isdir(output):
-        raise UsageError(f"{output} is a folder", "the name of a file", f"write -o {output / 'out.png'}")
+        raise UsageError(f"{output} is a folder", "a file", f"write -o {output / 'out.png'}")
     if os.path.exists(output) and not os.path.isfile(output):
-        raise UsageError(f"{output} is a device or a pipe", "the name of a file")
+        raise UsageError(f"{output} is a device or a pipe", "a file")
     if output.suffix.lower() not in FORMATS:
         raise UsageError(f"{output} ends in {output.suffix or 'nothing'!r}", f"one of {', '.join(FORMATS)}")
     check_quality(quality, FORMATS[output.suffix.lower()])
     folder = output.parent
-    try:  # under a name a little longer than any that will be needed
+    try:  # with a name a little longer than any that will be needed
         with signals.held():
             tempfile.NamedTemporaryFile(
                 prefix=f".{output.name}-", suffix=".0000000-0000000.partial", dir=folder
@@ -42,40 +40,47 @@ def check_output(output: Path, quality: int | None = None) -> None:
 
 
 def names_from(output: Path, taken: int = 0) -> Iterator[Path]:
-    """The name given, then with -2, -3 and so on; without the first, that were taken."""
+    """Yields a name, then the same with -2, -3 and so on, without the first `taken` of them."""
     return (output if n == 1 else output.with_stem(f"{output.stem}-{n}") for n in itertools.count(taken + 1))
 
 
-def save(picture, names: Iterator[Path], force: bool, noting=lambda path, encoded: None, **options) -> Path:
-    """Saves under the next name; without --force under the next that is free at this moment, whoever else writes.
+def save(
+    picture: Picture,
+    names: Iterator[Path],
+    force: bool,
+    before: Callable[[Path, bytes], None] = lambda path, encoded: None,
+    **options,
+) -> Path:
+    """Saves a picture under the next name that is free, even if other programs write too.
 
     Args:
-        picture: what to save.
-        names: to choose from.
-        force: the first of them, whatever stands there.
-        noting: called with a name and the file's bytes before they take it.
+        picture: the picture.
+        names: endless names to choose from.
+        force: take the first name, and replace a file that has it.
+        before: called with a name and the file's bytes before the file gets the name.
         options: of `Picture.save`.
     """
     for path in names:
         if force or not os.path.lexists(path):
             try:
-                picture.save(path, force=force, before=partial(noting, path), **options)
+                picture.save(path, force=force, before=partial(before, path), **options)
                 return path
             except FileExistsError:
                 continue
+    raise ValueError("[save] No name is free.")
 
 
 def check_outcomes(outcomes: list[str]) -> None:
-    """Ends a run that did not release every picture.
+    """Checks that every picture of a run was released.
 
     Raises:
-        Waiting: some wait for a person.
-        Withheld: filters flagged some, and none waits.
+        Waiting: some wait for review.
+        Withheld: a filter withheld some, and none waits.
     """
     waiting, withheld = outcomes.count("waiting"), sum(outcome.startswith("withheld") for outcome in outcomes)
     of = f"of {amount(len(outcomes), 'picture')}"
     if waiting:
         also = f", {withheld} withheld by a filter" * (withheld > 0)
-        raise Waiting(f"{waiting} {of} waiting for review{also}", "", "look at it: flux-krea review")
+        raise Waiting(f"{waiting} {of} waiting for review{also}", "", "review it: flux-krea review")
     if withheld:
-        raise Withheld(f"{withheld} {of} withheld by a filter", "", "if it is wrong: flux-krea review")
+        raise Withheld(f"{withheld} {of} withheld by a filter", "", "if the filter is wrong: flux-krea review")

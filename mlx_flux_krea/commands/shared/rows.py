@@ -1,4 +1,4 @@
-"""Prompts as people write them: files with a row for each, and `{a|b}` alternatives in one."""
+"""Prompt files, with a row for each prompt, and `{a|b}` alternatives within a prompt."""
 
 import csv
 import io
@@ -12,25 +12,25 @@ from mlx_flux_krea.errors import UsageError, amount
 
 from .options import PER_PICTURE, cast, check_together
 
-_ESCAPED = {r"\{": "\ue000", r"\}": "\ue001", r"\|": "\ue002"}  # while alternatives are looked for
+_ESCAPED = {r"\{": "\ue000", r"\}": "\ue001", r"\|": "\ue002"}  # stand-ins while alternatives are parsed
 _GROUP = re.compile(r"\{([^{}]*\|[^{}]*)\}")
-_OPEN = re.compile(r"\{[^{}]*\||\|[^{}]*\}")  # a bar whose brace has no partner
+_OPEN = re.compile(r"\{[^{}]*\||\|[^{}]*\}")  # a bar whose brace is not closed
 
 
 def alternatives(prompt: str, limit: int) -> list[tuple[str, str]]:
-    r"""Every choice of the `{a|b|c}` in a prompt, the last one changing first; `\{`, `\|` and `\}` are literal.
+    r"""Expands the alternatives `{a|b|c}` of a prompt; the last one changes first.
 
-    Braces without a bar between them are literal too.
+    Escaped characters (`\{`, `\|`, `\}`) and braces without a bar are literal.
 
     Args:
         prompt: the text.
-        limit: how many prompts there may be.
+        limit: the most prompts that it may expand to.
 
     Returns:
-        Of each prompt: the text, and what was chosen ("" where there is no choice).
+        The text of each prompt, and the alternatives chosen in it ("" without any).
 
     Raises:
-        UsageError: alternatives within alternatives, or too many.
+        UsageError: nested alternatives, or too many prompts.
     """
     for escape, mark in _ESCAPED.items():
         prompt = prompt.replace(escape, mark)
@@ -38,7 +38,7 @@ def alternatives(prompt: str, limit: int) -> list[tuple[str, str]]:
     choices = [group.split("|") for group in literal[1::2]]
     texts = literal[::2]
     if _OPEN.search(" ".join(texts)):
-        raise UsageError("alternatives are not closed, or stand in others", "{a|b|c}", r"write \{ for a brace")
+        raise UsageError("alternatives are not closed, or nested", "{a|b|c}", r"write \{ for a brace")
     count = 1
     for group in choices:
         count *= len(group)
@@ -58,10 +58,10 @@ def alternatives(prompt: str, limit: int) -> list[tuple[str, str]]:
 
 
 def read_rows(path: Path) -> Iterator[tuple[str, dict | UsageError]]:
-    """Rows of a prompt file: JSONL or CSV by its ending, else a prompt a line; empty lines do not count.
+    """Reads a prompt file: JSONL or CSV by its suffix, else one prompt a line. Empty lines are skipped.
 
     Yields:
-        Where a row stands, and its options, or what is wrong with it.
+        The place of a row, and its options, or the error in it.
 
     Raises:
         UsageError: the file cannot be read, or holds no row.
@@ -106,12 +106,12 @@ def _jsonl(text: str, path: Path) -> Iterator[tuple[int, dict | UsageError]]:
 
 
 def _csv(text: str, path: Path) -> Iterator[tuple[int, dict | UsageError]]:
-    """The first line names the options; an empty cell says nothing."""
+    """Yields rows of a CSV, whose first line names the options; empty cells are skipped."""
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     try:
         names = [cell.strip() for cell in next(reader, [])]
         if "prompt" not in [name.lower() for name in names]:
-            raise UsageError(f"{path}: the first line is {','.join(names)!r}", "names of options, prompt among them")
+            raise UsageError(f"{path}: the first line is {','.join(names)!r}", "names of options, with prompt")
         for cells in reader:
             if len(cells) > len(names):
                 yield reader.line_num, UsageError(amount(len(cells), "cell"), f"{len(names)}, or quotes around commas")

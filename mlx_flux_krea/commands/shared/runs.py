@@ -1,7 +1,7 @@
-"""A run of `generate`: its pictures, how far they are, and both as JSON in the file of an unfinished one.
+"""A run of `generate`: its pictures, its state, and both as JSON in the checkpoint of an unfinished run.
 
-That file may be anybody's. What it holds are options, and they are read as those of a prompt file are; where pictures
-go, and what stands in their way, only our own files may say.
+A checkpoint may come from anybody. Its options are read like those of a prompt file; only checkpoints in our own folder
+may say where pictures are written and whether they replace files.
 """
 
 import contextlib
@@ -13,8 +13,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from mlx_flux_krea.checkpoint import Checkpoint
 from mlx_flux_krea.errors import FluxKreaError, PartlyDone, UsageError, Withheld, amount
@@ -24,117 +26,118 @@ from mlx_flux_krea.provenance import SOFTWARE, Picture, opened, read_record
 from mlx_flux_krea.weights import ModelFolder
 
 from . import signals
-from .jobs import UNTYPED, Job, output_name
-from .options import BY_NAME, USUAL, cast
+from .jobs import UNTYPED, Job, default_output, output_name
+from .options import BY_NAME, cast
 from .sheet import sheet_of, thumbnail
-from .terminal import note, say
+from .terminal import Console
 
 _STRICTER = {"nsfw_threshold": min, "integrity_margin": max}
 
 
 @dataclass
 class Run:
-    """What was asked for at once."""
+    """One run of `generate` or `resume`."""
 
-    options: dict  # that hold for all of it
+    options: dict[str, Any]  # of the whole run
     jobs: list[Job]
-    done: list[tuple[str, Path | None]] = field(default_factory=list)  # outcome and file of the first of them
-    skipped: dict[str, str] = field(default_factory=dict)  # rows of a prompt file, and why
+    done: list[tuple[str, Path | None]] = field(default_factory=list)  # outcome and file of the first jobs
+    skipped: dict[str, str] = field(default_factory=dict)  # unusable rows of a prompt file, with the reason
     rows: str = ""  # the name of that file
     force: bool = False
     made_by: dict[str, str] = field(default_factory=dict)  # hash of the model's manifest, versions
-    images: dict = field(default_factory=dict)  # input images that were opened, by their paths
-    checkpoint: Checkpoint | None = None  # where it is kept
-    named: dict = field(default_factory=dict)  # the file that is about to take its name: path, sha256, process
-    found: Path | None = None  # such a file of a process that was killed, as long as nobody was told of it
+    images: dict[Path, Image.Image | None] = field(default_factory=dict)  # input images by path
+    checkpoint: Checkpoint = field(default_factory=lambda: Checkpoint({}))
+    is_resumed: bool = False
+    claimed: dict[str, Any] = field(default_factory=dict)  # the file about to get its name: path, sha256, process
+    unreported: Path | None = None  # a file saved by a killed process, which nobody was told about
     _small: dict[int, Picture] = field(default_factory=dict)  # thumbnails for a contact sheet
 
     @property
-    def left(self) -> list[Job]:
-        """What is still to be drawn."""
+    def remaining(self) -> list[Job]:
+        """Jobs that are not done."""
         return self.jobs[len(self.done) :]
 
     @property
     def taken(self) -> Counter:
-        """How many pictures were written from each output's name."""
+        """Number of pictures saved from each output name."""
         return Counter(job.output for job, (_, path) in zip(self.jobs, self.done, strict=False) if path)
 
     @property
     def has_pictures(self) -> bool:
-        """Whether any was released: a failure after that is one of a part."""
+        """True where a picture was released, so that a later failure concerns a part of the run."""
         return any(path for _, path in self.done)
 
     def add(self, outcome: str, path: Path | None, picture: Picture | None) -> None:
-        """The next picture has its outcome."""
+        """Records the outcome of the next job."""
         if path and picture and self.options.get("contact_sheet"):
             self._small[len(self.done)] = thumbnail(picture)
         self.done.append((outcome, path))
-        self.named = {}
+        self.claimed = {}
 
-    def note_file(self, path: Path, encoded: bytes) -> None:
-        """Keeps which file takes its name next: a process may be killed before it can say that it has it."""
+    def claim(self, path: Path, encoded: bytes) -> None:
+        """Records in the checkpoint which file gets its name next, in case the process is killed right after."""
         digest = hashlib.sha256(encoded).hexdigest()
-        self.named = {"path": os.path.abspath(path), "sha256": digest, "process": os.getpid()}
+        self.claimed = {"path": os.path.abspath(path), "sha256": digest, "process": os.getpid()}
         self.checkpoint.run = self.to_json()
         self.checkpoint.write()
 
     def take_over(self, is_filtered: bool) -> None:
-        """Counts as done what a process that was killed had given its name, and not yet counted.
+        """Marks as done an output that a killed process saved but did not record.
 
         Args:
-            is_filtered: then the log too must say that it was released.
+            is_filtered: filters are required, so that the log must have the release too.
 
         Raises:
             FiltersError: the log is damaged.
         """
-        if not self.named:
+        if not self.claimed:
             return
-        path, digest = Path(self.named["path"]), self.named["sha256"]
-        remove_partials(path, self.named["process"])
+        path, digest = Path(self.claimed["path"]), self.claimed["sha256"]
+        remove_partials(path, self.claimed["process"])
         if not path.is_file() or sha256_if_exists(path) != digest:
             return
-        if not self.left:
+        if not self.remaining:
             self.options.pop("contact_sheet", None)
         elif is_filtered and not Ledger().log.has_written(digest):
             return
         else:
             self.add("released", path, None)
-        self.found = path
+        self.unreported = path
 
-    def sheet(self) -> Picture | None:
-        """All its pictures as one; those of an earlier process are read from their files."""
-        made = []
+    def sheet(self, console: Console) -> Picture | None:
+        """Makes the contact sheet; pictures of an earlier process are read from their files."""
+        pictures = []
         for i, (job, (_, path)) in enumerate(zip(self.jobs, self.done, strict=True)):
             if path and i not in self._small:
                 try:
                     with opened(path) as image:
                         self._small[i] = thumbnail(Picture.from_pixels(image.convert("RGB"), read_record(path) or {}))
                 except UsageError as error:
-                    note(f"the contact sheet lacks a picture: {error.found}")
-            made += [(job, self._small[i])] if i in self._small else []
-        return sheet_of(made) if made else None
+                    console.note(f"the contact sheet lacks a picture: {error.found}")
+            pictures += [(job, self._small[i])] if i in self._small else []
+        return sheet_of(pictures) if pictures else None
 
     def advance(self) -> None:
-        """Keeps what is left from here on: the next picture, a contact sheet, or nothing."""
-        if not self.left and not self.options.get("contact_sheet"):
+        """Writes the checkpoint for the next picture or contact sheet; removes it where nothing remains."""
+        if not self.remaining and not self.options.get("contact_sheet"):
             self.checkpoint.remove()
             return
-        path = self.left[0].options.get("image") if self.left else None
+        path = self.remaining[0].options.get("image") if self.remaining else None
         self.checkpoint.begin(self.to_json(), None if path is None else np.asarray(self.images[path]))
 
     @property
-    def reached(self) -> str:
-        """How far it is, for whoever interrupted it."""
-        kept = self.checkpoint
-        step = f"at step {kept.done} of {kept.total}" if kept.done else "before the first step"
+    def position(self) -> str:
+        """How far the run is, for messages."""
+        checkpoint = self.checkpoint
+        step = f"at step {checkpoint.done} of {checkpoint.total}" if checkpoint.done else "before the first step"
         picture = f" of picture {min(len(self.done) + 1, len(self.jobs))} of {len(self.jobs)}"
         return step + picture * (len(self.jobs) > 1)
 
-    def to_json(self) -> dict:
-        """As JSON; with whole paths, since whoever goes on may be elsewhere."""
+    def to_json(self) -> dict[str, Any]:
+        """Returns the run as JSON. Paths are absolute, since `resume` may run in another folder."""
         names = ("where", "seed", "label", "row")
         return {
-            "options": _plain({"output": Path(USUAL["output"]), **self.options}),
+            "options": _plain({"output": default_output(), **self.options}),
             "jobs": [
                 {name: getattr(job, name) for name in names}
                 | {"options": _plain(job.options), "output": os.path.abspath(job.output)}
@@ -145,29 +148,20 @@ class Run:
             "rows": self.rows,
             "force": self.force,
             "made_by": self.made_by,
-            "named": self.named,
+            "named": self.claimed,
         }
 
     @classmethod
-    def from_json(cls, obj: dict, ours: bool) -> "Run":
-        """Its reverse.
+    def from_checkpoint(cls, checkpoint: Checkpoint) -> "Run":
+        """Reads an unfinished run.
 
-        Args:
-            obj: from the file.
-            ours: whether it lay where only we write; else pictures go to the folder at hand, and take nobody's name.
+        A checkpoint outside our folder writes its pictures into the current folder and replaces no file.
 
         Raises:
-            UsageError: anything that is not as we write it.
+            UsageError: anything that `to_json` does not write.
         """
-        _check(obj, {"options": dict, "jobs": list, "done": list, "skipped": dict, "rows": str, "force": bool,
-                     "made_by": dict, "named": dict})  # fmt: skip
-        if obj["named"]:
-            _check(obj["named"], {"path": str, "sha256": str, "process": int})
-        for texts in (obj["skipped"], obj["made_by"]):
-            _check(texts, dict.fromkeys(texts, str))
-        for entry in obj["done"]:
-            if type(entry) is not list or [type(value) for value in entry] not in ([str, str], [str, type(None)]):
-                raise UsageError("the file's list of finished pictures is none", "what we wrote")
+        obj, ours = checkpoint.run, checkpoint.is_ours
+        _check_run(obj)
         run = cls(
             options=_typed(obj["options"]),
             jobs=[_job(job) for job in obj["jobs"]],
@@ -176,27 +170,28 @@ class Run:
             rows=obj["rows"],
             force=obj["force"] and ours,
             made_by=obj["made_by"],
-            named=obj["named"] if ours else {},
+            checkpoint=checkpoint,
+            is_resumed=True,
+            claimed=obj["named"] if ours else {},
         )
         if not 0 < len(run.jobs) >= len(run.done):
-            raise UsageError(
-                f"the file tells of {amount(len(run.done), 'picture')} of {len(run.jobs)}", "what we wrote"
-            )
+            found = f"the file has {amount(len(run.done), 'finished picture')} of {len(run.jobs)}"
+            raise UsageError(found, "a list of pictures that `generate` wrote")
         if not ours:
             run.options.pop("preview", None)
             run.jobs = [replace(job, output=Path(job.output.name)) for job in run.jobs]
-            run.options["output"] = Path(run.options.get("output", USUAL["output"]).name)
+            run.options["output"] = Path(run.options.get("output", default_output()).name)
         return run
 
     def place(self, template: Path) -> None:
-        """Gives what is left other places, by such a name as --output takes."""
-        self.options["output"] = template  # beside which a contact sheet goes
-        for i, job in enumerate(self.left, len(self.done)):
+        """Gives the remaining pictures new names, as --output does."""
+        self.options["output"] = template  # also names the contact sheet
+        for i, job in enumerate(self.remaining, len(self.done)):
             output = output_name(template, job.options.get("prompt", ""), job.seed, i + 1)
             self.jobs[i] = replace(job, output=output)
 
     def restrict(self, config: dict) -> None:
-        """Checks at least as strictly as a new run would: where file and config file differ, the stricter holds."""
+        """Applies the checks of the config file where they are stricter than the run's own."""
         if "check" in config:
             same = self.options.get("check") in (None, config["check"])
             self.options["check"] = config["check"] if same else "both"
@@ -206,51 +201,51 @@ class Run:
 
 
 @contextlib.contextmanager
-def keeping(run: Run, model: ModelFolder) -> Iterator[None]:
-    """Keeps a run in a file as long as something of it is left to do.
+def resumable(run: Run, model: ModelFolder, console: Console) -> Iterator[None]:
+    """Keeps a checkpoint of a run within the block, until nothing of it remains.
 
     Args:
-        run: the run; its `checkpoint` is that of an interrupted one, or None.
-        model: what draws it.
+        run: the run.
+        model: its model.
+        console: where a failure is explained.
 
     Raises:
-        FluxKreaError: as it comes from the block; where something was drawn, with the way to go on.
+        FluxKreaError: as raised in the block, with the command that resumes the run; PartlyDone after a release.
     """
-    is_new = run.checkpoint is None
-    if is_new:
-        run.checkpoint, run.made_by = Checkpoint({}), made_by(model)
-    if is_new or run.found:
+    if not run.is_resumed:
+        run.made_by = made_by(model)
+    if not run.is_resumed or run.unreported:
         run.advance()
-    kept = run.checkpoint
+    checkpoint = run.checkpoint
     try:
         yield
-        kept.remove()
+        checkpoint.remove()
     except signals.Stopped as stopped:
-        kept.write()
-        stopped.message += f" {run.reached}; go on with: {_command(kept)}" if kept.exists else ""
+        checkpoint.write()
+        stopped.message += f" {run.position}; continue with: {_command(checkpoint)}" if checkpoint.exists else ""
         raise
     except FluxKreaError as error:
         todo = ""
-        if isinstance(error, Withheld) or not (kept.done or run.done):
-            kept.remove()
+        if isinstance(error, Withheld) or not (checkpoint.done or run.done):
+            checkpoint.remove()
         else:
-            kept.write()
-            todo = f"go on with: {_command(kept)}" * kept.exists
-        told = error.with_next_step(todo)
+            checkpoint.write()
+            todo = f"continue with: {_command(checkpoint)}" * checkpoint.exists
+        explained = error.with_next_step(todo)
         if run.has_pictures:
-            raise PartlyDone(told.found, told.expected, told.todo) from error
-        raise told from error
+            raise PartlyDone(explained.found, explained.expected, explained.todo) from error
+        raise explained from error
     except Exception:
-        kept.write()
-        if kept.exists:
-            say(f"note: what was drawn is kept; go on with: {_command(kept)}")
+        checkpoint.write()
+        if checkpoint.exists:
+            console.say(f"note: the run is saved; continue with: {_command(checkpoint)}")
         raise
     finally:
-        kept.close()
+        checkpoint.close()
 
 
 def made_by(model: ModelFolder) -> dict[str, str]:
-    """What beside a run's options decides its pictures."""
+    """Returns the hash of the model and the versions, which decide pictures along with a run's options."""
     manifest = sha256_if_exists(model.path / "manifest.json") or ""
     return {"manifest_sha256": manifest, "software": SOFTWARE, "mlx": version("mlx")}
 
@@ -259,27 +254,55 @@ def _command(checkpoint: Checkpoint) -> str:
     return f"flux-krea resume {shlex.quote(checkpoint.name)}"
 
 
+def _check_run(obj: dict) -> None:
+    """Checks the fields of a run and their types.
+
+    Raises:
+        UsageError: one is wrong.
+    """
+    _check(
+        obj,
+        {
+            "options": dict,
+            "jobs": list,
+            "done": list,
+            "skipped": dict,
+            "rows": str,
+            "force": bool,
+            "made_by": dict,
+            "named": dict,
+        },
+    )
+    if obj["named"]:
+        _check(obj["named"], {"path": str, "sha256": str, "process": int})
+    for texts in (obj["skipped"], obj["made_by"]):
+        _check(texts, dict.fromkeys(texts, str))
+    for entry in obj["done"]:
+        if type(entry) is not list or [type(value) for value in entry] not in ([str, str], [str, type(None)]):
+            raise UsageError("the file's list of finished pictures is damaged", "a list that `generate` wrote")
+
+
 def _check(obj, kinds: dict[str, type]) -> None:
-    """Refuses what is not an object of exactly these fields."""
+    """Refuses anything but an object with exactly these fields."""
     if type(obj) is not dict or {name: type(value) for name, value in obj.items()} != kinds:
-        raise UsageError("the file's list of pictures is none", "what we wrote")
+        raise UsageError("the file's list of pictures is damaged", "a list that `generate` wrote")
 
 
-def _job(obj) -> Job:
+def _job(obj: dict) -> Job:
     _check(obj, {"where": str, "options": dict, "seed": int, "label": str, "row": int, "output": str})
     return Job(**obj | {"options": _typed(obj["options"]), "output": Path(obj["output"])})
 
 
 def _plain(options: dict) -> dict:
-    """Options as JSON."""
-    is_path = {name for name, value in options.items() if isinstance(value, Path)}
+    """Returns options as JSON."""
+    paths = {name for name, value in options.items() if isinstance(value, Path)}
     if os.path.isdir(options.get("model", "")):  # else the name of an installed one
-        is_path.add("model")
-    return {name: os.path.abspath(value) if name in is_path else value for name, value in options.items()}
+        paths.add("model")
+    return {name: os.path.abspath(value) if name in paths else value for name, value in options.items()}
 
 
 def _typed(options: dict) -> dict:
-    """Options from JSON."""
+    """Reads options from JSON."""
     known = tuple(BY_NAME)
     typed = (
         (name, value) if name in UNTYPED else cast(name, value, known)

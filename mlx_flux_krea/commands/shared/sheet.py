@@ -1,30 +1,31 @@
-"""Contact sheets: many small pictures as one, with what differs between them written at the edges."""
+"""Contact sheets: a grid of small pictures with labels at its edges."""
 
 import textwrap
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from mlx_flux_krea.filters.ledger import Ledger, pixel_hash
 from mlx_flux_krea.provenance import Picture
 
 from .jobs import Job
 
 _GAP = 4  # pixels between pictures
 _TEXT = 14  # pixels, height of the letters
-_SIDE = 512  # pixels, the longer side of a picture that was made smaller
+_SIDE = 512  # pixels, the longest side of a picture in a sheet
 
 
 def thumbnail(picture: Picture) -> Picture:
-    """The picture at the size that it has in a sheet: as it is, or smaller."""
+    """Returns the picture at its size in a sheet; small ones stay as they are."""
     scale = _SIDE / max(picture.size)
     if scale >= 1:
         return picture
-    size = tuple(max(1, round(side * scale)) for side in picture.size)
+    size = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
     return Picture.from_pixels(picture.resize(size, Image.Resampling.LANCZOS), picture.record)
 
 
 def sheet_of(made: list[tuple[Job, Picture]]) -> Picture:
-    """The sheet of a run: a row for each prompt."""
+    """Makes the contact sheet of a run, with a row for each prompt."""
     grid: dict[int, list[tuple[Job, Picture]]] = {}
     for job, small in made:
         grid.setdefault(job.row, []).append((job, small))
@@ -35,7 +36,7 @@ def sheet_of(made: list[tuple[Job, Picture]]) -> Picture:
 
 
 def contact_sheet(rows: list[list[Picture]], across: list[str], down: list[str]) -> Picture:
-    """A grid of pictures of one size.
+    """Makes a grid of pictures of one size.
 
     Args:
         rows: the pictures, row by row.
@@ -43,7 +44,7 @@ def contact_sheet(rows: list[list[Picture]], across: list[str], down: list[str])
         down: a label for each row.
 
     Returns:
-        The sheet; its record is that of the first picture, with the labels under "sheet".
+        The sheet, with the record of the first picture and the labels under "sheet".
     """
     font = ImageFont.load_default(_TEXT)
     first = rows[0][0]
@@ -62,11 +63,9 @@ def contact_sheet(rows: list[list[Picture]], across: list[str], down: list[str])
 
 
 def note_sheet(sheet: Picture) -> None:
-    """Writes into the log that a sheet of released pictures will be saved: it knows all that leaves.
+    """Records in the log that a sheet of released pictures will be saved.
 
     Raises:
-        FiltersError: it cannot be written.
+        FiltersError: the log cannot be written.
     """
-    from mlx_flux_krea.filters.ledger import Ledger, pixel_hash
-
     Ledger().log.append("sheet", pixels=pixel_hash(np.asarray(sheet)))

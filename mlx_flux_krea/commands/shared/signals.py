@@ -1,9 +1,9 @@
-"""SIGINT, SIGTERM and SIGHUP as one exception, raised where it is neither lost nor taken for something else.
+"""SIGINT, SIGTERM and SIGHUP as one exception, raised only where it is not lost.
 
-An exception out of a signal handler appears between any two instructions. In the middle of an import it is swallowed
-or breaks an extension module, in `__del__` it is printed and forgotten, before `main` nobody catches it. There the
-signal is kept. A timer looks again and again until `finish`, also after it was raised, for somebody may have swallowed
-it unseen. Where what was done is being undone, nothing is raised: a second Ctrl-C does not disturb that.
+A signal handler may run between any two instructions. An exception raised there is swallowed or breaks an extension
+module during an import, is printed and forgotten in `__del__`, and is caught by nobody before `main`. In these places
+the signal is kept pending. A timer tries again until `finish`, even after the exception was raised, since other code
+may have swallowed it. While the work is being undone nothing is raised, so that a second Ctrl-C does not disturb it.
 """
 
 import contextlib
@@ -12,38 +12,38 @@ import sys
 
 _STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _RETRY = 0.02  # seconds
-_arrived: list[int] = []  # the signals that were kept
-_holds = ["until main"]  # reasons to keep them
+_arrived: list[int] = []  # pending signals
+_holds = ["until main"]  # reasons to keep them pending
 
 
 class Stopped(BaseException):
-    """A signal asked the command to stop."""
+    """Raised where a signal stops the command."""
 
     def __init__(self, number: int):
         self.message, self.exit_code = ("interrupted", 130) if number == signal.SIGINT else ("terminated", 143)
 
 
 def install() -> None:
-    """From now on signals are kept; after `listen` they raise `Stopped`. Ignored ones (nohup) stay ignored."""
+    """Takes the signals and keeps them pending until `listen`. Ignored signals (nohup) stay ignored."""
     for number in _STOPPING:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _arrive)
 
 
 def listen() -> None:
-    """The caller is ready for `Stopped`, from here to `finish`."""
+    """Lets signals raise `Stopped` from now on, until `finish`."""
     _holds.clear()
 
 
 def check() -> None:
-    """Raises `Stopped` again where another exception has taken its place, such as a failure in a `finally`."""
+    """Raises `Stopped` again where another exception replaced it, such as a failure in a `finally`."""
     if _undoing():
         raise Stopped(_arrived[0])
 
 
 @contextlib.contextmanager
 def held():
-    """Within this block signals are kept: for what should be done as a whole."""
+    """Keeps signals pending within the block, for work that must not be interrupted."""
     _holds.append("block")
     try:
         yield
@@ -52,7 +52,7 @@ def held():
 
 
 def hold() -> None:
-    """Signals are kept until `let_go`; for any thread. What arrived before is raised: nothing falls in between."""
+    """Keeps signals pending until `let_go`, from any thread. A signal that arrived earlier is raised."""
     if "hold" in _holds:
         return
     _holds.append("hold")
@@ -62,19 +62,19 @@ def hold() -> None:
 
 
 def let_go() -> None:
-    """Ends `hold`, where there was one."""
+    """Ends `hold`, if there was one."""
     with contextlib.suppress(ValueError):
         _holds.remove("hold")
 
 
 def forget() -> None:
-    """What arrived was dealt with; what comes next raises again."""
+    """Drops pending signals; later ones raise again."""
     signal.setitimer(signal.ITIMER_REAL, 0)
     _arrived.clear()
 
 
 def finish() -> None:
-    """What was asked for is done or undone: signals have no effect any more, and the exit code stands."""
+    """Ignores signals from now on: the work is done or undone, and the exit code stands."""
     for number in (*_STOPPING, signal.SIGALRM):
         signal.signal(number, signal.SIG_IGN)
     signal.setitimer(signal.ITIMER_REAL, 0)
@@ -93,7 +93,7 @@ def _look(_, frame) -> None:
 
 
 def _undoing() -> bool:
-    """Whether what runs now, such as a `finally`, runs because of a `Stopped`."""
+    """True while a `Stopped` is being handled, for example in a `finally`."""
     error = sys.exc_info()[1]
     while error and not isinstance(error, Stopped):
         error = error.__context__
@@ -101,6 +101,7 @@ def _undoing() -> bool:
 
 
 def _fragile(frame) -> bool:
+    """True inside an import or `__del__`, where an exception would be lost."""
     while frame:
         if frame.f_code.co_filename.startswith("<frozen importlib") or frame.f_code.co_name == "__del__":
             return True

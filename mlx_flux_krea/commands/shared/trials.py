@@ -1,44 +1,43 @@
-"""A filter's answers to questions with known answers: recorded when it was converted, and asked for again."""
+"""Self-tests of filters: answers to known questions, recorded after conversion and compared later."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from mlx_flux_krea.errors import FluxKreaError
+from mlx_flux_krea.files import read_json
+from mlx_flux_krea.filters import judges
+from mlx_flux_krea.models.filter_config import SELF_TEST
+from mlx_flux_krea.weights import open_filter
+from mlx_flux_krea.worker import Worker
+
+from .installed import missing_parts
+from .terminal import Console, PipelineProgress
 
 
-def record(name: str, folder: Path) -> None:
-    """Asks a filter that was just converted, and writes its answers beside it.
-
-    Raises:
-        FiltersError: the answers are wrong: it cannot be used.
-    """
-    from mlx_flux_krea.filters.judges import record_self_test
-
-    _run(record_self_test, name, folder)
-
-
-def repeat(name: str, folder: Path) -> None:
-    """Asks an installed filter again.
+def record(name: str, folder: Path, console: Console) -> None:
+    """Runs the self-test of a newly converted filter and writes the answers into its folder.
 
     Raises:
-        FiltersError: it is damaged, or answers something else than before.
+        FiltersError: the answers are wrong, so that the filter cannot be used.
     """
-    from mlx_flux_krea.filters.judges import check_self_test, load_judge
-    from mlx_flux_krea.models.filter_config import SELF_TEST
+    _run(judges.record_self_test, name, folder, console)
 
-    def ask(name: str, folder: Path, make_run) -> None:
-        check_self_test(name, load_judge(name, folder, make_run), folder / SELF_TEST)
 
-    _run(ask, name, folder)
+def repeat(name: str, folder: Path, console: Console) -> None:
+    """Runs the self-test of an installed filter again.
+
+    Raises:
+        FiltersError: the filter is damaged, or its answers differ from the recorded ones.
+    """
+
+    def ask(name: str, folder: Path, make_run: Callable) -> None:
+        judges.check_self_test(name, judges.load_judge(name, folder, make_run), folder / SELF_TEST)
+
+    _run(ask, name, folder, console)
 
 
 def problem(name: str) -> str | None:
-    """Why an installed filter cannot be used, as far as can be seen without asking it; None: nothing is seen."""
-    from mlx_flux_krea.files import read_json
-    from mlx_flux_krea.models.filter_config import SELF_TEST
-    from mlx_flux_krea.weights import open_filter
-
-    from .installed import missing_parts
-
+    """Returns why an installed filter cannot be used, judged without running it; None: nothing is wrong."""
     try:
         folder = open_filter(name)
         if missing := missing_parts(folder.path):
@@ -50,18 +49,14 @@ def problem(name: str) -> str | None:
     return None
 
 
-def _run(function, name: str, folder: Path) -> None:
-    """In a worker's thread, with a line of progress, and so that Ctrl-C stops it."""
-    from mlx_flux_krea.worker import Worker
+def _run(test: Callable, name: str, folder: Path, console: Console) -> None:
+    """Runs a test in a worker's thread with a progress line; Ctrl-C stops it."""
+    worker, progress = Worker(), PipelineProgress(console)
 
-    from .terminal import PipelineProgress
-
-    worker, progress = Worker(), PipelineProgress()
-
-    def make_run(pieces, run):
-        return worker.stoppable(run, lambda done: progress("check", done, pieces))
+    def make_run(count: int, run: Callable) -> Callable:
+        return worker.stoppable(run, lambda done: progress("check", done, count))
 
     try:
-        worker.run(function, name, folder, make_run)
+        worker.run(test, name, folder, make_run)
     finally:
         progress.close()

@@ -1,0 +1,38 @@
+"""Conversion with progress, for `convert` and `setup`: a converted filter also passes its self-test."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from mlx_flux_krea.convert import Report
+from mlx_flux_krea.convert import convert as run_converter
+from mlx_flux_krea.home import named
+from mlx_flux_krea.weights import FILTERS
+
+from . import macos, signals, trials
+from .terminal import ByteProgress, Console
+
+
+def convert_sources(sources: Sequence[str | Path], output: Path | None, console: Console, **options) -> Report:
+    """Converts files, folders, hub repositories or installed models into a model folder.
+
+    Args:
+        sources: paths, hub ids, or names of installed models.
+        output: the folder to make; None: a folder in the home folder.
+        console: where progress is shown.
+        options: of `mlx_flux_krea.convert.convert`.
+
+    Raises:
+        FluxKreaError: as `mlx_flux_krea.convert.convert`; FiltersError where a filter fails its self-test.
+    """
+    progress = ByteProgress()
+    with macos.awake():
+        try:
+            report = run_converter([named(source) for source in sources], output, progress=progress, **options)
+        finally:
+            progress.close()
+        macos.exclude(report.path if output else report.path.parent)
+        name = report.components[0].name
+        if name in FILTERS:
+            signals.let_go()  # after an interrupt here, the next `setup` runs the self-test
+            trials.record(name, report.path, console)
+    return report

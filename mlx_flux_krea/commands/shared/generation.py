@@ -1,0 +1,252 @@
+"""Runs of `generate`, `shell` and `resume`: jobs are checked, generated one by one, and delivered."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from mlx_flux_krea import FluxPipeline
+from mlx_flux_krea.errors import FluxKreaError, ModelError, PartlyDone, UsageError, Withheld, amount, printable
+from mlx_flux_krea.files import sha256_if_exists
+from mlx_flux_krea.home import installed_models
+from mlx_flux_krea.prompts import cut_off, read_prompt
+from mlx_flux_krea.tokenizers import Tokens
+
+from . import macos, signals
+from .delivery import Delivery
+from .jobs import Job, PreparedJob, default_output, make_jobs, prepare, sheet_name, tool_notes
+from .options import with_option_names
+from .output import check_outcomes, check_output
+from .preview import Preview, make_preview
+from .runs import Run, resumable
+from .sheet import note_sheet
+from .terminal import Console, PipelineProgress
+from .text import several
+
+_TOGETHER = 16  # pictures whose prompts are encoded together: that many encoded prompts stay in memory
+OF_THE_PIPELINE = ("dtype", "memory", "check", "nsfw_threshold", "integrity_margin")  # options of from_pretrained
+
+_T = TypeVar("_T")
+_Skipped = list[tuple[str, UsageError]]  # unusable rows of a prompt file, with their errors
+
+
+def open_pipeline(options: dict) -> FluxPipeline:
+    """Opens the model of the options; without one, the installed model that made the picture of --from.
+
+    Raises:
+        FluxKreaError: as `FluxPipeline.from_pretrained`.
+    """
+    model, manifest = options.get("model"), options.get("manifest_sha256")
+    if model is None and manifest:
+        same = (path for path in installed_models().values() if sha256_if_exists(path / "manifest.json") == manifest)
+        model = next(same, None)
+    return FluxPipeline.from_pretrained(model, **{name: options[name] for name in OF_THE_PIPELINE if name in options})
+
+
+class Generation:
+    """Generates the pictures of runs.
+
+    Args:
+        console: where lines, notes and progress are written.
+        as_json: print a JSON report on standard output.
+        pipe: an open pipeline; None: the model of a run is opened once its options are known to be good.
+        is_last: the command ends with a run, so that signals are ignored once its last picture is saved.
+    """
+
+    def __init__(self, console: Console, *, as_json: bool, pipe: FluxPipeline | None = None, is_last: bool = True):
+        self._console, self._as_json, self._pipe, self._is_last = console, as_json, pipe, is_last
+
+    def run_options(self, base: dict, given: dict, force: bool) -> list[int]:
+        """Generates all pictures of some options.
+
+        Args:
+            base: options of all pictures.
+            given: those that were given on the command line, see `jobs.make_jobs`.
+            force: replace existing files.
+
+        Returns:
+            The seeds.
+
+        Raises:
+            FluxKreaError: as `run`.
+        """
+        jobs, skipped = make_jobs(base, given)
+        return self.run(Run(base, jobs, rows=str(given.get("prompts", "")), force=force), skipped)
+
+    def run(self, run: Run, skipped: Sequence[tuple[str, UsageError]] = ()) -> list[int]:
+        """Generates the remaining pictures of a run.
+
+        Args:
+            run: the run.
+            skipped: unusable rows of its prompt file, with their errors.
+
+        Returns:
+            The seeds of all its pictures.
+
+        Raises:
+            UsageError: options that cannot be used, before any work.
+            PartlyDone: some pictures were released, others were not, or rows were skipped.
+            FluxKreaError: as `FluxPipeline.__call__`.
+        """
+        with self._console.library_notes():
+            return self._run(run, list(skipped))
+
+    def _run(self, run: Run, skipped: _Skipped) -> list[int]:
+        base = run.options
+        jobs = _usable(run.remaining, _with_checked_output, skipped)
+        sheet = sheet_name(base.get("output", default_output())) if base.get("contact_sheet") else None
+        if sheet:
+            check_output(sheet)
+
+        pipe = self._pipe or open_pipeline(base)
+        prepared = _usable(jobs, lambda job: prepare(job, pipe.folder, run.images), skipped)
+        if not prepared and not run.done:
+            where, error = skipped[0]
+            raise UsageError(f"no row can be used; {where}: {error}")
+        if sheet and len({(p.request.width, p.request.height) for p in prepared}) > 1:
+            raise UsageError("--contact-sheet has pictures of several sizes", "one size")
+        preview = make_preview(base.get("preview"), pipe, self._console)
+        for where, error in dict(skipped).items():  # one error for each row
+            reason = with_option_names(str(error))
+            self._console.say(printable(f"skipped {where}: {reason}"), event="skipped", where=where, reason=reason)
+            run.skipped[where] = reason
+        run.jobs[len(run.done) :] = [p.job for p in prepared]
+        if prepared:
+            _announce(pipe, base, prepared, self._console)
+        with resumable(run, pipe.folder, self._console), macos.awake():
+            self._generate(pipe, prepared, run, sheet, preview)
+        _check_run(run)
+        return list(dict.fromkeys(job.seed for job in run.jobs))
+
+    def _generate(
+        self, pipe: FluxPipeline, prepared: list[PreparedJob], run: Run, sheet: Path | None, preview: Preview | None
+    ) -> None:
+        """Generates and delivers pictures one after the other, then their contact sheet."""
+        progress, delivery = PipelineProgress(self._console), Delivery(run, self._as_json, self._console)
+        try:
+            for i, job in enumerate(prepared):
+                if i % _TOGETHER == 0:
+                    _encode_together(pipe, prepared[i : i + _TOGETHER], progress)
+                try:
+                    result = pipe.generate(
+                        job.given,
+                        progress=progress,
+                        preview=preview,
+                        checkpoint=run.checkpoint,
+                        before_release=signals.hold,  # pictures that the log calls released are saved despite a signal
+                    )
+                except Withheld as error:
+                    if len(run.jobs) == 1:
+                        raise
+                    with signals.held():
+                        delivery.refuse(job, error)
+                    continue
+                with signals.held():  # a saved picture is also reported
+                    signals.let_go()
+                    if self._is_last and job is prepared[-1] and not sheet:
+                        signals.finish()
+                    delivery.deliver(job, result)
+            if sheet and (picture := run.sheet(self._console)):
+                with signals.held():
+                    if self._is_last:
+                        signals.finish()
+                    if pipe.policy:
+                        note_sheet(picture)
+                    delivery.deliver_sheet(picture, sheet)
+        finally:
+            signals.let_go()
+            progress.close()
+            delivery.report()
+
+
+def _with_checked_output(job: Job) -> Job:
+    check_output(job.output, job.options.get("quality"))
+    return job
+
+
+def _usable(jobs: Sequence[Job], check: Callable[[Job], _T], skipped: _Skipped) -> list[_T]:
+    """Applies a check to each job. Rows of a prompt file that fail are skipped; other failures are raised."""
+    good = []
+    for job in jobs:
+        try:
+            good.append(check(job))
+        except UsageError as error:
+            if not job.where:
+                raise
+            skipped.append((job.where, error))
+    return good
+
+
+def _encode_together(pipe: FluxPipeline, prepared: list[PreparedJob], progress: PipelineProgress) -> None:
+    """Encodes the prompts of several pictures at once, where they differ."""
+    requests = [p.request for p in prepared]
+    if len({tuple(request.texts()) for request in requests}) > 1:
+        pipe.read_ahead(requests, progress)
+
+
+def _check_run(run: Run) -> None:
+    """Checks that a run did everything.
+
+    Raises:
+        FluxKreaError: a picture was not released; PartlyDone where others were, or where rows were skipped.
+    """
+    try:
+        check_outcomes([outcome for outcome, _ in run.done])
+    except FluxKreaError as error:
+        if not run.has_pictures:
+            raise
+        raise PartlyDone(error.found, error.expected, error.todo) from error
+    if run.skipped:
+        count = amount(len(run.skipped), f"row of {run.rows} was", f"rows of {run.rows} were")
+        raise PartlyDone(f"{count} skipped")
+
+
+def _announce(pipe: FluxPipeline, base: dict, prepared: list[PreparedJob], console: Console) -> None:
+    """Says which pictures will be generated: sizes, seeds, tokens of the prompts, and notes."""
+    requests = [p.request for p in prepared]
+    texts = dict.fromkeys(
+        (*pair, r.max_sequence_length) for r in requests for pair in r.pairs() + r.pairs(negative=True)
+    )
+    try:
+        prompts = [read_prompt(pipe.folder, *text) for text in texts]
+    except ModelError:  # the pipeline reports a damaged model, after other checks
+        return
+    sizes: dict[str, list[int]] = {}
+    for r in requests:
+        sizes.setdefault(f"{r.width} x {r.height}", []).append(r.num_inference_steps)
+    parts = [
+        several(f"{name} with {amount(several(sorted(steps)), 'step')}" for name, steps in sizes.items()),
+        *([f"guidance {several(f'{r.guidance_scale:g}' for r in requests)}"] if requests[0].guidance_scale else []),
+        f"seed {several(p.job.seed for p in prepared)}",
+        *_token_counts(prompts),
+    ]
+    console.say(f"{amount(len(prepared), 'picture')}: {', '.join(parts)}")
+    tools = dict.fromkeys(p.job.options["like"] for p in prepared if "like" in p.job.options)
+    for text in (
+        *(text for tool in tools for text in tool_notes(tool)),
+        *(text for p in prepared for text in p.notes),
+        *(text for tokens in prompts for text in cut_off(tokens)),
+        *_differences(pipe, base, prepared),
+    ):
+        console.note(text)
+
+
+def _token_counts(prompts: Sequence[tuple[Tokens, Tokens]]) -> list[str]:
+    """Formats how many tokens of each encoder the prompts use."""
+    parts = []
+    for name, column in zip(("CLIP", "T5"), zip(*prompts, strict=True), strict=True):
+        counts = sorted({tokens.count for tokens in column})
+        most = "" if len(counts) == 1 else f" to {counts[-1]}"
+        parts.append(f"{counts[0]}{most} of {several(len(tokens.ids) for tokens in column)} {name} tokens used")
+    return parts
+
+
+def _differences(pipe: FluxPipeline, base: dict, prepared: list[PreparedJob]) -> list[str]:
+    """Returns notes where a picture of --from cannot be repeated exactly: other weights, or no tiles."""
+    notes, folder = [], pipe.folder.path
+    if "manifest_sha256" in base and sha256_if_exists(folder / "manifest.json") != base["manifest_sha256"]:
+        notes.append(f"{base['from_']} was made with other weights than those of {folder}")
+    if base.get("tiled") and not all(pipe.plan(p.request).tiled for p in prepared):
+        notes.append(
+            f"{base['from_']} was decoded in tiles, since memory was short; decoded whole, it differs a little"
+        )
+    return notes

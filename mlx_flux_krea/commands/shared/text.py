@@ -1,0 +1,58 @@
+"""Numbers, durations and tables as text for people."""
+
+from collections.abc import Iterable, Sequence
+
+from mlx_flux_krea.errors import printable
+
+
+def table(rows: Sequence[Sequence], right: Sequence[int] = ()) -> str:
+    """Formats rows as aligned columns.
+
+    Args:
+        rows: cells, of any type.
+        right: columns aligned to the right.
+    """
+    cells = [[printable(str(cell)) for cell in row] for row in rows]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
+    lines = (
+        "  ".join(
+            cell.rjust(w) if i in right else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in cells
+    )
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def size(count: float) -> str:
+    """Formats bytes: 23.8 GB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit in ("B", "kB") else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def number(count: int) -> str:
+    """Formats a number of parameters: 11.90 B."""
+    for limit, unit in ((1e9, " B"), (1e6, " M"), (1e3, " k")):
+        if count >= limit:
+            return f"{count / limit:.2f}{unit}"
+    return str(count)
+
+
+def duration(seconds: float) -> str:
+    """Formats a duration: 47 min."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def stage_times(seconds: dict[str, float]) -> str:
+    """Formats the time of each stage: text 1.2 s, denoise 40.1 s."""
+    return ", ".join(f"{stage} {took:.1f} s" for stage, took in seconds.items())
+
+
+def several(values: Iterable) -> str:
+    """Lists the distinct values; of more than six, the first three and the last."""
+    shown = list(dict.fromkeys(map(str, values)))
+    return ", ".join(shown if len(shown) <= 6 else [*shown[:3], f"... {shown[-1]}"])
