@@ -221,7 +221,7 @@ def transformer_graphs(width: int, height: int, dtype: mx.Dtype, config=FLUX_DEV
     """One double block, one single block, a whole step, and what is computed once for all steps."""
     tokens, size = (width // 16) * (height // 16), config.hidden_size
     flux = weightless(transformer.Flux(config), dtype)
-    ids = sampler.position_ids(TEXT_TOKENS, height // 8, width // 8)
+    ids = sampler.position_ids(TEXT_TOKENS, width // 8, height // 8)
     pe = transformer.rope(ids, config.axes_dim, config.theta)
     vec, mods = zeros((1, size), dtype), []
     flux.modulations(vec, run=lambda piece, *args: mods.append(tree_map(lambda a: zeros(a.shape, dtype), piece(*args))))
@@ -282,7 +282,7 @@ def filter_graphs(dtype: mx.Dtype, rows: int = 32, columns: int = 32, text: int 
 def kernel_graphs(dtype: mx.Dtype) -> dict[str, Count]:
     """What is inside the kernels that markers stand for, as far as they are not MLX's own."""
     x, wide, row = zeros((1, 1, 8, 128), dtype), zeros((1, 1, 8, 128), mx.float32), zeros((128,), mx.float32)
-    pe = transformer.rope(sampler.position_ids(0, 4, 8), FLUX_DEV.axes_dim, FLUX_DEV.theta)
+    pe = transformer.rope(sampler.position_ids(0, 8, 4), FLUX_DEV.axes_dim, FLUX_DEV.theta)
     turns = pixtral.rotations(np.zeros((8, 64)))
     calls = {
         "gelu": (transformer.gelu, x),

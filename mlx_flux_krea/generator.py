@@ -155,7 +155,9 @@ class Generator:
                 _check_finite(f"step {step + 1} of the transformer", latents)
                 if observers.preview:
                     clean = previews.predicted(before, latents, *map(float, sigmas[start + step :][:2]))
-                    pixels = previews.colours(sampler.unpack(clean, *size), self.folder.latent_rgb)
+                    pixels = previews.colours(
+                        sampler.unpack(clean, width=size[1], height=size[0]), self.folder.latent_rgb
+                    )
                     observers.preview(step + 1, steps - start, pixels)
                 sigma = float(sigmas[start + step])
                 replaced = observers.callback(step, sigma, latents) if observers.callback else None
@@ -207,7 +209,10 @@ class Generator:
         steps = len(sigmas) - 1 - start
         modulations = self._modulate(flux, sigmas[start:-1], request.guidance_scale, [one.pooled for one in read])
         texts = [evaluated(flux.txt_in, one.embeds.astype(flux.dtype)) for one in read]
-        tables = [rope(sampler.position_ids(t.shape[1], *size), flux.config.axes_dim, flux.config.theta) for t in texts]
+        tables = [
+            rope(sampler.position_ids(t.shape[1], size[1], size[0]), flux.config.axes_dim, flux.config.theta)
+            for t in texts
+        ]
         mx.eval(tables)
         rounds = (steps - done) * request.batch * (2 if conditions[1] else 1)
 
@@ -276,7 +281,7 @@ class Generator:
         rule = noises.find_recipe(request.noise).pixels
         pictures = []
         for i in range(request.batch):
-            z = sampler.unpack(latents[i : i + 1], *size).transpose(0, 2, 3, 1)
+            z = sampler.unpack(latents[i : i + 1], width=size[1], height=size[0]).transpose(0, 2, 3, 1)
             x = decode(z / config.scale_factor + config.shift_factor, run)
             _check_finite("the image decoder", x)
             pixels = mx.clip(x.astype(mx.float32) / 2 + 0.5, 0, 1) if as_floats else pixels_to_bytes(x, rule)

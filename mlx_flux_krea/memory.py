@@ -15,7 +15,7 @@ from mlx.utils import tree_flatten
 
 from .errors import ResourceError, UsageError
 from .models import config as configs
-from .models.layers import PIECE
+from .models.layers import CHUNK
 from .models.tiles import SIDE
 from .models.vae import STRIP
 from .residency import SLOTS, kept, matrices
@@ -148,7 +148,7 @@ def weigh(sizes: configs.ModelSizes, layers: dict[str, dict], stored: dict[str, 
         for name, config in sizes.by_component().items()
     )
     blocks, modulation = flux.pieces(flux.network.blocks), flux.pieces(flux.network.modulated)
-    layers = t5.pieces(t5.network.pieces)
+    layers = t5.pieces(t5.network.stages)
     rest, t5_rest = flux.all - sum(blocks.computed) - sum(modulation.computed), t5.all - sum(layers.computed)
     coders = vae.of(vae.network.encoder), vae.of(vae.network.decoder)
     return Weights(blocks, modulation, layers, rest, t5_rest, clip.all, *coders)
@@ -301,7 +301,7 @@ def _text(t5: configs.T5Config, length: int, dtype: mx.Dtype, device: str) -> in
 
 def _dense(matrices: int, dtype: mx.Dtype, device: str) -> int:
     """What is dequantized at one time: on the CPU pieces of the layers that read the same, three of them at most."""
-    return min(matrices // dtype.size, 3 * PIECE) * _DENSE[dtype.size] if device == "cpu" else matrices
+    return min(matrices // dtype.size, 3 * CHUNK) * _DENSE[dtype.size] if device == "cpu" else matrices
 
 
 def _block(flux: configs.FluxConfig, tokens: int, dtype: mx.Dtype, device: str) -> int:

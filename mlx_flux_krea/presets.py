@@ -17,7 +17,7 @@ class Schedule:
     max_image_seq_len: Annotated[int, 1, 2**20] = 4096
 
     def problem(self) -> str | None:
-        """What contradicts itself in these numbers, or None."""
+        """Returns a contradiction between these numbers, or None."""
         if self.shift not in ("dynamic", "none"):
             return f'shift is "{self.shift}" and not "dynamic" or "none"'
         tokens = self.max_image_seq_len - self.base_image_seq_len
@@ -30,7 +30,7 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Defaults:
-    """What a picture is made with where the user does not say."""
+    """Default options of a model."""
 
     width: Annotated[int, 16, 8192]
     height: Annotated[int, 16, 8192]
@@ -40,13 +40,13 @@ class Defaults:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What one tool makes of a seed. Algorithms are in `noise.py`; every field decides the picture."""
+    """A tool's way from a seed to noise. Algorithms are in `noise.py`; every field decides the picture."""
 
     stream: str  # "torch" (CPU generator) | "mlx-key" | "mlx-seed"
     dtype: str | None  # the type drawn in; None: the compute type
     era: str | None  # how torch draws 16-bit numbers: "rounded" (2.13) | "stepwise" (2.7 and before)
-    layout: str  # order in which the numbers fall: "nchw" | "nhwc" | "packed"
-    posterior: str  # of an input image: "sample" (drawn before the noise) | "mean"
+    layout: str  # order of the numbers in the noise: "nchw" | "nhwc" | "packed"
+    posterior: str  # encoding of an input image: "sample" (drawn before the noise) | "mean"
     pixels: str  # floats to bytes: "round" | "truncate"
     source: str
 
@@ -83,23 +83,23 @@ NOT_REPRODUCIBLE = dict.fromkeys(
 
 @dataclass(frozen=True)
 class Tool:
-    """What another tool makes of the same weights where its user says nothing."""
+    """The defaults of another tool for the same weights."""
 
     defaults: Defaults
     noise: str  # a row of RECIPES, which also says how floats become bytes
     source: str
-    mu: float | None = None  # of a shift that is the same for every size, from a table of 10000 levels
-    t5_length: int | None = None  # tokens that T5 is padded to, and beyond which it goes on; None: the model's own
-    differs: str = ""  # what is not the same even where the seed is
+    mu: float | None = None  # a shift that is equal for every size, from a table of 10000 levels
+    t5_length: int | None = None  # T5 is padded to so many tokens, and longer prompts are read whole; None: the model's
+    differs: str = ""  # differences to expect with an equal seed
 
 
-_CUDA = {"noise": "bfl"}  # no recipe repeats it (NOT_REPRODUCIBLE); this one has its rule from floats to bytes
+_CUDA = "bfl"  # no recipe repeats noise of CUDA (NOT_REPRODUCIBLE); this one has the tools' rule from floats to bytes
 TOOLS = {
     "bfl": Tool(
         Defaults(1360, 768, 50, 2.5), "bfl", "black-forest-labs/flux 802fb47, src/flux/cli.py",
         differs="in bfloat16 it rounds after every step; it saves JPEG with a watermark",
     ),
-    "krea": Tool(Defaults(1024, 1024, 28, 4.5), **_CUDA, source="krea-ai/flux-krea 88238a0, inference.py"),
+    "krea": Tool(Defaults(1024, 1024, 28, 4.5), _CUDA, source="krea-ai/flux-krea 88238a0, inference.py"),
     "diffusers": Tool(
         Defaults(1024, 1024, 28, 3.5), "diffusers", "huggingface/diffusers 58eb52c, FluxPipeline.__call__",
         differs="in bfloat16 it rounds after every step",
@@ -115,10 +115,10 @@ TOOLS = {
         differs="its image stream has the exact GELU, where the reference has the tanh form",
     ),
     "replicate": Tool(
-        Defaults(1024, 1024, 28, 3.0), **_CUDA, source="replicate/cog-flux 51e81e0, FluxKreaDevPredictor",
+        Defaults(1024, 1024, 28, 3.0), _CUDA, source="replicate/cog-flux 51e81e0, FluxKreaDevPredictor",
         differs="it runs fp8 weights unless go_fast is off",
     ),
-    "fal": Tool(Defaults(1024, 768, 28, 4.5), **_CUDA, source="fal.ai, fal-ai/flux/krea: landscape_4_3"),
+    "fal": Tool(Defaults(1024, 768, 28, 4.5), _CUDA, source="fal.ai, fal-ai/flux/krea: landscape_4_3"),
 }  # fmt: skip
 
 MEGAPIXEL = 1024 * 1024
@@ -129,18 +129,18 @@ ASPECTS = {
     "9:16": (768, 1344), "9:21": (640, 1536),
 }  # fmt: skip
 MEGAPIXELS = (0.25, 2.3)
-REPEATS_ABOVE = 1.8  # megapixels beyond which the model draws things twice, and stripes (lllyasviel/...-forge#1712)
+REPEATS_ABOVE = 1.8  # megapixels above which the model repeats things and shows stripes (lllyasviel/...-forge#1712)
 
-MAX_SIDE = 8192  # pixels; far above what the model draws well, and below what breaks arithmetic
+MAX_SIDE = 8192  # pixels; far above the sizes at which the model is good, and below those at which arithmetic breaks
 MAX_BATCH = 1000  # images of one call
 MAX_STEPS = 1000
-MAX_SCALE = 1000.0  # of guidance and of true CFG
-MAX_PICTURES = 10000  # of one run of the command
+MAX_SCALE = 1000.0  # largest guidance scale and true CFG scale
+MAX_PICTURES = 10000  # pictures of one run of the command
 
 
 @dataclass(frozen=True)
 class Family:
-    """A published member of the FLUX.1 family, as far as its files do not say it themselves."""
+    """A published member of the FLUX.1 family: facts that its files do not hold."""
 
     base: str
     hint: str  # found in the name of a file, folder or repository, lower case
@@ -174,7 +174,7 @@ FLUX_LATENT_RGB = (
     (-0.0329, -0.0718, -0.0851),
 )  # fmt: skip
 
-STRENGTH = 0.6  # how far image-to-image goes from its image (FluxImg2ImgPipeline)
+STRENGTH = 0.6  # default distance of image-to-image from its image (FluxImg2ImgPipeline)
 
 # Choices of options, the usual one first.
 COMPUTE_TYPES = ("bfloat16", "float16", "float32")
@@ -213,6 +213,6 @@ STAGES = {
 DYNAMIC_SHIFT = Schedule()
 NO_SHIFT = Schedule(shift="none")
 
-# How much T5 reads: FLUX.1 [dev] and its kin, and schnell (the pipelines' own limits).
+# Tokens of T5: FLUX.1 [dev] and its relatives, and schnell (the pipelines' own limits).
 MAX_SEQUENCE_LENGTH = 512
 MAX_SEQUENCE_LENGTH_SCHNELL = 256

@@ -60,9 +60,9 @@ class PromptEncoder:
             try:
                 networks = self._folder.clip.load(self._dtype), self._folder.t5.load(self._dtype)
                 t5 = networks[1]
-                blocks = Blocks(t5, self._folder.t5.tensors(), t5.pieces, t5.dtype, 0, self._check)
+                blocks = Blocks(t5, self._folder.t5.tensors(), t5.stages, t5.dtype, 0, self._check)
                 with blocks.reading(len(missing)) as run:
-                    run = make_run(len(missing) * (len(t5.pieces) + 3), run)
+                    run = make_run(len(missing) * (len(t5.stages) + 3), run)
                     for key in missing:
                         self._kept[key] = self._encode(key, networks, run)
             except BaseException as error:

@@ -1,8 +1,8 @@
-"""Text to token ids as the reference pipelines see it, with what was cut off.
+"""Text to token ids as in the reference pipelines, with the text that was cut off.
 
-The tokenizers of FLUX.1 give what the classes of transformers 4 give (without ftfy), which diffusers, BFL and krea use:
-CLIPTokenizer and T5TokenizerFast. transformers itself is not needed; a folder holds the published tokenizer files. The
-filter for text and pictures has a tokenizer of its own.
+The tokenizers of FLUX.1 give the ids of transformers 4 (CLIPTokenizer and T5TokenizerFast, without ftfy), which
+diffusers, BFL and krea use. transformers itself is not needed; a folder holds the published tokenizer files. The filter
+for text and pictures has a tokenizer of its own.
 """
 
 import json
@@ -21,9 +21,9 @@ from .errors import ModelError
 class Tokens:
     """A tokenized prompt."""
 
-    ids: list[int]  # padded to the length asked for
-    count: int  # how many are not padding, start and end tokens included
-    cut: str  # the text that did not fit, as decoded from its tokens; "" where all fitted
+    ids: list[int]  # padded to the given length
+    count: int  # tokens without padding, start and end tokens included
+    cut: str  # the text that did not fit, as decoded from its tokens; "" if all of it did
 
 
 # Blocks that BERT's tokenizer, and so CLIP's in transformers 4, sets apart with spaces: one token a character.
@@ -37,14 +37,14 @@ _CLIP_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
 class CLIPTokenizer:
     """CLIP's lower-case byte-pair encoding, from vocab.json and merges.txt or from tokenizer.json.
 
-    Text in front of the merges is cleaned as transformers 4 does without ftfy: control and zero-width characters go,
+    Before the merges, text is cleaned as in transformers 4 without ftfy: control and zero-width characters are removed,
     any whitespace is a space, CJK characters stand alone, Unicode is composed (NFC).
 
     Args:
         folder: holds the files.
 
     Raises:
-        ModelError: files missing or damaged.
+        ModelError: files are missing or damaged.
     """
 
     def __init__(self, folder: Path):
@@ -63,7 +63,7 @@ class CLIPTokenizer:
         self.vocab_size = max(vocab.values()) + 1
 
     def __call__(self, text: str, max_length: int = 77) -> Tokens:
-        """Ids with start and end token, padded with the end token."""
+        """Tokenizes a text, with start and end token, padded with the end token."""
         ids = []
         for part in re.split(r"(<\|startoftext\|>|<\|endoftext\|>)", text):
             if part in ("<|startoftext|>", "<|endoftext|>"):
@@ -85,14 +85,14 @@ _SPACES_KEPT = b"\x1a\x04\x18\x00\x20\x00"
 class T5Tokenizer:
     """T5's sentencepiece model, from tokenizer.json or spiece.model, whichever the folder holds.
 
-    Special tokens written in the text (`</s>`, `<extra_id_0>`) become themselves, and what follows one begins a word
-    only after a space. So T5TokenizerFast of transformers 4 reads the published files; transformers 5 always does.
+    Special tokens written in the text (`</s>`, `<extra_id_0>`) become themselves, and the text after one starts a word
+    only after a space. T5TokenizerFast of transformers 4 does so for the published files, transformers 5 always.
 
     Args:
         folder: holds the file.
 
     Raises:
-        ModelError: files missing or damaged.
+        ModelError: files are missing or damaged.
     """
 
     def __init__(self, folder: Path):
@@ -119,13 +119,13 @@ class T5Tokenizer:
                 raise ModelError(f"{folder} holds no T5 tokenizer", "tokenizer.json or spiece.model")
         except ModelError:
             raise
-        except Exception as error:  # both libraries raise what they like on a damaged file
+        except Exception as error:  # both libraries raise various errors on a damaged file
             raise ModelError(f"the tokenizer in {folder} is damaged: {error}", "T5's own file, unchanged") from None
         if self._pad is None or self._end is None or min(self._pad, self._end) < 0:
             raise ModelError(f"the tokenizer in {folder} has no <pad> or no </s>", "a T5 tokenizer")
 
     def __call__(self, text: str, max_length: int) -> Tokens:
-        """Ids with the end token, padded."""
+        """Tokenizes a text, with the end token, padded."""
         ids = self._encode(text)
         cut = self._decode(ids[max_length - 1 :]).strip()
         ids = [*ids[: max_length - 1], self._end]
@@ -166,7 +166,7 @@ class PixtralTokenizer:
 
     Args:
         folder: holds the file.
-        answers: the ids that "yes" and "no" must have.
+        answers: required ids of "yes" and "no".
 
     Raises:
         ModelError: the file is missing, damaged or not Pixtral's.
@@ -198,10 +198,10 @@ class PixtralTokenizer:
                 raise ModelError(f"the tokenizer in {folder} has no {token} of its own as {number}", "Pixtral's own")
 
     def __call__(self, *parts: str | tuple[int, int]) -> list[int]:
-        """The ids of one instruction.
+        """Tokenizes one instruction.
 
         Args:
-            parts: text, and pictures as the rows and columns of their patches, in their order.
+            parts: text, and pictures as their numbers of rows and columns of patches, in order.
         """
         ids = [_BOS, _INST]
         for part in parts:
@@ -209,7 +209,7 @@ class PixtralTokenizer:
         return [*ids, _END_INST]
 
     def decode(self, ids: list[int]) -> str:
-        """The text of ids, without control tokens."""
+        """Returns the text of ids, without control tokens."""
         return self._bpe.decode(ids)
 
     def _encode(self, text: str) -> list[int]:
@@ -221,7 +221,7 @@ def _picture(rows: int, columns: int) -> list[int]:
 
 
 def _read_bpe(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Vocabulary and merges, from either form of the published files."""
+    """Reads vocabulary and merges from either form of the published files."""
     try:
         if (folder / "vocab.json").exists():
             vocab = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
@@ -232,8 +232,8 @@ def _read_bpe(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
             vocab, merges = model["vocab"], model["merges"]
         else:
             raise ModelError(f"{folder} holds no CLIP tokenizer", "vocab.json and merges.txt, or tokenizer.json")
-        pairs = [tuple(m.split(" ") if isinstance(m, str) else m) for m in merges]
-        return vocab, pairs
+        pairs = (m.split(" ") if isinstance(m, str) else m for m in merges)
+        return vocab, [(left, right) for left, right in pairs]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(
             f"the tokenizer in {folder} cannot be read: {error!r}", "CLIP's own files, unchanged"
@@ -241,7 +241,7 @@ def _read_bpe(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
 
 
 def _clean(text: str) -> str:
-    """What BERT's BasicTokenizer makes of a text, as CLIPTokenizer calls it: words in lower case, one space between."""
+    """Cleans a text as BERT's BasicTokenizer does for CLIPTokenizer: words in lower case, with one space between."""
     characters = []
     for char in text:
         code = ord(char)

@@ -143,13 +143,13 @@ def test_packing_is_undone_by_unpacking_and_orders_channels_before_patches():
     x = mx.arange(2 * 16 * 4 * 6).reshape(2, 16, 4, 6)
     packed = sampler.pack(x)
     assert packed.shape == (2, 6, 64)
-    assert mx.array_equal(sampler.unpack(packed, 4, 6), x)
+    assert mx.array_equal(sampler.unpack(packed, 6, 4), x)
     # token (row 1, column 2), channel 3, patch position (0, 1)
     assert packed[1, 5, 3 * 4 + 1].item() == x[1, 3, 2, 5].item()
 
 
 def test_positions_are_row_and_column_after_zeros_for_the_text():
-    assert sampler.position_ids(2, 4, 6).tolist() == [[0, 0, 0]] * 2 + [[0, r, c] for r in range(2) for c in range(3)]
+    assert sampler.position_ids(2, 6, 4).tolist() == [[0, 0, 0]] * 2 + [[0, r, c] for r in range(2) for c in range(3)]
 
 
 @pytest.mark.parametrize(("who", "rows"), [("diffusers", 48), ("bfl", 52), ("krea", 12)])

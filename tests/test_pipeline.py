@@ -496,7 +496,7 @@ def test_the_low_level_parts_and_results_can_be_used_in_any_thread(pipe):
     decoded = []
 
     def work():
-        z = sampler.unpack(latents, 4, 6).transpose(0, 2, 3, 1)
+        z = sampler.unpack(latents, 6, 4).transpose(0, 2, 3, 1)
         decoded.append(np.array(pipe.vae.decode(z / 0.3611 + 0.1159)))
 
     thread = threading.Thread(target=work)

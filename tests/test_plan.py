@@ -129,9 +129,9 @@ def second_picture(path, memory):
 @pytest.mark.skipif(mx.default_device().type == mx.gpu, reason="what a GPU takes is computed, and was not measured")
 @pytest.mark.parametrize("quantize", ["none", "8", "4"])
 def test_every_stage_takes_what_was_predicted(quantize, tmp_path, monkeypatch):
-    """Of the small model, whose layers are dequantized in as many pieces as those of the real one."""
+    """Of the small model, whose layers are dequantized in as many chunks as those of the real one."""
     for module in ("memory", "models.layers"):
-        monkeypatch.setattr(f"mlx_flux_krea.{module}.PIECE", 3 * 2**12)
+        monkeypatch.setattr(f"mlx_flux_krea.{module}.CHUNK", 3 * 2**12)
     monkeypatch.setattr("mlx_flux_krea.models.layers._faster_dense", {})
     monkeypatch.setattr("mlx_flux_krea.models.layers._is_dense_faster", lambda *_: True)
     path = convert([nano.FOLDER], tmp_path / "model", quantize=quantize).path

@@ -718,7 +718,7 @@ def test_both_ways_to_multiply_give_the_same(kind, bias, monkeypatch):
             chosen = {(*kind, mx.float32, many): dense for many in (False, True)}
             monkeypatch.setattr(quantized, "_faster_dense", chosen)
             results.append(layer(x))
-        monkeypatch.setattr(quantized, "PIECE", 40 * 128)
+        monkeypatch.setattr(quantized, "CHUNK", 40 * 128)
         results.append(layer(x))
         monkeypatch.undo()
         assert rel(*results[:2]) < 1e-6
@@ -726,15 +726,15 @@ def test_both_ways_to_multiply_give_the_same(kind, bias, monkeypatch):
         assert results[2].shape == (2, rows, 96)
 
 
-def test_on_the_cpu_only_pieces_of_a_block_are_dense_at_one_time(monkeypatch):
+def test_on_the_cpu_only_chunks_of_a_layer_are_dense_at_one_time(monkeypatch):
     """A lazy graph of layers that read the same: 2 M weights, of which dequantizing leaves 8 bytes each on the way."""
     layers = [nn.QuantizedLinear(512, 1024, False, 64, 4) for _ in range(4)]
     quantized.adopt(nn.Sequential(*layers))
-    monkeypatch.setattr(quantized, "_faster_dense", {(*layers[0].kind, mx.float32, False): True})
+    monkeypatch.setattr(quantized, "_faster_dense", {(*quantized.kind(layers[0]), mx.float32, False): True})
     x, peaks = mx.ones((1, 512)), []
     mx.eval(x, [layer.parameters() for layer in layers])
-    for piece in (2**19, 2**14):
-        monkeypatch.setattr(quantized, "PIECE", piece)
+    for chunk in (2**19, 2**14):
+        monkeypatch.setattr(quantized, "CHUNK", chunk)
         mx.clear_cache()
         base = mx.get_active_memory()
         mx.reset_peak_memory()
@@ -742,7 +742,7 @@ def test_on_the_cpu_only_pieces_of_a_block_are_dense_at_one_time(monkeypatch):
         peaks.append(mx.get_peak_memory() - base)
     weights = sum(layer.weight.size * 8 for layer in layers)
     assert peaks[0] > 4 * weights
-    assert peaks[1] < 4 * 12 * 2**14  # a piece of each layer, and what is on the way to it
+    assert peaks[1] < 4 * 12 * 2**14  # a chunk of each layer, and its intermediate arrays
 
 
 def test_products_are_timed_once_for_each_kind_and_type(make, monkeypatch):

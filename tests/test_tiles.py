@@ -41,14 +41,16 @@ def test_what_looks_at_no_neighbour_is_the_same_in_tiles(unit, unit_out, monkeyp
         return run(mx.abs, x)
 
     x = mx.random.normal((2, 40 * unit, 23 * unit, 3), key=mx.random.key(1))
-    assert rel(tiles.in_tiles(resized, x, unit, unit_out, evaluated), resized(x, evaluated)) < 1e-6
+    assert rel(tiles.in_tiles(resized, x, unit=unit, unit_out=unit_out, run=evaluated), resized(x, evaluated)) < 1e-6
 
 
 def test_tiles_that_differ_have_no_seam_between_them(monkeypatch):
     """From black to white it takes what two neighbours share, at least."""
     monkeypatch.setattr(tiles, "SIDE", 16)
     colours = iter([0.0, 1.0] * 3)
-    out = np.array(tiles.in_tiles(lambda x, run: x * 0 + next(colours), mx.ones((1, 16, 60, 1)), 1, 1, evaluated))[0]
+    out = np.array(
+        tiles.in_tiles(lambda x, run: x * 0 + next(colours), mx.ones((1, 16, 60, 1)), unit=1, unit_out=1, run=evaluated)
+    )[0]
     assert out.min() == 0
     assert out.max() == 1
     assert np.abs(np.diff(out, axis=1)).max() < 1.1 / (tiles.SIDE // 4)

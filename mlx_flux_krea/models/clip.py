@@ -73,7 +73,7 @@ class CLIPEmbeddings(nn.Module):
 
 
 class CLIPEncoder(nn.Module):
-    """The layers; a level of names that the checkpoints have."""
+    """The layers; a level of names in the checkpoints."""
 
     def __init__(self, config: CLIPConfig):
         super().__init__()

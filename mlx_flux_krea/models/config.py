@@ -1,7 +1,7 @@
 """Sizes of the networks and the facts of a model folder, as frozen dataclasses; the published ones as instances.
 
 JSON goes in and out strictly: an unknown field, a missing field, a field of another type or outside its limits is an
-error that names it. The limits lie far around everything published, and keep a hostile file from filling the memory.
+error that names it. The limits are far beyond everything published, and keep a hostile file from filling the memory.
 Field names are those of the public code: FluxParams and AutoEncoderParams of black-forest-labs/flux, and the
 `config.json` of T5 and CLIP in transformers.
 """
@@ -11,15 +11,18 @@ import types
 import typing
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 from ..errors import ModelError
 from ..licence import Architecture
 from ..presets import Defaults, Schedule
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
-# a type with the least and the most that a file may say
+T = TypeVar("T", bound="DataclassInstance")
+
+# Types with the least and the largest value that a file may hold.
 Width = Annotated[int, 1, 2**16]  # of a layer: channels, positions, buckets
 Count = Annotated[int, 1, 512]  # of layers, heads, groups
 Epsilon = Annotated[float, 1e-12, 0.1]
@@ -64,7 +67,7 @@ class FluxConfig:
         )
 
     def problem(self) -> str | None:
-        """What contradicts itself in these numbers, or None."""
+        """Returns a contradiction between these numbers, or None."""
         if self.hidden_size % self.num_heads:
             return f"hidden_size {self.hidden_size} is not divisible by num_heads {self.num_heads}"
         if len(self.axes_dim) != 3 or any(d % 2 for d in self.axes_dim) or sum(self.axes_dim) != self.head_dim:
@@ -91,7 +94,7 @@ class T5Config:
     layer_norm_epsilon: Epsilon
 
     def problem(self) -> str | None:
-        """What contradicts itself in these numbers, or None."""
+        """Returns a contradiction between these numbers, or None."""
         if self.relative_attention_num_buckets % 4:
             return f"relative_attention_num_buckets {self.relative_attention_num_buckets} is not divisible by 4"
         exact = self.relative_attention_num_buckets // 4  # distances with a bucket of their own
@@ -116,7 +119,7 @@ class CLIPConfig:
     ]  # 2 in every published file, which means: the first position of the largest id
 
     def problem(self) -> str | None:
-        """What contradicts itself in these numbers, or None."""
+        """Returns a contradiction between these numbers, or None."""
         if self.hidden_size % self.num_attention_heads:
             return f"hidden_size {self.hidden_size} is not divisible by {self.num_attention_heads} heads"
         return None
@@ -142,7 +145,7 @@ class VAEConfig:
         return 2 ** (len(self.ch_mult) - 1)
 
     def problem(self) -> str | None:
-        """What contradicts itself in these numbers, or None."""
+        """Returns a contradiction between these numbers, or None."""
         if not 1 <= len(self.ch_mult) <= 8:
             return f"ch_mult has {len(self.ch_mult)} levels and not 1 to 8"
         for mult in (1, *self.ch_mult):
@@ -224,7 +227,7 @@ class Quantization:
         return f"{self.bits} bits, groups of {self.group_size}" if self.mode == "affine" else self.mode
 
     def problem(self) -> str | None:
-        """What does not exist of this, or None."""
+        """Returns the value that MLX does not have, or None."""
         if self.mode not in MODES:
             return f'mode is "{self.mode}" and not one of {", ".join(MODES)}'
         for name, known in zip(("bits", "group_size"), MODES[self.mode], strict=True):
@@ -234,13 +237,14 @@ class Quantization:
 
 
 def quantization_to_json(layers: dict[str, Quantization | None]) -> dict | None:
-    """The field `quantization` of a component's config.json, in the form of mlx-lm.
+    """Returns the field `quantization` of a component's config.json, in the form of mlx-lm.
 
     Args:
-        layers: every layer that could be quantized; None: it is not.
+        layers: every layer that can be quantized, with None if it is not.
 
     Returns:
-        What most quantized layers have, then the others by their paths, false where not quantized; None: no layer is.
+        The quantization of most layers, then that of the others by their paths (false: not quantized); None if no layer
+        is quantized.
     """
     quantized = [q for q in layers.values() if q]
     if not quantized:
@@ -251,10 +255,10 @@ def quantization_to_json(layers: dict[str, Quantization | None]) -> dict | None:
 
 
 def quantization_from_json(obj, where: str) -> tuple[Quantization, dict[str, Quantization | None]]:
-    """What most layers have, and the exceptions by their paths.
+    """Reads the quantization of most layers, and that of the others by their paths.
 
     Raises:
-        ModelError: a field or a value that is not known.
+        ModelError: a field or a value is unknown.
     """
     if not isinstance(obj, dict):
         raise ModelError(f"{where} is {_kind(obj)}", "a JSON object")
@@ -273,7 +277,7 @@ def quantization_from_json(obj, where: str) -> tuple[Quantization, dict[str, Qua
 
 @dataclass(frozen=True)
 class Source:
-    """A file that a model folder was converted from."""
+    """A source file of a conversion."""
 
     file: str
     sha256: str
@@ -283,22 +287,22 @@ class Source:
 
 @dataclass(frozen=True)
 class ModelIndex:
-    """`model_index.json` of a model folder (DESIGN, section 4)."""
+    """Contents of `model_index.json` in a model folder."""
 
     name: str
     base: str
     license: str
-    filters: str  # "required" | "none"; what the transformer is can only add the requirement
+    filters: str  # "required" | "none"; the transformer's sizes can only add the requirement
     max_sequence_length: Annotated[int, 1, 4096]
     schedule: Schedule
     defaults: Defaults
     source: tuple[Source, ...] = field(default=())
     converter: str = ""
-    latent_rgb: tuple[tuple[float, ...], ...] = ()  # of its autoencoder, for previews: `preview.py`
+    latent_rgb: tuple[tuple[float, ...], ...] = ()  # colours of its latents, for previews: `preview.py`
     format: Annotated[int, 1, 2**30] = 1
 
     def problem(self) -> str | None:
-        """What contradicts itself in these facts, or None."""
+        """Returns a contradiction between these facts, or None."""
         if self.filters not in ("required", "none"):
             return f'filters is "{self.filters}" and not "required" or "none"'
         if self.format != 1:
@@ -309,20 +313,20 @@ class ModelIndex:
 
 
 def to_json(config) -> dict:
-    """The JSON form of one of the dataclasses above, in the order of its fields."""
+    """Returns the JSON form of one of the dataclasses above, in the order of its fields."""
     return dataclasses.asdict(config)
 
 
 def from_json(cls: type[T], obj, where: str) -> T:
-    """One of the dataclasses above from its JSON form.
+    """Reads one of the dataclasses above from its JSON form.
 
     Args:
         cls: the dataclass.
-        obj: what the JSON parser gave.
+        obj: the parsed JSON.
         where: the file, for errors.
 
     Raises:
-        ModelError: an unknown, missing or wrongly typed field, or numbers that contradict each other.
+        ModelError: a field is unknown, missing or wrongly typed, or numbers contradict each other.
     """
     if not isinstance(obj, dict):
         raise ModelError(f"{where} holds {_kind(obj)}", "a JSON object")
@@ -334,26 +338,28 @@ def from_json(cls: type[T], obj, where: str) -> T:
         raise ModelError(f"{where} lacks {_some(missing)}", f"the fields {', '.join(required)}")
     hints = typing.get_type_hints(cls, include_extras=True)
     config = cls(**{n: _checked(hints[n], value, f"{where}: {n}") for n, value in obj.items()})
-    problem = config.problem() if hasattr(config, "problem") else None
-    if problem:
-        raise ModelError(f"{where}: {problem}", "numbers that agree", "take the file from the original model")
+    problem = getattr(config, "problem", None)
+    if problem and (contradiction := problem()):
+        raise ModelError(f"{where}: {contradiction}", "numbers that agree", "take the file from the original model")
     return config
 
 
 def _checked(hint, value, where: str):
-    """`value` as the annotated type: numbers within their limits, lists as tuples."""
-    if dataclasses.is_dataclass(hint):
+    """Returns `value` as the annotated type: numbers within their limits, lists as tuples."""
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return from_json(hint, value, where)
     if isinstance(hint, types.GenericAlias):  # tuple[X, ...]
         if not isinstance(value, list | tuple):
             raise ModelError(f"{where} is {_kind(value)}", "a list")
         return tuple(_checked(hint.__args__[0], v, where) for v in value)
-    low, high = getattr(hint, "__metadata__", (None, None))
-    hint = hint if low is None else hint.__origin__
+    limits = getattr(hint, "__metadata__", None)
+    hint = hint.__origin__ if limits else hint
     if type(value) is not hint and not (hint is float and type(value) is int):
         raise ModelError(f"{where} is {_kind(value)}", hint.__name__)
-    if low is not None and not low <= value <= high:
-        raise ModelError(f"{where} is {_kind(value)}", f"a number from {low} to {high}" if low < high else f"{low}")
+    if limits:
+        low, high = limits
+        if not low <= value <= high:
+            raise ModelError(f"{where} is {_kind(value)}", f"a number from {low} to {high}" if low < high else f"{low}")
     return hint(value)
 
 

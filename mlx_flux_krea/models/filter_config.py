@@ -1,7 +1,7 @@
-"""Sizes of the filters' networks, as `config.py` has them of all others; the published ones as instances.
+"""Sizes of the filters' networks, with the published ones as instances; `config.py` has those of all others.
 
-Field names are those of the `config.json` of transformers. What a published file says and no field here repeats
-(activations, label names, token ids) is checked when it is converted, and written for that value alone.
+Field names are those of the `config.json` of transformers. Other fields of a published file (activations, label names,
+token ids) are checked when it is converted: the networks are written for those values alone.
 """
 
 from dataclasses import dataclass
@@ -12,13 +12,13 @@ from .config import Count, Epsilon, Source, Width
 Vocabulary = Annotated[int, 1, 2**22]
 TokenId = Annotated[int, 0, 2**22]
 Theta = Annotated[float, 1.0, 1e12]
-SELF_TEST = "selftest.json"  # in a filter's folder: what it answered when it was converted
-LABELS = ("normal", "nsfw")  # of the classifier, in the order of its logits
+SELF_TEST = "selftest.json"  # in a filter's folder: its answers when it was converted
+LABELS = ("normal", "nsfw")  # the classifier's labels, in the order of its logits
 
 
 @dataclass(frozen=True)
 class ViTConfig:
-    """Sizes of the classifier of pictures (transformers' ViTConfig; erf GELU, biases everywhere, no pooler)."""
+    """Sizes of the picture classifier (transformers' ViTConfig; erf GELU, biases everywhere, no pooler)."""
 
     hidden_size: Width
     intermediate_size: Width
@@ -31,11 +31,11 @@ class ViTConfig:
 
     @property
     def positions(self) -> int:
-        """Patches, and one for the class token before them."""
+        """Number of patches, and one for the class token before them."""
         return (self.image_size // self.patch_size) ** 2 + 1
 
     def problem(self) -> str | None:
-        """What contradicts itself in these numbers, or None."""
+        """Returns a contradiction between these numbers, or None."""
         if self.hidden_size % self.num_attention_heads:
             return f"hidden_size {self.hidden_size} is not divisible by {self.num_attention_heads} heads"
         if self.image_size % self.patch_size:
@@ -60,7 +60,7 @@ class MistralConfig:
     rope_theta: Theta
 
     def problem(self) -> str | None:
-        """What contradicts itself in these numbers, or None."""
+        """Returns a contradiction between these numbers, or None."""
         if self.num_attention_heads % self.num_key_value_heads:
             return f"{self.num_attention_heads} heads cannot share {self.num_key_value_heads} of keys and values"
         return f"head_dim {self.head_dim} is odd" if self.head_dim % 2 else None
@@ -84,7 +84,7 @@ class PixtralVisionConfig:
         return self.hidden_size // self.num_attention_heads
 
     def problem(self) -> str | None:
-        """What contradicts itself in these numbers, or None."""
+        """Returns a contradiction between these numbers, or None."""
         if self.hidden_size % self.num_attention_heads or self.head_dim % 4:
             heads = self.num_attention_heads
             return f"hidden_size {self.hidden_size} is not {heads} heads of a width that 4 divides"
@@ -93,15 +93,15 @@ class PixtralVisionConfig:
 
 @dataclass(frozen=True)
 class PixtralConfig:
-    """A decoder that reads text and pictures (transformers' LlavaConfig; the projector has an erf GELU and biases)."""
+    """Sizes of a decoder that reads text and pictures (LlavaConfig; the projector has an erf GELU and biases)."""
 
     text_config: MistralConfig
     vision_config: PixtralVisionConfig
     image_token_index: TokenId  # stands for one patch
-    head_ids: tuple[TokenId, ...]  # tokens whose logits are computed: "yes", "no", and others only to look at
+    head_ids: tuple[TokenId, ...]  # tokens whose logits are computed: "yes", "no", and others for inspection
 
     def problem(self) -> str | None:
-        """What contradicts itself in these numbers, or None."""
+        """Returns a contradiction between these numbers, or None."""
         if len(self.head_ids) < 2 or len(set(self.head_ids)) < len(self.head_ids):
             return "head_ids are not two tokens or more, each of them once"
         if max(*self.head_ids, self.image_token_index) >= self.text_config.vocab_size:
@@ -131,7 +131,7 @@ NSFW_SHA256 = "97b2ce64ec146884b37f98ee7944ca4891aa72f6827dc0cb10684a1cbecd5830"
 
 @dataclass(frozen=True)
 class FilterIndex:
-    """`model_index.json` of a filter's folder: what it is, and what it was made from."""
+    """Contents of `model_index.json` in a filter's folder: name, licence and sources."""
 
     name: str
     base: str
@@ -141,5 +141,5 @@ class FilterIndex:
     format: Annotated[int, 1, 2**30] = 1
 
     def problem(self) -> str | None:
-        """What contradicts itself in these facts, or None."""
+        """Returns a contradiction between these facts, or None."""
         return None if self.format == 1 else f"format is {self.format}, and this program reads format 1"

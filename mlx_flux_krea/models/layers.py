@@ -1,62 +1,60 @@
-"""How a quantized layer multiplies: directly, or by its dequantized weight; whichever is faster on this machine.
+"""Quantized layers, which multiply directly or by their dequantized weight, whichever is faster on this machine.
 
-Which one that is depends on the chip, the rows, the bits and the type: Metal's quantized product loses up to three
-quarters to the dense one on an M1 or M2 and nothing on an M3, and the CPU's loses 10 to 50 times. So both are timed
-once, for about a tenth of a second, and what was found is remembered: the two give the same numbers to rounding only,
-and a seed should give the same picture tomorrow.
+The faster way depends on the chip, the rows, the bits and the type. Metal's quantized product is up to four times
+slower than the dense one on an M1 or M2, and equal on an M3; the CPU's is 10 to 50 times slower. So both are timed
+once, for about a tenth of a second, and the result is stored: the two ways agree to rounding only, and a seed should
+give the same picture tomorrow.
 """
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import version
 
 import mlx.core as mx
 import mlx.nn as nn
 
-# rows, outputs and inputs of the products that are timed: few rows (a modulation) and many (tokens of a picture)
+# Rows, outputs and inputs of the timed products: few rows (a modulation), and many (tokens of a picture).
 _SHAPES = {"cpu": ((16, 64, 512), (128, 64, 512)), "gpu": ((32, 3072, 3072), (1024, 3072, 3072))}
-_FEW = 64  # rows up to which the first of them speaks for a product
-PIECE = 2**22  # weights that are dense at one time on the CPU, where what dequantizing leaves takes five times as much
+_FEW = 64  # a product of at most so many rows follows the timing for few rows
+CHUNK = 2**22  # weights dequantized at one time on the CPU, where the intermediate arrays take five times their size
 
-_faster_dense: dict[tuple, bool] = {}  # by kind, type and number of rows: whether to dequantize
+Kind = tuple[int, int, str]  # group size, bits and mode
+_faster_dense: dict[tuple[int, int, str, mx.Dtype, bool], bool] = {}  # by kind, compute type, and "many rows"
 
 
 class QuantizedLinear(nn.QuantizedLinear):
-    """A quantized layer that multiplies as `choose_products` found best."""
+    """A quantized layer that multiplies in the way that `choose_products` chose."""
 
     def __call__(self, x: mx.array) -> mx.array:
         many = x.size // x.shape[-1] > _FEW
-        if not _faster_dense.get((*self.kind, x.dtype, many), False):
+        if not _faster_dense.get((*kind(self), x.dtype, many), False):
             return super().__call__(x)
-        packed = self.weight, self.scales, self.get("biases")
         if mx.default_device().type.name == "cpu":
-            return self._in_pieces(x, packed)
-        return self._dense(x, packed, self.get("bias"))
+            return self._dense_in_chunks(x)
+        return self._dense(x, self.weight, self.scales, self.get("biases"), self.get("bias"))
 
-    def _dense(self, x: mx.array, packed: tuple, bias: mx.array | None) -> mx.array:
-        weight = mx.dequantize(*packed, *self.kind, dtype=x.dtype).T
-        return x @ weight if bias is None else mx.addmm(bias, x, weight)
+    def _dense(
+        self, x: mx.array, weight: mx.array, scales: mx.array, biases: mx.array | None, bias: mx.array | None
+    ) -> mx.array:
+        dense = _dequantized(weight, scales, biases, kind(self), x.dtype).T
+        return x @ dense if bias is None else mx.addmm(bias, x, dense)
 
-    def _in_pieces(self, x: mx.array, packed: tuple) -> mx.array:
-        """The same, some outputs at a time, none of which is dequantized before the one ahead of it is multiplied."""
-        outputs, step = len(self.weight), max(1, PIECE // x.shape[-1])
-        result, ahead = mx.zeros((*x.shape[:-1], outputs), x.dtype), x
+    def _dense_in_chunks(self, x: mx.array) -> mx.array:
+        """Multiplies some outputs at a time; each chunk is dequantized after the one before it was multiplied."""
+        outputs, step = len(self.weight), max(1, CHUNK // x.shape[-1])
+        result, before = mx.zeros((*x.shape[:-1], outputs), x.dtype), x
+        biases, bias = self.get("biases"), self.get("bias")
         for first in range(0, outputs, step):
-            some = slice(first, first + step)
-            weight, scales, biases = (None if array is None else array[some] for array in packed)
-            weight = mx.depends([weight], [ahead])[0]
-            ahead = self._dense(x, (weight, scales, biases), self.bias[some] if "bias" in self else None)
-            result[..., some] = ahead
+            rows = slice(first, first + step)
+            weight = mx.depends([self.weight[rows]], [before])[0]
+            optional = (None if array is None else array[rows] for array in (biases, bias))
+            before = self._dense(x, weight, self.scales[rows], *optional)
+            result[..., rows] = before
         return result
-
-    @property
-    def kind(self) -> tuple[int, int, str]:
-        """Group size, bits and mode."""
-        return self.group_size, self.bits, self.mode
 
 
 def adopt(network: nn.Module) -> None:
-    """Makes the quantized layers of a network ours; their arrays stay as they are."""
+    """Turns the quantized layers of a network into `QuantizedLinear`; their arrays stay as they are."""
     for layer in _layers(network):
         layer.__class__ = QuantizedLinear
 
@@ -67,19 +65,22 @@ def choose_products(
     """Chooses how the quantized layers of a network multiply, by timing each kind that is not yet known.
 
     Args:
-        network: its layers through `adopt`.
+        network: its layers went through `adopt`.
         dtype: the compute type.
         remembered: earlier results on this machine (`machine`), as this function returned them.
 
     Returns:
         Results that this process did not have: whether the dense product of a kind of layers is faster, by its name.
     """
-    keys = {(*layer.kind, dtype, many) for layer in _layers(network) for many in (False, True)} - _faster_dense.keys()
+    keys = {(*kind(layer), dtype, many) for layer in _layers(network) for many in (False, True)}
     chosen = {}
-    for key in keys:
+    for key in keys - _faster_dense.keys():
         name = " ".join(map(str, key))
         known = remembered.get(name) if remembered else None
-        _faster_dense[key] = known if isinstance(known, bool) else _is_dense_faster(key[:3], dtype, key[4])
+        group_size, bits, mode, _, many = key
+        _faster_dense[key] = (
+            known if isinstance(known, bool) else _is_dense_faster((group_size, bits, mode), dtype, many)
+        )
         chosen[name] = _faster_dense[key]
     return chosen
 
@@ -89,30 +90,44 @@ def machine() -> str:
     return f"{mx.device_info().get('device_name')}, {mx.default_device().type.name}, mlx {version('mlx')}"
 
 
-def _is_dense_faster(kind: tuple[int, int, str], dtype: mx.Dtype, many: bool) -> bool:
+def kind(layer: nn.QuantizedLinear) -> Kind:
+    """Returns group size, bits and mode of a layer."""
+    return layer.group_size, layer.bits, layer.mode
+
+
+def _is_dense_faster(kind: Kind, dtype: mx.Dtype, many: bool) -> bool:
+    """Times both products, on arrays of ones."""
     rows, outputs, inputs = _SHAPES[mx.default_device().type.name][many]
+    group_size, bits, mode = kind
     x = mx.ones((rows, inputs), dtype)
-    packed = mx.quantize(mx.ones((outputs, inputs), dtype), *kind)
+    packed = mx.quantize(mx.ones((outputs, inputs), dtype), group_size, bits, mode)
     mx.eval(x, packed)
-    weight, scales, *biases = packed
-    biases = biases[0] if biases else None
-    products = (
-        lambda: mx.quantized_matmul(
-            x, weight, scales, biases, transpose=True, group_size=kind[0], bits=kind[1], mode=kind[2]
-        ),
-        lambda: x @ mx.dequantize(weight, scales, biases, *kind, dtype=dtype).T,
-    )
-    seconds = [_seconds(product) for product in products]
-    return seconds[1] < seconds[0]
+    weight, scales, *rest = packed
+    biases = rest[0] if rest else None
+
+    def quantized() -> mx.array:
+        return mx.quantized_matmul(
+            x, weight, scales, biases, transpose=True, group_size=group_size, bits=bits, mode=mode
+        )
+
+    def dense() -> mx.array:
+        return x @ _dequantized(weight, scales, biases, kind, dtype).T
+
+    return _seconds(dense) < _seconds(quantized)
 
 
-def _seconds(product) -> float:
-    """The faster of two times; the first on a GPU also compiles its kernel."""
+def _dequantized(weight: mx.array, scales: mx.array, biases: mx.array | None, kind: Kind, dtype: mx.Dtype) -> mx.array:
+    group_size, bits, mode = kind
+    return mx.dequantize(weight, scales, biases, group_size, bits, mode, dtype=dtype)
+
+
+def _seconds(product: Callable[[], mx.array]) -> float:
+    """Returns the shorter of two times; the first on a GPU also compiles its kernel."""
     times = []
     for _ in range(2):
-        begin = time.perf_counter()
+        start = time.perf_counter()
         mx.eval(product())
-        times.append(time.perf_counter() - begin)
+        times.append(time.perf_counter() - start)
     return min(times)
 
 

@@ -1,9 +1,10 @@
 """Pixtral: a language model that reads pictures (Agrawal et al. 2024), asked for one word, "yes" or "no".
 
-Written after transformers' LlavaForConditionalGeneration with a Pixtral vision tower and a Mistral decoder. Blocks of
-both are of one kind: RMS norm, attention and a gated SiLU MLP without biases, rotation of the two halves of a head
-against each other. (Early config.json say "gelu" of the tower; it was trained with SiLU, and they were corrected.)
-One evaluation gives the logits at the last position, of the few tokens in `config.head_ids`; nothing is generated.
+Written after transformers' LlavaForConditionalGeneration with a Pixtral vision tower and a Mistral decoder. Both have
+the same kind of block: RMS norm, attention and a gated SiLU MLP without biases, rotation of the two halves of a head
+against each other. (An early config.json has "gelu" for the tower; it was trained with SiLU, and the file was
+corrected.) One evaluation gives the logits at the last position, for the few tokens in `config.head_ids`; no text is
+generated.
 B batch (1), S tokens, N patches, H heads, D head width, C width of the decoder, V of the tower.
 """
 
@@ -15,6 +16,7 @@ import mlx.nn as nn
 import numpy as np
 from PIL import Image
 
+from . import Run, call
 from .filter_config import PIXTRAL_12B, PixtralConfig, PixtralVisionConfig
 
 _AREA = 512 * 512
@@ -25,24 +27,26 @@ _NORM_EPS = 1e-5  # of the tower; no config.json says it
 
 
 def to_area(image: Image.Image) -> Image.Image:
-    """The picture at about 512 x 512 pixels in its own aspect, as Black Forest Labs' filter shows it to Pixtral.
+    """Resizes a picture to about 512 x 512 pixels in its own aspect, as Black Forest Labs' filter does.
 
     Raises:
-        ValueError: so narrow that a side would have no pixel.
+        ValueError: the picture is so narrow that a side would have no pixel.
     """
     width, height = image.size
     factor = (_AREA / (width * height)) ** 0.5
     size = int(factor * width), int(factor * height)
     if not all(size):
-        raise ValueError(f"[pixtral.to_area] a picture of {width} x {height} has no such form of 512 x 512 pixels")
+        raise ValueError(
+            f"[pixtral.to_area] a picture of {width} x {height} is too narrow for 512 x 512 pixels in its aspect"
+        )
     return image.convert("RGB").resize(size, Image.Resampling.BICUBIC)
 
 
 def preprocess(image: Image.Image, config: PixtralVisionConfig = PIXTRAL_12B.vision_config) -> mx.array:
-    """A picture as the vision tower reads it: no side longer than `image_size`, every side in whole patches.
+    """Prepares a picture for the vision tower: no side longer than `image_size`, every side in whole patches.
 
     Returns:
-        (1, height, width, 3) float32, bit for bit what transformers' PixtralImageProcessor makes with Pillow.
+        (1, height, width, 3) float32, bit for bit as transformers' PixtralImageProcessor with Pillow.
     """
     patch, ratio = config.patch_size, max(1.0, max(image.size) / config.image_size)
     sides = [-(-(int(side / ratio) if ratio > 1 else side) // patch) * patch for side in image.size]
@@ -54,7 +58,7 @@ def preprocess(image: Image.Image, config: PixtralVisionConfig = PIXTRAL_12B.vis
 
 
 def grid(pixels: mx.array, config: PixtralVisionConfig = PIXTRAL_12B.vision_config) -> tuple[int, int]:
-    """Rows and columns of patches in (1, height, width, 3)."""
+    """Returns the numbers of rows and columns of patches in (1, height, width, 3)."""
     return pixels.shape[1] // config.patch_size, pixels.shape[2] // config.patch_size
 
 
@@ -63,21 +67,21 @@ def grid(pixels: mx.array, config: PixtralVisionConfig = PIXTRAL_12B.vision_conf
 
 @partial(mx.compile, shapeless=True)
 def swiglu(gate: mx.array, up: mx.array) -> mx.array:
-    """silu(gate) * up."""
+    """Returns silu(gate) * up."""
     y = gate.astype(mx.float32)
     return (y * mx.sigmoid(y) * up.astype(mx.float32)).astype(gate.dtype)
 
 
 @mx.compile
 def turn(a: mx.array, b: mx.array, first: mx.array, second: mx.array) -> mx.array:
-    """first * a + second * b, in the type of a."""
+    """Returns first * a + second * b, in the type of a."""
     return (first * a.astype(mx.float32) + second * b.astype(mx.float32)).astype(a.dtype)
 
 
 def rotations(angles: np.ndarray) -> mx.array:
-    """What `rotate` turns by (N, D/2) angles with: (2, N, 2, D/2) float32, for the first and the second half of a head.
+    """Makes the tables of `rotate` for (N, D/2) angles: (2, N, 2, D/2) float32, for both halves of a head.
 
-    Cosines and sines come from double precision: a GPU's own would not be exact for the last of many positions.
+    Cosines and sines are computed in double precision: a GPU's would be inexact for the last of many positions.
     """
     cos, sin = np.cos(angles), np.sin(angles)
     halves = np.stack([cos, sin], axis=1), np.stack([-sin, cos], axis=1)
@@ -137,13 +141,13 @@ class Block(nn.Module):
         self.feed_forward = FeedForward(dim, hidden)
 
     def __call__(self, x: mx.array, pe: mx.array) -> mx.array:
-        """(B, N, C) and the result of `rotations` to a new (B, N, C)."""
+        """Returns a new x (B, N, C) from x and the result of `rotations`."""
         x = x + self.attention(self.attention_norm(x), pe)
         return x + self.feed_forward(self.ffn_norm(x))
 
 
 class VisionTower(nn.Module):
-    """One picture to one vector for each patch; there is no norm after the last block."""
+    """Vision tower: one picture to one vector for each patch, without a norm after the last block."""
 
     def __init__(self, config: PixtralVisionConfig):
         super().__init__()
@@ -157,11 +161,11 @@ class VisionTower(nn.Module):
         ]
 
     def embed(self, pixels: mx.array) -> mx.array:
-        """(1, height, width, 3) to patches, row by row: (1, N, V)."""
+        """Embeds (1, height, width, 3) as patches, row by row: (1, N, V)."""
         return self.ln_pre(self.patch_conv(pixels.astype(self.ln_pre.weight.dtype)).flatten(1, 2))
 
     def positions(self, rows: int, columns: int) -> mx.array:
-        """Rotations of patches: the even frequencies turn with the row, the odd ones with the column."""
+        """Returns rotations of patches: even frequencies follow the row, odd ones the column."""
         width = self.config.head_dim
         frequencies = self.config.rope_theta ** -(np.arange(0, width, 2) / width)
         row, column = np.divmod(np.arange(rows * columns), columns)
@@ -170,7 +174,7 @@ class VisionTower(nn.Module):
 
 
 class Projector(nn.Module):
-    """Vectors of patches to the width of the decoder."""
+    """Projects vectors of patches to the width of the decoder."""
 
     def __init__(self, config: PixtralConfig):
         super().__init__()
@@ -179,12 +183,12 @@ class Projector(nn.Module):
         self.linear_2 = nn.Linear(dim, dim)
 
     def __call__(self, x: mx.array) -> mx.array:
-        """(1, N, V) to (1, N, C)."""
+        """Maps (1, N, V) to (1, N, C)."""
         return self.linear_2(nn.gelu(self.linear_1(x)))
 
 
 class Pixtral(nn.Module):
-    """Token ids and pictures to the logits of what the next token may be."""
+    """Pixtral: token ids and pictures to the logits of the next token."""
 
     def __init__(self, config: PixtralConfig):
         super().__init__()
@@ -201,12 +205,12 @@ class Pixtral(nn.Module):
         self.vision_tower = VisionTower(config.vision_config)
         self.multi_modal_projector = Projector(config)
 
-    def features(self, pixels: mx.array, run=lambda piece, *args: piece(*args)) -> mx.array:
-        """What the decoder reads of a picture.
+    def features(self, pixels: mx.array, run: Run = call) -> mx.array:
+        """Encodes a picture for the decoder.
 
         Args:
-            pixels: (1, height, width, 3), of `preprocess`.
-            run: called as run(piece, *args) for each piece in order, so that the caller evaluates piece by piece.
+            pixels: (1, height, width, 3), from `preprocess`.
+            run: called as run(stage, *args) for each stage in order, so that the caller evaluates stage by stage.
 
         Returns:
             (1, N, C), patches row by row.
@@ -218,10 +222,10 @@ class Pixtral(nn.Module):
         return run(self.multi_modal_projector, x)
 
     def merge(self, x: mx.array, ids: Sequence[int], *features: mx.array) -> mx.array:
-        """The embedded tokens (1, S, C), with the patches (1, N, C) of each picture, in order, where an image token is.
+        """Returns the embedded tokens (1, S, C), with image tokens replaced by the patches (1, N, C) of each picture.
 
         Raises:
-            ValueError: not as many image tokens as patches.
+            ValueError: the numbers of image tokens and patches differ.
         """
         is_image = np.asarray(ids) == self.config.image_token_index
         patches, tokens = sum(feature.shape[1] for feature in features), int(is_image.sum())
@@ -231,48 +235,42 @@ class Pixtral(nn.Module):
         return mx.take(mx.concatenate([x, *features], axis=1), mx.array(index.astype(np.int32)), axis=1)
 
     def positions(self, length: int) -> mx.array:
-        """Rotations of the decoder; pictures and text count on alike."""
+        """Returns rotations of the decoder; tokens of text and of pictures are counted alike."""
         config = self.config.text_config
         frequencies = config.rope_theta ** -(np.arange(0, config.head_dim, 2) / config.head_dim)
         return rotations(np.outer(np.arange(length), frequencies))
 
     def head(self, x: mx.array) -> mx.array:
-        """(1, S, C) to float32 logits (1, S, len(head_ids)). 16 bits would make many close answers the same."""
+        """Maps (1, S, C) to float32 logits (1, S, len(head_ids)). In 16 bits many close answers would be equal."""
         return self.norm(x).astype(mx.float32) @ self.lm_head.weight.astype(mx.float32).T
 
-    def hidden(
-        self, ids: Sequence[int], images: Sequence[mx.array] = (), run=lambda piece, *args: piece(*args)
-    ) -> mx.array:
-        """What the last block gives, (1, S, C); `head` makes logits of any part of it. Arguments as in `__call__`."""
+    def hidden(self, ids: Sequence[int], images: Sequence[mx.array] = (), run: Run = call) -> mx.array:
+        """Returns the result of the last block, (1, S, C), for `head`. Arguments as in `__call__`."""
         features = [self.features(pixels, run) for pixels in images]
-        x = run(self.embed_tokens, mx.array(ids)[None])
+        x = run(self.embed_tokens, mx.array(list(ids))[None])
         x = run(self.merge, x, ids, *features)
         pe = self.positions(len(ids))
         for block in self.layers:
             x = run(block, x, pe)
         return x
 
-    def __call__(
-        self, ids: Sequence[int], images: Sequence[mx.array] = (), run=lambda piece, *args: piece(*args)
-    ) -> mx.array:
+    def __call__(self, ids: Sequence[int], images: Sequence[mx.array] = (), run: Run = call) -> mx.array:
         """Reads a prompt.
 
         Args:
             ids: S token ids, one image token for each patch of the pictures.
-            images: (1, height, width, 3) each, of `preprocess`.
-            run: called as run(piece, *args) for each piece in order, so that the caller evaluates piece by piece.
+            images: (1, height, width, 3) each, from `preprocess`.
+            run: called as run(stage, *args) for each stage in order, so that the caller evaluates stage by stage.
 
         Returns:
             (1, len(head_ids)) float32 logits of the next token.
 
         Raises:
-            ValueError: not as many image tokens as patches.
+            ValueError: the numbers of image tokens and patches differ.
         """
         return run(self.head, self.hidden(ids, images, run)[:, -1:])[:, 0]
 
-    def margin(
-        self, ids: Sequence[int], images: Sequence[mx.array] = (), run=lambda piece, *args: piece(*args)
-    ) -> mx.array:
-        """By how much "yes" is ahead of "no": (1,) float32. Arguments as in `__call__`."""
+    def margin(self, ids: Sequence[int], images: Sequence[mx.array] = (), run: Run = call) -> mx.array:
+        """Returns the logit of "yes" less that of "no", (1,) float32. Arguments as in `__call__`."""
         logits = self(ids, images, run)
         return logits[:, 0] - logits[:, 1]

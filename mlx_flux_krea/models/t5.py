@@ -8,20 +8,21 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from . import Run, call
 from .config import T5Config
 
 
 def relative_position_buckets(relative: np.ndarray, num_buckets: int, max_distance: int) -> np.ndarray:
-    """The bucket of each relative position, in both directions.
+    """Returns the bucket of each relative position, in both directions.
 
     Half of the buckets are for each sign; half of those are exact, the others widen with the logarithm of the distance
-    up to `max_distance`. In numpy's float32, operation by operation as the reference: a GPU's logarithm may round to
-    another bucket.
+    up to `max_distance`. Computed in numpy's float32, operation by operation as the reference: a GPU's logarithm may
+    round to another bucket.
 
     Args:
         relative: integers, position of the key minus position of the query.
-        num_buckets: in all.
-        max_distance: everything further away shares the last bucket.
+        num_buckets: number of buckets in all.
+        max_distance: distance from which all positions share the last bucket.
     """
     num_buckets //= 2
     max_exact = num_buckets // 2
@@ -119,7 +120,7 @@ class T5Block(nn.Module):
 
 
 class T5Stack(nn.Module):
-    """The blocks and the last norm; a level of names that the checkpoints have."""
+    """Blocks and last norm; a level of names in the checkpoints."""
 
     def __init__(self, config: T5Config):
         super().__init__()
@@ -128,7 +129,7 @@ class T5Stack(nn.Module):
 
 
 class T5Encoder(nn.Module):
-    """Token ids to the text that the transformer reads."""
+    """T5 encoder: token ids to the hidden states that the transformer reads."""
 
     def __init__(self, config: T5Config):
         super().__init__()
@@ -142,12 +143,12 @@ class T5Encoder(nn.Module):
         return self.encoder.final_layer_norm.weight.dtype
 
     @property
-    def pieces(self) -> list:
-        """What is run one after the other, and has matrices."""
+    def stages(self) -> list[nn.Module]:
+        """The parts with matrices, in the order in which they run."""
         return [self.shared, *self.encoder.block]
 
     def position_bias(self, length: int) -> mx.array:
-        """The (1, H, S, S) bias that every block adds to its scores; its table belongs to the first block."""
+        """Returns the (1, H, S, S) bias that every block adds to its scores; its table is in the first block."""
         position = np.arange(length)
         buckets = relative_position_buckets(
             position[None, :] - position[:, None],
@@ -156,14 +157,14 @@ class T5Encoder(nn.Module):
         )
         table = self.encoder.block[0].layer[0].SelfAttention.relative_attention_bias
         bias = table(mx.array(buckets.astype(np.int32))).transpose(2, 0, 1)[None]
-        return mx.contiguous(bias)  # else every block's attention copies it on Metal
+        return mx.contiguous(bias)  # otherwise every block's attention copies it on Metal
 
-    def __call__(self, ids: mx.array, run=lambda piece, *args: piece(*args)) -> mx.array:
+    def __call__(self, ids: mx.array, run: Run = call) -> mx.array:
         """Encodes padded ids.
 
         Args:
             ids: (B, S) integers, padded with 0; the padding is attended to.
-            run: called as run(piece, *args) for each piece in order, so that the caller evaluates piece by piece.
+            run: called as run(stage, *args) for each stage in order, so that the caller evaluates stage by stage.
 
         Returns:
             (B, S, d_model) in the type of the weights.

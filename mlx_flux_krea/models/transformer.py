@@ -4,17 +4,20 @@ Names are those of black-forest-labs/flux (src/flux/model.py, modules/layers.py)
 side and the main checkpoint needs almost no renaming. Shapes: B batch, L image tokens, S text tokens, T = S + L,
 H heads, D head width, C hidden size.
 
-Everything here is a function of arrays. Whoever runs a network decides when it is evaluated: `forward` passes each
-piece through `run(piece, *args)`, which by default only calls it.
+Everything here is a function of arrays. Whoever runs the network decides when it is evaluated: `forward` passes each
+block and layer through `run(stage, *args)`, which by default only calls it.
 """
 
 import math
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from . import Run, call
 from .config import FluxConfig
 
 # --- small kernels. Inside they compute in float32 and round once; on a GPU each is one pass over memory. ---
@@ -34,13 +37,13 @@ def gelu(x: mx.array) -> mx.array:
 
 @partial(mx.compile, shapeless=True)
 def gated_residual(x: mx.array, gate: mx.array, y: mx.array) -> mx.array:
-    """x + gate * y."""
+    """Returns x + gate * y."""
     return (x.astype(mx.float32) + gate.astype(mx.float32) * y.astype(mx.float32)).astype(x.dtype)
 
 
 @mx.compile
 def rotate(a: mx.array, b: mx.array, first: mx.array, second: mx.array) -> mx.array:
-    """first * a + second * b, in the type of a."""
+    """Returns first * a + second * b, in the type of a."""
     return (first * a.astype(mx.float32) + second * b.astype(mx.float32)).astype(a.dtype)
 
 
@@ -56,12 +59,12 @@ def apply_rope(x: mx.array, pe: tuple[mx.array, mx.array]) -> mx.array:
 
 
 def rope(ids: mx.array, axes_dim: tuple[int, ...], theta: int) -> tuple[mx.array, mx.array]:
-    """Rotation tables for positions with several axes (Su et al. 2021, RoFormer; EmbedND in the reference).
+    """Makes rotation tables for positions with several axes (Su et al. 2021, RoFormer; EmbedND in the reference).
 
     Args:
         ids: (T, 3) positions.
-        axes_dim: how much of the head width each axis gets.
-        theta: the base of the frequencies.
+        axes_dim: part of the head width for each axis.
+        theta: base of the frequencies.
 
     Returns:
         Two (T, D/2, 2) float32 arrays: a pair (a, b) becomes first * a + second * b.
@@ -77,7 +80,7 @@ def rope(ids: mx.array, axes_dim: tuple[int, ...], theta: int) -> tuple[mx.array
 
 
 def timestep_embedding(t: mx.array, dim: int = 256, max_period: int = 10_000) -> mx.array:
-    """Sinusoids of t, the cosine half first (Vaswani et al. 2017, section 3.5).
+    """Returns sinusoids of t, the cosine half first (Vaswani et al. 2017, section 3.5).
 
     Args:
         t: (B,) already times 1000.
@@ -95,21 +98,22 @@ def timestep_embedding(t: mx.array, dim: int = 256, max_period: int = 10_000) ->
 
 
 def modulated_norm(x: mx.array, shift: mx.array, scale: mx.array) -> mx.array:
-    """LayerNorm without parameters, then (1 + scale) * x + shift (Peebles and Xie 2022, adaLN).
+    """Applies LayerNorm without parameters, then (1 + scale) * x + shift (Peebles and Xie 2022, adaLN).
 
-    One kernel an image: the weight of `mx.fast.layer_norm` has one axis, and so a picture does not depend on its batch.
+    Runs one kernel for each image: the weight of `mx.fast.layer_norm` has one axis. A picture therefore does not depend
+    on its batch.
 
     Args:
         x: (B, T, C).
         shift: (B, C).
-        scale: (B, C); the result has its type.
+        scale: (B, C); its type is the type of the result.
     """
     rows = [mx.fast.layer_norm(x[i : i + 1], 1 + scale[i], shift[i], 1e-6) for i in range(len(x))]
     return (rows[0] if len(rows) == 1 else mx.concatenate(rows)).astype(scale.dtype)
 
 
 class MLPEmbedder(nn.Module):
-    """Linear, SiLU, Linear: time, guidance and CLIP's vector on their way into `vec`."""
+    """Linear, SiLU, Linear: embeds time, guidance and CLIP's vector for `vec`."""
 
     def __init__(self, in_dim: int, hidden_dim: int):
         super().__init__()
@@ -140,7 +144,7 @@ class QKNorm(nn.Module):
         self.key_norm = RMSNorm(dim)
 
     def __call__(self, qkv: mx.array, num_heads: int) -> tuple[mx.array, mx.array, mx.array]:
-        """(B, T, 3 H D), in the order (qkv, head, head width), to three (B, H, T, D)."""
+        """Splits (B, T, 3 H D), in the order (qkv, head, head width), into three (B, H, T, D) and norms two."""
         b, t, _ = qkv.shape
         q, k, v = qkv.reshape(b, t, 3, num_heads, -1).transpose(2, 0, 3, 1, 4)
         return self.query_norm(q), self.key_norm(k), v
@@ -157,7 +161,7 @@ class SelfAttention(nn.Module):
 
 
 def guarded(down: nn.Linear, y: mx.array) -> mx.array:
-    """The layer's result in float32, where its sums may be beyond what float16 holds: (8 W (y / 8)) + b.
+    """Applies a layer whose sums may exceed float16's range: (8 W (y / 8)) + b, in float32.
 
     Draw Things does so in the last double blocks of FLUX.1 (Flux1.swift of draw-things-community); here in all of them.
     """
@@ -180,7 +184,7 @@ class Modulation(nn.Module):
 
 
 def attention(q: mx.array, k: mx.array, v: mx.array, pe: tuple[mx.array, mx.array]) -> mx.array:
-    """Scaled dot-product attention over rotated queries and keys: (B, H, T, D) to (B, T, H D)."""
+    """Computes scaled dot-product attention over rotated queries and keys: (B, H, T, D) to (B, T, H D)."""
     b, _, t, d = q.shape
     x = mx.fast.scaled_dot_product_attention(apply_rope(q, pe), apply_rope(k, pe), v, scale=d**-0.5)
     return x.transpose(0, 2, 1, 3).reshape(b, t, -1)
@@ -195,18 +199,22 @@ class DoubleStreamBlock(nn.Module):
         super().__init__()
         dim, mlp, head = config.hidden_size, config.mlp_size, config.head_dim
         self._num_heads = config.num_heads
-        for stream in ("img", "txt"):
-            self[f"{stream}_mod"] = Modulation(dim, 6)
-            self[f"{stream}_attn"] = SelfAttention(dim, head)
-            self[f"{stream}_mlp"] = [nn.Linear(dim, mlp), Activation(), nn.Linear(mlp, dim)]
+        self.img_mod = Modulation(dim, 6)
+        self.img_attn = SelfAttention(dim, head)
+        self.img_mlp = [nn.Linear(dim, mlp), Activation(), nn.Linear(mlp, dim)]
+        self.txt_mod = Modulation(dim, 6)
+        self.txt_attn = SelfAttention(dim, head)
+        self.txt_mlp = [nn.Linear(dim, mlp), Activation(), nn.Linear(mlp, dim)]
 
     def modulate(self, vec: mx.array) -> tuple[mx.array, mx.array]:
-        """silu(vec) (N, C) to two (N, 6 C): shift, scale, gate of attention, then of the MLP; image, then text."""
+        """Maps silu(vec) (N, C) to two (N, 6 C), for image and text: shift, scale, gate of attention and of the MLP."""
         return self.img_mod.lin(vec), self.txt_mod.lin(vec)
 
-    def __call__(self, img, txt, mod, pe) -> tuple[mx.array, mx.array]:
-        """img (B, L, C), txt (B, S, C), rows of `modulate` and the rope tables to new img and txt."""
-        img_mod, txt_mod = (mx.split(m, 6, axis=-1) for m in mod)
+    def __call__(
+        self, img: mx.array, txt: mx.array, mod: tuple[mx.array, mx.array], pe: tuple[mx.array, mx.array]
+    ) -> tuple[mx.array, mx.array]:
+        """Returns new img (B, L, C) and txt (B, S, C) from these, rows of `modulate` and the rope tables."""
+        img_mod, txt_mod = (tuple(mx.split(rows, 6, axis=-1)) for rows in mod)
         img_qkv = self._qkv(self.img_attn, img, img_mod)
         txt_qkv = self._qkv(self.txt_attn, txt, txt_mod)
         q, k, v = (mx.concatenate([t, i], axis=2) for t, i in zip(txt_qkv, img_qkv, strict=True))
@@ -215,12 +223,14 @@ class DoubleStreamBlock(nn.Module):
         txt = self._residuals(self.txt_attn, self.txt_mlp, txt, txt_attn, txt_mod)
         return img, txt
 
-    def _qkv(self, attn: SelfAttention, x: mx.array, mod: list[mx.array]):
+    def _qkv(self, attn: SelfAttention, x: mx.array, mod: Sequence[mx.array]) -> tuple[mx.array, mx.array, mx.array]:
         shift, scale, *_ = mod
         return attn.norm(attn.qkv(modulated_norm(x, shift, scale)), self._num_heads)
 
     @staticmethod
-    def _residuals(attn: SelfAttention, mlp: list, x: mx.array, attended: mx.array, mod: list[mx.array]) -> mx.array:
+    def _residuals(
+        attn: SelfAttention, mlp: list, x: mx.array, attended: mx.array, mod: Sequence[mx.array]
+    ) -> mx.array:
         _, _, attn_gate, shift, scale, mlp_gate = mod
         x = gated_residual(x, attn_gate[:, None], attn.proj(attended))
         up, activation, down = mlp
@@ -244,11 +254,11 @@ class SingleStreamBlock(nn.Module):
         self.modulation = Modulation(dim, 3)
 
     def modulate(self, vec: mx.array) -> mx.array:
-        """silu(vec) (N, C) to (N, 3 C): shift, scale, gate."""
+        """Maps silu(vec) (N, C) to (N, 3 C): shift, scale, gate."""
         return self.modulation.lin(vec)
 
-    def __call__(self, x, mod, pe) -> mx.array:
-        """(B, T, C), rows of `modulate` and the rope tables to a new (B, T, C)."""
+    def __call__(self, x: mx.array, mod: mx.array, pe: tuple[mx.array, mx.array]) -> mx.array:
+        """Returns a new x (B, T, C) from x, rows of `modulate` and the rope tables."""
         shift, scale, gate = mx.split(mod, 3, axis=-1)
         qkv, mlp = mx.split(self.linear1(modulated_norm(x, shift, scale)), [3 * x.shape[-1]], axis=-1)
         attended = attention(*self.norm(qkv, self._num_heads), pe)
@@ -267,18 +277,13 @@ class LastLayer(nn.Module):
         self.adaLN_modulation = [nn.SiLU(), nn.Linear(dim, 2 * dim)]
 
     def modulate(self, vec: mx.array) -> mx.array:
-        """silu(vec) (N, C) to (N, 2 C): shift, scale."""
+        """Maps silu(vec) (N, C) to (N, 2 C): shift, scale."""
         return self.adaLN_modulation[1](vec)
 
     def __call__(self, x: mx.array, mod: mx.array) -> mx.array:
-        """(B, L, C) and rows of `modulate` to (B, L, out_channels)."""
+        """Maps x (B, L, C), with rows of `modulate`, to (B, L, out_channels)."""
         shift, scale = mx.split(mod, 2, axis=-1)
         return self.linear(modulated_norm(x, shift, scale))
-
-
-def call(piece, *args):
-    """The runner that does nothing of its own: the graph stays lazy."""
-    return piece(*args)
 
 
 class Flux(nn.Module):
@@ -300,26 +305,26 @@ class Flux(nn.Module):
 
     @property
     def dtype(self) -> mx.Dtype:
-        """The compute type: that of everything which is never quantized."""
+        """The compute type, which all layers have that are never quantized."""
         return self.img_in.bias.dtype
 
     @property
-    def blocks(self) -> list:
+    def blocks(self) -> list[DoubleStreamBlock | SingleStreamBlock]:
         """All blocks, in the order in which `forward` runs them."""
         return [*self.double_blocks, *self.single_blocks]
 
     @property
-    def modulated(self) -> list:
-        """What `modulations` runs, in order."""
+    def modulated(self) -> list[Callable[[mx.array], Any]]:
+        """The stages of `modulations`, in order."""
         return [layer.modulate for layer in (*self.blocks, self.final_layer)]
 
     def vec(self, timestep: mx.array, guidance: mx.array | None, pooled: mx.array) -> mx.array:
-        """The conditioning vector that drives every modulation.
+        """Returns the conditioning vector, from which every modulation is computed.
 
         Args:
             timestep: (N,) in 0..1; times 1000 in the compute type, as the references round it.
             guidance: (N,) guidance scale, or None for a model without guidance embedding.
-            pooled: (N, vec_in_dim) of CLIP.
+            pooled: (N, vec_in_dim), from CLIP.
 
         Returns:
             (N, C).
@@ -335,37 +340,39 @@ class Flux(nn.Module):
             vec = vec + embed(self.guidance_in, guidance)
         return vec + self.vector_in(pooled.astype(self.dtype))
 
-    def modulations(self, vec: mx.array, run=call) -> list:
-        """Shifts, scales and gates of every layer, from all rows of `vec` at once.
+    def modulations(self, vec: mx.array, run: Run = call) -> list:
+        """Computes shifts, scales and gates of every layer, from all rows of `vec` at once.
 
-        They depend on time, guidance and the pooled vector alone, so that one pass over these weights (3.2 of the 11.9
-        billion) serves all steps of a run.
+        They depend on time, guidance and the pooled vector alone. One pass over these weights (3.2 of the 11.9 billion)
+        therefore serves all steps of a run.
 
         Args:
             vec: (N, C).
-            run: evaluates the pieces, see `forward`.
+            run: evaluates the stages, see `forward`.
 
         Returns:
-            What `forward` takes, in the order double blocks, single blocks, final layer; each with N rows.
+            The argument of `forward`, in the order double blocks, single blocks, final layer; each with N rows.
         """
         vec = nn.silu(vec)
         return [run(modulate, vec) for modulate in self.modulated]
 
-    def forward(self, img: mx.array, txt: mx.array, modulations: list, pe, run=call) -> mx.array:
-        """One evaluation, given everything that does not depend on the latents.
+    def forward(
+        self, img: mx.array, txt: mx.array, modulations: list, pe: tuple[mx.array, mx.array], run: Run = call
+    ) -> mx.array:
+        """Evaluates the velocity, given everything that does not depend on the latents.
 
         Args:
             img: (B, L, in_channels) packed latents.
             txt: (B, S, C), already through `txt_in`.
             modulations: from `modulations`, B rows each.
             pe: from `rope`, text positions before image positions.
-            run: called as run(piece, *args) for each piece in order; returns the piece's result, evaluated or not.
+            run: called as run(stage, *args) for each stage in order; returns the stage's result, evaluated or not.
 
         Returns:
             (B, L, out_channels).
         """
         mods = iter(modulations)
-        # float16 is for what is inside the blocks: the streams themselves grow beyond its range
+        # float16 is for arrays inside the blocks: the streams themselves grow beyond its range
         stream = mx.float32 if self.dtype == mx.float16 else self.dtype
         img, txt = run(self.img_in, img.astype(self.dtype)).astype(stream), txt.astype(stream)
         for block in self.double_blocks:
@@ -385,14 +392,14 @@ class Flux(nn.Module):
         img_ids: mx.array,
         txt_ids: mx.array,
     ) -> mx.array:
-        """The velocity, with the argument names of diffusers' FluxTransformer2DModel.
+        """Evaluates the velocity, with the argument names of diffusers' FluxTransformer2DModel.
 
         Args:
             hidden_states: (B, L, in_channels) packed latents.
             timestep: (B,) in 0..1.
             guidance: (B,) guidance scale, not times 1000; None for schnell.
-            pooled_projections: (B, vec_in_dim) of CLIP.
-            encoder_hidden_states: (B, S, context_in_dim) of T5.
+            pooled_projections: (B, vec_in_dim), from CLIP.
+            encoder_hidden_states: (B, S, context_in_dim), from T5.
             img_ids: (L, 3) positions.
             txt_ids: (S, 3) positions, all zero in FLUX.1.
 

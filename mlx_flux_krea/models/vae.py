@@ -3,9 +3,9 @@
 Names are those of black-forest-labs/flux (src/flux/modules/autoencoder.py). Arrays are NHWC, convolution weights OHWI,
 the projections of the attention plain matrices. B batch, H and W pixels or latent positions, C channels, G groups.
 
-Like the other networks this is a function of arrays; `run(piece, *args)` lets the caller evaluate piece by piece. Large
+Like the other networks this is a function of arrays; `run(stage, *args)` lets the caller evaluate stage by stage. Large
 activations are computed in strips of rows with the statistics of the whole image: the same numbers, in less memory.
-Some are there as a whole all the same, 1 KiB a pixel in 16 bits; where that is too much, `tiles.py` goes on.
+Some activations must be in memory whole, 1 KiB a pixel in 16 bits; `tiles.py` is for pictures too large for that.
 """
 
 from collections.abc import Callable
@@ -16,6 +16,7 @@ import mlx.nn as nn
 import numpy as np
 from PIL import Image
 
+from . import Run, call
 from .config import VAEConfig
 
 # Values whose float32 copies exist at one time while group statistics are taken (64 MiB).
@@ -25,38 +26,33 @@ STRIP = 2**24
 # Queries of the mid attention at one time: its head width, 512, has no fused kernel, so scores are materialised.
 _ATTENTION_CHUNK = 1024
 
-Run = Callable  # run(piece, *args) gives the piece's result, evaluated or not
-
-
-def call(piece, *args):
-    """The runner that does nothing of its own: the graph stays lazy."""
-    return piece(*args)
+Strip = Callable[[int, int], mx.array]  # strip(top, bottom): these rows of an activation
 
 
 @partial(mx.compile, shapeless=True)
 def affine(x: mx.array, scale: mx.array, shift: mx.array) -> mx.array:
-    """X * scale + shift, computed in float32 and rounded once: one pass on a GPU."""
+    """Returns x * scale + shift, computed in float32 and rounded once: one pass on a GPU."""
     return (x.astype(mx.float32) * scale + shift).astype(x.dtype)
 
 
 @partial(mx.compile, shapeless=True)
 def affine_silu(x: mx.array, scale: mx.array, shift: mx.array) -> mx.array:
-    """silu(x * scale + shift), computed in float32 and rounded once: one pass on a GPU."""
+    """Returns silu(x * scale + shift), computed in float32 and rounded once: one pass on a GPU."""
     y = x.astype(mx.float32) * scale + shift
     return (y * mx.sigmoid(y)).astype(x.dtype)
 
 
 @partial(mx.compile, shapeless=True)
 def squared_deviation(x: mx.array, mean: mx.array) -> mx.array:
-    """(x - mean)^2 in float32: one pass on a GPU."""
+    """Returns (x - mean)^2 in float32: one pass on a GPU."""
     return mx.square(x.astype(mx.float32) - mean)
 
 
 def group_statistics(x: mx.array, groups: int) -> tuple[mx.array, mx.array]:
-    """Mean and variance of each group over the whole image, in float32 whatever the type of x.
+    """Returns mean and variance of each group over the whole image, in float32 for any type of x.
 
-    Rows are taken in chunks, so that no float32 copy of a large activation ever exists; the chunks' moments are joined
-    as Chan, Golub and LeVeque (1979) do, which keeps the accuracy of two passes.
+    Rows are taken in chunks, so that no float32 copy of a large activation exists. The moments of the chunks are joined
+    after Chan, Golub and LeVeque (1979), as accurate as two passes.
 
     Args:
         x: (B, H, W, C).
@@ -67,13 +63,13 @@ def group_statistics(x: mx.array, groups: int) -> tuple[mx.array, mx.array]:
     """
     b, h, w, c = x.shape
     rows = max(1, _STATISTICS_CHUNK // (b * w * c))
-    count, mean, m2 = 0, None, None
+    count, mean, m2 = 0, mx.zeros(0), mx.zeros(0)  # the first chunk sets them
     for top in range(0, h, rows):
         part = x[:, top : top + rows].reshape(b, -1, groups, c // groups)
         n = part.shape[1] * part.shape[3]
         part_mean = part.astype(mx.float32).mean(axis=(1, 3))
         part_m2 = squared_deviation(part, part_mean[:, None, :, None]).sum(axis=(1, 3))
-        if mean is None:
+        if not count:
             mean, m2 = part_mean, part_m2
         else:
             delta = part_mean - mean
@@ -84,7 +80,7 @@ def group_statistics(x: mx.array, groups: int) -> tuple[mx.array, mx.array]:
 
 
 class GroupNorm(nn.Module):
-    """Group normalisation (Wu and He 2018) over the whole image: statistics here, applied where rows are used."""
+    """Group normalisation (Wu and He 2018) over the whole image: the statistics; rows apply them when they are used."""
 
     def __init__(self, groups: int, channels: int):
         super().__init__()
@@ -93,7 +89,7 @@ class GroupNorm(nn.Module):
         self.bias = mx.zeros((channels,))
 
     def coefficients(self, x: mx.array) -> tuple[mx.array, mx.array]:
-        """Scale and shift, each (B, 1, 1, C) float32: x * scale + shift is the normalised and weighted x."""
+        """Returns scale and shift, each (B, 1, 1, C) float32: x * scale + shift is the normalised and weighted x."""
         mean, variance = group_statistics(x, self._groups)
         per_group = x.shape[-1] // self._groups
         scale = mx.repeat(mx.rsqrt(variance + 1e-6), per_group, axis=-1) * self.weight
@@ -101,41 +97,44 @@ class GroupNorm(nn.Module):
         return scale[:, None, None], shift[:, None, None]
 
 
-def in_strips(run: Run, piece: Callable[[int, int], mx.array], height: int, row: int) -> mx.array:
-    """An activation computed in strips of rows, so that what is needed on the way is never as large as itself.
+def in_strips(run: Run, strip: Strip, height: int, row: int) -> mx.array:
+    """Computes an activation in strips of rows, so that intermediate arrays are smaller than the activation.
 
     Args:
-        run: evaluates a piece.
-        piece: from the first row and the row after the last to those rows, (B, rows, W, C).
-        height: all rows.
+        run: evaluates a stage.
+        strip: called as strip(top, bottom); returns the rows from top to bottom - 1, (B, rows, W, C).
+        height: number of all rows.
         row: values that one row needs.
     """
     step = max(1, STRIP // row)
     if step >= height:
-        return run(piece, 0, height)
-    out = None
+        return run(strip, 0, height)
+    out = mx.zeros(0)  # the first strip makes it
     for top in range(0, height, step):
-        strip = run(piece, top, min(top + step, height))
-        out = run(_write, out, strip, top, height)
+        rows = run(strip, top, min(top + step, height))
+        out = run(_write, out, rows, top, height)
     return out
 
 
-def _write(out: mx.array | None, strip: mx.array, top: int, height: int) -> mx.array:
-    if out is None:
-        out = mx.zeros((strip.shape[0], height, *strip.shape[2:]), strip.dtype)
-    out[:, top : top + strip.shape[1]] = strip  # in place, once it is evaluated: nobody else holds the old array
+def _write(out: mx.array, rows: mx.array, top: int, height: int) -> mx.array:
+    """Writes a strip into the activation; the first strip makes the array."""
+    if top == 0:
+        out = mx.zeros((rows.shape[0], height, *rows.shape[2:]), rows.dtype)
+    out[:, top : top + rows.shape[1]] = rows  # in place, once it is evaluated: nobody else holds the old array
     return out
 
 
-def convolve(x: mx.array, conv: nn.Conv2d, top: int, bottom: int, before=None) -> mx.array:
-    """Rows of a 3 x 3 convolution of the whole image, padded with zeros as a whole.
+def convolve(
+    x: mx.array, conv: nn.Conv2d, top: int, bottom: int, before: Callable[[mx.array], mx.array] | None = None
+) -> mx.array:
+    """Computes rows of a 3 x 3 convolution of the whole image, which is padded with zeros at its edges.
 
     Args:
         x: (B, H, W, C), the whole input.
-        conv: its weights.
-        top: the first row wanted.
-        bottom: the row after the last.
-        before: what is done to the input first, of rows.
+        conv: holds the weights.
+        top: first row of the result.
+        bottom: row after the last.
+        before: applied to the rows of the input first.
     """
     rows = x[:, max(top - 1, 0) : bottom + 1]
     if before:
@@ -189,8 +188,8 @@ class ResnetBlock(nn.Module):
         return in_strips(run, lambda a, b: second(a, b) + shortcut(x[:, a:b]), height, row)
 
 
-def _activated(run: Run, norm: GroupNorm, conv: nn.Conv2d, x: mx.array) -> Callable[[int, int], mx.array]:
-    """The piece for `in_strips` that norms the whole image, applies SiLU and convolves."""
+def _activated(run: Run, norm: GroupNorm, conv: nn.Conv2d, x: mx.array) -> Strip:
+    """Makes the strips for `in_strips` that norm the whole image, apply SiLU and convolve."""
     scale, shift = run(norm.coefficients, x)
     return lambda top, bottom: convolve(x, conv, top, bottom, lambda rows: affine_silu(rows, scale, shift))
 
@@ -203,12 +202,12 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
     def __call__(self, x: mx.array, run: Run = call) -> mx.array:
-        def piece(top: int, bottom: int) -> mx.array:
+        def strip(top: int, bottom: int) -> mx.array:
             rows = x[:, 2 * top : 2 * bottom + 1]
             edge = 2 * bottom + 1 - 2 * top - rows.shape[1]
             return self.conv(mx.pad(rows, [(0, 0), (0, edge), (0, 1), (0, 0)]))
 
-        return in_strips(run, piece, x.shape[1] // 2, 2 * x.shape[2] * x.shape[3])
+        return in_strips(run, strip, x.shape[1] // 2, 2 * x.shape[2] * x.shape[3])
 
 
 class Upsample(nn.Module):
@@ -221,13 +220,13 @@ class Upsample(nn.Module):
     def __call__(self, x: mx.array, run: Run = call) -> mx.array:
         b, h, w, c = x.shape
 
-        def piece(top: int, bottom: int) -> mx.array:
+        def strip(top: int, bottom: int) -> mx.array:
             first, last = max(top // 2 - 1, 0), min((bottom + 1) // 2 + 1, h)
             rows = mx.broadcast_to(x[:, first:last, None, :, None], (b, last - first, 2, w, 2, c))
             rows = rows.reshape(b, 2 * (last - first), 2 * w, c)
             return convolve(rows, self.conv, top - 2 * first, bottom - 2 * first)
 
-        return in_strips(run, piece, 2 * h, 2 * w * c)
+        return in_strips(run, strip, 2 * h, 2 * w * c)
 
 
 class Level(nn.Module):
@@ -239,13 +238,13 @@ class Level(nn.Module):
         if resample:
             self[resample] = Upsample(out_channels) if resample == "upsample" else Downsample(out_channels)
 
-    def pieces(self) -> list:
-        """The modules in the order in which they run."""
+    def stages(self) -> list[nn.Module]:
+        """Returns the modules in the order in which they run."""
         return [*self.block, *(self[name] for name in ("upsample", "downsample") if name in self)]
 
 
 class Mid(nn.Module):
-    """The middle, with attention."""
+    """The middle: two residual blocks around attention."""
 
     def __init__(self, channels: int, groups: int):
         super().__init__()
@@ -253,8 +252,8 @@ class Mid(nn.Module):
         self.attn_1 = AttnBlock(channels, groups)
         self.block_2 = ResnetBlock(channels, channels, groups)
 
-    def pieces(self) -> list:
-        """The modules in the order in which they run."""
+    def stages(self) -> list[nn.Module]:
+        """Returns the modules in the order in which they run."""
         return [self.block_1, self.attn_1, self.block_2]
 
 
@@ -278,9 +277,9 @@ class Encoder(nn.Module):
         """(B, H, W, 3) to (B, H/8, W/8, 2 * 16)."""
         first = partial(convolve, x, self.conv_in)
         x = in_strips(run, first, x.shape[1], x.shape[2] * self.conv_in.bias.size)
-        levels = [piece for level in self.down for piece in level.pieces()]
-        for piece in (*levels, *self.mid.pieces()):
-            x = piece(x, run)
+        levels = [stage for level in self.down for stage in level.stages()]
+        for stage in (*levels, *self.mid.stages()):
+            x = stage(x, run)
         return _last(run, self, x)
 
 
@@ -303,15 +302,15 @@ class Decoder(nn.Module):
     def __call__(self, x: mx.array, run: Run = call) -> mx.array:
         """(B, h, w, 16) to (B, 8 h, 8 w, 3)."""
         x = run(self.conv_in, x)
-        levels = [piece for level in reversed(self.up) for piece in level.pieces()]
-        for piece in (*self.mid.pieces(), *levels):
-            x = piece(x, run)
+        levels = [stage for level in reversed(self.up) for stage in level.stages()]
+        for stage in (*self.mid.stages(), *levels):
+            x = stage(x, run)
         return _last(run, self, x)
 
 
 def _last(run: Run, coder: Encoder | Decoder, x: mx.array) -> mx.array:
-    piece = _activated(run, coder.norm_out, coder.conv_out, x)
-    return in_strips(run, piece, x.shape[1], x.shape[2] * x.shape[3])
+    strip = _activated(run, coder.norm_out, coder.conv_out, x)
+    return in_strips(run, strip, x.shape[1], x.shape[2] * x.shape[3])
 
 
 class VAE(nn.Module):
@@ -329,20 +328,20 @@ class VAE(nn.Module):
         return self.decoder.conv_in.bias.dtype
 
     def encode(self, x: mx.array, run: Run = call) -> tuple[mx.array, mx.array]:
-        """The posterior of an image.
+        """Encodes an image.
 
         Args:
             x: (B, H, W, 3) in [-1, 1], sides divisible by 8.
-            run: called as run(piece, *args) for each piece in order, so that the caller evaluates piece by piece.
+            run: called as run(stage, *args) for each stage in order, so that the caller evaluates stage by stage.
 
         Returns:
-            Mean and log variance (clipped to [-30, 20] as the references do), each (B, H/8, W/8, 16).
+            Mean and log variance of the posterior (clipped to [-30, 20] as the references do), each (B, H/8, W/8, 16).
         """
         mean, logvar = mx.split(self.encoder(x.astype(self.dtype), run), 2, axis=-1)
         return mean, mx.clip(logvar, -30.0, 20.0)
 
     def decode(self, z: mx.array, run: Run = call) -> mx.array:
-        """Pixels of a latent.
+        """Decodes latents.
 
         Args:
             z: (B, h, w, 16), not scaled: latents / scale_factor + shift_factor.
@@ -355,9 +354,9 @@ class VAE(nn.Module):
 
 
 def pixels_from_image(image: Image.Image, width: int, height: int) -> mx.array:
-    """An RGB image as the encoder reads it, (1, height, width, 3) float32 in [-1, 1].
+    """Returns an RGB image as the encoder reads it, (1, height, width, 3) float32 in [-1, 1].
 
-    Resized with Lanczos, as diffusers' VaeImageProcessor does.
+    Resizes with Lanczos, as diffusers' VaeImageProcessor does.
     """
     if image.size != (width, height):
         image = image.resize((width, height), Image.Resampling.LANCZOS)
@@ -366,7 +365,7 @@ def pixels_from_image(image: Image.Image, width: int, height: int) -> mx.array:
 
 
 def pixels_to_bytes(x: mx.array, rule: str) -> mx.array:
-    """Decoded pixels as uint8.
+    """Rounds decoded pixels to uint8.
 
     Args:
         x: (B, H, W, 3), about [-1, 1].

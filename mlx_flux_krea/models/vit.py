@@ -1,8 +1,7 @@
-"""The classifier of pictures: a vision transformer (Dosovitskiy et al. 2021) with two logits, as
-Falconsai/nsfw_image_detection is one.
+"""The picture classifier: a vision transformer (Dosovitskiy et al. 2021) with two logits.
 
-It is written after transformers' ViTForImageClassification. B batch, N positions (patches after the class token),
-H heads, D head width, C width.
+Falconsai/nsfw_image_detection is one. Written after transformers' ViTForImageClassification. B batch, N positions
+(patches after the class token), H heads, D head width, C width.
 """
 
 import mlx.core as mx
@@ -10,18 +9,19 @@ import mlx.nn as nn
 import numpy as np
 from PIL import Image, ImageOps
 
+from . import Run, call
 from .filter_config import NSFW_VIT, ViTConfig
 
 
 def preprocess(image: Image.Image, size: int = NSFW_VIT.image_size) -> mx.array:
-    """A picture as the classifier was trained to see it: squeezed to a square, -1 to 1.
+    """Resizes a picture to a square in -1 to 1, as in the classifier's training.
 
     Args:
-        image: of any mode and size; turned as its EXIF says.
+        image: any mode and size; it is turned as its EXIF says.
         size: pixels of each side.
 
     Returns:
-        (1, size, size, 3) float32, bit for bit what transformers' ViTImageProcessor makes with Pillow.
+        (1, size, size, 3) float32, bit for bit as transformers' ViTImageProcessor with Pillow.
     """
     image = ImageOps.exif_transpose(image).convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
     return mx.array(_LEVELS[np.asarray(image)][None])
@@ -62,7 +62,7 @@ class ViTLayer(nn.Module):
 
 
 class ViT(nn.Module):
-    """Pictures to logits."""
+    """The classifier: pictures to logits."""
 
     def __init__(self, config: ViTConfig):
         super().__init__()
@@ -76,7 +76,7 @@ class ViT(nn.Module):
         self.classifier = nn.Linear(dim, len(config.labels))
 
     def embed(self, pixels: mx.array) -> mx.array:
-        """(B, height, width, 3) to the class token and all patches, row by row, with their positions: (B, N, C)."""
+        """Embeds (B, height, width, 3): the class token and all patches, row by row, with positions, (B, N, C)."""
         patches = self.patch_embeddings(pixels.astype(self.cls_token.dtype)).flatten(1, 2)
         cls = mx.broadcast_to(self.cls_token, (len(pixels), *self.cls_token.shape[1:]))
         return mx.concatenate([cls, patches], axis=1) + self.position_embeddings
@@ -85,12 +85,12 @@ class ViT(nn.Module):
         """(B, N, C) to logits (B, 2), from the class token alone."""
         return self.classifier(self.layernorm(x[:, 0]))
 
-    def __call__(self, pixels: mx.array, run=lambda piece, *args: piece(*args)) -> mx.array:
-        """Judges pictures.
+    def __call__(self, pixels: mx.array, run: Run = call) -> mx.array:
+        """Computes the logits of pictures.
 
         Args:
-            pixels: (B, image_size, image_size, 3), of `preprocess`.
-            run: called as run(piece, *args) for each piece in order, so that the caller evaluates piece by piece.
+            pixels: (B, image_size, image_size, 3), from `preprocess`.
+            run: called as run(stage, *args) for each stage in order, so that the caller evaluates stage by stage.
 
         Returns:
             (B, 2) logits in the type of the weights, in the order of `config.labels`.

@@ -1,1 +1,1 @@
-"""Noise, schedule and sampler as functions, and previews of what a step already knows."""
+"""Noise, schedule and sampler as functions, and previews of unfinished pictures."""

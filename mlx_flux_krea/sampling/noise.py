@@ -1,4 +1,4 @@
-"""The random streams of the reference tools, so that a seed means the same picture here as there.
+"""The random streams of the reference tools, so that a seed gives the same picture here as there.
 
 torch's CPU generator is rebuilt on numpy's Mersenne Twister, without torch: `normal_fill` in
 ATen/native/cpu/DistributionTemplates.h, `normal_distribution` in ATen/core/DistributionsHelper.h. MLX's streams are
@@ -15,10 +15,10 @@ from ..presets import NOT_REPRODUCIBLE, RECIPES, Recipe
 
 
 def find_recipe(name: str) -> Recipe:
-    """The row of `presets.RECIPES`.
+    """Returns a row of `presets.RECIPES` by its name.
 
     Raises:
-        UsageError: there is none, or the tool's noise cannot be repeated.
+        UsageError: there is no such row, or the tool's noise cannot be repeated.
     """
     known = ", ".join(RECIPES)
     if name in NOT_REPRODUCIBLE:
@@ -31,16 +31,16 @@ def find_recipe(name: str) -> Recipe:
 def draw(
     recipe: str | Recipe, seed: int | Sequence[int], shape: tuple[int, int, int, int], dtype: mx.Dtype
 ) -> mx.array:
-    """Initial noise.
+    """Draws initial noise.
 
     Args:
         recipe: a row of `presets.RECIPES`, or its name.
         seed: one stream for the whole batch; or a sequence, one stream for each image.
         shape: (B, 16, H/8, W/8).
-        dtype: the compute type: what recipes without a type of their own draw in.
+        dtype: the compute type, in which recipes without a type of their own draw.
 
     Returns:
-        Array of this shape and type, in torch's order of axes whatever the order of drawing.
+        Array of this shape and type, in torch's order of axes for every recipe.
     """
     if isinstance(seed, Sequence):
         return mx.concatenate([Stream(recipe, s, dtype).noise((1, *shape[1:])) for s in seed])
@@ -48,7 +48,7 @@ def draw(
 
 
 class Stream:
-    """The numbers that follow from one seed by one recipe.
+    """The random numbers of one seed and one recipe.
 
     Args:
         recipe: a row of `presets.RECIPES`, or its name.
@@ -63,11 +63,11 @@ class Stream:
         self._source = _SOURCES[self._recipe.stream](seed)
 
     def normal(self, shape: tuple[int, ...]) -> mx.array:
-        """The next standard normal numbers, in the order in which the tool draws them."""
+        """Draws the next standard normal numbers, in the tool's order."""
         return self._source.normal(shape, self._draw_dtype, self._recipe.era).astype(self._dtype)
 
     def noise(self, shape: tuple[int, int, int, int]) -> mx.array:
-        """The next numbers as noise (B, 16, H/8, W/8), whichever way the tool lays them out."""
+        """Draws the next numbers as noise (B, 16, H/8, W/8), from the tool's own layout."""
         b, c, h, w = shape
         if self._recipe.layout == "packed":
             x = self.normal((b, h * w // 4, 4 * c)).reshape(b, h // 2, w // 2, c, 2, 2)
@@ -80,20 +80,20 @@ class Stream:
 class TorchStream:
     """The numbers of `torch.Generator("cpu").manual_seed(seed)`.
 
-    From 16 numbers up they agree with torch to a few units in the last place (which there depend on the processor too),
-    below 16 to the bit.
+    Fewer than 16 numbers agree with torch to the bit, more to a few units in the last place (in torch these depend on
+    the processor).
     """
 
     def __init__(self, seed: int):
         self._twister = np.random.MT19937()
         self._twister._legacy_seeding(seed & 0xFFFFFFFF)  # torch seeds with the low 32 bits
-        self._kept: float | None = None  # second half of a pair, where fewer than 16 numbers are drawn
+        self._second: float | None = None  # second half of a pair, where fewer than 16 numbers are drawn
 
     def normal(self, shape: tuple[int, ...], dtype: mx.Dtype, era: str | None) -> mx.array:
-        """One call of `torch.randn`.
+        """Draws as one call of `torch.randn`.
 
         Args:
-            shape: of the result.
+            shape: shape of the result.
             dtype: float32, bfloat16 or float16.
             era: how 16-bit types are drawn from 16 numbers up. "rounded" (torch 2.13): the float32 numbers, rounded.
                 "stepwise" (torch 2.7 and before): uniforms of 8 or 11 bits, and every operation rounded.
@@ -110,24 +110,24 @@ class TorchStream:
         return mx.array(values).astype(dtype).reshape(shape)
 
     def _next(self) -> float:
-        """One number, in double precision: Box-Muller on uniforms of 53 bits, whose second result is kept."""
-        if self._kept is not None:
-            value, self._kept = self._kept, None
+        """Draws one number in double precision: Box-Muller on uniforms of 53 bits, which gives two numbers."""
+        if self._second is not None:
+            value, self._second = self._second, None
             return value
         high1, low1, high2, low2 = (int(word) for word in self._twister.random_raw(4))
         u1, u2 = (((high << 32 | low) & (2**53 - 1)) * 2.0**-53 for high, low in ((high1, low1), (high2, low2)))
         radius, theta = np.sqrt(-2.0 * np.log1p(-u2)), 2.0 * np.pi * u1
-        self._kept = float(radius * np.sin(theta))
+        self._second = float(radius * np.sin(theta))
         return float(radius * np.cos(theta))
 
     def _fill(self, size: int, first: int, bits: int, rounded) -> np.ndarray:
-        """Box-Muller in blocks of 16, number j with number j + 8; where a block stays open, the last 16 are drawn anew.
+        """Applies Box-Muller in blocks of 16, number j with number j + 8; after an open block the last 16 are redrawn.
 
         Args:
             size: at least 16.
             first: uniforms drawn before those 16: all, or only whole blocks of them.
-            bits: of each uniform.
-            rounded: brings float32 values to the type drawn in, after every operation.
+            bits: bits of each uniform.
+            rounded: rounds float32 values to the type drawn in, after every operation.
         """
         whole = size - size % 16
         values = np.empty(size, np.float32)
@@ -150,7 +150,7 @@ def _box_muller(uniforms: np.ndarray, rounded) -> np.ndarray:
 
 
 def _bfloat16(x: np.ndarray) -> np.ndarray:
-    """float32 values rounded to bfloat16, to nearest and even."""
+    """Rounds float32 values to bfloat16, to nearest and even."""
     bits = x.astype(np.float32).view(np.uint32)
     return ((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000).astype(np.uint32).view(np.float32)
 
@@ -170,7 +170,7 @@ class MLXKeyStream:
         self._key = mx.random.key(seed)
 
     def normal(self, shape: tuple[int, ...], dtype: mx.Dtype, era: None) -> mx.array:
-        """One draw."""
+        """Draws from the key."""
         return mx.random.normal(shape, dtype=dtype, key=self._key)
 
 
@@ -181,7 +181,7 @@ class MLXSeedStream:
         self._state = mx.random.key(seed)
 
     def normal(self, shape: tuple[int, ...], dtype: mx.Dtype, era: None) -> mx.array:
-        """One draw; each splits the state."""
+        """Draws; each call splits the state."""
         self._state, key = mx.random.split(self._state)
         return mx.random.normal(shape, dtype=dtype, key=key)
 

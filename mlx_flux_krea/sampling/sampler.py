@@ -15,7 +15,7 @@ from ..models.config import Schedule
 
 
 def shift_mu(schedule: Schedule, image_seq_len: int) -> float:
-    """mu, linear in the number of image tokens (Esser et al. 2024, section 5.3.2, for why resolution matters)."""
+    """Returns mu, linear in the number of image tokens (Esser et al. 2024, section 5.3.2)."""
     slope = (schedule.max_shift - schedule.base_shift) / (schedule.max_image_seq_len - schedule.base_image_seq_len)
     return schedule.base_shift + slope * (image_seq_len - schedule.base_image_seq_len)
 
@@ -23,19 +23,19 @@ def shift_mu(schedule: Schedule, image_seq_len: int) -> float:
 def make_sigmas(
     schedule: Schedule, image_seq_len: int, num_inference_steps: int, sigmas: Sequence[float] = ()
 ) -> np.ndarray:
-    """The noise levels of a run.
+    """Returns the noise levels of a run.
 
     Args:
         schedule: the model's shift.
         image_seq_len: L, the number of packed latents.
         num_inference_steps: n.
-        sigmas: n levels of one's own, before the shift, falling; empty: linspace(1, 1/n, n).
+        sigmas: n levels before the shift, falling; empty: linspace(1, 1/n, n).
 
     Returns:
         (n + 1,) float32, from the first level down to 0.
     """
     levels = np.array(sigmas if len(sigmas) else np.linspace(1.0, 1 / num_inference_steps, num_inference_steps))
-    levels = levels.astype(np.float32)  # and all that follows, as in diffusers: the same to the last bit
+    levels = levels.astype(np.float32)  # float32 from here on, as in diffusers: equal to the last bit
     if schedule.shift == "dynamic":
         shift = np.float32(math.exp(shift_mu(schedule, image_seq_len)))
         levels = shift / (shift + (1 / levels - 1))
@@ -43,12 +43,12 @@ def make_sigmas(
 
 
 def fixed_shift(schedule: Schedule, image_seq_len: int, num_inference_steps: int, mu: float) -> np.ndarray:
-    """ComfyUI's noise levels, which one mu shifts at every size, as levels that this schedule has yet to shift.
+    """Returns ComfyUI's noise levels, with the same mu at every size, as levels before this schedule's shift.
 
     ComfyUI shifts a table of 10000 levels and picks n of them (ModelSamplingFlux, scheduler "simple").
 
     Returns:
-        (n,) float64, falling in (0, 1], for `make_sigmas`.
+        (n,) float64, falling in (0, 1], for the argument `sigmas` of `make_sigmas`.
     """
     picked = (10000 - np.floor(np.arange(num_inference_steps) * (10000 / num_inference_steps))) / 10000
     own = shift_mu(schedule, image_seq_len) if schedule.shift == "dynamic" else mu
@@ -56,30 +56,30 @@ def fixed_shift(schedule: Schedule, image_seq_len: int, num_inference_steps: int
 
 
 def first_step(num_inference_steps: int, strength: float) -> int:
-    """How many steps image-to-image leaves out: diffusers' sense of strength, 1 runs them all."""
+    """Returns the first step of image-to-image: strength as in diffusers, 1 runs all steps."""
     return int(max(num_inference_steps - min(num_inference_steps * strength, num_inference_steps), 0))
 
 
 def pack(x: mx.array) -> mx.array:
-    """Patches of 2 x 2 as tokens: "b c (h ph) (w pw) -> b (h w) (c ph pw)"."""
+    """Packs patches of 2 x 2 as tokens: "b c (h ph) (w pw) -> b (h w) (c ph pw)"."""
     b, c, h, w = x.shape
     return x.reshape(b, c, h // 2, 2, w // 2, 2).transpose(0, 2, 4, 1, 3, 5).reshape(b, h * w // 4, 4 * c)
 
 
-def unpack(x: mx.array, height: int, width: int) -> mx.array:
-    """The reverse of `pack` for a latent of height x width: "b (h w) (c ph pw) -> b c (h ph) (w pw)"."""
+def unpack(x: mx.array, width: int, height: int) -> mx.array:
+    """Reverses `pack` for a latent of this size: "b (h w) (c ph pw) -> b c (h ph) (w pw)"."""
     b, _, c = x.shape
     x = x.reshape(b, height // 2, width // 2, c // 4, 2, 2)
     return x.transpose(0, 3, 1, 4, 2, 5).reshape(b, c // 4, height, width)
 
 
-def position_ids(text_length: int, height: int, width: int) -> mx.array:
-    """Rope positions of all tokens of a picture.
+def position_ids(text_length: int, width: int, height: int) -> mx.array:
+    """Returns rope positions of all tokens of a picture.
 
     Args:
         text_length: S.
-        height: h, of the latent.
-        width: w, of the latent.
+        width: w, the width of the latent.
+        height: h, the height of the latent.
 
     Returns:
         (S + h w / 4, 3) int32: text at (0, 0, 0), image tokens at (0, row, column).
@@ -90,23 +90,23 @@ def position_ids(text_length: int, height: int, width: int) -> mx.array:
 
 
 def add_noise(image_latents: mx.array, noise: mx.array, sigma: float) -> mx.array:
-    """Where image-to-image starts: sigma * noise + (1 - sigma) * image."""
+    """Returns the start of image-to-image: sigma * noise + (1 - sigma) * image."""
     return sigma * noise + (1.0 - sigma) * image_latents
 
 
 def euler(
     model: Callable[[mx.array, int], mx.array], latents: mx.array, sigmas: np.ndarray, start: int = 0
 ) -> Iterator[mx.array]:
-    """Euler's method from sigmas[start] to the end.
+    """Integrates with Euler's method from sigmas[start] to the end.
 
     Args:
-        model: from latents (B, L, 64) and the index of a step to the velocity.
-        latents: (B, L, 64), kept in their type.
+        model: maps latents (B, L, 64) and the index of a step to the velocity.
+        latents: (B, L, 64), in their type.
         sigmas: (n + 1,).
         start: first step.
 
     Yields:
-        Latents after each step, lazy. What is sent back replaces them (`send`), so that a callback can change a run.
+        Latents after each step, lazy. Latents sent back (`send`) replace them, so that a callback can change a run.
     """
     for i in range(start, len(sigmas) - 1):
         velocity = model(latents, i)
