@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,15 @@ from helpers import PIPELINE, TOKENIZERS
 from mlx_flux_krea.convert import convert
 
 from mlx_flux_krea import FluxPipeline
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Marks as slow the cases of a test that its mark `core` does not name."""
+    for item in items:
+        mark = item.get_closest_marker("core")
+        if mark and item.callspec.id not in mark.args:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -53,6 +63,23 @@ def home(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(folder / "hub"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     return folder / "home"
+
+
+@pytest.fixture(autouse=True)
+def processes(monkeypatch):
+    """No process outlives the test that started it, so that a test that fails does not slow down the others."""
+    started, start = [], subprocess.Popen.__init__
+
+    def start_and_note(self, *args, **options):
+        start(self, *args, **options)
+        started.append(self)
+
+    monkeypatch.setattr(subprocess.Popen, "__init__", start_and_note)
+    yield
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
 
 
 @pytest.fixture

@@ -112,6 +112,7 @@ def stopped(line: str, word: str) -> bool:
 SLOW = ["--width", "256", "--height", "256", "--steps", "200"]
 
 
+@pytest.mark.core("5", "35", "65", "185")
 @pytest.mark.parametrize("imports", range(5, 360, 30))
 def test_a_signal_in_the_middle_of_the_imports_is_neither_lost_nor_a_crash(model, tmp_path, imports):
     sent = list(CODES)[imports // 30 % 3]
@@ -274,7 +275,7 @@ def test_a_prompt_that_is_not_utf8_is_refused(model, tmp_path):
 
 def test_progress_is_shown_in_a_terminal_and_nowhere_else(model, tmp_path):
     """Through a real pseudo-terminal: seconds per step and time left."""
-    arguments = ["generate", CAT, "-m", model, "--width", 128, "--height", 128, "--steps", 30, "--seed", 1]
+    arguments = ["generate", CAT, "-m", model, "--width", 64, "--height", 64, "--steps", 30, "--seed", 1]
     code, _, text = at_terminal(*arguments, cwd=tmp_path)
     assert code == 0, text
     assert re.search(r"denoising +\d+% .*/30 steps, +[\d.]+(s/step|step/s)", text), text

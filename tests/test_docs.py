@@ -153,6 +153,7 @@ def test_the_script_for_each_shell_is_one_that_it_reads(command, tmp_path, shell
         ("watch_and_stop", ["lighthouse.png"]),
     ],
 )
+@pytest.mark.core("watch_and_stop-made2")
 def test_the_examples_run_on_the_small_model(tmp_path, example, made):
     small = tmp_path / "model"
     shutil.copytree(NANO, small)

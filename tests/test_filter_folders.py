@@ -179,6 +179,7 @@ def test_a_ready_4_bit_copy_stays_what_it_is(ready, tmp_path, quantize):
         )
 
 
+@pytest.mark.slow
 def test_a_ready_copy_answers_as_its_values_do(ready, wide, tmp_path):
     """The same values, unpacked by MLX and stored under the published names."""
     plain = shutil.copytree(wide, tmp_path / "plain")

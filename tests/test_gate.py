@@ -723,6 +723,7 @@ def test_a_disk_that_fills_up_releases_nothing(command, strict, filters, out, ev
     withheld(command("generate", CAT, "-m", strict, *OPTIONS), 6, "cannot be written: No space left", out)
 
 
+@pytest.mark.slow
 def test_a_log_that_really_has_no_room_releases_nothing(strict, filters, out, home):
     """The system's limit on the size of a file, reached in the middle of each entry in turn."""
 

@@ -171,6 +171,7 @@ def test_a_csv_has_any_option_in_its_rows_and_bad_rows_are_skipped(tiny, tmp_pat
     assert err.splitlines()[-1] == "flux-krea: 3 rows of list.csv were skipped"
 
 
+@pytest.mark.slow
 def test_fifty_prompts_in_one_process_one_of_them_bad(tiny, tmp_path, monkeypatch):
     """All are drawn but one; and once 32 prompts are kept, memory does not grow with their number."""
     import mlx.core as mx
@@ -360,6 +361,7 @@ def test_options_beside_from_change_the_picture(tiny, command, model, tmp_path):
     assert (record["noise"], "sigmas" in record) == ("comfy", False)
 
 
+@pytest.mark.slow
 def test_one_picture_of_a_batch_is_made_again(command, model, pipe, tmp_path):
     """From one stream of numbers, and from streams of their own over one sampled input image."""
     size = {"width": 32, "height": 32, "num_inference_steps": 2}

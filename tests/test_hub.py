@@ -213,6 +213,7 @@ def test_pieces_are_written_while_others_come_and_whatever_ends_it_the_next_star
     assert leftovers(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_a_terminal_shows_what_came_and_the_time_left(served, tmp_path):
     served.rate = 2e6
     code, _, shown = at_terminal("convert", REPO, *OPTIONS, cwd=tmp_path, size=(30, 100), **served.env(tmp_path))
@@ -268,6 +269,7 @@ def test_what_cannot_be_converted_is_refused_before_its_weights_come(folder, tmp
         assert served.sent <= 2**18 * len(weights(broken))
 
 
+@pytest.mark.slow
 def test_a_pause_that_the_hub_asks_for_is_kept(served, expected, tmp_path):
     served.refusals = [(429, {"Retry-After": "2"}), (429, {"RateLimit": '"api";r=0;t=1'}), (503, {})]
     begun = time.monotonic()

@@ -77,6 +77,7 @@ def test_what_is_allowed_is_released_and_what_is_not_is_not_even_drawn(installed
     assert events.count("released") == events.count("prompt_flagged") == 1
 
 
+@pytest.mark.slow
 def test_streamed_and_kept_it_answers_the_same_to_the_last_bit(installed, monkeypatch):
     judge, answers = judges.PixtralJudge(open_filter("pixtral"), lambda pieces, run: run), []
     texts, pictures = [ALLOWED, FORBIDDEN, "a third"], [judges.drawn_picture(), judges.drawn_picture()[:, ::-1]]
@@ -168,6 +169,7 @@ cli.main(sys.argv[1:])
 """
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_the_self_test_of_a_filter_that_has_its_place(sources, krea, home, tmp_path):
     """It is untried then, which is not enough, and the next one goes on."""
     acknowledge(krea[0])

@@ -137,6 +137,7 @@ def test_the_picture_is_as_wide_and_high_as_asked_for_and_shows_it(draw):
 
 
 @shows("generate", "--aspect", "--megapixels")
+@pytest.mark.slow
 def test_an_aspect_at_a_quarter_of_a_megapixel_is_replicates(draw):
     """cog-flux halves 1344 x 768."""
     (path,) = draw("--aspect", "16:9", "--megapixels", "0.25", how=["--steps", "1"])
@@ -391,6 +392,7 @@ def test_what_is_checked_is_released_when_it_passes_and_a_threshold_is_where_it_
 
 
 @shows("demo", "prompt", "--output", "--seed", "--contact-sheet", "--force")
+@pytest.mark.slow
 def test_the_demo_saves_right_pictures_of_a_seed_and_a_sheet_of_them(run, tmp_path, monkeypatch):
     star, *star_is = THINGS[1]
     (tmp_path / "star-large.png").write_text("mine")

@@ -48,6 +48,7 @@ def test_the_second_command_is_the_one_that_runs_this():
     assert "python -m pytest\n" in (ROOT / ".ci" / "run").read_text()
 
 
+@pytest.mark.slow
 def test_the_other_commands_work_in_their_order(workplace):
     commands = [line for block in blocks("sh")[2:] for line in block.splitlines()]
     assert len(commands) == 24
@@ -70,6 +71,7 @@ def test_commands_that_need_the_real_weights_are_only_shown():
             assert option in ran.stdout
 
 
+@pytest.mark.slow
 def test_the_tables_are_what_their_program_computes():
     for table in macs.page().split("\n\n"):
         assert f"\n{table}\n" in README, "run: python benchmarks/macs.py"

@@ -132,12 +132,14 @@ def test_a_computed_type_other_than_the_stored_is_streamed_too(models):
     assert np.array_equal(images[0], images[2])
 
 
+@pytest.mark.slow
 def test_true_cfg_and_several_images_go_round_and_round(model):
     call = {"negative_prompt": "a dog", "true_cfg_scale": 3.0, "num_images_per_prompt": 2, "output_type": "np"}
     images = [pipe_that_keeps(model, share)(CAT, seed=[1, 2], **call, **SMALL).images for share in (1, 0)]
     assert np.array_equal(*images)
 
 
+@pytest.mark.slow
 def test_a_callback_may_draw_with_the_pipeline_that_calls_it(model):
     alone = pipe_that_keeps(model, 1)(CAT, seed=3, output_type="np", **SMALL).images
     for share in (0, 0.6, 1):
@@ -194,6 +196,7 @@ def test_a_second_picture_prepares_nothing_again(model):
         assert draw(**change) == {"denoise", "decode"}
 
 
+@pytest.mark.slow
 def test_two_pictures_take_no_more_memory_than_one(model):
     for share in (0, 1):
         pipe = pipe_that_keeps(model, share)

@@ -146,6 +146,7 @@ def test_a_run_that_was_stopped_makes_the_same_file(command, model, whole, tmp_p
     ],
     ids=lambda options: " ".join(map(str, options[:2])),
 )
+@pytest.mark.core("--noise bfl")
 def test_every_kind_of_picture_goes_on_from_the_middle(command, generate, tmp_path, options):
     with failing("denoise", 2.1):
         code, out, err = generate(*options)
@@ -187,6 +188,7 @@ def test_a_failed_decode_or_a_full_disk_is_tried_again_and_nothing_is_sampled_ag
 # --- several pictures ---
 
 
+@pytest.mark.slow
 def test_of_several_pictures_the_one_at_hand_and_the_others_follow(command, model, tmp_path, monkeypatch):
     """With the names that --force gives, from another folder, and the sheet of all of them."""
     call = ["generate", "a {cat|dog}", "-m", model, *TINY[:-2], "--seed", "7", "8", "--contact-sheet", "--force"]

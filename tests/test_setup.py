@@ -133,6 +133,7 @@ def state(home: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in home.rglob("*") if path.is_file() and path.name != "log.jsonl"}
 
 
+@pytest.mark.slow
 def test_from_an_empty_home_to_a_picture_at_a_terminal_and_then_without_a_network(published_folders, place):
     code, shown, asked = at_terminal(place, *named(published_folders))
     assert (code, asked) == (0, list(ANSWERS)), shown
@@ -167,6 +168,7 @@ STOPS = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_interrupted_at_any_step_it_goes_on(published_folders, place):
     """Each start is interrupted one step later; what was done before is not asked for or made again."""
     home, done = home_of(place), set()
@@ -252,6 +254,7 @@ def test_files_of_other_programs_are_found_and_offered(published_folders, place,
     assert "no source of the nsfw is" in ran.stderr, ran.stderr  # the model can: the next is what is missing
 
 
+@pytest.mark.slow
 def test_a_gated_repository_is_explained_and_then_fetched(published_folders, place, tmp_path):
     others = named(published_folders)[2:]
     with Hub(published_folders["model"], "black-forest-labs/FLUX.1-Krea-dev", gated="auto") as hub:

@@ -56,6 +56,7 @@ def test_tiles_that_differ_have_no_seam_between_them(monkeypatch):
     assert np.abs(np.diff(out, axis=1)).max() < 1.1 / (tiles.SIDE // 4)
 
 
+@pytest.mark.slow
 def test_decoded_and_encoded_in_tiles_a_picture_is_nearly_the_same(model, monkeypatch):
     """One tile is exactly the whole; several have group statistics of their own."""
     vae = open_model(model).vae.load(mx.float32)
