@@ -170,7 +170,7 @@ def call(*args, **options):
     {LOSING[where]}
     time.sleep(2)
     os._exit(0)
-pipeline.FluxPipeline.__call__ = call"""
+pipeline.FluxPipeline.generate = call"""
     patch = LOSING[where] if "main" in where else inside
     process = start(["generate", CAT, "-m", model, *SLOW, "-o", "a.png"], tmp_path, patch)
     out, err = process.communicate(timeout=30)
@@ -203,7 +203,7 @@ def call(*args, **options):
         time.sleep(60)
     finally:
         open("nowhere/at all")
-pipeline.FluxPipeline.__call__ = call"""
+pipeline.FluxPipeline.generate = call"""
     process = start(["generate", CAT, "-m", model, *SMALL], tmp_path, patch)
     out, err = end(process, signal.SIGTERM, "moment")
     assert (process.returncode, out) == (143, "")
@@ -211,7 +211,9 @@ pipeline.FluxPipeline.__call__ = call"""
     assert err[1:] == ["flux-krea: terminated"]
 
 
-@pytest.mark.parametrize("moment", ["write_component", "write_component again", "_sync", "_place", "after _place"])
+@pytest.mark.parametrize(
+    "moment", ["write_component", "write_component again", "sync_folder", "_place", "after _place"]
+)
 def test_a_signal_ends_converting_and_leaves_nothing_or_the_whole(tmp_path, moment):
     name = moment.split()[1 if moment.startswith("after") else 0]
     room = "convert" if name == "write_component" else "convert.folder"
@@ -500,7 +502,7 @@ def test_a_failure_after_the_first_picture_ends_with_7_and_keeps_it(command, mod
     from mlx_flux_krea import pipeline
     from mlx_flux_krea.errors import ModelError
 
-    original, calls = pipeline.FluxPipeline.__call__, []
+    original, calls = pipeline.FluxPipeline.generate, []
 
     def second_fails(self, *args, **kwargs):
         calls.append(1)
@@ -508,7 +510,7 @@ def test_a_failure_after_the_first_picture_ends_with_7_and_keeps_it(command, mod
             raise ModelError("the disk went away")
         return original(self, *args, **kwargs)
 
-    monkeypatch.setattr(pipeline.FluxPipeline, "__call__", second_fails)
+    monkeypatch.setattr(pipeline.FluxPipeline, "generate", second_fails)
     code, out, err = command("generate", CAT, "-m", model, "-n", 3, *SMALL)
     assert (code, out) == (7, "out.png\n")
     assert "the disk went away" in err
@@ -521,7 +523,7 @@ def test_a_bug_ends_with_1_and_asks_for_a_report(command, model, monkeypatch):
     def broken(self, *args, **kwargs):
         raise KeyError("oops")
 
-    monkeypatch.setattr(pipeline.FluxPipeline, "__call__", broken)
+    monkeypatch.setattr(pipeline.FluxPipeline, "generate", broken)
     code, _, err = command("generate", CAT, "-m", model, *SMALL)
     assert code == 1
     assert "report" in err

@@ -82,7 +82,7 @@ SIDE = click.IntRange(1, presets.MAX_SIDE)
 DTYPE = click.Choice(presets.COMPUTE_TYPES)
 METADATA = click.Choice(presets.METADATA)
 QUALITY = click.IntRange(1, 100)
-MODEL_HELP = "Model: the name of an installed one, or a folder."
+MODEL_HELP = "Installed model, or a folder."
 MODEL_DEFAULT = "the only one, or models default"
 _SCALE = click.FloatRange(0, presets.MAX_SCALE)
 _BATCH = click.IntRange(1, presets.MAX_BATCH)
@@ -100,15 +100,15 @@ OPTIONS = [
     _option("--aspect", type=click.Choice(list(presets.ASPECTS)), help="Aspect ratio, instead of width and height."),
     _option("--megapixels", type=_AREA, help="Area in megapixels, at the aspect ratio.", default=1),
     _option("--steps", type=_STEPS, help="Number of denoising steps.", default=_OF_MODEL),
-    _option("--guidance", type=_SCALE, help="Guidance scale: how closely to follow the prompt.", default=_OF_MODEL),
+    _option("--guidance", type=_SCALE, help="How closely to follow the prompt.", default=_OF_MODEL),
     _option("--seed", type=Seeds(), metavar="N...", help="Seeds: 1, or 1 2 3, or 7+4 (4 from 7).  [default: random]"),
     _option("-n", "--num-images", type=_BATCH, help="Number of pictures, with consecutive seeds.", default=1),
     _option("--contact-sheet", is_flag=True, help="Also save a contact sheet, one row per prompt."),
     _option("--like", type=click.Choice(list(presets.TOOLS)), help="Tool whose defaults replace the model's."),
-    _option("--from", "from_", type=FILE, help="Picture made here, to make again; other options change it."),
+    _option("--from", "from_", type=FILE, help="Picture to repeat; other options change it."),
     _option("--noise", help=f"Noise recipe, the tool whose seeds to reproduce: {', '.join(presets.RECIPES)}.",
             default="diffusers"),
-    _option("--negative-prompt", help="Text to move away from; needs --true-cfg-scale."),
+    _option("--negative-prompt", help="Text to avoid; needs --true-cfg-scale."),
     _option("--true-cfg-scale", type=_SCALE, help="Scale of the negative prompt; above 1, steps take twice the time.",
             default=1),
     _option("--image", type=FILE, help="Image to start from."),
@@ -128,7 +128,7 @@ OPTIONS = [
     _option("--preview", metavar="[FILE]", help="Show each step in the terminal (iTerm2, kitty), or in FILE."),
     _option("-v", "--verbose", is_flag=True, help="Show time and memory of each stage."),
     _option("--force", is_flag=True, help="Replace the output, also a link; otherwise the next free name is taken."),
-    _option("--json", "as_json", is_flag=True, help="Print a JSON report instead of paths, and events on stderr."),
+    _option("--json", "as_json", is_flag=True, help="Print a JSON report; events go to stderr."),
 ]  # fmt: skip
 BY_NAME = {str(option.name): option for option in OPTIONS} | {"prompt": _option("--prompt", help="Text to generate.")}
 # Options that the library's arguments name differently.
