@@ -118,7 +118,7 @@ def steps_of(peer, flux, side: int, text: int):
 
 
 def timed(step) -> tuple[mx.array, float, int]:
-    """The result, seconds, and the peak of memory beside what was there."""
+    """Returns the result, the seconds, and the peak of memory above that at the start."""
     mx.clear_cache()
     base = mx.get_active_memory()
     mx.reset_peak_memory()

@@ -1,4 +1,4 @@
-"""The converter at full size: memory, seconds, and how near it comes to what the machine can do.
+"""The converter at full size: memory, seconds, and the share of the machine's own rates.
 
     python benchmarks/convert.py [FOLDER] [--quantize 8 4]
 
@@ -115,7 +115,7 @@ def rate(work, size: int) -> np.ndarray:
 
 
 def bounds(sources: list[Path], folder: Path, quantize: str) -> dict[str, np.ndarray]:
-    """What `rate` gives of reading, hashing, quantizing (of the input) and writing (of the output)."""
+    """Returns the `rate` of reading, hashing and quantizing the input, and of writing the output."""
     size, buffer = 2**31, mmap(-1, CHUNK)
 
     def read():

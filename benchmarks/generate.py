@@ -1,4 +1,4 @@
-"""What a user of a Mac runs: seconds per step, TFLOP/s, share of the chip's peak, stage times and memory.
+"""Generation as a user of a Mac runs it: seconds per step, TFLOP/s, share of the chip's peak, stage times and memory.
 
     python benchmarks/generate.py [-m MODEL] [--width 1024] [--height 1024] [--steps 5] [--memory auto]
 

@@ -1,4 +1,4 @@
-"""What a GPU would be asked to do for one picture, counted from the exported graph without running it.
+"""Work of a GPU for one picture, counted from the exported graph without running it.
 
     python benchmarks/graph.py [--width 1024] [--height 1024] [--dtype bfloat16] [-v]
 
@@ -56,7 +56,7 @@ FUSED_HEADS = (64, 72, 80, 96, 128)  # widths whose attention Metal has in one k
 
 @dataclass
 class Count:
-    """What one graph asks for."""
+    """Counts of one graph."""
 
     primitives: int = 0
     products: int = 0
@@ -71,7 +71,7 @@ class Count:
 
 
 def count(function, *args, fused: bool = True) -> Count:
-    """Exports the graph of function(*args) and counts it, with markers for fused kernels or with what is in them."""
+    """Exports the graph of function(*args) and counts it, with markers for fused kernels or with their contents."""
     events, result = [], Count()
     with as_on_a_gpu() if fused else contextlib.nullcontext():
         mx.export_function(events.append, function, *args)
@@ -153,14 +153,14 @@ def view(name: str, x: np.ndarray, outputs: list, arguments: list) -> list[np.nd
 
 
 def has_rows_side_by_side(x: np.ndarray) -> bool:
-    """What the norms of Metal need: no gaps, and rows of the last axis one after the other."""
+    """True for the layout that Metal's norms need: no gaps, and rows of the last axis one after the other."""
     gapless = sum((n - 1) * stride for n, stride in zip(x.shape, x.strides, strict=True)) == x.size - 1
     return gapless and x.strides[-1] == 1 and (x.ndim == 1 or x.shape[-2] == 1 or x.strides[-2] == x.shape[-1])
 
 
 @contextlib.contextmanager
 def as_on_a_gpu():
-    """Replaces what is one kernel on a GPU by one primitive."""
+    """Replaces each function that is one kernel on a GPU by one primitive."""
     in_pieces = mx.fast.scaled_dot_product_attention
 
     def promoted(*arrays):
@@ -218,7 +218,7 @@ def weightless(module, dtype: mx.Dtype):
 
 
 def transformer_graphs(width: int, height: int, dtype: mx.Dtype, config=FLUX_DEV) -> dict[str, Count]:
-    """One double block, one single block, a whole step, and what is computed once for all steps."""
+    """One double block, one single block, a whole step, and the work that is done once for all steps."""
     tokens, size = (width // 16) * (height // 16), config.hidden_size
     flux = weightless(transformer.Flux(config), dtype)
     ids = sampler.position_ids(TEXT_TOKENS, width // 8, height // 8)
@@ -280,7 +280,7 @@ def filter_graphs(dtype: mx.Dtype, rows: int = 32, columns: int = 32, text: int 
 
 
 def kernel_graphs(dtype: mx.Dtype) -> dict[str, Count]:
-    """What is inside the kernels that markers stand for, as far as they are not MLX's own."""
+    """The contents of the kernels behind the markers, except for MLX's own."""
     x, wide, row = zeros((1, 1, 8, 128), dtype), zeros((1, 1, 8, 128), mx.float32), zeros((128,), mx.float32)
     pe = transformer.rope(sampler.position_ids(0, 8, 4), FLUX_DEV.axes_dim, FLUX_DEV.theta)
     turns = pixtral.rotations(np.zeros((8, 64)))

@@ -1,9 +1,9 @@
-"""What FLUX.1 Krea [dev] with its filters takes on kinds of Macs: the tables of the README, computed and not measured.
+"""Time, disk and memory of FLUX.1 Krea [dev] with its filters on Macs: the README's tables, computed, not measured.
 
     python benchmarks/macs.py
 
-Memory is what `plan` says for Metal, in four fifths of what macOS offers a GPU: two thirds of the memory up to 36 GB,
-three quarters above. Times are the products of all steps at three quarters of the chip's peak; `setup` says the same.
+Memory is that of `plan` for Metal, in four fifths of the part that macOS offers a GPU: two thirds of the memory up to
+36 GB, three quarters above. Times are the products of all steps at three quarters of the chip's peak, as in `setup`.
 """
 
 import mlx.core as mx
@@ -27,7 +27,7 @@ HOW = {"none": "16 bits", "8": "8 bits"}
 
 
 def weight_bytes(name: str, sizes, quantize: str, item: int) -> int:
-    """Of a filter's folder."""
+    """Bytes of a filter's folder."""
     layers = choose(name, layer_widths(name, sizes), Recipe(quantize))[0]
     arrays = (array for _, array in tree_flatten(build(name, sizes, layers).parameters()))
     return sum(array.nbytes if array.dtype in (mx.uint32, mx.uint8) else array.size * item for array in arrays)

@@ -3,8 +3,8 @@
     python benchmarks/memory.py [--side 128] [--text 64] [--steps 2] [--precision none 8 4]
 
 Random weights, one double and three single blocks, two layers of T5-XXL; the autoencoder is measured by itself. It
-runs on MLX's CPU backend and says what of the prediction belongs to it. "hidden" is the share of the time for reading
-that streaming did not add to a step.
+runs on MLX's CPU backend and says which part of the prediction belongs to it. "hidden" is the share of the time for
+reading that streaming did not add to a step.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""What the nano model gets right, by a checker that looks at pixels alone.
+"""Accuracy of the nano model, by a checker that looks at pixels alone.
 
     python benchmarks/nano.py MODEL [--prompts 200]
 
@@ -100,7 +100,7 @@ def _fitted(mask: np.ndarray) -> np.ndarray:
 
 
 def look(pixels: np.ndarray) -> list[Seen]:
-    """What stands in front of the background of (H, W, 3) pixels."""
+    """Finds the things in front of the background of (H, W, 3) pixels."""
     away = np.linalg.norm(pixels.astype(float) - background(pixels)[:, None], axis=2)
     seen = []
     for part in patches(away > 40):
@@ -118,7 +118,7 @@ def look(pixels: np.ndarray) -> list[Seen]:
 
 
 def judge(pixels: np.ndarray, scene: scenes.Scene) -> list[str]:
-    """What is wrong with a picture of a scene; nothing: it is entirely right."""
+    """Lists the faults of a picture of a scene; none: it is entirely right."""
     ground = background(pixels)
     faults = [
         f"background is {nearest(colour)} and not {name} at the {end}"
@@ -243,7 +243,7 @@ def main() -> None:
     """Prints the table of widths and of steps."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--prompts", type=int, default=200)
-    parser.add_argument("model", type=Path, help="What `python -m mlx_flux_krea.nano.train` made: WORK/export/model.")
+    parser.add_argument("model", type=Path, help="Model folder: WORK/export/model of nano/train.py.")
     given = parser.parse_args()
     asked = scenes_to_judge(given.prompts)
     print(f"reconstruction of held-out scenes: {reconstruction(given.model):.1f} dB")

@@ -1,4 +1,4 @@
-"""What a step costs beyond its matrix products and attention, which are timed alone, in alternation, in the same run.
+"""Cost of a step beyond its matrix products and attention, which are timed alone, in alternation, in the same run.
 
     LD_PRELOAD=libopenblas.so.0 python benchmarks/overhead.py [--side 512] [--double 1] [--single 2] [--rounds 3]
 
@@ -70,7 +70,7 @@ def products_of(flux: transformer.Flux, tokens: int, dtype: mx.Dtype):
 
 
 def pieces_of(flux: transformer.Flux, tokens: int, dtype: mx.Dtype) -> dict:
-    """What a single block does besides its products and attention, on arrays that are there."""
+    """Times everything in a single block but its products and attention, on arrays that exist."""
     size, heads = flux.config.hidden_size, flux.config.num_heads
     shapes = {"x": (tokens, size), "mlp": (tokens, flux.config.mlp_size), "product": (tokens, 3 * size), "mod": (size,)}
     x, mlp, product, mod = (mx.random.normal((1, *shape)).astype(dtype) for shape in shapes.values())

@@ -1,4 +1,4 @@
-"""How near we come to the reference: every row of its tolerance table, with what is reached.
+"""Distance to the reference: every row of its tolerance table, with the value reached.
 
     python benchmarks/parity.py
 

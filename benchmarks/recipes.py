@@ -1,4 +1,4 @@
-"""What each group of layers costs in fewer bits, on trained weights: the evidence behind `convert.quantize.RECIPES`.
+"""Error of each group of layers in fewer bits, on trained weights: the evidence behind `convert.quantize.RECIPES`.
 
     python benchmarks/recipes.py [MODEL] [--prompts 8]
 
@@ -35,7 +35,7 @@ def final_latents(folder: Path, prompts: list[str]) -> mx.array:
 
 
 def parameters(folder: Path) -> dict[str, int]:
-    """Of each group with layers that could be quantized, the numbers in them."""
+    """Counts the weights in each group of layers that can be quantized."""
     counts, model = {}, open_model(folder)
     for component, network in model.networks.items():
         found = network.tensors()

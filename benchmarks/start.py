@@ -3,7 +3,7 @@
     python benchmarks/start.py [--model MODEL] [--rounds 5]
 
 Each is a process of its own, and its whole time counts; processor time stands beside it, since a busy machine stretches
-only the other. The model is the small one unless another is named: what this measures is the program, not a network.
+only the other. The model is the small one unless another is named: this measures the program, not a network.
 The first step is when the first event of `generate --json` says that it is done.
 """
 

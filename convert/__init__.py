@@ -194,7 +194,8 @@ def _write_rest(
     if job.own:
         job.own.check(hashes)
     records = tuple(
-        configs.Source(name, hashes[file], sizes[file], layout) for file, (name, layout) in _records(job.found).items()
+        configs.SourceFile(name, hashes[file], sizes[file], layout)
+        for file, (name, layout) in _records(job.found).items()
     )
     before = job.own.index.source if job.own else ()
     index = replace(job.index, source=before + records, converter=__version__)

@@ -39,7 +39,7 @@ class Defaults:
 
 
 @dataclass(frozen=True)
-class Recipe:
+class NoiseRecipe:
     """A tool's way from a seed to noise. Algorithms are in `noise.py`; every field decides the picture."""
 
     stream: str  # "torch" (CPU generator) | "mlx-key" | "mlx-seed"
@@ -52,23 +52,23 @@ class Recipe:
 
 
 RECIPES = {
-    "diffusers": Recipe(
+    "diffusers": NoiseRecipe(
         "torch", None, "rounded", "nchw", "sample", "round",
         "diffusers 0.42 with torch 2.13: randn_tensor, FluxPipeline, FluxImg2ImgPipeline, VaeImageProcessor",
     ),
-    "bfl": Recipe(
+    "bfl": NoiseRecipe(
         "torch", "bfloat16", "stepwise", "nchw", "mean", "truncate",
         "black-forest-labs/flux 802fb47 with the torch 2.6 that it pins: sampling.get_noise, util.save_image",
     ),
-    "comfy": Recipe(
+    "comfy": NoiseRecipe(
         "torch", "float32", "rounded", "nchw", "mean", "truncate",
         "ComfyUI: comfy.sample.prepare_noise, nodes.SaveImage",
     ),
-    "mflux": Recipe(
+    "mflux": NoiseRecipe(
         "mlx-key", "float32", None, "packed", "mean", "round",
         "mflux 0.18: flux_latent_creator.create_noise, image_util",
     ),
-    "mlx-examples": Recipe(
+    "mlx-examples": NoiseRecipe(
         "mlx-seed", "bfloat16", None, "nhwc", "mean", "truncate",
         "ml-explore/mlx-examples 7ddca42: flux/flux/sampler.sample_prior after mx.random.seed",
     ),

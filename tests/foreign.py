@@ -389,7 +389,7 @@ def assert_same(model: Path, wanted: dict[str, dict[str, mx.array]]) -> None:
 
 
 def expected(source: Path, layout: str) -> dict[str, dict[str, mx.array]]:
-    """What a folder written by `write` must become: every file decoded, and put together by the rules."""
+    """Returns the expected arrays of a folder written by `write`: every file decoded, and joined by the rules."""
     made = {}
     for component in COMPONENTS:
         place, name = FILES[component]

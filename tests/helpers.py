@@ -1,4 +1,4 @@
-"""What the tests share: fixtures on disk, goldens, and the two measures of difference."""
+"""Helpers of the tests: fixtures on disk, goldens, and the two measures of difference."""
 
 import contextlib
 import fcntl
@@ -96,17 +96,17 @@ SHOWS_PICTURES = ("DISPLAY", "WAYLAND_DISPLAY", "LC_TERMINAL", "TERM_PROGRAM", "
 def at_terminal(
     *args, cwd: Path, answer: Callable[[str], str] = lambda shown: "", size: tuple[int, int] = (24, 80), **env
 ) -> tuple[int, str, str]:
-    """The installed `flux-krea` at a terminal of its own, which shows no pictures if `env` does not say so.
+    """Runs the installed `flux-krea` at a terminal of its own, which shows no pictures if `env` does not say so.
 
     Args:
         args: of the command.
         cwd: the folder at hand.
-        answer: called with what was shown since the last answer, whenever more is; gives what is typed.
+        answer: called with the text shown since the last answer, whenever there is more; returns the text to type.
         size: lines and columns.
         env: variables.
 
     Returns:
-        The exit code, standard output, which is no terminal, and all that was shown.
+        The exit code, standard output (no terminal), and everything that was shown.
     """
     screen, end = pty.openpty()
     fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("HHHH", *size, 0, 0))
@@ -129,7 +129,7 @@ def at_terminal(
 
 
 def acknowledge(model: Path) -> None:
-    """Writes what `flux-krea setup` writes when a person agrees to the licence in a model folder."""
+    """Acknowledges the licence in a model folder, as `flux-krea setup` does when a person agrees."""
     licence.acknowledge(licence.find_text(model)[1], model.name)
 
 

@@ -78,7 +78,7 @@ class Hub:
         return [start for _, path, start in self.requests if path.endswith(f"/resolve/{COMMIT}/{name}")]
 
     def info(self) -> dict:
-        """What the hub says of a model with its files."""
+        """Describes a model with its files, as the hub does."""
         siblings = []
         for path in sorted(p for p in self.folder.rglob("*") if p.is_file()):
             data, name = path.read_bytes(), path.relative_to(self.folder).as_posix()

@@ -1,4 +1,4 @@
-"""Eight prompts for the small trained model, and whether a picture shows what was asked for."""
+"""Eight prompts for the small trained model, and a check that a picture shows its prompt."""
 
 import nano as judging
 import numpy as np
@@ -20,7 +20,7 @@ THINGS = [
 
 
 def is_right(picture, things, background) -> bool:
-    """Whether the picture shows these things on this background, whatever their size and place."""
+    """Returns True if the picture shows these things on this background, in any size and place."""
     pixels = np.array(picture)
     ground = judging.background(pixels)
     seen = sorted((s.shape, s.colour) for s in judging.look(pixels))

@@ -1,4 +1,4 @@
-"""The same content from any layout: the small trained model as others keep it comes back, and draws as before."""
+"""Equal content from any layout: the small trained model as others keep it comes back, and draws as before."""
 
 import json
 from pathlib import Path
@@ -47,7 +47,7 @@ def draw(folder: Path, prompt: str) -> Image.Image:
 
 @pytest.fixture(scope="module")
 def asked():
-    """What the model draws right: a prompt, what the picture must show, and the picture."""
+    """A prompt that the model gets right: the prompt, the things to be seen, and the picture."""
     for prompt, things, ground in THINGS:
         picture = draw(nano.FOLDER, prompt)
         if is_right(picture, things, ground):

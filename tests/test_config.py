@@ -21,11 +21,11 @@ GOOD = {
     configs.VAEConfig: {k: v for k, v in TINY["ae"].items() if k != "resolution"} | {"norm_num_groups": 8},
     configs.Schedule: configs.to_json(configs.Schedule()),
     configs.Defaults: {"width": 1024, "height": 1024, "num_inference_steps": 28, "guidance_scale": 4.5},
-    configs.Source: {"file": "a", "sha256": "b", "bytes": 1, "layout": "c"},
+    configs.SourceFile: {"file": "a", "sha256": "b", "bytes": 1, "layout": "c"},
 }
 GOOD[configs.ModelIndex] = {
     "name": "a", "base": "b", "license": "c", "filters": "none", "max_sequence_length": 512, "format": 1,
-    "schedule": GOOD[configs.Schedule], "defaults": GOOD[configs.Defaults], "source": [GOOD[configs.Source]],
+    "schedule": GOOD[configs.Schedule], "defaults": GOOD[configs.Defaults], "source": [GOOD[configs.SourceFile]],
 }  # fmt: skip
 FIELDS = [(cls, name) for cls, good in GOOD.items() for name in good]
 NEVER = [None, [[]], {}, {"a": 1}, [None], ["x"], [1.5], [float("nan")], [-1], [2**63], "", b"x"]

@@ -924,7 +924,7 @@ def test_a_killed_conversion_leaves_no_model_and_the_next_one_clears_up(source, 
 
 @pytest.mark.slow
 def test_fifty_kills_at_random_moments_leave_a_whole_model_or_none(source, tmp_path):
-    """What a kill leaves is cleared up by whoever comes next, and no file lies elsewhere."""
+    """The next conversion removes the files that a kill left, and no file lies elsewhere."""
     command = [
         sys.executable,
         "-m",

@@ -1,4 +1,4 @@
-"""What damaged, hostile or merely foreign files meet in the converter: one line that names the file and the trouble."""
+"""Damaged, hostile or merely foreign files in the converter: one line that names the file and the trouble."""
 
 import json
 import shutil
@@ -51,7 +51,7 @@ def run(*sources, **options):
 
 
 def refused_in_one_line(call, *said: str) -> bool:
-    """Whether it was refused; any error but a ModelError of one line that says so is a failure."""
+    """Returns True if it was refused; any error but a ModelError of one line that says so is a failure."""
     try:
         call()
         return False

@@ -1,4 +1,4 @@
-"""What is written about the command is true: help pages, the tool schema, completion, the examples."""
+"""The documentation is true: help pages, tree of files, exit codes, tool schema, completion, examples."""
 
 import json
 import re

@@ -138,7 +138,7 @@ def test_shards_of_either_naming_give_the_same_folder(wide, tmp_path, changes):
 
 @pytest.fixture
 def ready(wide, tmp_path):
-    """The same in 4 bits, as mlx-vlm writes it: all matrices, and convolutions in MLX's axes."""
+    """Pixtral in 4 bits, as mlx-vlm writes it: all matrices, and convolutions in MLX's axes."""
     folder = shutil.copytree(wide, tmp_path / "mlx-vlm")
 
     def pack(arrays):
@@ -181,7 +181,7 @@ def test_a_ready_4_bit_copy_stays_what_it_is(ready, tmp_path, quantize):
 
 @pytest.mark.slow
 def test_a_ready_copy_answers_as_its_values_do(ready, wide, tmp_path):
-    """The same values, unpacked by MLX and stored under the published names."""
+    """Pixtral's values, unpacked by MLX and stored under the published names."""
     plain = shutil.copytree(wide, tmp_path / "plain")
     stored = mx.load(str(ready / "model.safetensors"))
 
@@ -245,7 +245,7 @@ PUBLISHED = {"nsfw": ("hf-nsfw_image_detection-vit", NSFW_VIT), "pixtral": ("hf-
 
 
 def plan_of(name: str, folder, config: dict):
-    """Of a full-size source beside this config.json."""
+    """Index of a full-size source beside this config.json."""
     (folder / "config.json").write_text(json.dumps(config))
     path = folder / "model.safetensors"
     tensors = {n: Tensor(n, path, *stored, 0, 0) for n, stored in foreign.published(PUBLISHED[name][0]).items()}

@@ -254,7 +254,7 @@ def test_control_tokens_in_a_text_are_text(tekken, text):
 
 
 def test_every_control_token_in_a_text_is_text(tmp_path):
-    """Of the small vocabulary too, whose control tokens lie below everything else."""
+    """The small vocabulary too, whose control tokens come before all others."""
     answers = pixtral_tokenizer(tmp_path / "tokenizer.json")
     tokenizer = PixtralTokenizer(tmp_path, answers)
     for token in CONTROL:

@@ -256,7 +256,7 @@ ANSWERS = {
 
 
 def is_drawn(pixels) -> bool:
-    """Whether this is the picture of the self-test."""
+    """Returns True for the picture of the self-test."""
     return any(np.array_equal(one, filters_judges.drawn_picture()) for one in pixels)
 
 

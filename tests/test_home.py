@@ -1,4 +1,4 @@
-"""What lies in the home folder: `models` lists and removes it, `doctor` examines it, `purge` deletes it."""
+"""The contents of the home folder: `models` lists and removes it, `doctor` examines it, `purge` deletes it."""
 
 import json
 import math

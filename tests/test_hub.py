@@ -43,7 +43,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def expected(folder, tmp_path_factory):
-    """What the folder becomes when it is converted from the disk."""
+    """The folder that conversion from the disk makes."""
     return contents(convert([folder], tmp_path_factory.mktemp("models") / "model", dtype="float32").path)
 
 
@@ -92,7 +92,7 @@ def in_cache(tmp_path: Path) -> set[str]:
 
 
 def leftovers(tmp_path: Path) -> list[str]:
-    """What lies in the cache and is not whole."""
+    """Names of the incomplete files in the cache."""
     return [p.name for p in (tmp_path / "hub").rglob("*.incomplete")]
 
 
@@ -121,7 +121,7 @@ def test_a_repository_becomes_what_its_folder_becomes_and_nothing_is_fetched_twi
 
 
 def test_the_hubs_own_client_shares_the_cache(served, folder, tmp_path):
-    """What it fetched is not fetched again, and it finds what was fetched here."""
+    """Neither program fetches the files again that the other one has fetched."""
 
     def client(script: str) -> str:
         env = {**os.environ, **served.env(tmp_path)}

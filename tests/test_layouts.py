@@ -430,7 +430,7 @@ def test_what_else_an_all_in_one_file_holds_is_not_passed_over(model, tmp_path):
 
 
 def test_a_model_folder_of_ours_is_a_source_like_others(model, tmp_path):
-    """What it says of itself is kept."""
+    """Its own metadata is kept."""
     path = converted(model, tmp_path)
     foreign.assert_same(path, foreign.arrays_of(model))
     before, after = open_model(model).index, open_model(path).index

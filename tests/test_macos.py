@@ -1,4 +1,4 @@
-"""What a Mac is asked for, as far as another machine can see it: the commands that would be run, the files written."""
+"""Calls to macOS, as far as another machine can see them: the commands that are run, the files written."""
 
 import os
 import platform

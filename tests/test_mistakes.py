@@ -49,7 +49,7 @@ def test_erf_gelu_in_the_transformer_is_seen(load, monkeypatch):
 
 
 def test_erf_gelu_in_the_image_stream_alone_is_seen(load, monkeypatch):
-    """What mflux does."""
+    """Done by mflux."""
     flux = load("transformer")
     for block in flux.double_blocks:
         block.img_mlp[1] = nn.GELU()

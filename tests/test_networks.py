@@ -199,7 +199,7 @@ def test_in_float16_the_streams_are_float32_and_what_the_layers_do_is_not(networ
 
 
 def test_a_sum_beyond_float16_does_not_overflow():
-    """What is beyond are the sums of the layer behind the MLP; the hidden values themselves are within."""
+    """Beyond the range are the sums of the layer behind the MLP; the hidden values themselves are within."""
     mx.random.seed(0)
     down = nn.Linear(256, 32)
     x = 300 * mx.random.uniform(shape=(1, 5, 256)) + 300

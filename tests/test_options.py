@@ -436,7 +436,7 @@ def test_options_of_a_shell_and_of_its_lines_do_what_they_do_in_generate(run, dr
     start = draw("--output", "start.webp", how=QUICK)[0].read_bytes()
 
     def left(verb, *args, **more) -> tuple[dict, dict]:
-        """What a run leaves in the folder, and tells."""
+        """The files that a run leaves in the folder, and its messages."""
         code, out, err = run(verb, *args, *spelled(BESIDE), **more)
         files = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
         assert (code, set(files)) == (0, {"start.webp", "now.png", "1.jpg", "2.jpg", "sheet.jpg"}), err

@@ -72,7 +72,7 @@ def latents_of(pipe, **call) -> tuple:
 
 
 def start_of(pipe, **call) -> mx.array:
-    """What the loop starts from."""
+    """The start of the loop."""
     seen, original = [], sampler.euler
 
     def euler(model, latents, *args):
@@ -127,7 +127,7 @@ def test_image_to_image_equals_diffusers(pipe):
 
 
 def test_image_to_image_from_the_mean_equals_the_reference(pipe):
-    """Of the recipes that take the posterior's mean, `comfy` draws the golden's float32 noise; it truncates bytes."""
+    """`comfy` takes the posterior's mean, draws the golden's float32 noise, and truncates bytes."""
     result, latents = latents_of(pipe, **arguments("img2img_8.mean"), noise="comfy")
     assert_close(latents, goldens()["img2img_8.mean.latents"], 1e-4)
     floats = pipe(**arguments("img2img_8.mean"), noise="comfy", output_type="np").images[0]
@@ -445,7 +445,7 @@ def test_the_last_32_prompts_are_kept(model, loaded):
     pipe = FluxPipeline.from_pretrained(model)
 
     def encode(prompts) -> bool:
-        """Whether an encoder was needed."""
+        """Returns True if an encoder was needed."""
         loaded.clear()
         pipe.encode_prompt(prompts, max_sequence_length=4)
         return bool(loaded)

@@ -1,4 +1,4 @@
-"""What a run takes is known before it: exact for weights, near for the rest, and refused where it cannot fit."""
+"""The memory of a run is known before it: exact for weights, near for the rest; refused if it cannot fit."""
 
 import gc
 import json
@@ -129,7 +129,7 @@ def second_picture(path, memory):
 @pytest.mark.skipif(mx.default_device().type == mx.gpu, reason="what a GPU takes is computed, and was not measured")
 @pytest.mark.parametrize("quantize", ["none", "8", "4"])
 def test_every_stage_takes_what_was_predicted(quantize, tmp_path, monkeypatch):
-    """Of the small model, whose layers are dequantized in as many chunks as those of the real one."""
+    """On the small model, whose layers are dequantized in as many chunks as those of the real one."""
     for module in ("memory", "models.layers"):
         monkeypatch.setattr(f"mlx_flux_krea.{module}.CHUNK", 3 * 2**12)
     monkeypatch.setattr("mlx_flux_krea.models.layers._faster_dense", {})

@@ -83,7 +83,7 @@ def test_a_map_fitted_to_the_autoencoder_shows_pictures_better_than_their_mean_c
 
 
 def test_the_pipeline_shows_every_step_of_every_picture(mapped, seen):
-    """The same as from the latents that a callback sees; the last one is of the latents that are decoded."""
+    """It equals the one from the latents that a callback sees; the last one is of the decoded latents."""
     pipe, latents = FluxPipeline.from_pretrained(mapped), []
     pipe(CAT, seed=7, callback_on_step_end=lambda p, i, t, kwargs: latents.append(kwargs["latents"]), **SIZE)
     assert [(step, steps, pixels.shape) for step, steps, pixels in seen] == [(n, 3, (1, 4, 6, 3)) for n in (1, 2, 3)]

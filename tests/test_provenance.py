@@ -1,4 +1,4 @@
-"""What a saved picture says about itself, in every format and whatever the privacy level."""
+"""The record of a saved picture, in every format and at every privacy level."""
 
 import copy
 import io

@@ -102,7 +102,7 @@ def arrays_of(path: Path, component: str) -> dict[str, mx.array]:
 
 
 def values_of(path: Path, component: str) -> dict[str, mx.array]:
-    """What a folder means, by mlx's own dequantize in float32."""
+    """The values of a folder, by mlx's own dequantize in float32."""
     arrays, layers = arrays_of(path, component), open_model(path).networks[component].layers()
     for layer, q in layers.items():
         if q:
@@ -588,7 +588,7 @@ def test_a_damaged_folder_is_no_source(folder, tmp_path):
 
 
 def index_of(family: presets.Family) -> configs.ModelIndex:
-    source = configs.Source("flux1.safetensors", "ab" * 32, 1, "a layout")
+    source = configs.SourceFile("flux1.safetensors", "ab" * 32, 1, "a layout")
     return configs.ModelIndex(
         "name", family.base, family.license, "none", 512, configs.Schedule(), family.defaults, (source,), "1.2"
     )

@@ -1,4 +1,4 @@
-"""What is in memory when: kept, streamed and half of each draw the same picture, within what was allowed."""
+"""Resident, streamed or half of each: the picture is the same, and memory stays within the budget."""
 
 import dataclasses
 import errno

@@ -7,7 +7,7 @@ Whoever runs a network decides when it is evaluated. A network passes each of it
 from collections.abc import Callable
 from typing import Any
 
-Run = Callable[..., Any]  # run(stage, *args)
+Runner = Callable[..., Any]  # run(stage, *args)
 
 
 def call(stage: Callable[..., Any], *args: Any) -> Any:

@@ -276,7 +276,7 @@ def quantization_from_json(obj, where: str) -> tuple[Quantization, dict[str, Qua
 
 
 @dataclass(frozen=True)
-class Source:
+class SourceFile:
     """A source file of a conversion."""
 
     file: str
@@ -296,7 +296,7 @@ class ModelIndex:
     max_sequence_length: Annotated[int, 1, 4096]
     schedule: Schedule
     defaults: Defaults
-    source: tuple[Source, ...] = field(default=())
+    source: tuple[SourceFile, ...] = field(default=())
     converter: str = ""
     latent_rgb: tuple[tuple[float, ...], ...] = ()  # colours of its latents, for previews: `preview.py`
     format: Annotated[int, 1, 2**30] = 1

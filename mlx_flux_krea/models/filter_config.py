@@ -7,7 +7,7 @@ token ids) are checked when it is converted: the networks are written for those 
 from dataclasses import dataclass
 from typing import Annotated
 
-from .config import Count, Epsilon, Source, Width
+from .config import Count, Epsilon, SourceFile, Width
 
 Vocabulary = Annotated[int, 1, 2**22]
 TokenId = Annotated[int, 0, 2**22]
@@ -136,7 +136,7 @@ class FilterIndex:
     name: str
     base: str
     license: str
-    source: tuple[Source, ...] = ()
+    source: tuple[SourceFile, ...] = ()
     converter: str = ""
     format: Annotated[int, 1, 2**30] = 1
 

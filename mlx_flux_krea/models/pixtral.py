@@ -16,7 +16,7 @@ import mlx.nn as nn
 import numpy as np
 from PIL import Image
 
-from . import Run, call
+from . import Runner, call
 from .filter_config import PIXTRAL_12B, PixtralConfig, PixtralVisionConfig
 
 _AREA = 512 * 512
@@ -205,7 +205,7 @@ class Pixtral(nn.Module):
         self.vision_tower = VisionTower(config.vision_config)
         self.multi_modal_projector = Projector(config)
 
-    def features(self, pixels: mx.array, run: Run = call) -> mx.array:
+    def features(self, pixels: mx.array, run: Runner = call) -> mx.array:
         """Encodes a picture for the decoder.
 
         Args:
@@ -244,7 +244,7 @@ class Pixtral(nn.Module):
         """Maps (1, S, C) to float32 logits (1, S, len(head_ids)). In 16 bits many close answers would be equal."""
         return self.norm(x).astype(mx.float32) @ self.lm_head.weight.astype(mx.float32).T
 
-    def hidden(self, ids: Sequence[int], images: Sequence[mx.array] = (), run: Run = call) -> mx.array:
+    def hidden(self, ids: Sequence[int], images: Sequence[mx.array] = (), run: Runner = call) -> mx.array:
         """Returns the result of the last block, (1, S, C), for `head`. Arguments as in `__call__`."""
         features = [self.features(pixels, run) for pixels in images]
         x = run(self.embed_tokens, mx.array(list(ids))[None])
@@ -254,7 +254,7 @@ class Pixtral(nn.Module):
             x = run(block, x, pe)
         return x
 
-    def __call__(self, ids: Sequence[int], images: Sequence[mx.array] = (), run: Run = call) -> mx.array:
+    def __call__(self, ids: Sequence[int], images: Sequence[mx.array] = (), run: Runner = call) -> mx.array:
         """Reads a prompt.
 
         Args:
@@ -270,7 +270,7 @@ class Pixtral(nn.Module):
         """
         return run(self.head, self.hidden(ids, images, run)[:, -1:])[:, 0]
 
-    def margin(self, ids: Sequence[int], images: Sequence[mx.array] = (), run: Run = call) -> mx.array:
+    def margin(self, ids: Sequence[int], images: Sequence[mx.array] = (), run: Runner = call) -> mx.array:
         """Returns the logit of "yes" less that of "no", (1,) float32. Arguments as in `__call__`."""
         logits = self(ids, images, run)
         return logits[:, 0] - logits[:, 1]

@@ -8,7 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from . import Run, call
+from . import Runner, call
 from .config import T5Config
 
 
@@ -159,7 +159,7 @@ class T5Encoder(nn.Module):
         bias = table(mx.array(buckets.astype(np.int32))).transpose(2, 0, 1)[None]
         return mx.contiguous(bias)  # otherwise every block's attention copies it on Metal
 
-    def __call__(self, ids: mx.array, run: Run = call) -> mx.array:
+    def __call__(self, ids: mx.array, run: Runner = call) -> mx.array:
         """Encodes padded ids.
 
         Args:

@@ -12,20 +12,20 @@ from collections.abc import Callable
 import mlx.core as mx
 import numpy as np
 
-from . import Run
+from . import Runner
 
 SIDE = 128  # latent positions of a tile, a megapixel; neighbours share a quarter of a side or more
 
 
-def decode(vae, z: mx.array, run: Run) -> mx.array:
+def decode(vae, z: mx.array, run: Runner) -> mx.array:
     """Decodes in tiles: arguments and result are those of `vae.decode`, in float32."""
     return in_tiles(vae.decode, z, unit=1, unit_out=vae.config.downsampling, run=run)
 
 
-def encode(vae, x: mx.array, run: Run) -> tuple[mx.array, mx.array]:
+def encode(vae, x: mx.array, run: Runner) -> tuple[mx.array, mx.array]:
     """Encodes in tiles: arguments and result are those of `vae.encode`, in float32."""
 
-    def moments(tile: mx.array, run: Run) -> mx.array:
+    def moments(tile: mx.array, run: Runner) -> mx.array:
         return mx.concatenate(vae.encode(tile, run), axis=-1)
 
     mean, logvar = mx.split(in_tiles(moments, x, unit=vae.config.downsampling, unit_out=1, run=run), 2, axis=-1)
@@ -33,7 +33,7 @@ def encode(vae, x: mx.array, run: Run) -> tuple[mx.array, mx.array]:
 
 
 def in_tiles(
-    function: Callable[[mx.array, Run], mx.array], x: mx.array, *, unit: int, unit_out: int, run: Run
+    function: Callable[[mx.array, Runner], mx.array], x: mx.array, *, unit: int, unit_out: int, run: Runner
 ) -> mx.array:
     """Applies a function of pictures tile by tile.
 

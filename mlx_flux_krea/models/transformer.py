@@ -17,7 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from . import Run, call
+from . import Runner, call
 from .config import FluxConfig
 
 # --- small kernels. Inside they compute in float32 and round once; on a GPU each is one pass over memory. ---
@@ -340,7 +340,7 @@ class Flux(nn.Module):
             vec = vec + embed(self.guidance_in, guidance)
         return vec + self.vector_in(pooled.astype(self.dtype))
 
-    def modulations(self, vec: mx.array, run: Run = call) -> list:
+    def modulations(self, vec: mx.array, run: Runner = call) -> list:
         """Computes shifts, scales and gates of every layer, from all rows of `vec` at once.
 
         They depend on time, guidance and the pooled vector alone. One pass over these weights (3.2 of the 11.9 billion)
@@ -357,7 +357,7 @@ class Flux(nn.Module):
         return [run(modulate, vec) for modulate in self.modulated]
 
     def forward(
-        self, img: mx.array, txt: mx.array, modulations: list, pe: tuple[mx.array, mx.array], run: Run = call
+        self, img: mx.array, txt: mx.array, modulations: list, pe: tuple[mx.array, mx.array], run: Runner = call
     ) -> mx.array:
         """Evaluates the velocity, given everything that does not depend on the latents.
 

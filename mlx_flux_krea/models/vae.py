@@ -16,7 +16,7 @@ import mlx.nn as nn
 import numpy as np
 from PIL import Image
 
-from . import Run, call
+from . import Runner, call
 from .config import VAEConfig
 
 # Values whose float32 copies exist at one time while group statistics are taken (64 MiB).
@@ -97,7 +97,7 @@ class GroupNorm(nn.Module):
         return scale[:, None, None], shift[:, None, None]
 
 
-def in_strips(run: Run, strip: Strip, height: int, row: int) -> mx.array:
+def in_strips(run: Runner, strip: Strip, height: int, row: int) -> mx.array:
     """Computes an activation in strips of rows, so that intermediate arrays are smaller than the activation.
 
     Args:
@@ -156,7 +156,7 @@ class AttnBlock(nn.Module):
         self.v = nn.Linear(channels, channels)
         self.proj_out = nn.Linear(channels, channels)
 
-    def __call__(self, x: mx.array, run: Run = call) -> mx.array:
+    def __call__(self, x: mx.array, run: Runner = call) -> mx.array:
         b, h, w, c = x.shape
         y = run(lambda: affine(x, *self.norm.coefficients(x)).reshape(b, 1, h * w, c))
         q, k, v = (run(layer, y) for layer in (self.q, self.k, self.v))
@@ -180,7 +180,7 @@ class ResnetBlock(nn.Module):
         if in_channels != out_channels:
             self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
 
-    def __call__(self, x: mx.array, run: Run = call) -> mx.array:
+    def __call__(self, x: mx.array, run: Runner = call) -> mx.array:
         height, row = x.shape[1], x.shape[2] * max(x.shape[3], self.conv1.bias.size)
         shortcut = self.nin_shortcut if "nin_shortcut" in self else lambda rows: rows
         y = in_strips(run, _activated(run, self.norm1, self.conv1, x), height, row)
@@ -188,7 +188,7 @@ class ResnetBlock(nn.Module):
         return in_strips(run, lambda a, b: second(a, b) + shortcut(x[:, a:b]), height, row)
 
 
-def _activated(run: Run, norm: GroupNorm, conv: nn.Conv2d, x: mx.array) -> Strip:
+def _activated(run: Runner, norm: GroupNorm, conv: nn.Conv2d, x: mx.array) -> Strip:
     """Makes the strips for `in_strips` that norm the whole image, apply SiLU and convolve."""
     scale, shift = run(norm.coefficients, x)
     return lambda top, bottom: convolve(x, conv, top, bottom, lambda rows: affine_silu(rows, scale, shift))
@@ -201,7 +201,7 @@ class Downsample(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
-    def __call__(self, x: mx.array, run: Run = call) -> mx.array:
+    def __call__(self, x: mx.array, run: Runner = call) -> mx.array:
         def strip(top: int, bottom: int) -> mx.array:
             rows = x[:, 2 * top : 2 * bottom + 1]
             edge = 2 * bottom + 1 - 2 * top - rows.shape[1]
@@ -217,7 +217,7 @@ class Upsample(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
-    def __call__(self, x: mx.array, run: Run = call) -> mx.array:
+    def __call__(self, x: mx.array, run: Runner = call) -> mx.array:
         b, h, w, c = x.shape
 
         def strip(top: int, bottom: int) -> mx.array:
@@ -273,7 +273,7 @@ class Encoder(nn.Module):
         self.norm_out = GroupNorm(groups, widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.z_channels, 3, padding=1)
 
-    def __call__(self, x: mx.array, run: Run = call) -> mx.array:
+    def __call__(self, x: mx.array, run: Runner = call) -> mx.array:
         """(B, H, W, 3) to (B, H/8, W/8, 2 * 16)."""
         first = partial(convolve, x, self.conv_in)
         x = in_strips(run, first, x.shape[1], x.shape[2] * self.conv_in.bias.size)
@@ -299,7 +299,7 @@ class Decoder(nn.Module):
         self.norm_out = GroupNorm(groups, widths[0])
         self.conv_out = nn.Conv2d(widths[0], config.out_ch, 3, padding=1)
 
-    def __call__(self, x: mx.array, run: Run = call) -> mx.array:
+    def __call__(self, x: mx.array, run: Runner = call) -> mx.array:
         """(B, h, w, 16) to (B, 8 h, 8 w, 3)."""
         x = run(self.conv_in, x)
         levels = [stage for level in reversed(self.up) for stage in level.stages()]
@@ -308,7 +308,7 @@ class Decoder(nn.Module):
         return _last(run, self, x)
 
 
-def _last(run: Run, coder: Encoder | Decoder, x: mx.array) -> mx.array:
+def _last(run: Runner, coder: Encoder | Decoder, x: mx.array) -> mx.array:
     strip = _activated(run, coder.norm_out, coder.conv_out, x)
     return in_strips(run, strip, x.shape[1], x.shape[2] * x.shape[3])
 
@@ -327,7 +327,7 @@ class VAE(nn.Module):
         """The compute type."""
         return self.decoder.conv_in.bias.dtype
 
-    def encode(self, x: mx.array, run: Run = call) -> tuple[mx.array, mx.array]:
+    def encode(self, x: mx.array, run: Runner = call) -> tuple[mx.array, mx.array]:
         """Encodes an image.
 
         Args:
@@ -340,7 +340,7 @@ class VAE(nn.Module):
         mean, logvar = mx.split(self.encoder(x.astype(self.dtype), run), 2, axis=-1)
         return mean, mx.clip(logvar, -30.0, 20.0)
 
-    def decode(self, z: mx.array, run: Run = call) -> mx.array:
+    def decode(self, z: mx.array, run: Runner = call) -> mx.array:
         """Decodes latents.
 
         Args:

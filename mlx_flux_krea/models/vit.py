@@ -9,7 +9,7 @@ import mlx.nn as nn
 import numpy as np
 from PIL import Image, ImageOps
 
-from . import Run, call
+from . import Runner, call
 from .filter_config import NSFW_VIT, ViTConfig
 
 
@@ -85,7 +85,7 @@ class ViT(nn.Module):
         """(B, N, C) to logits (B, 2), from the class token alone."""
         return self.classifier(self.layernorm(x[:, 0]))
 
-    def __call__(self, pixels: mx.array, run: Run = call) -> mx.array:
+    def __call__(self, pixels: mx.array, run: Runner = call) -> mx.array:
         """Computes the logits of pictures.
 
         Args:

@@ -11,10 +11,10 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import UsageError
-from ..presets import NOT_REPRODUCIBLE, RECIPES, Recipe
+from ..presets import NOT_REPRODUCIBLE, RECIPES, NoiseRecipe
 
 
-def find_recipe(name: str) -> Recipe:
+def find_recipe(name: str) -> NoiseRecipe:
     """Returns a row of `presets.RECIPES` by its name.
 
     Raises:
@@ -29,7 +29,7 @@ def find_recipe(name: str) -> Recipe:
 
 
 def draw(
-    recipe: str | Recipe, seed: int | Sequence[int], shape: tuple[int, int, int, int], dtype: mx.Dtype
+    recipe: str | NoiseRecipe, seed: int | Sequence[int], shape: tuple[int, int, int, int], dtype: mx.Dtype
 ) -> mx.array:
     """Draws initial noise.
 
@@ -56,7 +56,7 @@ class Stream:
         dtype: the compute type.
     """
 
-    def __init__(self, recipe: str | Recipe, seed: int, dtype: mx.Dtype):
+    def __init__(self, recipe: str | NoiseRecipe, seed: int, dtype: mx.Dtype):
         self._recipe = find_recipe(recipe) if isinstance(recipe, str) else recipe
         self._dtype = dtype
         self._draw_dtype = getattr(mx, self._recipe.dtype) if self._recipe.dtype else dtype
