@@ -92,7 +92,7 @@ class Request:
         steps = self.num_inference_steps or len(sigmas) or index.defaults.num_inference_steps
         strength = presets.STRENGTH if self.strength is None else self.strength
         if self.image is not None and first_step(steps, strength) >= steps:
-            raise UsageError(f"strength {strength:g} of {amount(steps, 'step')} runs no step", "more of either")
+            raise UsageError(f"`strength` {strength:g} of {amount(steps, 'step')} runs no step", "more of either")
         guidance = index.defaults.guidance_scale if self.guidance_scale is None else self.guidance_scale
         return ResolvedRequest(
             prompt=self._texts(self.prompt),
@@ -153,10 +153,10 @@ class Request:
         if self.sigmas is not None:
             levels = self.sigmas if isinstance(self.sigmas, tuple) else ()
             for level in levels:
-                _check_float("a level of sigmas", level, 0.0, 1.0)
+                _check_float("sigmas", level, 0.0, 1.0, part="a level of ")
             if not levels or not all(a > b for a, b in pairwise((*levels, 0.0))):
-                raise UsageError("sigmas are not falling numbers in (0, 1]", "noise levels before the shift")
-            _check_int("the number of sigmas", len(levels), 1, MAX_STEPS)
+                raise UsageError("`sigmas` are not falling numbers in (0, 1]", "noise levels before the shift")
+            _check_int("sigmas", len(levels), 1, MAX_STEPS, part="the number of ")
             if self.num_inference_steps not in (None, len(levels)):
                 raise UsageError(
                     f"{amount(len(levels), 'sigma')} and {amount(self.num_inference_steps, 'step')}", "one of them"
@@ -169,37 +169,37 @@ class Request:
             text = embeds.removesuffix("_embeds")
             has_text, has_embeds, has_pooled = (getattr(self, name) is not None for name in (text, embeds, pooled))
             if has_embeds != has_pooled:
-                raise UsageError(f"one of {embeds} and its pooled form is missing", "both, from encode_prompt")
+                raise UsageError(f"one of `{embeds}` and its pooled form is missing", "both, from encode_prompt")
             if has_text and has_embeds:
-                raise UsageError(f"{text} and {embeds} are both given", "one of them")
+                raise UsageError(f"`{text}` and `{embeds}` are both given", "one of them")
             if not has_text and getattr(self, f"{text}_2") is not None:
-                raise UsageError(f"{text}_2 is given without {text}", "both")
+                raise UsageError(f"`{text}_2` is given without `{text}`", "both")
         if self.prompt is None and self.prompt_embeds is None:
             raise UsageError("there is no prompt", "a text; an empty one is allowed")
         negative = self.negative_prompt is not None or self.negative_prompt_embeds is not None
-        scale = f"true_cfg_scale {self.true_cfg_scale:g}"
+        scale = f"`true_cfg_scale` {self.true_cfg_scale:g}"
         if negative and not self.true_cfg_scale > 1:
-            todo = "set true_cfg_scale (it doubles the time of a step)"
+            todo = "set `true_cfg_scale` (it doubles the time of a step)"
             raise UsageError(f"a negative prompt does nothing at {scale}", "above 1", todo)
         if self.true_cfg_scale > 1 and not negative:
             raise UsageError(f"{scale} needs a negative prompt", "one, even an empty one")
         for name in _TEXTS:
             texts = getattr(self, name)
             if isinstance(texts, tuple) and len(texts) != self._prompts:
-                raise UsageError(f"{amount(len(texts), 'text')} in {name}", f"as many as prompts, {self._prompts}")
+                raise UsageError(f"{amount(len(texts), 'text')} in `{name}`", f"as many as prompts, {self._prompts}")
 
     def _check_options(self, flux: FluxConfig) -> None:
         if self.guidance_scale is not None and not flux.guidance_embed:
-            raise UsageError("guidance_scale does nothing: this model has no guidance embedding", "", "leave it out")
+            raise UsageError("`guidance_scale` does nothing: this model has no guidance embedding", "", "leave it out")
         if self.strength is not None and self.image is None:
-            raise UsageError("strength does nothing without an image", "", "add an image, or leave it out")
+            raise UsageError("`strength` does nothing without an image", "", "add an image, or leave it out")
         if self.output_type not in OUTPUT_TYPES:
-            raise UsageError(f"output_type is {self.output_type!r}", f"one of {', '.join(OUTPUT_TYPES)}")
+            raise UsageError(f"`output_type` is {self.output_type!r}", f"one of {', '.join(OUTPUT_TYPES)}")
         if not isinstance(self.noise, str):
-            raise UsageError(f"noise is {self.noise!r}", "the name of a recipe")
+            raise UsageError(f"`noise` is {self.noise!r}", "the name of a recipe")
         find_recipe(self.noise)
         if self.latents is not None and (self.seed is not None or self.image is not None):
-            raise UsageError("latents are given beside a seed or an image", "one of them: latents are the start")
+            raise UsageError("`latents` are given with `seed` or `image`", "one of them: latents are the start")
         if self._batch > MAX_BATCH:
             raise UsageError(f"{self._batch} images in one call", f"{MAX_BATCH} at most", "make several calls")
         if isinstance(self.seed, tuple) and len(self.seed) != self._batch:
@@ -216,16 +216,16 @@ class Request:
                 continue
             shape = getattr(self, embeds).shape
             if len(shape) != 3 or shape[2] != flux.context_in_dim or 0 in shape:
-                raise UsageError(f"{embeds} has shape {shape}", f"(prompts, tokens, {flux.context_in_dim})")
+                raise UsageError(f"`{embeds}` has shape {shape}", f"(prompts, tokens, {flux.context_in_dim})")
             if embeds.startswith("negative") and shape[0] not in (1, self._prompts):
-                raise UsageError(f"{embeds} holds {shape[0]} prompts", f"one, or {self._prompts}")
+                raise UsageError(f"`{embeds}` holds {shape[0]} prompts", f"one, or {self._prompts}")
             shapes[pooled] = (shape[0], flux.vec_in_dim)
         for name in _ARRAYS:
             if (array := getattr(self, name)) is None:
                 continue
             if array.shape != shapes.get(name, array.shape):
-                raise UsageError(f"{name} has shape {array.shape}", f"{shapes[name]}")
-            check_values(name, array)
+                raise UsageError(f"`{name}` has shape {array.shape}", f"{shapes[name]}")
+            check_values(f"`{name}`", array)
 
     def _floored_size(self, index: ModelIndex, multiple: int) -> tuple[int, int, tuple[str, ...]]:
         """Returns width and height as the model can make them, and a note where they are not the size asked for."""
@@ -372,7 +372,7 @@ def open_image(image: Image.Image | str | os.PathLike | None) -> Image.Image | N
     if image is None or _is_open(image):
         return image
     if not isinstance(image, str | os.PathLike | Image.Image):
-        raise UsageError(f"image is {type(image).__name__}", "a PIL image or a path")
+        raise UsageError(f"`image` is {type(image).__name__}", "a PIL image or a path")
     image = os.path.expanduser(image) if isinstance(image, str | os.PathLike) else image
     name = image if isinstance(image, str) else "the image"
     with opened(image) as file:
@@ -433,7 +433,7 @@ def _array(name: str, value) -> mx.array:
         array = value if isinstance(value, mx.array) else mx.array(value)
         mx.eval(array)
     except Exception:  # of whatever library made it
-        raise UsageError(f"{name} is {type(value).__name__}, and cannot be read as an array", "an mlx array") from None
+        raise UsageError(f"`{name}` is {type(value).__name__}, which is no array", "an mlx array") from None
     return array
 
 
@@ -441,24 +441,24 @@ def _check_texts(name: str, texts) -> None:
     if texts is None:
         return
     if not isinstance(texts, str | tuple):
-        raise UsageError(f"{name} is {type(texts).__name__}", "a text or a list of texts")
+        raise UsageError(f"`{name}` is {type(texts).__name__}", "a text or a list of texts")
     if texts == ():
-        raise UsageError(f"{name} is an empty list", "at least one text")
+        raise UsageError(f"`{name}` is an empty list", "at least one text")
     for text in (texts,) if isinstance(texts, str) else texts:
         if not isinstance(text, str):
-            raise UsageError(f"{name} holds {type(text).__name__}", "texts")
+            raise UsageError(f"`{name}` holds {type(text).__name__}", "texts")
         try:
             text.encode("utf-8")
         except UnicodeEncodeError:
             todo = "check the terminal's or the file's encoding"
-            raise UsageError(f"{name} is not valid UTF-8", "text", todo) from None
+            raise UsageError(f"`{name}` is not valid UTF-8", "text", todo) from None
 
 
-def _check_int(name: str, value, low: int, high: int) -> None:
+def _check_int(name: str, value, low: int, high: int, part: str = "") -> None:
     if value is not None and (type(value) is not int or not low <= value <= high):
-        raise UsageError(f"{name} is {reprlib.repr(value)}", f"a whole number from {low} to {high}")
+        raise UsageError(f"{part}`{name}` is {reprlib.repr(value)}", f"a whole number from {low} to {high}")
 
 
-def _check_float(name: str, value, low: float, high: float) -> None:
+def _check_float(name: str, value, low: float, high: float, part: str = "") -> None:
     if value is not None and (type(value) not in (int, float) or not low <= value <= high):
-        raise UsageError(f"{name} is {reprlib.repr(value)}", f"a number from {low:g} to {high:g}")
+        raise UsageError(f"{part}`{name}` is {reprlib.repr(value)}", f"a number from {low:g} to {high:g}")

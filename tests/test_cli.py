@@ -1,5 +1,6 @@
 """The installed command, as a user runs it: effects, messages and exit codes together."""
 
+import ast
 import json
 import os
 import re
@@ -25,6 +26,7 @@ from helpers import (
 )
 from PIL import Image
 
+from mlx_flux_krea import cli
 from mlx_flux_krea.errors import printable
 from mlx_flux_krea.provenance import Picture
 
@@ -392,8 +394,8 @@ def refused(result, code, says):
         (["--seed", "-1"], 2, "is not in the range"),
         (["--noise", "fal"], 2, "cannot be repeated"),
         (["-n", "0"], 2, "0 is not in the range"),
-        (["--negative-prompt", "x"], 2, "true_cfg_scale"),
-        (["--true-cfg-scale", "2"], 2, "needs a negative prompt"),
+        (["--negative-prompt", "x"], 2, "does nothing at --true-cfg-scale 1; expected above 1; set --true-cfg-scale ("),
+        (["--true-cfg-scale", "2"], 2, "flux-krea: --true-cfg-scale 2 needs a negative prompt"),
         (["--strength", "0.5"], 2, "without an image"),
         (["--image", "nothing.png"], 2, "cannot be opened"),
         (["--dtype", "int8"], 2, "'int8' is not one of"),
@@ -603,3 +605,54 @@ def test_inspect_shows_a_model_folder_of_any_size(command, model):
     assert facts["kind"] == "model folder"
     assert facts["components"]["vae"]["parameters"] == 448147
     assert facts["filters"] == "none"
+
+
+# --- the table of verbs ---
+
+
+def test_the_table_has_the_first_sentence_of_each_verbs_own_help():
+    for name, verb in cli.VERBS.items():
+        command = verb.load()
+        assert (command.name, command.get_short_help_str(100)) == (name, verb.help)
+        assert len(verb.help) <= 80 - 6 - max(map(len, cli.VERBS)), "it does not fit a line of 80 columns"
+    assert list(cli.VERBS) == sorted(cli.VERBS)
+
+
+def test_every_file_of_a_verb_is_in_the_table():
+    files = {path.stem for path in (ROOT / "mlx_flux_krea" / "commands").glob("*.py")} - {"__init__"}
+    assert {verb.module for verb in cli.VERBS.values()} == files
+
+
+def test_help_loads_no_verb(tmp_path):
+    script = (
+        "import sys; from mlx_flux_krea import cli\n"
+        "try: cli.main(['--help'])\n"
+        "finally: print(*sys.modules, file=sys.stderr)"
+    )
+    ran = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
+    modules = set(ran.stderr.split())
+    assert {"mlx", "numpy", "PIL", "tqdm"}.isdisjoint(modules)
+    assert {f"mlx_flux_krea.commands.{verb.module}" for verb in cli.VERBS.values()} & modules == {
+        "mlx_flux_krea.commands.completion"
+    }
+
+
+def test_what_verbs_share_imports_no_verb():
+    verbs = {verb.module for verb in cli.VERBS.values()}
+    for path in (ROOT / "mlx_flux_krea" / "commands" / "shared").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = {alias.name for alias in node.names} if isinstance(node, ast.ImportFrom) else set()
+            module = getattr(node, "module", None) or ""
+            assert not (isinstance(node, ast.ImportFrom) and node.level == 2), f"{path.name} imports {module} {names}"
+            assert not (module == "mlx_flux_krea.commands" and names & verbs), path.name
+            assert module.removeprefix("mlx_flux_krea.commands.").split(".")[0] not in verbs, path.name
+
+
+def test_imports_stand_at_the_tops_of_files():
+    """But in doctor, which reports libraries that cannot be imported, and for the message of an error in cli.py."""
+    inside = set()
+    for path in [ROOT / "mlx_flux_krea" / "cli.py", *(ROOT / "mlx_flux_krea" / "commands").rglob("*.py")]:
+        functions = (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef))
+        if any(isinstance(node, ast.Import | ast.ImportFrom) for one in functions for node in ast.walk(one)):
+            inside.add(path.name)
+    assert inside == {"cli.py", "doctor.py"}
