@@ -79,13 +79,17 @@ def test_help_fits_the_screen_and_shows_an_example(tmp_path):
 
 
 def start(arguments, folder, patch="", python=()):
-    """The command as a process of its own, with a patch of this program's code that makes a moment visible."""
+    """The command as a process of its own, with a patch of this program's code that makes a moment visible.
+
+    A patch that calls `sys.stdin.read()` waits there until `end` has sent its signal and closes this input.
+    """
     code = f"import os, sys, time\nfrom mlx_flux_krea import cli\n{patch}\ncli.main(sys.argv[1:])"
     program = ["-c", code] if patch else [str(Path(sys.executable).parent / "flux-krea")]
     command = [sys.executable, *python, *program, *map(str, arguments)]
     return subprocess.Popen(
-        command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+        command, cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
 
 
 def end(process, sent, marker, count=1):
@@ -187,7 +191,7 @@ def test_a_second_ctrl_c_does_not_disturb_what_the_first_undoes(tmp_path):
 import shutil
 from mlx_flux_krea import convert
 component, remove = convert.write_component, shutil.rmtree
-def write_component(*args): print("moment", file=sys.stderr, flush=True); component(*args); time.sleep(60)
+def write_component(*args): print("moment", file=sys.stderr, flush=True); component(*args); sys.stdin.read()
 def rmtree(*args, **kwargs): os.kill(os.getpid(), 2); remove(*args, **kwargs)
 convert.write_component, shutil.rmtree = write_component, rmtree"""
     process = start(["convert", PIPELINE, "--tokenizers", TOKENIZERS, "-o", "tiny"], tmp_path, patch)
@@ -202,7 +206,7 @@ from mlx_flux_krea import pipeline
 def call(*args, **options):
     try:
         print("moment", file=sys.stderr, flush=True)
-        time.sleep(60)
+        sys.stdin.read()
     finally:
         open("nowhere/at all")
 pipeline.FluxPipeline.generate = call"""
@@ -218,19 +222,22 @@ pipeline.FluxPipeline.generate = call"""
 )
 def test_a_signal_ends_converting_and_leaves_nothing_or_the_whole(tmp_path, moment):
     name = moment.split()[1 if moment.startswith("after") else 0]
+    count = 2 if moment.endswith("again") else 1
     room = "convert" if name == "write_component" else "convert.folder"
     patch = f"""
 from mlx_flux_krea import convert
 import mlx_flux_krea.convert.folder
 original = {room}.{name}
+moments = []
 def visible(*args):
     if {moment.startswith("after")}: original(*args)
-    print("moment", file=sys.stderr, flush=True)
-    time.sleep(0.3)
+    moments.append(print("moment", file=sys.stderr, flush=True))
+    if len(moments) == {count}:
+        sys.stdin.read()
     if not {moment.startswith("after")}: original(*args)
 {room}.{name} = visible"""
     process = start(["convert", PIPELINE, "--tokenizers", TOKENIZERS, "-o", "tiny"], tmp_path, patch)
-    out, err = end(process, signal.SIGINT, "moment", 2 if moment.endswith("again") else 1)
+    out, err = end(process, signal.SIGINT, "moment", count)
     if "_place" in moment:
         assert (process.returncode, out) == (0, "tiny\n"), err
         assert [p.name for p in tmp_path.iterdir()] == ["tiny"]

@@ -909,8 +909,8 @@ def test_a_disk_that_fills_up_leaves_nothing(source, tmp_path, monkeypatch):
 
 
 def test_a_killed_conversion_leaves_no_model_and_the_next_one_clears_up(source, tmp_path, monkeypatch):
-    command = [sys.executable, "-c", _KILLED, source, tmp_path / "out", TOKENIZERS]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, "-c", _HELD, source, tmp_path / "out", TOKENIZERS]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "writing\n"
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -958,18 +958,18 @@ def test_fifty_kills_at_random_moments_leave_a_whole_model_or_none(source, tmp_p
     assert hidden(tmp_path) == []
 
 
-_KILLED = """
+_HELD = """
 import sys, time
 from mlx_flux_krea.convert import convert
 def progress(component, done, total):
     print("writing", flush=True)
-    time.sleep(60)
+    sys.stdin.readline()
 convert([sys.argv[1]], sys.argv[2], dtype="float32", tokenizers=sys.argv[3], progress=progress)
 """
 
 
 def test_two_conversions_at_once_do_not_disturb_one_another(source, tmp_path):
-    slow = _KILLED.replace("time.sleep(60)", "time.sleep(0.005)")
+    slow = _HELD.replace("sys.stdin.readline()", "time.sleep(0.005)")
     command = [sys.executable, "-c", slow, source, tmp_path / "out", TOKENIZERS]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     assert process.stdout.readline() == "writing\n"
@@ -981,8 +981,7 @@ def test_two_conversions_at_once_do_not_disturb_one_another(source, tmp_path):
 
 
 def test_a_target_that_another_conversion_writes_is_refused_and_left_to_it(source, tmp_path):
-    slow = _KILLED.replace("time.sleep(60)", "sys.stdin.readline()")
-    command = [sys.executable, "-c", slow, source, tmp_path / "out", TOKENIZERS]
+    command = [sys.executable, "-c", _HELD, source, tmp_path / "out", TOKENIZERS]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "writing\n"
     for force in (False, True):

@@ -156,13 +156,13 @@ def sha_of(name: str) -> str:
 
 
 STOPPED = """
-import sys, time
+import sys
 from mlx_flux_krea import cli
 from mlx_flux_krea.filters import judges
 asked = judges.self_test
 def self_test(*args):
     print("moment", file=sys.stderr, flush=True)
-    time.sleep(0.5)
+    sys.stdin.read()  # until the signal was sent
     return asked(*args)
 judges.self_test = self_test
 cli.main(sys.argv[1:])
@@ -174,8 +174,9 @@ def test_ctrl_c_ends_the_self_test_of_a_filter_that_has_its_place(sources, krea,
     """It is untried then, which is not enough, and the next one goes on."""
     acknowledge(krea[0])
     process = subprocess.Popen(
-        [sys.executable, "-c", STOPPED, "convert", str(sources[0])], cwd=tmp_path, stderr=subprocess.PIPE, text=True
-    )
+        [sys.executable, "-c", STOPPED, "convert", str(sources[0])],
+        cwd=tmp_path, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
     assert any("moment" in line for line in process.stderr)
     process.send_signal(signal.SIGINT)
     assert "flux-krea: interrupted" in process.communicate(timeout=30)[1]

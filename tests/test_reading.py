@@ -7,9 +7,9 @@ import os
 import random
 import re
 import shutil
+import threading
 import time
 from concurrent.futures import CancelledError
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -120,9 +120,15 @@ def test_stopping_does_not_wait_for_the_hash_of_a_large_file(tmp_path):
     large = tmp_path / "large"
     with open(large, "wb") as file:
         file.truncate(2**34)  # with nothing on the disk
+    started = threading.Event()
+
+    def hash_large(*args, **options):
+        started.set()
+        return sha256(large, *args, **options)
+
     start = time.perf_counter()
-    with hashing({large: partial(sha256, large)}) as hashes:
-        time.sleep(0.1)
+    with hashing({large: hash_large}) as hashes:
+        assert started.wait(30)
     assert time.perf_counter() - start < 5
     with pytest.raises(CancelledError):
         hashes[large].result()
