@@ -26,7 +26,7 @@ from mlx_flux_krea.convert import convert
 from mlx_flux_krea.convert.quantize import Recipe, choose
 
 from mlx_flux_krea import FluxPipeline
-from mlx_flux_krea.memory import _planes
+from mlx_flux_krea.memory import WorkingMemory
 from mlx_flux_krea.models import config, vae
 from mlx_flux_krea.models.filter_config import PIXTRAL_12B
 from mlx_flux_krea.models.layers import choose_products
@@ -90,13 +90,13 @@ def coders(side: int, dtype: mx.Dtype) -> dict[str, tuple[int, int]]:
     network.update(tree_map(lambda a: a.astype(dtype), network.parameters()))
     x, z = mx.zeros((1, side, side, 3), dtype), mx.zeros((1, side // 8, side // 8, 16), dtype)
     mx.eval(network.parameters(), x, z)
-    peaks = {}
+    peaks, predicted = {}, WorkingMemory(dtype, "cpu")
     for stage, coder, given in (("image", network.encode, x), ("decode", network.decode, z)):
         mx.clear_cache()
         base = mx.get_active_memory()
         mx.reset_peak_memory()
         mx.eval(coder(given, evaluated))
-        peaks[stage] = _planes(sizes, stage, side, side, dtype, "cpu"), mx.get_peak_memory() - base
+        peaks[stage] = predicted.strips(sizes, stage, width=side, height=side), mx.get_peak_memory() - base
     return peaks
 
 
@@ -128,8 +128,8 @@ def pixtral_peaks(folder: Path) -> dict[str, int]:
         mx.clear_cache()
         base = mx.get_active_memory()
         mx.reset_peak_memory()
-        blocks = Blocks(network, found, pieces if images else network.layers, mx.bfloat16, 0)
-        with blocks.reading(1) as run:
+        blocks = Blocks(network, found, pieces if images else network.layers, dtype=mx.bfloat16, budget=0)
+        with blocks.streaming(1) as run:
             network.margin(ids, seen, run).item()
         peaks[what] = mx.get_peak_memory() - base
     return peaks
@@ -154,10 +154,12 @@ def main():
         for precision in args.precision:
             path = convert(files, Path(folder) / precision, quantize=precision, tokenizers=TOKENIZERS).path
             kept = drawn(path, "auto", args)
-            assert kept["plan"].blocks == kept["plan"].of, "this machine has too little memory to compare"
+            assert kept["plan"].resident_blocks == kept["plan"].total_blocks, (
+                "this machine has too little memory to compare"
+            )
             kept.pop("pipe")
             streamed = drawn(path, kept["plan"].least, args)
-            assert streamed["plan"].blocks == 0
+            assert streamed["plan"].resident_blocks == 0
             reading = read_seconds(streamed["pipe"])
             hidden = 1 - max(streamed["step"] - kept["step"], 0) / reading
             for how, run in (("kept", kept), ("streamed", streamed)):

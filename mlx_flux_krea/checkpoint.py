@@ -1,4 +1,4 @@
-"""What an unfinished run has reached, in a private file: latents after a step, and what else decides the rest.
+"""The private file of an unfinished run: latents after a step, and everything that decides the steps left.
 
     HOME/interrupted/NAME.safetensors
         latents    (B, L, C) float32 after `done` steps; not there before the first
@@ -6,8 +6,8 @@
         metadata   "flux-krea": {"format", "done", "total", "run"} as JSON; the command knows what is in "run"
 
 Folder and file are for their owner alone: of a model that requires filters, latents are a picture that nobody has
-judged. A file takes its name when it is complete. Whoever draws holds its lock, so that nobody else goes on with it;
-the lock goes with the process, however that ends.
+judged. A file takes its name when it is complete. The process that runs holds its lock, so that no other resumes it;
+the lock ends with the process, however that ends.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ from .weights import read_header
 logger = logging.getLogger("mlx_flux_krea")
 
 EVERY = 1.0  # seconds: steps that follow each other faster are not all written
-KEEP_DAYS = 30  # then a file that nobody went on with is deleted
+KEEP_DAYS = 30  # then a file that nobody resumed is deleted
 _FORMAT = 2
 _KEY = "flux-krea"
 _LONGEST = 2**26  # characters of JSON
@@ -40,15 +40,15 @@ _KINDS = {"latents": ("F32", 3), "image": ("U8", 3)}  # types and dimensions
 
 
 class Checkpoint:
-    """Where a run is kept while it goes on, and from where it is gone on with.
+    """The file that a run is saved in while it lasts, and resumed from.
 
     Attributes:
         path: of its file.
-        run: what the command keeps in it, as JSON.
-        done: steps that the picture at hand has behind it.
-        total: of how many; 0 before the first.
+        run: the command's description of the run, as JSON.
+        done: finished steps of the current picture.
+        total: all its steps; 0 before the first.
         image: its input image, (H, W, 3) uint8, or None.
-        is_ours: whether it was read from our own folder.
+        is_ours: True where it was read from our own folder.
     """
 
     def __init__(self, run: dict):
@@ -57,19 +57,19 @@ class Checkpoint:
         self.done = self.total = 0
         self.image: np.ndarray | None = None
         self._latents: np.ndarray | None = None
-        self._source: Path | None = None  # a file that was read, and whose latents were not yet
+        self._source: Path | None = None  # a file that was opened, and its latents not yet read
         self._lock: int | None = None
         self._written = 0.0
         self._failed = False
 
     @classmethod
     def read(cls, path: Path) -> "Checkpoint":
-        """What a file holds; it may be anybody's. Its latents are read when their shape is known to be right.
+        """Reads a file, which may be anybody's. Its latents are read once their shape is known to be right.
 
-        A file outside of our folder is left as it is: the run goes on in a new one.
+        A file outside of our folder is left as it is: the run continues in a new one.
 
         Raises:
-            UsageError: missing, damaged, not such a file, or one whose run is still going on.
+            UsageError: missing, damaged, another kind of file, or one whose run has not ended.
         """
         facts, shapes = _header(path)
         checkpoint = cls(facts["run"])
@@ -82,21 +82,21 @@ class Checkpoint:
 
     @property
     def name(self) -> str:
-        """What `find` finds it by; of a file that was read elsewhere and not written yet, that file's path."""
+        """The name that `find` takes; for a file outside of our folder, and not written yet, that file's path."""
         return self.path.stem if self.path.exists() else str(self._source)
 
     @property
     def exists(self) -> bool:
-        """Whether there is anything to go on from."""
+        """True where there is a file to resume from."""
         return self.path.exists() or self._source is not None
 
     @property
     def is_denoised(self) -> bool:
-        """Whether only decoding is left."""
+        """True where only decoding is left."""
         return bool(self.total) and self.done == self.total
 
     def latents(self, shape: tuple[int, ...], total: int) -> np.ndarray | None:
-        """Latents to go on from, float32; None: from the beginning.
+        """Returns latents to continue from, float32; None: the picture starts at its first step.
 
         Args:
             shape: that they must have.
@@ -105,26 +105,24 @@ class Checkpoint:
         Raises:
             UsageError: they are of another picture, or hold NaN or infinities.
         """
-        if self._latents is None and self._source is None:
-            return None
-        if self._latents is None:
+        if self._latents is None and self._source is not None:
             found = _header(self._source)[1].get("latents")
             if found != tuple(shape) or self.total != total:
-                what = f"{self._source} holds latents {found} of {self.total} steps"
-                raise UsageError(what, f"{tuple(shape)} of {total}", "it was damaged, or made for another picture")
+                held = f"{self._source} holds latents {found} of {self.total} steps"
+                raise UsageError(held, f"{tuple(shape)} of {total}", "it was damaged, or made for another picture")
             self._latents = _tensor(self._source, "latents")
-        if not np.isfinite(self._latents).all():
+        if self._latents is not None and not np.isfinite(self._latents).all():
             raise UsageError(f"{self._source} holds NaN or infinities", "finite latents", "it was damaged")
         return self._latents
 
-    def reached(self, done: int, total: int, latents: np.ndarray) -> None:
-        """Takes in the latents after a step; writes them at once after the last step, else at most once a second."""
+    def save_step(self, done: int, total: int, latents: np.ndarray) -> None:
+        """Takes the latents after a step; writes them at once after the last step, else at most once a second."""
         self.done, self.total, self._latents = done, total, latents
         if done == total or time.monotonic() - self._written >= EVERY:
             self.write()
 
-    def begin(self, run: dict, image: np.ndarray | None = None) -> None:
-        """A new picture of the run, from its beginning.
+    def start_picture(self, run: dict, image: np.ndarray | None = None) -> None:
+        """Starts the next picture of the run.
 
         Args:
             run: as the attribute.
@@ -134,11 +132,11 @@ class Checkpoint:
         self.write()
 
     def write(self) -> None:
-        """Writes all of it. Where that fails the run goes on, and a note says that it cannot be resumed."""
+        """Writes the file. If that fails the run continues, and a note says that it cannot be resumed."""
         if self._failed:
             return
         try:
-            if self._latents is None and self._source is not None:  # it was read, and is as it was
+            if self._latents is None and self._source is not None:  # nothing has changed since it was read
                 return
             self._write()
         except (OSError, FluxKreaError) as error:
@@ -147,13 +145,13 @@ class Checkpoint:
         self._written = time.monotonic()
 
     def close(self) -> None:
-        """Lets others go on with it."""
+        """Releases the lock, so that others may resume it."""
         if self._lock is not None:
             os.close(self._lock)
         self._lock = None
 
     def remove(self) -> None:
-        """Deletes the file: there is nothing left to do."""
+        """Deletes the file, when nothing is left to do."""
         with contextlib.suppress(OSError):
             self.path.unlink(missing_ok=True)
         self.close()
@@ -162,7 +160,7 @@ class Checkpoint:
         facts = {"format": _FORMAT, "done": self.done, "total": self.total, "run": self.run}
         text = json.dumps(facts)
         if len(text) > _LONGEST:
-            raise UsageError("it has too much text")
+            raise UsageError("the run has too much text")
         tensors = {"latents": self._latents, "image": self.image}
         encoded = save({name: array for name, array in tensors.items() if array is not None}, {_KEY: text})
         self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -183,13 +181,13 @@ class Checkpoint:
 
 
 def folder() -> Path:
-    """Where files of unfinished runs lie."""
+    """Returns the folder of unfinished runs."""
     return home.path(home.CHECKPOINTS)
 
 
 def unfinished() -> list[Path]:
-    """Files that can be gone on with, newest first. What is too old, or was left half-written, is deleted."""
-    found = {}
+    """Returns the files that can be resumed, newest first. Deletes files that are too old or half-written."""
+    found: dict[Path, float] = {}
     for path in [*folder().glob(".*.partial"), *folder().glob("*.safetensors")]:
         with contextlib.suppress(OSError, UsageError):
             lock, seconds = _locked(path), path.stat().st_mtime
@@ -198,11 +196,11 @@ def unfinished() -> list[Path]:
             else:
                 found[path] = seconds
             os.close(lock)
-    return sorted(found, key=found.get, reverse=True)
+    return sorted(found, key=lambda path: found[path], reverse=True)
 
 
 def find(name: str | None) -> Path:
-    """The file meant by a path or a name; None: the newest.
+    """Returns the file with this path or name; None: the newest.
 
     Raises:
         UsageError: there is none.
@@ -216,14 +214,22 @@ def find(name: str | None) -> Path:
 
 
 def _locked(path: Path) -> int:
-    """The file, open and locked."""
+    """Opens and locks a file.
+
+    Raises:
+        UsageError: another process holds the lock.
+    """
     if (descriptor := try_lock(path, create=False)) is not None:
         return descriptor
-    raise UsageError(f"the run of {path} is still going on", "one that has ended", "wait for it, or stop it")
+    raise UsageError(f"the run of {path} has not ended", "an interrupted run", "wait for it, or stop it")
 
 
 def _header(path: Path) -> tuple[dict, dict[str, tuple[int, ...]]]:
-    """The JSON and the shapes of a file, when both are such as we write them."""
+    """Returns the JSON and the shapes of a file, checked.
+
+    Raises:
+        UsageError: not a file as `Checkpoint.write` writes it.
+    """
     whole = "a file that an unfinished run left behind"
     try:
         infos, metadata = read_header(path)
@@ -233,23 +239,29 @@ def _header(path: Path) -> tuple[dict, dict[str, tuple[int, ...]]]:
     except FluxKreaError as error:
         raise UsageError(error.found, whole) from None
     except (KeyError, ValueError, RecursionError):
-        raise UsageError(f"{path} does not say what it is", whole) from None
+        raise UsageError(f"{path} has no description of a run", whole) from None
     shapes = {name: info.shape for name, info in infos.items()}
     kinds = {name: (info.dtype, len(info.shape)) for name, info in infos.items()}
-    counts = [facts.get(name) for name in ("format", "done", "total")] if isinstance(facts, dict) else []
+    facts = facts if isinstance(facts, dict) else {}
+    version, done, total = (_count(facts.get(name)) for name in ("format", "done", "total"))
     sound = (
         kinds.items() <= _KINDS.items()
-        and [type(count) for count in counts] == [int] * 3
-        and 0 <= counts[1] <= counts[2]
-        and ("latents" in kinds) == (counts[1] > 0)
+        and min(version, done, total) >= 0
+        and done <= total
+        and ("latents" in kinds) == (done > 0)
         and isinstance(facts.get("run"), dict)
     )
     height, width, colours = shapes.get("image", (1, 1, 3))
-    if not sound or colours != 3 or not 0 < height * width <= 2 * Image.MAX_IMAGE_PIXELS:
-        raise UsageError(f"{path} holds something else", whole)
-    if counts[0] != _FORMAT:
-        raise UsageError(f"{path} has format {counts[0]}", f"format {_FORMAT}", "go on with the version that wrote it")
+    if not sound or colours != 3 or not 0 < height * width <= 2 * (Image.MAX_IMAGE_PIXELS or 2**27):
+        raise UsageError(f"{path} is another kind of file", whole)
+    if version != _FORMAT:
+        raise UsageError(f"{path} has format {version}", f"format {_FORMAT}", "use the version that wrote it")
     return facts, shapes
+
+
+def _count(value) -> int:
+    """Returns a whole number; -1 for anything else."""
+    return value if type(value) is int else -1
 
 
 def _tensor(path: Path, name: str) -> np.ndarray:

@@ -1,8 +1,8 @@
 """From a resolved request to pixels: text, input image, modulation, denoising, decoding, in this order.
 
-Networks, sampler and noise are functions; this file decides what is evaluated when, what is kept, which seed draws
-what, and where a run can be stopped. It asks nobody whether it may: `pipeline.py` does. All of it happens in the
-worker's thread.
+Networks, sampler and noise are functions; this file decides their order, when arrays are evaluated, which of them stay
+in memory, which seed draws which noise, and where a run can be stopped. It does not decide whether a picture may be
+made: `pipeline.py` does. All of it happens in the worker's thread.
 """
 
 import contextlib
@@ -10,19 +10,20 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_map
+from PIL import Image
 
 from .checkpoint import Checkpoint
 from .errors import ModelError
-from .memory import GB, Plan
+from .memory import GB, MemoryPlan
 from .models import tiles
 from .models.transformer import Flux, rope
 from .models.vae import VAE, pixels_from_image, pixels_to_bytes
-from .prompts import Encoded, PromptEncoder
+from .prompts import EncodedPrompt, PromptEncoder
 from .request import ResolvedRequest
 from .residency import Blocks
 from .sampling import noise as noises
@@ -43,11 +44,74 @@ class Observers:
     checkpoint: Checkpoint | None = None
 
 
+@dataclass(frozen=True)
+class Generated:
+    """The pictures of a request, which nobody has judged, and a report of the run.
+
+    Attributes:
+        images: pixels (H, W, 3) of each picture, or latents (B, L, 64) where the request asks for these.
+        notes: sentences about prompts that were cut off.
+        seconds: of each stage.
+        peaks: memory of each stage, in bytes.
+    """
+
+    images: list[np.ndarray] | mx.array
+    notes: tuple[str, ...]
+    seconds: dict[str, float]
+    peaks: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """Encoded prompts, P of them; and as many negative ones, or none."""
+
+    positive: list[EncodedPrompt]
+    negative: list[EncodedPrompt]
+
+    @property
+    def both(self) -> list[EncodedPrompt]:
+        """Positive, then negative ones."""
+        return [*self.positive, *self.negative]
+
+
+@dataclass(frozen=True)
+class _Steps:
+    """The steps of a run.
+
+    Attributes:
+        width: of the latents.
+        height: of the latents.
+        sigmas: noise levels of all steps of the schedule, and 0.
+        start: index of the first step that runs; an input image skips the steps before it.
+        done: steps that an interrupted run has behind it.
+    """
+
+    width: int
+    height: int
+    sigmas: np.ndarray
+    start: int
+    done: int
+
+    @property
+    def count(self) -> int:
+        """Number of steps, the finished ones included."""
+        return len(self.sigmas) - 1 - self.start
+
+
+@dataclass(frozen=True)
+class _StreamedFlux:
+    """The transformer, and the runners of its blocks and of its modulation layers, which run apart from the blocks."""
+
+    network: Flux
+    blocks: Blocks
+    modulation: Blocks
+
+
 class Generator:
-    """The networks of one model folder, as far as they are in memory, and what of them is kept between pictures.
+    """The networks of one model folder, as far as they are in memory, and results that the next picture can use again.
 
     Args:
-        folder: what was read of it.
+        folder: the model.
         dtype: the compute type.
         worker: in whose thread this is called.
     """
@@ -57,16 +121,21 @@ class Generator:
         self._dtype = dtype
         self._worker = worker
         self._encoder = PromptEncoder(folder, dtype, worker.check)
-        self._networks: dict[str, nn.Module] = {}
-        self.blocks: Blocks | None = None
-        self._modulation: Blocks | None = None  # its layers, apart from the blocks they belong to
-        self._modulations: tuple[tuple, list] | None = None  # of the last call, and what they depend on
+        self._streamed: _StreamedFlux | None = None
+        self._whole_flux: Flux | None = None
+        self._whole_vae: VAE | None = None
+        self._modulations: tuple[tuple, list] | None = None  # of the last call, after all that they depend on
         self._progress: Progress | None = None
         self._checked = False
 
+    @property
+    def blocks(self) -> Blocks | None:
+        """The runner of the transformer's blocks, once they were needed and while nobody has the whole of it."""
+        return self._streamed and self._streamed.blocks
+
     @contextlib.contextmanager
     def reporting(self, progress: Progress | None) -> Iterator[None]:
-        """One run, and where it reports to; a callback may make pictures of its own within it."""
+        """Reports to `progress` within one run; a callback may make a run of its own inside it."""
         outer, self._progress = self._progress, progress
         try:
             yield
@@ -75,99 +144,105 @@ class Generator:
             mx.clear_cache()
 
     def generate(
-        self, request: ResolvedRequest, plan: Plan, observers: Observers, as_floats: bool = False
-    ) -> tuple[tuple[list[Encoded], list[Encoded]], list[np.ndarray] | mx.array, dict[str, float], dict[str, int]]:
-        """All pictures of a request, which nobody has judged.
+        self, request: ResolvedRequest, plan: MemoryPlan, observers: Observers, *, as_floats: bool = False
+    ) -> Generated:
+        """Makes all pictures of a request.
 
         Args:
-            request: size, prompts, seeds and steps.
-            plan: how much of the transformer may stay in memory.
+            request: prompts, size, seeds and steps.
+            plan: says how much of the transformer may be resident.
             observers: called after each step.
             as_floats: pixels in [0, 1] instead of bytes.
 
-        Returns:
-            What was read of the prompts and of the negative ones; pixels (H, W, 3) of each picture, or latents
-            (B, L, 64) where it asks for these; seconds and peak in bytes of each stage.
-
         Raises:
-            ModelError: weights are missing or damaged, or NaN came of them.
-            UsageError: what an unfinished run has kept is of another picture.
-            Interrupted: somebody asked to stop.
+            ModelError: weights are missing or damaged, or gave NaN.
+            UsageError: the checkpoint is of another picture.
+            Interrupted: the run was stopped.
         """
         if mx.default_device().type == mx.gpu:
             mx.set_cache_limit(min(max(plan.budget - plan.peak, 2**26), GB))
         seconds: dict[str, float] = {}
         peaks: dict[str, int] = {}
-        conditions: tuple = (), ()
+        conditions = Conditions([], [])
         if observers.checkpoint is None or not observers.checkpoint.is_denoised:
             with _measured("text", seconds, peaks):
                 conditions = self._conditions(request)
         with _measured("denoise", seconds, peaks):
             latents = self._denoise(request, conditions, plan, observers)
         with _measured("decode", seconds, peaks):
-            images = (
-                latents if request.output_type == "latent" else self._decode(request, latents, as_floats, plan.tiled)
-            )
-        return conditions, images, seconds, peaks
+            is_latent = request.output_type == "latent"
+            images = latents if is_latent else self._decode(request, latents, as_floats=as_floats, tiled=plan.tiled)
+        notes = tuple(dict.fromkeys(note for prompt in conditions.both for note in prompt.cut))
+        return Generated(images, notes, seconds, peaks)
 
     def check_folder(self) -> None:
-        """Before a weight is read, and once."""
+        """Checks the model folder, before a weight is read, and once."""
         if not self._checked:
             self.folder.check()
             self._checked = True
 
-    def encode(self, pairs: list[tuple[str, str]], length: int) -> list[Encoded]:
+    def encode(self, pairs: list[tuple[str, str]], length: int) -> list[EncodedPrompt]:
+        """Encodes (text for CLIP, text for T5) of each prompt, T5's at a length in tokens.
+
+        Raises:
+            ModelError: encoders missing or damaged, or they gave NaN.
+        """
         encoded = self._encoder.encode(pairs, length, partial(self.runner, "text"))
-        for one in encoded:
-            _check_finite("a text encoder", one.embeds, one.pooled)
+        for prompt in encoded:
+            _check_finite("a text encoder", prompt.embeds, prompt.pooled)
         return encoded
 
-    def _conditions(self, request: ResolvedRequest) -> tuple[list[Encoded], list[Encoded]]:
-        """What the transformer reads: of each prompt, and of each prompt's negative (or nothing)."""
+    def _conditions(self, request: ResolvedRequest) -> Conditions:
         pairs, negative_pairs = request.pairs(), request.pairs(negative=True)
         encoded = self.encode(pairs + negative_pairs, request.max_sequence_length)
-        positive, negative = encoded[: len(pairs)], encoded[len(pairs) :]
-        if request.prompt_embeds is not None:
-            positive = _given(request.prompt_embeds, request.pooled_prompt_embeds)
-        if request.negative_prompt_embeds is not None:
-            negative = _given(request.negative_prompt_embeds, request.negative_pooled_prompt_embeds)
-        return positive, negative * request.prompts if len(negative) == 1 else negative
+        positive = encoded[: len(pairs)] or _given(request.prompt_embeds, request.pooled_prompt_embeds)
+        negative = encoded[len(pairs) :] or _given(
+            request.negative_prompt_embeds, request.negative_pooled_prompt_embeds
+        )
+        return Conditions(positive, negative * request.prompts if len(negative) == 1 else negative)
 
-    def _denoise(self, request: ResolvedRequest, conditions: tuple, plan: Plan, observers: Observers) -> mx.array:
-        """Latents (B, L, 64) at the end of the schedule, from its beginning or from where an interrupted run was."""
-        down, steps = self.folder.vae.sizes.downsampling, request.num_inference_steps
-        size = request.height // down, request.width // down
-        sigmas = sampler.make_sigmas(self.folder.index.schedule, size[0] * size[1] // 4, steps, request.sigmas)
-        start = 0 if request.image is None else sampler.first_step(steps, request.strength)
-        shape = request.batch, size[0] * size[1] // 4, self.folder.flux.sizes.in_channels
-        checkpoint = observers.checkpoint
-        kept = None if checkpoint is None else checkpoint.latents(shape, steps - start)
-        done = 0 if kept is None else checkpoint.done
-        first = float(sigmas[start])
-        latents = self._start(request, size, first, plan.tiled) if kept is None else mx.array(kept)
-        if done == steps - start:
+    def _denoise(
+        self, request: ResolvedRequest, conditions: Conditions, plan: MemoryPlan, observers: Observers
+    ) -> mx.array:
+        """Returns latents (B, L, 64) at the end of the schedule, from its start or from a checkpoint."""
+        down, n = self.folder.vae.sizes.downsampling, request.num_inference_steps
+        width, height = request.width // down, request.height // down
+        length = height * width // 4
+        sigmas = sampler.make_sigmas(self.folder.index.schedule, length, n, request.sigmas)
+        start = 0 if request.image is None else sampler.first_step(n, request.strength)
+        shape, checkpoint = (request.batch, length, self.folder.flux.sizes.in_channels), observers.checkpoint
+        saved = checkpoint.latents(shape, n - start) if checkpoint else None
+        done = checkpoint.done if checkpoint and saved is not None else 0
+        steps = _Steps(width=width, height=height, sigmas=sigmas, start=start, done=done)
+        latents = self._start(request, steps, tiled=plan.tiled) if saved is None else mx.array(saved)
+        if steps.done == steps.count:
             return latents
-        with self._velocity(request, conditions, sigmas, start, done, size, plan) as velocity:
-            run = sampler.euler(velocity, latents, sigmas, start + done)
+        with self._velocity(request, conditions, steps, plan.resident_bytes) as velocity:
+            run = sampler.euler(velocity, latents, sigmas, start + steps.done)
             replaced = None
-            for step in range(done, steps - start):
+            for step in range(steps.done, steps.count):
                 before, latents = latents, run.send(replaced)
                 _check_finite(f"step {step + 1} of the transformer", latents)
-                if observers.preview:
-                    clean = previews.predicted(before, latents, *map(float, sigmas[start + step :][:2]))
-                    pixels = previews.colours(
-                        sampler.unpack(clean, width=size[1], height=size[0]), self.folder.latent_rgb
-                    )
-                    observers.preview(step + 1, steps - start, pixels)
+                self._show_preview(observers, steps, step, before=before, after=latents)
                 sigma = float(sigmas[start + step])
                 replaced = observers.callback(step, sigma, latents) if observers.callback else None
                 latents = latents if replaced is None else replaced
-                if checkpoint is not None:
-                    checkpoint.reached(step + 1, steps - start, np.array(latents.astype(mx.float32)))
+                if checkpoint:
+                    checkpoint.save_step(step + 1, steps.count, np.array(latents.astype(mx.float32)))
         return latents
 
-    def _start(self, request: ResolvedRequest, size: tuple[int, int], sigma: float, tiled: bool) -> mx.array:
-        """Packed latents (B, L, 64) that the loop starts from: given, noise, or noise over an input image.
+    def _show_preview(
+        self, observers: Observers, steps: _Steps, step: int, *, before: mx.array, after: mx.array
+    ) -> None:
+        latent_rgb = self.folder.latent_rgb if observers.preview else None
+        if observers.preview and latent_rgb:
+            sigma, following = map(float, steps.sigmas[steps.start + step :][:2])
+            clean = previews.predicted(before, after, sigma, following)
+            unpacked = sampler.unpack(clean, width=steps.width, height=steps.height)
+            observers.preview(step + 1, steps.count, previews.colours(unpacked, latent_rgb))
+
+    def _start(self, request: ResolvedRequest, steps: _Steps, *, tiled: bool) -> mx.array:
+        """Returns the packed latents (B, L, 64) of the first step: given, noise, or noise over an input image.
 
         They stay in float32 through the loop, where diffusers rounds after every step: it costs nothing, and keeps a
         bfloat16 run nearer to the float32 picture.
@@ -175,19 +250,24 @@ class Generator:
         if request.latents is not None:
             return request.latents.astype(mx.float32)
         one_stream = isinstance(request.seed, int)
-        shape = (request.batch if one_stream else 1, self.folder.vae.sizes.z_channels, *size)
+        shape = (request.batch if one_stream else 1, self.folder.vae.sizes.z_channels, steps.height, steps.width)
         recipe = noises.find_recipe(request.noise)
-        dtype = mx.float32 if recipe.dtype else self._dtype  # what a tool draws in a type of its own is not rounded
-        streams = [noises.Stream(recipe, s, dtype) for s in ((request.seed,) if one_stream else request.seed)]
+        dtype = mx.float32 if recipe.dtype else self._dtype  # numbers that a tool draws in its own type are not rounded
+        streams = [noises.Stream(recipe, seed, dtype) for seed in request.seeds]
         # one image is one sample of the first stream, as in diffusers, whatever the number of streams
-        clean = None if request.image is None else self._image_latents(request, streams[0], tiled)
+        clean = None
+        if request.image is not None:
+            clean = self._image_latents(request, request.image, streams[0], tiled=tiled)
         drawn = mx.concatenate([stream.noise(shape) for stream in streams]).astype(mx.float32)
+        sigma = float(steps.sigmas[steps.start])
         return sampler.pack(drawn if clean is None else sampler.add_noise(clean, drawn, sigma))
 
-    def _image_latents(self, request: ResolvedRequest, stream: noises.Stream, tiled: bool) -> mx.array:
-        """(1, 16, h, w) float32, scaled and shifted: the posterior's mean, or a sample, drawn before the noise."""
+    def _image_latents(
+        self, request: ResolvedRequest, image: Image.Image, stream: noises.Stream, *, tiled: bool
+    ) -> mx.array:
+        """Returns (1, 16, h, w) float32, scaled and shifted: the posterior's mean, or a sample, drawn before noise."""
         vae = self._vae()
-        pixels = pixels_from_image(request.image, request.width, request.height)
+        pixels = pixels_from_image(image, request.width, request.height)
         encode = partial(tiles.encode, vae) if tiled else vae.encode
         posterior = encode(pixels, self.runner("image", _count(encode, pixels)))
         _check_finite("the image encoder", *posterior)
@@ -198,147 +278,161 @@ class Generator:
 
     @contextlib.contextmanager
     def _velocity(
-        self, request: ResolvedRequest, conditions: tuple, sigmas: np.ndarray, start: int, done: int, size, plan: Plan
-    ) -> Iterator:
-        """The model that the sampler integrates. What does not depend on the latents is computed here, once.
+        self, request: ResolvedRequest, conditions: Conditions, steps: _Steps, resident_bytes: int
+    ) -> Iterator[Callable[[mx.array, int], mx.array]]:
+        """Gives the model that the sampler integrates. Whatever does not depend on the latents is computed here, once.
 
-        Of an interrupted run too, all modulations are computed together: a product of fewer rows may round otherwise.
+        A resumed run computes all modulations again too: a product of fewer rows may round otherwise.
         """
-        flux = self._flux(plan.keep)
-        read = [*conditions[0], *conditions[1]]
-        steps = len(sigmas) - 1 - start
-        modulations = self._modulate(flux, sigmas[start:-1], request.guidance_scale, [one.pooled for one in read])
-        texts = [evaluated(flux.txt_in, one.embeds.astype(flux.dtype)) for one in read]
-        tables = [
-            rope(sampler.position_ids(t.shape[1], size[1], size[0]), flux.config.axes_dim, flux.config.theta)
-            for t in texts
-        ]
+        flux = self._flux(resident_bytes)
+        sigmas = steps.sigmas[steps.start : -1]
+        modulations = self._modulate(flux, sigmas, request.guidance_scale, [c.pooled for c in conditions.both])
+        texts = [evaluated(flux.txt_in, c.embeds.astype(flux.dtype)) for c in conditions.both]
+        positions = [sampler.position_ids(text.shape[1], width=steps.width, height=steps.height) for text in texts]
+        tables = [rope(ids, flux.config.axes_dim, flux.config.theta) for ids in positions]
         mx.eval(tables)
-        rounds = (steps - done) * request.batch * (2 if conditions[1] else 1)
+        rounds = (steps.count - steps.done) * request.batch * (2 if conditions.negative else 1)
 
-        def one(latents: mx.array, condition: int, step: int) -> mx.array:
-            row = condition * steps + step - start
-            mods = tree_map(lambda m: m[row : row + 1], modulations)
+        def forward(latents: mx.array, condition: int, step: int) -> mx.array:
+            row = condition * steps.count + step - steps.start
+            mods: Any = tree_map(lambda m: m[row : row + 1], modulations)
             return flux.forward(latents, texts[condition], mods, tables[condition], run).astype(mx.float32)
 
         def velocity(latents: mx.array, step: int) -> mx.array:
             velocities = []
             for i in range(request.batch):  # one by one: neither a picture nor its memory depends on its batch
                 prompt = i // request.num_images_per_prompt
-                v = one(latents[i : i + 1], prompt, step)
-                if conditions[1]:
-                    negative = one(latents[i : i + 1], request.prompts + prompt, step)
+                v = forward(latents[i : i + 1], prompt, step)
+                if conditions.negative:
+                    negative = forward(latents[i : i + 1], request.prompts + prompt, step)
                     v = negative + request.true_cfg_scale * (v - negative)
                 velocities.append(v)
             return mx.concatenate(velocities)
 
-        with self.blocks.reading(rounds) if self.blocks else contextlib.nullcontext(evaluated) as run:
-            run = self.runner("denoise", rounds * (len(flux.blocks) + 2), run, steps - done)
+        with self._streaming(self.blocks, rounds) as run:
+            run = self.runner("denoise", rounds * (len(flux.blocks) + 2), run=run, total=steps.count - steps.done)
             yield velocity
 
-    def _flux(self, keep: int) -> Flux:
-        """The transformer. Its blocks are read when they run, and so many bytes of them are kept."""
-        if "transformer" in self._networks:  # somebody asked for the whole of it, and has it in memory
-            self.blocks = self._modulation = None
-            return self._networks["transformer"]
-        if self.blocks is None:
-            flux = self.folder.flux.load(self._dtype)
-            found, check = self.folder.flux.tensors(), self._worker.check
-            self.blocks = Blocks(flux, found, flux.blocks, self._dtype, keep, check)
-            self._modulation = Blocks(flux, found, flux.modulated, self._dtype, 0, check)
+    def _flux(self, resident_bytes: int) -> Flux:
+        """Returns the transformer. Its blocks are read when they run, and so many bytes of them stay."""
+        if self._whole_flux:
+            self._streamed = None
+            return self._whole_flux
+        if self._streamed:
+            self._streamed.blocks.set_budget(resident_bytes)
         else:
-            self.blocks.allow(keep)
-        return self.blocks.network
+            flux, tensors = self.folder.flux.load(self._dtype), self.folder.flux.tensors()
+            make = partial(Blocks, flux, tensors, dtype=self._dtype, check=self._worker.check)
+            blocks, modulation = make(flux.blocks, budget=resident_bytes), make(flux.modulated, budget=0)
+            self._streamed = _StreamedFlux(flux, blocks, modulation)
+        return self._streamed.network
 
     def _modulate(self, flux: Flux, sigmas: np.ndarray, guidance: float | None, pooled: list[mx.array]) -> list:
-        """Modulations of all steps of each condition, in one pass over weights that are not kept.
+        """Returns the modulations of all steps of each condition, computed in one pass over weights that do not stay.
 
-        A second picture of the same prompt, guidance and schedule has them again.
+        A second picture of the same prompt, guidance and schedule uses them again.
         """
-        pooled = mx.concatenate(pooled)
-        key = sigmas.tobytes(), guidance, pooled.shape, np.array(pooled.astype(mx.float32)).tobytes()
+        vectors = mx.concatenate(pooled)
+        key = sigmas.tobytes(), guidance, vectors.shape, np.array(vectors.astype(mx.float32)).tobytes()
         if self._modulations and self._modulations[0] == key:
             return self._modulations[1]
         self._modulations = None
         # rounded as on diffusers' way to the embedding: times 1000, divided by 1000, each in the compute type
         times = mx.array(sigmas * np.float32(1000)).astype(self._dtype) / 1000
-        rows = len(times) * len(pooled)
-        guidance = None if guidance is None else mx.full((rows,), guidance, mx.float32)
-        with self._modulation.reading(1) if self.blocks else contextlib.nullcontext(evaluated) as run:
+        rows = len(times) * len(vectors)
+        scales = None if guidance is None else mx.full((rows,), guidance, mx.float32)
+        with self._streaming(self._streamed and self._streamed.modulation, 1) as run:
             run = self.runner("modulation", len(flux.modulated) + 1, run=run)
-            vec = run(flux.vec, mx.tile(times, len(pooled)), guidance, mx.repeat(pooled, len(times), axis=0))
-            self._modulations = key, flux.modulations(vec, run)
-        return self._modulations[1]
+            vec = run(flux.vec, mx.tile(times, len(vectors)), scales, mx.repeat(vectors, len(times), axis=0))
+            modulations = flux.modulations(vec, run)
+        self._modulations = key, modulations
+        return modulations
 
-    def _decode(self, request: ResolvedRequest, latents: mx.array, as_floats: bool, tiled: bool) -> list[np.ndarray]:
-        """Pixels (H, W, 3) of each picture: uint8, or float32 in [0, 1]."""
+    @staticmethod
+    def _streaming(blocks: Blocks | None, rounds: int) -> contextlib.AbstractContextManager[Callable]:
+        return blocks.streaming(rounds) if blocks else contextlib.nullcontext(evaluated)
+
+    def _decode(self, request: ResolvedRequest, latents: mx.array, *, as_floats: bool, tiled: bool) -> list[np.ndarray]:
+        """Returns pixels (H, W, 3) of each picture: uint8, or float32 in [0, 1]."""
         vae = self._vae()
         config = vae.config
-        size = request.height // config.downsampling, request.width // config.downsampling
+        width, height = request.width // config.downsampling, request.height // config.downsampling
         decode = partial(tiles.decode, vae) if tiled else vae.decode
-        pieces = _count(decode, mx.zeros((1, *size, config.z_channels)))
-        run = self.runner("decode", request.batch * pieces)
+        stages = _count(decode, mx.zeros((1, height, width, config.z_channels)))
+        run = self.runner("decode", request.batch * stages)
         rule = noises.find_recipe(request.noise).pixels
         pictures = []
         for i in range(request.batch):
-            z = sampler.unpack(latents[i : i + 1], width=size[1], height=size[0]).transpose(0, 2, 3, 1)
+            z = sampler.unpack(latents[i : i + 1], width=width, height=height).transpose(0, 2, 3, 1)
             x = decode(z / config.scale_factor + config.shift_factor, run)
             _check_finite("the image decoder", x)
             pixels = mx.clip(x.astype(mx.float32) / 2 + 0.5, 0, 1) if as_floats else pixels_to_bytes(x, rule)
             pictures.append(np.array(pixels[0]))
         return pictures
 
-    def resident(self, component: str) -> nn.Module:
-        if component not in self._networks:
-            self._networks[component] = self.folder.networks[component].load(self._dtype)
-            mx.eval(self._networks[component].parameters())
-        return self._networks[component]
+    def whole_flux(self) -> Flux:
+        """Returns the transformer with all weights in memory, where it stays."""
+        if self._whole_flux is None:
+            flux = self.folder.flux.load(self._dtype)
+            mx.eval(flux.parameters())
+            self._whole_flux = flux
+        return self._whole_flux
+
+    def whole_vae(self) -> VAE:
+        """Returns the autoencoder with all weights in memory, where it stays."""
+        if self._whole_vae is None:
+            vae = self.folder.vae.load(self._dtype)
+            mx.eval(vae.parameters())
+            self._whole_vae = vae
+        return self._whole_vae
 
     def _vae(self) -> VAE:
-        """For one stage, unless somebody asked for it and has it in memory."""
-        return self._networks.get("vae") or self.folder.vae.load(self._dtype)
+        """Returns the autoencoder: the one that stays, or one for this stage."""
+        return self._whole_vae or self.folder.vae.load(self._dtype)
 
-    def runner(self, stage: str, pieces: int, run: Callable = evaluated, total: int | None = None) -> Callable:
-        """Evaluates piece by piece: short command buffers, bounded memory, and a place to stop after each.
+    def runner(self, stage: str, parts: int, run: Callable = evaluated, total: int | None = None) -> Callable:
+        """Returns a `run` that evaluates part by part: short command buffers, bounded memory, a stop after each.
 
         Args:
-            stage: for the progress.
-            pieces: how many will come.
-            run: what evaluates a piece.
-            total: what the progress counts up to; None: the pieces.
+            stage: name for the progress.
+            parts: how many will come.
+            run: evaluates one part.
+            total: the number that the progress counts up to; None: the parts.
         """
-        total = total or pieces
+        total = total or parts
 
         def report(done: int) -> None:
             if self._progress:
-                self._progress(stage, done * total / pieces, total)
+                self._progress(stage, done * total / parts, total)
 
         return self._worker.stoppable(run, report)
 
 
 def _count(function: Callable, x: mx.array) -> int:
-    """How many pieces a function runs, of which none is evaluated."""
+    """Counts the parts that a function runs, without evaluating any."""
     count = 0
 
-    def run(piece, *args):
+    def run(part, *args):
         nonlocal count
         count += 1
-        return piece(*args)
+        return part(*args)
 
     function(x, run)
     return count
 
 
-def _given(embeds: mx.array, pooled: mx.array) -> list[Encoded]:
-    return [Encoded(embeds[i : i + 1], pooled[i : i + 1]) for i in range(len(embeds))]
+def _given(embeds: mx.array | None, pooled: mx.array | None) -> list[EncodedPrompt]:
+    if embeds is None or pooled is None:
+        return []
+    return [EncodedPrompt(embeds[i : i + 1], pooled[i : i + 1]) for i in range(len(embeds))]
 
 
-def _check_finite(what: str, *arrays: mx.array) -> None:
+def _check_finite(source: str, *arrays: mx.array) -> None:
     finite = [mx.isfinite(array).all() for array in arrays]
     mx.eval(finite, arrays)
-    if not all(f.item() for f in finite):
-        todo = "compute in --dtype bfloat16 or float32; if that fails too, convert the model again"
-        raise ModelError(f"{what} gave NaN or infinities", "finite numbers", todo)
+    if not all(flag.item() for flag in finite):
+        todo = "compute with `dtype` bfloat16 or float32; if that fails too, convert the model again"
+        raise ModelError(f"{source} gave NaN or infinities", "finite numbers", todo)
 
 
 @contextlib.contextmanager

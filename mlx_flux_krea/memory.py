@@ -1,44 +1,44 @@
-"""How much memory each stage of a run takes, known before anything is read, and what may therefore stay in memory.
+"""Plans memory: the peak of each stage, known before anything is read, and the blocks that may therefore be resident.
 
-Weights are counted exactly, from sizes and precisions alone. What a stage needs besides was measured on the CPU backend
-(benchmarks/memory.py), which materialises attention scores and unfolds convolutions; for Metal, which does neither, it
-is computed from the arrays that a block holds at one time, and was not measured.
+Weights are counted exactly, from sizes and precisions alone. Other needs were measured on the CPU backend
+(benchmarks/memory.py), which materialises attention scores and unfolds convolutions. For Metal, which does neither,
+they are computed from the arrays that a block holds at one time, and were not measured.
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
 from .errors import ResourceError, UsageError
 from .models import config as configs
 from .models.layers import CHUNK
 from .models.tiles import SIDE
 from .models.vae import STRIP
-from .residency import SLOTS, kept, matrices
-from .weights import PACKED, ModelFolder, build
+from .residency import SLOTS, matrices, resident_places
+from .weights import PACKED, ModelFolder, build, parameters
 
 GB = 10**9
 _UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": GB, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 # Arrays of T x C that a double and a single block hold at one time, and strips that a convolution needs: on the CPU in
-# float32 and in 16 bits (whose element-wise kernels go through float32 there), and on Metal.
+# float32 and in 16 bits (whose element-wise kernels compute in float32 there), and on Metal.
 _BLOCK = {"cpu": {4: (15, 28), 2: (26, 55)}, "gpu": {4: (12, 18), 2: (12, 18)}}
 _DENSE = {4: 9, 2: 10}  # bytes a weight that the CPU dequantizes takes on its way to float32 and to 16 bits
 _STRIPS = {"cpu": {4: 12, 2: 24}, "gpu": {4: 6, 2: 6}}
 
 
 @dataclass(frozen=True)
-class Pieces:
-    """What the matrices of a network's pieces take, in bytes: those of which few are in memory at one time.
+class BlockSizes:
+    """Bytes of the matrices of a network's blocks, of which few need be in memory at one time.
 
     Attributes:
-        stored: of each piece.
-        computed: the same in the compute type.
-        cast: what a piece that is not kept takes besides while it runs, where its stored type is not the compute type.
-        dense: what the quantized matrices of the largest would take, dequantized.
+        stored: of each block, as in the file.
+        computed: of each block, in the compute type.
+        cast: copy of a streamed block while it runs, where its stored type is not the compute type.
+        dense: the quantized matrices of the largest block, dequantized.
     """
 
     stored: tuple[int, ...]
@@ -48,13 +48,13 @@ class Pieces:
 
 
 @dataclass(frozen=True)
-class Weights:
-    """What a model's weights take, in bytes.
+class WeightSizes:
+    """Bytes of a model's weights.
 
     Attributes:
         blocks: of the transformer.
-        modulation: its layers.
-        t5: its table and blocks.
+        modulation: of the transformer's modulation layers.
+        t5: of T5's table and blocks.
         rest: everything else of the transformer.
         t5_rest: everything else of T5.
         clip: all of it.
@@ -62,9 +62,9 @@ class Weights:
         decoder: of images, all of it.
     """
 
-    blocks: Pieces
-    modulation: Pieces
-    t5: Pieces
+    blocks: BlockSizes
+    modulation: BlockSizes
+    t5: BlockSizes
     rest: int
     t5_rest: int
     clip: int
@@ -74,68 +74,87 @@ class Weights:
     @property
     def disk(self) -> int:
         """Bytes of a folder that holds them, where the compute type is the stored one."""
-        pieces = (sum(pieces.stored) for pieces in (self.blocks, self.modulation, self.t5))
-        return sum(pieces) + self.rest + self.t5_rest + self.clip + self.encoder + self.decoder
+        blocks = (sum(sizes.stored) for sizes in (self.blocks, self.modulation, self.t5))
+        return sum(blocks) + self.rest + self.t5_rest + self.clip + self.encoder + self.decoder
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What a run takes.
+class MemoryPlan:
+    """Memory of a run, in bytes.
 
     Attributes:
         budget: bytes that may be used.
-        stages: the peak of each stage in bytes, in the order in which they run.
-        blocks: how many blocks of the transformer stay in memory.
-        of: how many there are.
-        keep: bytes for those that stay.
-        read: bytes read from disk in each step.
-        least: the peak where none stays, and the picture is developed in tiles where that takes less.
-        most: the peak where all stay.
-        tiled: whether the picture is developed, and an input image read, in tiles, since strips need more.
+        stages: the peak of each stage, in the order in which they run.
+        resident_blocks: number of the transformer's blocks that stay in memory.
+        total_blocks: number of all of them.
+        resident_bytes: bytes for those that stay.
+        read_per_step: bytes read from disk in each step.
+        least: the peak with no resident block, and with decoding in tiles where that takes less.
+        most: the peak with all blocks resident.
+        tiled: True where the VAE decodes, and encodes an input image, in tiles, since strips would not fit.
     """
 
     budget: int
     stages: dict[str, int]
-    blocks: int
-    of: int
-    keep: int
-    read: int
+    resident_blocks: int
+    total_blocks: int
+    resident_bytes: int
+    read_per_step: int
     least: int
     most: int
     tiled: bool
 
     @property
     def peak(self) -> int:
-        """The most of any stage."""
+        """The highest peak of any stage."""
         return max(self.stages.values())
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the plan in the names that programs read."""
+        return {
+            "budget": self.budget,
+            "stages": self.stages,
+            "blocks": self.resident_blocks,
+            "of": self.total_blocks,
+            "keep": self.resident_bytes,
+            "read": self.read_per_step,
+            "least": self.least,
+            "most": self.most,
+            "tiled": self.tiled,
+        }
 
 
 def parse_memory(text: str | int) -> int | None:
-    """Bytes meant by "8GB", "512 MiB" or a number; None for "auto".
+    """Parses an amount of memory such as "8GB", "512 MiB" or a number of bytes; returns None for "auto".
 
     Raises:
-        UsageError: none of these.
+        UsageError: neither an amount nor "auto".
     """
     if isinstance(text, str) and text.strip().lower() == "auto":
         return None
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]i?b)?", str(text).strip().lower())
     if isinstance(text, bool) or not match or not 0 < (count := float(match[1]) * _UNITS[match[2] or ""]) < 2**60:
-        raise UsageError(f"memory is {text!r}", '"auto", or an amount such as 8GB')
+        raise UsageError(f"`memory` is {text!r}", '"auto", or an amount such as 8GB')
     return int(count)
 
 
 def machine_memory() -> int:
-    """Bytes that a run may use on this machine where nobody says: four fifths of what the GPU, or Linux, offers."""
+    """Returns the default budget on this machine: four fifths of the memory that the GPU, or Linux, offers."""
     device = mx.device_info()
-    offered = device.get("max_recommended_working_set_size")
+    offered = device.get("max_recommended_working_set_size", 0)
     if not offered:
         with open("/proc/meminfo") as file:
             offered = next(1024 * int(line.split()[1]) for line in file if line.startswith("MemAvailable"))
     return int(offered) * 4 // 5
 
 
-def weigh(sizes: configs.ModelSizes, layers: dict[str, dict], stored: dict[str, str], dtype: mx.Dtype) -> Weights:
-    """What a model's weights take.
+def weigh(
+    sizes: configs.ModelSizes,
+    layers: Mapping[str, Mapping[str, configs.Quantization | None]],
+    stored: Mapping[str, str],
+    dtype: mx.Dtype,
+) -> WeightSizes:
+    """Counts the bytes of a model's weights.
 
     Args:
         sizes: of the four networks.
@@ -144,41 +163,55 @@ def weigh(sizes: configs.ModelSizes, layers: dict[str, dict], stored: dict[str, 
         dtype: the compute type.
     """
     flux, clip, t5, vae = (
-        _Sizes(build(name, config, layers.get(name)), getattr(mx, stored[name]).size, dtype.size)
+        _Scales(build(name, config, layers.get(name)), getattr(mx, stored[name]).size, dtype.size)
         for name, config in sizes.by_component().items()
     )
-    blocks, modulation = flux.pieces(flux.network.blocks), flux.pieces(flux.network.modulated)
-    layers = t5.pieces(t5.network.stages)
-    rest, t5_rest = flux.all - sum(blocks.computed) - sum(modulation.computed), t5.all - sum(layers.computed)
-    coders = vae.of(vae.network.encoder), vae.of(vae.network.decoder)
-    return Weights(blocks, modulation, layers, rest, t5_rest, clip.all, *coders)
+    blocks, modulation = flux.weigh_blocks(flux.network.blocks), flux.weigh_blocks(flux.network.modulated)
+    t5_blocks = t5.weigh_blocks(t5.network.stages)
+    return WeightSizes(
+        blocks=blocks,
+        modulation=modulation,
+        t5=t5_blocks,
+        rest=flux.all - sum(blocks.computed) - sum(modulation.computed),
+        t5_rest=t5.all - sum(t5_blocks.computed),
+        clip=clip.all,
+        encoder=vae.weigh(vae.network.encoder),
+        decoder=vae.weigh(vae.network.decoder),
+    )
 
 
-class _Sizes:
-    """Bytes of a network's parameters, stored and in the compute type."""
+class _Scales:
+    """Weighs the parameters of a network, as stored and in the compute type.
 
-    def __init__(self, network: nn.Module, stored: int, computed: int):
+    Args:
+        network: without weights.
+        stored: bytes of a stored number that is not quantized.
+        computed: bytes of a number in the compute type.
+    """
+
+    def __init__(self, network: Any, stored: int, computed: int):
         self.network, self._stored, self._computed = network, stored, computed
-        self.all = self.of(network)
+        self.all = self.weigh(network)
 
-    def of(self, module: nn.Module) -> int:
-        """Bytes of a part of the network in the compute type."""
-        return sum(self._bytes(array, self._computed) for _, array in tree_flatten(module.parameters()))
+    def weigh(self, module: nn.Module) -> int:
+        """Returns the bytes of a part of the network in the compute type."""
+        return sum(self._bytes(array, self._computed) for array in parameters(module).values())
 
-    def pieces(self, pieces: Sequence) -> Pieces:
-        """What `residency.matrices` gives of each."""
-        stored, computed, cast, dense = zip(*(self._matrices(*matrices(piece)) for piece in pieces), strict=True)
-        return Pieces(stored, computed, max(cast), max(dense))
+    def weigh_blocks(self, blocks: Sequence[Callable]) -> BlockSizes:
+        """Returns the bytes of each block's matrices, those of `residency.matrices`."""
+        stored, computed, cast, dense = zip(*(self._weigh_matrices(block) for block in blocks), strict=True)
+        return BlockSizes(stored=stored, computed=computed, cast=max(cast), dense=max(dense))
 
-    def _matrices(self, module: nn.Module, names: list[str]) -> tuple[int, int, int, int]:
-        parameters, layers = dict(tree_flatten(module.parameters())), dict(module.named_modules())
-        arrays = [parameters[name] for name in names]
+    def _weigh_matrices(self, block: Callable) -> tuple[int, int, int, int]:
+        module, names = matrices(block)
+        everything, layers = parameters(module), dict(module.named_modules())
+        arrays = [everything[name] for name in names]
         stored, computed = (
             sum(self._bytes(array, size) for array in arrays) for size in (self._stored, self._computed)
         )
         cast = computed - sum(array.nbytes for array in arrays if array.dtype in PACKED)
         owners = [layers[path] for path in {name.rpartition(".")[0] for name in names}]
-        dense = [8 * it.weight.nbytes // it.bits for it in owners if isinstance(it, nn.QuantizedLinear)]
+        dense = [8 * layer.weight.nbytes // layer.bits for layer in owners if isinstance(layer, nn.QuantizedLinear)]
         return stored, computed, cast * (self._stored != self._computed), sum(dense) * self._computed
 
     @staticmethod
@@ -186,15 +219,15 @@ class _Sizes:
         return array.nbytes if array.dtype in PACKED else array.size * size
 
 
-def weigh_folder(folder: ModelFolder, dtype: mx.Dtype) -> Weights:
-    """What the weights of a model folder take."""
+def weigh_folder(folder: ModelFolder, dtype: mx.Dtype) -> WeightSizes:
+    """Counts the bytes of the weights of a model folder."""
     layers = {name: network.layers() for name, network in folder.networks.items()}
     stored = {name: network.dtype for name, network in folder.networks.items()}
     return weigh(folder.sizes, layers, stored, dtype)
 
 
-def plan(
-    weights: Weights,
+def make_plan(
+    weights: WeightSizes,
     sizes: configs.ModelSizes,
     dtype: mx.Dtype,
     *,
@@ -206,8 +239,8 @@ def plan(
     image: bool = False,
     budget: int | None = None,
     device: str | None = None,
-) -> Plan:
-    """The peak of each stage of a run, with as many blocks kept as the budget allows.
+) -> MemoryPlan:
+    """Plans the memory of a run, with as many resident blocks as the budget allows.
 
     Args:
         weights: from `weigh`.
@@ -218,119 +251,135 @@ def plan(
         text_length: S, tokens of T5.
         steps: n.
         conditions: prompts and negative prompts of the run.
-        image: whether it begins with one.
-        budget: bytes; None: what the machine offers.
+        image: True where the run starts from an input image.
+        budget: bytes; None: as many as the machine offers.
         device: "cpu" or "gpu"; None: the one in use.
 
     Raises:
         ResourceError: not even the smallest plan fits.
     """
     budget = budget or machine_memory()
-    device = device or mx.default_device().type.name
-    flux, t5, vae = sizes.flux, sizes.t5, sizes.vae
-    patch = 2 * vae.downsampling
-    tokens = text_length + width * height // patch**2
+    working = WorkingMemory(dtype, device or mx.default_device().type.name)
+    flux, blocks = sizes.flux, weights.blocks
+    tokens = text_length + width * height // (2 * sizes.vae.downsampling) ** 2
     modulations = 12 * flux.depth + 3 * flux.depth_single_blocks + 2
     rows = steps * conditions * modulations * flux.hidden_size * dtype.size
-    stays = weights.rest + rows  # of the transformer, from one picture to the next
+    always = weights.rest + rows  # of the transformer, from one picture to the next
     texts = conditions * text_length * flux.hidden_size * dtype.size
-    fixed = {
+    stages = {
         "text": weights.t5_rest
         + weights.clip
         + _slots(weights.t5.stored, weights.t5.cast)
-        + _dense(weights.t5.dense, dtype, device)
-        + _text(t5, text_length, dtype, device),
+        + working.dense(weights.t5.dense)
+        + working.text(sizes.t5, text_length),
         **({"image": weights.encoder} if image else {}),
         "modulation": _slots(weights.modulation.stored, weights.modulation.cast)
-        + _dense(weights.modulation.dense, dtype, device),
-        "denoise": texts + _dense(weights.blocks.dense, dtype, device) + _block(flux, tokens, dtype, device),
+        + working.dense(weights.modulation.dense),
+        "denoise": texts + working.dense(blocks.dense) + working.block(flux, tokens),
         "decode": weights.decoder,
     }
 
-    def needs_in(pieces: Callable) -> dict[str, int]:
-        planes = {coder: pieces(vae, coder, width, height, dtype, device) for coder in ("image", "decode")}
-        return {stage: stays + need + planes.get(stage, 0) for stage, need in fixed.items()}
+    def needs_with(coder_memory: Callable[..., int]) -> dict[str, int]:
+        coders = {coder: coder_memory(sizes.vae, coder, width=width, height=height) for coder in ("image", "decode")}
+        return {stage: always + need + coders.get(stage, 0) for stage, need in stages.items()}
 
-    blocks = weights.blocks
-    strips, tiles = needs_in(_planes), needs_in(_tiles)
+    strips, tiles = needs_with(working.strips), needs_with(working.tiles)
     smaller = tiles if tiles["decode"] < strips["decode"] else strips
     tiled = smaller is tiles and max(strips.values()) > budget >= max(tiles.values())
     needs = tiles if tiled else strips
-    stages = _stages(smaller, blocks, set())
-    least, most = max(stages.values()), max(needs.values()) + sum(blocks.computed)
-    if least > budget:
-        worst = max(stages, key=stages.get)
+    least, most = _peaks(smaller, blocks, set()), max(needs.values()) + sum(blocks.computed)
+    if max(least.values()) > budget:
+        worst = max(least, key=lambda stage: least[stage])
         raise ResourceError(
-            f"{width} x {height} needs {least / GB:.2f} GB of memory to {_VERBS[worst]}, "
+            f"{width} x {height} needs {least[worst] / GB:.2f} GB of memory to {_VERBS[worst]}, "
             f"and {budget / GB:.2f} GB may be used",
-            todo="a smaller picture needs less; --memory says what may be used",
+            todo="a smaller picture needs less; `memory` sets the limit",
         )
-    keep = budget - max(max(needs.values()), needs["denoise"] + _slots(blocks.stored, blocks.cast))
+    room = max(budget - max(max(needs.values()), needs["denoise"] + _slots(blocks.stored, blocks.cast)), 0)
     if most <= budget:
-        keep = sum(blocks.computed)
-    places = kept(blocks.computed, max(keep, 0))
-    stages = _stages(needs, blocks, places)
-    read = sum(size for place, size in enumerate(blocks.stored) if place not in places)
-    return Plan(budget, stages, len(places), len(blocks.stored), max(keep, 0), read, least, most, tiled)
+        room = sum(blocks.computed)
+    places = resident_places(blocks.computed, room)
+    return MemoryPlan(
+        budget=budget,
+        stages=_peaks(needs, blocks, places),
+        resident_blocks=len(places),
+        total_blocks=len(blocks.stored),
+        resident_bytes=room,
+        read_per_step=sum(size for place, size in enumerate(blocks.stored) if place not in places),
+        least=max(least.values()),
+        most=most,
+        tiled=tiled,
+    )
 
 
 _VERBS = {
     "text": "read the prompt",
     "image": "read the image",
     "modulation": "prepare",
-    "denoise": "draw",
-    "decode": "develop",
+    "denoise": "denoise",
+    "decode": "decode",
 }
 
 
-def _stages(needs: dict[str, int], blocks: Pieces, places: set[int]) -> dict[str, int]:
-    staying = sum(blocks.computed[place] for place in places)
+def _peaks(needs: dict[str, int], blocks: BlockSizes, places: set[int]) -> dict[str, int]:
+    """Returns the peak of each stage with these blocks resident."""
+    resident = sum(blocks.computed[place] for place in places)
     slots = _slots([size for place, size in enumerate(blocks.stored) if place not in places], blocks.cast)
-    return {name: need + staying + (slots if name == "denoise" else 0) for name, need in needs.items()}
+    return {name: need + resident + (slots if name == "denoise" else 0) for name, need in needs.items()}
 
 
 def _slots(streamed: Sequence[int], cast: int) -> int:
-    """Buffers of what is streamed, and the copy in another compute type of the piece that runs."""
+    """Returns the bytes of the buffers for streamed blocks, and of the running block's copy in the compute type."""
     return min(SLOTS, len(streamed)) * max(streamed) + cast if streamed else 0
 
 
-def _text(t5: configs.T5Config, length: int, dtype: mx.Dtype, device: str) -> int:
-    scores = 3 * t5.num_heads * length**2 * dtype.size if device == "cpu" else t5.num_heads * length**2 * dtype.size
-    return scores + length * (4 * t5.d_ff * 4 + 4 * t5.d_model * dtype.size)
+@dataclass(frozen=True)
+class WorkingMemory:
+    """Bytes that computing takes beside weights, in one compute type on one device ("cpu" or "gpu")."""
 
+    dtype: mx.Dtype
+    device: str
 
-def _dense(matrices: int, dtype: mx.Dtype, device: str) -> int:
-    """What is dequantized at one time: on the CPU pieces of the layers that read the same, three of them at most."""
-    return min(matrices // dtype.size, 3 * CHUNK) * _DENSE[dtype.size] if device == "cpu" else matrices
+    def text(self, t5: configs.T5Config, length: int) -> int:
+        """Returns the bytes of a block of T5."""
+        scores = t5.num_heads * length**2 * self.dtype.size * (3 if self.device == "cpu" else 1)
+        return scores + length * (4 * t5.d_ff * 4 + 4 * t5.d_model * self.dtype.size)
 
+    def dense(self, matrices: int) -> int:
+        """Returns the bytes of dequantized weights at one time.
 
-def _block(flux: configs.FluxConfig, tokens: int, dtype: mx.Dtype, device: str) -> int:
-    wide = max(_BLOCK[device][dtype.size]) if flux.depth_single_blocks else _BLOCK[device][dtype.size][0]
-    scores = flux.num_heads * tokens**2 * dtype.size if device == "cpu" else 0
-    return wide * tokens * flux.hidden_size * dtype.size + scores
+        On the CPU those are parts of the layers that read the same input, three of them at most.
+        """
+        size = self.dtype.size
+        return min(matrices // size, 3 * CHUNK) * _DENSE[size] if self.device == "cpu" else matrices
 
+    def block(self, flux: configs.FluxConfig, tokens: int) -> int:
+        """Returns the bytes of a block of the transformer."""
+        double, single = _BLOCK[self.device][self.dtype.size]
+        wide = max(double, single) if flux.depth_single_blocks else double
+        scores = flux.num_heads * tokens**2 * self.dtype.size if self.device == "cpu" else 0
+        return wide * tokens * flux.hidden_size * self.dtype.size + scores
 
-def _planes(vae: configs.VAEConfig, coder: str, width: int, height: int, dtype: mx.Dtype, device: str) -> int:
-    """The largest residual block of a coder: its input, what lies between, its output, and some strips."""
-    size, most = 4 if dtype.size == 4 else 2, 0
-    widths = [vae.ch * m for m in vae.ch_mult]
-    inputs = [*widths[1:], widths[-1]] if coder == "decode" else [vae.ch, *widths[:-1]]
-    for level, (i, o) in enumerate(zip(inputs, widths, strict=True)):
-        plane = width * height // 4**level
-        strips = _STRIPS[device][size] * min(STRIP, plane * max(i, o))
-        most = max(most, plane * (i + 2 * o) + strips)
-    return most * size
+    def strips(self, vae: configs.VAEConfig, coder: str, *, width: int, height: int) -> int:
+        """Returns the bytes of a coder's largest residual block: input, intermediate arrays, output, some strips."""
+        size, most = 4 if self.dtype.size == 4 else 2, 0
+        widths = [vae.ch * m for m in vae.ch_mult]
+        inputs = [*widths[1:], widths[-1]] if coder == "decode" else [vae.ch, *widths[:-1]]
+        for level, (i, o) in enumerate(zip(inputs, widths, strict=True)):
+            plane = width * height // 4**level
+            strips = _STRIPS[self.device][size] * min(STRIP, plane * max(i, o))
+            most = max(most, plane * (i + 2 * o) + strips)
+        return most * size
 
-
-def _tiles(vae: configs.VAEConfig, coder: str, width: int, height: int, dtype: mx.Dtype, device: str) -> int:
-    """One tile, and the picture in float32 before and after it is added."""
-    side = SIDE * vae.downsampling
-    tile = _planes(vae, coder, min(width, side), min(height, side), dtype, device)
-    return tile + 2 * 4 * vae.out_ch * width * height
+    def tiles(self, vae: configs.VAEConfig, coder: str, *, width: int, height: int) -> int:
+        """Returns the bytes of one tile, and of the picture in float32 before and after it is added."""
+        side = SIDE * vae.downsampling
+        tile = self.strips(vae, coder, width=min(width, side), height=min(height, side))
+        return tile + 2 * 4 * vae.out_ch * width * height
 
 
 def step_flops(flux: configs.FluxConfig, width: int, height: int, text_length: int, patch: int = 16) -> float:
-    """Operations of the products of one step: linear layers and attention of all blocks."""
+    """Counts the operations of one step's products: linear layers and attention of all blocks."""
     tokens, c = text_length + width * height // patch**2, flux.hidden_size
     double = 2 * tokens * (4 * c * c + 2 * c * flux.mlp_size)
     single = 2 * tokens * (c * (3 * c + flux.mlp_size) + (c + flux.mlp_size) * c)

@@ -22,8 +22,7 @@ from .filters.acknowledgement import check_acknowledged
 from .filters.gate import Gate, OpenGate, Policy, open_gate
 from .generator import Generator, Observers, Progress
 from .home import find_model
-from .memory import Plan, Weights, parse_memory, weigh_folder
-from .memory import plan as make_plan
+from .memory import MemoryPlan, WeightSizes, make_plan, parse_memory, weigh_folder
 from .models.config import to_json
 from .models.transformer import Flux
 from .models.vae import VAE, pixels_from_image, pixels_to_bytes
@@ -56,7 +55,7 @@ class FluxPipeline:
         self._dtype: mx.Dtype = getattr(mx, dtype)
         self._worker = Worker()
         self._generator = Generator(folder, self._dtype, self._worker)
-        self._weights: Weights | None = None
+        self._weights: WeightSizes | None = None
         self._margins: dict[tuple, float] = {}  # the filter's answers about texts
 
     @classmethod
@@ -90,11 +89,18 @@ class FluxPipeline:
         dtype = dtype or folder.flux.dtype
         if dtype not in DTYPES:
             raise UsageError(f'no type is called "{dtype}"', f"one of {', '.join(DTYPES)}")
-        thresholds = {"nsfw": nsfw_threshold, "integrity": integrity_margin}
-        strict = {name: value for name, value in ({"check": check} | thresholds).items() if value is not None}
-        if strict and check is None and not folder.requires_filters:
+        has_threshold = nsfw_threshold is not None or integrity_margin is not None
+        if has_threshold and check is None and not folder.requires_filters:
             raise UsageError("a threshold does nothing: this model requires no filters", "", 'ask for them: "filters"')
-        return cls(folder, dtype, parse_memory(memory), Policy(**strict) if strict else None)
+        policy = None
+        if has_threshold or check is not None:
+            policy = Policy()
+            policy = Policy(
+                check=policy.check if check is None else check,
+                nsfw=policy.nsfw if nsfw_threshold is None else nsfw_threshold,
+                integrity=policy.integrity if integrity_margin is None else integrity_margin,
+            )
+        return cls(folder, dtype, parse_memory(memory), policy)
 
     def __call__(
         self,
@@ -279,12 +285,12 @@ class FluxPipeline:
     @property
     def transformer(self) -> Flux:
         """The transformer with all weights in memory, for any thread. The licence is then the caller's duty."""
-        return self._worker.run(self._generator.resident, "transformer")
+        return self._worker.run(self._generator.whole_flux)
 
     @property
     def vae(self) -> VAE:
         """The autoencoder with all weights in memory, for any thread. The licence is then the caller's duty."""
-        return self._worker.run(self._generator.resident, "vae")
+        return self._worker.run(self._generator.whole_vae)
 
     def read_ahead(self, requests: Sequence[Request | ResolvedRequest], progress: Progress | None = None) -> None:
         """Judges and encodes the prompts of several requests, so that filters and encoders are loaded once for all.
@@ -292,7 +298,7 @@ class FluxPipeline:
         The results are used by the calls that follow. Flagged prompts are not encoded; their calls raise `Withheld`.
 
         Args:
-            requests: requests, of which the last `prompts.KEPT` prompts are remembered.
+            requests: requests, of which the last `prompts.CACHED` prompts are remembered.
             progress: as in a call.
 
         Raises:
@@ -308,7 +314,7 @@ class FluxPipeline:
                 check_acknowledged(self.folder)
                 if self.policy:
                     with self._gate(self._record()) as gate:
-                        passed = gate.passing(passed)
+                        passed = gate.passing(passed) if isinstance(gate, Gate) else passed
                 self._generator.check_folder()
                 lengths: dict[int, list[tuple[str, str]]] = {}
                 for request in passed:
@@ -336,12 +342,12 @@ class FluxPipeline:
             plan = self.plan(request)
             with self._generator.reporting(progress):
                 self._generator.check_folder()
-                _, _, seconds, peaks = self._generator.generate(request, plan, Observers())
-            return Result([], (), (), request.notes, (), seconds, plan, peaks)
+                made = self._generator.generate(request, plan, Observers())
+            return Result([], (), (), notes=request.notes, seconds=made.seconds, plan=plan, peaks=made.peaks)
 
         return self._worker.run(run)
 
-    def plan(self, request: Request | ResolvedRequest | None = None, **arguments: Any) -> Plan:
+    def plan(self, request: Request | ResolvedRequest | None = None, **arguments: Any) -> MemoryPlan:
         """Returns the memory that each stage of a request takes, and how much of the transformer may be resident.
 
         Args:
@@ -420,7 +426,7 @@ class FluxPipeline:
         record: dict,
         request: ResolvedRequest,
         *,
-        plan: Plan,
+        plan: MemoryPlan,
         notes: list[str],
         observers: Observers,
     ) -> Result:
@@ -433,7 +439,8 @@ class FluxPipeline:
         for note in notes:
             logger.warning(note)
         as_floats = request.output_type == "np" and not self.policy  # else from the bytes that are judged
-        conditions, images, seconds, peaks = self._generator.generate(request, plan, observers, as_floats)
+        made = self._generator.generate(request, plan, observers, as_floats=as_floats)
+        images: Any = made.images
         records = tuple(record | request.record(i) for i in range(request.batch))
         outcomes = ("released",) * request.batch
         if request.output_type == "pil" or self.policy:
@@ -441,8 +448,16 @@ class FluxPipeline:
         if request.output_type == "np":
             pixels = [np.asarray(image, np.float32) / 255 if self.policy else image for image in images]
             images = np.stack(pixels) if pixels else np.empty((0, request.height, request.width, 3), np.float32)
-        notes += dict.fromkeys(note for prompts in conditions for prompt in prompts for note in prompt.cut)
-        return Result(images, outcomes, request.seeds, tuple(notes), records, seconds, plan, peaks)
+        return Result(
+            images,
+            outcomes,
+            request.seeds,
+            notes=(*notes, *made.notes),
+            records=records,
+            seconds=made.seconds,
+            plan=plan,
+            peaks=made.peaks,
+        )
 
     def _call_back(self, callback: Callable, step: int, sigma: float, latents: mx.array) -> mx.array | None:
         answer = callback(self, step, 1000 * sigma, {"latents": latents})

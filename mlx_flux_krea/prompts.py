@@ -1,4 +1,4 @@
-"""Prompts to what the transformer reads: T5's states and CLIP's pooled vector. Results are kept, encoders are not."""
+"""Encodes prompts for the transformer, with T5 and CLIP. Results stay in memory, encoders do not."""
 
 import logging
 import traceback
@@ -13,16 +13,16 @@ from .weights import ModelFolder
 
 logger = logging.getLogger("mlx_flux_krea")
 
-KEPT = 32  # encoded prompts; one takes 4 MB at FLUX.1's size in 16 bits
+CACHED = 32  # encoded prompts; one takes 4 MB at FLUX.1's size in 16 bits
 
 
-class Encoded:
+class EncodedPrompt:
     """One prompt as the transformer reads it.
 
     Attributes:
         embeds: (1, S, context_in_dim) of T5.
         pooled: (1, vec_in_dim) of CLIP.
-        cut: sentences about text that did not fit.
+        cut: sentences about text that was cut off.
     """
 
     def __init__(self, embeds: mx.array, pooled: mx.array, cut: tuple[str, ...] = ()):
@@ -35,63 +35,62 @@ class PromptEncoder:
     Args:
         folder: the model.
         dtype: the compute type.
-        check: called while weights are waited for; raises to stop.
+        check: called while a read is waited for; raises to stop.
     """
 
     def __init__(self, folder: ModelFolder, dtype: mx.Dtype, check: Callable[[], None]):
         self._folder, self._dtype, self._check = folder, dtype, check
-        self._kept: OrderedDict[tuple, Encoded] = OrderedDict()
+        self._encoded: OrderedDict[tuple, EncodedPrompt] = OrderedDict()
 
-    def encode(self, pairs: list[tuple[str, str]], length: int, make_run: Callable) -> list[Encoded]:
+    def encode(
+        self, pairs: list[tuple[str, str]], length: int, make_run: Callable[..., Callable]
+    ) -> list[EncodedPrompt]:
         """Encodes pairs of (text for CLIP, text for T5).
 
         Args:
             pairs: of each prompt.
             length: tokens of T5.
-            make_run: from a number of pieces and what runs one to what also reports and stops, see `T5Encoder`.
+            make_run: called as make_run(parts, run); returns a `run` that also reports progress and can be stopped.
 
         Raises:
-            ModelError: encoders or tokenizers missing or damaged, or not of one another.
+            ModelError: encoders or tokenizers missing or damaged, or they do not fit.
         """
         keys = [(*pair, length) for pair in pairs]
-        missing = [key for key in dict.fromkeys(keys) if key not in self._kept]
+        missing = [key for key in dict.fromkeys(keys) if key not in self._encoded]
         if missing:
-            _ = self._folder.tokenizers  # before any weight is read, so that what is wrong with them is found early
+            _ = self._folder.tokenizers  # before any weight is read, so that a fault in them is found early
             try:
-                networks = self._folder.clip.load(self._dtype), self._folder.t5.load(self._dtype)
-                t5 = networks[1]
-                blocks = Blocks(t5, self._folder.t5.tensors(), t5.stages, t5.dtype, 0, self._check)
-                with blocks.reading(len(missing)) as run:
-                    run = make_run(len(missing) * (len(t5.stages) + 3), run)
-                    for key in missing:
-                        self._kept[key] = self._encode(key, networks, run)
+                self._encode_missing(missing, make_run)
             except BaseException as error:
-                traceback.clear_frames(error.__traceback__)  # who keeps the traceback, as notebooks do, would keep T5
+                traceback.clear_frames(error.__traceback__)  # a traceback that a notebook holds would hold T5
                 raise
             finally:
-                networks = t5 = blocks = run = None
                 mx.clear_cache()
-        encoded = [self._kept[key] for key in keys]
+        encoded = [self._encoded[key] for key in keys]
         for key in keys:
-            self._kept.move_to_end(key)
-        while len(self._kept) > KEPT:
-            self._kept.popitem(last=False)
+            self._encoded.move_to_end(key)
+        while len(self._encoded) > CACHED:
+            self._encoded.popitem(last=False)
         return encoded
 
-    def _encode(self, key: tuple[str, str, int], networks, run) -> Encoded:
-        clip_text, t5_text, length = key
-        clip, t5 = networks
-        tokens = read_prompt(self._folder, clip_text, t5_text, length)
-        cut = cut_off(tokens)
-        for note in cut:
-            logger.warning(note)
-        ids = [mx.array([one.ids]) for one in tokens]
-        _, pooled = run(clip, ids[0])
-        return Encoded(t5(ids[1], run), pooled, cut)
+    def _encode_missing(self, keys: list[tuple[str, str, int]], make_run: Callable[..., Callable]) -> None:
+        clip, t5 = self._folder.clip.load(self._dtype), self._folder.t5.load(self._dtype)
+        blocks = Blocks(t5, self._folder.t5.tensors(), t5.stages, dtype=t5.dtype, budget=0, check=self._check)
+        with blocks.streaming(len(keys)) as run:
+            run = make_run(len(keys) * (len(t5.stages) + 3), run)
+            for key in keys:
+                clip_text, t5_text, length = key
+                tokens = tokenize(self._folder, clip_text, t5_text, length)
+                cut = cut_notes(tokens)
+                for note in cut:
+                    logger.warning(note)
+                ids = [mx.array([prompt.ids]) for prompt in tokens]
+                _, pooled = run(clip, ids[0])
+                self._encoded[key] = EncodedPrompt(t5(ids[1], run), pooled, cut)
 
 
-def read_prompt(folder: ModelFolder, clip_text: str, t5_text: str, length: int) -> tuple[Tokens, Tokens]:
-    """What CLIP and what T5 reads of a prompt; T5 takes `length` tokens.
+def tokenize(folder: ModelFolder, clip_text: str, t5_text: str, length: int) -> tuple[Tokens, Tokens]:
+    """Returns the tokens of a prompt for CLIP and for T5; T5 takes `length` tokens.
 
     Raises:
         ModelError: tokenizers missing or damaged.
@@ -100,7 +99,7 @@ def read_prompt(folder: ModelFolder, clip_text: str, t5_text: str, length: int) 
     return clip(clip_text, folder.clip.sizes.max_position_embeddings), t5(t5_text, length)
 
 
-def cut_off(tokens: tuple[Tokens, Tokens]) -> tuple[str, ...]:
-    """Sentences about what did not fit."""
+def cut_notes(tokens: tuple[Tokens, Tokens]) -> tuple[str, ...]:
+    """Returns sentences about text that CLIP or T5 had no room for."""
     named = zip(("CLIP", "T5"), tokens, strict=True)
     return tuple(f"{name} reads {len(t.ids)} tokens; not read: {t.cut[:200]!r}" for name, t in named if t.cut)

@@ -1,7 +1,7 @@
-"""The record of a picture: what made it, written into the file and read back.
+"""The record of a picture: its prompt, seed, model and settings, written into the file and read back.
 
 Every file says that a machine made it, whatever else it says: IPTC's digital source type in XMP, and EXIF Software as
-black-forest-labs/flux writes it. With `metadata="full"` (the default) it also carries what decides the picture:
+black-forest-labs/flux writes it. With `metadata="full"` (the default) it also carries all that decides the picture:
 
     the record as JSON     PNG: the text "flux-krea"; JPEG and WebP: in XMP, under a namespace of ours
     A1111's `parameters`   PNG: the text of that name; all formats: EXIF UserComment, as UTF-16
@@ -38,9 +38,9 @@ _A1111_KEY = "parameters"  # of A1111's text in a PNG
 _XMP_KEY = "XML:com.adobe.xmp"  # of XMP in a PNG
 _SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/"
 _UNICODE, _ASCII = b"UNICODE\0", b"ASCII\0\0\0"  # EXIF's marks of the character code of a UserComment
-_JPEG_EXIF, _JPEG_XMP = 65533, 65504  # bytes that a JPEG has for them
+_JPEG_EXIF, _JPEG_XMP = 65533, 65504  # bytes of room in a JPEG
 _RECORD = re.compile("<krea:Record>(.*?)</krea:Record>", re.DOTALL)
-_NO_XML = re.compile("[\x7f-\x9f\ud800-\udfff\ufffe\uffff]")  # beside what JSON escapes anyway
+_NO_XML = re.compile("[\x7f-\x9f\ud800-\udfff\ufffe\uffff]")  # JSON escapes all others that XML cannot hold
 _XMP = """<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>
 <x:xmpmeta xmlns:x="adobe:ns:meta/">
  <rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">
@@ -55,18 +55,18 @@ _XMP = """<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>
 
 
 class Picture(Image.Image):
-    """A PIL image that keeps its record: `save` writes it, where plain Pillow would drop it.
+    """A PIL image with its record: `save` writes it, where plain Pillow would drop it.
 
-    Whole copies (`copy`, `copy.deepcopy`, pickle) keep it too; what PIL makes of it (`resize`, `crop`, ...) are plain
-    images.
+    Whole copies (`copy`, `copy.deepcopy`, pickle) have it too; results of PIL's methods (`resize`, `crop`, ...) are
+    plain images without.
     """
 
     record: dict
-    _kept = ("record",)  # the attributes that a copy has too
+    _copied = ("record",)  # attributes that a copy has too
 
     @classmethod
     def from_pixels(cls, pixels, record: dict) -> Self:
-        """A picture of (H, W, 3) uint8 pixels, or of an RGB image, with its record."""
+        """Makes a picture of (H, W, 3) uint8 pixels, or of an RGB image, which becomes the picture."""
         picture: Any = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
         picture.__class__ = cls
         picture.record = record
@@ -90,9 +90,9 @@ class Picture(Image.Image):
             format: "PNG", "JPEG" or "WEBP"; None: from the ending of the path.
             metadata: "full", or "minimal": only that a machine made it.
             quality: 1 to 100, of JPEG and WebP; None: 95.
-            force: a file that stands at the path is replaced.
+            force: replaces a file at the path.
             before: called with the file's bytes before any of them is written.
-            params: Pillow's own, over the defaults. What `exif` and `pnginfo` hold is written beside ours.
+            params: Pillow's own, over the defaults. The contents of `exif` and `pnginfo` are written beside ours.
 
         Raises:
             UsageError: a format, a level or a quality that is not known, a path that cannot be written, or `xmp`, which
@@ -103,16 +103,15 @@ class Picture(Image.Image):
         if metadata not in METADATA:
             raise UsageError(f'no level of metadata is called "{metadata}"', f"one of {', '.join(METADATA)}")
         name = str(getattr(fp, "name", "")) if hasattr(fp, "write") else os.fspath(fp)
-        format = format.upper() if format else FORMATS.get(Path(name).suffix.lower())
-        if format not in FORMATS.values():
-            what = f"the format {format}" if format else f"the name {name!r}"
-            raise UsageError(f"{what} is none that keeps the record of a picture", f"one of {', '.join(FORMATS)}")
-        check_quality(quality, format)
-        params = _parameters(
-            format, self.record, metadata, **({} if quality is None else {"quality": quality}), **params
-        )
+        encoding = format.upper() if format else FORMATS.get(Path(name).suffix.lower(), "")
+        if encoding not in FORMATS.values():
+            found = f"the format {encoding}" if encoding else f"the name {name!r}"
+            raise UsageError(f"{found} cannot hold the record of a picture", f"one of {', '.join(FORMATS)}")
+        check_quality(quality, encoding)
+        params |= {} if quality is None else {"quality": quality}
+        params = _parameters(encoding, self.record, metadata, **params)
         encoded = io.BytesIO()
-        super().save(encoded, format, **params)
+        super().save(encoded, encoding, **params)
         before(encoded.getvalue())
         self._write(fp, encoded.getvalue(), force)
 
@@ -121,22 +120,22 @@ class Picture(Image.Image):
             file.write(encoded)
 
     def enlarged(self, times: int) -> "Picture":
-        """The picture so many times as wide and as high, smoothed; its record says so."""
+        """Returns the picture so many times as wide and as high, smoothed; its record says so."""
         size = (self.width * times, self.height * times)
         pixels = self.resize(size, Image.Resampling.BICUBIC)
         return Picture.from_pixels(pixels, self.record | {"enlarged": times})
 
     def copy(self) -> "Picture":
-        """The same picture with the same record."""
-        picture = super().copy()
+        """Copies the picture and its record."""
+        picture: Any = super().copy()
         picture.__class__ = type(self)
-        picture.__dict__ |= copy.deepcopy({name: value for name, value in vars(self).items() if name in self._kept})
+        picture.__dict__ |= copy.deepcopy({name: value for name, value in vars(self).items() if name in self._copied})
         return picture
 
     __copy__ = copy
 
     def __getstate__(self) -> list:
-        return [super().__getstate__(), {name: getattr(self, name) for name in self._kept}]
+        return [super().__getstate__(), {name: getattr(self, name) for name in self._copied}]
 
     def __setstate__(self, state: list) -> None:
         super().__setstate__(state[0])
@@ -144,10 +143,10 @@ class Picture(Image.Image):
 
 
 def check_quality(quality: int | None, format: str) -> None:
-    """Refuses a quality that is none, or that does nothing.
+    """Checks the quality of a format.
 
     Raises:
-        UsageError: with the reason.
+        UsageError: out of range, or without effect.
     """
     if quality is not None and format == "PNG":
         raise UsageError("quality does nothing in a PNG, which loses nothing", "JPEG or WebP", "leave it out")
@@ -157,7 +156,7 @@ def check_quality(quality: int | None, format: str) -> None:
 
 @contextlib.contextmanager
 def opened(image: Image.Image | str | os.PathLike | BinaryIO) -> Iterator[Image.Image]:
-    """An image or an image file, open within the block, with one error for all that can be wrong with it.
+    """Opens an image or an image file within the block, with one error for every fault of it.
 
     Raises:
         UsageError: not an image, or broken.
@@ -170,18 +169,18 @@ def opened(image: Image.Image | str | os.PathLike | BinaryIO) -> Iterator[Image.
                 yield file
     except UsageError:
         raise
-    except Exception as error:  # on hostile files Pillow and its decoders raise what they like
+    except Exception as error:  # on hostile files Pillow and its decoders raise any class
         reason = " ".join(str(error).split()) or type(error).__name__
         name = image if is_path else "the image"
         raise UsageError(f"{name} cannot be opened: {reason}", "an image") from None
 
 
 def read_picture(path: Path) -> dict:
-    """What a picture's file says of itself; None where it says nothing.
+    """Reads the metadata of a picture's file.
 
     Returns:
-        "source_type" (the last word of IPTC's digital source type), "software" (EXIF), "parameters" (A1111's text) and
-        "record" (ours).
+        Four values, each None where the file has none: "source_type" (the last word of IPTC's digital source type),
+        "software" (EXIF), "parameters" (A1111's text) and "record" (ours).
 
     Raises:
         UsageError: not an image.
@@ -203,7 +202,7 @@ def read_picture(path: Path) -> dict:
 
 
 def read_record(path: Path) -> dict | None:
-    """The record in a picture's file; None where it has none.
+    """Reads the record in a picture's file; None where it has none.
 
     Raises:
         UsageError: not an image.
@@ -212,7 +211,7 @@ def read_record(path: Path) -> dict | None:
 
 
 def a1111_parameters(record: dict) -> str:
-    """A record as the text that AUTOMATIC1111's interface writes, and others read."""
+    """Returns a record as the text that AUTOMATIC1111's interface writes, and other tools read."""
     negative, settings = record.get("negative_prompt"), []
     for name, value in (
         ("Steps", record.get("num_inference_steps")),
@@ -243,7 +242,7 @@ def _decode_comment(comment, utf16: str) -> str | None:
 
 
 def _decode_record(text) -> dict | None:
-    """The record from its JSON, or from XMP that holds it."""
+    """Parses the record from its JSON, or from XMP that holds it."""
     text = text if isinstance(text, str) else ""
     if found := _RECORD.search(text):
         text = unescape(found[1])
@@ -255,7 +254,7 @@ def _decode_record(text) -> dict | None:
 
 
 def _parameters(format: str, record: dict, metadata: str, exif=None, pnginfo=None, **params) -> dict:
-    """Pillow's save parameters that carry marker and record, the caller's own beside them."""
+    """Returns Pillow's save parameters with marker and record, beside the caller's own."""
     if "xmp" in params:
         raise UsageError("xmp is given", "none: it says that a machine made the picture")
     merged = Image.Exif()
@@ -265,7 +264,7 @@ def _parameters(format: str, record: dict, metadata: str, exif=None, pnginfo=Non
     merged[ExifTags.Base.Software] = f"AI generated;{task};flux; {SOFTWARE}"
     shown = record
     if format == "JPEG" and metadata == "full":
-        room = _JPEG_EXIF - len(merged.tobytes()) - len(_UNICODE) - 64  # 64: what leads to the comment
+        room = _JPEG_EXIF - len(merged.tobytes()) - len(_UNICODE) - 64  # 64: the headers before the comment
         shown = _fitting(record, lambda one: len(_utf16(a1111_parameters(one))) <= room)
         record = _fitting(record, lambda one: len(_xmp(one, full=True).encode()) <= _JPEG_XMP)
     comment = _utf16(a1111_parameters(shown))
@@ -286,7 +285,7 @@ def _parameters(format: str, record: dict, metadata: str, exif=None, pnginfo=Non
 
 
 def _xmp(record: dict, full: bool = False) -> str:
-    """XMP that says that a machine made the picture, and if `full`, how."""
+    """Returns XMP that says that a machine made the picture, and if `full`, the record."""
     source_type = (
         "trainedAlgorithmicMedia" if record.get("strength") is None else "compositeWithTrainedAlgorithmicMedia"
     )
@@ -295,7 +294,7 @@ def _xmp(record: dict, full: bool = False) -> str:
 
 
 def _json(record: dict) -> str:
-    """One line of JSON that XML can hold."""
+    """Returns one line of JSON that XML can hold."""
     return _NO_XML.sub(lambda found: f"\\u{ord(found[0]):04x}", json.dumps(record, ensure_ascii=False))
 
 
@@ -304,12 +303,12 @@ def _utf16(text: str) -> bytes:
 
 
 def _fitting(record: dict, fits: Callable[[dict], bool]) -> dict:
-    """The record as a JPEG has room for it; where it is longer, texts are cut and "truncated" is true."""
+    """Returns the record as long as a JPEG has room for; if it is longer, texts are cut and "truncated" is true."""
     texts = {name: value for name, value in record.items() if isinstance(value, str)}
     keep, cut = max(map(len, texts.values()), default=0), record
     while keep and not fits(cut):
         keep = keep * 9 // 10
         cut = record | {name: value[:keep] for name, value in texts.items()} | {"truncated": True}
     if cut is not record:
-        logger.warning("a JPEG has no room for the whole record: its texts were cut; PNG and WebP keep them")
+        logger.warning("a JPEG has no room for the whole record: its texts were cut; PNG and WebP hold them")
     return cut

@@ -12,7 +12,7 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeGuard
 
 import mlx.core as mx
 import numpy as np
@@ -20,7 +20,7 @@ from PIL import ExifTags, Image, ImageOps
 
 from . import presets
 from .errors import UsageError, amount
-from .memory import Plan
+from .memory import MemoryPlan
 from .models.config import FluxConfig, ModelIndex
 from .presets import MAX_BATCH, MAX_SCALE, MAX_SIDE, MAX_STEPS
 from .provenance import opened
@@ -210,7 +210,7 @@ class Request:
 
     def _check_arrays(self, flux: FluxConfig, tokens: int) -> None:
         """Shapes, types and values of arrays; NaN here would later look like damaged weights."""
-        shapes = {"latents": (self._batch, tokens, flux.in_channels)}
+        shapes: dict[str, tuple[int, ...]] = {"latents": (self._batch, tokens, flux.in_channels)}
         for embeds, pooled in _EMBEDS.items():
             if getattr(self, embeds) is None:
                 continue
@@ -349,7 +349,7 @@ class Result:
     notes: tuple[str, ...] = ()  # for the user: sizes changed, text cut off
     records: tuple[dict, ...] = ()  # of each image: everything that decides it
     seconds: dict[str, float] = field(default_factory=dict)  # of each stage
-    plan: Plan | None = None  # expected memory, in bytes
+    plan: MemoryPlan | None = None  # expected memory, in bytes
     peaks: dict[str, int] = field(default_factory=dict)  # measured memory of each stage, in bytes
 
 
@@ -391,8 +391,8 @@ def open_image(image: Image.Image | str | os.PathLike | None) -> Image.Image | N
     return upright
 
 
-def _is_open(image) -> bool:
-    """Returns True for an image that `open_image` has returned, or one that is like it."""
+def _is_open(image: object) -> TypeGuard[Image.Image]:
+    """Recognises an image that `open_image` has returned, or one that is like it."""
     return (
         type(image) is Image.Image  # in memory, unlike a file's
         and image.mode == "RGB"

@@ -1,20 +1,21 @@
-"""Which weights are in memory when: kept, or read from the file each time they are needed.
+"""Which weights are in memory when: resident, or streamed from disk each time they are needed.
 
-The large networks (transformer, T5, the filters' language model) run in pieces, and each piece needs its matrices only
-while it computes. `Blocks` runs such pieces: it keeps the matrices of as many as it is allowed to, and reads the others
-ahead of their turn into two buffers, one of which is being filled while the piece in the other computes. The networks
-do not know it: they call `run(piece, *args)`.
+The large networks (transformer, T5, the filters' language model) run block by block, and a block needs its matrices
+only while it computes. `Blocks` runs such blocks. It makes as many resident as its budget allows, and reads the others
+ahead of their turn into two buffers: one is filled while the block in the other computes. The networks do not know it:
+they call `run(block, *args)`.
 
-Reading is done here and not by `mx.load`, for three reasons. A failing read names its file and tensor. What is read
-again and again does not push other programs' pages out of memory. And the buffers are MLX's own memory, filled in place
-by `pread`, so that nothing is copied or allocated while a picture is drawn.
+Reading is done here and not by `mx.load`, for three reasons. A failing read names its file and tensor. Weights that are
+streamed again and again do not push other programs' pages out of memory. And the buffers are MLX's own memory, filled
+in place by `pread`, so that nothing is copied or allocated during a run.
 """
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -26,62 +27,73 @@ from .files import bypass, forget
 from .weights import DTYPES, PACKED, TensorInfo
 from .worker import evaluated
 
-SLOTS = 2  # buffers for pieces that are not kept: one computes, one is read
+SLOTS = 2  # buffers for streamed blocks: one computes, one is read
 _CHUNK = 32 * 2**20  # bytes of one read; several are under way at a time, which is what fast disks want
 _THREADS = 4
 _ALIGNMENT = 256  # of each tensor in a buffer; more than any kernel asks for
 _TYPES = {name: getattr(mx, dtype) for dtype, name in DTYPES.items()} | {name: t for t, name in PACKED.items()}
-_ABSENT = mx.zeros((0, 0))  # stands where matrices are that are not in memory
+_ABSENT = mx.zeros((0, 0))  # in place of a matrix that is not in memory
+
+Tensors = Mapping[str, tuple[Path, TensorInfo]]
 
 
-def matrices(piece: Callable) -> tuple[nn.Module, list[str]]:
-    """The module that a piece belongs to, and the parameters of it that may be read each time.
+def matrices(block: Callable) -> tuple[nn.Module, list[str]]:
+    """Returns the module that a block belongs to, and the names of the parameters that may be streamed.
 
-    Those are the matrices of its linear layers, quantized or not, or its table where it is an embedding itself. Vectors
-    stay: they are small. Of layers with a modulation, which is evaluated apart, `layer.modulate` needs just that, and
-    the layer itself the others.
+    Those are the matrices of its linear layers, quantized or not, or the table of an embedding. Vectors are small and
+    always resident. In layers whose modulation is evaluated apart, `layer.modulate` needs the matrices of the
+    modulation alone, and the layer itself all others.
     """
-    owner = getattr(piece, "__self__", piece)
+    owner: Any = getattr(block, "__self__", block)
     if isinstance(owner, nn.Embedding):
         return owner, ["weight"]
     apart = tuple(f"{name}." for name in getattr(owner, "modulation_layers", ()))
-    wanted = getattr(piece, "__name__", "") == "modulate"
+    wanted = getattr(block, "__name__", "") == "modulate"
     names = []
     for path, layer in owner.named_modules():
         if isinstance(layer, nn.Linear | nn.QuantizedLinear) and path.startswith(apart or ("\0",)) == wanted:
-            names += [f"{path}.{name}" for name, array in layer.parameters().items() if array.ndim == 2]
+            names += [f"{path}.{name}" for name, array in _arrays(layer) if array.ndim == 2]
     return owner, names
 
 
+def _arrays(layer: nn.Module) -> Iterator[tuple[str, mx.array]]:
+    return ((name, array) for name, array in layer.parameters().items() if isinstance(array, mx.array))
+
+
 class Unit:
-    """The matrices of one piece in their files, and where each lies in a buffer.
+    """The matrices of one block: their places in their files and in a buffer.
+
+    Args:
+        block: as the network calls it through `run`.
+        prefix: path of the block's module in its network, with a dot at the end.
+        tensors: files and places of the network's tensors.
 
     Attributes:
         size: bytes of a buffer that holds them all.
     """
 
-    def __init__(self, piece: Callable, prefix: str, found: dict[str, tuple[Path, TensorInfo]]):
-        self.module, names = matrices(piece)
+    def __init__(self, block: Callable, prefix: str, tensors: Tensors):
+        self.module, names = matrices(block)
         self.prefix = prefix
-        self.tensors: list[tuple[str, Path, TensorInfo, int]] = []
+        self.tensors: list[tuple[str, Path, TensorInfo, int]] = []  # name, file, place in it, place in the buffer
         self.size = 0
-        for name in sorted(names, key=lambda name: (str(found[prefix + name][0]), found[prefix + name][1].start)):
-            path, info = found[prefix + name]
+        for name in sorted(names, key=lambda name: (str(tensors[prefix + name][0]), tensors[prefix + name][1].start)):
+            path, info = tensors[prefix + name]
             self.tensors.append((name, path, info, self.size))
             self.size += -(-(info.end - info.start) // _ALIGNMENT) * _ALIGNMENT
 
     def computed(self, dtype: mx.Dtype) -> int:
-        """Bytes of the matrices in a compute type."""
+        """Returns the bytes of the matrices in a compute type."""
         types = ((info.end - info.start, _TYPES[info.dtype]) for _, _, info, _ in self.tensors)
         return sum(size if type in PACKED else size * dtype.size // type.size for size, type in types)
 
     def put(self, buffer: mx.array, dtype: mx.Dtype, cast: bool) -> None:
-        """Makes what was read into the buffer the module's parameters.
+        """Makes the contents of a buffer the module's parameters.
 
         Args:
             buffer: (size,) uint8 or longer; the parameters are views of it, unless they are cast.
             dtype: the compute type.
-            cast: whether a cast to it is made for good, so that the buffer can be dropped.
+            cast: evaluates the cast to it now, so that the buffer can be dropped.
         """
         arrays = []
         for name, _, info, start in self.tensors:
@@ -93,7 +105,7 @@ class Unit:
         self.module.update(tree_unflatten(arrays))
 
     def drop(self) -> None:
-        """Takes the matrices away."""
+        """Frees the matrices."""
         self.module.update(tree_unflatten([(name, _ABSENT) for name, *_ in self.tensors]))
 
 
@@ -101,7 +113,7 @@ class Reader:
     """Open weight files, read by several threads.
 
     Args:
-        cached: whether the system may keep what was read, for the next time.
+        cached: True lets the system cache the files, for the next time.
     """
 
     def __init__(self, cached: bool):
@@ -115,18 +127,19 @@ class Reader:
         Raises:
             ModelError: a file cannot be opened. The futures raise it where a file cannot be read.
         """
-        target = memoryview(np.array(buffer, copy=False))
+        array: Any = np.array(buffer, copy=False)  # a view; Any, since numpy's stubs hide the buffer before 3.12
+        target = memoryview(array)
         futures = []
         for name, path, info, start in unit.tensors:
-            file, what = self._open(path), f"{path}: {unit.prefix}{name}"
+            file, tensor = self._open(path), f"{path}: {unit.prefix}{name}"
             for offset in range(info.start, info.end, _CHUNK):
                 count = min(_CHUNK, info.end - offset)
                 where = start + offset - info.start
-                futures.append(self._pool.submit(self._fill, file, target[where : where + count], offset, what))
+                futures.append(self._pool.submit(self._fill, file, target[where : where + count], offset, tensor))
         return futures
 
     def close(self) -> None:
-        """Ends reading: what has not begun is left out, what has is waited for."""
+        """Ends reading: drops reads that have not begun and waits for the others."""
         self._pool.shutdown(wait=True, cancel_futures=True)
         for file in self._files.values():
             os.close(file)
@@ -143,18 +156,18 @@ class Reader:
                 bypass(file)
         return self._files[path]
 
-    def _fill(self, file: int, target: memoryview, offset: int, what: str) -> None:
-        """Runs in the pool."""
+    def _fill(self, file: int, target: memoryview, offset: int, tensor: str) -> None:
+        """Fills the target from a file. Runs in the pool."""
         begin, count = offset, len(target)
         while target:
             try:
                 done = os.preadv(file, [target], offset)
             except OSError as error:
-                todo = "check the disk, then go on: nothing was lost"
-                raise ModelError(f"{what} cannot be read: {error.strerror}", "", todo) from None
+                todo = "check the disk, then continue: nothing was lost"
+                raise ModelError(f"{tensor} cannot be read: {error.strerror}", "", todo) from None
             if not done:
                 raise ModelError(
-                    f"{what}: the file has become shorter while it was read",
+                    f"{tensor}: the file has become shorter while it was read",
                     f"{begin + count} bytes",
                     "convert it again",
                 )
@@ -164,118 +177,123 @@ class Reader:
 
 
 class Blocks:
-    """Runs pieces of a network, in a fixed order, with their matrices in memory or read ahead of their turn.
+    """Runs the blocks of a network in a fixed order, with their matrices resident or read ahead of their turn.
 
     Args:
-        network: the pieces' network, loaded; its arrays of these matrices may be lazy and are dropped.
-        found: where its tensors lie, from `ModelFolder.tensors`.
-        pieces: what is called through `run`, in order.
+        network: the blocks' network, loaded. Its arrays of these matrices may be lazy, and are dropped.
+        tensors: files and places of its tensors, from `NetworkFolder.tensors`.
+        blocks: callables that the network passes to `run`, in order.
         dtype: the compute type.
-        keep: bytes of matrices that may stay in memory; None: all.
+        budget: bytes of matrices that may be resident; None: all.
         check: called while a read is waited for; raises to stop.
+
+    Attributes:
+        resident: places of the blocks that stay in memory once they are read.
+        loaded: places of those that were read.
     """
 
     def __init__(
         self,
         network: nn.Module,
-        found: dict[str, tuple[Path, TensorInfo]],
-        pieces: Sequence[Callable],
+        tensors: Tensors,
+        blocks: Sequence[Callable],
+        *,
         dtype: mx.Dtype,
-        keep: int | None = None,
+        budget: int | None = None,
         check: Callable[[], None] = lambda: None,
     ):
         prefixes = {id(module): f"{path}." if path else "" for path, module in network.named_modules()}
-        self.units = [Unit(piece, prefixes[id(getattr(piece, "__self__", piece))], found) for piece in pieces]
-        self.places = {_key(piece): place for place, piece in enumerate(pieces)}
-        self.network, self.dtype, self.check = network, dtype, check
+        self.units = [Unit(block, prefixes[id(getattr(block, "__self__", block))], tensors) for block in blocks]
+        self.places = {_key(block): place for place, block in enumerate(blocks)}
+        self.dtype, self.check = dtype, check
         self.sizes = [unit.computed(dtype) for unit in self.units]
-        self.kept = kept(self.sizes, keep)
-        self.present: set[int] = set()  # kept, and read
+        self.resident = resident_places(self.sizes, budget)
+        self.loaded: set[int] = set()
         for unit in self.units:
             unit.drop()
 
-    def allow(self, keep: int) -> None:
-        """Another number of bytes that may stay in memory. What is there stays as far as it may."""
-        if sum(self.sizes[place] for place in self.kept) > keep or sum(self.sizes) <= keep:
-            self.kept = kept(self.sizes, keep)
-        for place in self.present - self.kept:
+    def set_budget(self, budget: int) -> None:
+        """Changes the bytes that may be resident. Blocks that were read stay as far as the new budget allows."""
+        if sum(self.sizes[place] for place in self.resident) > budget or sum(self.sizes) <= budget:
+            self.resident = resident_places(self.sizes, budget)
+        for place in self.loaded - self.resident:
             self.units[place].drop()
-        self.present &= self.kept
+        self.loaded &= self.resident
 
     @contextlib.contextmanager
-    def reading(self, rounds: int) -> Iterator[Callable]:
-        """The `run` that the network is called with, for so many rounds through all pieces.
+    def streaming(self, rounds: int) -> Iterator[Callable]:
+        """Opens the files for so many rounds through all blocks, and gives the `run` to call the network with.
 
-        Afterwards nothing is left of what was not to be kept.
+        Afterwards only resident blocks are in memory.
         """
-        one = _Pass(self, rounds * len(self.units))
+        streaming = _Streaming(self, rounds * len(self.units))
         try:
-            yield one.run
+            yield streaming.run
         finally:
-            one.close()
+            streaming.close()
 
 
-class _Pass:
-    """The reads and buffers of `Blocks.reading`, apart from it since a callback may begin another."""
+class _Streaming:
+    """The reads and buffers of `Blocks.streaming`, apart from it since a callback may begin another."""
 
-    def __init__(self, blocks: Blocks, left: int):
-        self._blocks, self._left = blocks, left
-        self._reader = Reader(cached=len(blocks.kept) == len(blocks.units))
-        self._buffers: dict[int, mx.array] = {}  # of pieces that are there or on their way
+    def __init__(self, blocks: Blocks, runs: int):
+        self._blocks, self._left = blocks, runs
+        self._reader = Reader(cached=len(blocks.resident) == len(blocks.units))
+        self._buffers: dict[int, mx.array] = {}  # of blocks that were read or are being read
         self._reads: dict[int, list[Future]] = {}
-        streamed = [unit.size for place, unit in enumerate(blocks.units) if place not in blocks.kept]
+        streamed = [unit.size for place, unit in enumerate(blocks.units) if place not in blocks.resident]
         self._free = [_bytes(max(streamed)) for _ in range(min(SLOTS, len(streamed)))]
 
-    def run(self, piece: Callable, *args):
-        """The piece's result, evaluated."""
-        place = self._blocks.places.get(_key(piece))
+    def run(self, block: Callable, *args):
+        """Returns the block's result, evaluated."""
+        place = self._blocks.places.get(_key(block))
         if place is None:
-            return evaluated(piece, *args)
-        self._get(place)
+            return evaluated(block, *args)
+        self._load(place)
         self._left -= 1
         self._read_ahead(place)
-        result = evaluated(piece, *args)
-        if place not in self._blocks.kept:
+        result = evaluated(block, *args)
+        if place not in self._blocks.resident:
             self._blocks.units[place].drop()
             self._free.append(self._buffers.pop(place))
         return result
 
     def close(self) -> None:
-        """Ends reading; what is not kept is gone."""
+        """Ends reading, and frees all blocks that are not resident."""
         self._reader.close()
-        for place in self._buffers.keys() - self._blocks.present:
+        for place in self._buffers.keys() - self._blocks.loaded:
             self._blocks.units[place].drop()
-        self._blocks, self._buffers, self._reads, self._free = None, {}, {}, []  # a kept traceback may keep `run`
+        del self._blocks, self._buffers, self._reads, self._free  # a traceback that somebody holds may hold `run`
 
-    def _get(self, place: int) -> None:
-        """Waits until a piece's matrices are there."""
+    def _load(self, place: int) -> None:
+        """Waits until a block's matrices are in memory."""
         blocks = self._blocks
-        if place in blocks.present:
+        if place in blocks.loaded:
             return
         self._start(place)
         while wait(self._reads[place], timeout=0.1).not_done:
             blocks.check()
         for future in self._reads.pop(place):
             future.result()
-        blocks.units[place].put(self._buffers[place], blocks.dtype, cast=place in blocks.kept)
-        if place in blocks.kept:
-            blocks.present.add(place)
+        blocks.units[place].put(self._buffers[place], blocks.dtype, cast=place in blocks.resident)
+        if place in blocks.resident:
+            blocks.loaded.add(place)
             del self._buffers[place]
 
     def _read_ahead(self, place: int) -> None:
-        """Starts to read for the pieces after this one, as far as there is room."""
+        """Starts to read the blocks after this one, as far as there is room."""
         count = len(self._blocks.units)
         for ahead in range(1, min(self._left, count - 1) + 1):
             if not self._start((place + ahead) % count):
                 break
 
     def _start(self, place: int) -> bool:
-        """Starts to read a piece's matrices, unless they are there or on their way; False if there is no room now."""
+        """Starts to read a block, unless that has begun; returns False if there is no room now."""
         blocks = self._blocks
-        if place in blocks.present or place in self._buffers:
+        if place in blocks.loaded or place in self._buffers:
             return True
-        if place in blocks.kept:
-            if self._reads.keys() & blocks.kept:  # one of those at a time
+        if place in blocks.resident:
+            if self._reads.keys() & blocks.resident:  # one of those at a time
                 return False
             buffer = _bytes(blocks.units[place].size)
         elif self._free:
@@ -293,12 +311,12 @@ def _bytes(count: int) -> mx.array:
     return buffer
 
 
-def kept(sizes: Sequence[int], budget: int | None) -> set[int]:
-    """Which of some pieces stay in memory, spread evenly, so that there is time to read each of the others.
+def resident_places(sizes: Sequence[int], budget: int | None) -> set[int]:
+    """Chooses the blocks that are resident, spread evenly, so that there is time to read each of the others.
 
     Args:
-        sizes: bytes of each.
-        budget: bytes for those that stay; None: all.
+        sizes: bytes of each block.
+        budget: bytes for the resident ones; None: all.
     """
     everything = set(range(len(sizes)))
     if budget is None or sum(sizes) <= budget:
@@ -310,5 +328,5 @@ def kept(sizes: Sequence[int], budget: int | None) -> set[int]:
     return set()
 
 
-def _key(piece: Callable) -> tuple[int, str]:
-    return id(getattr(piece, "__self__", piece)), getattr(piece, "__name__", "")
+def _key(block: Callable) -> tuple[int, str]:
+    return id(getattr(block, "__self__", block)), getattr(block, "__name__", "")

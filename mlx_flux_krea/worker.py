@@ -26,7 +26,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-class Job(Generic[T]):
+class WorkerJob(Generic[T]):
     """One call of a function in the worker's thread; from `Worker.submit`.
 
     Args:
@@ -34,7 +34,7 @@ class Job(Generic[T]):
         jobs: the list that this job leaves when it ends.
     """
 
-    def __init__(self, function: Callable[[], T], jobs: "list[Job[Any]]"):
+    def __init__(self, function: Callable[[], T], jobs: "list[WorkerJob[Any]]"):
         self._function: Callable[[], T] | None = function
         self._jobs = jobs
         self._stop = threading.Event()
@@ -92,16 +92,16 @@ class Worker:
     """A pipeline's share of the thread: its jobs, and the means to stop them."""
 
     def __init__(self):
-        self._jobs: list[Job[Any]] = []  # those that wait or run, in the order in which they came
+        self._jobs: list[WorkerJob[Any]] = []  # those that wait or run, in the order in which they came
 
-    def submit(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Job[T]:
+    def submit(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> WorkerJob[T]:
         """Queues a call for the thread. From within that thread it is made at once, inside the running job.
 
         Raises:
             UsageError: this process was forked from one that had computed.
         """
         thread = _thread()
-        job = Job(lambda: function(*args, **kwargs), self._jobs)
+        job = WorkerJob(lambda: function(*args, **kwargs), self._jobs)
         self._jobs.append(job)
         if threading.current_thread() is thread:
             job.call()
@@ -110,7 +110,7 @@ class Worker:
         return job
 
     def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Returns the function's result, computed in the worker's thread; see `Job.result`.
+        """Returns the function's result, computed in the worker's thread; see `WorkerJob.result`.
 
         Raises:
             UsageError: this process was forked from one that had computed.
@@ -162,8 +162,8 @@ def evaluated(part: Callable, *args):
     return result
 
 
-_waiting: "queue.SimpleQueue[Job]" = queue.SimpleQueue()
-_running: list[Job] = []  # the job at hand, and the jobs inside it
+_waiting: "queue.SimpleQueue[WorkerJob]" = queue.SimpleQueue()
+_running: list[WorkerJob] = []  # the job at hand, and the jobs inside it
 _started: list[threading.Thread] = []
 _starting = threading.Lock()
 

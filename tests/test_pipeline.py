@@ -845,7 +845,7 @@ def test_an_image_without_pixels_is_refused(size):
 def test_unknown_types_and_plans_are_refused(model):
     with pytest.raises(UsageError, match="float8"):
         FluxPipeline.from_pretrained(model, dtype="float8")
-    with pytest.raises(UsageError, match="memory is 'plenty'"):
+    with pytest.raises(UsageError, match="`memory` is 'plenty'"):
         FluxPipeline.from_pretrained(model, memory="plenty")
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from mlx_flux_krea import FluxPipeline, nano
 from mlx_flux_krea.errors import ResourceError, UsageError
-from mlx_flux_krea.memory import GB, machine_memory, parse_memory, plan, step_flops, weigh, weigh_folder
+from mlx_flux_krea.memory import GB, machine_memory, make_plan, parse_memory, step_flops, weigh, weigh_folder
 from mlx_flux_krea.models import config
 from mlx_flux_krea.weights import layer_widths, open_model
 
@@ -30,7 +30,7 @@ def weights_of(quantize="none", dtype=mx.bfloat16):
 def plan_of(weights, side=1024, budget=2**60, **more):
     width, height = (side, side) if isinstance(side, int) else side
     shape = {"width": width, "height": height, "text_length": 512}
-    return plan(weights, SIZES, mx.bfloat16, **shape, budget=budget, device="gpu", **more)
+    return make_plan(weights, SIZES, mx.bfloat16, **shape, budget=budget, device="gpu", **more)
 
 
 @pytest.mark.parametrize(
@@ -43,7 +43,7 @@ def test_amounts_of_memory(text, count):
 
 @pytest.mark.parametrize("text", ["", "plenty", "8 G", "-1GB", "0", 0, True, None, "1e3GB", "9" * 30 + "GB", "nan"])
 def test_what_is_no_amount_is_refused(text):
-    with pytest.raises(UsageError, match=r'memory is .*; expected "auto", or an amount such as 8GB'):
+    with pytest.raises(UsageError, match=r'`memory` is .*; expected "auto", or an amount such as 8GB'):
         parse_memory(text)
 
 
@@ -68,8 +68,9 @@ def test_an_8_gb_mac_draws_the_unquantized_model_at_a_megapixel():
     made = plan_of(weights_of(), budget=int(8 * 2**30 * 2 / 3 * 0.8))
     assert made.peak <= made.budget
     assert made.least < 2 * GB
-    assert made.blocks < made.of == 57
-    assert made.read + sum(weights_of().blocks.stored) * made.blocks / made.of == pytest.approx(17.2 * GB, rel=0.1)
+    assert made.resident_blocks < made.total_blocks == 57
+    resident = sum(weights_of().blocks.stored) * made.resident_blocks / made.total_blocks
+    assert made.read_per_step + resident == pytest.approx(17.2 * GB, rel=0.1)
 
 
 def test_more_memory_keeps_more_and_reads_less():
@@ -77,9 +78,9 @@ def test_more_memory_keeps_more_and_reads_less():
     for budget in (2 * GB, 4 * GB, 8 * GB, 12 * GB):
         made = plan_of(weights, budget=budget)
         assert made.peak <= budget
-        assert last is None or (made.blocks > last.blocks and made.read < last.read)
+        assert last is None or (made.resident_blocks > last.resident_blocks and made.read_per_step < last.read_per_step)
         last = made
-    assert (last.blocks, last.read) == (57, 0)
+    assert (last.resident_blocks, last.read_per_step) == (57, 0)
     assert last.peak == last.most
 
 
@@ -104,7 +105,7 @@ def test_a_budget_too_small_for_one_block_is_refused_with_the_numbers():
 def test_nothing_is_loaded_where_memory_is_too_little(model, monkeypatch):
     monkeypatch.setattr("mlx_flux_krea.weights.NetworkFolder.load", lambda *_: pytest.fail("a network was loaded"))
     pipe = FluxPipeline.from_pretrained(model, memory="1MB")
-    with pytest.raises(ResourceError, match="--memory says what may be used"):
+    with pytest.raises(ResourceError, match="`memory` sets the limit"):
         pipe(CAT, height=64, width=64)
 
 
@@ -135,11 +136,11 @@ def test_every_stage_takes_what_was_predicted(quantize, tmp_path, monkeypatch):
     monkeypatch.setattr("mlx_flux_krea.models.layers._faster_dense", {})
     monkeypatch.setattr("mlx_flux_krea.models.layers._is_dense_faster", lambda *_: True)
     path = convert([nano.FOLDER], tmp_path / "model", quantize=quantize).path
-    kept, peaks = second_picture(path, "auto")
-    streamed, least = second_picture(path, kept.least)
-    assert (kept.blocks, streamed.blocks) == (kept.of, 0)
-    assert kept.stages.keys() == {"text", "image", "modulation", "denoise", "decode"}
-    assert kept.stages == pytest.approx(peaks, rel=0.15)
+    resident, peaks = second_picture(path, "auto")
+    streamed, least = second_picture(path, resident.least)
+    assert (resident.resident_blocks, streamed.resident_blocks) == (resident.total_blocks, 0)
+    assert resident.stages.keys() == {"text", "image", "modulation", "denoise", "decode"}
+    assert resident.stages == pytest.approx(peaks, rel=0.15)
     assert streamed.stages == pytest.approx(least, rel=0.15)
 
 

@@ -177,7 +177,7 @@ def test_the_marker_cannot_be_replaced(picture):
 @pytest.mark.parametrize("format", ["GIF", "BMP", "TIFF", "ICO", "PPM", "TGA", "JPEG2000"])
 def test_formats_that_cannot_carry_the_marker_are_refused(picture, tmp_path, format):
     for arguments in ((tmp_path / f"a.{format.lower()}",), (tmp_path / "a.png", format), (io.BytesIO(), format)):
-        with pytest.raises(UsageError, match=r"none that keeps the record .* one of \.png"):
+        with pytest.raises(UsageError, match=r"cannot hold the record .* one of \.png"):
             picture.save(*arguments)
     with pytest.raises(UsageError, match="the name ''"):
         picture.save(io.BytesIO())

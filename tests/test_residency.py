@@ -22,13 +22,13 @@ from mlx_flux_krea.errors import Interrupted, ModelError
 from mlx_flux_krea.models import vae
 from mlx_flux_krea.models.config import FLUX_VAE
 from mlx_flux_krea.models.vae import VAE
-from mlx_flux_krea.residency import Blocks, Reader, Unit, kept, matrices
+from mlx_flux_krea.residency import Blocks, Reader, Unit, matrices, resident_places
 from mlx_flux_krea.weights import open_model, read_header
 
 CAT = "A cat holding a sign that says hello world"
 SMALL = {"height": 32, "width": 48, "num_inference_steps": 2}
 
-# --- pieces ---
+# --- blocks ---
 
 
 @pytest.fixture(scope="module")
@@ -36,15 +36,15 @@ def folder(model):
     return open_model(model)
 
 
-def blocks_of(folder, keep, dtype=mx.float32, **more):
+def blocks_of(folder, budget, dtype=mx.float32, **more):
     flux = folder.flux.load(dtype)
-    return Blocks(flux, folder.flux.tensors(), flux.blocks, dtype, keep, **more)
+    return Blocks(flux, folder.flux.tensors(), flux.blocks, dtype=dtype, budget=budget, **more)
 
 
 def test_a_layer_and_its_modulation_have_all_matrices_between_them(folder):
     flux = folder.flux.load(mx.float32)
     for layer in (*flux.blocks, flux.final_layer):
-        names = [set(matrices(piece)[1]) for piece in (layer, layer.modulate)]
+        names = [set(matrices(part)[1]) for part in (layer, layer.modulate)]
         assert not names[0] & names[1]
         assert all("mod" in name or "adaLN" in name for name in names[1])
     double = set(matrices(flux.double_blocks[0])[1])
@@ -53,7 +53,7 @@ def test_a_layer_and_its_modulation_have_all_matrices_between_them(folder):
     assert set(matrices(flux.single_blocks[0])[1]) == {"linear1.weight", "linear2.weight"}
 
 
-def test_a_unit_reads_what_the_file_holds(folder):
+def test_a_unit_reads_the_contents_of_the_file(folder):
     whole, streamed = folder.flux.load(mx.float32), folder.flux.load(mx.float32)
     unit = Unit(streamed.double_blocks[1], "double_blocks.1.", folder.flux.tensors())
     unit.drop()
@@ -74,13 +74,13 @@ def flat(module):
 
 
 @pytest.mark.parametrize("budget", range(0, 120, 7))
-def test_what_is_kept_fits_and_lies_evenly(budget):
+def test_resident_blocks_fit_and_lie_evenly(budget):
     sizes = [8] * 5 + [4] * 10
-    places = kept(sizes, budget)
+    places = resident_places(sizes, budget)
     assert sum(sizes[place] for place in places) <= budget or places == set()
     gaps = np.diff(sorted(places)) if len(places) > 1 else [1]
     assert max(gaps) - min(gaps) <= 1
-    assert kept(sizes, None) == kept(sizes, 80) == set(range(15))
+    assert resident_places(sizes, None) == resident_places(sizes, 80) == set(range(15))
 
 
 # --- pictures ---
@@ -96,36 +96,37 @@ def models(model, tmp_path_factory):
     return made
 
 
-def pipe_that_keeps(path, share, **more) -> FluxPipeline:
-    """A pipeline that keeps so much of the transformer's blocks, of 1, whatever the machine offers."""
+def pipe_with_resident(path, share, **more) -> FluxPipeline:
+    """Returns a pipeline with a share of the transformer's blocks resident, 0 to 1, whatever the machine offers."""
     pipe = FluxPipeline.from_pretrained(path, **more)
 
     def plan(request):
         made = FluxPipeline.plan(pipe, request)
-        return dataclasses.replace(made, keep=int(share * sum(pipe._weights.blocks.computed)))
+        return dataclasses.replace(made, resident_bytes=int(share * sum(pipe._weights.blocks.computed)))
 
     pipe.plan = plan
     return pipe
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "8", "4"])
-def test_streamed_kept_and_half_of_each_draw_the_same_bits(models, precision):
+def test_streamed_resident_and_half_of_each_give_the_same_bits(models, precision):
     images = []
     for share in (1, 0, 0.6):
-        pipe = pipe_that_keeps(models[precision], share)
+        pipe = pipe_with_resident(models[precision], share)
         images.append(pipe(CAT, seed=3, output_type="np", **SMALL).images)
-        kept, present, of = (
-            len(x) for x in (pipe._generator.blocks.kept, pipe._generator.blocks.present, pipe._generator.blocks.units)
+        resident, loaded, total = (
+            len(x)
+            for x in (pipe._generator.blocks.resident, pipe._generator.blocks.loaded, pipe._generator.blocks.units)
         )
-        assert kept == present
-        assert (share == 1 and kept == of) or (share == 0 and kept == 0) or 0 < kept < of
+        assert resident == loaded
+        assert (share == 1 and resident == total) or (share == 0 and resident == 0) or 0 < resident < total
     assert np.array_equal(images[0], images[1])
     assert np.array_equal(images[0], images[2])
 
 
 def test_a_computed_type_other_than_the_stored_is_streamed_too(models):
     images = [
-        pipe_that_keeps(models["bfloat16"], share, dtype="float32")(CAT, seed=3, output_type="np", **SMALL).images
+        pipe_with_resident(models["bfloat16"], share, dtype="float32")(CAT, seed=3, output_type="np", **SMALL).images
         for share in (1, 0, 0.6)
     ]
     assert np.array_equal(images[0], images[1])
@@ -135,15 +136,15 @@ def test_a_computed_type_other_than_the_stored_is_streamed_too(models):
 @pytest.mark.slow
 def test_true_cfg_and_several_images_go_round_and_round(model):
     call = {"negative_prompt": "a dog", "true_cfg_scale": 3.0, "num_images_per_prompt": 2, "output_type": "np"}
-    images = [pipe_that_keeps(model, share)(CAT, seed=[1, 2], **call, **SMALL).images for share in (1, 0)]
+    images = [pipe_with_resident(model, share)(CAT, seed=[1, 2], **call, **SMALL).images for share in (1, 0)]
     assert np.array_equal(*images)
 
 
 @pytest.mark.slow
-def test_a_callback_may_draw_with_the_pipeline_that_calls_it(model):
-    alone = pipe_that_keeps(model, 1)(CAT, seed=3, output_type="np", **SMALL).images
+def test_a_callback_may_generate_with_the_pipeline_that_calls_it(model):
+    alone = pipe_with_resident(model, 1)(CAT, seed=3, output_type="np", **SMALL).images
     for share in (0, 0.6, 1):
-        pipe, inner = pipe_that_keeps(model, share), []
+        pipe, inner = pipe_with_resident(model, share), []
 
         def callback(pipe, *_, inner=inner):
             inner.append(pipe(CAT, seed=3, output_type="np", **SMALL).images)
@@ -152,54 +153,54 @@ def test_a_callback_may_draw_with_the_pipeline_that_calls_it(model):
         assert all(np.array_equal(images, alone) for images in (outer, *inner))
 
 
-def test_at_most_two_pieces_are_in_buffers(model, monkeypatch):
-    counts, original = [], residency._Pass.run
+def test_at_most_two_blocks_are_in_buffers(model, monkeypatch):
+    counts, original = [], residency._Streaming.run
 
-    def watched(self, piece, *args):
-        result = original(self, piece, *args)
+    def counted(self, block, *args):
+        result = original(self, block, *args)
         counts.append(len(self._buffers) + len(self._free))
         return result
 
-    monkeypatch.setattr(residency._Pass, "run", watched)
-    pipe_that_keeps(model, 0)(CAT, seed=3, **SMALL)
+    monkeypatch.setattr(residency._Streaming, "run", counted)
+    pipe_with_resident(model, 0)(CAT, seed=3, **SMALL)
     assert max(counts) == residency.SLOTS == 2
 
 
-def test_a_pipeline_keeps_less_when_a_picture_needs_more(model):
+def test_fewer_blocks_are_resident_when_a_picture_needs_more(model):
     pipe = FluxPipeline.from_pretrained(model)
     shares, images = iter((1, 0.5, 0, 1)), []
     pipe.plan = lambda request: dataclasses.replace(
-        FluxPipeline.plan(pipe, request), keep=int(next(shares) * sum(pipe._weights.blocks.computed))
+        FluxPipeline.plan(pipe, request), resident_bytes=int(next(shares) * sum(pipe._weights.blocks.computed))
     )
-    present = []
+    loaded = []
     for _ in range(4):
         images.append(pipe(CAT, seed=3, output_type="np", **SMALL).images)
-        present.append(len(pipe._generator.blocks.present))
-    assert present[0] == present[3] == 5
-    assert 0 < present[1] < 5
-    assert present[2] == 0
+        loaded.append(len(pipe._generator.blocks.loaded))
+    assert loaded[0] == loaded[3] == 5
+    assert 0 < loaded[1] < 5
+    assert loaded[2] == 0
     assert all(np.array_equal(images[0], image) for image in images)
 
 
 def test_a_second_picture_prepares_nothing_again(model):
     pipe, stages = FluxPipeline.from_pretrained(model), []
 
-    def draw(**more):
+    def stages_of(**more):
         stages.clear()
         pipe(CAT, seed=3, progress=lambda stage, *_: stages.append(stage), **(SMALL | more))
         return set(stages)
 
-    assert "modulation" in draw()
-    assert draw() == {"denoise", "decode"}
+    assert "modulation" in stages_of()
+    assert stages_of() == {"denoise", "decode"}
     for change in ({"guidance_scale": 2.0}, {"num_inference_steps": 3}, {"height": 64}):
-        assert draw(**change) == {"modulation", "denoise", "decode"}, change
-        assert draw(**change) == {"denoise", "decode"}
+        assert stages_of(**change) == {"modulation", "denoise", "decode"}, change
+        assert stages_of(**change) == {"denoise", "decode"}
 
 
 @pytest.mark.slow
 def test_two_pictures_take_no_more_memory_than_one(model):
     for share in (0, 1):
-        pipe = pipe_that_keeps(model, share)
+        pipe = pipe_with_resident(model, share)
         gc.collect()
         mx.clear_cache()
         base = mx.get_active_memory()
@@ -226,12 +227,12 @@ def test_a_file_that_becomes_shorter_is_named_with_its_tensor(copy):
         os.truncate(shard, shard.stat().st_size // 2)
 
     with pytest.raises(ModelError, match=rf"{shard.name}: \w+_blocks.*weight: the file has become shorter") as caught:
-        pipe_that_keeps(copy, 0)(CAT, seed=1, callback_on_step_end=cut, **SMALL)
+        pipe_with_resident(copy, 0)(CAT, seed=1, callback_on_step_end=cut, **SMALL)
     assert caught.value.exit_code == 3
 
 
 def test_a_file_that_disappears_is_named(copy):
-    pipe = pipe_that_keeps(copy, 0)
+    pipe = pipe_with_resident(copy, 0)
     pipe(CAT, seed=1, **SMALL)
     shard = shard_of(copy, "double_blocks.0.img_mlp.0.weight")
     shard.unlink()
@@ -250,16 +251,17 @@ def test_a_disk_that_fails_is_an_error_with_file_and_tensor(copy, monkeypatch):
     shard = shard_of(copy, "double_blocks.0.img_mlp.0.weight")
     monkeypatch.setattr(os, "preadv", preadv)
     with pytest.raises(ModelError, match=rf"{shard.name}: .*weight cannot be read: Input/output error"):
-        pipe_that_keeps(copy, 0)(CAT, seed=1, **SMALL)
+        pipe_with_resident(copy, 0)(CAT, seed=1, **SMALL)
 
 
 def test_a_slow_disk_is_waited_for_and_the_wait_can_be_ended(copy, monkeypatch):
-    """One read takes a second; Ctrl-C, or `interrupt`, does not wait for all that are left."""
-    pipe, original, slow = pipe_that_keeps(copy, 0), os.preadv, threading.Event()
+    """One read takes a second; `interrupt` waits for those that have begun, and not for all that are left."""
+    pipe, original, slow, never = pipe_with_resident(copy, 0), os.preadv, threading.Event(), threading.Event()
 
     def preadv(file, buffers, offset):
         if slow.is_set():
-            time.sleep(1)
+            pipe.interrupt()
+            never.wait(1)
         return original(file, buffers, offset)
 
     monkeypatch.setattr(os, "preadv", preadv)
@@ -269,7 +271,6 @@ def test_a_slow_disk_is_waited_for_and_the_wait_can_be_ended(copy, monkeypatch):
     def callback(pipe, step, *_):
         slow.set()
         begin.append(time.monotonic())
-        threading.Timer(0.3, pipe.interrupt).start()
 
     with pytest.raises(Interrupted):
         pipe(CAT, seed=1, callback_on_step_end=callback, **SMALL)
@@ -282,7 +283,7 @@ def test_no_file_stays_open_and_no_thread_stays_behind(copy):
     def state():
         return len(os.listdir("/proc/self/fd")), threading.active_count()
 
-    pipe = pipe_that_keeps(copy, 0)
+    pipe = pipe_with_resident(copy, 0)
     pipe(CAT, seed=1, **SMALL)
     before = state()
     pipe(CAT, seed=1, **SMALL)
@@ -293,7 +294,7 @@ def test_no_file_stays_open_and_no_thread_stays_behind(copy):
 
 @pytest.mark.skipif(not hasattr(os, "RWF_NOWAIT"), reason="shown on Linux")
 @pytest.mark.parametrize("cached", [False, True])
-def test_what_is_streamed_leaves_the_page_cache_to_others(cached):
+def test_streaming_leaves_the_page_cache_to_others(cached):
     """RWF_NOWAIT reads only what is in the page cache; the file lies where the checkout does, on a disk."""
     linear = nn.Linear(2048, 2048)
     with tempfile.TemporaryDirectory(dir=Path(__file__).parent) as folder:

@@ -310,7 +310,7 @@ def test_what_is_old_is_deleted_and_what_still_runs_is_left_to_its_process(comma
     assert command("resume", "--list")[:2] == (0, "")
     assert files() == [new]
     code, _, err = command("resume", new.stem)
-    assert (code, "is still going on" in err) == (2, True)
+    assert (code, "has not ended" in err) == (2, True)
     held.close()
     assert command("resume", new.stem)[0] == 0
 
@@ -322,7 +322,7 @@ def test_fast_steps_are_not_all_written_and_slow_ones_are(tmp_path, monkeypatch)
     monkeypatch.setattr(interrupted.time, "monotonic", lambda: now[0])
     for seconds, expected in ((0.095, [0, 11, 22, 28]), (1.0, list(range(29)))):
         checkpoint, written[:] = interrupted.Checkpoint({}), []
-        checkpoint.begin({})
+        checkpoint.start_picture({})
         for done in range(1, 29):
             now[0] += seconds
             checkpoint.reached(done, 28, np.zeros((1, 4, 64), np.float32))
@@ -366,20 +366,20 @@ def job(facts: dict) -> dict:
 
 
 DAMAGED = {
-    "text": (lambda f, a: "{", "does not say what it is"),
-    "deep": (lambda f, a: "[" * 100000, "does not say what it is"),
-    "a list": (lambda f, a: "[]", "holds something else"),
+    "text": (lambda f, a: "{", "has no description of a run"),
+    "deep": (lambda f, a: "[" * 100000, "has no description of a run"),
+    "a list": (lambda f, a: "[]", "is another kind of file"),
     "a later format": (lambda f, a: f.update(format=3), "has format 3"),
     "an earlier format": (lambda f, a: f.update(format=1), "has format 1"),
-    "no run": (lambda f, a: f.pop("run"), "holds something else"),
-    "steps": (lambda f, a: f.update(done=9), "holds something else"),
-    "true": (lambda f, a: f.update(done=True), "holds something else"),
+    "no run": (lambda f, a: f.pop("run"), "is another kind of file"),
+    "steps": (lambda f, a: f.update(done=9), "is another kind of file"),
+    "true": (lambda f, a: f.update(done=True), "is another kind of file"),
     "fewer steps": (lambda f, a: f.update(total=3), "of 3 steps"),
     "another size": (lambda f, a: a.update(latents=np.zeros((1, 9, 64), np.float32)), "holds latents (1, 9, 64)"),
-    "another type": (lambda f, a: a.update(latents=a["latents"].astype(np.float64)), "holds something else"),
-    "more": (lambda f, a: a.update(more=np.zeros(3)), "holds something else"),
+    "another type": (lambda f, a: a.update(latents=a["latents"].astype(np.float64)), "is another kind of file"),
+    "more": (lambda f, a: a.update(more=np.zeros(3)), "is another kind of file"),
     "NaN": (lambda f, a: a["latents"].fill(np.nan), "holds NaN"),
-    "no colours": (lambda f, a: a.update(image=np.zeros((4, 4, 1), np.uint8)), "holds something else"),
+    "no colours": (lambda f, a: a.update(image=np.zeros((4, 4, 1), np.uint8)), "is another kind of file"),
     "a taken name": (lambda f, a: f["run"].update(named={"path": 3}), "list of pictures is damaged"),
     "no jobs": (lambda f, a: f["run"].update(jobs=[]), "finished pictures of 0"),
     "jobs": (lambda f, a: f["run"].update(jobs=[1]), "list of pictures is damaged"),

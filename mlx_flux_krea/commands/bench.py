@@ -87,7 +87,8 @@ def _facts(pipe: FluxPipeline, shape: tuple[int, int], result: Result, seconds: 
         "precision": f"{most.bits} bits, {most.mode}" if most else "16 bits or more",
         "dtype": pipe.dtype, "width": width, "height": height, "seconds_per_step": seconds, "tflops": tflops,
         "share_of_peak": peak and tflops / peak, "stages": result.seconds, "peaks": result.peaks,
-        "predicted": plan and plan.stages, "blocks_in_memory": plan and plan.blocks, "blocks": plan and plan.of,
+        "predicted": plan and plan.stages, "blocks_in_memory": plan and plan.resident_blocks,
+        "blocks": plan and plan.total_blocks,
         "mlx": version("mlx"), "version": __version__, "system": platform.platform(terse=True),
         "wanting": None if peak else f"the peak speed of {name} is not known, so its share is not given",
     }  # fmt: skip

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import Any
 
 import click
@@ -60,20 +59,26 @@ def _model(
     width, height = width or folder.index.defaults.width, height or folder.index.defaults.height
     length, compute = folder.index.max_sequence_length, getattr(mx, dtype)
     weights = planning.weigh_folder(folder, compute)
-    plan = planning.plan(weights, folder.sizes, compute, width=width, height=height, text_length=length, budget=budget)
+    plan = planning.make_plan(
+        weights, folder.sizes, compute, width=width, height=height, text_length=length, budget=budget
+    )
     disk = disk_bytes(folder.path.resolve())
-    bandwidth = _bandwidth(plan.read, folder.flux.sizes, width=width, height=height, length=length)
+    bandwidth = _bandwidth(plan.read_per_step, folder.flux.sizes, width=width, height=height, length=length)
     facts = {"model": folder.index.name, "width": width, "height": height, "dtype": dtype, "disk": disk}
-    reads = f"the others, {size(plan.read)}, are streamed in each step" if plan.read else "none is streamed"
+    reads = (
+        f"the others, {size(plan.read_per_step)}, are streamed in each step"
+        if plan.read_per_step
+        else "none is streamed"
+    )
     lines = [
         f"{folder.index.name} at {width} x {height}, {dtype}, in {size(budget)} of memory; {size(disk)} on disk",
         _BACKEND[mx.default_device().type.name],
         table([("stage", "peak"), *((name, size(count)) for name, count in plan.stages.items())], right=(1,)),
-        f"{plan.blocks} of {plan.of} transformer blocks are resident in memory; {reads}",
+        f"{plan.resident_blocks} of {plan.total_blocks} transformer blocks are resident in memory; {reads}",
         *(["the picture is decoded in tiles, since memory is too small for the whole"] if plan.tiled else []),
         *_streaming(bandwidth),
     ]
-    return facts | asdict(plan) | {"bandwidth": bandwidth}, "\n".join(lines)
+    return facts | plan.to_json() | {"bandwidth": bandwidth}, "\n".join(lines)
 
 
 def _published(width: int, height: int, budget: int, dtype: str) -> tuple[dict[str, Any], str]:
@@ -84,8 +89,8 @@ def _published(width: int, height: int, budget: int, dtype: str) -> tuple[dict[s
     ]
     by_precision, reads = {}, 0
 
-    def predict(weights: planning.Weights, budget: int) -> planning.Plan:
-        return planning.plan(
+    def predict(weights: planning.WeightSizes, budget: int) -> planning.MemoryPlan:
+        return planning.make_plan(
             weights, sizes, compute, width=width, height=height, text_length=MAX_SEQUENCE_LENGTH, budget=budget
         )
 
@@ -95,10 +100,11 @@ def _published(width: int, height: int, budget: int, dtype: str) -> tuple[dict[s
         here = "too little", "", ""
         if plan.least <= budget:
             plan = predict(weights, budget)
-            here = size(plan.peak), f"{plan.blocks} of {plan.of}", size(plan.read) if plan.read else "nothing"
-            reads = reads or plan.read
+            read = size(plan.read_per_step) if plan.read_per_step else "nothing"
+            here = size(plan.peak), f"{plan.resident_blocks} of {plan.total_blocks}", read
+            reads = reads or plan.read_per_step
         rows.append((precision, size(weights.disk), size(plan.most), size(plan.least), *here))
-        by_precision[precision] = {"disk": weights.disk, "fits": plan.least <= budget, **asdict(plan)}
+        by_precision[precision] = {"disk": weights.disk, "fits": plan.least <= budget, **plan.to_json()}
     bandwidth = _bandwidth(reads, sizes.flux, width=width, height=height, length=MAX_SEQUENCE_LENGTH)
     lines = [
         f"FLUX.1 Krea [dev] at {width} x {height}, {dtype}, in {size(budget)} of memory",

@@ -179,8 +179,9 @@ class PixtralJudge:
         sees = any(images for _, images in asked)
         parts = [*network.vision_tower.layers, network.multi_modal_projector] * sees + network.layers
         room = machine_memory() - _BESIDES if len(asked) > 1 else 0  # a block that runs once need not stay
-        blocks = Blocks(network, self._folder.network.tensors(), parts, network.norm.weight.dtype, max(room, 0))
-        with blocks.reading(len(asked)) as run:
+        tensors, dtype = self._folder.network.tensors(), network.norm.weight.dtype
+        blocks = Blocks(network, tensors, parts, dtype=dtype, budget=max(room, 0))
+        with blocks.streaming(len(asked)) as run:
             run = self._make_run(len(asked) * (len(parts) + 3 + sees), run)
             return [float(np.array(network.margin(ids, images, run)).item()) for ids, images in asked]
 

@@ -6,7 +6,7 @@ FlowMatchEulerDiscreteScheduler, which agree to 1.2e-7. B batch, L image tokens,
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 
 import mlx.core as mx
 import numpy as np
@@ -96,7 +96,7 @@ def add_noise(image_latents: mx.array, noise: mx.array, sigma: float) -> mx.arra
 
 def euler(
     model: Callable[[mx.array, int], mx.array], latents: mx.array, sigmas: np.ndarray, start: int = 0
-) -> Iterator[mx.array]:
+) -> Generator[mx.array, mx.array | None, None]:
     """Integrates with Euler's method from sigmas[start] to the end.
 
     Args:

@@ -49,21 +49,23 @@ def precisions(
         width: pixels of a picture.
         height: pixels.
         length: tokens of T5.
-        machine: `budget` and `device` of another machine, see `memory.plan`.
+        machine: `budget` and `device` of another machine, see `memory.make_plan`.
     """
     found = {}
     for precision in presets.PROPOSED_PRECISIONS:
         weights = weigh_recipe(sizes, precision, "bfloat16")
         try:
-            plan = memory.plan(weights, sizes, mx.bfloat16, width=width, height=height, text_length=length, **machine)
-            peak, whole = plan.peak, plan.blocks == plan.of
+            plan = memory.make_plan(
+                weights, sizes, mx.bfloat16, width=width, height=height, text_length=length, **machine
+            )
+            peak, whole = plan.peak, plan.resident_blocks == plan.total_blocks
         except ResourceError:
             peak, whole = None, False
         found[precision] = Precision(folders[precision], peak, whole)
     return found
 
 
-def weigh_recipe(sizes: ModelSizes, precision: str, dtype: str) -> memory.Weights:
+def weigh_recipe(sizes: ModelSizes, precision: str, dtype: str) -> memory.WeightSizes:
     """Weighs a model that does not exist yet, as `convert -q` would write it.
 
     Args:

@@ -8,7 +8,7 @@ from mlx_flux_krea import FluxPipeline
 from mlx_flux_krea.errors import FluxKreaError, ModelError, PartlyDone, UsageError, Withheld, amount, printable
 from mlx_flux_krea.files import sha256_if_exists
 from mlx_flux_krea.home import installed_models
-from mlx_flux_krea.prompts import cut_off, read_prompt
+from mlx_flux_krea.prompts import cut_notes, tokenize
 from mlx_flux_krea.tokenizers import Tokens
 
 from . import macos, signals
@@ -207,7 +207,7 @@ def _announce(pipe: FluxPipeline, base: dict, prepared: list[PreparedJob], conso
         (*pair, r.max_sequence_length) for r in requests for pair in r.pairs() + r.pairs(negative=True)
     )
     try:
-        prompts = [read_prompt(pipe.folder, *text) for text in texts]
+        prompts = [tokenize(pipe.folder, *text) for text in texts]
     except ModelError:  # the pipeline reports a damaged model, after other checks
         return
     sizes: dict[str, list[int]] = {}
@@ -224,7 +224,7 @@ def _announce(pipe: FluxPipeline, base: dict, prepared: list[PreparedJob], conso
     for text in (
         *(text for tool in tools for text in tool_notes(tool)),
         *(text for p in prepared for text in p.notes),
-        *(text for tokens in prompts for text in cut_off(tokens)),
+        *(text for tokens in prompts for text in cut_notes(tokens)),
         *_differences(pipe, base, prepared),
     ):
         console.note(text)

@@ -15,7 +15,7 @@ from PIL import Image
 
 from mlx_flux_krea import presets
 from mlx_flux_krea.errors import UsageError
-from mlx_flux_krea.prompts import read_prompt
+from mlx_flux_krea.prompts import tokenize
 from mlx_flux_krea.provenance import read_record
 from mlx_flux_krea.request import Request, ResolvedRequest, open_image, random_seed
 from mlx_flux_krea.sampling.sampler import fixed_shift
@@ -212,7 +212,7 @@ def _pipeline_arguments(
     arguments = of_tool | arguments
     if tool.t5_length and "prompt" in arguments:
         longest = folder.index.max_sequence_length
-        tokens = read_prompt(folder, arguments["prompt"], arguments["prompt"], longest)[1]
+        tokens = tokenize(folder, arguments["prompt"], arguments["prompt"], longest)[1]
         arguments["max_sequence_length"] = min(longest, max(tool.t5_length, tokens.count))
     return arguments
 

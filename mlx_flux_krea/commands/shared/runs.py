@@ -123,7 +123,7 @@ class Run:
             self.checkpoint.remove()
             return
         path = self.remaining[0].options.get("image") if self.remaining else None
-        self.checkpoint.begin(self.to_json(), None if path is None else np.asarray(self.images[path]))
+        self.checkpoint.start_picture(self.to_json(), None if path is None else np.asarray(self.images[path]))
 
     @property
     def position(self) -> str:
