@@ -1,1 +1,1 @@
-"""The verbs of the command line, one file each; `shared/` holds what several of them use."""
+"""The verbs of the command line, one file each; `shared/` holds their common parts and never imports a verb."""

@@ -48,14 +48,14 @@ def bench(model, width, height, steps, memory, dtype, as_json):
         pipe = FluxPipeline.from_pretrained(model, dtype=dtype, memory=memory)
         index = pipe.folder.index
         shape = width or index.defaults.width, height or index.defaults.height
-        result, seconds = _measure(pipe, shape, steps, console)
-    facts = _facts(pipe, shape, result, seconds)
+        result, seconds = _measure(pipe, shape, steps=steps, console=console)
+    facts = _facts(pipe, shape, result=result, seconds=seconds)
     if facts["wanting"]:
         console.say(f"note: {facts['wanting']}")
     click.echo(json.dumps(facts) if as_json else _line(facts))
 
 
-def _measure(pipe: FluxPipeline, shape: tuple[int, int], steps: int, console: Console) -> tuple[Result, float]:
+def _measure(pipe: FluxPipeline, shape: tuple[int, int], *, steps: int, console: Console) -> tuple[Result, float]:
     """Generates and discards a picture of (width, height). Returns the result and the median seconds of a step."""
     shown, ends = PipelineProgress(console), []
 
@@ -73,7 +73,7 @@ def _measure(pipe: FluxPipeline, shape: tuple[int, int], steps: int, console: Co
     return result, median(b - a for a, b in pairwise(ends))
 
 
-def _facts(pipe: FluxPipeline, shape: tuple[int, int], result: Result, seconds: float) -> dict[str, Any]:
+def _facts(pipe: FluxPipeline, shape: tuple[int, int], *, result: Result, seconds: float) -> dict[str, Any]:
     """Collects the measurements, the share of the chip's peak, and versions."""
     index, flux = pipe.folder.index, pipe.folder.flux.sizes
     width, height = shape

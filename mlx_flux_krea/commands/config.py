@@ -30,7 +30,7 @@ def config(option, value, unset, as_json):
     """
     console, options = Console(), settings.read()
     if option and (value or unset):
-        options = _changed(options, option, " ".join(value), unset)
+        options = _changed(options, option, value=" ".join(value), unset=unset)
         settings.write(options)
         console.say(f"written to {settings.path()}")
     elif option or unset:
@@ -45,7 +45,7 @@ def config(option, value, unset, as_json):
         console.say(f"no option is set in {settings.path()}")
 
 
-def _changed(options: dict, option: str, value: str, unset: bool) -> dict:
+def _changed(options: dict, option: str, *, value: str, unset: bool) -> dict:
     """Returns the options with one more, another value, or one fewer."""
     if value and unset:
         raise UsageError(f"{option} has a value, and --unset", "one of them")

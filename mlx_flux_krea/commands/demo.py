@@ -17,6 +17,7 @@ from .shared.text import stage_times
 
 _SCALES = (1.0, 2.0, 4.5, 8.0)  # guidance, across the sheet
 _SEEDS = 4  # down the sheet
+_Files = list[tuple[Path, Picture]]
 
 
 @click.command()
@@ -39,17 +40,17 @@ def demo(prompt, output, seed, contact_sheet, force):
     with console.library_notes():
         pipe = FluxPipeline.from_pretrained("nano")
         make = _sheet if contact_sheet else _picture
-        pictures = make(pipe, prompt, seed, output, console)
+        pictures = make(pipe, prompt, seed=seed, output=output, console=console)
     with signals.held():
         signals.finish()
         for path, picture in pictures:
-            click.echo(save(picture, names_from(path), force))
+            click.echo(save(picture, names_from(path), force=force))
     console.say("This toy model shows that the installation works. It knows nothing but coloured shapes.")
     console.say("It gets 93 % of sentences about one shape right, and 80 % of those about two.")
     console.say("Next, the real model: flux-krea setup")
 
 
-def _picture(pipe: FluxPipeline, prompt: str, seed: int, output: Path, console: Console) -> list[tuple[Path, Picture]]:
+def _picture(pipe: FluxPipeline, prompt: str, *, seed: int, output: Path, console: Console) -> _Files:
     """Generates the picture. Returns it, and an enlarged copy."""
     progress = PipelineProgress(console)
     try:
@@ -61,7 +62,7 @@ def _picture(pipe: FluxPipeline, prompt: str, seed: int, output: Path, console: 
     return [(output, native), (output.with_stem(f"{output.stem}-large"), native.enlarged(5))]
 
 
-def _sheet(pipe: FluxPipeline, prompt: str, seed: int, output: Path, console: Console) -> list[tuple[Path, Picture]]:
+def _sheet(pipe: FluxPipeline, prompt: str, *, seed: int, output: Path, console: Console) -> _Files:
     """Generates a sheet with seeds down and guidance scales across."""
     seeds = range(seed, seed + _SEEDS)
     cells = counted(list(itertools.product(seeds, _SCALES)), "generating the sheet", "picture")

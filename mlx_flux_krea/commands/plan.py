@@ -44,7 +44,7 @@ def plan(model, width, height, memory, dtype, as_json):
     """
     budget = planning.parse_memory(memory) or planning.machine_memory()
     if model is None:
-        facts, text = _published(width or 1024, height or 1024, budget, dtype or "bfloat16")
+        facts, text = _published(width or 1024, height or 1024, budget=budget, dtype=dtype or "bfloat16")
     else:
         facts, text = _model(model, width, height, budget=budget, dtype=dtype)
     click.echo(json.dumps(facts) if as_json else text)
@@ -81,7 +81,7 @@ def _model(
     return facts | plan.to_json() | {"bandwidth": bandwidth}, "\n".join(lines)
 
 
-def _published(width: int, height: int, budget: int, dtype: str) -> tuple[dict[str, Any], str]:
+def _published(width: int, height: int, *, budget: int, dtype: str) -> tuple[dict[str, Any], str]:
     """Predicts FLUX.1 Krea [dev] at every precision of `convert`."""
     sizes, compute = config.FLUX_DEV_MODEL, getattr(mx, dtype)
     rows: list[tuple] = [

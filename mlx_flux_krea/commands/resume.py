@@ -44,7 +44,7 @@ def resume(file, model, output, memory, listed, as_json):
     try:
         run = _read_run(checkpoint, path)
         run.options |= {name: value for name, value in (("model", model), ("memory", memory)) if value}
-        _continue(run, output, console, as_json)
+        _continue(run, output, console=console, as_json=as_json)
     finally:
         checkpoint.close()
 
@@ -61,7 +61,7 @@ def _read_run(checkpoint: Checkpoint, path: Path) -> Run:
     return run
 
 
-def _continue(run: Run, output: Path | None, console: Console, as_json: bool) -> None:
+def _continue(run: Run, output: Path | None, *, console: Console, as_json: bool) -> None:
     before = run.made_by
     by_hash = {} if "model" in run.options else {"manifest_sha256": before.get("manifest_sha256")}
     pipe = open_pipeline(run.options | by_hash)

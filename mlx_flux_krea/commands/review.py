@@ -93,18 +93,18 @@ def _ask(picture: QuarantinedImage, reviewer: str, console: Console) -> Verdict 
         console.say(f"it cannot be shown here; look at it first: {picture.path}")
     pixels, answers = picture.facts["pixels"], {}
     for name, question in QUESTIONS.items():
-        answer = click.prompt(f"{question} (yes, no, later)", type=click.Choice(["yes", "no", "later"]), err=True)
+        answer = click.prompt(question, type=click.Choice(["yes", "no", "later"]), err=True)
         if answer == "later":
             return None
         answers[name] = answer == "yes"
         if answers[name]:
-            return Verdict("rejected", pixels, (question,), {}, reviewer, answers)
+            return Verdict("rejected", pixels, (question,), reviewer=reviewer, answers=answers)
     reasons = ()
     if picture.facts["event"] != "waiting":
         reasons = (click.prompt("A filter withheld it. Your reason for releasing it", err=True).strip(),)
         if not reasons[0]:
             return None
-    return Verdict("approved", pixels, reasons, {}, reviewer, answers)
+    return Verdict("approved", pixels, reasons, reviewer=reviewer, answers=answers)
 
 
 def _facts(picture: QuarantinedImage) -> list[str]:

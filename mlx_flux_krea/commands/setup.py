@@ -24,7 +24,7 @@ from mlx_flux_krea.weights import ModelFolder, open_model
 from .shared import estimates, macos, settings, signals, trials
 from .shared.conversion import convert_sources
 from .shared.installed import find_installed, missing_parts
-from .shared.on_disk import REPOSITORIES, Source, find_sources
+from .shared.on_disk import REPOSITORIES, PartSource, find_sources
 from .shared.options import FILE
 from .shared.output import check_outcomes, save
 from .shared.terminal import Console, PipelineProgress, is_interactive, show_picture
@@ -44,7 +44,7 @@ class Installation:
         console: where questions and results are written.
         folder: the model, once it is installed.
         sources: parts that are still to be converted, with their sources.
-        outlines: what the conversion of each will make.
+        outlines: the outline of each conversion.
         precision: of a model that is to be converted.
         picture: file of the first picture.
     """
@@ -52,7 +52,7 @@ class Installation:
     options: dict[str, Any]
     console: Console
     folder: ModelFolder | None = None
-    sources: dict[str, Source] = field(default_factory=dict)
+    sources: dict[str, PartSource] = field(default_factory=dict)
     outlines: dict[str, Outline] = field(default_factory=dict)
     precision: str = "none"
     picture: Path | None = None
@@ -178,7 +178,7 @@ def _choose(it: Installation, part: str, given: tuple[str, ...]) -> None:
     """
     offline, tokenizers = it.options["offline"], it.options["tokenizers"] if part == "model" else None
     usable, first_error = [], None
-    for source in [Source(given, ", ".join(given))] if given else find_sources(part, offline):
+    for source in [PartSource(given, ", ".join(given))] if given else find_sources(part, offline):
         try:
             _check_login(source, offline, it.console)
             usable.append((source, examine(source.sources, tokenizers=tokenizers, offline=offline)))
@@ -199,7 +199,7 @@ def _choose(it: Installation, part: str, given: tuple[str, ...]) -> None:
     it.sources[part], it.outlines[part] = usable[answer - 1]
 
 
-def _check_login(source: Source, offline: bool, console: Console) -> None:
+def _check_login(source: PartSource, offline: bool, console: Console) -> None:
     """Checks access to gated repositories before anything is downloaded."""
     for repo in filter(hub.is_repo_id, source.sources):
         listing = hub.look(repo, offline)
@@ -223,12 +223,12 @@ def _licence(it: Installation) -> str:
         if it.options["accept_licence"].strip().lower() != digest:
             raise FiltersError("--accept-licence names another text", digest, "read this text before you agree to it")
     else:
-        _ask_agreement(text, digest, model, it.console)
+        _ask_agreement(text, digest=digest, model=model, console=it.console)
     acknowledgement.acknowledge(text, model)
     return f"acknowledged, sha256 {digest}"
 
 
-def _ask_agreement(text: bytes, digest: str, model: str, console: Console) -> None:
+def _ask_agreement(text: bytes, *, digest: str, model: str, console: Console) -> None:
     """Shows a licence and asks a person to agree.
 
     Raises:

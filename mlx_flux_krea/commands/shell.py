@@ -77,7 +77,7 @@ class _Session:
         self.failed = self.succeeded = 0  # lines that failed, and prompts that succeeded
 
     def try_line(self, line: str) -> None:
-        """Runs one line; the model stays in memory whatever goes wrong, and Ctrl-C stops only this line."""
+        """Runs one line; the model stays in memory if it fails, and Ctrl-C stops only this line."""
         try:
             self._run_line(line)
         except FluxKreaError as error:

@@ -10,7 +10,7 @@ from mlx_flux_krea import Result
 from mlx_flux_krea.errors import Withheld, printable
 from mlx_flux_krea.provenance import Picture, read_record
 
-from .jobs import Job, PreparedJob
+from .jobs import PictureJob, PreparedJob
 from .options import with_option_names
 from .output import names_from, save
 from .runs import Run
@@ -38,7 +38,7 @@ class Delivery:
         """Reports a job whose prompt or input image was withheld."""
         outcome = f"withheld: {error.found}"
         self._console.say(f"seed {prepared.job.seed}: {outcome}")
-        self._add(outcome, None, None, {**prepared.request.record(prepared.pick), "outcome": outcome})
+        self._add(outcome, {**prepared.request.record(prepared.pick), "outcome": outcome})
 
     def deliver(self, prepared: PreparedJob, result: Result) -> None:
         """Saves the picture of a job, if it was released, and reports its outcome."""
@@ -52,7 +52,7 @@ class Delivery:
         notes = [*prepared.notes, *map(with_option_names, result.notes)]
         facts = {"outcome": outcome, "notes": notes, "seconds": result.seconds}
         facts |= {"peaks": result.peaks, "predicted": result.plan.stages if result.plan else {}}
-        self._add(outcome, path, picture, {**result.records[pick], **facts})
+        self._add(outcome, {**result.records[pick], **facts}, path=path, picture=picture)
         self._console.say(f"seed {seed}: {stage_times(result.seconds)}")
         if self._run.options.get("verbose"):
             self._console.say(_memory(result))
@@ -60,23 +60,23 @@ class Delivery:
 
     def deliver_sheet(self, sheet: Picture, name: Path) -> None:
         """Saves and reports the contact sheet."""
-        self._tell_sheet(save(sheet, names_from(name), self._run.force, self._run.claim))
+        self._tell_sheet(save(sheet, names_from(name), force=self._run.force, before=self._run.claim))
 
     def report(self) -> None:
         """Prints the JSON report, if it was asked for and holds anything."""
         if self._as_json and (self._report["images"] or "contact_sheet" in self._report):
             click.echo(json.dumps(self._report, ensure_ascii=False))
 
-    def _save(self, job: Job, picture: Picture) -> Path:
+    def _save(self, job: PictureJob, picture: Picture) -> Path:
         """Saves a picture; a note tells if the first picture of a name gets another one."""
         first, names = job.output not in self._names, self._names.setdefault(job.output, names_from(job.output))
         how = {name: job.options[name] for name in ("metadata", "quality") if name in job.options}
-        path = save(picture, names, self._run.force, self._run.claim, **how)
+        path = save(picture, names, force=self._run.force, before=self._run.claim, **how)
         if first and path != job.output:
             self._console.say(f"note: {printable(str(job.output))} exists; writing {printable(str(path))}")
         return path
 
-    def _add(self, outcome: str, path: Path | None, picture: Picture | None, facts: dict) -> None:
+    def _add(self, outcome: str, facts: dict, *, path: Path | None = None, picture: Picture | None = None) -> None:
         self._run.add(outcome, path, picture)
         self._run.advance()
         self._report["images"].append({"path": path and str(path), **facts})

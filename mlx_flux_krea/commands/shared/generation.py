@@ -13,7 +13,7 @@ from mlx_flux_krea.tokenizers import Tokens
 
 from . import macos, signals
 from .delivery import Delivery
-from .jobs import Job, PreparedJob, default_output, make_jobs, prepare, sheet_name, tool_notes
+from .jobs import PictureJob, PreparedJob, default_output, make_jobs, prepare, sheet_name, tool_notes
 from .options import with_option_names
 from .output import check_outcomes, check_output
 from .preview import Preview, make_preview
@@ -111,14 +111,14 @@ class Generation:
             run.skipped[where] = reason
         run.jobs[len(run.done) :] = [p.job for p in prepared]
         if prepared:
-            _announce(pipe, base, prepared, self._console)
+            _announce(pipe, base, prepared=prepared, console=self._console)
         with resumable(run, pipe.folder, self._console), macos.awake():
-            self._generate(pipe, prepared, run, sheet, preview)
+            self._generate(pipe, run, prepared=prepared, sheet=sheet, preview=preview)
         _check_run(run)
         return list(dict.fromkeys(job.seed for job in run.jobs))
 
     def _generate(
-        self, pipe: FluxPipeline, prepared: list[PreparedJob], run: Run, sheet: Path | None, preview: Preview | None
+        self, pipe: FluxPipeline, run: Run, *, prepared: list[PreparedJob], sheet: Path | None, preview: Preview | None
     ) -> None:
         """Generates and delivers pictures one after the other, then their contact sheet."""
         progress, delivery = PipelineProgress(self._console), Delivery(run, self._as_json, self._console)
@@ -158,12 +158,12 @@ class Generation:
             delivery.report()
 
 
-def _with_checked_output(job: Job) -> Job:
+def _with_checked_output(job: PictureJob) -> PictureJob:
     check_output(job.output, job.options.get("quality"))
     return job
 
 
-def _usable(jobs: Sequence[Job], check: Callable[[Job], _T], skipped: _Skipped) -> list[_T]:
+def _usable(jobs: Sequence[PictureJob], check: Callable[[PictureJob], _T], skipped: _Skipped) -> list[_T]:
     """Applies a check to each job. Rows of a prompt file that fail are skipped; other failures are raised."""
     good = []
     for job in jobs:
@@ -200,7 +200,7 @@ def _check_run(run: Run) -> None:
         raise PartlyDone(f"{count} skipped")
 
 
-def _announce(pipe: FluxPipeline, base: dict, prepared: list[PreparedJob], console: Console) -> None:
+def _announce(pipe: FluxPipeline, base: dict, *, prepared: list[PreparedJob], console: Console) -> None:
     """Says which pictures will be generated: sizes, seeds, tokens of the prompts, and notes."""
     requests = [p.request for p in prepared]
     texts = dict.fromkeys(

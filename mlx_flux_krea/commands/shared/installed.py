@@ -48,8 +48,8 @@ def find_installed() -> list[Installed]:
     models, chosen = home.installed_models(), home.default_model()
     default = chosen or (next(iter(models)) if len(models) == 1 else None)
     filters = {name: path for name in FILTERS if (path := home.path(home.FILTERS, name)).is_dir()}
-    return [_examine("model", name, path, name == default) for name, path in models.items()] + [
-        _examine("filter", name, path, False) for name, path in filters.items()
+    return [_examine("model", path, is_default=name == default) for name, path in models.items()] + [
+        _examine("filter", path) for name, path in filters.items()
     ]
 
 
@@ -75,17 +75,17 @@ def missing_parts(path: Path) -> str | None:
     return None
 
 
-def _examine(kind: str, name: str, path: Path, default: bool) -> Installed:
+def _examine(kind: str, path: Path, *, is_default: bool = False) -> Installed:
     count = disk_bytes(path.resolve())
     try:
         folder, problem = open_folder(path), missing_parts(path)
     except ModelError as error:
-        return Installed(name=name, kind=kind, path=path, bytes=count, default=default, problem=str(error))
+        return Installed(name=path.name, kind=kind, path=path, bytes=count, default=is_default, problem=str(error))
     network, filters = next(iter(folder.networks.values())), ""
     if isinstance(folder, ModelFolder):
         filters = "required" if folder.requires_filters else "none"
     return Installed(
-        name=name,
+        name=path.name,
         kind=kind,
         path=path,
         bytes=count,
@@ -93,6 +93,6 @@ def _examine(kind: str, name: str, path: Path, default: bool) -> Installed:
         license=folder.index.license,
         base=folder.index.base,
         filters=filters,
-        default=default,
+        default=is_default,
         problem=problem,
     )

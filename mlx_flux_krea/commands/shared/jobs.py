@@ -35,7 +35,7 @@ _PICTURE = (*PER_PICTURE, *UNTYPED, "dtype")
 
 
 @dataclass(frozen=True)
-class Job:
+class PictureJob:
     """One picture to generate."""
 
     where: str  # the row that asks for it; "" for the command line
@@ -50,7 +50,7 @@ class Job:
 class PreparedJob:
     """A job with its pipeline call."""
 
-    job: Job
+    job: PictureJob
     given: Request  # for the pipeline
     request: ResolvedRequest  # with every default filled in
     pick: int  # index of the picture among those that the call returns
@@ -97,7 +97,7 @@ def record_options(path: Path) -> dict:
     return options
 
 
-def make_jobs(base: dict, given: dict) -> tuple[list[Job], list[tuple[str, UsageError]]]:
+def make_jobs(base: dict, given: dict) -> tuple[list[PictureJob], list[tuple[str, UsageError]]]:
     """Makes a job of each picture. Returns them, and the unusable rows of a prompt file with their errors.
 
     Args:
@@ -112,7 +112,7 @@ def make_jobs(base: dict, given: dict) -> tuple[list[Job], list[tuple[str, Usage
     jobs, skipped = [], []
     for where, row in rows:
         try:
-            jobs += _jobs_of_row(where, base, given, row, random, jobs)
+            jobs += _jobs_of_row(row, where=where, base=base, given=given, random=random, before=jobs)
         except UsageError as error:
             if not where:
                 raise
@@ -122,7 +122,9 @@ def make_jobs(base: dict, given: dict) -> tuple[list[Job], list[tuple[str, Usage
     return jobs, skipped
 
 
-def _jobs_of_row(where: str, base: dict, given: dict, row: dict | UsageError, random: int, before: list) -> list[Job]:
+def _jobs_of_row(
+    row: dict | UsageError, *, where: str, base: dict, given: dict, random: int, before: list[PictureJob]
+) -> list[PictureJob]:
     if isinstance(row, UsageError):
         raise row
     options = merge(base, row)
@@ -135,8 +137,17 @@ def _jobs_of_row(where: str, base: dict, given: dict, row: dict | UsageError, ra
     for i, (text, chosen) in enumerate(prompts):
         for seed in _seeds(options, random):
             number += 1
-            output = output_name(options.get("output", default_output()), text, seed, number)
-            jobs.append(Job(where, options | {"prompt": text}, seed, chosen or text, first_row + i, output))
+            output = output_name(options.get("output", default_output()), prompt=text, seed=seed, number=number)
+            jobs.append(
+                PictureJob(
+                    where=where,
+                    options=options | {"prompt": text},
+                    seed=seed,
+                    label=chosen or text,
+                    row=first_row + i,
+                    output=output,
+                )
+            )
     return jobs
 
 
@@ -150,7 +161,7 @@ def _seeds(options: dict, random: int) -> list[int]:
     return list(range(given[0], given[0] + count))
 
 
-def prepare(job: Job, folder: ModelFolder, images: dict[Path, Image.Image | None]) -> PreparedJob:
+def prepare(job: PictureJob, folder: ModelFolder, images: dict[Path, Image.Image | None]) -> PreparedJob:
     """Checks a job against its model.
 
     Args:
@@ -169,7 +180,7 @@ def prepare(job: Job, folder: ModelFolder, images: dict[Path, Image.Image | None
     image = None if path is None else images[path]
     if "image_sha256" in options:
         notes += _check_image(options, image)
-    arguments = _pipeline_arguments(options, folder, image, tool)
+    arguments = _pipeline_arguments(options, folder, image=image, tool=tool)
     batch, pick = options.get("batch"), 0
     seed: int | list[int] = job.seed
     if batch is not None:
@@ -188,11 +199,11 @@ def prepare(job: Job, folder: ModelFolder, images: dict[Path, Image.Image | None
     if pixels > presets.REPEATS_ABOVE * presets.MEGAPIXEL:
         limit = f"above {presets.REPEATS_ABOVE:g} megapixels this model repeats objects and adds stripes"
         notes.append(f"{request.width} x {request.height} is {pixels / presets.MEGAPIXEL:.1f} megapixels: {limit}")
-    return PreparedJob(job, given, request, pick, tuple(notes))
+    return PreparedJob(job=job, given=given, request=request, pick=pick, notes=tuple(notes))
 
 
 def _pipeline_arguments(
-    options: dict, folder: ModelFolder, image: Image.Image | None, tool: presets.Tool | None
+    options: dict, folder: ModelFolder, *, image: Image.Image | None, tool: presets.Tool | None
 ) -> dict[str, Any]:
     """Returns the arguments of a pipeline call, without seed and image."""
     default = tool.defaults if tool else folder.index.defaults
@@ -234,7 +245,7 @@ def default_output() -> Path:
     return Path(str(DEFAULTS["output"]))
 
 
-def output_name(template: Path, prompt: str, seed: int, number: int) -> Path:
+def output_name(template: Path, *, prompt: str, seed: int, number: int) -> Path:
     """Fills in the name of a picture.
 
     Args:

@@ -22,7 +22,7 @@ _COMFYUI = ("diffusion_models", "unet", "checkpoints", "text_encoders", "clip", 
 
 
 @dataclass(frozen=True)
-class Source:
+class PartSource:
     """Weights that `convert` can read.
 
     Attributes:
@@ -34,7 +34,7 @@ class Source:
     where: str
 
 
-def find_sources(part: str, offline: bool) -> list[Source]:
+def find_sources(part: str, offline: bool) -> list[PartSource]:
     """Lists the sources of a part: those on this disk, then the hub.
 
     Args:
@@ -42,15 +42,15 @@ def find_sources(part: str, offline: bool) -> list[Source]:
         offline: leave out the hub.
     """
     here = [repo for repo in REPOSITORIES[part] if cached(repo)]
-    found = [Source((repo,), f"the hub's cache, {repo}") for repo in here]
+    found = [PartSource((repo,), f"the hub's cache, {repo}") for repo in here]
     if part == "model":
         found += [*_comfyui_sources(), *_mflux_sources()]
     if not offline and REPOSITORIES[part][0] not in here:
-        found.append(Source(REPOSITORIES[part][:1], f"the hub, {REPOSITORIES[part][0]}"))
+        found.append(PartSource(REPOSITORIES[part][:1], f"the hub, {REPOSITORIES[part][0]}"))
     return found
 
 
-def _comfyui_sources() -> Iterator[Source]:
+def _comfyui_sources() -> Iterator[PartSource]:
     """Yields FLUX.1 Krea files of ComfyUI, with the largest file of each other component."""
     own = Path.home()
     for models in (own / "ComfyUI" / "models", own / "Documents" / "ComfyUI" / "models", Path("ComfyUI", "models")):
@@ -64,16 +64,16 @@ def _comfyui_sources() -> Iterator[Source]:
         for file in files:
             if "krea" in file.name.lower() and "transformer" in (inside := _components(file)):
                 names = [file, *(others[name] for name in others if name not in inside)]
-                yield Source(tuple(map(str, dict.fromkeys(names))), f"ComfyUI, {file}")
+                yield PartSource(tuple(map(str, dict.fromkeys(names))), f"ComfyUI, {file}")
 
 
-def _mflux_sources() -> Iterator[Source]:
+def _mflux_sources() -> Iterator[PartSource]:
     """Yields FLUX.1 Krea folders in mflux's cache."""
     usual = "Library/Caches/mflux" if sys.platform == "darwin" else ".cache/mflux"
     cache = Path(os.environ.get("MFLUX_CACHE_DIR") or Path.home() / usual)
     for folder in sorted(cache.glob("*")) + sorted(cache.glob("*/*")):
         if "krea" in folder.name.lower() and (folder / "transformer").is_dir() and (folder / "vae").is_dir():
-            yield Source((str(folder),), f"mflux, {folder}")
+            yield PartSource((str(folder),), f"mflux, {folder}")
 
 
 def _components(file: Path) -> list[str]:

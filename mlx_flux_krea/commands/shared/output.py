@@ -47,6 +47,7 @@ def names_from(output: Path, taken: int = 0) -> Iterator[Path]:
 def save(
     picture: Picture,
     names: Iterator[Path],
+    *,
     force: bool,
     before: Callable[[Path, bytes], None] = lambda path, encoded: None,
     **options,

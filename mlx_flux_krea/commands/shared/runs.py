@@ -26,7 +26,7 @@ from mlx_flux_krea.provenance import SOFTWARE, Picture, opened, read_record
 from mlx_flux_krea.weights import ModelFolder
 
 from . import signals
-from .jobs import UNTYPED, Job, default_output, output_name
+from .jobs import UNTYPED, PictureJob, default_output, output_name
 from .options import BY_NAME, cast
 from .sheet import sheet_of, thumbnail
 from .terminal import Console
@@ -39,7 +39,7 @@ class Run:
     """One run of `generate` or `resume`."""
 
     options: dict[str, Any]  # of the whole run
-    jobs: list[Job]
+    jobs: list[PictureJob]
     done: list[tuple[str, Path | None]] = field(default_factory=list)  # outcome and file of the first jobs
     skipped: dict[str, str] = field(default_factory=dict)  # unusable rows of a prompt file, with the reason
     rows: str = ""  # the name of that file
@@ -49,11 +49,11 @@ class Run:
     checkpoint: Checkpoint = field(default_factory=lambda: Checkpoint({}))
     is_resumed: bool = False
     claimed: dict[str, Any] = field(default_factory=dict)  # the file about to get its name: path, sha256, process
-    unreported: Path | None = None  # a file saved by a killed process, which nobody was told about
+    unreported: Path | None = None  # a file saved by a killed process, which was not reported
     _small: dict[int, Picture] = field(default_factory=dict)  # thumbnails for a contact sheet
 
     @property
-    def remaining(self) -> list[Job]:
+    def remaining(self) -> list[PictureJob]:
         """Jobs that are not done."""
         return self.jobs[len(self.done) :]
 
@@ -187,7 +187,7 @@ class Run:
         """Gives the remaining pictures new names, as --output does."""
         self.options["output"] = template  # also names the contact sheet
         for i, job in enumerate(self.remaining, len(self.done)):
-            output = output_name(template, job.options.get("prompt", ""), job.seed, i + 1)
+            output = output_name(template, prompt=job.options.get("prompt", ""), seed=job.seed, number=i + 1)
             self.jobs[i] = replace(job, output=output)
 
     def restrict(self, config: dict) -> None:
@@ -288,9 +288,9 @@ def _check(obj, kinds: dict[str, type]) -> None:
         raise UsageError("the file's list of pictures is damaged", "a list that `generate` wrote")
 
 
-def _job(obj: dict) -> Job:
+def _job(obj: dict) -> PictureJob:
     _check(obj, {"where": str, "options": dict, "seed": int, "label": str, "row": int, "output": str})
-    return Job(**obj | {"options": _typed(obj["options"]), "output": Path(obj["output"])})
+    return PictureJob(**obj | {"options": _typed(obj["options"]), "output": Path(obj["output"])})
 
 
 def _plain(options: dict) -> dict:

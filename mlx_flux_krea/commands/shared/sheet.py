@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw, ImageFont
 from mlx_flux_krea.filters.ledger import Ledger, pixel_hash
 from mlx_flux_krea.provenance import Picture
 
-from .jobs import Job
+from .jobs import PictureJob
 
 _GAP = 4  # pixels between pictures
 _TEXT = 14  # pixels, height of the letters
@@ -24,9 +24,9 @@ def thumbnail(picture: Picture) -> Picture:
     return Picture.from_pixels(picture.resize(size, Image.Resampling.LANCZOS), picture.record)
 
 
-def sheet_of(made: list[tuple[Job, Picture]]) -> Picture:
+def sheet_of(made: list[tuple[PictureJob, Picture]]) -> Picture:
     """Makes the contact sheet of a run, with a row for each prompt."""
-    grid: dict[int, list[tuple[Job, Picture]]] = {}
+    grid: dict[int, list[tuple[PictureJob, Picture]]] = {}
     for job, small in made:
         grid.setdefault(job.row, []).append((job, small))
     seeds = {tuple(f"seed {job.seed}" for job, _ in row) for row in grid.values()}

@@ -20,7 +20,7 @@ def record(name: str, folder: Path, console: Console) -> None:
     Raises:
         FiltersError: the answers are wrong, so that the filter cannot be used.
     """
-    _run(judges.record_self_test, name, folder, console)
+    _run(judges.record_self_test, name, folder=folder, console=console)
 
 
 def repeat(name: str, folder: Path, console: Console) -> None:
@@ -33,7 +33,7 @@ def repeat(name: str, folder: Path, console: Console) -> None:
     def ask(name: str, folder: Path, make_run: Callable) -> None:
         judges.check_self_test(name, judges.load_judge(name, folder, make_run), folder / SELF_TEST)
 
-    _run(ask, name, folder, console)
+    _run(ask, name, folder=folder, console=console)
 
 
 def problem(name: str) -> str | None:
@@ -49,7 +49,7 @@ def problem(name: str) -> str | None:
     return None
 
 
-def _run(test: Callable, name: str, folder: Path, console: Console) -> None:
+def _run(test: Callable, name: str, *, folder: Path, console: Console) -> None:
     """Runs a test in a worker's thread with a progress line; Ctrl-C stops it."""
     worker, progress = Worker(), PipelineProgress(console)
 
