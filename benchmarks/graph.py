@@ -224,7 +224,7 @@ def transformer_graphs(width: int, height: int, dtype: mx.Dtype, config=FLUX_DEV
     ids = sampler.position_ids(TEXT_TOKENS, width // 8, height // 8)
     pe = transformer.rope(ids, config.axes_dim, config.theta)
     vec, mods = zeros((1, size), dtype), []
-    flux.modulations(vec, run=lambda piece, *args: mods.append(tree_map(lambda a: zeros(a.shape, dtype), piece(*args))))
+    flux.modulations(vec, run=lambda stage, *args: mods.append(tree_map(lambda a: zeros(a.shape, dtype), stage(*args))))
     img, txt = zeros((1, tokens, size), dtype), zeros((1, TEXT_TOKENS, size), dtype)
     x = zeros((1, TEXT_TOKENS + tokens, size), dtype)
     double, single = flux.double_blocks[0], flux.single_blocks[0]
@@ -313,15 +313,15 @@ def vae_graphs(width: int, height: int, dtype: mx.Dtype, config=FLUX_VAE) -> dic
     for name, (half, shape) in starts.items():
         graphs[name] = total = Count()
 
-        def run(piece, *args, total=total):
+        def run(stage, *args, total=total):
             arrays = [arg for arg in args if isinstance(arg, mx.array)]
-            one = count(lambda *traced, piece=piece, args=args: piece(*_with(args, traced)), *arrays)
+            one = count(lambda *traced, stage=stage, args=args: stage(*_with(args, traced)), *arrays)
             for attribute in ("primitives", "products", "float32_products", "passes", "small", "traffic"):
                 setattr(total, attribute, getattr(total, attribute) + getattr(one, attribute))
             for attribute in ("names", "big", "dtypes"):
                 getattr(total, attribute).update(getattr(one, attribute))
             total.results = one.results
-            return tree_map(lambda a: zeros(a.shape, a.dtype), piece(*args))
+            return tree_map(lambda a: zeros(a.shape, a.dtype), stage(*args))
 
         half(zeros(shape, dtype), run)
     return graphs

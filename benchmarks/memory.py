@@ -117,7 +117,7 @@ def pixtral_peaks(folder: Path) -> dict[str, int]:
     network.load_weights(str(path))
     choose_products(network, mx.bfloat16)
     found = {name: (path, info) for name, info in read_header(path)[0].items()}
-    pieces = [*network.vision_tower.layers, network.multi_modal_projector, *network.layers]
+    stages = [*network.vision_tower.layers, network.multi_modal_projector, *network.layers]
     peaks, rows, columns = {}, 32, 32  # of 512 x 512 pixels, and words as many as the instructions have
     image_ids = [1, 3, *([10] * columns + [12]) * rows, *range(1000, 1190), 4]
     for what, ids, images in (
@@ -128,7 +128,7 @@ def pixtral_peaks(folder: Path) -> dict[str, int]:
         mx.clear_cache()
         base = mx.get_active_memory()
         mx.reset_peak_memory()
-        blocks = Blocks(network, found, pieces if images else network.layers, dtype=mx.bfloat16, budget=0)
+        blocks = Blocks(network, found, stages if images else network.layers, dtype=mx.bfloat16, budget=0)
         with blocks.streaming(1) as run:
             network.margin(ids, seen, run).item()
         peaks[what] = mx.get_peak_memory() - base

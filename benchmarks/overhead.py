@@ -69,7 +69,7 @@ def products_of(flux: transformer.Flux, tokens: int, dtype: mx.Dtype):
     return run
 
 
-def pieces_of(flux: transformer.Flux, tokens: int, dtype: mx.Dtype) -> dict:
+def parts_of(flux: transformer.Flux, tokens: int, dtype: mx.Dtype) -> dict:
     """Times everything in a single block but its products and attention, on arrays that exist."""
     size, heads = flux.config.hidden_size, flux.config.num_heads
     shapes = {"x": (tokens, size), "mlp": (tokens, flux.config.mlp_size), "product": (tokens, 3 * size), "mod": (size,)}
@@ -121,13 +121,13 @@ def main():
     medians = [statistics.median(times) for times in seconds.values()]
     blocks = f"{args.double}+{args.single}"
     print(f"| {blocks} | {args.side} | {args.dtype} | {medians[0]:.2f} | {medians[1]:.2f} | {ratio:.3f} |")
-    pieces = pieces_of(flux, tokens + 512, dtype)
-    rounds = [{name: processor_seconds(call) for name, call in pieces.items()} for _ in range(args.rounds)]
-    of_pieces = {name: statistics.median(one[name] for one in rounds) for name in pieces}
-    print(f"| besides, in a single block | {' | '.join(pieces)} |")
-    print(f"|{'---|' * (len(pieces) + 1)}")
-    print(f"| seconds of a processor | {' | '.join(f'{one:.3f}' for one in of_pieces.values())} |")
-    print(json.dumps({"ratio": ratio, **seconds, "pieces": of_pieces}))
+    parts = parts_of(flux, tokens + 512, dtype)
+    rounds = [{name: processor_seconds(call) for name, call in parts.items()} for _ in range(args.rounds)]
+    of_parts = {name: statistics.median(one[name] for one in rounds) for name in parts}
+    print(f"| besides, in a single block | {' | '.join(parts)} |")
+    print(f"|{'---|' * (len(parts) + 1)}")
+    print(f"| seconds of a processor | {' | '.join(f'{one:.3f}' for one in of_parts.values())} |")
+    print(json.dumps({"ratio": ratio, **seconds, "pieces": of_parts}))
 
 
 if __name__ == "__main__":

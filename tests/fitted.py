@@ -75,7 +75,7 @@ def fitted_filters(root: Path, wide: Path, texts: dict[str, bool], pictures: lis
     shutil.copytree(wide, root / "pixtral")
     converted = open_filter("pixtral", convert([root / "pixtral"], root / "first", quantize="4").path)
     network = converted.network.load(mx.bfloat16)
-    judge = judges.PixtralJudge(converted, lambda pieces, run: run)
+    judge = judges.PixtralJudge(converted, lambda stages, run: run)
     texts = CANARIES | texts
     asked = [(judge._tokenizer(*judges.request(text)), []) for text in texts]
     vision = network.config.vision_config

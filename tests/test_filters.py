@@ -166,9 +166,9 @@ def test_image_tokens_and_patches_must_be_as_many(judge, ids, pictures):
 
 
 def test_evaluating_piece_by_piece_changes_no_bit_and_passes_every_block(judge, classifier):
-    def run(piece, *args):
-        seen.append(piece)
-        result = piece(*args)
+    def run(stage, *args):
+        seen.append(stage)
+        result = stage(*args)
         mx.eval(result)
         return result
 
@@ -176,7 +176,7 @@ def test_evaluating_piece_by_piece_changes_no_bit_and_passes_every_block(judge, 
         seen = []
         assert mx.array_equal(network(*args, run=run), network(*args))
         blocks = [*([] if network is classifier else network.vision_tower.layers * 2), *network.layers]
-        assert [id(piece) for piece in seen if isinstance(piece, type(blocks[0]))] == [id(block) for block in blocks]
+        assert [id(stage) for stage in seen if isinstance(stage, type(blocks[0]))] == [id(block) for block in blocks]
 
 
 # Random weights of 32 columns lose more by rounding than trained ones of 5120 do. In bfloat16 the reference is 0.024 to

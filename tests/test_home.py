@@ -202,7 +202,7 @@ def test_a_model_that_requires_filters_makes_their_absence_wrong(command, two):
 
 def test_full_asks_the_filters_again(command, two):
     """The tiny classifier has random weights: its answers are recorded by its own question, and one is changed."""
-    judge = judges.load_judge("nsfw", two / "filters" / "nsfw", lambda pieces, run: run)
+    judge = judges.load_judge("nsfw", two / "filters" / "nsfw", lambda stages, run: run)
     (labels,) = Worker().run(judge.images, [judges.drawn_picture()])
     is_right = labels["nsfw"] < NSFW_THRESHOLD
     value = math.log(labels["nsfw"] / labels["normal"])

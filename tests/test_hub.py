@@ -366,7 +366,7 @@ def test_without_a_network_it_says_so(served, tmp_path):
 
 
 def test_what_is_fetched_is_deleted_once_it_is_converted(served, folder, expected, tmp_path):
-    """Stopped in between it goes on; files that were here before stay."""
+    """An interrupted download continues; files that were here before stay."""
     name = "text_encoder_2/model.safetensors"
     script = f"from huggingface_hub import hf_hub_download as get; get({REPO!r}, {name!r})"
     env = {**os.environ, **served.env(tmp_path)}

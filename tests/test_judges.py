@@ -79,7 +79,7 @@ def test_what_is_allowed_is_released_and_what_is_not_is_not_even_drawn(installed
 
 @pytest.mark.slow
 def test_streamed_and_kept_it_answers_the_same_to_the_last_bit(installed, monkeypatch):
-    judge, answers = judges.PixtralJudge(open_filter("pixtral"), lambda pieces, run: run), []
+    judge, answers = judges.PixtralJudge(open_filter("pixtral"), lambda stages, run: run), []
     texts, pictures = [ALLOWED, FORBIDDEN, "a third"], [judges.drawn_picture(), judges.drawn_picture()[:, ::-1]]
     for room in (0, 2**40, judges._BESIDES + 60_000):
         monkeypatch.setattr(judges, "machine_memory", lambda room=room: room)
@@ -171,7 +171,7 @@ cli.main(sys.argv[1:])
 
 @pytest.mark.slow
 def test_ctrl_c_ends_the_self_test_of_a_filter_that_has_its_place(sources, krea, home, tmp_path):
-    """It is untried then, which is not enough, and the next one goes on."""
+    """The filter is untried then, which is not enough, and the next conversion completes it."""
     acknowledge(krea[0])
     process = subprocess.Popen(
         [sys.executable, "-c", STOPPED, "convert", str(sources[0])],

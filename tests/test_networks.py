@@ -35,11 +35,11 @@ def test_every_block_of_a_call_equals_the_reference(networks):
     flux, g = networks["transformer"], goldens()
     seen = []
 
-    def run(piece, *args):
-        result = piece(*args)
-        if isinstance(piece, transformer.DoubleStreamBlock):
+    def run(stage, *args):
+        result = stage(*args)
+        if isinstance(stage, transformer.DoubleStreamBlock):
             seen.append(result)
-        if isinstance(piece, transformer.SingleStreamBlock):
+        if isinstance(stage, transformer.SingleStreamBlock):
             seen.append((result[:, 7:], result[:, :7]))
         return result
 
@@ -182,9 +182,9 @@ def test_in_float16_the_streams_are_float32_and_what_the_layers_do_is_not(networ
     flux.load_weights([(name, a.astype(mx.float16)) for name, a in tree_flatten(networks["transformer"].parameters())])
     seen = {}
 
-    def run(piece, *args):
-        result = piece(*args)
-        seen.setdefault(type(piece).__name__, set()).update(a.dtype for _, a in tree_flatten([result]))
+    def run(stage, *args):
+        result = stage(*args)
+        seen.setdefault(type(stage).__name__, set()).update(a.dtype for _, a in tree_flatten([result]))
         return result
 
     g, i = goldens(), "forward.0."

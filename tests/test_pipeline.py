@@ -245,8 +245,8 @@ def test_bfloat16_stays_bfloat16_at_every_edge(pipe_bf16, monkeypatch):
     def runner(self, stage, *args, **more):
         run = original(self, stage, *args, **more)
 
-        def watched(piece, *inputs):
-            result = run(piece, *inputs)
+        def watched(stage, *inputs):
+            result = run(stage, *inputs)
             arrays = [a for _, a in tree_flatten([result]) if isinstance(a, mx.array)]
             arrays = [a for a in arrays if stage not in ("image", "decode") or a.size > a.shape[-1]]
             seen.setdefault(stage, set()).update(a.dtype for a in arrays if a.dtype != mx.int32)

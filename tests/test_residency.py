@@ -333,9 +333,9 @@ def test_strips_decode_and_encode_as_the_whole_does(folder, monkeypatch, strip):
     mx.eval(whole)
     calls = []
 
-    def run(piece, *args):
-        calls.append(piece)
-        result = piece(*args)
+    def run(stage, *args):
+        calls.append(stage)
+        result = stage(*args)
         mx.eval(result)
         return result
 
@@ -353,8 +353,8 @@ def test_strips_take_less_memory_than_the_whole(monkeypatch):
     network, z = VAE(config), mx.zeros((1, 16, 16, 16))
     mx.eval(network.parameters(), z)
 
-    def run(piece, *args):
-        result = piece(*args)
+    def run(stage, *args):
+        result = stage(*args)
         mx.eval(result)
         return result
 

@@ -237,7 +237,7 @@ def two(model, tmp_path_factory):
 def test_a_file_that_had_its_name_when_the_process_was_killed_is_not_made_again(
     command, two, tmp_path, monkeypatch, moment, of, told, drawn
 ):
-    """Nor is what was written of it beside it left; and whoever goes on is told of it."""
+    """The file that was written beside it is removed too, and the one who resumes is told."""
     call, whole = two
     ran = struck(moment, of, signal.SIGKILL, *call, cwd=tmp_path)
     assert (ran.returncode, len(list(tmp_path.glob("*.png")))) == (-signal.SIGKILL, of), ran.stderr
