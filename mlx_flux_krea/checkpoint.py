@@ -1,4 +1,4 @@
-"""The private file of an unfinished run: latents after a step, and everything that decides the steps left.
+"""The private file of an unfinished run: latents after a step, and everything that decides the remaining steps.
 
     HOME/interrupted/NAME.safetensors
         latents    (B, L, C) float32 after `done` steps; not there before the first
@@ -207,7 +207,7 @@ def find(name: str | None) -> Path:
     """
     if name is None:
         if not (paths := unfinished()):
-            raise UsageError(f"there is no unfinished run in {folder()}", "", "name a file")
+            raise UsageError(f"there is no unfinished run in {folder()}", "", "give the path of a file")
         return paths[0]
     inside = folder() / f"{name}.safetensors"
     return inside if os.sep not in name and inside.exists() else Path(os.path.expanduser(name))

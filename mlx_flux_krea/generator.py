@@ -296,7 +296,8 @@ class Generator:
         def forward(latents: mx.array, condition: int, step: int) -> mx.array:
             row = condition * steps.count + step - steps.start
             mods: Any = tree_map(lambda m: m[row : row + 1], modulations)
-            return flux.forward(latents, texts[condition], mods, tables[condition], run).astype(mx.float32)
+            v = flux.forward(latents, texts[condition], modulations=mods, pe=tables[condition], run=run)
+            return v.astype(mx.float32)
 
         def velocity(latents: mx.array, step: int) -> mx.array:
             velocities = []

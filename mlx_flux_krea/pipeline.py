@@ -88,10 +88,12 @@ class FluxPipeline:
         folder = open_model(find_model(model))
         dtype = dtype or folder.flux.dtype
         if dtype not in DTYPES:
-            raise UsageError(f'no type is called "{dtype}"', f"one of {', '.join(DTYPES)}")
+            raise UsageError(f"`dtype` is {dtype!r}", f"one of {', '.join(DTYPES)}")
         has_threshold = nsfw_threshold is not None or integrity_margin is not None
         if has_threshold and check is None and not folder.requires_filters:
-            raise UsageError("a threshold does nothing: this model requires no filters", "", 'ask for them: "filters"')
+            raise UsageError(
+                "a threshold does nothing: this model requires no filters", "", 'ask for them with `check` "filters"'
+            )
         policy = None
         if has_threshold or check is not None:
             policy = Policy()
@@ -237,16 +239,16 @@ class FluxPipeline:
             FluxKreaError: as a call does.
         """
         if callback_on_step_end is not None and not callable(callback_on_step_end):
-            raise UsageError(f"callback_on_step_end is {type(callback_on_step_end).__name__}", "a function")
+            raise UsageError(f"`callback_on_step_end` is {type(callback_on_step_end).__name__}", "a function")
         if checkpoint is not None and type(checkpoint) is not Checkpoint:  # another class would see latents
-            raise UsageError(f"checkpoint is {type(checkpoint).__name__}", "a Checkpoint")
+            raise UsageError(f"`checkpoint` is {type(checkpoint).__name__}", "a Checkpoint")
         if self.policy:
             _check_reviewable(self.policy, request, callback_on_step_end, preview)
         if preview is not None and self.folder.latent_rgb is None:
-            raise UsageError("a preview needs latent_rgb, of which this model says nothing", "", "leave it out")
+            raise UsageError("`preview` needs latent_rgb, which this model does not have", "", "leave it out")
         callback = callback_on_step_end and partial(self._call_back, callback_on_step_end)
         observers = Observers(callback, preview, checkpoint)
-        return self._worker.run(self._generate, request, observers, progress, before_release)
+        return self._worker.run(self._generate, request, observers, progress=progress, before_release=before_release)
 
     @property
     def policy(self) -> Policy | None:
@@ -392,6 +394,7 @@ class FluxPipeline:
         self,
         request: Request,
         observers: Observers,
+        *,
         progress: Progress | None,
         before_release: Callable[[], None] | None,
     ) -> Result:
@@ -496,11 +499,11 @@ def _check_reviewable(policy: Policy, request: Request, callback: Callable | Non
     """
     unjudged = "this model's licence asks for filters or review, and latents are pictures that nobody has checked"
     if request.output_type == "latent":
-        raise UsageError('output_type is "latent"', '"pil" or "np"', unjudged)
+        raise UsageError('`output_type` is "latent"', '"pil" or "np"', unjudged)
     if callback is not None:
-        raise UsageError("callback_on_step_end is given, which sees latents", "progress, which sees none", unjudged)
+        raise UsageError("`callback_on_step_end` is given, which sees latents", "`progress`, which sees none", unjudged)
     if preview is not None:
-        raise UsageError("preview is given, which shows unfinished pictures", "progress, which does not", unjudged)
+        raise UsageError("`preview` is given, which shows unfinished pictures", "`progress`, which does not", unjudged)
     if policy.check != "review" and (request.prompt_embeds is not None or request.negative_prompt_embeds is not None):
         raise UsageError("a prompt is given as embeds, which no filter can read", "a text")
 

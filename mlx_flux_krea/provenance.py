@@ -101,7 +101,7 @@ class Picture(Image.Image):
             ResourceError: the disk is full.
         """
         if metadata not in METADATA:
-            raise UsageError(f'no level of metadata is called "{metadata}"', f"one of {', '.join(METADATA)}")
+            raise UsageError(f"`metadata` is {metadata!r}", f"one of {', '.join(METADATA)}")
         name = str(getattr(fp, "name", "")) if hasattr(fp, "write") else os.fspath(fp)
         encoding = format.upper() if format else FORMATS.get(Path(name).suffix.lower(), "")
         if encoding not in FORMATS.values():
@@ -149,9 +149,9 @@ def check_quality(quality: int | None, format: str) -> None:
         UsageError: out of range, or without effect.
     """
     if quality is not None and format == "PNG":
-        raise UsageError("quality does nothing in a PNG, which loses nothing", "JPEG or WebP", "leave it out")
+        raise UsageError("`quality` does nothing in a PNG, which loses nothing", "JPEG or WebP", "leave it out")
     if quality is not None and (type(quality) is not int or not 1 <= quality <= 100):
-        raise UsageError(f"quality is {quality!r}", "a whole number from 1 to 100")
+        raise UsageError(f"`quality` is {quality!r}", "a whole number from 1 to 100")
 
 
 @contextlib.contextmanager
@@ -256,7 +256,7 @@ def _decode_record(text) -> dict | None:
 def _parameters(format: str, record: dict, metadata: str, exif=None, pnginfo=None, **params) -> dict:
     """Returns Pillow's save parameters with marker and record, beside the caller's own."""
     if "xmp" in params:
-        raise UsageError("xmp is given", "none: it says that a machine made the picture")
+        raise UsageError("`xmp` is given", "none: ours says that a machine made the picture")
     merged = Image.Exif()
     if exif:
         merged.load(exif if isinstance(exif, bytes) else exif.tobytes())
@@ -305,10 +305,10 @@ def _utf16(text: str) -> bytes:
 def _fitting(record: dict, fits: Callable[[dict], bool]) -> dict:
     """Returns the record as long as a JPEG has room for; if it is longer, texts are cut and "truncated" is true."""
     texts = {name: value for name, value in record.items() if isinstance(value, str)}
-    keep, cut = max(map(len, texts.values()), default=0), record
-    while keep and not fits(cut):
-        keep = keep * 9 // 10
-        cut = record | {name: value[:keep] for name, value in texts.items()} | {"truncated": True}
+    length, cut = max(map(len, texts.values()), default=0), record
+    while length and not fits(cut):
+        length = length * 9 // 10
+        cut = record | {name: value[:length] for name, value in texts.items()} | {"truncated": True}
     if cut is not record:
         logger.warning("a JPEG has no room for the whole record: its texts were cut; PNG and WebP hold them")
     return cut

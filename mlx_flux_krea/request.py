@@ -140,23 +140,23 @@ class Request:
         return self.seed if isinstance(self.seed, int) else tuple(self.seed)
 
     def _check_numbers(self, index: ModelIndex) -> None:
-        _check_int("num_inference_steps", self.num_inference_steps, 1, MAX_STEPS)
-        _check_int("num_images_per_prompt", self.num_images_per_prompt, 1, MAX_BATCH)
-        _check_int("max_sequence_length", self.max_sequence_length, 1, index.max_sequence_length)
-        _check_int("width", self.width, 1, 2**20)
-        _check_int("height", self.height, 1, 2**20)
+        _check_int("num_inference_steps", self.num_inference_steps, low=1, high=MAX_STEPS)
+        _check_int("num_images_per_prompt", self.num_images_per_prompt, low=1, high=MAX_BATCH)
+        _check_int("max_sequence_length", self.max_sequence_length, low=1, high=index.max_sequence_length)
+        _check_int("width", self.width, low=1, high=2**20)
+        _check_int("height", self.height, low=1, high=2**20)
         for seed in self.seed if isinstance(self.seed, tuple) else (self.seed,):
-            _check_int("seed", seed, 0, 2**64 - 1)
-        _check_float("guidance_scale", self.guidance_scale, 0.0, MAX_SCALE)
-        _check_float("true_cfg_scale", self.true_cfg_scale, 0.0, MAX_SCALE)
-        _check_float("strength", self.strength, 0.0, 1.0)
+            _check_int("seed", seed, low=0, high=2**64 - 1)
+        _check_float("guidance_scale", self.guidance_scale, low=0.0, high=MAX_SCALE)
+        _check_float("true_cfg_scale", self.true_cfg_scale, low=0.0, high=MAX_SCALE)
+        _check_float("strength", self.strength, low=0.0, high=1.0)
         if self.sigmas is not None:
             levels = self.sigmas if isinstance(self.sigmas, tuple) else ()
             for level in levels:
-                _check_float("sigmas", level, 0.0, 1.0, part="a level of ")
+                _check_float("sigmas", level, low=0.0, high=1.0, part="a level of ")
             if not levels or not all(a > b for a, b in pairwise((*levels, 0.0))):
                 raise UsageError("`sigmas` are not falling numbers in (0, 1]", "noise levels before the shift")
-            _check_int("sigmas", len(levels), 1, MAX_STEPS, part="the number of ")
+            _check_int("sigmas", len(levels), low=1, high=MAX_STEPS, part="the number of ")
             if self.num_inference_steps not in (None, len(levels)):
                 raise UsageError(
                     f"{amount(len(levels), 'sigma')} and {amount(self.num_inference_steps, 'step')}", "one of them"
@@ -209,7 +209,7 @@ class Request:
             )
 
     def _check_arrays(self, flux: FluxConfig, tokens: int) -> None:
-        """Shapes, types and values of arrays; NaN here would later look like damaged weights."""
+        """Checks shapes, types and values of arrays; NaN here would later look like damaged weights."""
         shapes: dict[str, tuple[int, ...]] = {"latents": (self._batch, tokens, flux.in_channels)}
         for embeds, pooled in _EMBEDS.items():
             if getattr(self, embeds) is None:
@@ -324,7 +324,7 @@ class ResolvedRequest:
             "guidance_scale": self.guidance_scale,
             "seed": self.seeds[0 if one_stream else i] if self.seeds else None,
             "noise": self.noise,
-            "batch": [i, self.batch] if one_stream and self.batch > 1 else None,  # place in the stream's one draw
+            "batch": [i, self.batch] if one_stream and self.batch > 1 else None,  # place among the images of one stream
             "strength": None if self.image is None else self.strength,
             "max_sequence_length": self.max_sequence_length,
             "given": [name for name in ("latents", *_EMBEDS) if getattr(self, name) is not None] or None,
@@ -333,7 +333,7 @@ class ResolvedRequest:
             size, pixels = self.image.size, hashlib.sha256(self.image.tobytes()).hexdigest()
             record["image"] = {"width": size[0], "height": size[1], "rgb_sha256": pixels}  # upright, before resizing
             if i and not one_stream and find_recipe(self.noise).posterior == "sample":
-                record["image_seed"] = self.seeds[0]  # whose stream the image was sampled from, before its own noise
+                record["image_seed"] = self.seeds[0]  # of the stream that sampled the image, before its noise
         return {name: value for name, value in record.items() if value is not None}
 
 
@@ -354,12 +354,12 @@ class Result:
 
 
 def random_seed() -> int:
-    """A seed for somebody who named none; 32 bits, all that torch's generator takes."""
+    """Chooses a seed: 32 bits, all that torch's generator takes."""
     return secrets.randbelow(2**32)
 
 
 def open_image(image: Image.Image | str | os.PathLike | None) -> Image.Image | None:
-    """An image as the autoencoder's encoder can take it, whole in memory: upright by its EXIF orientation, RGB.
+    """Opens an image as the autoencoder's encoder needs it: upright by its EXIF orientation, RGB, whole in memory.
 
     Transparency is flattened on white, 16-bit grey becomes 8-bit.
 
@@ -367,7 +367,7 @@ def open_image(image: Image.Image | str | os.PathLike | None) -> Image.Image | N
         image: a PIL image, which stays as it is, or a path.
 
     Raises:
-        UsageError: not an image, broken, too large to be honest, or of a kind whose white is not known.
+        UsageError: not an image, broken, far too large, or of a mode whose white is not known.
     """
     if image is None or _is_open(image):
         return image
@@ -415,7 +415,7 @@ def check_values(name: str, array: mx.array) -> None:
 
 
 def _as_python(value):
-    """Numbers of any library as Python's, sequences as tuples; anything else as it is."""
+    """Converts numbers of any library to Python's and sequences to tuples; leaves other values as they are."""
     if isinstance(value, np.ndarray | mx.array):
         value = value.tolist()
     if isinstance(value, str | bytes | bool):
@@ -428,11 +428,11 @@ def _as_python(value):
 
 
 def _array(name: str, value) -> mx.array:
-    """As an MLX array, evaluated: a lazy one belongs to the caller's thread."""
+    """Converts to an MLX array, evaluated: a lazy one belongs to the caller's thread."""
     try:
         array = value if isinstance(value, mx.array) else mx.array(value)
         mx.eval(array)
-    except Exception:  # of whatever library made it
+    except Exception:  # of any class, from the library that made the value
         raise UsageError(f"`{name}` is {type(value).__name__}, which is no array", "an mlx array") from None
     return array
 
@@ -454,11 +454,11 @@ def _check_texts(name: str, texts) -> None:
             raise UsageError(f"`{name}` is not valid UTF-8", "text", todo) from None
 
 
-def _check_int(name: str, value, low: int, high: int, part: str = "") -> None:
+def _check_int(name: str, value, *, low: int, high: int, part: str = "") -> None:
     if value is not None and (type(value) is not int or not low <= value <= high):
         raise UsageError(f"{part}`{name}` is {reprlib.repr(value)}", f"a whole number from {low} to {high}")
 
 
-def _check_float(name: str, value, low: float, high: float, part: str = "") -> None:
+def _check_float(name: str, value, *, low: float, high: float, part: str = "") -> None:
     if value is not None and (type(value) not in (int, float) or not low <= value <= high):
         raise UsageError(f"{part}`{name}` is {reprlib.repr(value)}", f"a number from {low:g} to {high:g}")

@@ -28,7 +28,7 @@ from .weights import DTYPES, PACKED, TensorInfo
 from .worker import evaluated
 
 SLOTS = 2  # buffers for streamed blocks: one computes, one is read
-_CHUNK = 32 * 2**20  # bytes of one read; several are under way at a time, which is what fast disks want
+_CHUNK = 32 * 2**20  # bytes of one read; several run at a time, as fast disks need
 _THREADS = 4
 _ALIGNMENT = 256  # of each tensor in a buffer; more than any kernel asks for
 _TYPES = {name: getattr(mx, dtype) for dtype, name in DTYPES.items()} | {name: t for t, name in PACKED.items()}
@@ -135,7 +135,9 @@ class Reader:
             for offset in range(info.start, info.end, _CHUNK):
                 count = min(_CHUNK, info.end - offset)
                 where = start + offset - info.start
-                futures.append(self._pool.submit(self._fill, file, target[where : where + count], offset, tensor))
+                futures.append(
+                    self._pool.submit(self._fill, file, target[where : where + count], offset=offset, tensor=tensor)
+                )
         return futures
 
     def close(self) -> None:
@@ -156,7 +158,7 @@ class Reader:
                 bypass(file)
         return self._files[path]
 
-    def _fill(self, file: int, target: memoryview, offset: int, tensor: str) -> None:
+    def _fill(self, file: int, target: memoryview, *, offset: int, tensor: str) -> None:
         """Fills the target from a file. Runs in the pool."""
         begin, count = offset, len(target)
         while target:
@@ -263,7 +265,7 @@ class _Streaming:
         self._reader.close()
         for place in self._buffers.keys() - self._blocks.loaded:
             self._blocks.units[place].drop()
-        del self._blocks, self._buffers, self._reads, self._free  # a traceback that somebody holds may hold `run`
+        del self._blocks, self._buffers, self._reads, self._free  # a traceback may hold `run`, and must hold no buffers
 
     def _load(self, place: int) -> None:
         """Waits until a block's matrices are in memory."""

@@ -69,7 +69,7 @@ class WorkerJob(Generic[T]):
 
     def call(self) -> None:
         """Calls the function in this thread, which must be the worker's, for `result` to return or raise."""
-        function, self._function = self._function, None  # a job that somebody holds keeps no arrays alive
+        function, self._function = self._function, None  # a job that is still referenced holds no arrays
         _running.append(self)
         try:
             if self.is_stopped or function is None:
@@ -184,7 +184,7 @@ def _work() -> None:
     while True:
         job = _waiting.get()
         job.call()
-        del job  # a sleeping thread keeps nothing alive
+        del job  # a sleeping thread holds no arrays
 
 
 def _after_fork() -> None:
@@ -197,7 +197,7 @@ os.register_at_fork(after_in_child=_after_fork)
 
 
 def _stop_all() -> None:
-    """The interpreter ends: what still runs stops after the part at hand, and then the thread sleeps."""
+    """Stops the running jobs when the interpreter ends; then the thread sleeps."""
     if not _started[0].is_alive():  # in a forked child
         return
     for job in list(_running):

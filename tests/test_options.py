@@ -321,7 +321,7 @@ def test_metadata_and_quality_are_what_the_command_asks_for(run, draw):
     out = run("inspect", minimal)[1]
     assert ("trainedAlgorithmicMedia" in out, "кот" in out) == (True, False)
     code, _, err = run("generate", CROSS, "-m", "nano", *QUICK, "--quality", "90")
-    assert (code, "quality does nothing in a PNG" in err) == (2, True)
+    assert (code, "--quality does nothing in a PNG" in err) == (2, True)
     facts = json.loads(run("inspect", full, "--json")[1])
     assert facts["parameters"].startswith("кот\nSteps: 1, ")
 

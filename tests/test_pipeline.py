@@ -731,7 +731,7 @@ NEGATIVE = {"negative_prompt_embeds": mx.zeros((2, 4, 14)), "negative_pooled_pro
         ({"prompt": CAT, "sigmas": np.linspace(1, 0.1, 1001)}, "the number of `sigmas` is 1001"),
         ({"prompt": CAT, "sigmas": [1.0, 0.5], "num_inference_steps": 3}, "2 sigmas and 3 steps"),
         ({"prompt": CAT, "output_type": "pt"}, "`output_type` is 'pt'"),
-        ({"prompt": CAT, "callback_on_step_end": 3}, "callback_on_step_end is int"),
+        ({"prompt": CAT, "callback_on_step_end": 3}, "`callback_on_step_end` is int"),
         ({"prompt": CAT, "max_sequence_length": 513}, "`max_sequence_length` is 513"),
         ({"prompt": CAT, "num_inference_steps": True}, "`num_inference_steps` is True"),
     ],

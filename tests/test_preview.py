@@ -100,7 +100,7 @@ def test_the_pipeline_shows_every_step_of_every_picture(mapped, seen):
 
 def test_whose_map_is_taken(pipe, mapped, tmp_path):
     assert pipe.folder.latent_rgb is None
-    with pytest.raises(UsageError, match="a preview needs latent_rgb"):
+    with pytest.raises(UsageError, match="`preview` needs latent_rgb"):
         pipe(CAT, preview=print, **SIZE)
     assert FluxPipeline.from_pretrained(mapped).folder.latent_rgb == tuple(map(tuple, MAP))
     big = open_model(mapped)
@@ -175,6 +175,6 @@ def test_models_without_a_map_and_those_that_need_filters_have_no_preview(comman
     strict = tmp_path / "strict"
     shutil.copytree(mapped, strict)
     edit_json(strict / "model_index.json", filters="required")
-    with pytest.raises(UsageError, match="preview is given, which shows unfinished pictures"):
+    with pytest.raises(UsageError, match="`preview` is given, which shows unfinished pictures"):
         FluxPipeline.from_pretrained(strict)(CAT, preview=print, **SIZE)
     assert not (tmp_path / "now.png").exists()
