@@ -80,15 +80,15 @@ def convert(sources: list[Path], target: Path, quantize: str) -> dict:
     script = """
 import json, os, resource, sys, time
 from mlx_flux_krea.convert import convert
-from mlx_flux_krea.convert.folder import Folder
+from mlx_flux_krea.convert.folder import NewFolder
 def now():
     return time.perf_counter(), time.process_time()
-moments, finish = [now()], Folder.finish
+moments, finish = [now()], NewFolder.finish
 def timed(*args):
     moments.append(now())
     finish(*args)
     moments.append(now())
-Folder.finish = timed
+NewFolder.finish = timed
 *sources, target, quantize, tokenizers = sys.argv[1:]
 report = convert(sources, target, quantize=quantize, tokenizers=tokenizers)
 if sys.platform == "darwin":

@@ -8,7 +8,7 @@ Memory is that of `plan` for Metal, in four fifths of the part that macOS offers
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
-from mlx_flux_krea.convert.quantize import Recipe, choose
+from mlx_flux_krea.convert.quantize import QuantizationRecipe, choose
 
 from mlx_flux_krea.commands.shared import estimates
 from mlx_flux_krea.commands.shared.text import duration, size
@@ -28,7 +28,7 @@ HOW = {"none": "16 bits", "8": "8 bits"}
 
 def weight_bytes(name: str, sizes, quantize: str, item: int) -> int:
     """Bytes of a filter's folder."""
-    layers = choose(name, layer_widths(name, sizes), Recipe(quantize))[0]
+    layers = choose(name, layer_widths(name, sizes), QuantizationRecipe(quantize))[0]
     arrays = (array for _, array in tree_flatten(build(name, sizes, layers).parameters()))
     return sum(array.nbytes if array.dtype in (mx.uint32, mx.uint8) else array.size * item for array in arrays)
 

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 from helpers import REFERENCE, TOKENIZERS
 from mlx_flux_krea.convert import convert
-from mlx_flux_krea.convert.quantize import Recipe, choose
+from mlx_flux_krea.convert.quantize import QuantizationRecipe, choose
 
 from mlx_flux_krea import FluxPipeline
 from mlx_flux_krea.memory import WorkingMemory
@@ -107,7 +107,7 @@ def pixtral_peaks(folder: Path) -> dict[str, int]:
         text_config=dataclasses.replace(PIXTRAL_12B.text_config, num_hidden_layers=2),
         vision_config=dataclasses.replace(PIXTRAL_12B.vision_config, num_hidden_layers=2),
     )
-    layers = choose("pixtral", layer_widths("pixtral", sizes), Recipe("4"))[0]
+    layers = choose("pixtral", layer_widths("pixtral", sizes), QuantizationRecipe("4"))[0]
     path = folder / "pixtral.safetensors"
     network = build("pixtral", sizes, layers)
     half = tree_map(lambda a: a if a.dtype == mx.uint32 else a.astype(mx.bfloat16), network.parameters())

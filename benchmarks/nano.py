@@ -21,7 +21,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 from mlx_flux_krea.convert import convert
-from mlx_flux_krea.convert.quantize import RECIPES, Recipe, dequantize, group_of
+from mlx_flux_krea.convert.quantize import RECIPES, QuantizationRecipe, dequantize, group_of
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
@@ -172,9 +172,9 @@ def scenes_to_judge(count: int) -> list[tuple[scenes.Scene, str]]:
     return [(scene, scenes.describe(scene, rng)) for scene in drawn]
 
 
-def rounded(source: Path, target: Path, chosen: Recipe | dict[str, Quantization]) -> Path:
+def rounded(source: Path, target: Path, chosen: QuantizationRecipe | dict[str, Quantization]) -> Path:
     """A copy of a model folder, in float32, whose layers of some groups went through `mx.quantize` and back."""
-    if isinstance(chosen, Recipe):
+    if isinstance(chosen, QuantizationRecipe):
         chosen = {group: chosen.of(group) for group in RECIPES[chosen.quantize]}
     shutil.copytree(source, target)
     folder = open_model(target)
@@ -193,7 +193,7 @@ def rounded(source: Path, target: Path, chosen: Recipe | dict[str, Quantization]
     return target
 
 
-def direct(model: Path, work: Path, recipe: Recipe, folder: Path) -> float:
+def direct(model: Path, work: Path, recipe: QuantizationRecipe, folder: Path) -> float:
     """How far the converted model, computed from its packed weights, is from the rounded one, in final latents."""
     report = convert([model], work / f"direct-{recipe.label}", quantize=recipe.quantize, group_size=_group(recipe))
     made = []
@@ -203,7 +203,7 @@ def direct(model: Path, work: Path, recipe: Recipe, folder: Path) -> float:
     return (mx.linalg.norm(made[0] - made[1]) / mx.linalg.norm(made[1])).item()
 
 
-def _group(recipe: Recipe) -> int | None:
+def _group(recipe: QuantizationRecipe) -> int | None:
     return recipe.group_size if recipe.quantize.isdigit() else None
 
 
@@ -234,9 +234,11 @@ def reconstruction(folder: Path, count: int = 200) -> float:
 
 WIDTHS = [("bf16", None)]
 WIDTHS += [
-    (f"{bits} bit, groups of {size}", Recipe(str(bits), size)) for bits in (8, 6, 5, 4, 3) for size in (32, 64, 128)
+    (f"{bits} bit, groups of {size}", QuantizationRecipe(str(bits), size))
+    for bits in (8, 6, 5, 4, 3)
+    for size in (32, 64, 128)
 ]
-WIDTHS += [("mxfp4", Recipe("mxfp4")), ("nvfp4", Recipe("nvfp4"))]
+WIDTHS += [("mxfp4", QuantizationRecipe("mxfp4")), ("nvfp4", QuantizationRecipe("nvfp4"))]
 
 
 def main() -> None:

@@ -1,14 +1,19 @@
-"""The converter: any known layout of the weights into a model folder (`mlx_flux_krea.weights` documents the format).
+"""The converter: writes a model folder from weights in any known layout (`mlx_flux_krea.weights` documents the format).
 
     from mlx_flux_krea.convert import convert
     convert(["black-forest-labs/FLUX.1-Krea-dev"], "models/krea-8bit", quantize="8")
 
-The two networks of the content filters are converted alike, into folders of the same form.
+The two networks of the content filters are converted in the same way, into folders of the same form.
 
-sources opens files, decode knows their types, layouts recognises them, maps names their tensors, remap puts tensors
-together; own does all of it for folders of ours; hub and fetch are for what is on the Hugging Face hub. quantize has
-the recipes, index, tokenizers and licence add what weights do not say; job holds all that is decided before a weight
-is read, reading reads it, write makes the shards, folder gives the whole its name when it is complete and read back.
+    sources, gguf_header     open files and read their headers
+    decode                   the types in which files store numbers
+    layouts, sizes, maps     recognise a layout, read its sizes, name its tensors
+    remap, own               plan every tensor of ours: from a foreign layout, or from a folder of ours
+    hub, fetch               files on the Hugging Face hub
+    quantize                 the recipes
+    index, tokenizers, licence     facts and files that weights do not contain
+    job                      all decisions, taken before a weight is read
+    reading, write, folder   read the weights, write shards, give the complete folder its name
 """
 
 from . import checkout  # noqa: F401  # first, since imports from another checkout may fail with any message
@@ -31,44 +36,44 @@ from mlx_flux_krea.weights import CLASS_NAMES, DTYPES
 
 from . import quantize as quantizing
 from .fetch import Fetching, Remote, outlined
-from .folder import Folder, check_disk, existing, new_folder
+from .folder import NewFolder, check_disk, existing, new_folder
 from .hub import cache_folder, is_repo_id
-from .job import Group, Job, Outline, decide, examine, roots
-from .layouts import Found
+from .job import Conversion, Group, Outline, decide, examine, roots
+from .layouts import SourceComponent
 from .licence import licence_files
 from .quantize import Layers
 from .reading import Reading
 from .write import write_component
 
 __all__ = ["Component", "Group", "Outline", "Report", "convert", "examine"]
-Losses = dict[str, dict[str, tuple[float, float]]]  # of each component, what `write_component` returns
+Losses = dict[str, dict[str, tuple[float, float]]]  # by component: the result of `write_component`
 
 
 @dataclass(frozen=True)
 class Component:
-    """What one component was made of."""
+    """A component of a conversion's report."""
 
     name: str
     layout: str
     files: tuple[str, ...]
     parameters: int
     bytes: int
-    stored: str  # how most of it is
+    stored: str  # how most of its layers are
     dropped: tuple[tuple[str, str], ...]  # tensors left out on purpose, with the reason
-    lost: tuple[tuple[str, str], ...]  # tensors that are not to be had, with the reason; zeros stand there
+    lost: tuple[tuple[str, str], ...]  # tensors that the source lacks, with the reason; they are zero
     left: tuple[tuple[str, str], ...]  # layers not quantized although the recipe has them, with the reason
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a conversion did."""
+    """The report of a conversion."""
 
     path: Path
     base: str
     dtype: str
     quantize: str
     components: tuple[Component, ...]
-    groups: tuple[Group, ...]  # the one that lost most comes first
+    groups: tuple[Group, ...]  # the largest loss first
     notes: tuple[str, ...]
 
 
@@ -87,32 +92,32 @@ def convert(
     progress: Callable[[str, int, int], None] | None = None,
     placing: Callable[[], AbstractContextManager] = nullcontext,
 ) -> Report:
-    """Converts what the sources hold into a model folder.
+    """Converts sources into a model folder.
 
     Args:
         sources: a folder (diffusers', ComfyUI's, mflux's, or a model folder of ours), an all-in-one file, or the
-            files of the components one by one; or a filter: the classifier ViT or Pixtral, as published. Or any of it
-            on the Hugging Face hub, as OWNER/NAME.
-        out: the model folder to make; None: in the home folder (`home.root`), models/NAME-RECIPE or filters/NAME.
-        dtype: of every array that is not packed, and of scales: "bfloat16", "float16" or "float32"; None: bfloat16.
-            The classifier is kept in float32.
-        quantize: a row of `quantize.RECIPES`; None: what suits, "8", or "4" of Pixtral. The classifier is never
-            quantized, nor is Pixtral's vision tower.
-        group_size: how many numbers share a scale, where a recipe leaves the choice: 32, 64 or 128; None: 64.
-        tokenizers: a folder with `tokenizer` and `tokenizer_2` (or `clip` and `t5`), where the sources have none.
-        force: an existing model folder is replaced, once the new one is complete; nothing else ever is, nor a folder
-            with files in it that the converter did not write.
-        allow_nonfinite: weights may hold NaN and infinities, where nothing is quantized.
-        offline: of the hub, only what is in its cache.
-        discard_source: weights that are fetched from the hub are deleted as soon as they are converted.
-        progress: called with the component at work, the bytes written so far and in all; with "fetching" or "checking",
-            and the bytes that are here of what comes from the hub; at last with "reading back", and the bytes of the
-            folder. Not always from the thread of the caller, but never twice at a time.
-        placing: gives the context in which the complete folder takes its name, for callers who handle signals.
+            files of the components one by one; or a filter: the classifier ViT or Pixtral, as published. Each may also
+            be a repository on the Hugging Face hub, OWNER/NAME.
+        out: the new model folder; None: in the home folder (`home.root`), models/NAME-RECIPE or filters/NAME.
+        dtype: type of arrays that are not packed, and of scales: "bfloat16", "float16" or "float32"; None: bfloat16.
+            The classifier is always stored in float32.
+        quantize: a row of `quantize.RECIPES`; None: "8", and "4" for Pixtral. The classifier is never quantized, nor is
+            Pixtral's vision tower.
+        group_size: how many numbers share a scale, if the recipe leaves the choice: 32, 64 or 128; None: 64.
+        tokenizers: a folder with `tokenizer` and `tokenizer_2` (or `clip` and `t5`), if the sources have none.
+        force: replace an existing model folder once the new one is complete. Other folders are never replaced, nor a
+            model folder with files in it that the converter did not write.
+        allow_nonfinite: accept NaN and infinities in weights; only without quantization.
+        offline: use only the hub's cache.
+        discard_source: delete weights that were fetched from the hub as soon as they are converted.
+        progress: called with a label, the bytes done and all bytes. The label is the name of the component being
+            written, "fetching" or "checking" (files from the hub), or at last "reading back" (the folder). Calls come
+            from several threads, one at a time.
+        placing: returns the context in which the complete folder takes its name, for callers who handle signals.
 
     Raises:
-        UsageError: an option or the target cannot be used, or options do not go together.
-        ModelError: a source is missing, not to be had, damaged, incomplete or of another kind.
+        UsageError: an option or the target cannot be used, or options exclude each other.
+        ModelError: a source is missing, out of reach, damaged, incomplete or of another kind.
         ResourceError: not enough disk.
     """
     if dtype not in (None, *DTYPES):
@@ -121,7 +126,7 @@ def convert(
     if allow_nonfinite and quantize != "none":
         raise UsageError("NaN and infinities are allowed, and quantizing erases them", "one of both", "add -q none")
     if discard_source and not all(map(is_repo_id, sources)):
-        raise UsageError("--discard-source is for what is fetched", "sources on the hub alone", "leave it out")
+        raise UsageError("--discard-source is only for fetched files", "only sources on the hub", "leave it out")
     if discard_source and offline:
         raise UsageError("--offline fetches nothing that --discard-source could delete", "one of both")
     with outlined(sources, offline, progress) as remote:
@@ -132,20 +137,22 @@ def convert(
 
 
 def _write(
-    job: Job, remote: Remote, force: bool, allow_nonfinite: bool, discard: bool, progress: Callable, placing
+    job: Conversion, remote: Remote, force: bool, allow_nonfinite: bool, discard: bool, progress: Callable, placing
 ) -> tuple[configs.ModelIndex | FilterIndex, Losses]:
-    """Makes the folder, the smallest component first, while files of those after it may still come.
+    """Writes the folder, the smallest component first, while files of later ones may still be fetched.
 
     Returns:
-        The index with what it was made from, and what quantizing lost.
+        The index with its sources, and the losses of quantization.
     """
     target = _resolved(job.path)
     total = sum(map(job.bytes, job.plans))
-    files = {name: found.source.files for name, found in job.found.items()}
+    files = {name: component.source.files for name, component in job.components.items()}
     sizes = {file: file.stat().st_size for some in files.values() for file in some}
-    place = {name: min(tensor.start for tensor in found.tensors.values()) for name, found in job.found.items()}
+    place = {
+        name: min(tensor.start for tensor in component.tensors.values()) for name, component in job.components.items()
+    }
     order = sorted(job.plans, key=lambda name: (sum(sizes[file] for file in files[name]), place[name]))
-    last = {file: name for name in order for file in files[name]}  # who needs a file last
+    last = {file: name for name in order for file in files[name]}  # the last component that needs each file
     coming = {file: remote.files[file] for file in last if file in remote.files}
     hashes, written, losses = {}, 0, {}
     with (
@@ -186,32 +193,32 @@ def _write(
 
 
 def _write_rest(
-    job: Job, folder: Folder, hashes: dict[Path, str], sizes: dict[Path, int]
+    job: Conversion, folder: NewFolder, hashes: dict[Path, str], sizes: dict[Path, int]
 ) -> configs.ModelIndex | FilterIndex:
-    """Tokenizers and licence; the index, which is not written yet, with what everything was made from."""
+    """Writes tokenizers and licence; returns the index, with the records of all sources, for `NewFolder.finish`."""
     for name, data in job.tokens.items():
         folder.write(name, data)
     if job.own:
         job.own.check(hashes)
     records = tuple(
         configs.SourceFile(name, hashes[file], sizes[file], layout)
-        for file, (name, layout) in _records(job.found).items()
+        for file, (name, layout) in _records(job.components).items()
     )
     before = job.own.index.source if job.own else ()
     index = replace(job.index, source=before + records, converter=__version__)
     stored = [f"{name}: {job.stored(name)}" for name in job.plans]
-    for name, data in licence_files(index, roots(job.found), stored).items():
+    for name, data in licence_files(index, roots(job.components), stored).items():
         folder.write(name, data)
     return index
 
 
-def _report(job: Job, index: configs.ModelIndex | FilterIndex, losses: Losses) -> Report:
-    """What was made of what, and what it lost."""
+def _report(job: Conversion, index: configs.ModelIndex | FilterIndex, losses: Losses) -> Report:
+    """Returns the report of a conversion."""
     components = tuple(
         Component(
             name=name,
-            layout=job.found[name].layout.name,
-            files=tuple(file.name for file in job.found[name].source.files),
+            layout=job.components[name].layout.name,
+            files=tuple(file.name for file in job.components[name].source.files),
             parameters=plan.parameters,
             bytes=job.bytes(name),
             stored=job.stored(name),
@@ -230,16 +237,16 @@ def _report(job: Job, index: configs.ModelIndex | FilterIndex, losses: Losses) -
     return Report(job.path, index.base, job.dtype, job.recipe.quantize, components, tuple(measured), notes)
 
 
-def _check_disk(target: Path, to_fetch: list[int], made: list[int], discard: bool) -> None:
-    """Refuses where a disk cannot hold what is fetched and made of it, component by component."""
-    need, cache = sum(made) + 2**26, cache_folder()
+def _check_disk(target: Path, to_fetch: list[int], written: list[int], discard: bool) -> None:
+    """Refuses if a disk cannot hold the fetched files and the folder, component by component."""
+    need, cache = sum(written) + 2**26, cache_folder()
     todo = "choose another disk with -o"
     if sum(to_fetch):
         todo += " or HF_HOME" + ("" if discard else ", or add --discard-source")
         if os.stat(existing(cache)).st_dev != os.stat(existing(target)).st_dev:
             check_disk(cache, sum(to_fetch), "choose another disk with HF_HOME")
-        elif discard:  # while one is made, those after it may already be here
-            need += max(sum(to_fetch[i:]) - sum(made[i + 1 :]) for i in range(len(made)))
+        elif discard:  # while one component is written, later ones may already be fetched
+            need += max(sum(to_fetch[i:]) - sum(written[i + 1 :]) for i in range(len(written)))
         else:
             need += sum(to_fetch)
     check_disk(target, need, todo)
@@ -251,22 +258,22 @@ def _error(group: Group, losses: dict[str, tuple[float, float]]) -> float | None
 
 
 def _more_bits(before: dict[str, Layers], after: dict[str, Layers]) -> tuple[str, ...]:
-    """Where a model of ours gets more bits than it had."""
+    """Returns notes on networks of a folder of ours that get more bits than they had."""
     more = [
         name
         for name, layers in before.items()
-        if any(q and (after[name][path] is None or after[name][path].bits > q.bits) for path, q in layers.items())
+        if any(q and not quantizing.has_fewer_bits(after[name][path], q) for path, q in layers.items())
     ]
-    return tuple(f"{name}: more bits than the source has; what quantizing lost does not come back" for name in more)
+    return tuple(f"{name}: more bits than the source has; precision that was lost does not come back" for name in more)
 
 
 def _is_bad(group: Group) -> bool:
-    """Beyond what any recipe loses of weights like those that are published; 3 bits lose a fifth."""
+    """Tells if a group lost more than any recipe does with published weights; 3 bits lose a fifth."""
     return group.error is not None and group.error > 0.3
 
 
 def _resolved(path: Path) -> Path:
-    target = os.path.realpath(path)  # what Path.resolve raises for links in a circle differs between versions
+    target = os.path.realpath(path)  # Path.resolve raises different errors for circular links in different Pythons
     try:
         target.encode()
     except UnicodeEncodeError:
@@ -274,12 +281,12 @@ def _resolved(path: Path) -> Path:
     return Path(target)
 
 
-def _records(found: dict[str, Found]) -> dict[Path, tuple[str, str]]:
-    """What every file is called, and its layout; an all-in-one file has several."""
+def _records(components: dict[str, SourceComponent]) -> dict[Path, tuple[str, str]]:
+    """Returns name and layout of every file; an all-in-one file has several layouts."""
     records: dict[Path, tuple[str, str]] = {}
-    for f in found.values():
-        for file in f.source.files:
-            name = f"{file.parent.name}/{file.name}" if f.source.component else file.name
+    for component in components.values():
+        for file in component.source.files:
+            name = f"{file.parent.name}/{file.name}" if component.source.component else file.name
             before = f"{records[file][1]}; " if file in records else ""
-            records[file] = (name, before + f.layout.name)
+            records[file] = (name, before + component.layout.name)
     return records

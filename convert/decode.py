@@ -1,7 +1,7 @@
-"""Stored bytes to numbers: every type in which files keep weights, as a row. One tensor at a time; knows no layout.
+"""Decodes stored bytes: a row for every type in which files store weights. One tensor at a time, for every layout.
 
-Types are called as in the headers of safetensors and of GGUF. A weight that is kept in several tensors (codes, with
-scales beside them) has a type of its own, made by `COMPOUNDS`.
+Types have the names of the headers of safetensors and GGUF. A weight that is stored in several tensors (codes and
+scales) has a type of its own, made by `COMPOUNDS`.
 """
 
 from collections.abc import Callable
@@ -17,22 +17,22 @@ from mlx_flux_krea.errors import ModelError
 
 @dataclass(frozen=True)
 class Type:
-    """One way to store numbers: blocks of so many, each of so many bytes."""
+    """A way to store numbers: the numbers and the bytes of a block."""
 
     numbers: int
     bytes: int
     decode: Callable[..., mx.array]  # (bytes as uint8, shape, *parts) to an array that holds every value exactly
-    package: str | None = None  # needed to decode it
+    package: str | None = None  # that decoding needs
 
 
 class Stored(Protocol):
-    """What is known of a tensor before it is read."""
+    """Type and shape of a tensor, known before it is read."""
 
     dtype: str
     shape: tuple[int, ...]
 
 
-Made = tuple[str, tuple[int, ...]]  # type and shape of a weight that is kept in several tensors
+Combined = tuple[str, tuple[int, ...]]  # type and shape of a weight that is stored in several tensors
 
 
 def _plain(stored: type, view: mx.Dtype) -> Callable[..., mx.array]:
@@ -40,7 +40,7 @@ def _plain(stored: type, view: mx.Dtype) -> Callable[..., mx.array]:
 
 
 def _fp8(data: np.ndarray, shape: tuple[int, ...]) -> mx.array:
-    """Every e4m3 number is a bfloat16 too."""
+    """Decodes e4m3; bfloat16 holds all its values."""
     return mx.from_fp8(mx.array(data.reshape(shape)), mx.bfloat16)
 
 
@@ -49,7 +49,7 @@ def _scaled_fp8(data: np.ndarray, shape: tuple[int, ...], scale: mx.array) -> mx
 
 
 def _affine(data: np.ndarray, shape: tuple[int, ...], scales: mx.array, biases: mx.array) -> mx.array:
-    """MLX's own: scale * code + bias, computed in float32 and so rounded once, to whatever it becomes."""
+    """Decodes MLX's affine codes, scale * code + bias, in float32, so that values are rounded only once."""
     codes = mx.array(data.view(np.uint32).reshape(*shape[:-1], -1))
     group, bits = shape[-1] // scales.shape[-1], 32 * codes.shape[-1] // shape[-1]
     scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
@@ -57,7 +57,7 @@ def _affine(data: np.ndarray, shape: tuple[int, ...], scales: mx.array, biases: 
 
 
 def _float_blocks(mode: str, group: int, bits: int) -> Callable[..., mx.array]:
-    """MLX's blocks of small floats, without biases."""
+    """Returns the decoder of MLX's blocks of small floats, without biases."""
 
     def decode(data: np.ndarray, shape: tuple[int, ...], scales: mx.array) -> mx.array:
         codes = mx.array(data.view(np.uint32).reshape(*shape[:-1], -1))
@@ -76,7 +76,7 @@ def _ggml(name: str) -> Callable[..., mx.array]:
     return decode
 
 
-# (numbers, bytes) of a block of ggml's types; below, how a file numbers them
+# (numbers, bytes) of a block of ggml's types; below, their numbers in a file
 _BLOCKS = {
     "Q4_0": (32, 18), "Q4_1": (32, 20), "Q5_0": (32, 22), "Q5_1": (32, 24), "Q8_0": (32, 34),
     "Q2_K": (256, 84), "Q3_K": (256, 110), "Q4_K": (256, 144), "Q5_K": (256, 176), "Q6_K": (256, 210),
@@ -87,7 +87,7 @@ GGML = {
     10: "Q2_K", 11: "Q3_K", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K", 20: "IQ4_NL", 23: "IQ4_XS",
 }  # fmt: skip
 
-_MODES = (("mxfp4", 32, 4), ("nvfp4", 16, 4))  # with the size of a group, and bits
+_MODES = (("mxfp4", 32, 4), ("nvfp4", 16, 4))  # name, group size, bits
 
 TYPES = {
     "F32": Type(1, 4, _plain(np.float32, mx.float32)),
@@ -102,13 +102,13 @@ TYPES = {
 PARTS = {**TYPES, "U8": Type(1, 1, lambda data, shape: mx.array(data.reshape(shape)))}  # of scales
 
 
-def _scaled(weight: Stored, scale: Stored, group: int) -> Made | None:
-    """One number for the whole weight. Other kinds of fp8 have one for each row or block."""
+def _scaled(weight: Stored, scale: Stored, group: int) -> Combined | None:
+    """Combines fp8 with one scale for the whole weight. Other kinds of fp8 have one for each row or block."""
     return ("scaled F8_E4M3", weight.shape) if scale.dtype in _FLOATS and scale.shape in ((), (1,)) else None
 
 
-def _packed(weight: Stored, scales: Stored, biases: Stored, group: int) -> Made | None:
-    """Bits follow from the shapes, given the size of a group."""
+def _packed(weight: Stored, scales: Stored, biases: Stored, group: int) -> Combined | None:
+    """Combines affine codes, scales and biases; bits follow from the shapes and the group size."""
     *rows, codes = weight.shape or (0,)
     *same, groups = scales.shape or (0,)
     bits, rest = divmod(32 * codes, group * groups) if groups else (0, 0)
@@ -117,8 +117,8 @@ def _packed(weight: Stored, scales: Stored, biases: Stored, group: int) -> Made 
     return (name, (*rows, group * groups)) if fits and known else None
 
 
-def _packed_floats(weight: Stored, scales: Stored, group: int) -> Made | None:
-    """The mode follows from how many codes there are to a scale."""
+def _packed_floats(weight: Stored, scales: Stored, group: int) -> Combined | None:
+    """Combines codes and scales of small floats; the mode follows from the number of codes for each scale."""
     *rows, codes = weight.shape or (0,)
     for mode, numbers, bits in _MODES:
         if rows and scales.dtype == "U8" and scales.shape == (*rows, 32 * codes // (bits * numbers)) and codes:
@@ -127,30 +127,30 @@ def _packed_floats(weight: Stored, scales: Stored, group: int) -> Made | None:
 
 
 _FLOATS = {"F32", "F16", "BF16"}
-# Weights in several tensors: (the stored type of `L.weight`, names beside it, the type and the shape that they make, or
-# None where they make none)
-COMPOUNDS = (
-    ("F8_E4M3", ("scale_weight",), _scaled),  # as ComfyUI wrote it at first,
-    ("F8_E4M3", ("weight_scale",), _scaled),  # and as it does now
+# Weights in several tensors: (stored type of `L.weight`, names beside it, function that returns type and shape of the
+# weight, or None if they do not belong together)
+COMPOUNDS: tuple[tuple[str, tuple[str, ...], Callable[..., Combined | None]], ...] = (
+    ("F8_E4M3", ("scale_weight",), _scaled),  # ComfyUI's first files
+    ("F8_E4M3", ("weight_scale",), _scaled),  # ComfyUI's present files
     ("U32", ("scales", "biases"), _packed),
     ("U32", ("scales",), _packed_floats),
 )
-GROUP_SIZE = 64  # of MLX-quantized weights whose folder does not say: mflux knows no other
+GROUP_SIZE = 64  # of MLX-quantized weights whose folder states none, as mflux writes them
 
 
-def check(dtype: str, what: str) -> None:
-    """Refuses a type that cannot be decoded, while nothing has been written yet.
+def check(dtype: str, where: str) -> None:
+    """Refuses a type that cannot be decoded, before anything is written.
 
     Args:
-        dtype: as a tensor has it.
-        what: file and tensor.
+        dtype: type of a tensor.
+        where: file and tensor, for errors.
 
     Raises:
-        ModelError: naming the types that can, or the package that is missing.
+        ModelError: naming the types that can be decoded, or the missing package.
     """
     if dtype not in TYPES:
-        raise ModelError(f"{what} is stored as {dtype}", f"one of {', '.join(TYPES)}")
+        raise ModelError(f"{where} is stored as {dtype}", f"one of {', '.join(TYPES)}")
     package = TYPES[dtype].package
     if package and not find_spec(package):
         todo = f"pip install 'mlx-flux-krea[{package}]'"
-        raise ModelError(f"{what} is stored as {dtype}", f"the package {package}, which decodes it", todo)
+        raise ModelError(f"{where} is stored as {dtype}", f"the package {package}, which decodes it", todo)

@@ -1,19 +1,19 @@
-"""Brings files of the hub here: some of them, or the weights of a conversion while it is at work on those that came.
+"""Fetches files from the hub: given files, or the weights of a conversion while it converts those that arrived.
 
-    folder = fetch(listing, names)                          in the cache, when all of these are here
+    folder = fetch(listing, names)                          returns when all files are in the cache
 
-    with outlined(sources, offline) as remote:              enough to plan a conversion
+    with outlined(sources, offline) as remote:              fetches enough to plan a conversion
         with Fetching(remote.files, keep=True) as fetching:
             fetching.start()
-            fetching.wait(files)                            these are here, the others are on their way
+            fetching.wait(files)                            returns when these have arrived; others still may not
 
-Files are kept in the hub's own cache, where other programs find them too. What has come of a file lies there as
-blobs/DIGEST.incomplete; it goes on from its last byte, and gets its name when its hash is the one that was announced.
-(The hub's own client starts again, after 9 of 10 GB too.) Plain HTTP serves every repository and can be cut anywhere.
+Files are stored in the hub's own cache, where other programs find them too. A partly fetched file lies there as
+blobs/DIGEST.incomplete; fetching continues after its last byte, and the file gets its name when its hash is the
+announced one. (The hub's own client starts again, even after 9 of 10 GB.) Plain HTTP works with every repository and
+can be interrupted anywhere.
 """
 
 import contextlib
-import fcntl
 import hashlib
 import os
 import struct
@@ -26,28 +26,28 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from mlx_flux_krea.errors import ModelError, UsageError
-from mlx_flux_krea.files import chunks, sha256
+from mlx_flux_krea.files import chunks, sha256, try_lock
 
-from .hub import INCOMPLETE, WEIGHTS, File, Listing, explained, folder_of, is_repo_id, look, patiently, place_of
+from .hub import INCOMPLETE, WEIGHTS, HubFile, Listing, explained, folder_of, is_repo_id, look, patiently, place_of
 
-_HEADER, _LONGEST_HEADER = 2**18, 2**26  # bytes that are asked for at first, and at most
-_GGUF_HEADER = 2**22  # the vocabulary of a T5 is in there, with 1 MB
+_HEADER, _LONGEST_HEADER = 2**18, 2**26  # bytes of the first request, and at most
+_GGUF_HEADER = 2**22  # it contains the vocabulary of a T5, 1 MB
 
 
 def fetch(listing: Listing, names: Iterable[str], progress: Callable[[str, int, int], None] | None = None) -> Path:
-    """Brings files into the hub's cache.
+    """Fetches files into the hub's cache.
 
     Args:
-        listing: of the repository.
+        listing: the repository.
         names: of files.
-        progress: called with "fetching", the bytes that are here and how many there will be.
+        progress: called with "fetching", the bytes fetched so far, and all bytes.
 
     Returns:
         The folder in the cache that holds the files of this commit.
 
     Raises:
-        UsageError: another process is at it.
-        ModelError: not allowed, not reachable, gone half-way, or with another hash than was announced.
+        UsageError: another process is fetching from this repository.
+        ModelError: access denied, hub not reachable, file removed meanwhile, or another hash than announced.
         ResourceError: the disk is full.
     """
     wanted = set(names)
@@ -66,34 +66,34 @@ def fetch(listing: Listing, names: Iterable[str], progress: Callable[[str, int, 
     return folder_of(listing.repo) / "snapshots" / listing.commit
 
 
-# --- a conversion that begins before everything is here ---
+# --- a conversion that starts before all files have arrived ---
 
 
 @dataclass(frozen=True)
 class Remote:
-    """Sources of a conversion, those on the hub as outlines of what they will be."""
+    """Sources of a conversion; outlines stand for repositories on the hub."""
 
-    paths: list[Path]  # what to convert, in the order of the sources
-    files: dict[Path, tuple[Listing, File]]  # the weight files among it that come from the hub
+    paths: list[Path]  # of files and folders, in the order of the sources
+    files: dict[Path, tuple[Listing, HubFile]]  # the weight files that come from the hub
 
 
 @contextlib.contextmanager
 def outlined(
     sources: Iterable[str | Path], offline: bool, progress: Callable[[str, int, int], None] | None = None
 ) -> Iterator[Remote]:
-    """Opens sources, of which some may be on the hub, without fetching their weights.
+    """Opens sources, some of them perhaps on the hub, without fetching weights.
 
-    An outline is a folder with the small files of a repository, and with weight files that have their size and header;
-    the rest of these is not there, and takes no room. `Fetching` puts the real files into their places.
+    An outline is a folder with the small files of a repository, and with sparse weight files that have the size and the
+    header of the real ones and use no disk space. `Fetching` puts the real files in their places.
 
     Args:
         sources: paths, and repositories as OWNER/NAME.
-        offline: the cache is all there is.
+        offline: use only the cache.
         progress: as for `fetch`.
 
     Raises:
-        ModelError, ResourceError, UsageError: as `look` and `fetch`. Errors in the block name the repository where
-            they would name its outline.
+        ModelError, ResourceError, UsageError: as `look` and `fetch`. Errors in the block name the repository instead of
+            its outline.
     """
     remote, shown = Remote([], {}), {}
     with contextlib.ExitStack() as until_then:
@@ -105,7 +105,7 @@ def outlined(
             snapshot = fetch(listing, [f.name for f in listing.files if not f.name.endswith(WEIGHTS)], progress)
             root = until_then.enter_context(TemporaryDirectory(prefix="flux-krea-", ignore_cleanup_errors=True))
             until_then.enter_context(_locked(listing))
-            outline = Path(root, *snapshot.parts[-3:])  # by which a conversion knows the name of the repository
+            outline = Path(root, *snapshot.parts[-3:])  # which tells a conversion the name of the repository
             for file in listing.files:
                 path = outline / file.name
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -128,19 +128,21 @@ def outlined(
 
 
 class Fetching:
-    """Weight files on their way.
+    """Fetches weight files in the background.
 
     Args:
-        files: the places in outlines, in the order in which they will be needed.
-        keep: they go into the cache; else they are deleted by `discard`.
+        files: their places in outlines, in the order in which they will be needed.
+        keep: store them in the cache; else `discard` deletes them.
     """
 
-    def __init__(self, files: dict[Path, tuple[Listing, File]], keep: bool):
-        self.hashes: dict[Path, Future[str]] = {path: Future() for path in files}  # sha256 of those that are here
+    def __init__(self, files: dict[Path, tuple[Listing, HubFile]], keep: bool):
+        self.hashes: dict[Path, Future[str]] = {path: Future() for path in files}  # sha256 of files that have arrived
         self.here = sum(file.here for _, file in files.values())
         self.total = sum(file.size for _, file in files.values())
         self._files, self._keep, self._stop = files, keep, threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)  # a server that hangs does not hold us up
+        self._thread = threading.Thread(
+            target=self._run, daemon=True
+        )  # daemon: a server that hangs does not block the exit
 
     def __enter__(self) -> "Fetching":
         return self
@@ -151,15 +153,15 @@ class Fetching:
             self._thread.join(2)
 
     def start(self) -> None:
-        """Begins; until the end of the block."""
+        """Starts to fetch; ends with the block."""
         self._thread.start()
 
     def left(self, paths: Iterable[Path]) -> int:
-        """Bytes of these that are yet to come."""
+        """Returns the bytes of these files that are still missing."""
         return sum(file.size - file.here for _, file in (self._files[path] for path in paths if path in self._files))
 
     def wait(self, paths: Iterable[Path], progress: Callable[[str, int, int], None]) -> None:
-        """Returns when these are in their places, whole and as they were announced.
+        """Returns when these files are in their places, complete and with the announced hashes.
 
         Raises:
             ModelError, ResourceError: as `fetch`.
@@ -172,7 +174,7 @@ class Fetching:
                 self.hashes[path].result()
 
     def discard(self, paths: Iterable[Path]) -> None:
-        """Deletes those of them that were fetched for this conversion."""
+        """Deletes files that were fetched for this conversion."""
         for path in paths:
             place = Path(os.path.realpath(path))
             if path in self.hashes and not self._keep and place.suffix == INCOMPLETE:
@@ -194,14 +196,14 @@ class Fetching:
 
 
 def _put(place: Path, path: Path) -> None:
-    """A link at `path`, whatever was there."""
+    """Puts a link at `path`, replacing an existing file."""
     link = path.with_name(f".{path.name}")
     link.symlink_to(place)
     link.replace(path)
 
 
-def _outline(listing: Listing, file: File, path: Path) -> None:
-    """A weight file of which only the header is there; where all of it is in the cache, a link."""
+def _outline(listing: Listing, file: HubFile, path: Path) -> None:
+    """Writes a sparse weight file with only its header; a link, if the file is in the cache."""
     place = place_of(listing.repo, listing.commit, file.name, file.digest)
     if place.suffix != INCOMPLETE:
         _put(place, path)
@@ -214,8 +216,8 @@ def _outline(listing: Listing, file: File, path: Path) -> None:
 # --- one file ---
 
 
-def _read_header(listing: Listing, file: File) -> bytes:
-    """The header of a weight file, and maybe more of its beginning."""
+def _read_header(listing: Listing, file: HubFile) -> bytes:
+    """Returns the header of a weight file, perhaps with some bytes after it."""
     with explained(listing.repo, file.name):
         first = min(file.size, _GGUF_HEADER if file.name.endswith(".gguf") else _HEADER)
         header = patiently(lambda: _read(listing, file, 0, first)) if first else b""
@@ -226,8 +228,10 @@ def _read_header(listing: Listing, file: File) -> bytes:
     return header
 
 
-def _fetch(listing: Listing, file: File, stop: threading.Event, got: Callable[[int], None], keep: bool = True) -> Path:
-    """Brings a file here, if it is not, and compares its hash. Gives the place of it: in the cache, if it is kept."""
+def _fetch(
+    listing: Listing, file: HubFile, stop: threading.Event, got: Callable[[int], None], keep: bool = True
+) -> Path:
+    """Fetches a file unless it is in the cache, compares its hash, and returns its place: in the cache if `keep`."""
     place, hashed = place_of(listing.repo, listing.commit, file.name, file.digest), _Hashed(file)
     with explained(listing.repo, file.name):
         if place.suffix == INCOMPLETE:
@@ -241,7 +245,7 @@ def _fetch(listing: Listing, file: File, stop: threading.Event, got: Callable[[i
             Path(os.path.realpath(place)).unlink()
             place.unlink(missing_ok=True)
             raise ModelError(
-                f"{file.name} of {listing.repo} came with another content than the hub announces",
+                f"{file.name} of {listing.repo} has other content than the hub announced",
                 f"the hash {file.digest}",
                 "it was deleted; start again to fetch it again",
             )
@@ -250,46 +254,46 @@ def _fetch(listing: Listing, file: File, stop: threading.Event, got: Callable[[i
         return _keep(listing, file, place)
 
 
-def _keep(listing: Listing, file: File, place: Path) -> Path:
-    """Gives a file its place in the cache, as the hub's own client does it, and remembers the commit."""
+def _keep(listing: Listing, file: HubFile, place: Path) -> Path:
+    """Gives a file its place in the cache, as the hub's own client does, and records the commit."""
     folder = folder_of(listing.repo)
     blob, ref = folder / "blobs" / file.digest, folder / "refs" / "main"
-    kept = folder / "snapshots" / listing.commit / file.name
+    snapshot = folder / "snapshots" / listing.commit / file.name
     if place.suffix == INCOMPLETE:
         place.replace(blob)
-    if not kept.exists():
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        kept.unlink(missing_ok=True)  # a link that leads nowhere
+    if not snapshot.exists():
+        snapshot.parent.mkdir(parents=True, exist_ok=True)
+        snapshot.unlink(missing_ok=True)  # a broken link
         try:
-            kept.symlink_to(os.path.relpath(blob, kept.parent))
+            snapshot.symlink_to(os.path.relpath(blob, snapshot.parent))
         except OSError:  # a disk without links
-            blob.replace(kept)
+            blob.replace(snapshot)
     if not ref.exists() or ref.read_text() != listing.commit:
         ref.parent.mkdir(exist_ok=True)
         ref.write_text(listing.commit)
-    return kept
+    return snapshot
 
 
 class _Hashed:
-    """The hash that the hub announces of a file, over what is here of it: as LFS has it, or, of small files, as git."""
+    """The hash of the fetched part of a file, as the hub announces it: LFS's, or git's for small files."""
 
-    def __init__(self, file: File):
+    def __init__(self, file: HubFile):
         self._file = file
         self.restart()
 
     def restart(self) -> None:
-        """Nothing is here."""
+        """Starts again from an empty file."""
         is_lfs, self.count = len(self._file.digest) == 64, 0
         git = b"blob %d\0" % self._file.size
         self._hash = hashlib.sha256() if is_lfs else hashlib.sha1(git, usedforsecurity=False)
 
     def add(self, chunk: bytes | memoryview) -> None:
-        """More came."""
+        """Adds bytes that arrived."""
         self._hash.update(chunk)
         self.count += len(chunk)
 
     def catch_up(self, place: Path, stop: threading.Event) -> None:
-        """Reads what is there, unless all of it went through `add`.
+        """Hashes the existing part of the file, unless all of it went through `add`.
 
         Raises:
             CancelledError: `stop` was set.
@@ -302,24 +306,24 @@ class _Hashed:
 
     @property
     def digest(self) -> str:
-        """In hexadecimal."""
+        """The hash in hexadecimal."""
         return self._hash.hexdigest()
 
 
 def _append(
-    listing: Listing, file: File, place: Path, stop: threading.Event, got: Callable[[int], None], hashed: _Hashed
+    listing: Listing, file: HubFile, place: Path, stop: threading.Event, got: Callable[[int], None], hashed: _Hashed
 ) -> None:
-    """Goes on where the last attempt ended."""
+    """Continues a file where the last attempt ended."""
     with open(place, "ab") as part:
-        begin = part.tell()
+        start = part.tell()
         hashed.catch_up(place, stop)
-        if begin == file.size:
+        if start == file.size:
             return
-        with _stream(listing, file, begin, file.size) as response:
-            if response.status_code != 206 and begin:  # all of it is coming
+        with _stream(listing, file, start, file.size) as response:
+            if response.status_code != 206 and start:  # the server sends the whole file
                 part.truncate(0)
                 hashed.restart()
-                got(-begin)
+                got(-start)
             for chunk in response.iter_bytes():
                 if stop.is_set():
                     raise CancelledError
@@ -327,12 +331,12 @@ def _append(
                 hashed.add(chunk)
                 got(len(chunk))
                 if part.tell() > file.size:
-                    return  # the hash will tell
+                    return  # the hash will differ
         if part.tell() < file.size:
             raise ConnectionError(f"it ended after {part.tell()} of {file.size} bytes")
 
 
-def _read(listing: Listing, file: File, start: int, end: int) -> bytes:
+def _read(listing: Listing, file: HubFile, start: int, end: int) -> bytes:
     data = b""
     with _stream(listing, file, start, end) as response:
         if response.status_code != 206 and start:
@@ -345,8 +349,8 @@ def _read(listing: Listing, file: File, start: int, end: int) -> bytes:
 
 
 @contextlib.contextmanager
-def _stream(listing: Listing, file: File, start: int, end: int) -> Iterator:
-    """A response with the bytes from start to end, or, if its status is not 206, with all of them."""
+def _stream(listing: Listing, file: HubFile, start: int, end: int) -> Iterator:
+    """Opens a response with the bytes from start to end; if its status is not 206, with the whole file."""
     from huggingface_hub import constants, get_session, hf_hub_url
     from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 
@@ -361,23 +365,21 @@ def _stream(listing: Listing, file: File, start: int, end: int) -> Iterator:
 
 @contextlib.contextmanager
 def _locked(listing: Listing) -> Iterator[None]:
-    """Nobody else fetches from this repository within the block; the system ends it with the process."""
+    """Locks a repository against other processes within the block; a dead process loses the lock."""
     if not listing.to_fetch:
-        yield  # the cache may be on a disk that is only read
+        yield  # the cache may be on a read-only disk
         return
     folder = folder_of(listing.repo)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / ".flux-krea.lock", "a")  # noqa: SIM115
+        lock = try_lock(folder / ".flux-krea.lock", mode=0o666)  # other users may share the cache
     except OSError as error:
         raise UsageError(
             f"the hub's cache {folder.parent} cannot be written: {error.strerror}", todo="choose another with HF_HOME"
         ) from None
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UsageError(
-                f"{listing.repo} is being fetched by another process", "one at a time", "wait for it"
-            ) from None
+    if lock is None:
+        raise UsageError(f"{listing.repo} is being fetched by another process", "one at a time", "wait for it")
+    try:
         yield
+    finally:
+        os.close(lock)

@@ -1,11 +1,11 @@
-"""The place of a model folder: made under a temporary name, beside its target, and never seen half done.
+"""Writes a model folder under a temporary name beside its target; an incomplete folder never has the final name.
 
-The folder takes its final name only when everything in it is on disk and was read back. Beside the target lie, hidden,
+The folder takes its final name only when everything in it is on disk and was read back. Hidden beside the target lie
 
-    .NAME.flux-krea.lock      locked while a conversion runs: one at a time has this target. The system takes the lock
-                              back from a process that ends in any way; whoever gets it next clears up
-    .NAME.flux-krea.partial   a folder in the making, or one to be deleted
-    .NAME.flux-krea.old       the model that is being replaced, until the new one stands in its place
+    .NAME.flux-krea.lock      locked during a conversion: only one at a time has this target. A process that ends in any
+                              way loses the lock, and the next process that gets it cleans up
+    .NAME.flux-krea.partial   an incomplete folder, or a folder to be deleted
+    .NAME.flux-krea.old       the model that is being replaced, until the new one is in its place
 """
 
 import contextlib
@@ -28,27 +28,33 @@ from mlx_flux_krea.weights import open_folder
 from .reading import hashing
 from .sources import is_model_folder
 
-_CACHED = 2**25  # bytes of a file that wait for the disk
+_CACHED = 2**25  # bytes of a file in the system's cache before they are written to disk
 _LAST = ("manifest.json", "model_index.json")
-_UNLISTED = ("manifest.json", SELF_TEST)  # the one lists the others, the other is written when they are tried
-_OF_THE_SYSTEM = {".DS_Store", ".localized", ".metadata_never_index", "Thumbs.db", "desktop.ini"}  # nobody misses them
+_UNLISTED = ("manifest.json", SELF_TEST)  # the manifest lists the others; the self-test is written later
+_OF_THE_SYSTEM = {
+    ".DS_Store",
+    ".localized",
+    ".metadata_never_index",
+    "Thumbs.db",
+    "desktop.ini",
+}  # which systems create by themselves
 
 
-class File:
-    """A file in the making, whose pieces are written in any order, each once.
+class NewFile:
+    """A new file, whose chunks are written in any order, each once.
 
     Args:
-        path: of the file, which is new.
+        path: of the file, which does not exist.
     """
 
     def __init__(self, path: Path):
         self.path = path
-        self._pieces: list[tuple[int, int, int]] = []  # where each begins, its bytes and their crc32
+        self._chunks: list[tuple[int, int, int]] = []  # start, length and crc32 of each
         self._file = open(path, "xb")  # noqa: SIM115
-        self._cached = 0  # bytes of it that may be in the system's cache
+        self._cached = 0  # bytes that may be in the system's cache
         bypass(self._file.fileno())
 
-    def __enter__(self) -> "File":
+    def __enter__(self) -> "NewFile":
         return self
 
     def __exit__(self, kind, *_) -> None:
@@ -58,95 +64,95 @@ class File:
 
     @property
     def size(self) -> int:
-        """Bytes that were written."""
-        return sum(count for _, count, _ in self._pieces)
+        """Bytes written."""
+        return sum(count for _, count, _ in self._chunks)
 
     def write(self, data: bytes | memoryview, start: int = 0) -> int:
-        """A piece, where it belongs. Gives its bytes."""
+        """Writes a chunk at its place; returns its length."""
         if not data:
             return 0
         self._file.seek(start)
         self._file.write(data)
-        self._pieces.append((start, len(data), zlib.crc32(data)))
+        self._chunks.append((start, len(data), zlib.crc32(data)))
         self._cached += len(data)
         if self._cached >= _CACHED:
             self._to_disk()
         return len(data)
 
     def read_back(self, stop: threading.Event, done: Callable[[int], None]) -> str:
-        """The sha256, in hexadecimal, of what is on the disk.
+        """Returns the sha256, in hexadecimal, of the file on disk.
 
         Args:
-            stop: ends it early.
-            done: called with the bytes just read.
+            stop: ends reading early.
+            done: called with the number of bytes just read.
 
         Raises:
-            UsageError: it is not what was written.
+            UsageError: the file differs from the bytes that were written.
             CancelledError: `stop` was set.
         """
-        digest, pieces, size = hashlib.sha256(), sorted(self._pieces), self.size
-        found, number, place, chunk = [0] * len(pieces), 0, 0, b""
-        for chunk in chunks(self.path, stop):
-            digest.update(chunk)
-            done(len(chunk))
-            while place < size and chunk:
-                start, count, _ = pieces[number]
-                part = chunk[: start + count - place]
-                found[number] = zlib.crc32(part, found[number])
-                place, chunk = place + len(part), chunk[len(part) :]
+        digest, written, size = hashlib.sha256(), sorted(self._chunks), self.size
+        checksums, number, place, data = [0] * len(written), 0, 0, memoryview(b"")
+        for data in chunks(self.path, stop):
+            digest.update(data)
+            done(len(data))
+            while place < size and data:
+                start, count, _ = written[number]
+                part = data[: start + count - place]
+                checksums[number] = zlib.crc32(part, checksums[number])
+                place, data = place + len(part), data[len(part) :]
                 number += place == start + count
-        if place < size or chunk or found != [crc for *_, crc in pieces]:
+        if place < size or data or checksums != [crc for *_, crc in written]:
             raise UsageError(
-                f"{self.path.name} reads back as something else than was written",
-                "a disk that keeps what it is given",
+                f"{self.path.name} does not read back as it was written",
+                "a disk that stores every byte",
                 "choose another with -o",
             )
         return digest.hexdigest()
 
     def _to_disk(self) -> None:
-        """And out of memory: what is read back comes from the disk."""
+        """Writes to disk and drops the system's cache, so that reading back reads from the disk."""
         self._file.flush()
         os.fsync(self._file.fileno())
         forget(self._file.fileno())
         self._cached = 0
 
 
-class Folder:
-    """A model folder in the making.
+class NewFolder:
+    """A new model folder.
 
     Args:
-        path: where it is made; must exist.
+        path: the temporary folder; must exist.
     """
 
     def __init__(self, path: Path):
         self.path = path
-        self._files: dict[str, File] = {}
+        self._files: dict[str, NewFile] = {}
 
-    def open(self, name: str) -> File:
-        """A new file in it, which is on the disk when its block ends."""
+    def open(self, name: str) -> NewFile:
+        """Opens a new file in the folder; it is on disk when its block ends."""
         path = self.path / name
         path.parent.mkdir(exist_ok=True)
-        self._files[name] = File(path)
+        self._files[name] = NewFile(path)
         return self._files[name]
 
     def write(self, name: str, data: bytes) -> None:
-        """A whole file."""
+        """Writes a whole file."""
         with self.open(name) as file:
             file.write(data)
 
     def write_json(self, name: str, obj) -> None:
-        """JSON as people read it, the same bytes for the same object."""
+        """Writes indented JSON, the same bytes for the same object."""
         self.write(name, _json(obj))
 
     def finish(self, index: dict, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
-        """Reads everything back; writes manifest.json and, last of all, model_index.json; opens it as the library will.
+        """Reads everything back; writes manifest.json and, last of all, model_index.json; checks the folder.
 
         Args:
-            index: of model_index.json.
-            progress: called with the bytes that were read back, and will be.
+            index: content of model_index.json.
+            progress: called with the bytes read back so far, and all bytes.
 
         Raises:
-            UsageError: what is on the disk is not what was written.
+            UsageError: a file differs from the bytes that were written.
         """
         text = _json(index)
         hashes = self._read_back(list(self._files), progress)
@@ -160,7 +166,7 @@ class Folder:
             sync_folder(folder)
 
     def _read_back(self, names: Sequence[str], progress: Callable[[int, int], None]) -> dict[str, str]:
-        """The hashes of files."""
+        """Reads files back and returns their hashes."""
         done = _counting(sum(self._files[name].size for name in names), progress)
         with hashing({name: self._files[name].read_back for name in names}, done) as hashes:
             return {name: digest.result() for name, digest in hashes.items()}
@@ -172,17 +178,17 @@ def new_folder(
     force: bool,
     sources: Iterable[Path] = (),
     placing: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
-) -> Iterator[Folder]:
-    """A temporary folder that becomes `target` when the block ends well, and nothing otherwise.
+) -> Iterator[NewFolder]:
+    """Opens a temporary folder that becomes `target` if the block succeeds, and is deleted otherwise.
 
     Args:
         target: the final name, resolved.
-        force: a model folder there is replaced, once the new one is complete.
-        sources: none may lie in the target, nor the target in one of them.
-        placing: gives the context in which the folder takes its name.
+        force: replace an existing model folder, once the new one is complete.
+        sources: files and folders that must not overlap the target.
+        placing: returns the context in which the folder takes its name.
 
     Raises:
-        UsageError: something is in the way, also by now, or the target cannot be written.
+        UsageError: the target is taken, at the start or at the end, or cannot be written.
         ResourceError: the disk is full.
     """
     check_apart(target, sources)
@@ -193,7 +199,7 @@ def new_folder(
             check_target(target, force)
             try:
                 partial.mkdir()
-                yield Folder(partial)
+                yield NewFolder(partial)
                 with placing():
                     _place(partial, target, force)
             finally:
@@ -208,19 +214,19 @@ def new_folder(
 
 
 def remove_folder(target: Path) -> None:
-    """Deletes a model folder. First it loses its name: what an interruption leaves, the next one clears up.
+    """Deletes a model folder. It is renamed first, so that the next run can finish an interrupted deletion.
 
     Args:
-        target: of ours, or damaged; of a link the link goes, and not what it leads to.
+        target: a folder of ours, perhaps damaged; of a link, only the link is deleted.
 
     Raises:
-        UsageError: a conversion is writing it, it holds what the converter did not write, or it cannot be deleted.
+        UsageError: a conversion is writing it, it holds files of others, or it cannot be deleted.
     """
     try:
         if target.is_symlink():
             target.unlink()
             return
-        with contextlib.suppress(ModelError):  # what was in a damaged one, nobody knows
+        with contextlib.suppress(ModelError):  # the manifest of a damaged folder tells nothing
             if other := _not_ours(target):
                 raise UsageError(f"{target} also holds {other}, which the converter did not write", "", "move it away")
         with _lock(target):
@@ -238,7 +244,7 @@ def check_apart(target: Path, sources: Iterable[Path]) -> None:
         sources: files and folders.
 
     Raises:
-        UsageError: one lies in the other.
+        UsageError: one contains the other.
     """
     for source in {Path(os.path.realpath(source)) for source in sources}:
         if target == source or target in source.parents or source in target.parents:
@@ -246,33 +252,33 @@ def check_apart(target: Path, sources: Iterable[Path]) -> None:
 
 
 def check_target(target: Path, force: bool) -> None:
-    """Refuses a target that is not to be written.
+    """Refuses a target that must not be written.
 
     Args:
         target: resolved.
-        force: a model folder may stand there, with nothing in it but what the converter wrote.
+        force: allow an existing model folder that contains only files of the converter.
 
     Raises:
-        UsageError: something is in the way that is not to be replaced, or never is.
+        UsageError: the target exists and must not be replaced.
     """
     if not os.path.lexists(target):
         return
     if not target.is_dir():
-        what = "a link that leads nowhere" if target.is_symlink() else "a file"
-        raise UsageError(f"{target} is {what}", "a new folder", "choose another with -o")
+        kind = "a broken link" if target.is_symlink() else "a file"
+        raise UsageError(f"{target} is {kind}", "a new folder", "choose another with -o")
     if not any(target.iterdir()):
         return
     try:
         if not is_model_folder(target):
             raise UsageError(
-                f"{target} exists and is no model folder, which alone --force replaces",
+                f"{target} exists and is not a model folder; --force replaces only model folders",
                 "a new folder",
                 "choose it with -o",
             )
         if not force:
             raise UsageError(f"{target} exists", "a new folder", "choose another with -o, or replace it with --force")
         other = _not_ours(target)
-    except ModelError as error:  # what was here, nobody knows
+    except ModelError as error:  # a damaged folder
         raise UsageError(f"{target} exists, and {error.found}", "a new folder", "choose it with -o") from None
     if other:
         raise UsageError(
@@ -283,10 +289,10 @@ def check_target(target: Path, force: bool) -> None:
 
 
 def check_disk(target: Path, need: int, todo: str = "choose another disk with -o") -> None:
-    """Refuses before the first byte where the disk cannot hold what is to come.
+    """Refuses, before the first byte, if the disk is too small.
 
     Raises:
-        ResourceError: with the numbers.
+        ResourceError: with the free and the needed bytes.
     """
     parent = existing(target)
     free = shutil.disk_usage(parent).free
@@ -295,7 +301,7 @@ def check_disk(target: Path, need: int, todo: str = "choose another disk with -o
 
 
 def existing(target: Path) -> Path:
-    """The nearest folder above a path that exists."""
+    """Returns the nearest existing folder above a path."""
     return next(p for p in target.absolute().parents if p.exists())
 
 
@@ -305,11 +311,11 @@ def check_manifest(
     """Compares every file of a model folder with its manifest.json.
 
     Args:
-        folder: of ours.
-        progress: called with a label, the bytes hashed so far and in all.
+        folder: a folder of ours.
+        progress: called with a label, the bytes hashed so far, and all bytes.
 
     Returns:
-        The size of every file that is there, and the names of those that differ, are missing or are not listed.
+        The size of every existing file, and the names of files that differ, are missing or are not listed.
 
     Raises:
         ModelError: no manifest.json, or a file that cannot be read.
@@ -320,17 +326,17 @@ def check_manifest(
     files = {name: path.stat().st_size for name, path in paths.items()}
     done = _counting(sum(files.values()), partial(progress, "verifying"))
     with hashing({name: partial(sha256, path) for name, path in paths.items()}, done) as hashes:
-        found = {name: {"sha256": digest.result(), "bytes": files[name]} for name, digest in hashes.items()}
+        entries = {name: {"sha256": digest.result(), "bytes": files[name]} for name, digest in hashes.items()}
     problems = {
-        "differs": [name for name in found if name in listed and found[name] != listed[name]],
-        "missing": [name for name in listed if name not in found],
-        "not listed": [name for name in found if name not in listed],
+        "differs": [name for name in entries if name in listed and entries[name] != listed[name]],
+        "missing": [name for name in listed if name not in entries],
+        "not listed": [name for name in entries if name not in listed],
     }
     return files, problems
 
 
 def _counting(total: int, progress: Callable[[int, int], None]) -> Callable[[int], None]:
-    """Adds up the bytes that several threads are done with, and reports them one at a time."""
+    """Returns a function that adds up bytes from several threads and reports the sum, one call at a time."""
     lock, sofar = threading.Lock(), 0
 
     def done(count: int) -> None:
@@ -347,13 +353,13 @@ def _json(obj) -> bytes:
 
 
 def _place(partial: Path, target: Path, force: bool) -> None:
-    """Gives a complete folder its name. At any moment the old model or the new one is whole on the disk."""
-    check_target(target, force)  # much time has passed
+    """Gives a complete folder its name. At every moment the old model or the new one is complete on disk."""
+    check_target(target, force)  # again, since a conversion takes long
     old = partial.with_suffix(".old")
     try:
         if force and target.exists():
             target.rename(old)
-        partial.rename(target)  # fails on anything but an empty folder
+        partial.rename(target)  # fails if the target is anything but an empty folder
     except BaseException as error:
         if old.exists() and not target.exists():
             old.rename(target)
@@ -362,16 +368,16 @@ def _place(partial: Path, target: Path, force: bool) -> None:
         raise
     sync_folder(target.parent)
     if old.exists():
-        old.rename(partial)  # as such it is deleted, by the next run at the latest
+        old.rename(partial)  # it is deleted under this name, by the next run at the latest
 
 
-def _beside(target: Path, what: str) -> Path:
-    return target.with_name(f".{target.name}.flux-krea.{what}")
+def _beside(target: Path, suffix: str) -> Path:
+    return target.with_name(f".{target.name}.flux-krea.{suffix}")
 
 
 @contextlib.contextmanager
 def _parents(target: Path) -> Iterator[None]:
-    """Makes the folders above a target; those that stay empty go again."""
+    """Makes the folders above a target; deletes those that are empty at the end."""
     missing = [folder for folder in target.parents if not folder.exists()]  # the deepest first
     try:
         for folder in reversed(missing):
@@ -385,7 +391,7 @@ def _parents(target: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _lock(target: Path) -> Iterator[None]:
-    """No other conversion has this target in the block. The file is removed while it is locked."""
+    """Locks a target against other conversions within the block. The lock file is removed while it is locked."""
     path = _beside(target, "lock")
     lock = try_lock(path)
     if lock is None:
@@ -399,21 +405,21 @@ def _lock(target: Path) -> Iterator[None]:
 
 
 def _recover(target: Path) -> None:
-    """Ends what a killed run left beside a target: an old model goes back to its place, everything else goes."""
+    """Cleans up after a killed run: moves a replaced model back to its place, and deletes everything else."""
     partial, old = _beside(target, "partial"), _beside(target, "old")
     if partial.exists():
         shutil.rmtree(partial)
     if old.exists():
         if not target.exists() or (target.is_dir() and not any(target.iterdir())):
             old.rename(target)
-        else:  # the new one, or check_target refuses what it is
+        else:  # the new model, or something that check_target refuses
             with contextlib.suppress(ModelError):
                 if is_model_folder(target):
                     shutil.rmtree(old.rename(partial))
 
 
 def _not_ours(target: Path) -> str | None:
-    """What somebody else put into a model folder: the first that its manifest does not name."""
+    """Returns the first file or folder in a model folder that its manifest does not list; None: there is none."""
     known = {*map(Path, _UNLISTED), *map(Path, read_json(target / "manifest.json"))}
     known |= {folder for file in known for folder in file.parents}
     for path in sorted(target.rglob("*")):

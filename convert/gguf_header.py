@@ -1,4 +1,4 @@
-"""The header of a GGUF file: metadata, and where its tensors lie. Reads no tensor and trusts nothing.
+"""Reads the header of a GGUF file: metadata and the places of tensors. Reads no tensor and checks every number.
 
 The file is, in little-endian order: "GGUF", version, number of tensors, number of entries; the entries (key, type,
 value); for each tensor its name, axes (the fastest first), type and offset; and the data, aligned.
@@ -18,7 +18,7 @@ from mlx_flux_krea.weights import TensorInfo
 
 from .decode import GGML, TYPES
 
-# far above every real file: a T5 has 219 tensors, 40 entries, and a vocabulary of 32128 pieces in one of them
+# far above every real file: a T5 has 219 tensors, 40 entries, and a vocabulary of 32128 strings in one entry
 _MOST_TENSORS, _MOST_ENTRIES, _MOST_STRINGS, _LARGEST = 2**16, 2**12, 2**20, 2**26
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
@@ -26,7 +26,7 @@ _STRING, _ARRAY = 8, 9
 
 @dataclass
 class _Header:
-    """What is left of a header: every step is checked against the file's end."""
+    """The unread rest of a header; every step is checked against the file's end."""
 
     file: BinaryIO
     left: int
@@ -40,50 +40,53 @@ class _Header:
     def number(self, code: str) -> int | float:
         return struct.unpack(f"<{code}", self.take(struct.calcsize(f"<{code}")))[0]
 
-    def count(self, most: int, what: str) -> int:
-        count = self.number("Q")
+    def integer(self, code: str) -> int:
+        return int(self.number(code))
+
+    def count(self, most: int, noun: str) -> int:
+        count = self.integer("Q")
         if count > most:
-            raise ValueError(f"it counts {count} {what}")
+            raise ValueError(f"it counts {count} {noun}")
         return count
 
     def string(self) -> str:
-        return self.take(self.number("Q")).decode()
+        return self.take(self.integer("Q")).decode()
 
-    def value(self):
-        """A number, a string, an array of numbers, or a list of strings."""
-        kind = self.number("I")
+    def value(self) -> object:
+        """Reads a number, a string, an array of numbers, or a list of strings."""
+        kind = self.integer("I")
         if kind == _STRING:
             return self.string()
         if kind in _SCALARS:
             return self.number(_SCALARS[kind])
         if kind != _ARRAY:
             raise ValueError(f"a value is of type {kind}")
-        kind = self.number("I")
+        kind = self.integer("I")
         if kind == _STRING:
             return [self.string() for _ in range(self.count(_MOST_STRINGS, "strings in one entry"))]
         if kind not in _SCALARS:
             raise ValueError(f"an array is of type {kind}")
         stored = np.dtype(f"<{_SCALARS[kind]}")
-        return np.frombuffer(self.take(self.number("Q") * stored.itemsize), stored)
+        return np.frombuffer(self.take(self.integer("Q") * stored.itemsize), stored)
 
 
 def read_gguf(path: Path) -> tuple[dict[str, TensorInfo], dict[str, object]]:
-    """Tensors (axes in torch's order) and metadata of a GGUF file.
+    """Returns tensors (axes in torch's order) and metadata of a GGUF file.
 
     Raises:
-        ModelError: not a readable, complete GGUF file, or one with types that are not known here.
+        ModelError: not a readable, complete GGUF file, or a file with unknown types.
     """
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             header = _Header(file, min(size, _LARGEST))
             if header.take(4) != b"GGUF":
-                raise ValueError("it does not begin with GGUF")
-            version = header.number("I")
+                raise ValueError("it does not start with GGUF")
+            version = header.integer("I")
             if version not in (2, 3):
                 raise ValueError(f"it is of version {version}, or of a machine with another order of bytes")
             tensors, entries = header.count(_MOST_TENSORS, "tensors"), header.count(_MOST_ENTRIES, "entries")
-            metadata = {header.string(): header.value() for _ in range(entries)}
+            metadata: dict[str, object] = {header.string(): header.value() for _ in range(entries)}
             listed = [_tensor(header) for _ in range(tensors)]
             return _placed(listed, _data_start(file.tell(), metadata), size), metadata
     except (OSError, ValueError, struct.error, MemoryError) as error:
@@ -94,15 +97,17 @@ def read_gguf(path: Path) -> tuple[dict[str, TensorInfo], dict[str, object]]:
 
 
 def _tensor(header: _Header) -> tuple[str, str, tuple[int, ...], int]:
-    """Name, type, shape and offset of the next tensor."""
+    """Reads name, type, shape and offset of the next tensor."""
     name = header.string()
-    axes = header.number("I")
+    axes = header.integer("I")
     if axes > 4:
         raise ValueError(f"{name[:100]} has {axes} axes")
-    shape = tuple(header.number("Q") for _ in range(axes))[::-1]
-    kind, offset = header.number("I"), header.number("Q")
+    shape = tuple(header.integer("Q") for _ in range(axes))[::-1]
+    kind, offset = header.integer("I"), header.integer("Q")
     if kind not in GGML:
-        raise ValueError(f"{name[:100]} is of the ggml type {kind}, and read are {', '.join(GGML.values())}")
+        raise ValueError(
+            f"{name[:100]} is of the ggml type {kind}, and only these are known: {', '.join(GGML.values())}"
+        )
     if any(n < 1 for n in shape) or (shape[-1] if shape else 1) % TYPES[GGML[kind]].numbers:
         raise ValueError(f"{name[:100]} of shape {list(shape)} cannot be stored as {GGML[kind]}")
     return name, GGML[kind], shape, offset
@@ -116,7 +121,7 @@ def _data_start(end: int, metadata: dict[str, object]) -> int:
 
 
 def _placed(listed: list[tuple[str, str, tuple[int, ...], int]], start: int, size: int) -> dict[str, TensorInfo]:
-    """Every tensor at its place, inside the file and apart from the others."""
+    """Returns every tensor with its place, inside the file and apart from the others."""
     infos, last = {}, start
     for name, dtype, shape, offset in sorted(listed, key=lambda t: t[3]):
         kind = TYPES[dtype]

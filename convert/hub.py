@@ -1,9 +1,9 @@
-"""The Hugging Face hub: what a repository has of what is needed, what of it is here, and why it could not be had.
+"""The Hugging Face hub: lists the files that a conversion needs, finds them in the cache, explains errors.
 
-    listing = look("black-forest-labs/FLUX.1-Krea-dev")     names, sizes and hashes; `fetch` brings the files
-    login()                                                 who is logged in
+    listing = look("black-forest-labs/FLUX.1-Krea-dev")     names, sizes and hashes; `fetch` fetches the files
+    login()                                                 the account that is logged in
 
-`look` and `fetch` are the only ones that talk to the hub, through its own client.
+The hub is reached only from here and from `fetch.py`, through its own client.
 """
 
 import contextlib
@@ -31,20 +31,20 @@ _INDEX = ".safetensors.index.json"
 _SIZES = ("config.json", "preprocessor_config.json")
 _REPO_ID = re.compile(r"(?!.*(?:--|\.\.))[A-Za-z0-9][\w.-]{0,94}/[A-Za-z0-9_][\w.-]{0,95}(?<![.-])", re.ASCII)
 _COMMIT, _DIGEST = re.compile("[0-9a-f]{40}"), re.compile("[0-9a-f]{40}|[0-9a-f]{64}")
-_ONE_BY_ONE = ("one folder a component, or files on top", "download what you need, and name the files one by one")
+_ONE_BY_ONE = ("one folder a component, or files on top", "download the files that you need, and name them one by one")
 _TIMEOUT = 30  # seconds without an answer
-_TRIES = 6  # in a row in which not a byte comes; half a minute
-_LONGEST = 300  # seconds to wait where the hub says how many; its limits are counted in windows of this length
+_TRIES = 6  # attempts in a row without a byte; half a minute
+_LONGEST = 300  # longest wait in seconds that the hub may ask for: the length of its rate-limit windows
 
 
 @dataclass(frozen=True)
-class File:
+class HubFile:
     """A file of a repository."""
 
     name: str
     size: int
-    digest: str  # sha256, or what git calls the content of a small file (sha1); its name among the blobs of the cache
-    here: int  # bytes of it that are in the cache
+    digest: str  # sha256, or git's sha1 of a small file; its name in the cache's blobs
+    here: int  # bytes in the cache
 
 
 @dataclass(frozen=True)
@@ -53,29 +53,29 @@ class Listing:
 
     repo: str
     commit: str
-    files: tuple[File, ...]
-    gated: bool  # whoever fetches must have accepted its licence
+    files: tuple[HubFile, ...]
+    gated: bool  # its licence must be accepted before fetching
 
     @property
     def to_fetch(self) -> int:
-        """Bytes that are not here yet."""
+        """Bytes to fetch."""
         return sum(file.size - file.here for file in self.files)
 
 
 def is_repo_id(source: str | Path) -> bool:
-    """Whether this names a repository, OWNER/NAME, and nothing that is on this disk."""
+    """Tells if a source is the name of a repository, OWNER/NAME, and not an existing path."""
     return bool(_REPO_ID.fullmatch(str(source))) and not os.path.lexists(source)
 
 
 def look(repo: str, offline: bool = False) -> Listing:
-    """What would be fetched of a repository, and what is here of it.
+    """Lists the files of a repository that a conversion needs, with their bytes in the cache.
 
     Args:
         repo: OWNER/NAME.
-        offline: asks the cache alone, for what it has; $HF_HUB_OFFLINE means the same.
+        offline: use only the cache; $HF_HUB_OFFLINE means the same.
 
     Raises:
-        ModelError: no such repository, not allowed, not reachable, not in the cache, or nothing in it to convert.
+        ModelError: no such repository, access denied, hub not reachable, not in the cache, or nothing to convert.
     """
     from huggingface_hub import constants, model_info
 
@@ -93,16 +93,16 @@ def look(repo: str, offline: bool = False) -> Listing:
     for name in names:
         size, digest = known[name]
         if type(size) is not int or not _DIGEST.fullmatch(str(digest)) or not _COMMIT.fullmatch(str(commit)):
-            raise ModelError(f"the hub says neither size nor hash of {name} in {repo}", "both", "try again later")
-    files = tuple(File(name, *known[name], _count_here(repo, commit, name, *known[name])) for name in names)
+            raise ModelError(f"the hub gives no size or no hash of {name} in {repo}", "both", "try again later")
+    files = tuple(HubFile(name, *known[name], _count_here(repo, commit, name, *known[name])) for name in names)
     return Listing(repo, commit, files, gated)
 
 
 def check_access(repo: str) -> None:
-    """Whether the files of a repository may be fetched by whoever is logged in.
+    """Checks that the account that is logged in may fetch the files of a repository.
 
     Raises:
-        ModelError: with what to do: accept a licence, log in, or log in again.
+        ModelError: it may not; the next step is to accept a licence, log in, or log in again.
     """
     from huggingface_hub import auth_check
 
@@ -111,10 +111,10 @@ def check_access(repo: str) -> None:
 
 
 def login() -> str | None:
-    """Who is logged in; None: nobody. Offline, nobody can say who: then it is "someone".
+    """Returns the account that is logged in; None: there is none. Offline, where its name is unknown: "someone".
 
     Raises:
-        ModelError: the hub does not know this login any more, or cannot be reached.
+        ModelError: the login is not valid any more, or the hub cannot be reached.
     """
     from huggingface_hub import constants, get_token, whoami
 
@@ -127,7 +127,7 @@ def login() -> str | None:
 
 
 def cached(repo: str) -> Path | None:
-    """The folder in the cache with what is here of a repository, as it was when it was last looked at."""
+    """Returns the folder in the cache with the last fetched commit of a repository; None: there is none."""
     folder = folder_of(repo)
     try:
         commit = (folder / "refs" / "main").read_text().strip()
@@ -141,19 +141,19 @@ def cached(repo: str) -> Path | None:
 
 
 def cache_folder() -> Path:
-    """Where the hub's client keeps files, for all who use it."""
+    """Returns the cache of the hub's client, which all its users share."""
     from huggingface_hub import constants
 
     return Path(constants.HF_HUB_CACHE)
 
 
 def folder_of(repo: str) -> Path:
-    """Of a repository in the cache, as the hub's client names it."""
+    """Returns the folder of a repository in the cache, as the hub's client names it."""
     return cache_folder() / f"models--{repo.replace('/', '--')}"
 
 
 def place_of(repo: str, commit: str, name: str, digest: str) -> Path:
-    """Where a file is: linked, without a link, or on its way."""
+    """Returns the place of a file in the cache: its link, its blob, or its incomplete blob."""
     folder = folder_of(repo)
     places = (folder / "snapshots" / commit / name, folder / "blobs" / digest)
     return next((place for place in places if place.exists()), folder / "blobs" / f"{digest}{INCOMPLETE}")
@@ -165,31 +165,31 @@ def _count_here(repo: str, commit: str, name: str, size: int, digest: str) -> in
 
 
 def _in_cache(repo: str) -> tuple[str, dict[str, tuple[int, str]]]:
-    """The last commit that was fetched, and size and digest of its files that are here."""
+    """Returns the last fetched commit, with size and digest of its files in the cache."""
     snapshot = cached(repo)
     if snapshot is None:
         raise ModelError(
             f"there is no file or folder {repo}, and nothing of such a repository in the hub's cache",
-            "a path, or what was fetched before",
+            "a path, or a repository that was fetched before",
             "to fetch it, leave out --offline or unset HF_HUB_OFFLINE",
         )
     paths = [path for path in snapshot.rglob("*") if path.is_file()]
     names = {path.relative_to(snapshot).as_posix(): Path(os.path.realpath(path)) for path in paths}
-    found = {name: (place.stat().st_size, place.name) for name, place in names.items()}
-    for name, (size, digest) in found.items():
+    files = {name: (place.stat().st_size, place.name) for name, place in names.items()}
+    for name, (size, digest) in files.items():
         if not _DIGEST.fullmatch(digest):  # on a disk without links
-            found[name] = (size, sha256(names[name]))
-    return snapshot.name, found
+            files[name] = (size, sha256(names[name]))
+    return snapshot.name, files
 
 
-# --- what is needed ---
+# --- files that a conversion needs ---
 
 
 def _needed(names: Iterable[str]) -> list[str]:
-    """Of all names in a repository those that a conversion reads.
+    """Selects the names in a repository that a conversion reads.
 
-    Where the components have folders, these, and no single files beside them, which hold the same weights once more.
-    Else the weight files on top; where an index lists shards, these alone.
+    If the components have folders, their files, and no single files beside them, which hold the same weights again.
+    Else the weight files at the top; if an index lists shards, only these.
     """
     names = sorted(names)
     folders = {folder for name in names if name.endswith(WEIGHTS) and (folder := _parent(name)) in NETWORKS}
@@ -216,17 +216,17 @@ def _parent(name: str) -> str:
     return name.rpartition("/")[0]
 
 
-# --- patience, and what to say when it ends ---
+# --- attempts, and their errors ---
 
 
 def patiently(call: Callable, size: Callable[[], int] = lambda: 0, stop: threading.Event | None = None, *, once=False):
-    """What `call` gives, in as many attempts as it takes while bytes are coming, and a few more.
+    """Returns the result of `call`, repeated after failures as long as bytes arrive, and a few times more.
 
     Args:
-        call: to be repeated.
-        size: what has come so far.
-        stop: ends it.
-        once: a connection that fails is not tried again.
+        call: the function to repeat.
+        size: returns the bytes that have arrived so far.
+        stop: ends the attempts.
+        once: do not repeat a failed connection.
     """
     stop, tries = stop or threading.Event(), 0
     while True:
@@ -243,25 +243,25 @@ def patiently(call: Callable, size: Callable[[], int] = lambda: 0, stop: threadi
 
 
 def _pause(error: Exception, tries: int, once: bool) -> float | None:
-    """Seconds until the next attempt; None: there is no sense in one."""
+    """Returns the seconds until the next attempt; None: another attempt is useless."""
     response = getattr(error, "response", None)
     if response is None:
         return None if once or getattr(error, "errno", None) else 2 ** (tries - 1)
     if response.status_code not in (408, 429, 500, 502, 503, 504):
         return None
-    told = _told(response)
-    return 2 ** (tries - 1) if told is None else told if told <= _LONGEST else None
+    asked = _asked_pause(response)
+    return 2 ** (tries - 1) if asked is None else asked if asked <= _LONGEST else None
 
 
-def _told(response) -> int | None:
-    """How many seconds the hub asks to wait."""
-    said = response.headers.get("retry-after", "")
+def _asked_pause(response) -> int | None:
+    """Returns the seconds that the hub asks to wait; None: it does not ask."""
+    seconds = response.headers.get("retry-after", "")
     limits = re.search(r"\bt=(\d+)", response.headers.get("ratelimit", ""))
-    return int(said) if said.isdigit() else int(limits[1]) if limits else None
+    return int(seconds) if seconds.isdigit() else int(limits[1]) if limits else None
 
 
 def _failures() -> tuple[type[Exception], ...]:
-    """What the hub's client raises; the class of its connection's own errors differs between versions."""
+    """Returns the errors of the hub's client; its connection errors have other classes in other versions."""
     from huggingface_hub.errors import HfHubHTTPError
 
     return HfHubHTTPError.__bases__  # one is OSError
@@ -269,7 +269,7 @@ def _failures() -> tuple[type[Exception], ...]:
 
 @contextlib.contextmanager
 def explained(repo: str, name: str = "") -> Iterator[None]:
-    """Errors of the hub's client, and of the disk, as errors for a person."""
+    """Turns errors of the hub's client, and of the disk, into errors for the user."""
     from huggingface_hub import constants
 
     try:
@@ -286,24 +286,26 @@ def explained(repo: str, name: str = "") -> Iterator[None]:
             ) from None
         if getattr(error, "errno", None):
             raise UsageError(
-                f"the hub's cache {cache_folder()} cannot be written: {error.strerror}",
+                f"the hub's cache {cache_folder()} cannot be written: {getattr(error, 'strerror', error)}",
                 todo="choose another with HF_HOME",
             ) from None
-        what = f"{name} of {repo} did not come" if name else f"{repo} is not on this disk, and the hub is out of reach"
+        failed = (
+            f"{name} of {repo} was not fetched" if name else f"{repo} is not on this disk, and the hub is out of reach"
+        )
         raise ModelError(
-            f"{what} ({_short(error)})",
+            f"{failed} ({_short(error)})",
             f"a connection to {constants.ENDPOINT}",
-            "what has come stays: start again where there is a network, or with --offline where all is here",
+            "fetched files are kept: start again with a network, or with --offline if all files are in the cache",
         ) from None
-    except (ValueError, KeyError) as error:  # another page in JSON, or none
+    except (ValueError, KeyError) as error:  # not the hub's JSON
         raise ModelError(
-            f"what answers at {constants.ENDPOINT} is not the hub ({_short(error)})",
-            todo="look after proxy and network",
+            f"the server at {constants.ENDPOINT} is not the hub ({_short(error)})",
+            todo="check proxy and network",
         ) from None
 
 
 def _refused(error: Exception, response, repo: str, name: str) -> ModelError:
-    """What a status of the hub means."""
+    """Returns the error for a status of the hub."""
     from huggingface_hub import constants, get_token
     from huggingface_hub.errors import EntryNotFoundError, GatedRepoError
 
@@ -311,26 +313,27 @@ def _refused(error: Exception, response, repo: str, name: str) -> ModelError:
     log_in = "set another HF_TOKEN" if os.environ.get("HF_TOKEN") else "log in: hf auth login"
     accepted = "an account that has accepted its licence"
     if status == 429:
-        told = _told(response)
-        later = f"in {told} s" if told else "later"
-        return ModelError(
-            "the hub has had too many requests from here (429)", todo=f"what has come stays: start again {later}"
-        )
+        seconds = _asked_pause(response)
+        later = f"in {seconds} s" if seconds else "later"
+        found = "the hub has had too many requests from here (429)"
+        return ModelError(found, todo=f"fetched files are kept: start again {later}")
     if isinstance(error, GatedRepoError) and not known:
         return ModelError(f"{repo} is gated, and nobody is logged in", accepted, f"accept it at {page}, then {log_in}")
     if status == 401 and known:
         return ModelError("the hub does not know this login: it is wrong, expired or withdrawn", "a valid one", log_in)
     if isinstance(error, GatedRepoError) or status == 403:
-        said = _short(getattr(error, "server_message", None) or "not allowed")
-        return ModelError(f"{repo} is not open to this account ({said})", accepted, f"accept it at {page}, or {log_in}")
+        reason = _short(getattr(error, "server_message", None) or "not allowed")
+        return ModelError(
+            f"{repo} is not open to this account ({reason})", accepted, f"accept it at {page}, or {log_in}"
+        )
     if isinstance(error, EntryNotFoundError):
-        return ModelError(f"{repo} has no {name} any more", "what it had a moment ago", "start again")
+        return ModelError(f"{repo} has no {name} any more", "the file that was listed a moment ago", "start again")
     if status in (401, 404):
         todo = f"look at {page}" if known else f"look at {page}; if it is private, {log_in}"
         return ModelError(
             f"there is neither a file or folder {repo} nor a repository on the hub", "a path, or OWNER/NAME", todo
         )
-    return ModelError(f"the hub fails ({status})", todo="what has come stays: start again later")
+    return ModelError(f"the hub fails ({status})", todo="fetched files are kept: start again later")
 
 
 def _short(reason) -> str:

@@ -1,4 +1,4 @@
-"""What `model_index.json` says of a conversion: family, licence, schedule and defaults, from sizes and names."""
+"""Makes `model_index.json`: family, licence, schedule and defaults, from sizes and names."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -10,10 +10,10 @@ from mlx_flux_krea.licence import requires_filters
 from mlx_flux_krea.models import config as configs
 from mlx_flux_krea.models.filter_config import NSFW_VIT, PIXTRAL_12B, FilterIndex
 
-from .layouts import Found
+from .layouts import SourceComponent
 from .sizes import require
 
-# Fields of diffusers' scheduler_config.json that would change the picture, and what our sampler is written for.
+# Fields of diffusers' scheduler_config.json that would change the picture, with the values that our sampler implements.
 _SCHEDULER = {
     "_class_name": "FlowMatchEulerDiscreteScheduler",
     "num_train_timesteps": 1000,
@@ -28,17 +28,17 @@ _SCHEDULER = {
 }
 
 
-def make_index(found: dict[str, Found], config: configs.FluxConfig) -> configs.ModelIndex:
-    """The facts of a model folder, without the records of its sources.
+def make_index(components: dict[str, SourceComponent], config: configs.FluxConfig) -> configs.ModelIndex:
+    """Returns the index of a model folder, without the records of its sources.
 
     Args:
-        found: the layout of every component.
-        config: of the transformer.
+        components: the layout of every component.
+        config: sizes of the transformer.
 
     Raises:
-        ModelError: a scheduler that is not ours.
+        ModelError: the scheduler is not one that our sampler implements.
     """
-    source = found["transformer"].source
+    source = components["transformer"].source
     inside = source.component or source.folder.name == "transformer"
     root = source.folder.resolve().parent if inside else source.path
     name, names = _names(root)
@@ -63,14 +63,14 @@ def make_index(found: dict[str, Found], config: configs.FluxConfig) -> configs.M
     return replace(index, filters="required" if requires_filters(config.architecture, index.filters) else "none")
 
 
-def make_filter_index(found: Found, config) -> FilterIndex:
-    """The facts of a filter's folder, without the records of its sources.
+def make_filter_index(component: SourceComponent, config) -> FilterIndex:
+    """Returns the index of a filter's folder, without the records of its sources.
 
     Args:
-        found: its layout.
+        component: its layout.
         config: its sizes.
     """
-    name, _ = _names(found.source.folder.resolve())
+    name, _ = _names(component.source.folder.resolve())
     for published, base in ((NSFW_VIT, "Falconsai/nsfw_image_detection"), (PIXTRAL_12B, "Pixtral 12B")):
         if config == published:
             return FilterIndex(name, base, "apache-2.0", converter=__version__)
@@ -78,9 +78,9 @@ def make_filter_index(found: Found, config) -> FilterIndex:
 
 
 def _names(root: Path) -> tuple[str, list[str]]:
-    """What a source is called, and every name of it that may tell the family.
+    """Returns the name of a source, and every name of it that may tell the family.
 
-    In the hub's cache (models--ORG--NAME/snapshots/HASH, files there being links to blobs/HASH) it is called NAME.
+    In the hub's cache (models--ORG--NAME/snapshots/HASH, files there being links to blobs/HASH) the name is NAME.
     """
     real = root.resolve()
     hub = [part.split("--")[-1] for part in real.parts if part.startswith("models--")]
@@ -98,7 +98,7 @@ def _family(config: configs.FluxConfig, names: list[str]) -> presets.Family:
 
 
 def _schedule(obj: dict, where: str) -> configs.Schedule:
-    """From diffusers' scheduler_config.json."""
+    """Reads diffusers' scheduler_config.json."""
     require({"_class_name": None} | obj, where, "this model needs another sampler", **_SCHEDULER)
     if not obj.get("use_dynamic_shifting"):
         if obj.get("shift", 1.0) != 1.0:

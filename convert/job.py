@@ -1,4 +1,4 @@
-"""What a conversion begins with: what the sources are, what will be made of them and how. No weight is read for it."""
+"""Decides a conversion: identifies the sources, names the new folder, plans its tensors. Reads no weights."""
 
 import math
 import os
@@ -18,24 +18,24 @@ from mlx_flux_krea.weights import COMPONENTS, FILTERS, Sizes, layer_widths
 from . import quantize as quantizing
 from .fetch import outlined
 from .index import make_filter_index, make_index
-from .layouts import Found, identify, make_plan
+from .layouts import SourceComponent, identify, make_plan
 from .licence import licence_files
-from .own import Own, open_own
+from .own import OwnFolder, open_own
 from .quantize import Layers
-from .remap import Plan
+from .remap import ComponentPlan
 from .sources import is_model_folder, open_sources
 from .tokenizers import find_tokenizers
 
 Index = configs.ModelIndex | FilterIndex
 _SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
-# the type, and the recipe of those who ask for what suits
+# default type and recipe of each kind
 _DEFAULTS = {"model": ("bfloat16", "8"), "nsfw": ("float32", "none"), "pixtral": ("bfloat16", "4")}
-_KEPT = "what the source has in as few bits or fewer stays as it is"
+_AS_IT_IS = "layers that have as few bits or fewer in the source stay as they are"
 
 
 @dataclass(frozen=True)
 class Group:
-    """Layers of a kind: how they are stored, and what that lost."""
+    """A group of layers: how it is stored, and its loss."""
 
     component: str
     name: str
@@ -46,64 +46,80 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Job:
-    """All that is decided before a weight is read; by component, where there are several."""
+class Conversion:
+    """All decisions of a conversion, taken before a weight is read; by component where a field is a dict."""
 
-    kind: str  # "model", or which filter
-    own: Own | None
-    found: dict[str, Found]
-    plans: dict[str, tuple[Sizes, Plan]]  # its sizes, and how its tensors come about
+    kind: str  # "model", "nsfw" or "pixtral"
+    own: OwnFolder | None
+    components: dict[str, SourceComponent]
+    plans: dict[str, tuple[Sizes, ComponentPlan]]  # sizes, and how each tensor is made
     index: configs.ModelIndex | FilterIndex
     path: Path
     dtype: str
-    recipe: quantizing.Recipe
-    tokens: dict[str, bytes]  # the tokenizers' files
+    recipe: quantizing.QuantizationRecipe
+    tokens: dict[str, bytes]  # files of the tokenizers
     layers: dict[str, Layers]
     left: dict[str, dict[str, str]]  # layers not quantized although the recipe has them, and why
     groups: dict[str, list[Group]]
     notes: tuple[str, ...]
 
     def bytes(self, component: str) -> int:
-        """Of all its tensors, as they will be stored."""
+        """Returns the bytes of all tensors of a component, as they will be stored."""
         return sum(group.bytes for group in self.groups[component])
 
     def stored(self, component: str) -> str:
-        """How most of it will be stored."""
+        """Describes how most layers of a component will be stored."""
         return stored_as(self.dtype, self.layers[component])
 
 
-def decide(paths: list[Path], out, dtype: str | None, quantize: str | None, group_size: int | None, tokenizers) -> Job:
-    """What the sources are, and what will be made of them."""
-    own, found, plans, index = _understand(paths)
-    kind = next((name for name in found if name in FILTERS), "model")
+def decide(
+    paths: list[Path], out, dtype: str | None, quantize: str | None, group_size: int | None, tokenizers
+) -> Conversion:
+    """Reads the headers of sources and decides the whole conversion; arguments are those of `convert`."""
+    own, components, plans, index = _understand(paths)
+    kind = next((name for name in components if name in FILTERS), "model")
     dtype, quantize = dtype or _DEFAULTS[kind][0], quantize or _DEFAULTS[kind][1]
     if kind == "nsfw" and (dtype, quantize) != _DEFAULTS[kind]:
         raise UsageError(f"the classifier in {dtype}, -q {quantize}", "float32, -q none", "leave --dtype and -q out")
     recipe = quantizing.find_recipe(quantize, group_size)
     place = (home.MODELS, f"{index.name}-{_label(recipe, dtype)}") if kind == "model" else (home.FILTERS, kind)
     path = Path(os.path.expanduser(out)) if out else home.path(*place)
-    tokens = find_tokenizers(found, plans, tokenizers)
+    tokens = find_tokenizers(components, plans, tokenizers)
     layers, left, notes = {}, {}, ()
     for name, (config, _) in plans.items():
         layers[name], left[name] = quantizing.choose(name, layer_widths(name, config), recipe)
         if name == "pixtral":
             asked, layers[name] = layers[name], quantizing.keep_packed(plans[name][1], layers[name])
-            notes += (f"-q {quantize}: {_KEPT}",) if asked != layers[name] else ()
+            notes += (f"-q {quantize}: {_AS_IT_IS}",) if asked != layers[name] else ()
     groups = {name: _groups(name, plan, dtype, layers[name]) for name, (_, plan) in plans.items()}
-    return Job(kind, own, found, plans, index, path, dtype, recipe, tokens, layers, left, groups, notes)
+    return Conversion(
+        kind=kind,
+        own=own,
+        components=components,
+        plans=plans,
+        index=index,
+        path=path,
+        dtype=dtype,
+        recipe=recipe,
+        tokens=tokens,
+        layers=layers,
+        left=left,
+        groups=groups,
+        notes=notes,
+    )
 
 
 @dataclass(frozen=True)
 class Outline:
-    """What a conversion would begin with.
+    """A preview of a conversion.
 
     Attributes:
         index: the facts of the model folder, without the records of its sources.
         sizes: of the four networks of a model; None: a filter.
-        licence: the LICENSE.md that the folder would have; None: none.
-        bytes: of all weight files.
-        fetch: of them, bytes that would come from the hub.
-        made: bytes of the weights in the folder, in each precision.
+        licence: the LICENSE.md of the new folder; None: it would have none.
+        bytes: size of all weight files.
+        fetch: bytes of them to be fetched from the hub.
+        made: bytes of the new weights in each precision.
     """
 
     index: configs.ModelIndex | FilterIndex
@@ -121,21 +137,21 @@ class Outline:
         return requires_filters(self.sizes.flux.architecture, self.index.filters)
 
     def target(self, quantize: str) -> Path:
-        """Where `convert` puts a model in this precision, and bfloat16."""
+        """Returns where `convert` puts a model in this precision, and bfloat16."""
         return home.path(home.MODELS, f"{self.index.name}-{_label(quantizing.find_recipe(quantize, None), 'bfloat16')}")
 
 
 def examine(sources: Sequence[str | Path], *, tokenizers: str | Path | None = None, offline: bool = False) -> Outline:
-    """Looks at sources as a conversion would, and finds out before it whether it can be done. Reads no weights.
+    """Checks if sources can be converted, and previews the conversion. Reads no weights.
 
     Arguments and errors are those of `convert`.
     """
     with outlined(sources, offline) as remote:
-        _, found, plans, index = _understand(remote.paths)
-        find_tokenizers(found, plans, tokenizers)
-        files = {file for f in found.values() for file in f.source.files}
+        _, components, plans, index = _understand(remote.paths)
+        find_tokenizers(components, plans, tokenizers)
+        files = {file for component in components.values() for file in component.source.files}
         coming = [remote.files[file][1] for file in files if file in remote.files]
-        licence = licence_files(index, roots(found), []).get("LICENSE.md")
+        licence = licence_files(index, roots(components), []).get("LICENSE.md")
         return Outline(
             index=index,
             sizes=_model_sizes(plans),
@@ -146,31 +162,33 @@ def examine(sources: Sequence[str | Path], *, tokenizers: str | Path | None = No
         )
 
 
-def _made_bytes(plans: dict[str, tuple[Sizes, Plan]], quantize: str) -> int:
-    """Of the weights in a folder with the usual type of such a folder."""
+def _made_bytes(plans: dict[str, tuple[Sizes, ComponentPlan]], quantize: str) -> int:
+    """Returns the bytes of the weights in a precision, in the usual type."""
     count = 0
     for name, (config, plan) in plans.items():
-        layers, _ = quantizing.choose(name, layer_widths(name, config), quantizing.Recipe(quantize))
+        layers, _ = quantizing.choose(name, layer_widths(name, config), quantizing.QuantizationRecipe(quantize))
         dtype = _DEFAULTS.get(name, _DEFAULTS["model"])[0]
         count += sum(quantizing.count_bytes(t, dtype, quantizing.layer_of(t, layers)) for t in plan.targets)
     return count
 
 
-def _understand(paths: list[Path]) -> tuple[Own | None, dict[str, Found], dict[str, tuple[Sizes, Plan]], Index]:
-    """Sources as a folder of ours or not, the layout and the plan of every component, and the facts of the whole."""
+def _understand(
+    paths: list[Path],
+) -> tuple[OwnFolder | None, dict[str, SourceComponent], dict[str, tuple[Sizes, ComponentPlan]], Index]:
+    """Returns the folder of ours (None: foreign sources), layout and plan of every component, and the index."""
     if own := _own(paths):
-        return own, own.found, own.plans, own.index
-    found = _components(paths)
-    plans = {component: make_plan(f) for component, f in found.items()}
+        return own, own.components, own.plans, own.index
+    components = _components(paths)
+    plans = {name: make_plan(component) for name, component in components.items()}
     sizes = _model_sizes(plans)
     if sizes is None:
-        (name,) = found
-        return None, found, plans, make_filter_index(found[name], plans[name][0])
+        (name,) = components
+        return None, components, plans, make_filter_index(components[name], plans[name][0])
     sizes.check()
-    return None, found, plans, make_index(found, sizes.flux)
+    return None, components, plans, make_index(components, sizes.flux)
 
 
-def _model_sizes(plans: dict[str, tuple[Sizes, Plan]]) -> configs.ModelSizes | None:
+def _model_sizes(plans: dict[str, tuple[Sizes, ComponentPlan]]) -> configs.ModelSizes | None:
     """Returns the sizes of a model's networks; None: the plans are of a filter."""
     if "transformer" not in plans:
         return None
@@ -182,8 +200,8 @@ def _model_sizes(plans: dict[str, tuple[Sizes, Plan]]) -> configs.ModelSizes | N
     return configs.ModelSizes(flux=flux, t5=t5, clip=clip, vae=vae)
 
 
-def _own(paths: list[Path]) -> Own | None:
-    """The one source, where it is a model folder of ours."""
+def _own(paths: list[Path]) -> OwnFolder | None:
+    """Opens the only source if it is a folder of ours; else returns None."""
     folders = (folder for path in paths if os.path.exists(path) for folder in (path, *path.absolute().parents[:2]))
     ours = next(filter(is_model_folder, folders), None)
     if ours is None:
@@ -191,39 +209,40 @@ def _own(paths: list[Path]) -> Own | None:
     if paths != [ours]:
         name = shlex.quote(str(ours))
         raise ModelError(
-            f"{ours} is a model folder of ours", "nothing beside it, and all of it", f"name it alone: {name}"
+            f"{ours} is a model folder of ours", "this folder as the only source", f"name it alone: {name}"
         )
     return open_own(ours)
 
 
-def _components(paths: list[Path]) -> dict[str, Found]:
-    found: dict[str, Found] = {}
+def _components(paths: list[Path]) -> dict[str, SourceComponent]:
+    components: dict[str, SourceComponent] = {}
     for source in open_sources(paths):
-        for one in identify(source):
-            if one.layout.component in found:
-                other = found[one.layout.component].source.path
-                raise ModelError(f"{source.path} and {other} are both a {one.layout.component}", "one of each")
-            found[one.layout.component] = one
-    if found.keys() & FILTERS.keys():
-        if len(found) > 1:
-            raise ModelError(f"the sources hold {', '.join(found)}", "a model, or one filter alone")
-        return found
-    missing = [c for c in COMPONENTS if c not in found]
+        for component in identify(source):
+            name = component.layout.component
+            if name in components:
+                other = components[name].source.path
+                raise ModelError(f"{source.path} and {other} are both a {name}", "one of each")
+            components[name] = component
+    if components.keys() & FILTERS.keys():
+        if len(components) > 1:
+            raise ModelError(f"the sources hold {', '.join(components)}", "a model, or one filter alone")
+        return components
+    missing = [c for c in COMPONENTS if c not in components]
     if missing:
-        have = ", ".join(found) or "nothing"
+        have = ", ".join(components) or "nothing"
         raise ModelError(f"the sources hold {have}", f"also {', '.join(missing)}", "name the missing files too")
-    return {c: found[c] for c in COMPONENTS}
+    return {c: components[c] for c in COMPONENTS}
 
 
-def _label(recipe: quantizing.Recipe, dtype: str) -> str:
-    """As the folder is called: a precision that says it all stands alone."""
+def _label(recipe: quantizing.QuantizationRecipe, dtype: str) -> str:
+    """Returns the part of a folder's name that tells its precision, with the type if it is not the usual one."""
     if recipe.quantize == "none":
         return _SHORT[dtype]
     return recipe.label if dtype == "bfloat16" else f"{recipe.label}-{_SHORT[dtype]}"
 
 
-def _groups(component: str, plan: Plan, dtype: str, layers: Layers) -> list[Group]:
-    """The groups of a component in the order of its tensors; errors are not known yet."""
+def _groups(component: str, plan: ComponentPlan, dtype: str, layers: Layers) -> list[Group]:
+    """Returns the groups of a component in the order of its tensors, without their errors."""
     groups: dict[str, list] = {}
     for target in plan.targets:
         groups.setdefault(quantizing.group_of(component, target.name), []).append(target)
@@ -241,12 +260,12 @@ def _groups(component: str, plan: Plan, dtype: str, layers: Layers) -> list[Grou
 
 
 def stored_as(dtype: str, layers: Layers) -> str:
-    """How most of the layers that are quantized are stored; what is not quantized is of the type."""
+    """Describes how most quantized layers are stored, and the type of the others."""
     quantized = Counter(q for q in layers.values() if q)
     return f"{quantized.most_common(1)[0][0]}, {dtype}" if quantized else dtype
 
 
-def roots(found: dict[str, Found]) -> list[Path]:
-    """Folders in which the licence of the transformer, or of a filter, may lie."""
-    source = next(iter(found.values())).source
+def roots(components: dict[str, SourceComponent]) -> list[Path]:
+    """Returns the folders in which the licence of the transformer, or of a filter, may lie."""
+    source = next(iter(components.values())).source
     return [source.folder.parent, source.folder] if source.component else [source.folder]

@@ -1,6 +1,7 @@
-"""The known layouts: what identifies them, which table names their tensors, and where their sizes come from.
+"""The known layouts: the tensors that identify each, the table of its names, and the source of its sizes.
 
-Look-alikes are rows too, refused by name. A new layout is a row here and a table in `maps.py`.
+Similar models that cannot be converted are rows as well, and refused by name. A new layout is a row here and a table in
+`maps.py`.
 """
 
 from collections.abc import Callable
@@ -17,12 +18,12 @@ from mlx_flux_krea.models.filter_config import NSFW_VIT, PIXTRAL_12B, PixtralCon
 from mlx_flux_krea.weights import FILTERS, NETWORKS, Sizes, build, parameters
 
 from . import decode, maps, sizes
-from .remap import Misfit, Plan, plan
+from .remap import ComponentPlan, Misfit, plan
 from .sizes import require, short
 from .sources import Source, Tensor
 
-# What published files put in front of the names of a component; in an all-in-one file each component has its own. Of
-# the text encoders some tensors lie beside the network, as `text_encoders.clip_l.logit_scale`.
+# Prefixes of names in published files; in an all-in-one file each component has its own. Some tensors of the text
+# encoders lie beside the network, such as `text_encoders.clip_l.logit_scale`, hence the second prefix.
 PREFIXES = (
     ("model.diffusion_model.", ""), ("diffusion_model.", ""), ("vae.", ""),
     ("text_encoders.clip_l.", "transformer."), ("text_encoders.t5xxl.", "transformer."),
@@ -32,26 +33,26 @@ PREFIXES = (
 
 @dataclass(frozen=True)
 class Layout:
-    """One way to name the tensors of one component."""
+    """A way to name the tensors of a component."""
 
     name: str
     component: str
-    probe: tuple[str, ...]  # tensors that only this layout has together
+    probe: tuple[str, ...]  # tensors that occur together only in this layout
     table: tuple
     dropped: tuple = ()
     lost: tuple = ()
-    convert_config: Callable[[dict, str], dict] | None = None  # our sizes from this layout's config.json and its name
-    config_kinds: tuple[str, ...] = ()  # what such a config.json says that it is of, in `_class_name` or `model_type`
-    preprocessing: Callable[[object], dict] | None = None  # what preprocessor_config.json must say, if it is there
+    convert_config: Callable[[dict, str], dict] | None = None  # (config.json, its path) to our sizes
+    config_kinds: tuple[str, ...] = ()  # `_class_name` or `model_type` of such a config.json
+    preprocessing: Callable[..., dict] | None = None  # our sizes to the expected preprocessor_config.json
 
 
 @dataclass(frozen=True)
-class Found:
-    """A layout found in a source."""
+class SourceComponent:
+    """A component of a source, with its layout."""
 
     source: Source
     layout: Layout
-    tensors: dict[str, Tensor]  # prefix taken off
+    tensors: dict[str, Tensor]  # names without prefix
 
 
 LAYOUTS = (
@@ -144,7 +145,7 @@ LAYOUTS = (
     ),
 )  # fmt: skip
 
-# (a part of a tensor name that gives it away, what it is): other things that people have in the same folders
+# Other models that people have in the same folders: (part of a tensor name, name of the model)
 LOOK_ALIKES = (
     ("lora_", "a LoRA"),  # lora_A, lora_down, lora_unet_
     (".lora.", "a LoRA"),
@@ -170,20 +171,20 @@ LOOK_ALIKES = (
     (".qweight", "a Nunchaku SVDQuant file"),
     (".wscales", "a Nunchaku SVDQuant file"),
 )
-# the same by the type of a tensor
+# the same, by the type of a tensor
 _REFUSED_TYPES = {"F8_E5M2": "an fp8 file of the kind e5m2, whose weights have two bits of precision"}
-# the same by the shape of what reads the latents: they take a picture or a mask beside them, which is not known here
-_WIDER = {(3072, 384): "FLUX.1 Fill", (3072, 128): "FLUX.1 Canny or Depth"}
+# the same, by the shape of the first layer, which also reads a picture or a mask: not supported here
+_WIDER: dict[tuple[int, ...], str] = {(3072, 384): "FLUX.1 Fill", (3072, 128): "FLUX.1 Canny or Depth"}
 
 
 _WANTED = "FLUX.1 Krea [dev] or one of its kin, in e4m3, GGUF, MLX's quantization, or 16 or 32 bits"
 
 
-def identify(source: Source) -> tuple[Found, ...]:
-    """What is in a source, from names, types and shapes alone: one component, or those of an all-in-one file.
+def identify(source: Source) -> tuple[SourceComponent, ...]:
+    """Identifies the components in a source by names, types and shapes alone: one, or those of an all-in-one file.
 
     Raises:
-        ModelError: another model (named, where it is known), or a network of another kind than its folder says.
+        ModelError: another model (named, if it is known), or a network of another kind than its folder's name.
     """
     for fragment, model in LOOK_ALIKES:
         if any(fragment in name for name in source.tensors):
@@ -198,27 +199,27 @@ def identify(source: Source) -> tuple[Found, ...]:
         if bare in parts.setdefault(prefix, {}):
             raise ModelError(f"{source.path} holds {bare} twice, as {name} too", "every tensor once")
         parts[prefix][bare] = tensor
-    found = [(prefix, layout, tensors) for prefix, tensors in parts.items() if (layout := _layout(tensors))]
-    if not found:
+    known = [(prefix, layout, tensors) for prefix, tensors in parts.items() if (layout := _layout(tensors))]
+    if not known:
         first = ", ".join(sorted(source.tensors)[:3])
-        says = source.metadata.get("general.architecture")
-        kind = f"says that it is {short(says)}, and " if says else ""
+        architecture = source.metadata.get("general.architecture")
+        kind = f"says that it is {short(architecture)}, and " if architecture else ""
         raise ModelError(
-            f"{source.path} is no layout that is known here (it {kind}holds {first})",
+            f"{source.path} has no known layout (it {kind}holds {first})",
             todo="see flux-krea convert --help",
         )
     for prefix, tensors in parts.items():
-        if prefix not in [p for p, *_ in found]:
-            what = f"a {found[0][1].name}" if len(found) == 1 else "the components of FLUX.1"
+        if prefix not in [p for p, *_ in known]:
+            identified = f"a {known[0][1].name}" if len(known) == 1 else "the components of FLUX.1"
             other = next(iter(tensors.values())).name
-            raise ModelError(f"{source.path} holds more than {what} ({other})", "one model, and nothing else")
-    for _, layout, tensors in found:
+            raise ModelError(f"{source.path} holds more than {identified} ({other})", "one model, and nothing else")
+    for _, layout, tensors in known:
         if source.component not in (None, layout.component):
             raise ModelError(f"{source.path} holds a {layout.name}", f"a {source.component}")
         for name in ("img_in.weight", "x_embedder.weight"):
             if name in tensors and tensors[name].shape in _WIDER:
                 raise ModelError(f"{source.path} is {_WIDER[tensors[name].shape]}", _WANTED)
-    return tuple(Found(source, layout, tensors) for _, layout, tensors in found)
+    return tuple(SourceComponent(source, layout, tensors) for _, layout, tensors in known)
 
 
 def _layout(tensors: dict[str, Tensor]) -> Layout | None:
@@ -227,76 +228,92 @@ def _layout(tensors: dict[str, Tensor]) -> Layout | None:
 
 @cache
 def target_shapes(component: str, config: Sizes) -> dict[str, tuple[int, ...]]:
-    """Our tensors of a component in the order of its modules, with MLX's axes."""
+    """Returns names and shapes of our tensors of a component in the order of its modules, with MLX's axes."""
     return {name: tuple(array.shape) for name, array in parameters(build(component, config)).items()}
 
 
-def make_plan(found: Found) -> tuple[Sizes, Plan]:
-    """Sizes and the complete mapping of a component.
+def make_plan(component: SourceComponent) -> tuple[Sizes, ComponentPlan]:
+    """Returns the sizes of a component and the complete mapping of its tensors.
 
-    Sizes come from the layout's own config.json; where it has none (single files, beside whatever else), from the
-    published config with these shapes; else from a config.json beside the file, ours, in BFL's form or the layout's.
+    Sizes come from the layout's own config.json; for single files, from the published config with these shapes, else
+    from a config.json beside the file in our form, BFL's or the layout's.
 
     Raises:
-        ModelError: sizes unknown, or tensors missing, left over, of another shape or of a type that cannot be decoded.
+        ModelError: sizes unknown, or tensors missing, unknown, of another shape or of a type that cannot be decoded.
     """
-    config, made = _fit(found)
-    for tensor in (t for target in made.targets for t in target.sources):
+    config, mapping = _fit(component)
+    for tensor in (t for target in mapping.targets for t in target.sources):
         decode.check(tensor.dtype, f"{tensor.path}: {tensor.name}")
-    return config, made
+    return config, mapping
 
 
-def _fit(found: Found) -> tuple[Sizes, Plan]:
-    component, layout = found.layout.component, found.layout
-    where = str(found.source.path)
-    beside, file = found.source.config(), f"{found.source.folder / 'config.json'}"
-    named = found.source.component
-    ours = beside is not None and _is_ours(beside, component)
-    own = beside is not None and not ours and layout.convert_config
-    if not (own or ours if named else own and _kind(beside) in layout.config_kinds):
-        refused: list[Misfit] = []
-        for config in _PUBLISHED[component]:
-            try:
-                return config, _plan(found, config)
-            except Misfit as error:
-                refused.append(error)
-        nearest = min(refused, key=lambda error: len(error.problems))
-        if beside is None and nearest.same_sizes:
-            raise nearest
-        if beside is None:
-            raise ModelError(
-                f"{where} has other sizes than the published {layout.name} ({nearest.found})",
-                "a config.json beside it with heads and other sizes that shapes do not tell",
-            )
-    obj = layout.convert_config(beside, file) if own else _beside(beside, component, file)
-    config = configs.from_json(NETWORKS[component][0], obj, file)
-    if component in FILTERS:
-        _check_filter(found, config, file)
-    return config, _plan(found, config)
+def _fit(component: SourceComponent) -> tuple[Sizes, ComponentPlan]:
+    name, layout, source = component.layout.component, component.layout, component.source
+    beside, file = source.config(), f"{source.folder / 'config.json'}"
+    if beside is None:
+        return _fit_published(component)
+    theirs = None if _is_ours(beside, name) else layout.convert_config
+    if source.component:
+        is_its_own = theirs is not None or _is_ours(beside, name)
+    else:
+        is_its_own = theirs is not None and _kind(beside) in layout.config_kinds
+    if not is_its_own and (fitted := _first_fit(component, [])):
+        return fitted
+    obj = theirs(beside, file) if theirs else _beside(beside, name, file)
+    config = configs.from_json(NETWORKS[name][0], obj, file)
+    if name in FILTERS:
+        _check_filter(component, config, file)
+    return config, _plan(component, config)
 
 
-def _check_filter(found: Found, config, where: str) -> None:
-    """A filter may be of other sizes than the published one; with the same shapes it must be the same in all numbers.
+def _fit_published(component: SourceComponent) -> tuple[Sizes, ComponentPlan]:
+    """Fits a single file to the published sizes.
 
     Raises:
-        ModelError: naming the first that is not, or what is prepared for another network.
+        ModelError: none fits.
     """
-    component = found.layout.component
-    for published in _PUBLISHED[component]:
+    refused: list[Misfit] = []
+    if fitted := _first_fit(component, refused):
+        return fitted
+    nearest = min(refused, key=lambda error: len(error.problems))
+    if nearest.same_sizes:
+        raise nearest
+    raise ModelError(
+        f"{component.source.path} has other sizes than the published {component.layout.name} ({nearest.found})",
+        "a config.json beside it with heads and other sizes that shapes do not tell",
+    )
+
+
+def _first_fit(component: SourceComponent, refused: list[Misfit]) -> tuple[Sizes, ComponentPlan] | None:
+    for config in _PUBLISHED[component.layout.component]:
+        try:
+            return config, _plan(component, config)
+        except Misfit as error:
+            refused.append(error)
+    return None
+
+
+def _check_filter(component: SourceComponent, config: Sizes, where: str) -> None:
+    """Checks a filter's config: with the published shapes it must have the published numbers.
+
+    Raises:
+        ModelError: naming the first number that differs, or a preprocessing for another network.
+    """
+    name, layout = component.layout.component, component.layout
+    for published in _PUBLISHED[name]:
         told, expected = (dict(tree_flatten(configs.to_json(c))) for c in (config, published))
-        differ = sorted(name for name in told.keys() | expected if told.get(name) != expected.get(name))
-        shapes, others = (target_shapes(component, c) | {"lm_head.weight": ()} for c in (config, published))
+        differ = sorted(field for field in told.keys() | expected if told.get(field) != expected.get(field))
+        shapes, others = (target_shapes(name, c) | {"lm_head.weight": ()} for c in (config, published))
         if differ and shapes == others:
-            name = differ[0]
-            raise ModelError(
-                f"{where}: {name} is {short(told.get(name))}", f"{expected.get(name)}", "take the original"
-            )
-    file = found.source.folder / "preprocessor_config.json"
-    if file.exists():
-        require(read_json(file), str(file), **found.layout.preprocessing(config))
+            field = differ[0]
+            found = f"{where}: {field} is {short(told.get(field))}"
+            raise ModelError(found, f"{expected.get(field)}", "take the original")
+    file = component.source.folder / "preprocessor_config.json"
+    if layout.preprocessing and file.exists():
+        require(read_json(file), str(file), **layout.preprocessing(config))
 
 
-_PUBLISHED = {
+_PUBLISHED: dict[str, tuple[Sizes, ...]] = {
     "transformer": (configs.FLUX_DEV, configs.FLUX_SCHNELL),
     "text_encoder": (configs.CLIP_L,),
     "text_encoder_2": (configs.T5_XXL,),
@@ -304,7 +321,7 @@ _PUBLISHED = {
     "nsfw": (NSFW_VIT,),
     "pixtral": (PIXTRAL_12B,),
 }
-# sections of a config.json in BFL's form, and fields of it that must have these values or do not matter
+# sections of a config.json in BFL's form, and their fields that must have these values
 _BFL_SECTIONS = {"transformer": "flux", "text_encoder": "clip", "text_encoder_2": "t5", "vae": "ae"}
 _BFL_FIXED = {
     "transformer": {"qkv_bias": True},
@@ -314,15 +331,24 @@ _BFL_FIXED = {
 }
 
 
-def _plan(found: Found, config) -> Plan:
+def _plan(component: SourceComponent, config: Sizes) -> ComponentPlan:
     last = len(config.ch_mult) - 1 if isinstance(config, VAEConfig) else 0
-    layout, shapes = found.layout, target_shapes(found.layout.component, config)
+    layout, shapes = component.layout, target_shapes(component.layout.component, config)
     dropped = (*layout.dropped, *maps.ANY_DROPPED)
     picked = config.head_ids if isinstance(config, PixtralConfig) else ()
-    return plan(found.tensors, layout.table, dropped, layout.lost, shapes, last, str(found.source.path), picked)
+    return plan(
+        component.tensors,
+        table=layout.table,
+        dropped=dropped,
+        lost=layout.lost,
+        shapes=shapes,
+        last=last,
+        source=str(component.source.path),
+        picked=picked,
+    )
 
 
-_NOT_SIZES = ("dtype", "quantization")  # what a config.json of ours says of the arrays
+_NOT_SIZES = ("dtype", "quantization")  # fields of a config.json of ours about the arrays
 
 
 def _kind(obj: dict):
@@ -335,9 +361,9 @@ def _is_ours(obj: dict, component: str) -> bool:
 
 
 def _beside(obj: dict, component: str, where: str) -> dict:
-    """Our sizes from a config.json beside a single file: ours, or in the form of BFL's parameter classes."""
+    """Returns our sizes from a config.json beside a single file: ours, or in the form of BFL's parameter classes."""
     section = _BFL_SECTIONS.get(component)
-    if section in obj and isinstance(obj[section], dict):
+    if section and isinstance(obj.get(section), dict):
         own = dict(obj[section])
         require(own, where, **_BFL_FIXED[component])
         for name in (*_BFL_FIXED[component], "resolution"):

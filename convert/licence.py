@@ -1,4 +1,4 @@
-"""LICENSE.md, NOTICE and README.md of a model folder: what the licences of weights ask of whoever makes derivatives."""
+"""LICENSE.md, NOTICE and README.md of a model folder, which the licences of weights require of derivatives."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +18,12 @@ ATTRIBUTION_NOTICE = (
 
 @dataclass(frozen=True)
 class Licence:
-    """A licence that published weights of this family have."""
+    """A licence of published weights of this family."""
 
     title: str
-    words: str  # found in its text, so that the licence of something else in the same folder is not taken for it
+    words: str  # in its text, which tell it from the licence of something else in the same folder
     url: str
-    notice: str  # what must stand in NOTICE, word for word
+    notice: str  # the prescribed text of NOTICE
     duties: str
 
 
@@ -46,16 +46,16 @@ LICENCES = {
     ),
 }
 LICENCE_NAMES = ("LICENSE.md", "LICENSE", "LICENSE.txt", "LICENCE.md", "LICENCE", "LICENCE.txt")
-_MOST = 2**20  # bytes of such a file
+_MOST = 2**20  # bytes of a licence file
 
 
 def licence_files(index: ModelIndex | FilterIndex, folders: list[Path], stored: list[str]) -> dict[str, bytes]:
-    """The files about rights and duties, by their names.
+    """Returns the files about rights and duties by name.
 
     Args:
-        index: what the model is and what it was made from.
-        folders: where a licence may lie, the nearest first.
-        stored: a line on every component: how it is stored.
+        index: of the new folder, with its sources.
+        folders: folders in which a licence may lie, the nearest first.
+        stored: a line on every component's precision.
     """
     licence = LICENCES.get(index.license)
     text = next(filter(None, (_find(folder, licence) for folder in folders)), None)
@@ -101,8 +101,8 @@ def _readme(index: ModelIndex | FilterIndex, licence: Licence | None, changed: s
     if licence:
         rights = f"These weights are under the {licence.title} (LICENSE.md). {licence.duties}"
     else:
-        said = "LICENSE.md is what lay beside them." if has_text else "Ask whoever made them."
-        rights = f"Which licence these weights have, the files that they were converted from do not say. {said}"
+        source = "LICENSE.md is what lay beside them." if has_text else "Ask whoever made them."
+        rights = f"Which licence these weights have, the files that they were converted from do not say. {source}"
     name, base = printable(index.name), printable(index.base)
     about = (
         f"{base}, as a model folder of mlx-flux-krea. Neither the program nor this folder is a product of whoever "

@@ -1,18 +1,18 @@
-"""The name tables: for every tensor of ours, where a layout keeps it. Data only; `remap.py` applies it.
+"""The name tables: the place of every tensor of ours in each layout. Data only; `remap.py` applies it.
 
-A row is (our name, where it comes from). The first row that fits a name counts. Slots in names:
+A row is (our name, its source). The first row that matches a name counts. Slots in names:
 
     {n} {m}   a number            {-n}    the same number counted from the other end
     {x}       one part of a name  {rest}  any number of parts        *   "weight" or "bias"
 
-Where a tensor comes from is a name (the same values; how convolutions have their axes follows from the shapes), or
+A source is a name (the same values; the order of a convolution's axes follows from the shapes), or
 
     Rows(a, b, ...)   the parts of a fused matrix, one after another
     Swap(a)           the two halves of its rows exchanged
-    Pick(a)           the few rows of it that are needed
+    Pick(a)           the few rows that are needed
 
-A table of dropped tensors names what some files hold and we leave out on purpose: (their name, the reason); one of lost
-tensors what some files lack, and is zero then: (our name, the reason).
+A table of dropped tensors lists tensors that some files hold and we leave out on purpose: (their name, the reason). A
+table of lost tensors lists tensors that some files lack, which are then zero: (our name, the reason).
 
 Facts: black-forest-labs/flux (src/flux/model.py, modules/autoencoder.py), diffusers (transformer_flux.py,
 autoencoder_kl.py), mflux (names in files of 0.6 to 0.18), llama.cpp (gguf-py's names of T5), ComfyUI (its guide to
@@ -34,26 +34,27 @@ class Swap(_Op):
 
 
 class Pick(_Op):
-    """Some rows, by their numbers; which ones, the config says."""
+    """Some rows; their numbers are in the config."""
 
 
 SAME = (("{rest}", "{rest}"),)
 
 
 def _renamed(table: tuple, *changes: tuple[str, str]) -> tuple:
-    """A table for a layout that differs from another in a few parts of its names."""
+    """Returns the table of a layout whose names differ from another's in a few parts."""
 
-    def rename(source):
-        if isinstance(source, _Op):
-            return type(source)(*map(rename, source.names))
+    def rename(name: str) -> str:
         for old, new in changes:
-            source = source.replace(old, new)
-        return source
+            name = name.replace(old, new)
+        return name
 
-    return tuple((ours, rename(theirs)) for ours, theirs in table)
+    def renamed(source: str | _Op) -> str | _Op:
+        return type(source)(*map(rename, source.names)) if isinstance(source, _Op) else rename(source)
+
+    return tuple((ours, renamed(theirs)) for ours, theirs in table)
 
 
-# what any layout may hold beside its weights
+# tensors that any layout may hold beside its weights
 ANY_DROPPED = (
     ("scaled_fp8", "says that the file is of this kind"),
     ("{rest}.comfy_quant", "says how the weight is stored"),

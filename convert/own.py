@@ -1,4 +1,4 @@
-"""A model folder of ours as a source: stored again in another precision, from what is in it."""
+"""A folder of ours as a source: converts it to another precision."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,54 +9,57 @@ from mlx_flux_krea.models.config import ModelIndex
 from mlx_flux_krea.models.filter_config import FilterIndex
 from mlx_flux_krea.weights import FilterFolder, ModelFolder, Sizes, open_folder
 
-from .layouts import Found, Layout, target_shapes
+from .layouts import Layout, SourceComponent, target_shapes
 from .quantize import Layers
-from .remap import Plan, Target
+from .remap import ComponentPlan, Target
 from .sources import open_sources
 
 
 @dataclass(frozen=True)
-class Own:
-    """What is converted, and what it says of itself."""
+class OwnFolder:
+    """A folder of ours, with the plan to copy its tensors."""
 
     folder: ModelFolder | FilterFolder
-    found: dict[str, Found]
-    plans: dict[str, tuple[Sizes, Plan]]
+    components: dict[str, SourceComponent]
+    plans: dict[str, tuple[Sizes, ComponentPlan]]
     layers: dict[str, Layers]
 
     @property
     def index(self) -> ModelIndex | FilterIndex:
-        """Its facts; the record of what it was made from goes on in what is made from it."""
+        """The folder's index; its records of sources are continued in the new folder."""
         return self.folder.index
 
     def check(self, hashes: dict[Path, str]) -> None:
-        """Compares hashes of its shards with its manifest: nobody should make a new folder of a damaged one.
+        """Compares hashes of its shards with its manifest, so that no new folder is made from a damaged one.
 
         Raises:
-            ModelError: naming the first that differs.
+            ModelError: naming the first shard that differs.
         """
         manifest = read_json(self.folder.path / "manifest.json")
         for file, digest in hashes.items():
             entry = manifest.get(file.relative_to(self.folder.path).as_posix())
             if not isinstance(entry, dict) or entry.get("sha256") != digest:
-                raise ModelError(f"{file} is not what its manifest.json says", "an unchanged file", "convert it again")
+                raise ModelError(f"{file} differs from its manifest.json", "an unchanged file", "convert it again")
 
 
-def open_own(path: Path) -> Own:
-    """A model folder with the plan to copy it.
+def open_own(path: Path) -> OwnFolder:
+    """Opens a folder of ours and plans to copy it.
 
     Raises:
         ModelError: a damaged folder.
     """
     folder = open_folder(path)
     folder.check()
-    found, plans, layers = {}, {}, {}
+    components, plans, layers = {}, {}, {}
     for source in open_sources([path]):
         component = source.component
+        assert component is not None  # the source is a folder of components
         config, layers[component] = folder.networks[component].sizes, folder.networks[component].layers()
-        found[component] = Found(source, Layout("flux-krea model folder", component, (), ()), source.tensors)
+        components[component] = SourceComponent(
+            source, Layout("flux-krea model folder", component, (), ()), source.tensors
+        )
         targets = []
         for name, shape in target_shapes(component, config).items():
             targets.append(Target(name, shape, (source.tensors[name],), swap=False, torch_axes=False))
-        plans[component] = (config, Plan(tuple(targets), ()))
-    return Own(folder, found, plans, layers)
+        plans[component] = (config, ComponentPlan(tuple(targets), ()))
+    return OwnFolder(folder, components, plans, layers)

@@ -1,4 +1,4 @@
-"""Recipes as data: which layers are stored in how many bits. And what that is, and what it loses, tensor by tensor."""
+"""Recipes as data: the bits of every group of layers. Quantizes tensors and measures their loss."""
 
 import math
 from collections.abc import Sequence
@@ -12,13 +12,13 @@ from mlx_flux_krea.errors import UsageError
 from mlx_flux_krea.models.config import MODES, Quantization
 from mlx_flux_krea.weights import DTYPES, PACKED
 
-from .remap import Plan, Target
+from .remap import ComponentPlan, Target
 from .sources import Data
 
-Layers = dict[str, Quantization | None]  # by path: how each layer that could be quantized is stored
+Layers = dict[str, Quantization | None]  # by path: how each quantizable layer is stored
 ITEM_BYTES = {DTYPES[name]: getattr(mx, name).size for name in DTYPES} | {t: d.size for d, t in PACKED.items()}
 
-# Groups of layers, as recipes and reports call them: component, group, names of its tensors. The first row counts.
+# Groups of layers in recipes and reports: component, group, names of tensors. The first matching row counts.
 GROUPS = (
     ("transformer", "modulation", "double_blocks.*_mod.lin.*"),
     ("transformer", "modulation", "single_blocks.*.modulation.lin.*"),
@@ -57,9 +57,10 @@ def _recipe(blocks: Quantization, t5: Quantization, modulation: Quantization) ->
 _AFFINE = {bits: Quantization(bits, 64) for bits in MODES["affine"][0]}
 _MXFP4, _NVFP4 = Quantization(4, 32, "mxfp4"), Quantization(4, 16, "nvfp4")
 
-# What `--quantize` means: groups of layers that are quantized; all others are not. Modulation steers every layer and is
-# read once a picture, so that its bits cost disk alone. Embedders and the final layer are 0.4 % of the parameters. Of
-# Pixtral's embeddings few rows are read, but in 16 bits the table would be larger than all else in memory.
+# The values of `--quantize`: groups of layers that are quantized; all others are not. Modulation steers every layer
+# and is read once a picture, so its bits cost only disk space. Embedders and the final layer are 0.4 % of the
+# parameters. Few rows of Pixtral's embeddings are read, but in 16 bits the table would be larger than all other parts
+# in memory.
 RECIPES: dict[str, dict[str, Quantization]] = {
     "none": {},
     "8": _recipe(_AFFINE[8], _AFFINE[8], _AFFINE[8]),
@@ -71,61 +72,61 @@ RECIPES: dict[str, dict[str, Quantization]] = {
     "nvfp4": _recipe(_NVFP4, _NVFP4, _AFFINE[8]),
 }
 GROUP_SIZE = 64
-_ROWS = 256  # of a layer, evenly spread, in which its error is measured: within 1 % of what all rows give, in no time
+_ROWS = 256  # rows of a layer, evenly spread, whose error is measured: within 1 % of the error of all rows
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """A row of `RECIPES`, with the size of groups that somebody chose."""
+class QuantizationRecipe:
+    """A row of `RECIPES`, with a group size."""
 
     quantize: str
     group_size: int = GROUP_SIZE
 
     @property
     def label(self) -> str:
-        """As in names of folders."""
+        """Its name in names of folders."""
         name = f"{self.quantize}bit" if self.quantize.isdigit() else self.quantize
         return name if self.group_size == GROUP_SIZE else f"{name}-g{self.group_size}"
 
     def of(self, group: str) -> Quantization | None:
-        """How the layers of a group are quantized."""
+        """Returns how the layers of a group are quantized; None: they are not."""
         row = RECIPES[self.quantize].get(group)
         return Quantization(row.bits, self.group_size) if row and row.mode == "affine" else row
 
 
-def find_recipe(quantize: str, group_size: int | None) -> Recipe:
-    """The recipe of these options.
+def find_recipe(quantize: str, group_size: int | None) -> QuantizationRecipe:
+    """Returns the recipe of these options.
 
     Raises:
-        UsageError: no such recipe or group size, or one that has groups of its own.
+        UsageError: no such recipe or group size, or a recipe with fixed groups.
     """
     if quantize not in RECIPES:
         raise UsageError(f'no precision is called "{quantize}"', f"one of {', '.join(RECIPES)}")
     if group_size is None:
-        return Recipe(quantize)
+        return QuantizationRecipe(quantize)
     if not quantize.isdigit():
         why = "quantizes nothing" if quantize == "none" else f"has groups of {MODES[quantize][1][0]}"
         raise UsageError(f"a group size of {group_size}, and {quantize} {why}", "no group size", "leave it out")
     if group_size not in MODES["affine"][1]:
         raise UsageError(f"a group size of {group_size}", f"one of {', '.join(map(str, MODES['affine'][1]))}")
-    return Recipe(quantize, group_size)
+    return QuantizationRecipe(quantize, group_size)
 
 
 def group_of(component: str, name: str) -> str:
-    """The group of a tensor, or of a layer by the name of its weight."""
+    """Returns the group of a tensor, or of a layer by the name of its weight."""
     return next(group for c, group, names in GROUPS if c == component and fnmatchcase(name, names))
 
 
-def choose(component: str, widths: dict[str, int], recipe: Recipe) -> tuple[Layers, dict[str, str]]:
-    """How each layer of a component is stored.
+def choose(component: str, widths: dict[str, int], recipe: QuantizationRecipe) -> tuple[Layers, dict[str, str]]:
+    """Chooses how each layer of a component is stored.
 
     Args:
-        component: a key of `COMPONENTS`.
-        widths: length of a row of every layer that can be quantized.
-        recipe: what was asked for.
+        component: a key of `NETWORKS`.
+        widths: length of a row of every quantizable layer.
+        recipe: the recipe.
 
     Returns:
-        The quantization of every layer, and of those that stay as they are although the recipe has them, the reason.
+        The quantization of every layer, and the reasons for layers that the recipe cannot quantize.
     """
     layers = {path: recipe.of(group_of(component, f"{path}.weight")) for path in widths}
     left = {
@@ -136,32 +137,32 @@ def choose(component: str, widths: dict[str, int], recipe: Recipe) -> tuple[Laye
     return layers | dict.fromkeys(left), left
 
 
-def keep_packed(plan: Plan, layers: Layers) -> Layers:
-    """The same, but what is packed already in as many bits or fewer stays as it is: more would bring nothing back."""
+def keep_packed(plan: ComponentPlan, layers: Layers) -> Layers:
+    """Keeps the packing of source layers with as many bits or fewer, since more bits would restore nothing."""
     packed = {t.name.removesuffix(".weight"): t.q for t in plan.targets if t.q}
-    return {path: packed[path] if _fewer(packed.get(path), q) else q for path, q in layers.items()}
+    return {path: packed[path] if has_fewer_bits(packed.get(path), q) else q for path, q in layers.items()}
 
 
-def _fewer(one: Quantization | None, other: Quantization | None) -> bool:
-    """Whether the first has as many bits as the second or fewer; None has them all."""
+def has_fewer_bits(one: Quantization | None, other: Quantization | None) -> bool:
+    """Compares bits: True if the first has as many as the second or fewer; None stands for all bits."""
     return one is not None and (other is None or one.bits <= other.bits)
 
 
 def layer_of(target: Target, layers: Layers) -> Quantization | None:
-    """How a tensor is quantized: if it is a layer's weight, as the layer."""
+    """Returns the quantization of a tensor: that of its layer, if it is a layer's weight."""
     return layers.get(target.name.removesuffix(".weight")) if target.name.endswith(".weight") else None
 
 
 def stored(target: Target, dtype: str, q: Quantization | None) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """What a tensor of ours is in a file.
+    """Lists the arrays that store a tensor of ours in a file.
 
     Args:
         target: the tensor.
-        dtype: of what is not packed.
-        q: how it is quantized.
+        dtype: type of arrays that are not packed.
+        q: its quantization.
 
     Returns:
-        Names, types in safetensors' spelling and shapes, in their order.
+        Types in safetensors' spelling and shapes by name, in their order.
     """
     if q is None:
         return {target.name: (DTYPES[dtype], target.shape)}
@@ -173,59 +174,59 @@ def stored(target: Target, dtype: str, q: Quantization | None) -> dict[str, tupl
 
 
 def count_bytes(target: Target, dtype: str, q: Quantization | None) -> int:
-    """Bytes of a tensor of ours in a file."""
+    """Returns the bytes of a tensor of ours in a file."""
     return sum(math.prod(shape) * ITEM_BYTES[kind] for kind, shape in stored(target, dtype, q).values())
 
 
 @dataclass(frozen=True)
-class Made:
-    """A piece of a tensor as it will be in the file; computing may still go on.
+class StoredChunk:
+    """A chunk of a tensor in its stored form, perhaps still being computed.
 
     Attributes:
         target: the tensor.
-        piece: of it.
-        sources: as it was, in the type in which it was stored; where it was packed already, its parts.
-        checked: what must be finite, in the folder's type.
-        parts: what `stored` describes.
-        loss: (2,) squares of the error and of the values, summed; None where nothing is quantized.
+        chunk: the chunk of it.
+        sources: the source in its stored type; of a packed source, its parts.
+        checked: arrays that must be finite, in the folder's type.
+        parts: the arrays of `stored`.
+        loss: (2,) sums of the squares of error and values; None: not quantized.
     """
 
     target: Target
-    piece: Target
+    chunk: Target
     sources: tuple[mx.array, ...]
     checked: tuple[mx.array, ...]
     parts: tuple[mx.array, ...]
     loss: mx.array | None = None
 
     def problem(self, dtype: str) -> str | None:
-        """Which values are not finite, or None."""
+        """Describes values that are not finite; None: all are."""
         if all(map(_is_finite, self.checked)):
             return None
         is_finite = all(mx.isfinite(source).all().item() for source in self.sources)
         return f"values too large for {dtype}" if is_finite else "NaN or infinities"
 
 
-def make(target: Target, piece: Target, dtype: str, q: Quantization | None, data: Data, stream) -> Made:
-    """Reads a piece of a tensor and begins to make of it what is stored; whoever looks at a part waits for it.
+def make(target: Target, chunk: Target, dtype: str, q: Quantization | None, data: Data, stream) -> StoredChunk:
+    """Reads a chunk of a tensor and starts to compute its stored form; reading a part of the result waits for it.
 
     Args:
         target: the tensor.
-        piece: of it.
-        dtype: of what is not packed.
-        q: how it is quantized.
+        chunk: the chunk of it.
+        dtype: type of arrays that are not packed.
+        q: its quantization.
         data: reads a tensor's bytes.
-        stream: computes what is stored. What is lost is for another one, when it is asked for: MLX lets few operations
-            wait in all its streams, and would not begin with the next piece before.
+        stream: computes the stored form. The loss is computed in another stream, when it is read: MLX queues few
+            operations in all its streams, and would not start the next chunk before.
     """
     kind, step, loss = getattr(mx, dtype), max(1, target.shape[0] // _ROWS), None
-    is_packed = q is not None and q == piece.q
+    is_packed = q is not None and q == chunk.q
     with mx.stream(stream):
-        if is_packed:  # it is stored so already: rounding once is enough
-            sources = piece.packed(data)
+        if is_packed:  # the source has this packing: rounding once is enough
+            sources = chunk.packed(data)
             parts = tuple(part if part.dtype in PACKED else part.astype(kind) for part in sources)
             checked = tuple(part for part in parts if part.dtype not in PACKED)
         else:
-            sources = (piece.make(data),)
+            sources = (chunk.make(data),)
             array = mx.contiguous(sources[0].astype(kind))
             parts = checked = (array,)
             if q:
@@ -235,18 +236,18 @@ def make(target: Target, piece: Target, dtype: str, q: Quantization | None, data
         some = [source[::step] for source in sources]
         some = dequantize(some, q) if is_packed else some[0].astype(mx.float32)
         error = dequantize([part[::step] for part in parts], q) - some
-        loss = mx.stack([mx.square(error).sum(), mx.square(some).sum()]) * (piece.shape[0] / len(some))
-    return Made(target, piece, tuple(sources), checked, parts, loss)
+        loss = mx.stack([mx.square(error).sum(), mx.square(some).sum()]) * (chunk.shape[0] / len(some))
+    return StoredChunk(target, chunk, tuple(sources), checked, parts, loss)
 
 
 def dequantize(parts: Sequence[mx.array], q: Quantization) -> mx.array:
-    """The float32 values of `weight`, `scales` and, in mode affine, `biases`."""
+    """Returns the float32 values of `weight`, `scales` and, in mode affine, `biases`."""
     weight, *rest = (part if part.dtype in PACKED else part.astype(mx.float32) for part in parts)
     return mx.dequantize(weight, *rest, group_size=q.group_size, bits=q.bits, mode=q.mode, dtype=mx.float32)
 
 
 def _is_finite(array: mx.array) -> bool:
-    """Read as integers: of those with a sign the largest is positive, of those without it is negative, where any is.
+    """Compares the bits as integers: signed ones have the largest positive number first, unsigned ones the negative.
 
     Many times faster than `mx.isfinite` on a CPU.
     """
@@ -256,7 +257,7 @@ def _is_finite(array: mx.array) -> bool:
     return int(bits.view(f"i{bits.itemsize}").max()) < limit and int(bits.max()) < limit | sign
 
 
-# where all bits of the exponent are set, which are NaN and infinities: as integers, of what has no sign
+# NaN and infinities: integers of the positive ones are at least these, with all bits of the exponent set
 _EXPONENTS = {
     mx.bfloat16: (mx.uint16, 0x7F80),
     mx.float16: (mx.uint16, 0x7C00),

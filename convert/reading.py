@@ -1,7 +1,7 @@
-"""Reads files to their end, hashed on the way, and leaves the system's cache to other programs.
+"""Reads and hashes whole files in one pass, and leaves the system's cache to other programs.
 
-The files of a model are as large as a machine's memory, or larger. So a source is read once: its tensors come in the
-order in which they lie in the file, and its hash is computed of the same bytes.
+The files of a model are as large as a machine's memory, or larger. So a source is read once: tensors are read in their
+order in the file, and the hash is computed from the same bytes.
 """
 
 import contextlib
@@ -9,7 +9,7 @@ import hashlib
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from mmap import mmap
 from pathlib import Path
@@ -22,28 +22,30 @@ from mlx_flux_krea.files import PAGE, fill, forget, open_direct, unreadable
 from .sources import Tensor
 
 _CHUNK = 2**22  # bytes that are read at a time
-_LARGE = 2**18  # bytes; smaller tensors may lie anywhere: they are read apart, and again when their turn comes
+_LARGE = 2**18  # bytes; smaller tensors may be read out of order, and are read again for the hash
 _ALIGNMENT = 8  # of numbers of any type
 _READERS = 4  # files that are hashed at a time
-_BUFFERS = 4  # that are used in turn
-_BUFFER = 2**23 + 2 * PAGE  # bytes of each; what is larger gets memory of its own
+_BUFFERS = 4  # used in turn
+_BUFFER = 2**23 + 2 * PAGE  # bytes of each; larger tensors get memory of their own
 
 
 class Reading:
-    """Source files, each read once and hashed on the way, as long as its large tensors are asked for in their order.
+    """Source files, each read and hashed in one pass if its large tensors are requested in their order.
 
-    Whatever the order, tensors and hashes are right. Buffers are used again: memory that is new each time costs a
-    system more than reading.
+    In another order tensors and hashes are right too, but files are read twice. Buffers are reused: new memory costs
+    more time than reading.
 
     Args:
-        hashed: the files whose hash is wanted. Others may be read too.
+        hashed: files to hash; others may be read too.
     """
 
     def __init__(self, hashed: Iterable[Path]):
         self._digests = {path: hashlib.sha256() for path in hashed}
-        self._ends = dict.fromkeys(self._digests, 0)  # bytes of each file that are hashed, or about to be
+        self._ends = dict.fromkeys(self._digests, 0)  # bytes of each file that are hashed, or being hashed
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="flux-krea-hash")
-        self._buffers = deque((mmap(-1, _BUFFER), None) for _ in range(_BUFFERS))  # and who still reads each
+        self._buffers: deque[tuple[mmap, Future[None] | None]] = deque(
+            (mmap(-1, _BUFFER), None) for _ in range(_BUFFERS)
+        )  # each with the hashing that still reads it
         self._open: tuple[Path, int] | None = None  # one at a time
 
     def __enter__(self) -> "Reading":
@@ -54,7 +56,7 @@ class Reading:
         self._close()
 
     def data(self, tensor: Tensor) -> np.ndarray:
-        """The bytes of a tensor, as they are stored; good until three more were read.
+        """Returns the stored bytes of a tensor; valid until three more tensors were read.
 
         Raises:
             ModelError: the file cannot be read, or ends too early.
@@ -67,13 +69,13 @@ class Reading:
         return self._next(path, tensor.start, size, tensor.name)
 
     def finish(self, path: Path) -> str | None:
-        """Reads what is left of a file, and closes it.
+        """Reads the rest of a file, and closes it.
 
         Returns:
-            Its sha256 in hexadecimal; None of a file whose hash was not wanted.
+            Its sha256 in hexadecimal; None: the file is not one of `hashed`.
 
         Raises:
-            ModelError: it cannot be read.
+            ModelError: the file cannot be read.
         """
         if path in self._digests:
             self._pass(path, os.fstat(self._file(path)).st_size)
@@ -82,25 +84,25 @@ class Reading:
         return self._digests[path].hexdigest() if path in self._digests else None
 
     def _pass(self, path: Path, end: int) -> None:
-        """Reads and hashes a file as far as this."""
+        """Reads and hashes a file up to a position."""
         while (start := self._ends[path]) < end:
-            self._next(path, start, min(_CHUNK, end - start), "what no tensor of ours is made of")
+            self._next(path, start, min(_CHUNK, end - start), "bytes that belong to no tensor of ours")
 
-    def _next(self, path: Path, start: int, size: int, what: str) -> np.ndarray:
-        """Reads on in a file, and has it hashed meanwhile."""
+    def _next(self, path: Path, start: int, size: int, label: str) -> np.ndarray:
+        """Reads the next bytes of a file, and hashes them in the background."""
         buffer, hashing = self._buffers.popleft()
         if hashing:
             hashing.result()
-        data = self._read(path, start, size, what, buffer)
+        data = self._read(path, start, size, label, buffer)
         forget(self._file(path), start, size)
         if path in self._digests:
-            hashing = self._pool.submit(self._digests[path].update, data)
+            hashing = self._pool.submit(self._digests[path].update, data.data)
             self._ends[path] += size
         self._buffers.append((buffer, hashing))
         return data
 
-    def _read(self, path: Path, start: int, size: int, what: str, buffer: mmap | None = None) -> np.ndarray:
-        """All pages that the bytes lie in."""
+    def _read(self, path: Path, start: int, size: int, label: str, buffer: mmap | None = None) -> np.ndarray:
+        """Reads all pages that contain the bytes."""
         skip, file = start % PAGE, self._file(path)
         pages = -(-(skip + size) // PAGE) * PAGE
         if buffer is None or pages > _BUFFER:
@@ -110,7 +112,7 @@ class Reading:
         except OSError as error:
             raise unreadable(path, error) from None
         if not is_whole:
-            raise ModelError(f"{path} ended inside {what}", "a complete file", "copy or download it again")
+            raise ModelError(f"{path} ended inside {label}", "a complete file", "copy or download it again")
         data = np.frombuffer(buffer, np.uint8, size, skip)
         return data.copy() if skip % _ALIGNMENT else data
 
@@ -131,14 +133,14 @@ class Reading:
 
 @contextlib.contextmanager
 def hashing(
-    readers: Mapping[Hashable, Callable[[threading.Event, Callable[[int], None]], str]],
+    readers: Mapping[str, Callable[[threading.Event, Callable[[int], None]], str]],
     done: Callable[[int], None] = lambda count: None,
-) -> Iterator[dict[Hashable, Future[str]]]:
-    """The hashes of files, a few at a time; what is not done when the block ends is given up at once.
+) -> Iterator[dict[str, Future[str]]]:
+    """Hashes files, a few at a time; unfinished ones are stopped when the block ends.
 
     Args:
-        readers: of each file by any name, what gives its hash: called with what ends it early, and with `done`.
-        done: called with the bytes just hashed, from several threads.
+        readers: by name, a function that returns a file's hash; called with an event that stops it, and with `done`.
+        done: called with the number of bytes just hashed, from several threads.
     """
     stop = threading.Event()
     with ThreadPoolExecutor(_READERS) as pool:

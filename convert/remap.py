@@ -1,4 +1,4 @@
-"""Applies a name table: every key of a source matched or refused, every tensor of ours filled, every shape agreeing."""
+"""Applies a name table: every tensor of a source is matched or refused, every tensor of ours filled, shapes agree."""
 
 import itertools
 import math
@@ -23,12 +23,12 @@ _SLOTS = {
     "{rest}": r"(?P<rest>.+)",
     "*": r"(?P<star>weight|bias)",
 }
-_PIECE = 2**21  # numbers of a matrix that are worked on at a time
+_CHUNK = 2**21  # numbers of a matrix that are processed at a time
 
 
 @dataclass(frozen=True)
 class Target:
-    """One tensor of ours, and how it is made."""
+    """A tensor of ours, and how it is made."""
 
     name: str
     shape: tuple[int, ...]
@@ -36,20 +36,20 @@ class Target:
     swap: bool
     torch_axes: bool  # of a convolution
 
-    def pieces(self) -> list[tuple[int, "Target"]]:
-        """What makes it up, each small enough to stay in a processor's cache on its way, and the row it begins with."""
+    def chunks(self) -> list[tuple[int, "Target"]]:
+        """Returns chunks that fit into a processor's cache, each with its first row."""
         if len(self.shape) != 2 or self.swap or not self.sources:
             return [(0, self)]
-        most = max(1, _PIECE // self.shape[1])
+        most = max(1, _CHUNK // self.shape[1])
         cut = [(tensor, first) for tensor in self.sources for first in range(0, tensor.shape[0], most)]
         parts = [tensor.rows(first, min(most, tensor.shape[0] - first)) for tensor, first in cut]
         rows = itertools.accumulate((part.shape[0] for part in parts), initial=0)
-        pieces = [replace(self, shape=(part.shape[0], self.shape[1]), sources=(part,)) for part in parts]
-        return list(zip(rows, pieces, strict=False))
+        chunks = [replace(self, shape=(part.shape[0], self.shape[1]), sources=(part,)) for part in parts]
+        return list(zip(rows, chunks, strict=False))
 
     @property
     def q(self) -> Quantization | None:
-        """How it is packed where it comes from, if it is, in a way that we have too."""
+        """The quantization of its source, if it is one of ours; None: the source has another or none."""
         if len(self.sources) != 1 or self.swap:
             return None
         kind, _, mlx = self.sources[0].dtype.partition(" ")
@@ -63,27 +63,27 @@ class Target:
         return Quantization(int(kind.removesuffix("-bit")), tensor.shape[-1] // tensor.parts[0].shape[-1])
 
     def packed(self, data: Data) -> list[mx.array]:
-        """`weight`, `scales` and, in mode affine, `biases` of what has a `q`, as they are stored."""
+        """Returns `weight`, `scales` and, in mode affine, `biases` as stored; only for a tensor with a `q`."""
         (tensor,) = self.sources
         codes = data(tensor).view(np.uint32).reshape(*tensor.shape[:-1], -1)
         return [mx.array(codes), *(part.read(data) for part in tensor.parts)]
 
     def make(self, data: Data) -> mx.array:
-        """Reads the sources and puts them together, in a type that holds every value."""
+        """Reads the sources and combines them, in a type that holds every value."""
         if not self.sources:
             return mx.zeros(self.shape)
         parts = [_in_our_axes(tensor.read(data), len(self.shape), self.torch_axes) for tensor in self.sources]
         array = parts[0] if len(parts) == 1 else mx.concatenate(parts)
-        return mx.concatenate(mx.split(array, 2)[::-1]) if self.swap else array
+        return mx.concatenate(list(mx.split(array, 2))[::-1]) if self.swap else array
 
 
 @dataclass(frozen=True)
-class Plan:
-    """A whole component: its tensors in our order, what was left out on purpose, and what is not to be had."""
+class ComponentPlan:
+    """The mapping of a component: its tensors in our order, and tensors that are left out or missing."""
 
     targets: tuple[Target, ...]
     dropped: tuple[tuple[str, str], ...]  # their name, reason
-    lost: tuple[tuple[str, str], ...] = ()  # our name, reason; zeros stand there
+    lost: tuple[tuple[str, str], ...] = ()  # our name, reason; they are zero
 
     @property
     def parameters(self) -> int:
@@ -92,44 +92,45 @@ class Plan:
 
 
 class Misfit(ModelError):
-    """A source whose tensors are not those of a network of these sizes.
+    """A source whose tensors do not fit a network of these sizes.
 
     Args:
-        what: the source.
-        problems: all of them.
-        same_sizes: no tensor is of another shape.
+        source: its path.
+        problems: all problems, as parts of sentences.
+        same_sizes: no tensor has another shape.
     """
 
-    def __init__(self, what: str, problems: list[str], same_sizes: bool):
+    def __init__(self, source: str, problems: list[str], same_sizes: bool):
         self.problems, self.same_sizes = problems, same_sizes
         more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
-        super().__init__(f"{what} {'; '.join(problems[:3])}{more}", todo="is it complete, and a model of this kind?")
+        super().__init__(f"{source} {'; '.join(problems[:3])}{more}", todo="is it complete, and a model of this kind?")
 
 
 def plan(
     tensors: dict[str, Tensor],
+    *,
     table,
     dropped,
     lost,
     shapes: dict[str, tuple[int, ...]],
     last: int,
-    what: str,
+    source: str,
     picked: Sequence[int] = (),
-) -> Plan:
-    """Matches a source with our tensors, on names and shapes alone.
+) -> ComponentPlan:
+    """Matches the tensors of a source with ours, by names and shapes alone.
 
     Args:
-        tensors: of the source, prefixes already taken off.
+        tensors: of the source, names without prefix.
         table: rows of `maps.py`.
-        dropped: rows of tensors left out.
+        dropped: rows of tensors to leave out.
         lost: rows of tensors that may be missing.
         shapes: our tensors in our order, MLX's axes.
-        last: what `{-n}` counts from.
-        what: the source, for errors.
+        last: the number from which `{-n}` counts down.
+        source: its path, for errors.
         picked: the rows of `Pick`.
 
     Raises:
-        Misfit: a tensor missing, left over or of another shape; the first few are named.
+        Misfit: tensors missing, unknown or of another shape; the first few are named.
     """
     targets, missing, shaped, zeros, used = [], [], [], [], set()
     torch_axes = not _channels_last(tensors)
@@ -147,22 +148,22 @@ def plan(
         sources = tuple(tensors[n] for n in names)
         if op is Pick:
             sources = tuple(sources[0].rows(number, 1) for number in picked if number < sources[0].shape[0])
-        made = _shape([_shape_in_our_axes(t.shape, len(shape), torch_axes) for t in sources])
-        if made != tuple(shape):
+        shape_of_sources = _shape([_shape_in_our_axes(t.shape, len(shape), torch_axes) for t in sources])
+        if shape_of_sources != tuple(shape):
             stored = " + ".join(str(list(t.shape)) for t in sources)
-            shaped.append(f"{names[0]} has shape {stored}, expected what makes {list(shape)}")
+            shaped.append(f"{names[0]} has shape {stored}, expected parts of {list(shape)}")
         targets.append(Target(name, tuple(shape), sources, op is Swap, torch_axes))
     left = [n for n in tensors if n not in used]
     reasons = {n: reason for n in left for pattern, reason in dropped if _pattern(pattern).fullmatch(n)}
     unknown = [n for n in left if n not in reasons]
     problems = [f"lacks {n}" for n in missing] + [f"has the unknown tensor {n}" for n in unknown] + shaped
     if problems:
-        raise Misfit(what, problems, same_sizes=not shaped)
-    return Plan(tuple(targets), tuple(sorted(reasons.items())), tuple(zeros))
+        raise Misfit(source, problems, same_sizes=not shaped)
+    return ComponentPlan(tuple(targets), tuple(sorted(reasons.items())), tuple(zeros))
 
 
 def _find_row(name: str, table, last: int) -> tuple[list[str], type]:
-    """Source names of one of our tensors, and what is done with them."""
+    """Returns the source names of one of our tensors, and the operation on them."""
     for ours, theirs in table:
         match = _pattern(ours).fullmatch(name)
         if match:
@@ -192,7 +193,7 @@ def _shape(parts: list[tuple[int, ...]]) -> tuple[int, ...]:
 
 
 def _channels_last(tensors: dict[str, Tensor]) -> bool:
-    """Whether convolutions have MLX's axes, OHWI, and not torch's, OIHW. Kernels are square; one alone may be both."""
+    """Tells MLX's axes of convolutions, OHWI, from torch's, OIHW, by all shapes. Kernels are square."""
     shapes = [t.shape for t in tensors.values() if len(t.shape) == 4]
     return any(s[2] != s[3] for s in shapes) and all(s[1] == s[2] for s in shapes)
 
@@ -204,7 +205,7 @@ def _shape_in_our_axes(shape: tuple[int, ...], ndim: int, torch_axes: bool) -> t
 
 
 def _in_our_axes(array: mx.array, ndim: int, torch_axes: bool) -> mx.array:
-    """Convolutions from torch's OIHW to OHWI; a 1 x 1 convolution whose place is a matrix becomes one."""
+    """Transposes convolutions from torch's OIHW to OHWI; a 1 x 1 convolution becomes a matrix if ours is one."""
     if array.ndim == 4 and ndim == 2:
         return array.reshape(array.shape[:2])
     return array.transpose(0, 2, 3, 1) if torch_axes and array.ndim == 4 else array

@@ -1,5 +1,7 @@
-"""Our sizes from the config.json of other layouts. What would change the computation is required to be what ours is
-written for; what would not is left alone."""
+"""Reads our sizes from the config.json of other layouts.
+
+Fields that would change the computation must have the values that our networks implement; others are ignored.
+"""
 
 from dataclasses import fields
 
@@ -9,10 +11,16 @@ from mlx_flux_krea.models.filter_config import PIXTRAL_12B, MistralConfig, Pixtr
 
 
 def require(obj: dict, where: str, todo: str = "this is another network", **expected) -> None:
-    """Fields that would change the computation must have the value, or one of the values, that ours is written for.
+    """Checks fields that would change the computation.
+
+    Args:
+        obj: the JSON object.
+        where: the file, for errors.
+        todo: the next step, for errors.
+        expected: the value of each field, or a tuple of allowed values.
 
     Raises:
-        ModelError: another value; a field that is not there is no problem.
+        ModelError: another value; a field may be absent.
     """
     for name, value in expected.items():
         values = value if isinstance(value, tuple) else (value,)
@@ -20,7 +28,7 @@ def require(obj: dict, where: str, todo: str = "this is another network", **expe
             raise ModelError(f"{where}: {name} is {short(obj[name])}", " or ".join(map(repr, values)), todo)
 
 
-# Kinds of fields that are computed with here: a test, and what it asks for. `configs.from_json` checks all others.
+# Types of fields that this file computes with: a test, and its description. `configs.from_json` checks all others.
 _KINDS = {
     int: (lambda v: type(v) is int and 0 < v <= 65536, "a number from 1 to 65536"),
     float: (lambda v: type(v) in (int, float) and -1e9 <= v <= 1e9, "a number"),
@@ -30,10 +38,10 @@ _KINDS = {
 
 
 def read(obj: dict, where: str, **kinds: type) -> dict:
-    """The fields named, each of its kind.
+    """Returns the named fields, each of its type.
 
     Raises:
-        ModelError: a field missing or of another kind.
+        ModelError: a field missing or of another type.
     """
     for name, kind in kinds.items():
         fits, expected = _KINDS[kind]
@@ -45,13 +53,13 @@ def read(obj: dict, where: str, **kinds: type) -> dict:
 
 
 def short(value) -> str:
-    """What a file says, short enough for a message."""
+    """Returns a value from a file, short enough for a message."""
     text = ascii(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def diffusers_flux(obj: dict, where: str) -> dict:
-    """Of the transformer."""
+    """Returns the transformer's sizes from diffusers' config."""
     require(obj, where, patch_size=1)
     if obj.get("out_channels") is None:
         obj = obj | {"out_channels": obj.get("in_channels")}
@@ -79,7 +87,7 @@ def diffusers_flux(obj: dict, where: str) -> dict:
 
 
 def diffusers_vae(obj: dict, where: str) -> dict:
-    """Of the autoencoder."""
+    """Returns the autoencoder's sizes from diffusers' config."""
     require(
         obj, where, act_fn="silu", use_quant_conv=False, use_post_quant_conv=False,
         mid_block_add_attention=True, latents_mean=None, latents_std=None,
@@ -105,7 +113,7 @@ def diffusers_vae(obj: dict, where: str) -> dict:
 
 
 def transformers_clip(obj: dict, where: str) -> dict:
-    """Of CLIP."""
+    """Returns CLIP's sizes from transformers' config."""
     require(obj, where, hidden_act="quick_gelu")
     return {f.name: obj[f.name] for f in fields(CLIPConfig) if f.name in obj}
 
@@ -115,15 +123,15 @@ _TANH_GELU = ("gelu_new", "gelu_pytorch_tanh")
 
 
 def transformers_t5(obj: dict, where: str) -> dict:
-    """Of T5."""
+    """Returns T5's sizes from transformers' config."""
     gated = ("gated-gelu", *(f"gated-{name}" for name in _TANH_GELU))
     require(obj, where, feed_forward_proj=gated, dense_act_fn=_TANH_GELU)
-    obj = {"relative_attention_max_distance": 128} | obj  # younger than some configs
+    obj = {"relative_attention_max_distance": 128} | obj  # newer than some configs
     return {f.name: obj[f.name] for f in fields(T5Config) if f.name in obj}
 
 
 def transformers_vit(obj: dict, where: str) -> dict:
-    """Of the classifier: which logit means what must be said, and be what is expected."""
+    """Returns the classifier's sizes from transformers' config, which must have the expected labels."""
     if "id2label" not in obj:
         raise ModelError(f"{where} lacks 'id2label'", "the labels of the classifier")
     require(obj, where, hidden_act="gelu", qkv_bias=True, num_channels=3, id2label={"0": "normal", "1": "nsfw"})
@@ -132,15 +140,15 @@ def transformers_vit(obj: dict, where: str) -> dict:
 
 
 def vit_preprocessing(config) -> dict:
-    """What preprocessor_config.json says where pixels are prepared as `filters.vit` does."""
+    """Returns the fields of a preprocessor_config.json that describes `models.vit.preprocess`."""
     size = ({"height": config.image_size, "width": config.image_size}, config.image_size)
     return _PREPROCESSING | {"resample": 2, "size": size, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 
 
 def transformers_pixtral(obj: dict, where: str) -> dict:
-    """Of the filter for text and pictures; what the published file leaves out is what transformers takes then.
+    """Returns Pixtral's sizes from transformers' config; absent fields get transformers' defaults.
 
-    `head_ids` are nobody's field but ours; other vocabularies than the published one have other ids.
+    `head_ids` is a field of ours: another vocabulary than the published one has other ids.
     """
     require(
         obj, where, projector_hidden_act="gelu", vision_feature_layer=-1, vision_feature_select_strategy="full",
@@ -170,7 +178,7 @@ def transformers_pixtral(obj: dict, where: str) -> dict:
 
 
 def pixtral_preprocessing(config) -> dict:
-    """What preprocessor_config.json says where pixels are prepared as `filters.pixtral` does."""
+    """Returns the fields of a preprocessor_config.json that describes `models.pixtral.preprocess`."""
     patch = config.vision_config.patch_size
     return _PREPROCESSING | {
         "resample": 3,
@@ -187,11 +195,11 @@ _PREPROCESSING = {
 
 
 def _rope_theta(obj: dict, where: str):
-    """Of transformers 4's field, 5's, or both."""
+    """Returns the value of transformers 4's field, 5's, or both."""
     parameters = obj.get("rope_parameters")
     parameters = parameters if isinstance(parameters, dict) else {}
     require(parameters, where, rope_type=("default", "axial"))
-    said = [part["rope_theta"] for part in (obj, parameters) if "rope_theta" in part]
-    if not said or said[0] != said[-1]:
-        raise ModelError(f"{where}: rope_theta is {short(said)}", "one number")
-    return said[0]
+    values = [part["rope_theta"] for part in (obj, parameters) if "rope_theta" in part]
+    if not values or values[0] != values[-1]:
+        raise ModelError(f"{where}: rope_theta is {short(values)}", "one number")
+    return values[0]

@@ -1,6 +1,6 @@
-"""Opens what people hold: safetensors and GGUF files, shards, or folders of these. Reads headers only.
+"""Opens safetensors and GGUF files, sharded checkpoints, and folders of these. Reads headers only.
 
-A source is a list of tensors, and where in its files they lie. Nothing here knows a layout.
+A source is a list of tensors with their places in files. Layouts are unknown here.
 """
 
 import os
@@ -20,80 +20,80 @@ from mlx_flux_krea.weights import COMPONENTS, NETWORKS, read_header
 from .decode import COMPOUNDS, GROUP_SIZE, PARTS
 from .gguf_header import read_gguf
 
-# Files that execute what they hold when they are opened.
+# Pickles: opening them executes code.
 _PICKLED = {".ckpt", ".pt", ".pth", ".bin", ".pkl"}
 _READ = {".safetensors", ".gguf"}
-# Where ComfyUI keeps the parts of a model, in its folder `models`.
+# Folders of ComfyUI's `models` that hold the components.
 _COMFYUI = ("checkpoints", "diffusion_models", "unet", "text_encoders", "clip", "vae")
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """One stored tensor, or one weight that is stored in several."""
+    """A stored tensor, or a weight that is stored in several tensors."""
 
     name: str
     path: Path
-    dtype: str  # one of `decode.TYPES`, or what nobody here decodes
-    shape: tuple[int, ...]  # in torch's order of axes, however it is packed
-    start: int  # bytes from the beginning of the file
+    dtype: str  # one of `decode.TYPES`, or a type that cannot be decoded
+    shape: tuple[int, ...]  # in torch's order of axes, as if not packed
+    start: int  # bytes from the start of the file
     end: int
     parts: tuple["Tensor", ...] = ()  # scales and the like, in the order of `decode.COMPOUNDS`
 
     @property
     def bytes(self) -> int:
-        """Of the file, its parts included."""
+        """Bytes in the file, including parts."""
         return self.end - self.start + sum(part.bytes for part in self.parts)
 
     def rows(self, first: int, count: int) -> "Tensor":
-        """Some rows of it, one after another."""
+        """Returns some consecutive rows."""
         size = (self.end - self.start) // self.shape[0]
         start, shape = self.start + first * size, (count, *self.shape[1:])
         parts = tuple(part.rows(first, count) if part.shape[:1] == self.shape[:1] else part for part in self.parts)
         return replace(self, shape=shape, start=start, end=start + count * size, parts=parts)
 
     def read(self, data: "Data") -> mx.array:
-        """The tensor as an array, in a type that holds every value."""
+        """Returns the tensor as an array, in a type that holds every value."""
         return PARTS[self.dtype].decode(data(self), self.shape, *(part.read(data) for part in self.parts))
 
 
-Data = Callable[[Tensor], np.ndarray]  # gives the bytes of a tensor, as they are stored: `reading.Reading.data`
+Data = Callable[[Tensor], np.ndarray]  # returns the stored bytes of a tensor: `reading.Reading.data`
 
 
 @dataclass(frozen=True)
 class Source:
-    """One checkpoint: the tensors of a file, or of all its shards."""
+    """A checkpoint: the tensors of a file, or of all its shards."""
 
     path: Path  # the file, or the folder of the shards
     files: tuple[Path, ...]
     tensors: dict[str, Tensor]
-    metadata: dict[str, str]  # GGUF's numbers too; its lists are not among them
-    component: str | None = None  # what the folder that it came in says it is
+    metadata: dict[str, str]  # GGUF's strings and numbers, without its lists
+    component: str | None = None  # the component that its folder's name states
 
     @property
     def folder(self) -> Path:
-        """Where its files lie."""
+        """The folder of its files."""
         return self.path if self.path.is_dir() else self.path.parent
 
     def config(self) -> dict | None:
-        """The `config.json` beside it, if there is one."""
+        """Returns the `config.json` beside it; None: there is none."""
         beside = self.folder / "config.json"
         return read_json(beside) if beside.exists() else None
 
 
 def open_sources(paths: list[Path]) -> list[Source]:
-    """Everything that the given files and folders hold.
+    """Opens all checkpoints in the given files and folders.
 
     Raises:
-        ModelError: nothing there, nothing that is a checkpoint, a pickle, or a damaged file.
+        ModelError: a path does not exist or holds no checkpoint, or a file is a pickle or damaged.
     """
     return [source for path in paths for source in _open(path)]
 
 
 def is_model_folder(path: Path) -> bool:
-    """Whether this is a model folder that the converter made, and not one in diffusers' layout.
+    """Tells a folder that the converter wrote from one in diffusers' layout.
 
     Raises:
-        ModelError: its model_index.json cannot be read, so that it could be either.
+        ModelError: its model_index.json cannot be read.
     """
     index = path / "model_index.json"
     return os.path.lexists(index) and "format" in read_json(index)
@@ -106,7 +106,7 @@ def _open(path: Path) -> list[Source]:
     if path.is_file():
         return [_open_file(path)]
     pipeline = (path / "model_index.json").exists()
-    if pipeline or (path / "transformer").is_dir():  # one folder a component; mflux writes no model_index.json
+    if pipeline or (path / "transformer").is_dir():  # one folder for each component; mflux writes no model_index.json
         folders = [path / name for name in NETWORKS if (path / name).is_dir()]
         if not folders:
             raise ModelError(f"{path} has a model_index.json and no component folder", f"{', '.join(COMPONENTS)}")
@@ -116,7 +116,7 @@ def _open(path: Path) -> list[Source]:
 
 
 def _weights(folder: Path) -> list[Path]:
-    """The files in a folder that hold weights, those that are never opened included."""
+    """Returns the files in a folder that hold weights, including pickles."""
     return sorted(p for p in folder.iterdir() if p.suffix in _READ | _PICKLED and not p.name.startswith("."))
 
 
@@ -171,7 +171,7 @@ def _open_shards(index: Path, component: str | None) -> Source:
 
 
 def _join_shards(path: Path, files: list[Path], component: str | None) -> Source:
-    """One source of all the tensors in the files."""
+    """Returns one source with the tensors of all files."""
     tensors, metadata = {}, {}
     for file in files:
         read, facts = _read_tensors(file)
@@ -191,22 +191,22 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def join_parts(tensors: dict[str, Tensor], group_size=lambda layer: GROUP_SIZE) -> dict[str, Tensor]:
-    """The same tensors, each weight that is stored in several of them being one.
+    """Joins tensors that store one weight together, such as codes and scales.
 
     Args:
         tensors: as the files have them.
-        group_size: of an MLX-quantized layer, by its name.
+        group_size: returns the group size of an MLX-quantized layer by its name.
     """
     joined = dict(tensors)
-    for name, tensor in tensors.items():
-        layer, _, last = name.rpartition(".")
+    for full, tensor in tensors.items():
+        layer, _, last = full.rpartition(".")
         for stored, beside, combine in COMPOUNDS:
-            parts = [tensors.get(f"{layer}.{part}") for part in beside]
-            if last == "weight" and tensor.dtype == stored and all(parts):
-                made = combine(tensor, *parts, group_size(layer))
-                if made:
-                    dtype, shape = made
-                    joined[name] = replace(tensor, dtype=dtype, shape=shape, parts=tuple(parts))
+            parts = [tensors[name] for part in beside if (name := f"{layer}.{part}") in tensors]
+            if last == "weight" and tensor.dtype == stored and len(parts) == len(beside):
+                combined = combine(tensor, *parts, group_size(layer))
+                if combined:
+                    dtype, shape = combined
+                    joined[full] = replace(tensor, dtype=dtype, shape=shape, parts=tuple(parts))
                     for part in parts:
                         del joined[part.name]
                     break
@@ -214,16 +214,16 @@ def join_parts(tensors: dict[str, Tensor], group_size=lambda layer: GROUP_SIZE) 
 
 
 def _group_sizes(source: Source) -> Callable[[str], int]:
-    """Of the layers of a model folder of ours, which says in its config.json what it quantized and how."""
+    """Returns the function from a layer of a folder of ours to its group size, from its config.json."""
 
     @cache
-    def said() -> dict:
-        found = (source.config() or {}).get("quantization")
-        return found if isinstance(found, dict) else {}
+    def quantization() -> dict:
+        value = (source.config() or {}).get("quantization")
+        return value if isinstance(value, dict) else {}
 
     def group_size(layer: str) -> int:
-        own = said().get(layer)
-        sizes = (own.get("group_size") if isinstance(own, dict) else None, said().get("group_size"), GROUP_SIZE)
+        own = quantization().get(layer)
+        sizes = (own.get("group_size") if isinstance(own, dict) else None, quantization().get("group_size"), GROUP_SIZE)
         return next(size for size in sizes if type(size) is int and size > 0)
 
     return group_size
@@ -237,6 +237,6 @@ def _check_path(path: Path) -> None:
 
 
 def _check_names(path: Path, names) -> None:
-    """No network has such names; from here on they can be shown as they are."""
+    """Refuses names that are not printable, so that messages can show names as they are."""
     if odd := next((n for n in names if not n.isprintable()), None):
         raise ModelError(f"{path} holds the name {printable(odd)}", "letters, numbers and dots")

@@ -1,4 +1,4 @@
-"""Where tokenizers come from: a folder given, beside the sources, inside a T5 GGUF, or the hub's cache."""
+"""Finds tokenizers: in a given folder, beside the sources, inside a T5 GGUF, or in the hub's cache."""
 
 import os
 import struct
@@ -15,7 +15,7 @@ from mlx_flux_krea.tokenizers import CLIPTokenizer, PixtralTokenizer, T5Tokenize
 
 from .gguf_header import read_gguf
 from .hub import TOKENIZER_FILES, cached
-from .layouts import Found
+from .layouts import SourceComponent
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,8 @@ class _Kind:
     """One of the two tokenizers."""
 
     encoder: str  # the component that reads its ids
-    folders: tuple[str, ...]  # how its folder may be called
-    files: tuple[str, ...]  # its own files; in a folder of its own, tokenizer.json will do
+    folders: tuple[str, ...]  # names of its folder
+    files: tuple[str, ...]  # its files; in a folder of its own, tokenizer.json is enough
     read: type
     wanted: str
 
@@ -41,29 +41,31 @@ _KINDS = {
 _HUB = ("black-forest-labs/FLUX.1-Krea-dev", "black-forest-labs/FLUX.1-dev", "black-forest-labs/FLUX.1-schnell")
 
 
-def find_tokenizers(found: dict[str, Found], plans: dict[str, tuple], given: str | Path | None) -> dict[str, bytes]:
-    """The files of the tokenizers under their names in a model folder, whole as far as can be seen.
+def find_tokenizers(
+    components: dict[str, SourceComponent], plans: dict[str, tuple], given: str | Path | None
+) -> dict[str, bytes]:
+    """Returns the files of the tokenizers by their names in a model folder, after opening them.
 
     A model has `tokenizer` and `tokenizer_2`, Pixtral has `tokenizer`, and the classifier has none.
 
     Args:
-        found: the layout of every component; tokenizers may lie beside them.
-        plans: the config of every component comes first.
-        given: a folder to look in before all others.
+        components: the layout of every component; tokenizers may lie beside them.
+        plans: for every component, its config and its plan.
+        given: a folder to search before all others.
 
     Raises:
-        ModelError: none found, a damaged one, or one with more ids than its encoder knows.
+        ModelError: a tokenizer is missing or damaged, or has more ids than its encoder.
     """
     roots = [Path(os.path.expanduser(given))] if given is not None else []
     if roots and not roots[0].is_dir():
         raise ModelError(f"there is no folder {given}", "a folder with tokenizer and tokenizer_2")
-    if "transformer" not in found:
-        return _of_pixtral(found["pixtral"], plans["pixtral"][0], roots) if "pixtral" in found else {}
-    beside = [found[component].source for component in ("text_encoder", "text_encoder_2", "transformer")]
+    if "transformer" not in components:
+        return _of_pixtral(components["pixtral"], plans["pixtral"][0], roots) if "pixtral" in components else {}
+    beside = [components[component].source for component in ("text_encoder", "text_encoder_2", "transformer")]
     roots += [source.folder.parent if source.component else source.folder for source in beside]
     files = {}
     with TemporaryDirectory() as inside:
-        roots += [unpack(found["text_encoder_2"].source.path, Path(inside))]
+        roots += [unpack(components["text_encoder_2"].source.path, Path(inside))]
         for name, kind in _KINDS.items():
             folder = next(_folders(name, kind, roots), None)
             if folder is None:
@@ -80,24 +82,26 @@ def find_tokenizers(found: dict[str, Found], plans: dict[str, tuple], given: str
     return files
 
 
-def _of_pixtral(found: Found, config: PixtralConfig, roots: list[Path]) -> dict[str, bytes]:
-    root = found.source.folder.parent if found.source.component else found.source.folder
+def _of_pixtral(component: SourceComponent, config: PixtralConfig, roots: list[Path]) -> dict[str, bytes]:
+    source = component.source
+    root = source.folder.parent if source.component else source.folder
     folders = [folder for root in (*roots, root) for folder in (root / "tokenizer", root)]
     folder = next((folder for folder in folders if (folder / "tokenizer.json").exists()), None)
     if folder is None:
         todo = "put it beside the weights, or add --tokenizers DIR"
-        raise ModelError(f"no tokenizer was found beside {found.source.path}", "Pixtral's tokenizer.json", todo)
-    size, known = PixtralTokenizer(folder, config.head_ids[:2]).vocab_size, config.text_config.vocab_size
+        raise ModelError(f"no tokenizer was found beside {source.path}", "Pixtral's tokenizer.json", todo)
+    yes, no, *_ = config.head_ids
+    size, known = PixtralTokenizer(folder, (yes, no)).vocab_size, config.text_config.vocab_size
     if size > known:
         raise ModelError(f"the tokenizer in {folder} has {size} ids", f"at most the {known} of pixtral")
     return {"tokenizer/tokenizer.json": _read(folder / "tokenizer.json")}
 
 
 def unpack(source: Path, root: Path) -> Path:
-    """Writes the tokenizer inside a T5 GGUF, if there is one, as ROOT/tokenizer_2/spiece.model. Gives the root.
+    """Writes the tokenizer inside a T5 GGUF, if it has one, to ROOT/tokenizer_2/spiece.model. Returns the root.
 
     Raises:
-        ModelError: it is incomplete or damaged.
+        ModelError: the tokenizer is incomplete or damaged.
     """
     metadata = read_gguf(source)[1] if source.suffix == ".gguf" else {}
     if metadata.get("tokenizer.ggml.model") == "t5":
@@ -113,16 +117,20 @@ def unpack(source: Path, root: Path) -> Path:
 
 
 def _spiece(metadata: dict, source: Path) -> bytes:
-    """A sentencepiece model (its ModelProto, written out) of what llama.cpp keeps of one."""
+    """Returns a sentencepiece model (a ModelProto) from the fields that llama.cpp stores."""
     pieces, scores, kinds = (metadata.get(f"tokenizer.ggml.{k}") for k in ("tokens", "scores", "token_type"))
     charsmap = metadata.get("tokenizer.ggml.precompiled_charsmap", np.zeros(0, np.uint8))
-    arrays = [getattr(array, "dtype", None) for array in (scores, kinds, charsmap)]
-    known = arrays[:2] == [np.float32, np.int32] and arrays[2] in (np.uint8, np.int8)
-    if not known or not isinstance(pieces, list) or not len(pieces) == len(scores) == len(kinds):
+    if (
+        not isinstance(pieces, list)
+        or not (isinstance(scores, np.ndarray) and scores.dtype == np.float32)
+        or not (isinstance(kinds, np.ndarray) and kinds.dtype == np.int32)
+        or not (isinstance(charsmap, np.ndarray) and charsmap.dtype in (np.uint8, np.int8))
+        or not len(pieces) == len(scores) == len(kinds)
+    ):
         raise ModelError(f"the tokenizer inside {source} is incomplete", "its tokens, scores and token_type")
     size = len(pieces)
     while size and (kinds[size - 1] == _UNUSED or pieces[size - 1].startswith("<extra_id_")):
-        size -= 1  # made up to fill the embedding; sentencepiece's own end before them
+        size -= 1  # added to fill the embedding; sentencepiece's own pieces end before them
     table = zip(pieces[:size], scores[:size], kinds[:size], strict=True)
     proto = [_field(1, _field(1, p.encode()) + _field(2, float(s)) + _field(3, int(k))) for p, s, k in table]
     keys = {3: "add_space_prefix", 4: "remove_extra_whitespaces"}
@@ -135,7 +143,7 @@ _UNUSED, _UNIGRAM = 5, 1  # sentencepiece's numbers of a kind of piece, and of a
 
 
 def _field(number: int, value: bytes | int | float) -> bytes:
-    """One field of a protobuf message: bytes, an integer, or a float32."""
+    """Encodes a field of a protobuf message: bytes, an integer, or a float32."""
     if isinstance(value, float):
         return _varint(number << 3 | 5) + struct.pack("<f", value)
     if isinstance(value, int):
@@ -144,7 +152,7 @@ def _field(number: int, value: bytes | int | float) -> bytes:
 
 
 def _varint(value: int) -> bytes:
-    value &= 2**64 - 1  # of a negative number, its two's complement
+    value &= 2**64 - 1  # two's complement of a negative number
     data = bytearray()
     while value > 127:
         data.append(value & 127 | 128)
@@ -160,7 +168,7 @@ def _read(file: Path) -> bytes:
 
 
 def _folders(name: str, kind: _Kind, roots: list[Path]) -> Iterator[Path]:
-    """Every folder that holds this tokenizer, the nearest first."""
+    """Yields every folder that holds this tokenizer, the nearest first."""
     yield from (root / folder for root in roots for folder in (*kind.folders, ".") if _holds(root / folder, kind))
     for repository in _HUB:
         snapshot = cached(repository)

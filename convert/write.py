@@ -1,6 +1,6 @@
-"""Writes the weights of a component: read in the order of the source, each piece put where it belongs in our shards.
+"""Writes the weights of a component: reads in the order of the source, writes each chunk to its place in our shards.
 
-Only pieces of a few tensors are in memory at a time. Reading, hashing, quantizing (on two streams) and writing overlap.
+Only chunks of a few tensors are in memory at a time. Reading, hashing, quantizing (on two streams) and writing overlap.
 """
 
 import contextlib
@@ -20,22 +20,22 @@ from mlx_flux_krea.errors import ModelError
 from mlx_flux_krea.models.config import quantization_to_json
 from mlx_flux_krea.weights import INDEX
 
-from .folder import Folder
-from .quantize import ITEM_BYTES, Layers, Made, count_bytes, layer_of, make, stored
+from .folder import NewFolder
+from .quantize import ITEM_BYTES, Layers, StoredChunk, count_bytes, layer_of, make, stored
 from .reading import Reading
-from .remap import Plan, Target
+from .remap import ComponentPlan, Target
 
-SHARD_BYTES = 4 * 2**30  # a shard ends with the block that reaches this
-_BEGUN = 6  # pieces of tensors that are in the making at a time
-_WAITING = 8  # arrays that are made and not written yet
+SHARD_BYTES = 4 * 2**30  # a shard ends with the block that reaches this size
+_STARTED = 6  # chunks that are computed at a time
+_WAITING = 8  # arrays that wait to be written
 _MODULATION = ("_mod.lin.", ".modulation.lin.", "adaLN_modulation.")
 
 
 def write_component(
-    folder: Folder,
+    folder: NewFolder,
     component: str,
     config: dict,
-    plan: Plan,
+    plan: ComponentPlan,
     dtype: str,
     layers: Layers,
     reading: Reading,
@@ -52,14 +52,14 @@ def write_component(
         dtype: "float32", "bfloat16" or "float16", of every array that is not packed.
         layers: how layers are quantized.
         reading: reads the sources.
-        done: called with the bytes just written.
-        allow_nonfinite: NaN and infinities pass.
+        done: called with the number of bytes just written.
+        allow_nonfinite: accept NaN and infinities.
 
     Returns:
-        Of every quantized tensor, the squares of error and values, summed.
+        For every quantized tensor, the sums of the squares of error and values.
 
     Raises:
-        ModelError: a source that cannot be read, NaN or infinities in a tensor, or a value that does not fit the type.
+        ModelError: a source cannot be read, or a tensor has NaN, infinities or values too large for the type.
     """
     quantization = quantization_to_json(layers)
     fields = {"quantization": quantization} if quantization else {}
@@ -75,14 +75,14 @@ def write_component(
             weight_map |= dict.fromkeys(starts, name)
             places |= {array: (file, start) for array, start in starts.items()}
         writing: deque[Future] = deque()
-        for row, made in _made(plan, dtype, layers, reading):
+        for row, chunk in _chunks(plan, dtype, layers, reading):
             if not allow_nonfinite:
-                _check_finite(made, dtype)
-            if made.loss is not None:
-                losses[made.target.name] = losses.get(made.target.name, 0) + np.array(made.loss, np.float64)
-            arrays = stored(made.target, dtype, layer_of(made.target, layers))
-            for array, part in zip(arrays, made.parts, strict=True):
-                data = memoryview(np.asarray(part.reshape(-1).view(mx.uint8)))
+                _check_finite(chunk, dtype)
+            if chunk.loss is not None:
+                losses[chunk.target.name] = losses.get(chunk.target.name, 0) + np.array(chunk.loss, np.float64)
+            arrays = stored(chunk.target, dtype, layer_of(chunk.target, layers))
+            for array, part in zip(arrays, chunk.parts, strict=True):
+                data = np.asarray(part.reshape(-1).view(mx.uint8)).data
                 file, start = places[array]
                 if row:
                     start += row * len(data) // part.shape[0]
@@ -93,40 +93,40 @@ def write_component(
             done(writing.popleft().result())
     metadata = {"total_size": sum(count_bytes(t, dtype, layer_of(t, layers)) for t in plan.targets)}
     folder.write_json(f"{component}/{INDEX}", {"metadata": metadata, "weight_map": weight_map})
-    return {name: tuple(loss.tolist()) for name, loss in losses.items()}
+    return {name: (float(loss[0]), float(loss[1])) for name, loss in losses.items()}
 
 
-def _made(plan: Plan, dtype: str, layers: Layers, reading: Reading) -> Iterator[tuple[int, Made]]:
-    """Pieces, each with the row of its tensor that is its first: the next are read while those before are computed.
+def _chunks(plan: ComponentPlan, dtype: str, layers: Layers, reading: Reading) -> Iterator[tuple[int, StoredChunk]]:
+    """Yields chunks, each with its first row in its tensor; the next are read while the previous ones are computed.
 
-    They come in the order of the sources, so that these are read once, on two streams in turn.
+    They are in the order of the sources, so that each is read once, and alternate between two streams.
     """
-    pieces = [(row, target, piece) for target in plan.targets for row, piece in target.pieces()]
-    pieces.sort(key=lambda cut: [(str(tensor.path), tensor.start) for tensor in cut[2].sources[:1]])
-    begun: deque[tuple[int, Made]] = deque()
-    for (row, target, piece), stream in zip(pieces, itertools.cycle(_streams()), strict=False):
-        begun.append((row, make(target, piece, dtype, layer_of(target, layers), reading.data, stream)))
-        if len(begun) == _BEGUN:
-            yield begun.popleft()
-    yield from begun
+    chunks = [(row, target, chunk_) for target in plan.targets for row, chunk_ in target.chunks()]
+    chunks.sort(key=lambda cut: [(str(tensor.path), tensor.start) for tensor in cut[2].sources[:1]])
+    started: deque[tuple[int, StoredChunk]] = deque()
+    for (row, target, chunk_), stream in zip(chunks, itertools.cycle(_streams()), strict=False):
+        started.append((row, make(target, chunk_, dtype, layer_of(target, layers), reading.data, stream)))
+        if len(started) == _STARTED:
+            yield started.popleft()
+    yield from started
     mx.clear_cache()
 
 
-def _check_finite(made: Made, dtype: str) -> None:
-    if problem := made.problem(dtype):
-        tensor, nonfinite = made.piece.sources[0], problem.startswith("NaN")
+def _check_finite(chunk: StoredChunk, dtype: str) -> None:
+    if problem := chunk.problem(dtype):
+        tensor, nonfinite = chunk.chunk.sources[0], problem.startswith("NaN")
         todo = "download it again" if nonfinite else "use another --dtype"
         raise ModelError(f"{tensor.path}: {tensor.name} holds {problem}", "finite weights" if nonfinite else "", todo)
 
 
 @functools.cache
 def _streams() -> tuple:
-    """Two more; in every thread that converts they are its own."""
+    """Returns two more streams, which every thread has for itself."""
     return tuple(mx.new_thread_local_stream(mx.default_device()) for _ in range(2))
 
 
-def _shards(plan: Plan, dtype: str, layers: Layers) -> list[list[Target]]:
-    """Modulation apart from the rest; a shard never ends inside a block."""
+def _shards(plan: ComponentPlan, dtype: str, layers: Layers) -> list[list[Target]]:
+    """Divides tensors into shards: modulation apart from the rest, and no end inside a block."""
     modulation = [t for t in plan.targets if any(part in t.name for part in _MODULATION)]
     rest = [t for t in plan.targets if not any(part in t.name for part in _MODULATION)]
     shards: list[list[Target]] = []
@@ -144,14 +144,14 @@ def _shards(plan: Plan, dtype: str, layers: Layers) -> list[list[Target]]:
 
 
 def _block(name: str) -> str:
-    """The part of a name up to and with its first number: double_blocks.7, encoder.block.3."""
+    """Returns the part of a name up to its first number: double_blocks.7, encoder.block.3."""
     parts = name.split(".")
     number = next((i for i, part in enumerate(parts) if part.isdigit()), 0)
     return ".".join(parts[: number + 1])
 
 
 def _header(targets: list[Target], dtype: str, layers: Layers) -> tuple[bytes, dict[str, int]]:
-    """A safetensors header in the order given, and where each array begins; the library's own writers sort."""
+    """Returns a safetensors header in the given order, and the start of each array; the library's writers sort."""
     entries: dict = {"__metadata__": {"format": "mlx"}}
     offset, starts = 0, {}
     for target in targets:

@@ -189,12 +189,13 @@ def _claim(partial: Path, path: Path) -> None:
 # --- locks ---
 
 
-def try_lock(path: Path, create: bool = True) -> int | None:
+def try_lock(path: Path, create: bool = True, mode: int = 0o600) -> int | None:
     """Opens and locks a file; the lock goes with the descriptor, or with the process, however that ends.
 
     Args:
         path: the file.
-        create: it where it does not exist, for its owner alone.
+        create: create the file if it does not exist.
+        mode: permissions of a created file; by default for its owner alone.
 
     Returns:
         Its descriptor; None where another process holds the lock, or the file was replaced meanwhile.
@@ -202,7 +203,7 @@ def try_lock(path: Path, create: bool = True) -> int | None:
     Raises:
         OSError: it cannot be opened.
     """
-    descriptor = os.open(path, os.O_RDWR | (os.O_CREAT if create else 0), 0o600)
+    descriptor = os.open(path, os.O_RDWR | (os.O_CREAT if create else 0), mode)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if os.path.samestat(os.fstat(descriptor), os.stat(path)):
@@ -257,8 +258,8 @@ def bypass(file: int) -> None:
     Args:
         file: its descriptor.
     """
-    if hasattr(fcntl, "F_NOCACHE"):
-        fcntl.fcntl(file, fcntl.F_NOCACHE, 1)
+    if command := getattr(fcntl, "F_NOCACHE", None):
+        fcntl.fcntl(file, command, 1)
 
 
 def forget(file: int, start: int = 0, count: int = 0) -> None:

@@ -558,7 +558,7 @@ def test_only_a_model_folder_is_ever_replaced(source, tmp_path):
     out.mkdir()
     (out / "mine.txt").write_text("keep")
     for force in (False, True):
-        with pytest.raises(UsageError, match=r"exists and is no model folder.*expected a new folder") as caught:
+        with pytest.raises(UsageError, match=r"exists and is not a model folder.*expected a new folder") as caught:
             run(source, out=out, force=force)
         assert caught.value.exit_code == 2
     (out / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')  # diffusers' own, and not ours
@@ -783,19 +783,19 @@ def test_what_the_disk_did_not_keep_is_found_before_the_folder_has_its_name(sour
         return Bad(file) if Path(path).name == name and "x" in mode else file
 
     monkeypatch.setattr(folders, "open", bad_open, raising=False)
-    with pytest.raises(UsageError, match=rf"{name} reads back as something else"):
+    with pytest.raises(UsageError, match=rf"{name} does not read back as it was written"):
         run(source, out=tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["source"]
 
 
 def test_the_file_that_makes_a_folder_a_model_is_written_last(source, tmp_path, monkeypatch):
-    written, real = [], folders.Folder.open
+    written, real = [], folders.NewFolder.open
 
     def watch(folder, name):
         written.append(name)
         return real(folder, name)
 
-    monkeypatch.setattr(folders.Folder, "open", watch)
+    monkeypatch.setattr(folders.NewFolder, "open", watch)
     out = run(source, out=tmp_path / "out").path
     assert written[-1] == "model_index.json"
     assert sorted(written) == sorted(p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file())
@@ -816,7 +816,7 @@ def test_a_file_in_the_place_of_the_target_is_refused(source, tmp_path):
         ("file/x/new", "cannot be written: Not a directory"),
         ("/proc/x", "cannot be written"),
         ("/proc/x/y", "cannot be written"),
-        ("loop", "is a link that leads nowhere"),
+        ("loop", "is a broken link"),
         ("loop/new", "cannot be written"),
     ],
 )
@@ -1056,8 +1056,8 @@ _SIGNALLED = """
 import os, signal, sys
 from pathlib import Path
 from mlx_flux_krea import cli
-from mlx_flux_krea.convert.folder import Folder
-rename, write_file = Path.rename, Folder.write
+from mlx_flux_krea.convert.folder import NewFolder
+rename, write_file = Path.rename, NewFolder.write
 def signalled(function):
     def call(path, *rest):
         result = function(path, *rest)
@@ -1065,6 +1065,6 @@ def signalled(function):
             os.kill(os.getpid(), signal.SIGINT)
         return result
     return call
-Path.rename, Folder.write = signalled(rename), signalled(write_file)
+Path.rename, NewFolder.write = signalled(rename), signalled(write_file)
 cli.main(sys.argv[2:])
 """

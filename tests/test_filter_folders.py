@@ -161,7 +161,7 @@ def test_a_ready_4_bit_copy_stays_what_it_is(ready, tmp_path, quantize):
     """Bits that were lost do not come back, and rounding again would lose more."""
     report = convert([ready], tmp_path / "out", quantize=quantize)
     path, what = report.path, {None: "4", "8": "8", "none": "none"}[quantize]
-    assert report.notes == (f"-q {what}: what the source has in as few bits or fewer stays as it is",)
+    assert report.notes == (f"-q {what}: layers that have as few bits or fewer in the source stay as they are",)
     folder = open_filter("pixtral", path)
     layers = folder.network.layers()
     assert layers.pop("lm_head") is None

@@ -623,7 +623,7 @@ def header(tensors=(), entries=(), version=3, counts=None, data=bytes(256)) -> b
     ("data", "says"),
     [
         (b"", "its header asks for 4 bytes where 0 are left"),
-        (b"GGML" + bytes(40), "does not begin with GGUF"),
+        (b"GGML" + bytes(40), "does not start with GGUF"),
         (header(version=1), "is of version 1"),
         (header(version=3 << 24), "another order of bytes"),
         (header(counts=(2**63, 0)), "counts 9223372036854775808 tensors"),
@@ -634,7 +634,7 @@ def header(tensors=(), entries=(), version=3, counts=None, data=bytes(256)) -> b
         (header([("a", (2**62, 2**62), 0, 0)]), "ends before a does"),
         (header([("a", (32,), 0, 0), ("b", (32,), 0, 64)]), "b lies on top of another tensor"),
         (header([("a", (8,), 0, 0), ("a", (8,), 0, 32)]), "a is in it twice"),
-        (header([("a", (8,), 99, 0)]), "a is of the ggml type 99, and read are F32, F16"),
+        (header([("a", (8,), 99, 0)]), "a is of the ggml type 99, and only these are known: F32, F16"),
         (header([("a", (8,), 16, 0)]), "a is of the ggml type 16"),
         (header([("a", (33,), 8, 0)]), r"a of shape \[33\] cannot be stored as Q8_0"),
         (header([("a", (0,), 0, 0)]), r"a of shape \[0\] cannot be"),

@@ -8,7 +8,7 @@ import mlx.core as mx
 import pytest
 from helpers import edit_json
 from mlx_flux_krea.convert import convert
-from mlx_flux_krea.convert.quantize import Recipe, choose
+from mlx_flux_krea.convert.quantize import QuantizationRecipe, choose
 from PIL import Image
 
 from mlx_flux_krea import FluxPipeline, nano
@@ -23,7 +23,9 @@ SIZES = config.FLUX_DEV_MODEL
 
 def weights_of(quantize="none", dtype=mx.bfloat16):
     networks = SIZES.by_component()
-    layers = {name: choose(name, layer_widths(name, one), Recipe(quantize))[0] for name, one in networks.items()}
+    layers = {
+        name: choose(name, layer_widths(name, one), QuantizationRecipe(quantize))[0] for name, one in networks.items()
+    }
     return weigh(SIZES, layers, dict.fromkeys(networks, "bfloat16"), dtype)
 
 

@@ -23,7 +23,7 @@ from mlx_flux_krea.convert.folder import check_manifest
 from mlx_flux_krea.convert.licence import ATTRIBUTION_NOTICE, licence_files
 from mlx_flux_krea.convert.quantize import RECIPES, choose, find_recipe
 from mlx_flux_krea.convert.reading import Reading
-from mlx_flux_krea.convert.remap import Plan, Target
+from mlx_flux_krea.convert.remap import ComponentPlan, Target
 from mlx_flux_krea.convert.sources import Tensor
 
 from mlx_flux_krea import FluxPipeline, cli, presets
@@ -406,7 +406,7 @@ def test_of_a_tensor_only_pieces_are_in_memory_however_large_it_is(tmp_path):
     before, rows = mx.get_active_memory(), 0
     layers = {"single_blocks.0.linear1": Quantization(8, 64)}
     with Reading([file]) as reading:
-        for row, made in write._made(Plan((target,), ()), "bfloat16", layers, reading):
+        for row, made in write._chunks(ComponentPlan((target,), ()), "bfloat16", layers, reading):
             assert row == rows
             rows += made.parts[0].shape[0]
             mx.eval(made.parts)
@@ -553,7 +553,7 @@ def test_more_bits_give_nothing_back_and_the_report_says_so(make, tmp_path, quan
     report = convert([path], tmp_path / "more", quantize=quantize, dtype="float32")
     named = {note.split(":")[0] for note in report.notes}
     assert named == {"transformer", "text_encoder_2"}
-    assert all(note.endswith("what quantizing lost does not come back") for note in report.notes)
+    assert all(note.endswith("precision that was lost does not come back") for note in report.notes)
     if quantize == "none":
         for component in COMPONENTS:
             arrays, values = arrays_of(report.path, component), values_of(path, component)
@@ -577,7 +577,7 @@ def test_a_damaged_folder_is_no_source(folder, tmp_path):
     data = bytearray(shard.read_bytes())
     data[-5] ^= 1
     shard.write_bytes(data)
-    with pytest.raises(ModelError, match=r"model-00002-of-00002\.safetensors is not what its manifest\.json says"):
+    with pytest.raises(ModelError, match=r"model-00002-of-00002\.safetensors differs from its manifest\.json"):
         convert([folder], tmp_path / "out", quantize="4")
     assert not (tmp_path / "out").exists()
     with pytest.raises(UsageError, match="overlaps the source"):

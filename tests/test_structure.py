@@ -139,7 +139,7 @@ def test_an_arrow_that_points_up_is_seen(source, module, rooms):
 @pytest.mark.parametrize(
     ("source", "module"),
     [
-        ("from . import maps\nfrom .layouts import Found", "convert.remap"),
+        ("from . import maps\nfrom .layouts import SourceComponent", "convert.remap"),
         ("from mlx_flux_krea import __version__, presets", "convert.remap"),
         ("import mlx_flux_krea.models.config as configs", "convert.remap"),
         ("from .config import VAEConfig\nfrom . import layers", "mlx_flux_krea.models.vae"),

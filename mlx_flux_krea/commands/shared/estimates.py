@@ -10,7 +10,7 @@ import mlx.core as mx
 
 from mlx_flux_krea import home, memory, presets
 from mlx_flux_krea.convert.folder import existing
-from mlx_flux_krea.convert.quantize import Recipe, choose
+from mlx_flux_krea.convert.quantize import QuantizationRecipe, choose
 from mlx_flux_krea.errors import ResourceError
 from mlx_flux_krea.models.config import FluxConfig, ModelSizes
 from mlx_flux_krea.weights import layer_widths
@@ -74,7 +74,8 @@ def weigh_recipe(sizes: ModelSizes, precision: str, dtype: str) -> memory.Weight
         dtype: type of everything that is not quantized, and of the computation.
     """
     networks = sizes.by_component()
-    layers = {name: choose(name, layer_widths(name, one), Recipe(precision))[0] for name, one in networks.items()}
+    recipe = QuantizationRecipe(precision)
+    layers = {name: choose(name, layer_widths(name, network), recipe)[0] for name, network in networks.items()}
     return memory.weigh(sizes, layers, dict.fromkeys(networks, dtype), getattr(mx, dtype))
 
 
