@@ -98,7 +98,7 @@ def test_how_matrices_are_cut_into_pieces_changes_no_byte(tmp_path, monkeypatch,
     source = foreign.write(nano.FOLDER, tmp_path / "source", layout, **dict.fromkeys(MATRICES, kind))
     written = []
     for size in (2**30, 1000):
-        monkeypatch.setattr(remap, "_PIECE", size)
+        monkeypatch.setattr(remap, "_CHUNK", size)
         path = convert([source], tmp_path / str(size), quantize="4", tokenizers=nano.FOLDER).path
         manifest = json.loads((path / "manifest.json").read_text())
         written.append({name: entry for name, entry in manifest.items() if name.endswith(".safetensors")})

@@ -57,7 +57,7 @@ def test_of_every_type_the_pieces_are_large_enough_to_be_read_once(tmp_path, mon
     tensor = Tensor("w", tmp_path / "holes", kind, shape, 0, size)
     monkeypatch.setattr(reading.Reading, "_read", lambda *args: read.append(args[3]) or files(*args))
     with reading.Reading([tensor.path]) as sources:
-        for _, piece in remap.Target("w", shape, (tensor,), False, True).pieces():
+        for _, piece in remap.Target("w", shape, (tensor,), False, True).chunks():
             sources.data(*piece.sources)
         assert sources.finish(tensor.path) == sha256(tensor.path)
     assert sum(read) <= 1.04 * size
