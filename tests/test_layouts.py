@@ -276,7 +276,7 @@ def test_e5m2_is_refused_by_name(tmp_path):
 
 def test_an_unknown_gguf_is_called_what_it_says_it_is(tmp_path):
     foreign.save_gguf(tmp_path / "m.gguf", {"blk.0.attn_q.weight": mx.zeros((32, 32))}, "F16", arch="llama")
-    with pytest.raises(ModelError, match=r"no layout that is known here \(it says that it is 'llama', and holds blk"):
+    with pytest.raises(ModelError, match=r"has no known layout \(it says that it is 'llama', and holds blk"):
         convert([tmp_path / "m.gguf"], tmp_path / "out")
 
 

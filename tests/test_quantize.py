@@ -669,7 +669,7 @@ def test_verify_names_what_differs_is_missing_or_is_not_listed(folder, tmp_path)
     ran = run_command("verify", folder, cwd=tmp_path)
     assert (ran.returncode, ran.stdout) == (3, "")
     assert ran.stderr == (
-        f"flux-krea: {folder} is not what its manifest.json says (differs: vae/{shard.name}; "
+        f"flux-krea: {folder} differs from its manifest.json (differs: vae/{shard.name}; "
         "missing: tokenizer/vocab.json; not listed: extra/lora.safetensors); convert the model again\n"
     )
     report = json.loads(run_command("verify", folder, "--json", cwd=tmp_path).stdout)
