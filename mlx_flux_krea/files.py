@@ -13,6 +13,9 @@ import hashlib
 import json
 import mmap
 import os
+import re
+import secrets
+import stat
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError
@@ -22,27 +25,81 @@ from typing import BinaryIO
 from .errors import ModelError, ResourceError, UsageError
 
 PAGE = mmap.PAGESIZE
+MOST_BYTES = 2**25  # of a small file; the largest published one, a tokenizer.json, has 17 MB
+MOST_NESTING = 100  # of JSON; ours has 5
 _CHUNK = 2**22  # bytes of one read of a file that is hashed
+_BRACKETS = re.compile(r"[\[\]{}]")
 
 
 # --- small files ---
 
 
-def read_json(path: Path) -> dict:
-    """A JSON object from a file.
+def read_small(path: Path, most: int = MOST_BYTES) -> bytes:
+    """Reads a whole file that has no reason to be large: JSON, a tokenizer, a licence, prompts.
+
+    Args:
+        path: the file; links are followed.
+        most: bytes above which it is refused unread.
 
     Raises:
-        ModelError: missing, not JSON, or not an object.
+        OSError: it cannot be read, is no regular file (a pipe would wait for ever), or is too large.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with open(descriptor, "rb") as file:
+        state = os.fstat(descriptor)
+        if stat.S_ISDIR(state.st_mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        if not stat.S_ISREG(state.st_mode):
+            raise OSError(errno.EINVAL, "it is a device or a pipe, not a file", str(path))
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise OSError(errno.EFBIG, f"it is larger than {most / 1e6:.0f} MB", str(path))
+    return data
+
+
+def parse_json(text: str | bytes):
+    """Returns the value of JSON text, which may begin with a byte order mark.
+
+    Raises:
+        ValueError: not UTF-8, not JSON, nested deeper than `MOST_NESTING`, or with text that UTF-8 cannot hold.
+    """
+    text = text.decode("utf-8-sig") if isinstance(text, bytes) else text
+    if _depth(text) > MOST_NESTING:
+        raise ValueError(f"it is nested more than {MOST_NESTING} deep")
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+    if "\\ud" in text.lower():
+        json.dumps(value, ensure_ascii=False).encode()  # half of a surrogate pair: no file, log or terminal takes it
+    return value
+
+
+def _depth(text: str) -> int:
+    """Returns how deep brackets are nested, those inside strings included: an upper bound, without parsing."""
+    depth = deepest = 0
+    for bracket in _BRACKETS.findall(text):
+        depth += 1 if bracket in "[{" else -1
+        deepest = max(deepest, depth)
+    return deepest
+
+
+def read_json(path: Path) -> dict:
+    """Reads a JSON object from a small file.
+
+    Raises:
+        ModelError: missing, too large, not JSON, or not an object.
     """
     try:
-        obj = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(read_small(path))
     except FileNotFoundError:
         raise ModelError(f"{path} is missing") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{path} cannot be read: {error}", "a JSON file") from None
-    if not isinstance(obj, dict):
-        raise ModelError(f"{path} holds a {type(obj).__name__}", "a JSON object")
-    return obj
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ModelError(f"{path} cannot be read: {reason}", "a JSON file") from None
+    if not isinstance(value, dict):
+        raise ModelError(f"{path} holds a {type(value).__name__}", "a JSON object")
+    return value
 
 
 # --- hashes ---
@@ -50,7 +107,7 @@ def read_json(path: Path) -> dict:
 
 def sha256_if_exists(path: Path) -> str | None:
     """Returns the sha256 of a small file, such as a folder's manifest.json, which stands for all of it; else None."""
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None
+    return hashlib.sha256(read_small(path, most=2**31)).hexdigest() if path.exists() else None
 
 
 def sha256(path: Path, stop: threading.Event | None = None, done: Callable[[int], None] = lambda count: None) -> str:
@@ -129,14 +186,13 @@ def written_whole(path: Path, force: bool = True, mode: int | None = None) -> It
         FileExistsError: without `force`, the name is taken, also where it was free when the block began.
         OSError: it cannot be written.
     """
-    partial = path.with_name(_partial(path.name, os.getpid(), threading.get_native_id()))
+    partial = path.with_name(_partial(path.name, os.getpid(), secrets.token_hex(8)))
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC  # never what somebody put there
     try:
-        with open(partial, "wb") as file:
-            if mode is not None:
-                os.fchmod(file.fileno(), mode)
+        with open(os.open(partial, flags, 0o666 if mode is None else mode), "wb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            sync(file.fileno())
         if not force:
             _claim(partial, path)
         os.replace(partial, path)
@@ -172,8 +228,8 @@ def remove_partials(path: Path, process: int) -> None:
             partial.unlink()
 
 
-def _partial(name: str, process: int, thread: int | str) -> str:
-    return f".{name}.{process}-{thread}.partial"
+def _partial(name: str, process: int, random: str) -> str:
+    return f".{name}.{process}-{random}.partial"
 
 
 def _claim(partial: Path, path: Path) -> None:
@@ -219,11 +275,20 @@ def wait_for_lock(descriptor: int) -> None:
     fcntl.flock(descriptor, fcntl.LOCK_EX)
 
 
+def sync(descriptor: int) -> None:
+    """Has the disk itself write down an open file; macOS's fsync stops at the disk's own memory."""
+    if hasattr(fcntl, "F_FULLFSYNC"):
+        with contextlib.suppress(OSError):  # disks on a network cannot
+            fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
+            return
+    os.fsync(descriptor)
+
+
 def sync_folder(path: Path) -> None:
     """Has the system write down which names a folder holds."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        sync(descriptor)
     finally:
         os.close(descriptor)
 
