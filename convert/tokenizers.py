@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 
 from mlx_flux_krea.errors import ModelError
+from mlx_flux_krea.files import read_small
 from mlx_flux_krea.models.filter_config import PixtralConfig
 from mlx_flux_krea.tokenizers import CLIPTokenizer, PixtralTokenizer, T5Tokenizer
 
@@ -91,7 +92,7 @@ def _of_pixtral(component: SourceComponent, config: PixtralConfig, roots: list[P
         todo = "put it beside the weights, or add --tokenizers DIR"
         raise ModelError(f"no tokenizer was found beside {source.path}", "Pixtral's tokenizer.json", todo)
     yes, no, *_ = config.head_ids
-    size, known = PixtralTokenizer(folder, (yes, no)).vocab_size, config.text_config.vocab_size
+    size, known = PixtralTokenizer(folder, (yes, no), read_small).vocab_size, config.text_config.vocab_size
     if size > known:
         raise ModelError(f"the tokenizer in {folder} has {size} ids", f"at most the {known} of pixtral")
     return {"tokenizer/tokenizer.json": _read(folder / "tokenizer.json")}
@@ -162,7 +163,7 @@ def _varint(value: int) -> bytes:
 
 def _read(file: Path) -> bytes:
     try:
-        return file.read_bytes()
+        return read_small(file)
     except OSError as error:
         raise ModelError(f"{file} cannot be read: {error.strerror}", "a file that can") from None
 

@@ -26,7 +26,7 @@ from safetensors.numpy import save
 
 from . import home
 from .errors import FluxKreaError, UsageError
-from .files import try_lock
+from .files import parse_json, try_lock
 from .weights import read_header
 
 logger = logging.getLogger("mlx_flux_krea")
@@ -235,7 +235,7 @@ def _header(path: Path) -> tuple[dict, dict[str, tuple[int, ...]]]:
         infos, metadata = read_header(path)
         if len(metadata.get(_KEY, "")) > _LONGEST:
             raise ValueError
-        facts = json.loads(metadata[_KEY])
+        facts = parse_json(metadata[_KEY])
     except FluxKreaError as error:
         raise UsageError(error.found, whole) from None
     except (KeyError, ValueError, RecursionError):

@@ -187,9 +187,12 @@ def written_whole(path: Path, force: bool = True, mode: int | None = None) -> It
         OSError: it cannot be written.
     """
     partial = path.with_name(_partial(path.name, os.getpid(), secrets.token_hex(8)))
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC  # never what somebody put there
+
+    def create(name: str, flags: int) -> int:  # never what somebody put there
+        return os.open(name, flags | os.O_EXCL | os.O_NOFOLLOW, 0o666 if mode is None else mode)
+
     try:
-        with open(os.open(partial, flags, 0o666 if mode is None else mode), "wb") as file:
+        with open(partial, "wb", opener=create) as file:
             yield file
             file.flush()
             sync(file.fileno())

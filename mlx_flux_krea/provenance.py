@@ -26,7 +26,7 @@ from PIL import ExifTags, Image, PngImagePlugin
 
 from . import __version__
 from .errors import UsageError
-from .files import replacing
+from .files import parse_json, replacing
 from .presets import METADATA, QUALITY
 
 logger = logging.getLogger("mlx_flux_krea")
@@ -247,7 +247,7 @@ def _decode_record(text) -> dict | None:
     if found := _RECORD.search(text):
         text = unescape(found[1])
     try:
-        record = json.loads(text)
+        record = parse_json(text)
     except (ValueError, RecursionError):
         return None
     return record if isinstance(record, dict) and "software" in record else None

@@ -8,6 +8,7 @@ for text and pictures has a tokenizer of its own.
 import json
 import re
 import unicodedata
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,8 @@ import sentencepiece
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
 from .errors import ModelError
+
+Read = Callable[[Path], bytes]  # reads a whole file; who opens a stranger's folder passes one with a bound
 
 
 @dataclass(frozen=True)
@@ -42,13 +45,14 @@ class CLIPTokenizer:
 
     Args:
         folder: holds the files.
+        read: reads one of them.
 
     Raises:
         ModelError: files are missing or damaged.
     """
 
-    def __init__(self, folder: Path):
-        vocab, merges = _read_bpe(folder)
+    def __init__(self, folder: Path, read: Read = Path.read_bytes):
+        vocab, merges = _read_bpe(folder, read)
         try:
             bpe = models.BPE(vocab=vocab, merges=merges, continuing_subword_prefix="", end_of_word_suffix="</w>")
             self._start, self._end = vocab["<|startoftext|>"], vocab["<|endoftext|>"]
@@ -95,11 +99,11 @@ class T5Tokenizer:
         ModelError: files are missing or damaged.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, read: Read = Path.read_bytes):
         fast, slow = folder / "tokenizer.json", folder / "spiece.model"
         try:
             if fast.exists():
-                tokenizer = Tokenizer.from_file(str(fast))
+                tokenizer = Tokenizer.from_str(read(fast).decode())
                 tokenizer.no_padding()
                 tokenizer.no_truncation()
                 self._encode = lambda text: tokenizer.encode(text, add_special_tokens=False).ids
@@ -107,13 +111,13 @@ class T5Tokenizer:
                 self._pad, self._end = tokenizer.token_to_id("<pad>"), tokenizer.token_to_id("</s>")
                 self.vocab_size = max(tokenizer.get_vocab().values()) + 1
             elif slow.exists():
-                self._pieces = sentencepiece.SentencePieceProcessor(model_file=str(slow))
+                self._pieces = sentencepiece.SentencePieceProcessor(model_proto=read(slow))
                 proto = self._pieces.serialized_model_proto()
                 self._inside = sentencepiece.SentencePieceProcessor(model_proto=proto + _INSIDE)
                 self._normalizer = sentencepiece.SentencePieceNormalizer(model_proto=proto + _SPACES_KEPT)
                 self._encode, self._decode = self._encode_pieces, self._decode_pieces
                 self._pad, self._end = self._pieces.pad_id(), self._pieces.eos_id()
-                self._special = self._special_tokens(folder)
+                self._special = self._special_tokens(folder, read)
                 self.vocab_size = max(self._pieces.get_piece_size(), *(i + 1 for i in self._special.values()))
             else:
                 raise ModelError(f"{folder} holds no T5 tokenizer", "tokenizer.json or spiece.model")
@@ -131,9 +135,9 @@ class T5Tokenizer:
         ids = [*ids[: max_length - 1], self._end]
         return Tokens(ids + [self._pad] * (max_length - len(ids)), len(ids), cut)
 
-    def _special_tokens(self, folder: Path) -> dict[str, int]:
+    def _special_tokens(self, folder: Path, read: Read) -> dict[str, int]:
         config = folder / "tokenizer_config.json"
-        extra = json.loads(config.read_text(encoding="utf-8")).get("extra_ids", 100) if config.exists() else 100
+        extra = json.loads(read(config)).get("extra_ids", 100) if config.exists() else 100
         first = self._pieces.get_piece_size()
         special = {f"<extra_id_{n}>": first + extra - 1 - n for n in range(extra)}
         return special | {t: self._pieces.piece_to_id(t) for t in ("<pad>", "</s>", "<unk>")}
@@ -172,12 +176,12 @@ class PixtralTokenizer:
         ModelError: the file is missing, damaged or not Pixtral's.
     """
 
-    def __init__(self, folder: Path, answers: tuple[int, int]):
+    def __init__(self, folder: Path, answers: tuple[int, int], read: Read = Path.read_bytes):
         path = folder / "tokenizer.json"
         if not path.exists():
             raise ModelError(f"{folder} holds no tokenizer", "Pixtral's tokenizer.json")
         try:
-            self._bpe = Tokenizer.from_file(str(path))
+            self._bpe = Tokenizer.from_str(read(path).decode())
         except Exception as error:  # the tokenizers library raises plain Exception
             raise ModelError(
                 f"the tokenizer in {folder} is damaged: {error}", "Pixtral's own file, unchanged"
@@ -220,21 +224,21 @@ def _picture(rows: int, columns: int) -> list[int]:
     return [*([*[_IMG] * columns, _IMG_BREAK] * rows)[:-1], _IMG_END]
 
 
-def _read_bpe(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
+def _read_bpe(folder: Path, read: Read) -> tuple[dict[str, int], list[tuple[str, str]]]:
     """Reads vocabulary and merges from either form of the published files."""
     try:
         if (folder / "vocab.json").exists():
-            vocab = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
-            lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
+            vocab = json.loads(read(folder / "vocab.json"))
+            lines = read(folder / "merges.txt").decode().replace("\r\n", "\n").split("\n")
             merges = [line for line in lines if line and not line.startswith("#version")]
         elif (folder / "tokenizer.json").exists():
-            model = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+            model = json.loads(read(folder / "tokenizer.json"))["model"]
             vocab, merges = model["vocab"], model["merges"]
         else:
             raise ModelError(f"{folder} holds no CLIP tokenizer", "vocab.json and merges.txt, or tokenizer.json")
         pairs = (m.split(" ") if isinstance(m, str) else m for m in merges)
         return vocab, [(left, right) for left, right in pairs]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelError(
             f"the tokenizer in {folder} cannot be read: {error!r}", "CLIP's own files, unchanged"
         ) from None

@@ -44,7 +44,7 @@ from safetensors import SafetensorError, safe_open
 
 from . import home, licence
 from .errors import ModelError, amount
-from .files import read_json, written_whole
+from .files import read_json, read_small, written_whole
 from .models import config as configs
 from .models.clip import CLIPText
 from .models.config import CLIPConfig, FluxConfig, ModelIndex, ModelSizes, Quantization, T5Config, VAEConfig
@@ -341,7 +341,10 @@ class ModelFolder:
         Raises:
             ModelError: files missing or damaged, or with more tokens than the encoder knows.
         """
-        clip, t5 = CLIPTokenizer(self.path / "tokenizer"), T5Tokenizer(self.path / "tokenizer_2")
+        clip, t5 = (
+            CLIPTokenizer(self.path / "tokenizer", read_small),
+            T5Tokenizer(self.path / "tokenizer_2", read_small),
+        )
         for name, tokenizer, encoder in (("tokenizer", clip, self.clip), ("tokenizer_2", t5, self.t5)):
             known = encoder.sizes.vocab_size
             if tokenizer.vocab_size > known:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from .. import home
 from ..errors import FiltersError
-from ..files import replacing
+from ..files import parse_json, read_small, replacing
 from ..provenance import SOFTWARE
 from ..weights import ModelFolder
 
@@ -31,7 +31,7 @@ def find_text(folder: Path) -> tuple[Path, bytes]:
         todo = "convert the model again"
         raise FiltersError(f"{folder} has no licence text in it", f"one of {', '.join(TEXTS)}", todo)
     try:
-        return path, path.read_bytes()
+        return path, read_small(path)
     except OSError as error:
         raise FiltersError(f"{path} cannot be read: {error.strerror}", "the text of the licence") from None
 
@@ -49,7 +49,7 @@ def acknowledged() -> dict[str, dict]:
     """
     path = _path()
     try:
-        known = json.loads(path.read_text(encoding="utf-8"))
+        known = parse_json(read_small(path))
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except (OSError, ValueError, RecursionError) as error:

@@ -18,7 +18,7 @@ from PIL import Image
 
 from .. import home
 from ..errors import FiltersError, FluxKreaError, Interrupted, amount
-from ..files import sha256_if_exists, written_whole
+from ..files import parse_json, read_small, sha256_if_exists, written_whole
 from ..memory import GB, machine_memory
 from ..models import pixtral, vit
 from ..models.filter_config import NSFW_SHA256, NSFW_VIT, SELF_TEST, PixtralConfig, ViTConfig
@@ -154,7 +154,7 @@ class PixtralJudge:
         self.about = _about(folder)
         self._folder, self._make_run = folder, make_run
         yes, no, *_ = folder.network.sizes.head_ids
-        self._tokenizer = PixtralTokenizer(folder.path / "tokenizer", (yes, no))
+        self._tokenizer = PixtralTokenizer(folder.path / "tokenizer", (yes, no), read_small)
 
     def prompts(self, texts: Sequence[str]) -> list[float]:
         """Returns the margin of yes for each text."""
@@ -247,7 +247,7 @@ def check_self_test(name: str, judge: Judge, path: Path) -> None:
         FiltersError: they differ, or none were recorded.
     """
     try:
-        recorded = json.loads(path.read_text(encoding="utf-8"))
+        recorded = parse_json(read_small(path))
         recorded = {text: float(value) for text, value in recorded.items()}
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise FiltersError(f"{path} cannot be read: {error}", "recorded answers", INSTALL) from None

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import FiltersError
-from ..files import wait_for_lock, written_whole
+from ..files import read_small, sync, wait_for_lock, written_whole
 
 # events of a picture, each with the events that it may follow
 FOLLOWS = {
@@ -170,7 +170,7 @@ class Log:
         try:
             if file.write(data) != len(data):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            os.fsync(file.fileno())
+            sync(file.fileno())
         except OSError as error:
             with contextlib.suppress(OSError):
                 file.truncate(size)
@@ -187,7 +187,7 @@ class Log:
     def _check_head(self) -> None:
         """Raises FiltersError if lines are missing at the end. After a crash the head may be one entry behind."""
         try:
-            number, digest = self._head.read_text().split()
+            number, digest = read_small(self._head, most=1000).decode().split()
             known = self._hashes[int(number)] == digest
         except FileNotFoundError:
             known = len(self._entries) <= 1

@@ -31,7 +31,7 @@ def check_output(output: Path, quality: int | None = None) -> None:
     try:  # with a name a little longer than any that will be needed
         with signals.held():
             tempfile.NamedTemporaryFile(
-                prefix=f".{output.name}-", suffix=".0000000-0000000.partial", dir=folder
+                prefix=f".{output.name}-", suffix=".0000000-0000000000000000.partial", dir=folder
             ).close()
     except OSError as error:
         if error.errno == errno.ENOENT and not os.path.exists(folder):

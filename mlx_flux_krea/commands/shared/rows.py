@@ -3,12 +3,12 @@
 import csv
 import io
 import itertools
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 from mlx_flux_krea.errors import UsageError, amount
+from mlx_flux_krea.files import MOST_BYTES, parse_json, read_small
 
 from .options import PER_PICTURE, cast, check_together
 
@@ -67,7 +67,7 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict | UsageError]]:
         UsageError: the file cannot be read, or holds no row.
     """
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = read_small(path, most=MOST_BYTES).decode("utf-8-sig")
     except UnicodeDecodeError:
         raise UsageError(f"{path} is not UTF-8", "text", "save it as UTF-8") from None
     except OSError as error:
@@ -99,7 +99,7 @@ def _jsonl(text: str, path: Path) -> Iterator[tuple[int, dict | UsageError]]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except (ValueError, RecursionError) as error:
             row = UsageError(f"this is not JSON: {error}", 'a line such as {"prompt": "a frog", "seed": 7}')
         yield number, row if isinstance(row, dict | UsageError) else UsageError("this is not a JSON object")

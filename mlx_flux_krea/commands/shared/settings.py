@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mlx_flux_krea import home
 from mlx_flux_krea.errors import UsageError
-from mlx_flux_krea.files import replacing
+from mlx_flux_krea.files import parse_json, read_small, replacing
 
 from .options import LASTING, cast, check_together
 
@@ -25,7 +25,7 @@ def read() -> dict:
         UsageError: the file is damaged.
     """
     try:
-        options = json.loads(path().read_text(encoding="utf-8"))
+        options = parse_json(read_small(path()))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, RecursionError) as error:
