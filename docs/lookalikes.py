@@ -2,8 +2,9 @@
 
     python docs/lookalikes.py confusables.txt
 
-The file is that of Unicode Technical Standard #39 (unicode.org/Public/security). Taken are single characters beyond ASCII
-whose prototype, without marks, is one ASCII letter, and which compatibility normalisation does not already turn into it.
+The file is that of Unicode Technical Standard #39 (unicode.org/Public/security). The table takes single characters
+beyond ASCII whose prototype, without marks, is one ASCII letter, unless compatibility normalisation already turns them
+into it.
 """
 
 import re
@@ -30,7 +31,8 @@ def table(text: str) -> dict[str, str]:
         prototype = "".join(chr(int(code, 16)) for code in fields[1].split())
         bare = (c for c in unicodedata.normalize("NFKD", prototype) if not unicodedata.combining(c))
         letters = "".join(map(letter, bare))
-        if character not in MORE and re.fullmatch("[A-Za-z]", letters) and not unicodedata.normalize("NFKC", character).casefold().isascii():
+        is_new = not unicodedata.normalize("NFKC", character).casefold().isascii()
+        if is_new and character not in MORE and re.fullmatch("[A-Za-z]", letters):
             found[character] = letters.lower()
     rows: dict[str, str] = {}
     for character in sorted(found):
@@ -43,9 +45,9 @@ def main() -> None:
     text = Path(sys.argv[1]).read_text(encoding="utf-8-sig")
     version = next(line for line in text.splitlines() if line.startswith("# Date:")).removeprefix("# Date: ")
     lines = [f"# Unicode's confusables.txt of {version}, by docs/lookalikes.py", "_LETTERS = {"]
-    for letter, characters in table(text).items():
+    for latin, characters in table(text).items():
         parts = textwrap.wrap(ascii(characters)[1:-1], 100, break_on_hyphens=False)
-        lines += [f'    "{letter}": (', *(f'        "{part}"' for part in _whole(parts)), "    ),"]
+        lines += [f'    "{latin}": (', *(f'        "{part}"' for part in _whole(parts)), "    ),"]
     lines.append("}  # fmt: skip")
     source = TARGET.read_text(encoding="utf-8")
     before, rest = source.split("# --- generated ---\n")

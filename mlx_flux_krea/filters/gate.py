@@ -14,7 +14,6 @@ import hashlib
 import json
 import logging
 import math
-import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -27,15 +26,12 @@ from ..provenance import Picture
 from ..request import ResolvedRequest
 from .judges import Judge, MakeRun, PromptJudge, image_labels, margins_of, open_judges
 from .ledger import Ledger, LedgerRun, QuarantinedImage, Verdict
+from .lookalikes import forms
 
 logger = logging.getLogger("mlx_flux_krea")
 
 DELETE_NSFW = 0.98  # a picture at or above it is deleted at once, without review
 CHUNK, OVERLAP = 1500, 300  # characters of each part of a long prompt, and how many neighbours share
-_LOOKALIKES = str.maketrans(
-    "аеорсухіјѕԁһԛԝАВЕКМНОРСТХІЈЅУοανικρτυχΑΒΕΖΗΙΚΜΝΟΡΤΥΧ",
-    "aeopcyxijsdhqwABEKMHOPCTXIJSYoavikptuxABEZHIKMNOPTYX",
-)
 
 
 @dataclass(frozen=True)
@@ -245,14 +241,10 @@ class Gate:
             raise
 
     def _forms(self, text: str) -> list[str]:
-        """Returns the text as it is, normalised, and with Latin letters in place of lookalikes from other alphabets."""
-        plain = normalised(text)
-        latin = " ".join(_as_latin(word) for word in plain.split(" "))
-        if latin != plain:
-            self.notes.append(
-                "a word of the prompt mixes alphabets, or only looks Latin: it was also judged as it looks"
-            )
-        return [form for form in dict.fromkeys((text, plain, latin)) if form.strip()]
+        found = forms(text)
+        if len(found) > 2:
+            self.notes.append("the prompt spells words in an unusual way: it was also judged as it looks")
+        return found
 
 
 @contextlib.contextmanager
@@ -291,24 +283,6 @@ def open_gate(
     finally:
         for judge in judges.values():
             judge.free()
-
-
-def normalised(text: str) -> str:
-    """Returns NFKC of a text, without invisible characters: zero-width ones, controls, variation selectors."""
-    shown = (c for c in unicodedata.normalize("NFKC", text) if not _is_hidden(c))
-    return " ".join(unicodedata.normalize("NFKC", "".join(shown)).split())
-
-
-def _is_hidden(c: str) -> bool:
-    fillers = "\u034f\u115f\u1160\u17b4\u17b5\u3164\uffa0"
-    hidden = unicodedata.category(c) in ("Cf", "Cc", "Co", "Cn") and not c.isspace()
-    return hidden or c in fillers or "\ufe00" <= c <= "\ufe0f" or c >= "\U000e0000"
-
-
-def _as_latin(word: str) -> str:
-    """Returns a word in Latin letters if all its letters are Latin or look so; else the word."""
-    latin = word.translate(_LOOKALIKES)
-    return latin if all(c.isascii() or not c.isalpha() or "LATIN" in unicodedata.name(c, "") for c in latin) else word
 
 
 def _chunks(text: str) -> list[str]:

@@ -1,8 +1,8 @@
 """The forms in which a prompt is judged: as it stands, as it looks, joined and turned round.
 
-A filter that reads letters sees nothing in a word spelled with letters of other alphabets, with strokes through it, with
-its letters set apart, or backwards. Each such spelling becomes one more text to judge. Forms only ever add to the text
-as it stands: a prompt is withheld if any of them is.
+A filter that reads letters sees nothing in a word that is spelled with letters of other alphabets, with strokes through
+it, with its letters set apart, or backwards. Each such spelling becomes one more text to judge. Forms only add to the
+text as it stands: a prompt is withheld if any of them is.
 """
 
 import re
@@ -149,11 +149,11 @@ _NAME = re.compile(
     r"(?:LETTER|SYMBOL LETTER)(?: SMALL| CAPITAL)*(?: DOTLESS| OPEN| SCRIPT| INSULAR)?"
     r" ([A-Z])(?: WITH .*)?"
 )
-_APART = re.compile(r"(?<!\w)[^\W\d_](?:[\W_]{1,3}[^\W\d_](?!\w)){2,}")  # three or more single letters in a row
+_APART = re.compile(r"(?<![^\W_])[^\W\d_](?:[\W_]{1,3}[^\W\d_](?![^\W_])){2,}")  # three or more single letters in a row
 # Pairs of letters that are common in English; a text backwards has fewer of them than the text
-_PAIRS = frozenset(
-    "th he in er an re on at en nd ti or te of ed it al ar st nt ng ha as ou io le ve co me de hi ri ro ic ne ea ra ce "
-    "ch ll be ma ck qu sh wh ow ay ke ey".split()
+_PAIRS = re.compile(
+    "(?=he|in|er|an|re|on|at|en|nd|ti|or|te|of|ed|it|al|ar|st|nt|ng|ha|as|ou|io|le|ve|co|me|de|hi|ri|ro|ic|ne|ea|ra|ce|"
+    "ch|ll|be|ma|ck|qu|sh|wh|ow|ay|ke|ey|th)"
 )
 
 
@@ -163,13 +163,13 @@ def forms(text: str) -> list[str]:
     folded = as_it_looks(plain)
     found = [text, plain, *([folded] if folded != plain.casefold() else []), *_joined(folded)]
     backwards = folded[::-1]
-    if "\u202e" in text or _english(backwards) > _english(folded):
+    if "\u202e" in text or _english(backwards) > _english(folded) + 1:
         found.append(backwards)
     return [form for form in dict.fromkeys(found) if form.strip()]
 
 
 def normalised(text: str) -> str:
-    """Returns the text in NFKC, without characters that show nothing: zero-width ones, controls, variation selectors."""
+    """Returns NFKC of a text, without invisible characters: zero-width ones, controls, variation selectors."""
     shown = (c for c in unicodedata.normalize("NFKC", text) if not _is_hidden(c))
     return " ".join(unicodedata.normalize("NFKC", "".join(shown)).split())
 
@@ -186,7 +186,15 @@ def _as_latin(word: str) -> str:
     looks = word.translate(_LOOKALIKES).casefold()  # capitals first: small ones may look like another letter
     bare = "".join(c for c in unicodedata.normalize("NFKD", looks) if not unicodedata.combining(c))
     latin = "".join(letter(c) for c in bare.translate(_LOOKALIKES))
-    return latin if all(c.isascii() or not c.isalpha() for c in latin) else word.casefold()
+    is_latin = all(c.isascii() or not c.isalpha() for c in latin)
+    return word.casefold() if not is_latin or all(map(_is_plain, word)) else latin
+
+
+def _is_plain(c: str) -> bool:
+    """Returns True for ASCII, and for letters as European languages write them: a base letter with a mark, sharp s."""
+    if c.isalpha() and not c.isascii():
+        return c == "\u00df" or ("\u00c0" <= c <= "\u017f" and unicodedata.normalize("NFD", c)[0].isascii())
+    return not unicodedata.combining(c) and letter(c) == c
 
 
 def letter(c: str) -> str:
@@ -204,7 +212,7 @@ def _joined(text: str) -> list[str]:
 
 
 def _english(text: str) -> int:
-    return sum(text[i : i + 2] in _PAIRS for i in range(len(text) - 1))
+    return len(_PAIRS.findall(text))
 
 
 def _is_hidden(c: str) -> bool:
