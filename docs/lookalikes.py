@@ -16,8 +16,10 @@ from pathlib import Path
 from mlx_flux_krea.filters.lookalikes import letter
 
 TARGET = Path(__file__).parent.parent / "mlx_flux_krea" / "filters" / "lookalikes.py"
-# look-alikes whose prototypes are no Latin letters: kra, Cyrillic ka, dotless i; turned w, small capital m, Cyrillic em
+# Look-alikes whose prototypes are no Latin letters (kra, Cyrillic ka, dotless i, turned w, small capital m, Cyrillic
+# em), or the wrong one here: the standard's prototype of a capital I, and so of Iota, is a small l.
 MORE = {"\u0138": "k", "\u043a": "k", "\u0131": "i", "\u028d": "m", "\u1d0d": "m", "\u043c": "m"}
+MORE |= dict.fromkeys("\u0399\u0406\u04c0\u0196\u2c92\u13a5", "i")
 
 
 def table(text: str) -> dict[str, str]:

@@ -415,13 +415,49 @@ def test_one_person_at_a_time_reviews_a_picture(ledger):
     assert files(ledger.quarantine) == []
 
 
-def test_what_nobody_reviews_is_deleted_in_the_end(ledger):
-    old, young = kept(ledger, "waiting"), kept(ledger, "flagged")
-    past = time.time() - 31 * 86400
-    os.utime(old.path, (past, past))
-    assert [one.image for one in ledger.waiting()] == [young.image]
-    assert not old.path.parent.exists()
-    assert ledger.log.picture(old.image)["event"] == "purged"
+@pytest.mark.parametrize("days", [31, 4000, -4000])
+def test_a_clock_that_jumps_deletes_nothing(ledger, days):
+    waiting = [kept(ledger, event) for event in ("waiting", "flagged", "error")]
+    for one in waiting:
+        moment = time.time() - days * 86400
+        os.utime(one.path, (moment, moment))
+    assert [one.image for one in ledger.waiting()] == [one.image for one in waiting]
+
+
+def test_a_picture_whose_file_was_placed_is_not_written_twice(ledger, out):
+    """Killed between the name of the file and the end of the review: it does not wait again."""
+    one = kept(ledger, "waiting")
+    ledger.settle(one, Verdict("approved", one.facts["pixels"], reviewer="somebody"))
+    ledger.hand_over(one).save(out / "a.png")
+    assert one.path.exists()
+    assert Ledger().waiting() == []
+    assert (files(out), one.path.exists()) == (["a.png"], False)
+    assert events(ledger).count("written") == 1
+
+
+def test_a_picture_whose_file_was_not_placed_waits_again(ledger, out):
+    one = kept(ledger, "waiting")
+    ledger.settle(one, Verdict("approved", one.facts["pixels"], reviewer="somebody"))
+    ledger.hand_over(one).save(out / "a.png")
+    (out / "a.png").write_bytes(b"another file")
+    assert [again.image for again in Ledger().waiting()] == [one.image]
+
+
+def test_a_planted_link_with_a_temporary_name_is_not_followed(ledger, out, monkeypatch):
+    monkeypatch.setattr("mlx_flux_krea.files.secrets.token_hex", lambda count: "0" * 2 * count)
+    victim = out / "victim"
+    victim.write_text("precious")
+    (out / f".a.png.{os.getpid()}-{'0' * 16}.partial").symlink_to(victim)
+    with pytest.raises(FileExistsError):
+        released(ledger).save(out / "a.png")
+    assert victim.read_text() == "precious"
+
+
+def test_prompts_are_logged_by_a_hash_that_only_this_installation_makes(ledger, tmp_path):
+    first = ledger.fingerprint("a cat")
+    assert Ledger(ledger.root).fingerprint("a cat") == first != Ledger(tmp_path / "other").fingerprint("a cat")
+    assert first != hashlib.sha256(b"a cat").hexdigest()
+    assert (ledger.root / "log" / "salt").stat().st_mode & 0o777 == 0o600
 
 
 def test_a_damaged_file_in_quarantine_is_deleted_and_a_half_written_one_too(ledger):

@@ -42,8 +42,8 @@ def review(output, reviewer, quality, metadata):
     """Review waiting pictures, and release or reject them.
 
     The licence asks that nobody passes on a picture before a person has checked that it is neither unlawful nor
-    infringing. Pictures that a filter flagged can be released too, with a reason. Pictures that nobody reviews are
-    deleted after a month. Without a terminal, the waiting pictures are listed.
+    infringing. Pictures that a filter flagged can be released too, with a reason. Pictures wait until somebody reviews
+    them, or deletes them with `flux-krea purge --quarantine`. Without a terminal, the waiting pictures are listed.
 
     \b
     Example:

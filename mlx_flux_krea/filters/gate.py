@@ -109,11 +109,11 @@ class Gate:
         if not self._judges or not texts:
             return
         margins = self._judged(texts)
-        hashes = [hashlib.sha256(text.encode()).hexdigest() for text in texts]
+        hashes = [self.run.ledger.fingerprint(text) for text in texts]
         worst = max(margins, default=-math.inf)
         flagged = not worst <= -self.policy.integrity
         event = "prompt_flagged" if flagged else "prompts_passed"
-        self.run.note(event, prompts_sha256=hashes, margins=[round(margin, 4) for margin in margins])
+        self.run.note(event, prompts_salted_sha256=hashes, margins=[round(margin, 4) for margin in margins])
         if flagged:
             raise Withheld(
                 "the prompt seems to ask for a protected character or brand, or a living person of public life "

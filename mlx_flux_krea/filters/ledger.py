@@ -10,6 +10,7 @@ the log, and `FOLLOWS` says which event may follow which; there is no other way 
 
 import contextlib
 import hashlib
+import hmac
 import io
 import json
 import os
@@ -17,7 +18,6 @@ import re
 import secrets
 import shutil
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,11 +27,10 @@ from PIL import Image
 
 from .. import home
 from ..errors import FiltersError, FluxKreaError, ResourceError, UsageError
-from ..files import replacing, try_lock
+from ..files import read_json, read_small, replacing, sha256_if_exists, try_lock, written_whole
 from ..provenance import SOFTWARE, Picture, opened, read_record
 from .log import FOLLOWS, Log
 
-KEEP_DAYS = 30  # pictures that nobody reviews within them are deleted
 _SYNCHRONISED = re.compile(
     "(mobile documents|cloudstorage|icloud drive|dropbox|onedrive|google ?drive)( ?[-(].*)?", re.I
 )
@@ -144,17 +143,13 @@ class Ledger:
     def _recover_all(self, folder: Path) -> None:
         for partial in folder.glob(".*.partial"):
             partial.unlink(missing_ok=True)
-        now = time.time()
         for path in folder.glob("*.png"):
-            self._recover(path, now)
+            self._recover(path)
 
-    def _recover(self, path: Path, now: float) -> None:
+    def _recover(self, path: Path) -> None:
         facts = self.log.picture(path.stem)
         event = facts.get("event")
-        if event in ("rejected", "purged"):
-            path.unlink(missing_ok=True)
-        elif now - path.stat().st_mtime > KEEP_DAYS * 86400:
-            self.log.append("purged", image=path.stem, reasons=[f"older than {KEEP_DAYS} days"])
+        if event in ("rejected", "purged") or (event == "written" and self._is_placed(path)):
             path.unlink(missing_ok=True)
         elif event is None:  # the run died between writing picture and log, or the log is new
             try:
@@ -243,6 +238,7 @@ class Ledger:
     def discard(self, quarantined: QuarantinedImage) -> None:
         """Deletes the file of a picture that was handed over, written elsewhere or rejected."""
         quarantined.path.unlink(missing_ok=True)
+        quarantined.path.with_suffix(".json").unlink(missing_ok=True)
 
     def release(self, picture: Released, encoded: bytes, fp, force: bool) -> None:
         """Writes a released picture; pictures of a model that requires filters are written by no other function.
@@ -271,6 +267,7 @@ class Ledger:
         _compare(pixels, encoded)
         digest = hashlib.sha256(encoded).hexdigest()
         try:
+            self._note_target(picture.image, fp, digest)
             self.log.append("written", image=picture.image, pixels=facts["pixels"], file_sha256=digest)
             with contextlib.nullcontext(fp) if hasattr(fp, "write") else replacing(Path(fp), force) as file:
                 file.write(encoded)
@@ -282,6 +279,37 @@ class Ledger:
             with contextlib.suppress(FluxKreaError):
                 self.log.append("unwritten", image=picture.image)
             raise
+
+    def fingerprint(self, text: str) -> str:
+        """Returns a hash by which this installation recognises a text, and nobody else can guess it: it is salted.
+
+        Raises:
+            FiltersError: the salt cannot be read or made.
+        """
+        path = self.root / home.LOG / "salt"
+        try:
+            if not path.exists():
+                with contextlib.suppress(FileExistsError), written_whole(path, force=False, mode=0o600) as file:
+                    file.write(secrets.token_bytes(32))
+            salt = read_small(path, most=1000)
+        except OSError as error:
+            raise FiltersError(f"{path} cannot be read: {error.strerror}", "a private file") from None
+        return hmac.new(salt, text.encode("utf-8", "surrogatepass"), "sha256").hexdigest()
+
+    def _note_target(self, image: str, fp, digest: str) -> None:
+        """Keeps beside a picture in quarantine which file it is about to become, for `_is_placed`."""
+        path = next(self.quarantine.glob(f"*/{image}.png"), None)
+        if path and not hasattr(fp, "write"):
+            with written_whole(path.with_suffix(".json"), mode=0o600) as file:
+                file.write(json.dumps({"path": os.path.abspath(fp), "sha256": digest}).encode())
+
+    def _is_placed(self, path: Path) -> bool:
+        """Returns True where the file that a picture in quarantine was to become exists with its content."""
+        try:
+            target = read_json(path.with_suffix(".json"))
+            return sha256_if_exists(Path(target["path"])) == target["sha256"]
+        except (FluxKreaError, OSError, KeyError, TypeError, ValueError):
+            return False
 
     def _folders(self) -> list[Path]:
         return sorted(self.quarantine.glob("*.noindex"))

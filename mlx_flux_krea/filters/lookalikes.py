@@ -50,8 +50,9 @@ _LETTERS = {
         "\U0001d75c\U0001d796"
     ),
     "i": (
-        "\u0131\u01cf\u01d0\u0268\u0269\u026a\u02db\u037a\u03b9\u0456\u04cf\u13a5\u1d7b\u1d7c\u1fbe\u2373"
-        "\u2378\ua647\uab75\U000118c3\U0001d6a4\U0001d6ca\U0001d704\U0001d73e\U0001d778\U0001d7b2"
+        "\u0131\u0196\u01cf\u01d0\u0268\u0269\u026a\u02db\u037a\u0399\u03b9\u0406\u0456\u04c0\u04cf\u13a5"
+        "\u1d7b\u1d7c\u1fbe\u2373\u2378\u2c92\ua647\uab75\U000118c3\U0001d6a4\U0001d6ca\U0001d704\U0001d73e"
+        "\U0001d778\U0001d7b2"
     ),
     "j": (
         "\u0248\u0249\u037f\u03f3\u0408\u0458\u0575\u13ab\u148d\ua4d9\ua7b2\uab7b\U0001d6a5"
@@ -61,11 +62,11 @@ _LETTERS = {
         "\U0001d6b1\U0001d6eb\U0001d725\U0001d75f\U0001d799"
     ),
     "l": (
-        "\u0141\u0142\u0196\u0197\u019a\u01c0\u026b\u026d\u0399\u0406\u04c0\u05c0\u05d5\u05df\u0625\u0627"
-        "\u0661\u0673\u06f1\u07ca\u13de\u14aa\u16c1\u2223\u23fd\u2c92\u2cd0\u2cd1\u2d4f\ua4e1\ua4f2\uabae"
-        "\ufd3c\ufd3d\ufe87\ufe88\ufe8d\ufe8e\uffe8\U0001028a\U00010309\U00010320\U0001041b\U00010443"
-        "\U00010526\U000118a3\U000118b2\U00016f16\U00016f28\U0001d22a\U0001d6b0\U0001d6ea\U0001d724\U0001d75e"
-        "\U0001d798\U0001e8c7\U0001ee00\U0001ee80"
+        "\u0141\u0142\u0197\u019a\u01c0\u026b\u026d\u05c0\u05d5\u05df\u0625\u0627\u0661\u0673\u06f1\u07ca"
+        "\u13de\u14aa\u16c1\u2223\u23fd\u2cd0\u2cd1\u2d4f\ua4e1\ua4f2\uabae\ufd3c\ufd3d\ufe87\ufe88\ufe8d"
+        "\ufe8e\uffe8\U0001028a\U00010309\U00010320\U0001041b\U00010443\U00010526\U000118a3\U000118b2"
+        "\U00016f16\U00016f28\U0001d22a\U0001d6b0\U0001d6ea\U0001d724\U0001d75e\U0001d798\U0001e8c7\U0001ee00"
+        "\U0001ee80"
     ),
     "m": (
         "\u028d\u039c\u03fa\u041c\u043c\u04cd\u13b7\u15f0\u16d6\u1d0d\u2c98\ua4df\U000102b0\U00010311"
