@@ -35,9 +35,11 @@ from mlx_flux_krea.models.filter_config import NSFW_SHA256, FilterIndex
 from mlx_flux_krea.weights import CLASS_NAMES, DTYPES
 
 from . import quantize as quantizing
+from .evidence import confirm
 from .fetch import Fetching, Remote, outlined
 from .folder import NewFolder, check_disk, existing, new_folder
 from .hub import cache_folder, is_repo_id
+from .index import make_index
 from .job import Conversion, Group, Outline, decide, examine, roots
 from .layouts import SourceComponent
 from .licence import licence_files
@@ -130,14 +132,21 @@ def convert(
     if discard_source and offline:
         raise UsageError("--offline fetches nothing that --discard-source could delete", "one of both")
     with outlined(sources, offline, progress) as remote:
-        job = decide(remote.paths, out, dtype, quantize, group_size, tokenizers)
+        job = decide(remote, out, dtype, quantize, group_size, tokenizers)
         progress = progress or (lambda *_: None)
-        index, losses = _write(job, remote, force, allow_nonfinite, discard_source, progress, placing)
+        index, losses = _write(job, remote, force, allow_nonfinite, discard_source, offline, progress, placing)
     return _report(job, index, losses)
 
 
 def _write(
-    job: Conversion, remote: Remote, force: bool, allow_nonfinite: bool, discard: bool, progress: Callable, placing
+    job: Conversion,
+    remote: Remote,
+    force: bool,
+    allow_nonfinite: bool,
+    discard: bool,
+    offline: bool,
+    progress: Callable,
+    placing,
 ) -> tuple[configs.ModelIndex | FilterIndex, Losses]:
     """Writes the folder, the smallest component first, while files of later ones may still be fetched.
 
@@ -186,26 +195,31 @@ def _write(
             for file in (file for file in files[component] if last[file] == component):
                 hashes[file] = reading.finish(file) or fetching.hashes[file].result()
                 fetching.discard([file])
-        index = _write_rest(job, folder, hashes, sizes)
+        index = _write_rest(job, folder, hashes, sizes, offline)
         facts = {"_class_name": CLASS_NAMES[job.kind], **configs.to_json(index)}
         folder.finish(facts, partial(progress, "reading back"))
     return index, losses
 
 
 def _write_rest(
-    job: Conversion, folder: NewFolder, hashes: dict[Path, str], sizes: dict[Path, int]
+    job: Conversion, folder: NewFolder, hashes: dict[Path, str], sizes: dict[Path, int], offline: bool
 ) -> configs.ModelIndex | FilterIndex:
     """Writes tokenizers and licence; returns the index, with the records of all sources, for `NewFolder.finish`."""
     for name, data in job.tokens.items():
         folder.write(name, data)
     if job.own:
         job.own.check(hashes)
+    index, published = job.index, {}
+    if job.evidence and job.flux:  # the hashes are known now, and may prove that the transformer is [schnell]
+        files = job.components["transformer"].source.files
+        evidence, published = confirm(job.evidence, [hashes[file] for file in files], offline)
+        index = make_index(job.components, job.flux, evidence)
     records = tuple(
-        configs.SourceFile(name, hashes[file], sizes[file], layout)
+        configs.SourceFile(name, hashes[file], sizes[file], layout, published.get(hashes[file], ""))
         for file, (name, layout) in _records(job.components).items()
     )
     before = job.own.index.source if job.own else ()
-    index = replace(job.index, source=before + records, converter=__version__)
+    index = replace(index, source=before + records, converter=__version__)
     stored = [f"{name}: {job.stored(name)}" for name in job.plans]
     for name, data in licence_files(index, roots(job.components), stored).items():
         folder.write(name, data)

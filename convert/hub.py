@@ -55,6 +55,7 @@ class Listing:
     commit: str
     files: tuple[HubFile, ...]
     gated: bool  # its licence must be accepted before fetching
+    licences: tuple[str, ...] = ()  # ids that its page states
 
     @property
     def to_fetch(self) -> int:
@@ -77,16 +78,15 @@ def look(repo: str, offline: bool = False) -> Listing:
     Raises:
         ModelError: no such repository, access denied, hub not reachable, not in the cache, or nothing to convert.
     """
-    from huggingface_hub import constants, model_info
+    from huggingface_hub import constants
 
     if offline or constants.HF_HUB_OFFLINE:
         commit, known = _in_cache(repo)
-        gated = False
+        gated, licences = False, ()
     else:
-        with explained(repo):
-            info = patiently(lambda: model_info(repo, files_metadata=True, timeout=_TIMEOUT), once=True)
-        commit, gated = info.sha, bool(info.gated)
-        known = {s.rfilename: (s.size, s.lfs.sha256 if s.lfs else s.blob_id) for s in info.siblings or ()}
+        info = _info(repo)
+        commit, gated, licences = info.sha, bool(info.gated), _licences(info)
+        known = _files(info)
     names = _needed(known)
     if not any(name.endswith(WEIGHTS) for name in names):
         raise ModelError(f"{repo} holds no weights that can be converted", *_ONE_BY_ONE)
@@ -95,7 +95,55 @@ def look(repo: str, offline: bool = False) -> Listing:
         if type(size) is not int or not _DIGEST.fullmatch(str(digest)) or not _COMMIT.fullmatch(str(commit)):
             raise ModelError(f"the hub gives no size or no hash of {name} in {repo}", "both", "try again later")
     files = tuple(HubFile(name, *known[name], _count_here(repo, commit, name, *known[name])) for name in names)
-    return Listing(repo, commit, files, gated)
+    return Listing(repo, commit, files, gated, licences)
+
+
+def stated_hashes(repo: str) -> set[str]:
+    """Returns the sha256 of every weight file of a repository, as the hub states them.
+
+    Raises:
+        ModelError: the hub cannot be reached, is not to be asked, or denies access.
+    """
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        raise ModelError("the hub is not to be asked (HF_HUB_OFFLINE)")
+    files = _files(_info(repo))
+    return {str(digest) for name, (_, digest) in files.items() if name.endswith(WEIGHTS)}
+
+
+def _info(repo: str):
+    """Asks the hub about a repository. Its answer may be anything: whatever cannot be read as one is an error.
+
+    Raises:
+        ModelError: no such repository, access denied, hub not reachable, or an answer that is none.
+    """
+    from huggingface_hub import model_info
+
+    with explained(repo):
+        try:
+            return patiently(lambda: model_info(repo, files_metadata=True, timeout=_TIMEOUT), once=True)
+        except (TypeError, ValueError, KeyError, AttributeError, RecursionError) as error:
+            found = f"the hub's answer about {repo} cannot be read: {type(error).__name__}"
+            raise ModelError(found, "the facts of a repository", "try again later") from None
+
+
+def _files(info) -> dict[str, tuple[int, str]]:
+    """Returns size and hash of every file in an answer whose name could be a file's in a repository."""
+    files = {}
+    for sibling in info.siblings or ():
+        name = sibling.rfilename
+        digest = getattr(sibling.lfs, "sha256", None) if sibling.lfs else sibling.blob_id
+        if isinstance(name, str) and "\0" not in name and ".." not in name.split("/") and not name.startswith("/"):
+            files[name] = (sibling.size, digest)
+    return files
+
+
+def _licences(info) -> tuple[str, ...]:
+    """Returns the licence ids that a repository's page states."""
+    card = info.card_data
+    stated = [card.get(key) for key in ("license", "license_name", "base_model")] if hasattr(card, "get") else []
+    return tuple(text for text in stated if isinstance(text, str))
 
 
 def check_access(repo: str) -> None:

@@ -1,12 +1,11 @@
 """Makes `model_index.json`: family, licence, schedule and defaults, from sizes and names."""
 
-from dataclasses import replace
 from pathlib import Path
 
 from mlx_flux_krea import __version__, presets
 from mlx_flux_krea.errors import ModelError
 from mlx_flux_krea.files import read_json
-from mlx_flux_krea.licence import requires_filters
+from mlx_flux_krea.licence import DEV, FLUX_1_SCHNELL, Evidence, decide, is_dev, is_schnell
 from mlx_flux_krea.models import config as configs
 from mlx_flux_krea.models.filter_config import NSFW_VIT, PIXTRAL_12B, FilterIndex
 
@@ -28,12 +27,15 @@ _SCHEDULER = {
 }
 
 
-def make_index(components: dict[str, SourceComponent], config: configs.FluxConfig) -> configs.ModelIndex:
+def make_index(
+    components: dict[str, SourceComponent], config: configs.FluxConfig, evidence: Evidence
+) -> configs.ModelIndex:
     """Returns the index of a model folder, without the records of its sources.
 
     Args:
         components: the layout of every component.
         config: sizes of the transformer.
+        evidence: everything known of the model's licence.
 
     Raises:
         ModelError: the scheduler is not one that our sampler implements.
@@ -42,25 +44,23 @@ def make_index(components: dict[str, SourceComponent], config: configs.FluxConfi
     inside = source.component or source.folder.name == "transformer"
     root = source.folder.resolve().parent if inside else source.path
     name, names = _names(root)
-    family = _family(config, names)
+    family = _family(config, names, evidence)
+    is_fast = family.hint == presets.SCHNELL.hint or not (config.guidance_embed or family == presets.DE_DISTILLED)
     scheduler = root / "scheduler" / "scheduler_config.json"
     if scheduler.exists():
         schedule = _schedule(read_json(scheduler), str(scheduler))
     else:
-        schedule = presets.DYNAMIC_SHIFT if config.guidance_embed else presets.NO_SHIFT
-    index = configs.ModelIndex(
+        schedule = presets.NO_SHIFT if is_fast else presets.DYNAMIC_SHIFT
+    return configs.ModelIndex(
         name=name,
         base=family.base,
-        license=family.license,
-        filters="none",
-        max_sequence_length=(
-            presets.MAX_SEQUENCE_LENGTH if config.guidance_embed else presets.MAX_SEQUENCE_LENGTH_SCHNELL
-        ),
+        license=DEV if family.license == "unknown" and is_dev(evidence) else family.license,
+        filters="required" if decide(evidence).required else "none",
+        max_sequence_length=(presets.MAX_SEQUENCE_LENGTH_SCHNELL if is_fast else presets.MAX_SEQUENCE_LENGTH),
         schedule=schedule,
         defaults=family.defaults,
         converter=__version__,
     )
-    return replace(index, filters="required" if requires_filters(config.architecture, index.filters) else "none")
 
 
 def make_filter_index(component: SourceComponent, config) -> FilterIndex:
@@ -88,9 +88,13 @@ def _names(root: Path) -> tuple[str, list[str]]:
     return name.lstrip(".") or "model", [n.lower() for n in (root.name, real.name, *hub)]
 
 
-def _family(config: configs.FluxConfig, names: list[str]) -> presets.Family:
-    if config == configs.FLUX_SCHNELL:
+def _family(config: configs.FluxConfig, names: list[str], evidence: Evidence) -> presets.Family:
+    """Returns the family. A name chooses defaults and never a licence: only its hash shows a file to be [schnell]."""
+    if is_schnell(evidence):
         return presets.SCHNELL
+    if config.architecture == FLUX_1_SCHNELL:
+        by_name = any(presets.SCHNELL.hint in name for name in names)
+        return presets.UNPROVEN_SCHNELL if by_name else presets.DE_DISTILLED
     if config != configs.FLUX_DEV:
         return presets.OTHER
     kin = (presets.KREA, presets.KONTEXT)

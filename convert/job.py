@@ -10,13 +10,14 @@ from pathlib import Path
 
 from mlx_flux_krea import home
 from mlx_flux_krea.errors import ModelError, UsageError
-from mlx_flux_krea.licence import requires_filters
+from mlx_flux_krea.licence import Evidence
 from mlx_flux_krea.models import config as configs
 from mlx_flux_krea.models.filter_config import FilterIndex
 from mlx_flux_krea.weights import COMPONENTS, FILTERS, Sizes, layer_widths
 
 from . import quantize as quantizing
-from .fetch import outlined
+from .evidence import gather
+from .fetch import Remote, outlined
 from .index import make_filter_index, make_index
 from .layouts import SourceComponent, identify, make_plan
 from .licence import licence_files
@@ -62,6 +63,13 @@ class Conversion:
     left: dict[str, dict[str, str]]  # layers not quantized although the recipe has them, and why
     groups: dict[str, list[Group]]
     notes: tuple[str, ...]
+    evidence: Evidence | None  # of the model's licence; None: a filter, or a folder of ours
+
+    @property
+    def flux(self) -> configs.FluxConfig | None:
+        """Sizes of the transformer; None: a filter."""
+        sizes = _model_sizes(self.plans)
+        return sizes.flux if sizes else None
 
     def bytes(self, component: str) -> int:
         """Returns the bytes of all tensors of a component, as they will be stored."""
@@ -73,10 +81,10 @@ class Conversion:
 
 
 def decide(
-    paths: list[Path], out, dtype: str | None, quantize: str | None, group_size: int | None, tokenizers
+    remote: Remote, out, dtype: str | None, quantize: str | None, group_size: int | None, tokenizers
 ) -> Conversion:
     """Reads the headers of sources and decides the whole conversion; arguments are those of `convert`."""
-    own, components, plans, index = _understand(paths)
+    own, components, plans, index, evidence = _understand(remote)
     kind = next((name for name in components if name in FILTERS), "model")
     dtype, quantize = dtype or _DEFAULTS[kind][0], quantize or _DEFAULTS[kind][1]
     if kind == "nsfw" and (dtype, quantize) != _DEFAULTS[kind]:
@@ -106,6 +114,7 @@ def decide(
         left=left,
         groups=groups,
         notes=notes,
+        evidence=evidence,
     )
 
 
@@ -132,9 +141,7 @@ class Outline:
     @property
     def requires_filters(self) -> bool:
         """True where the model's licence demands filters or review."""
-        if not isinstance(self.index, configs.ModelIndex) or self.sizes is None:
-            return False
-        return requires_filters(self.sizes.flux.architecture, self.index.filters)
+        return isinstance(self.index, configs.ModelIndex) and self.index.filters == "required"
 
     def target(self, quantize: str) -> Path:
         """Returns where `convert` puts a model in this precision, and bfloat16."""
@@ -147,7 +154,7 @@ def examine(sources: Sequence[str | Path], *, tokenizers: str | Path | None = No
     Arguments and errors are those of `convert`.
     """
     with outlined(sources, offline) as remote:
-        _, components, plans, index = _understand(remote.paths)
+        _, components, plans, index, _ = _understand(remote)
         find_tokenizers(components, plans, tokenizers)
         files = {file for component in components.values() for file in component.source.files}
         coming = [remote.files[file][1] for file in files if file in remote.files]
@@ -173,19 +180,22 @@ def _made_bytes(plans: dict[str, tuple[Sizes, ComponentPlan]], quantize: str) ->
 
 
 def _understand(
-    paths: list[Path],
-) -> tuple[OwnFolder | None, dict[str, SourceComponent], dict[str, tuple[Sizes, ComponentPlan]], Index]:
-    """Returns the folder of ours (None: foreign sources), layout and plan of every component, and the index."""
-    if own := _own(paths):
-        return own, own.components, own.plans, own.index
-    components = _components(paths)
+    remote: Remote,
+) -> tuple[
+    OwnFolder | None, dict[str, SourceComponent], dict[str, tuple[Sizes, ComponentPlan]], Index, Evidence | None
+]:
+    """Returns the folder of ours (None: foreign sources), layout and plan of every component, index and evidence."""
+    if own := _own(remote.paths):
+        return own, own.components, own.plans, own.decided_index, None
+    components = _components(remote.paths)
     plans = {name: make_plan(component) for name, component in components.items()}
     sizes = _model_sizes(plans)
     if sizes is None:
         (name,) = components
-        return None, components, plans, make_filter_index(components[name], plans[name][0])
+        return None, components, plans, make_filter_index(components[name], plans[name][0]), None
     sizes.check()
-    return None, components, plans, make_index(components, sizes.flux)
+    evidence = gather(components, sizes.flux.architecture, remote)
+    return None, components, plans, make_index(components, sizes.flux, evidence), evidence
 
 
 def _model_sizes(plans: dict[str, tuple[Sizes, ComponentPlan]]) -> configs.ModelSizes | None:

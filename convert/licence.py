@@ -46,6 +46,7 @@ LICENCES = {
     ),
 }
 LICENCE_NAMES = ("LICENSE.md", "LICENSE", "LICENSE.txt", "LICENCE.md", "LICENCE", "LICENCE.txt")
+BESIDE = "LICENSE.source.txt"  # a text that lay beside the weights and is not the licence that they are known to have
 _MOST = 2**20  # bytes of a licence file
 
 
@@ -59,15 +60,18 @@ def licence_files(index: ModelIndex | FilterIndex, folders: list[Path], stored: 
     """
     licence = LICENCES.get(index.license)
     text = next(filter(None, (_find(folder, licence) for folder in folders)), None)
+    other = None if text else next(filter(None, (_find(folder, None) for folder in folders)), None)
     if text is None and licence:
         text = (
             f"# {licence.title}\n\nThese weights are under the {licence.title}. Its text did not lie beside the files "
             f"that they were converted from.\nRead it at {licence.url},\nand put it here before you pass them on.\n"
         ).encode()
     changed = _changes(index, stored)
-    files = {"README.md": _readme(index, licence, changed, bool(text)).encode()}
+    files = {"README.md": _readme(index, licence, changed, bool(text), bool(other)).encode()}
     if text is not None:
         files["LICENSE.md"] = text
+    if other is not None:
+        files[BESIDE] = other
     if licence and licence.notice:
         files["NOTICE"] = f"{licence.notice}\n{changed}".encode()
     return files
@@ -97,12 +101,23 @@ def _changes(index: ModelIndex | FilterIndex, stored: list[str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _readme(index: ModelIndex | FilterIndex, licence: Licence | None, changed: str, has_text: bool) -> str:
+def _readme(
+    index: ModelIndex | FilterIndex, licence: Licence | None, changed: str, has_text: bool, has_other: bool
+) -> str:
     if licence:
         rights = f"These weights are under the {licence.title} (LICENSE.md). {licence.duties}"
     else:
         source = "LICENSE.md is what lay beside them." if has_text else "Ask whoever made them."
         rights = f"Which licence these weights have, the files that they were converted from do not say. {source}"
+    if has_other:
+        rights += f" Another text lay beside them, which changes nothing of that: {BESIDE}."
+    if isinstance(index, ModelIndex) and index.filters == "required" and not licence:
+        rights += " They may derive from FLUX.1 [dev], so content filters or a review are required all the same."
+    if isinstance(index, ModelIndex) and index.defaults.true_cfg_scale > 1:
+        rights = (
+            f"{rights}\n\n## Defaults\n\nWithout a guidance embedding, this model follows a prompt by true CFG, with a "
+            f"scale of {index.defaults.true_cfg_scale:g} unless another is given: each step takes twice the time."
+        )
     name, base = printable(index.name), printable(index.base)
     about = (
         f"{base}, as a model folder of mlx-flux-krea. Neither the program nor this folder is a product of whoever "

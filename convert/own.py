@@ -1,6 +1,6 @@
 """A folder of ours as a source: converts it to another precision."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mlx_flux_krea.errors import ModelError
@@ -27,6 +27,13 @@ class OwnFolder:
     @property
     def index(self) -> ModelIndex | FilterIndex:
         """The folder's index; its records of sources are continued in the new folder."""
+        return self.folder.index
+
+    @property
+    def decided_index(self) -> ModelIndex | FilterIndex:
+        """The folder's index with the requirement of filters as it is decided today; the new folder inherits it."""
+        if isinstance(self.folder, ModelFolder):
+            return replace(self.folder.index, filters="required" if self.folder.requires_filters else "none")
         return self.folder.index
 
     def check(self, hashes: dict[Path, str]) -> None:

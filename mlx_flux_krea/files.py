@@ -280,9 +280,9 @@ def wait_for_lock(descriptor: int) -> None:
 
 def sync(descriptor: int) -> None:
     """Has the disk itself write down an open file; macOS's fsync stops at the disk's own memory."""
-    if hasattr(fcntl, "F_FULLFSYNC"):
+    if full := getattr(fcntl, "F_FULLFSYNC", None):
         with contextlib.suppress(OSError):  # disks on a network cannot
-            fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
+            fcntl.fcntl(descriptor, full)
             return
     os.fsync(descriptor)
 

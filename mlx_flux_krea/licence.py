@@ -1,10 +1,32 @@
 """What is known of a model's licence, and what it therefore requires.
 
 The licence of FLUX.1 [dev], and of every model derived from it, demands content filters or a person's review before
-anything is released. The policy stands here alone; whoever opens or converts a model states the facts.
+anything is released. `decide` is the one place that says whether a model needs them. Evidence only ever adds the
+requirement, with one exception: a transformer whose files are published FLUX.1 [schnell] files, byte for byte, needs
+none. A text, a name, an id or a field in JSON lifts nothing, since an Apache licence lies in many folders.
 """
 
-from typing import NamedTuple
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple, Protocol
+
+from .presets import SCHNELL_FILES, SCHNELL_REPOSITORIES
+
+HIDDEN_SIZE, NUM_HEADS = 3072, 24  # of FLUX.1 and of whatever is derived from it, at any depth
+SMALLEST = 1024  # hidden size below which a transformer is a toy, and requires nothing
+
+DEV = "flux-1-dev-non-commercial"  # licence ids of our own folders
+APACHE = "apache-2.0"
+
+# The licence's own words, which a text beside weights is recognised by, whatever its file is called.
+_DEV_TEXT = re.compile(
+    r"flux(\.1)?\s*\[dev\]\s+non-commercial\s+license|"
+    r"flux(\.1)?\s*(krea|kontext|fill|canny|depth|redux|tools)?\s*\[dev\].{0,200}non-commercial",
+    re.I | re.S,
+)
+_DEV_ID = re.compile(r"flux[-_.]?1?[-_.]?dev[-_.]non[-_.]?commercial|flux[-_. ]?1?[-_. ]?dev[-_. ]license", re.I)
+_DEV_NAME = re.compile(r"flux[-_.\s]?1?[-_.\s]*(?:\[)?(?:krea|kontext|fill|canny|depth|redux|dev)(?![a-z])", re.I)
 
 
 class Architecture(NamedTuple):
@@ -17,17 +39,128 @@ class Architecture(NamedTuple):
     guidance_embed: bool
 
 
-FLUX_1_DEV = Architecture(hidden_size=3072, num_heads=24, depth=19, depth_single_blocks=38, guidance_embed=True)
+FLUX_1_DEV = Architecture(HIDDEN_SIZE, NUM_HEADS, depth=19, depth_single_blocks=38, guidance_embed=True)
+FLUX_1_SCHNELL = FLUX_1_DEV._replace(guidance_embed=False)
 
 
-def requires_filters(architecture: Architecture, declared: str) -> bool:
-    """Decides whether a model's licence demands content filters or review.
+@dataclass(frozen=True)
+class Evidence:
+    """Everything that is known of where a model comes from.
 
-    FLUX.1's published size with guidance embedding (dev, Krea, Kontext) always does. A folder can add the requirement
-    and never lift it.
+    Attributes:
+        architecture: of the transformer.
+        declared: whether a folder of ours says that filters are required.
+        texts: licence texts that lie beside any of the sources.
+        ids: licence ids, of JSON, of a file's metadata, of the hub.
+        names: of files, folders and repositories, and ids of models in JSON.
+        sha256: of every file that the transformer's weights came from; empty: not known.
+        confirmed: those of `sha256` that the hub states for a repository of `presets.SCHNELL_REPOSITORIES`.
+    """
+
+    architecture: Architecture
+    declared: bool = False
+    texts: tuple[str, ...] = ()
+    ids: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()
+    sha256: frozenset[str] = frozenset()
+    confirmed: frozenset[str] = frozenset()
+
+    def beside(self, others: Iterable["Evidence"]) -> "Evidence":
+        """Returns this evidence with that of other sources of the same model, such as its text encoders."""
+        others = list(others)
+        return replace(
+            self,
+            declared=self.declared or any(one.declared for one in others),
+            texts=self.texts + tuple(text for one in others for text in one.texts),
+            ids=self.ids + tuple(id for one in others for id in one.ids),
+            names=self.names + tuple(name for one in others for name in one.names),
+        )
+
+
+class Decision(NamedTuple):
+    """Whether filters or review are required, and why, as the end of a sentence."""
+
+    required: bool
+    why: str
+
+
+def is_schnell(evidence: Evidence) -> bool:
+    """Returns True where every file of the transformer is a published FLUX.1 [schnell] file."""
+    known = SCHNELL_FILES.keys() | evidence.confirmed
+    return evidence.architecture == FLUX_1_SCHNELL and bool(evidence.sha256) and evidence.sha256 <= known
+
+
+def decide(evidence: Evidence) -> Decision:
+    """Decides whether a model's licence demands content filters or review."""
+    sizes = evidence.architecture
+    if evidence.declared:
+        return Decision(True, "its model_index.json says so")
+    if sizes.hidden_size < SMALLEST:
+        return Decision(False, f"its hidden size, {sizes.hidden_size}, is below {SMALLEST}")
+    if is_schnell(evidence):
+        return Decision(False, "its transformer is a published FLUX.1 [schnell] file, by sha256")
+    if any(map(_DEV_TEXT.search, evidence.texts)):
+        return Decision(True, "the FLUX.1 [dev] licence lies beside the weights")
+    if stated := next(filter(_DEV_ID.search, evidence.ids), None):
+        return Decision(True, f"its licence is stated as {stated}")
+    if (sizes.hidden_size, sizes.num_heads) == (HIDDEN_SIZE, NUM_HEADS):
+        unproven = "" if sizes.guidance_embed else ", and its file is no published FLUX.1 [schnell] file"
+        return Decision(True, f"it has FLUX.1's width{unproven}")
+    if name := next(filter(_DEV_NAME.search, evidence.names), None):
+        return Decision(True, f"it is called {name}")
+    return Decision(False, "nothing known of it demands them")
+
+
+def is_dev(evidence: Evidence) -> bool:
+    """Returns True where a text, an id or a name says that the weights are FLUX.1 [dev]'s, or made from it."""
+    return bool(
+        any(map(_DEV_TEXT.search, evidence.texts))
+        or any(map(_DEV_ID.search, evidence.ids))
+        or any(map(_DEV_NAME.search, evidence.names))
+    )
+
+
+class Source(Protocol):
+    """A source file of a conversion, as `model_index.json` records it."""
+
+    @property
+    def sha256(self) -> str: ...
+    @property
+    def layout(self) -> str: ...
+    @property
+    def published(self) -> str: ...
+
+
+class Index(Protocol):
+    """The part of `model_index.json` that says where a model folder comes from."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def base(self) -> str: ...
+    @property
+    def license(self) -> str: ...
+    @property
+    def filters(self) -> str: ...
+    @property
+    def source(self) -> Sequence[Source]: ...
+
+
+def of_folder(architecture: Architecture, index: Index, text: str) -> Evidence:
+    """Returns the evidence that a model folder of ours carries.
 
     Args:
-        architecture: of the transformer.
-        declared: `filters` in the folder's model_index.json: "required" or "none".
+        architecture: of its transformer.
+        index: its model_index.json.
+        text: its LICENSE.md, or "".
     """
-    return declared == "required" or architecture == FLUX_1_DEV
+    files = [source for source in index.source if "transformer" in source.layout]
+    return Evidence(
+        architecture=architecture,
+        declared=index.filters == "required",
+        texts=(text,),
+        ids=(index.license,),
+        names=(index.name, index.base),
+        sha256=frozenset(source.sha256 for source in files),
+        confirmed=frozenset(source.sha256 for source in files if source.published in SCHNELL_REPOSITORIES),
+    )

@@ -36,6 +36,7 @@ class Defaults:
     height: Annotated[int, 16, 8192]
     num_inference_steps: Annotated[int, 1, 1000]
     guidance_scale: Annotated[float, 0.0, 1000.0]
+    true_cfg_scale: Annotated[float, 0.0, 1000.0] = 1.0
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,26 @@ KREA = Family("FLUX.1 Krea [dev]", "krea", "flux-1-dev-non-commercial", Defaults
 KONTEXT = Family("FLUX.1 Kontext [dev]", "kontext", "flux-1-dev-non-commercial", Defaults(1024, 1024, 28, 2.5))
 DEV = Family("FLUX.1 [dev]", "dev", "flux-1-dev-non-commercial", Defaults(1024, 1024, 28, 3.5))
 SCHNELL = Family("FLUX.1 [schnell]", "schnell", "apache-2.0", Defaults(1024, 1024, 4, 0.0))
+# Without a guidance embedding, and no published [schnell] file: made from [dev] by undoing its guidance distillation
+# (nyanko7/flux-dev-de-distill), or from [schnell] by somebody.
+DE_DISTILLED = Family(
+    "FLUX.1 without guidance embedding", "", "unknown", Defaults(1024, 1024, 28, 0.0, true_cfg_scale=3.5)
+)
+UNPROVEN_SCHNELL = Family("FLUX.1 [schnell], by its name", "schnell", "unknown", Defaults(1024, 1024, 4, 0.0))
 OTHER = Family("FLUX architecture, other sizes", "", "unknown", Defaults(1024, 1024, 28, 4.5))
+
+# sha256 of published FLUX.1 [schnell] transformers, and where each is stated: these files need no filters.
+SCHNELL_FILES = {
+    "9403429e0052277ac2a87ad800adece5481eecefd9ed334e1f348723621d2a0a": (
+        "flux1-schnell.safetensors of black-forest-labs/FLUX.1-schnell: docs/text-to-image.md of black-forest-labs/flux"
+    ),
+}
+# Repositories whose transformers are FLUX.1 [schnell] under Apache-2.0; the hub states their files' sha256.
+SCHNELL_REPOSITORIES = (
+    "black-forest-labs/FLUX.1-schnell",
+    "Comfy-Org/flux1-schnell",
+    "city96/FLUX.1-schnell-gguf",
+)
 
 # Peak TFLOP/s of Apple's GPUs with all cores: M1 and M2 from metal-benchmarks, M3 and M4 from the hardware table of
 # huggingface.js, M5 measured products from MLX's history.

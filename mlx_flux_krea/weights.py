@@ -316,10 +316,20 @@ class ModelFolder:
         """Sizes of the four networks."""
         return ModelSizes(flux=self.flux.sizes, t5=self.t5.sizes, clip=self.clip.sizes, vae=self.vae.sizes)
 
+    @functools.cached_property
+    def filters(self) -> licence.Decision:
+        """The decision whether the licence demands filters or review."""
+        return licence.decide(licence.of_folder(self.flux.sizes.architecture, self.index, self._licence_text()))
+
     @property
     def requires_filters(self) -> bool:
         """True where the licence demands filters or review."""
-        return licence.requires_filters(self.flux.sizes.architecture, self.index.filters)
+        return self.filters.required
+
+    def _licence_text(self) -> str:
+        with contextlib.suppress(OSError):
+            return read_small(self.path / "LICENSE.md").decode(errors="replace")
+        return ""
 
     @property
     def latent_rgb(self) -> tuple[tuple[float, ...], ...] | None:

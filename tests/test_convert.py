@@ -27,6 +27,7 @@ from safetensors import safe_open
 from mlx_flux_krea import FluxPipeline
 from mlx_flux_krea.errors import ModelError, ResourceError, UsageError
 from mlx_flux_krea.files import sha256
+from mlx_flux_krea.licence import Evidence
 from mlx_flux_krea.models import config as configs
 from mlx_flux_krea.weights import COMPONENTS, open_model, read_header
 
@@ -207,11 +208,11 @@ def test_the_index_says_what_the_model_was_made_from(model):
         ),
         (["flux1-kontext-dev-q4_k_s.gguf"], configs.FLUX_DEV, "FLUX.1 Kontext [dev]", 2.5, "flux-1-dev-non-commercial"),
         (["flux1-dev.safetensors"], configs.FLUX_DEV, "FLUX.1 [dev]", 3.5, "flux-1-dev-non-commercial"),
-        (["flux1-krea-lookalike"], configs.FLUX_SCHNELL, "FLUX.1 [schnell]", 0.0, "apache-2.0"),
+        (["flux1-krea-lookalike"], configs.FLUX_SCHNELL, "FLUX.1 without guidance embedding", 0.0, "unknown"),
     ],
 )
 def test_the_family_follows_from_sizes_and_names(names, config, base, guidance, license):
-    family = index._family(config, names)
+    family = index._family(config, names, Evidence(config.architecture))
     assert (family.base, family.defaults.guidance_scale, family.license) == (base, guidance, license)
 
 

@@ -17,6 +17,7 @@ from helpers import (
     TOKENIZERS,
     acknowledge,
     assert_close,
+    edit_json,
     facts,
     full_size_folder,
     goldens,
@@ -35,6 +36,7 @@ from mlx_flux_krea.errors import FiltersError, Interrupted, UsageError
 from mlx_flux_krea.generator import Generator
 from mlx_flux_krea.models.config import Defaults
 from mlx_flux_krea.models.transformer import Flux
+from mlx_flux_krea.presets import SCHNELL_FILES
 from mlx_flux_krea.provenance import SOFTWARE
 from mlx_flux_krea.request import Request, open_image
 from mlx_flux_krea.sampling import noise, sampler
@@ -871,5 +873,8 @@ def test_a_model_that_requires_filters_refuses_to_generate(tmp_path):
         with pytest.raises(FiltersError, match="content filters") as caught:
             pipe(CAT)
         assert caught.value.exit_code == 6
-    free = FluxPipeline.from_pretrained(full_size_folder(tmp_path / "schnell", filters="none", guidance_embed=False))
-    assert not free.folder.requires_filters
+    free = full_size_folder(tmp_path / "schnell", filters="none", guidance_embed=False)
+    assert FluxPipeline.from_pretrained(free).folder.requires_filters
+    published = {"file": "flux1-schnell.safetensors", "sha256": next(iter(SCHNELL_FILES)), "bytes": 1}
+    edit_json(free / "model_index.json", source=[published | {"layout": "transformer, Black Forest Labs"}])
+    assert not FluxPipeline.from_pretrained(free).folder.requires_filters

@@ -76,7 +76,7 @@ def _model(path: Path) -> tuple[dict[str, Any], str]:
         default = folder.index.defaults
         steps = f"{amount(default.num_inference_steps, 'step')}, guidance {default.guidance_scale:g}"
         about += [
-            ("filters", index["filters"]),
+            ("filters", f"{'required' if folder.requires_filters else 'not required'}: {folder.filters.why}"),
             ("defaults", f"{default.width} x {default.height}, {steps}"),
             ("shift", index["schedule"]["shift"]),
         ]

@@ -57,7 +57,7 @@ class FluxConfig:
 
     @property
     def architecture(self) -> Architecture:
-        """The sizes that tell FLUX.1 from other models of its form (`licence.requires_filters`)."""
+        """The sizes that tell FLUX.1 from other models of its form (`licence.decide`)."""
         return Architecture(
             hidden_size=self.hidden_size,
             num_heads=self.num_heads,
@@ -283,6 +283,7 @@ class SourceFile:
     sha256: str
     bytes: Annotated[int, 0, 2**60]
     layout: str
+    published: str = ""  # the repository for which the hub states this sha256, where that decides the licence
 
 
 @dataclass(frozen=True)
