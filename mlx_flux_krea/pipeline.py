@@ -111,7 +111,7 @@ class FluxPipeline:
         prompt_2: str | Sequence[str] | None = None,
         negative_prompt: str | Sequence[str] | None = None,
         negative_prompt_2: str | Sequence[str] | None = None,
-        true_cfg_scale: float = 1.0,
+        true_cfg_scale: float | None = None,
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int | None = None,
@@ -141,7 +141,8 @@ class FluxPipeline:
             prompt_2: text for T5, where it differs from the one for CLIP.
             negative_prompt: text that the picture should move away from; needs `true_cfg_scale` above 1.
             negative_prompt_2: the same for T5.
-            true_cfg_scale: negative + scale * (positive - negative) in every step, at double cost.
+            true_cfg_scale: negative + scale * (positive - negative) in every step, at double cost; None: the model's,
+                which is 1 (off) with a guidance embedding.
             height: pixels, floored to a multiple of 16.
             width: pixels, floored to a multiple of 16. With `image` and no size: its shape at the default's area.
             num_inference_steps: n.

@@ -10,7 +10,7 @@ import os
 import reprlib
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any, TypeGuard
 
@@ -49,7 +49,7 @@ class Request:
     prompt_2: str | Sequence[str] | None = None
     negative_prompt: str | Sequence[str] | None = None
     negative_prompt_2: str | Sequence[str] | None = None
-    true_cfg_scale: float = 1.0  # above 1: negative + scale * (positive - negative), at double cost
+    true_cfg_scale: float | None = None  # above 1: negative + scale * (positive - negative), at double cost
     width: int | None = None  # pixels, floored to a multiple of 16
     height: int | None = None
     num_inference_steps: int | None = None
@@ -82,6 +82,8 @@ class Request:
             UsageError: an option that cannot be used, or options that do not go together.
         """
         index, flux = folder.index, folder.flux.sizes
+        if self.true_cfg_scale is None:
+            return self._with_true_cfg(index.defaults.true_cfg_scale).resolve(folder)
         multiple = 2 * folder.vae.sizes.downsampling  # a token is a patch of 2 x 2 latents
         self._check_numbers(index)
         self._check_prompts()
@@ -99,7 +101,7 @@ class Request:
             prompt_2=self._texts(self.prompt_2),
             negative_prompt=self._texts(self.negative_prompt),
             negative_prompt_2=self._texts(self.negative_prompt_2),
-            true_cfg_scale=self.true_cfg_scale,
+            true_cfg_scale=self._scale,
             width=width,
             height=height,
             num_inference_steps=steps,
@@ -119,6 +121,17 @@ class Request:
             max_sequence_length=self.max_sequence_length or index.max_sequence_length,
             notes=notes,
         )
+
+    def _with_true_cfg(self, scale: float) -> "Request":
+        """Returns the request with a model's own scale of true CFG, above 1 against an empty text if none is given."""
+        has_negative = self.negative_prompt is not None or self.negative_prompt_embeds is not None
+        if scale > 1 and not has_negative:
+            return replace(self, true_cfg_scale=scale, negative_prompt="")
+        return replace(self, true_cfg_scale=scale)
+
+    @property
+    def _scale(self) -> float:
+        return 1.0 if self.true_cfg_scale is None else self.true_cfg_scale
 
     @property
     def _prompts(self) -> int:
@@ -177,11 +190,11 @@ class Request:
         if self.prompt is None and self.prompt_embeds is None:
             raise UsageError("there is no prompt", "a text; an empty one is allowed")
         negative = self.negative_prompt is not None or self.negative_prompt_embeds is not None
-        scale = f"`true_cfg_scale` {self.true_cfg_scale:g}"
-        if negative and not self.true_cfg_scale > 1:
+        scale = f"`true_cfg_scale` {self._scale:g}"
+        if negative and not self._scale > 1:
             todo = "set `true_cfg_scale` (it doubles the time of a step)"
             raise UsageError(f"a negative prompt does nothing at {scale}", "above 1", todo)
-        if self.true_cfg_scale > 1 and not negative:
+        if self._scale > 1 and not negative:
             raise UsageError(f"{scale} needs a negative prompt", "one, even an empty one")
         for name in _TEXTS:
             texts = getattr(self, name)

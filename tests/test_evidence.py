@@ -1,5 +1,6 @@
 """Whether a model needs filters follows from evidence: everything adds the requirement, one hash lifts it."""
 
+import json
 import shutil
 
 import pytest
@@ -13,6 +14,7 @@ from mlx_flux_krea.convert.job import _components
 from mlx_flux_krea import presets
 from mlx_flux_krea.licence import FLUX_1_DEV, FLUX_1_SCHNELL, Evidence, decide
 from mlx_flux_krea.models import config as configs
+from mlx_flux_krea.request import Request
 from mlx_flux_krea.weights import open_model
 
 DEV_TEXT = "FLUX.1 [dev] Non-Commercial License v1.1.1\n\nBlack Forest Labs Inc. ..."
@@ -200,3 +202,20 @@ def test_inspect_says_why(command, model, tmp_path):
 
 def test_inspect_says_why_not(command, model):
     assert "not required: its hidden size" in command("inspect", model)[1]
+
+
+@pytest.mark.parametrize(
+    ("given", "scale", "negative"),
+    [
+        ({}, 3.5, ("",)),
+        ({"negative_prompt": "rain"}, 3.5, ("rain",)),
+        ({"true_cfg_scale": 1.0}, 1.0, ()),
+        ({"true_cfg_scale": 2.0, "negative_prompt": "rain"}, 2.0, ("rain",)),
+    ],
+)
+def test_a_model_without_guidance_follows_its_prompt_by_true_cfg(model, tmp_path, given, scale, negative):
+    folder = shutil.copytree(model, tmp_path / "undistilled")
+    defaults = json.loads((folder / "model_index.json").read_text())["defaults"]
+    edit_json(folder / "model_index.json", defaults=defaults | {"true_cfg_scale": 3.5})
+    request = Request(prompt="a cat", seed=1, **given).resolve(open_model(folder))
+    assert (request.true_cfg_scale, request.negative_prompt) == (scale, negative)
