@@ -171,6 +171,32 @@ def test_a_csv_has_any_option_in_its_rows_and_bad_rows_are_skipped(tiny, tmp_pat
     assert err.splitlines()[-1] == "flux-krea: 3 rows of list.csv were skipped"
 
 
+@pytest.mark.parametrize(
+    "name", ["{outside}/x.png", "../x.png", "sub/../../x.png", "link/x.png", "{{seed}}/../../x.png"]
+)
+def test_a_row_writes_nothing_outside_the_folder_of_the_output(tiny, tmp_path, name):
+    outside = tmp_path.parent / f"{tmp_path.name}-outside"
+    for folder in (outside, tmp_path / "sub", tmp_path / "7"):
+        folder.mkdir()
+    (tmp_path / "link").symlink_to(outside)
+    row = {"prompt": "a frog", "seed": [7], "output": name.format(outside=outside)}
+    (tmp_path / "a.jsonl").write_text(f"{json.dumps(row)}\n" + '{"prompt": "a toad", "output": "sub/b.png"}\n')
+    code, out, err = tiny("--prompts", "a.jsonl")
+    assert (code, out) == (7, "sub/b.png\n"), err
+    assert "skipped a.jsonl, line 1: the row's output" in err
+    assert "lies outside the folder of --output" in err
+    assert list(outside.iterdir()) == []
+    assert not (tmp_path.parent / "x.png").exists()
+
+
+def test_a_row_writes_into_the_folder_that_was_typed(tiny, tmp_path):
+    outside = tmp_path.parent / f"{tmp_path.name}-outside"
+    outside.mkdir()
+    (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": "a frog", "output": f"{outside}/b.png"}))
+    code, out, err = tiny("--prompts", "a.jsonl", "-o", outside / "a.png")
+    assert (code, out) == (0, f"{outside}/b.png\n"), err
+
+
 @pytest.mark.slow
 def test_fifty_prompts_in_one_process_one_of_them_bad(tiny, tmp_path, monkeypatch):
     """All are drawn but one; and once 32 prompts are kept, memory does not grow with their number."""

@@ -6,7 +6,9 @@ layer, options that exclude each other are errors.
 
 import hashlib
 import math
+import os
 import re
+import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -138,6 +140,8 @@ def _jobs_of_row(
         for seed in _seeds(options, random):
             number += 1
             output = output_name(options.get("output", default_output()), prompt=text, seed=seed, number=number)
+            if "output" in row:
+                output = _below(Path(base.get("output", default_output())), output)
             jobs.append(
                 PictureJob(
                     where=where,
@@ -149,6 +153,19 @@ def _jobs_of_row(
                 )
             )
     return jobs
+
+
+def _below(template: Path, output: Path) -> Path:
+    """Returns the output of a row of a prompt file, which anybody may have written.
+
+    Raises:
+        UsageError: it lies neither below the current folder nor below the folder of --output, links followed.
+    """
+    place, folders = os.path.realpath(output), (os.path.realpath("."), os.path.realpath(template.parent))
+    if not any(Path(place).is_relative_to(folder) for folder in folders):
+        found = f"the row's output {output} lies outside the folder of --output"
+        raise UsageError(found, "a path below it", f"to allow it: -o {shlex.quote(str(output))}")
+    return output
 
 
 def _seeds(options: dict, random: int) -> list[int]:
