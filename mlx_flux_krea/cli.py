@@ -4,6 +4,26 @@ A verb's module is imported when the verb is called, so that `flux-krea --help` 
 """
 
 # ruff: noqa: E402
+import os
+import sys
+
+
+def _open_standard() -> None:
+    """Opens closed descriptors of standard input, output and error on /dev/null.
+
+    Else the next file gets such a number: a model's weights, or MLX's library, would be read as standard input.
+    """
+    for descriptor, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # gets the lowest free number, which is this one
+        if getattr(sys, name) is None:  # Python found it closed
+            setattr(sys, name, open(descriptor, mode, closefd=False))  # noqa: SIM115
+
+
+_open_standard()  # before anything that opens files
+
 from mlx_flux_krea.commands.shared import signals
 
 signals.install()  # before anything that takes time
@@ -11,8 +31,6 @@ signals.install()  # before anything that takes time
 import contextlib
 import errno
 import importlib
-import os
-import sys
 import traceback
 from dataclasses import dataclass
 
@@ -118,9 +136,6 @@ def main(argv: list[str] | None = None) -> None:
 
 def _run(argv: list[str]) -> int:
     """Runs the command. Turns every error into a message and returns the exit code."""
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # the caller closed it
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     if reconfigure := getattr(sys.stdout, "reconfigure", None):
         reconfigure(errors="surrogateescape")  # file names are bytes
     try:
