@@ -59,7 +59,7 @@ class Scenario:
 
     def begin(self, work: Path, argv: list[str]):
         """Starts the command in a folder; at a terminal of its own where it asks questions."""
-        plain = {name: value for name, value in os.environ.items() if name not in ("TERM_PROGRAM", "KITTY_WINDOW_ID")}
+        plain = {name: value for name, value in os.environ.items() if name not in ("TERM", "TERM_PROGRAM")}
         environment = plain | {"FLUX_KREA_HOME": str(work / "home"), "HOME": str(work), "HF_HUB_OFFLINE": "1"}
         environment |= self.environment
         where = work / "out"

@@ -221,6 +221,7 @@ class FluxPipeline:
         preview: Callable | None = None,
         checkpoint: Checkpoint | None = None,
         before_release: Callable[[], None] | None = None,
+        meant_for: dict | None = None,
     ) -> Result:
         """Makes the pictures of a request: a call, for those who have its arguments as an object.
 
@@ -232,6 +233,7 @@ class FluxPipeline:
             checkpoint: as in a call.
             before_release: called in the worker's thread right before and right after the gate hands pictures over, for
                 callers who handle signals. If it raises, nothing is released.
+            meant_for: the file that the pictures are meant for, as JSON, kept with those that wait for review.
 
         Returns:
             Pictures with their seeds, records and notes.
@@ -249,7 +251,14 @@ class FluxPipeline:
             raise UsageError("`preview` needs latent_rgb, which this model does not have", "", "leave it out")
         callback = callback_on_step_end and partial(self._call_back, callback_on_step_end)
         observers = Observers(callback, preview, checkpoint)
-        return self._worker.run(self._generate, request, observers, progress=progress, before_release=before_release)
+        return self._worker.run(
+            self._generate,
+            request,
+            observers,
+            progress=progress,
+            before_release=before_release,
+            meant_for=meant_for or {},
+        )
 
     @property
     def policy(self) -> Policy | None:
@@ -398,6 +407,7 @@ class FluxPipeline:
         *,
         progress: Progress | None,
         before_release: Callable[[], None] | None,
+        meant_for: dict,
     ) -> Result:
         resolved = self._resolve(request)
         check_acknowledged(self.folder)
@@ -414,6 +424,8 @@ class FluxPipeline:
             self._worker.check()
 
         with self._generator.reporting(progress), self._gate(record, ready) as gate:
+            if isinstance(gate, Gate):
+                gate.run.meant_for = meant_for
             return self._generate_checked(gate, record, resolved, plan=plan, notes=notes, observers=observers)
 
     def _gate(self, record: dict, ready: Callable[[], None] = lambda: None) -> AbstractContextManager[Gate | OpenGate]:

@@ -90,7 +90,8 @@ def run_command(*args, cwd: Path, timeout: float = 120, **env) -> subprocess.Com
     )
 
 
-SHOWS_PICTURES = ("DISPLAY", "WAYLAND_DISPLAY", "LC_TERMINAL", "TERM_PROGRAM", "KITTY_WINDOW_ID")
+SHOWS_PICTURES = ("DISPLAY", "WAYLAND_DISPLAY", "LC_TERMINAL", "TERM_PROGRAM", "KITTY_WINDOW_ID", "TERM")
+SHOWS_PICTURES += ("TMUX", "STY", "SSH_CONNECTION", "SSH_CLIENT", "SSH_TTY")
 
 
 def at_terminal(

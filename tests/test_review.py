@@ -13,7 +13,8 @@ import pytest
 from helpers import SHOWS_PICTURES, acknowledge, at_terminal, edit_json, run_command
 from PIL import Image
 
-from mlx_flux_krea.commands.shared.terminal import Console, show_picture
+from mlx_flux_krea.commands.shared.output import meant_for
+from mlx_flux_krea.commands.shared.terminal import Console, inline_picture, show_picture
 from mlx_flux_krea.filters.ledger import Ledger, Verdict
 from mlx_flux_krea.filters.log import Log
 from mlx_flux_krea.provenance import SOFTWARE, read_record
@@ -21,7 +22,23 @@ from mlx_flux_krea.provenance import SOFTWARE, read_record
 PIXELS = np.arange(24 * 16 * 3, dtype=np.uint8).reshape(16, 24, 3)
 PROMPT = "a secret frog\x1b[31m"
 RECORD = {"software": SOFTWARE, "prompt": PROMPT, "seed": 7}
-SHOWN = {"LC_TERMINAL": "iTerm2"}
+SHOWN = {"TERM": "xterm-256color", "TERM_PROGRAM": "iTerm.app"}
+HIDDEN = [  # environments whose variables promise a picture that nobody sees
+    {"LC_TERMINAL": "iTerm2"},
+    {"KITTY_WINDOW_ID": "1", "TERM": "xterm-256color"},
+    *({"LC_TERMINAL": "iTerm2", "KITTY_WINDOW_ID": "1", **more} for more in (
+        {**SHOWN, "TMUX": "/tmp/tmux-1/default,1,0"},
+        {**SHOWN, "TERM": "tmux-256color"},
+        {**SHOWN, "TERM": "screen.xterm-256color"},
+        {**SHOWN, "STY": "1.pts-0.host"},
+        {**SHOWN, "SSH_CONNECTION": "10.0.0.1 1 10.0.0.2 22"},
+        {**SHOWN, "TERM": "dumb"},
+        {**SHOWN, "TERM": "alacritty"},
+        {**SHOWN, "VTE_VERSION": "7600"},
+        {"TERM": "xterm-kitty", "SSH_CONNECTION": "10.0.0.1 1 10.0.0.2 22", "DISPLAY": ":0"},
+        {"TERM": "xterm-ghostty", "TMUX": "/tmp/tmux-1/default,1,0", "DISPLAY": ":0"},
+    )),
+]  # fmt: skip
 
 
 @pytest.fixture
@@ -31,9 +48,10 @@ def out(tmp_path):
     return folder
 
 
-def keep(event="waiting", **facts) -> None:
+def keep(event="waiting", meant_for=None, **facts) -> None:
     """A picture in quarantine, by default as a run in review mode leaves it."""
     with Ledger().run("review" if event == "waiting" else "filters") as run:
+        run.meant_for = meant_for or {}
         one = run.keep(PIXELS, RECORD)
         run.ledger.settle(one, Verdict(event, one.facts["pixels"], **facts))
 
@@ -82,7 +100,8 @@ def test_one_yes_rejects_and_deletes(out, home, answers):
 
 
 @pytest.mark.parametrize(
-    "answers", [[], ["later"], ["no"], ["no", "later"], ["maybe", "y", "", "later"], ["n", "n", "no", "later"]]
+    "answers",
+    [[], ["later"], ["no"], ["no", "later"], ["maybe", "yess", "", "l"], ["nn", "not", "N", "Later"], ["n", "ye", "0"]],
 )
 def test_whoever_does_not_answer_both_releases_nothing(out, home, answers):
     keep()
@@ -110,12 +129,63 @@ def test_what_a_filter_flagged_needs_a_reason_too(out, home):
     assert approved["reasons"] == ["a statue in a museum"]
 
 
-def test_a_picture_that_cannot_be_shown_is_named(out, home):
+@pytest.mark.parametrize("variables", [{}, HIDDEN[0], HIDDEN[2]])
+def test_a_picture_that_cannot_be_shown_is_named_and_the_reviewer_says_that_it_was_opened(out, home, variables):
     keep()
-    code, _, seen = answered(out, ["later"], "--reviewer", "Ada")
-    assert code == 5
     (path,) = (home / "quarantine").rglob("*.png")
-    assert f"look at it first: {path}" in seen.replace("\r\n", "\n")
+    for answers in (["later"], ["no", "no", "no"], ["n", "n"], []):
+        code, _, seen = answered(out, answers, "--reviewer", "Ada", **variables)
+        assert (code, files(out)) == (5, []), seen
+        assert f"look at it first: {path}" in seen.replace("\r\n", "\n")
+        assert "unlawful" not in seen
+    code, _, seen = answered(out, ["yes", "no", "no"], "--reviewer", "Ada", **variables)
+    assert (code, files(out)) == (0, ["out.png"]), seen
+    assert seen.index(str(path)) < seen.index("Did you open it?") < seen.index("unlawful")
+
+
+def test_the_path_stands_there_where_the_picture_is_shown_too(out, home):
+    keep()
+    (path,) = (home / "quarantine").rglob("*.png")
+    seen = answered(out, ["n", "n"], "--reviewer", "Ada", **SHOWN)[2]
+    assert seen.index(str(path)) < seen.index("unlawful")
+    assert "Did you open it?" not in seen
+
+
+def test_y_and_n_are_answers_the_choices_stand_once_and_the_release_is_said(out, home):
+    keep()
+    code, stdout, seen = answered(out, ["N", "n"], "--reviewer", "Ada", **SHOWN)
+    assert (code, stdout) == (0, "out.png\n"), seen
+    assert seen.count("(yes, no, later)") == 2
+    assert "released out.png" in seen
+    keep()
+    code, stdout, seen = answered(out, ["n", "Y"], "--reviewer", "Ada", **SHOWN)
+    assert (code, stdout, log(home)[-1]["event"]) == (0, "", "rejected"), seen
+
+
+def test_names_and_formats_given_to_generate_are_kept_to_the_end(out, home, tmp_path):
+    away = tmp_path / "away"
+    away.mkdir()
+    keep(meant_for=meant_for(Path("frog_7.webp"), {"quality": 50, "metadata": "minimal"}) | {"folder": str(out)})
+    keep(meant_for={"folder": str(away), "output": "b.jpg"})
+    keep(meant_for={"folder": str(tmp_path / "removed"), "output": "c.png", "quality": None, "metadata": "?"})
+    keep(meant_for={"folder": 1, "output": ["d.png"]})
+    keep()
+    assert {path.stat().st_mode & 0o77 for path in (home / "quarantine").rglob("*.json")} == {0}
+    code, stdout, seen = answered(out, ["no"] * 10, "--reviewer", "Ada", **SHOWN)
+    assert (code, stdout) == (0, f"frog_7.webp\n{away}/b.jpg\nc.png\nout.png\nout-2.png\n"), seen
+    assert Image.open(out / "frog_7.webp").format == "WEBP"
+    assert read_record(out / "frog_7.webp") is None  # minimal
+    assert read_record(away / "b.jpg")["seed"] == 7
+    assert files(home / "quarantine") == []
+    assert "frog_7" not in (home / "log" / "log.jsonl").read_text()
+
+
+def test_fields_of_a_name_are_filled_in_as_generate_does(out):
+    for _ in range(2):
+        keep(meant_for={"folder": str(out), "output": "other.jpg"})
+    code, stdout, seen = answered(out, ["no"] * 4, "--reviewer", "Ada", "-o", "rel_{seed}_{n}.webp", **SHOWN)
+    assert (code, stdout) == (0, "rel_7_1.webp\nrel_7_2.webp\n"), seen
+    assert run_command("review", "-o", "rel_{sed}.webp", cwd=out).returncode == 2
 
 
 def test_names_and_options_are_those_of_generate(out):
@@ -162,6 +232,10 @@ def test_generate_in_review_mode_ends_with_5_and_review_releases_the_very_pictur
     assert "review it: flux-krea review" in ran.stderr
     code, stdout, seen = answered(out, ["no", "no"], "--reviewer", "Ada", "-o", "cat.webp", **SHOWN)
     assert (code, stdout) == (0, "cat.webp\n"), seen
+    where = ["-o", "frog_{seed}.webp", "--quality", "80"]
+    assert run_command("generate", "a cat", "-m", edited, *size, "--check", "review", *where, cwd=out).returncode == 5
+    code, stdout, seen = answered(out, ["n", "n"], "--reviewer", "Ada", **SHOWN)
+    assert (code, stdout) == (0, "frog_1.webp\n"), seen
     assert read_record(out / "cat.webp")["prompt"] == "a cat"
     keep()
     assert run_command("log", "verify", cwd=out).returncode == 0
@@ -172,7 +246,10 @@ def test_generate_in_review_mode_ends_with_5_and_review_releases_the_very_pictur
 # --- pictures in a terminal ---
 
 
-@pytest.mark.parametrize("variable", ["LC_TERMINAL=iTerm2", "TERM_PROGRAM=iTerm.app", "KITTY_WINDOW_ID=1"])
+KNOWN = ["TERM=xterm-kitty", "TERM=xterm-ghostty", "TERM_PROGRAM=ghostty", "TERM_PROGRAM=iTerm.app"]
+
+
+@pytest.mark.parametrize("variable", [*KNOWN, "TERM_PROGRAM=WezTerm"])
 def test_terminals_that_can_show_the_picture_get_all_of_it(tmp_path, monkeypatch, capsys, variable):
     for name in SHOWS_PICTURES:
         monkeypatch.delenv(name, raising=False)
@@ -181,7 +258,7 @@ def test_terminals_that_can_show_the_picture_get_all_of_it(tmp_path, monkeypatch
     Image.fromarray(noise).save(tmp_path / "a.png")
     assert show_picture(tmp_path / "a.png", Console())
     sent = capsys.readouterr().err
-    if "KITTY" in variable:
+    if "kitty" in variable or "ghostty" in variable:
         chunks = re.findall(r"\x1b_G(a=T,f=100,)?m=(\d);([^\x1b]*)\x1b\\", sent)
         assert [more for _, more, _ in chunks] == ["1"] * (len(chunks) - 1) + ["0"]
         assert [bool(head) for head, _, _ in chunks] == [True] + [False] * (len(chunks) - 1)
@@ -190,6 +267,24 @@ def test_terminals_that_can_show_the_picture_get_all_of_it(tmp_path, monkeypatch
     else:
         data = re.search(r"File=inline=1[^:]*:([^\x07]*)\x07", sent)[1]
     assert base64.b64decode(data) == (tmp_path / "a.png").read_bytes()
+
+
+@pytest.mark.parametrize("variables", HIDDEN)
+def test_terminals_that_may_swallow_the_picture_get_none_and_no_viewer_is_tried(tmp_path, monkeypatch, variables):
+    for name in SHOWS_PICTURES:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert inline_picture(b"") is None
+    if {"TMUX", "STY", "SSH_CONNECTION"} & variables.keys():
+        monkeypatch.setenv("DISPLAY", ":0")
+        for name in ("open", "xdg-open"):
+            (tmp_path / name).write_text(f"#!/bin/sh\ntouch {tmp_path}/tried\n")
+            (tmp_path / name).chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+        Image.fromarray(PIXELS).save(tmp_path / "a.png")
+        assert not show_picture(tmp_path / "a.png", Console())
+        assert not (tmp_path / "tried").exists()
 
 
 def test_the_platforms_viewer_is_asked_where_there_is_a_display(tmp_path, monkeypatch):

@@ -2,18 +2,21 @@
 
 import getpass
 import sys
+from pathlib import Path
 
 import click
 
 from mlx_flux_krea.errors import UsageError, Waiting, amount, printable
 from mlx_flux_krea.filters.ledger import Ledger, QuarantinedImage, Verdict
-from mlx_flux_krea.provenance import read_record
+from mlx_flux_krea.provenance import FORMATS, read_record
 
 from .shared import signals
+from .shared.jobs import default_output, output_name
 from .shared.options import FILE, METADATA, QUALITY
-from .shared.output import check_output, names_from, save
+from .shared.output import check_output, meant_file, names_from, save, say_path
 from .shared.terminal import Console, show_picture
 
+ANSWERS = ("yes", "no", "later")
 QUESTIONS = {
     "unlawful": "Does it show anything unlawful?",
     "infringing": "Does it show somebody's work or brand, or a real person, without the right to?",
@@ -25,18 +28,14 @@ QUESTIONS = {
     "-o",
     "--output",
     type=FILE,
-    default="out.png",
-    show_default=True,
-    help="File of released pictures: this name, then the next free ones.",
+    help="File of released pictures; {seed}, {n}, {prompt} are filled in.  [default: as given to generate, or out.png]",
 )
 @click.option("--reviewer", help="Your name, for the log.  [default: asked]")
-@click.option("--quality", type=QUALITY, help="Quality of JPEG and WebP.  [default: 95]")
+@click.option("--quality", type=QUALITY, help="Quality of JPEG and WebP.  [default: as given to generate, or 95]")
 @click.option(
     "--metadata",
     type=METADATA,
-    default="full",
-    show_default=True,
-    help="Record in the file: all settings, or only that an AI made it.",
+    help="Record in the file: all settings, or only that an AI made it.  [default: as given to generate, or full]",
 )
 def review(output, reviewer, quality, metadata):
     """Review waiting pictures, and release or reject them.
@@ -45,11 +44,15 @@ def review(output, reviewer, quality, metadata):
     infringing. Pictures that a filter flagged can be released too, with a reason. Pictures wait until somebody reviews
     them, or deletes them with `flux-krea purge --quarantine`. Without a terminal, the waiting pictures are listed.
 
+    Where a picture cannot be shown (tmux, screen, ssh, no display), open its file: you are asked whether you did.
+
     \b
     Example:
       flux-krea review -o frog.png
     """
-    check_output(output, quality)
+    typed = {name: value for name, value in (("quality", quality), ("metadata", metadata)) if value is not None}
+    if output:
+        check_output(output_name(output, prompt="", seed=0, number=1), quality)
     console, ledger = Console(), Ledger()
     with console.library_notes():
         waiting = ledger.waiting()
@@ -60,7 +63,7 @@ def review(output, reviewer, quality, metadata):
             for picture in waiting:
                 click.echo("\n".join(_facts(picture)) + "\n")
             raise Waiting(_count(len(waiting)), "", "review needs a terminal: flux-krea review")
-        names, left = names_from(output), len(waiting)
+        left = len(waiting)
         try:
             while not (reviewer or "").strip():
                 reviewer = click.prompt("Your name", default=getpass.getuser(), err=True)
@@ -68,14 +71,19 @@ def review(output, reviewer, quality, metadata):
                 with ledger.claimed(picture) as is_mine:
                     busy = "" if is_mine else ": another process is reviewing it"
                     console.say(f"\n{number} of {len(waiting)}{busy}")
-                    verdict = _ask(picture, reviewer.strip(), console) if is_mine else None
+                    if not is_mine:
+                        continue
+                    path, how = _target(picture, output, number, meant=ledger.meant_for(picture), typed=typed)
+                    verdict = _ask(picture, reviewer.strip(), console)
                     if verdict is None:
                         continue
                     with signals.held():
                         settled = ledger.settle(picture, verdict)
                         if verdict.event == "approved":
                             released = ledger.hand_over(settled)
-                            click.echo(save(released, names, force=False, metadata=metadata, quality=quality))
+                            path = save(released, names_from(path), force=False, **how)
+                            console.say(f"released {printable(str(path))}")
+                            say_path(path)
                         else:
                             console.say("rejected and deleted")
                         ledger.discard(settled)
@@ -90,10 +98,12 @@ def _ask(picture: QuarantinedImage, reviewer: str, console: Console) -> Verdict 
     """Shows a picture and asks for the reviewer's verdict; None: later."""
     console.say("\n".join(_facts(picture)))
     if not show_picture(picture.path, console):
-        console.say(f"it cannot be shown here; look at it first: {picture.path}")
+        console.say(f"it cannot be shown here; look at it first: {printable(str(picture.path))}")
+        if _answer("Did you open it?") != "yes":
+            return None
     pixels, answers = picture.facts["pixels"], {}
     for name, question in QUESTIONS.items():
-        answer = click.prompt(question, type=click.Choice(["yes", "no", "later"]), err=True)
+        answer = _answer(question)
         if answer == "later":
             return None
         answers[name] = answer == "yes"
@@ -107,16 +117,53 @@ def _ask(picture: QuarantinedImage, reviewer: str, console: Console) -> Verdict 
     return Verdict("approved", pixels, reasons, reviewer=reviewer, answers=answers)
 
 
+def _answer(question: str) -> str:
+    """Asks a question until it is answered. Returns "yes", "no" or "later"."""
+
+    def read(typed: str) -> str:
+        answers = [answer for answer in ANSWERS if typed.strip().lower() in (answer, answer[0])]
+        if not answers:
+            raise click.UsageError(f"{printable(typed)!r} is no answer: yes, no or later")
+        return answers[0]
+
+    return click.prompt(f"{question} ({', '.join(ANSWERS)})", value_proc=read, err=True)
+
+
+def _target(
+    picture: QuarantinedImage, output: Path | None, number: int, *, meant: dict, typed: dict
+) -> tuple[Path, dict]:
+    """Returns the file to save a picture in and options of `Picture.save`: as typed, else as given to generate.
+
+    Raises:
+        UsageError: --output has an unknown field, or cannot be written.
+    """
+    path, how = meant_file(meant)
+    if output:
+        record = _record(picture)
+        prompt, seed = (record.get(name, default) for name, default in (("prompt", ""), ("seed", 0)))
+        path = output_name(output, prompt=str(prompt), seed=seed if type(seed) is int else 0, number=number)
+    path, how = path or default_output(), how | typed
+    if FORMATS.get(path.suffix.lower()) == "PNG":
+        how.pop("quality", None)
+    check_output(path, how.get("quality"))
+    return path, how
+
+
+def _record(picture: QuarantinedImage) -> dict:
+    try:
+        return read_record(picture.path) or {}
+    except UsageError:
+        return {}
+
+
 def _facts(picture: QuarantinedImage) -> list[str]:
     """Formats the facts that a reviewer needs, as lines."""
-    try:
-        record = read_record(picture.path) or {}
-    except UsageError:
-        record = {}
+    record = _record(picture)
     facts, names = picture.facts, ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2", "model", "seed")
     rows = {"state": facts["event"], **{name: record[name] for name in names if name in record}}
     rows |= {"made": facts["time"], "why": "; ".join(facts.get("reasons", ()))}
     rows |= {"scores": ", ".join(f"{name} {value:.3f}" for name, value in facts.get("scores", {}).items())}
+    rows |= {"file": picture.path}
     return [f"{name + ':':18}{printable(str(value))}" for name, value in rows.items() if value != ""]
 
 

@@ -1,6 +1,7 @@
 """Quarantine, log and release: a picture waits here until a filter or a person has approved exactly these pixels.
 
-    HOME/quarantine/RUN.noindex/     one run: `lock`, held while its process lives, and IMAGE.png with its record inside
+    HOME/quarantine/RUN.noindex/     one run: `lock`, held while its process lives; IMAGE.png with its record inside;
+                                     IMAGE.json: the file that it is meant for, and the one that it is about to become
     HOME/log/log.jsonl               one JSON object a line for each event (see `Log`)
     HOME/log/head                    number and hash of the last line, so that a shortened log is noticed
 
@@ -150,13 +151,13 @@ class Ledger:
         facts = self.log.picture(path.stem)
         event = facts.get("event")
         if event in ("rejected", "purged") or (event == "written" and self._is_placed(path)):
-            path.unlink(missing_ok=True)
+            _delete(path)
         elif event is None:  # the run died between writing picture and log, or the log is new
             try:
                 pixels, record = _read(path)
             except UsageError:
                 self.log.append("purged", image=path.stem, reasons=["its file is damaged"])
-                path.unlink(missing_ok=True)
+                _delete(path)
                 return
             known = {"check": "review", "pixels": pixel_hash(pixels), "record_sha256": _hash_json(record)}
             self.log.append("error", image=path.stem, reasons=["never judged: its run died"], **known)
@@ -188,7 +189,7 @@ class Ledger:
                 for path in folder.glob("*.png") if is_mine else ():
                     if self.log.picture(path.stem).get("event") in FOLLOWS["purged"]:
                         self.log.append("purged", image=path.stem, reasons=["its owner deleted it"])
-                    path.unlink(missing_ok=True)
+                    _delete(path)
 
     @contextlib.contextmanager
     def claimed(self, quarantined: QuarantinedImage) -> Iterator[bool]:
@@ -237,8 +238,12 @@ class Ledger:
 
     def discard(self, quarantined: QuarantinedImage) -> None:
         """Deletes the file of a picture that was handed over, written elsewhere or rejected."""
-        quarantined.path.unlink(missing_ok=True)
-        quarantined.path.with_suffix(".json").unlink(missing_ok=True)
+        _delete(quarantined.path)
+
+    def meant_for(self, quarantined: QuarantinedImage) -> dict:
+        """Returns what `LedgerRun.meant_for` says of a picture; {}: nothing, as in earlier versions."""
+        meant = _about(quarantined.path).get("meant_for")
+        return meant if isinstance(meant, dict) else {}
 
     def release(self, picture: Released, encoded: bytes, fp, force: bool) -> None:
         """Writes a released picture; pictures of a model that requires filters are written by no other function.
@@ -300,8 +305,7 @@ class Ledger:
         """Keeps beside a picture in quarantine which file it is about to become, for `_is_placed`."""
         path = next(self.quarantine.glob(f"*/{image}.png"), None)
         if path and not hasattr(fp, "write"):
-            with written_whole(path.with_suffix(".json"), mode=0o600) as file:
-                file.write(json.dumps({"path": os.path.abspath(fp), "sha256": digest}).encode())
+            _note(path, _about(path) | {"path": os.path.abspath(fp), "sha256": digest})
 
     def _is_placed(self, path: Path) -> bool:
         """Returns True where the file that a picture in quarantine was to become exists with its content."""
@@ -316,10 +320,15 @@ class Ledger:
 
 
 class LedgerRun:
-    """The part of one run in the quarantine; from `Ledger.run`."""
+    """The part of one run in the quarantine; from `Ledger.run`.
+
+    Attributes:
+        meant_for: the file that its pictures are meant for, kept beside each for `flux-krea review`; {}: none.
+    """
 
     def __init__(self, ledger: Ledger, folder: Path, name: str, check: str):
         self.ledger, self.folder, self.name, self.check = ledger, folder, name, check
+        self.meant_for: dict = {}
 
     def keep(self, pixels: np.ndarray, record: dict) -> QuarantinedImage:
         """Puts (H, W, 3) uint8 pixels with their record into quarantine.
@@ -331,10 +340,12 @@ class LedgerRun:
         image = secrets.token_hex(16)
         path = self.folder / f"{image}.png"
         try:
+            if self.meant_for:
+                _note(path, {"meant_for": self.meant_for})
             Picture.from_pixels(pixels, record).save(path, compress_level=1)
         except ResourceError:
             raise
-        except FluxKreaError as error:
+        except (FluxKreaError, OSError) as error:
             raise FiltersError(f"the quarantine cannot be written: {error}") from None
         facts = {"pixels": pixel_hash(pixels), "record_sha256": _hash_json(record), "seed": record.get("seed")}
         size = {"height": pixels.shape[0], "width": pixels.shape[1]}
@@ -357,6 +368,26 @@ def _read(path: Path) -> tuple[np.ndarray, dict]:
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
         raise UsageError(f"{path} is not an RGB image")
     return pixels, read_record(path) or {}
+
+
+def _note(path: Path, facts: dict) -> None:
+    """Writes facts beside a picture in quarantine, for its owner alone."""
+    with written_whole(path.with_suffix(".json"), mode=0o600) as file:
+        file.write(json.dumps(facts).encode())
+
+
+def _about(path: Path) -> dict:
+    """Returns the facts beside a picture in quarantine; {}: there are none."""
+    try:
+        return read_json(path.with_suffix(".json"))
+    except FluxKreaError:
+        return {}
+
+
+def _delete(path: Path) -> None:
+    """Deletes a picture in quarantine, and the facts beside it."""
+    path.unlink(missing_ok=True)
+    path.with_suffix(".json").unlink(missing_ok=True)
 
 
 def _compare(pixels: np.ndarray, encoded: bytes) -> None:

@@ -15,7 +15,7 @@ from . import macos, signals
 from .delivery import Delivery
 from .jobs import PictureJob, PreparedJob, default_output, make_jobs, prepare, sheet_name, tool_notes
 from .options import with_option_names
-from .output import check_outcomes, check_output
+from .output import check_outcomes, check_output, meant_for
 from .preview import Preview, make_preview
 from .runs import Run, resumable
 from .sheet import note_sheet
@@ -133,6 +133,7 @@ class Generation:
                         preview=preview,
                         checkpoint=run.checkpoint,
                         before_release=signals.hold,  # pictures that the log calls released are saved despite a signal
+                        meant_for=meant_for(job.job.output, job.job.options),
                     )
                 except Withheld as error:
                     if len(run.jobs) == 1:

@@ -3,12 +3,16 @@
 import errno
 import itertools
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-from mlx_flux_krea.errors import UsageError, Waiting, Withheld, amount
+import click
+
+from mlx_flux_krea.errors import UsageError, Waiting, Withheld, amount, printable
+from mlx_flux_krea.presets import METADATA
 from mlx_flux_krea.provenance import FORMATS, Picture, check_quality
 
 from . import signals
@@ -69,6 +73,34 @@ def save(
             except FileExistsError:
                 continue
     raise ValueError("[save] No name is free.")
+
+
+def meant_for(output: Path, options: dict) -> dict:
+    """Returns the file that a picture is meant for, as JSON that is kept with it while it waits for review."""
+    how = {name: options[name] for name in ("quality", "metadata") if name in options}
+    return {"folder": os.getcwd(), "output": str(output), **how}
+
+
+def meant_file(meant: dict) -> tuple[Path | None, dict]:
+    """Reads the JSON of `meant_for`. Returns the file (None: not known) and options of `Picture.save`."""
+    folder, output = meant.get("folder"), meant.get("output")
+    if not (isinstance(folder, str) and isinstance(output, str)):
+        return None, {}
+    same = os.path.realpath(folder) == os.getcwd()
+    path = Path(output) if same else Path(folder, output)
+    if not path.parent.is_dir():  # removed since
+        path = Path(path.name)
+    try:
+        check_output(path, meant.get("quality"))
+    except UsageError:
+        return None, {}
+    metadata = {"metadata": meant["metadata"]} if meant.get("metadata") in METADATA else {}
+    return path, metadata | ({"quality": meant["quality"]} if meant.get("quality") is not None else {})
+
+
+def say_path(path: Path) -> None:
+    """Prints a path on standard output: as it is for a program, with control characters spelled out at a terminal."""
+    click.echo(printable(str(path)) if sys.stdout.isatty() else path)
 
 
 def check_outcomes(outcomes: list[str]) -> None:

@@ -5,6 +5,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -22,6 +23,10 @@ from mlx_flux_krea.presets import STAGES
 from .options import with_option_names
 from .text import size
 
+# Variables of programs between a process and its terminal: they swallow pictures, or nobody sits before the display.
+_BETWEEN = ("TMUX", "STY", "ZELLIJ", "SSH_CONNECTION", "SSH_CLIENT", "SSH_TTY")
+# Variables of terminals that show no pictures by the known protocols; those inside others inherit their names.
+_ANOTHER = {"VTE_VERSION", "KONSOLE_VERSION", "XTERM_VERSION", "INSIDE_EMACS", "VIM_TERMINAL", "NVIM"}
 _LOGGER = logging.getLogger("mlx_flux_krea")
 _FORMAT = (
     "{desc:<20} {percentage:3.0f}% |{bar}| {n:.{digits}f}/{total:.0f} {unit}s, {rate_inv_fmt}, "
@@ -181,19 +186,40 @@ def confirmed(question: str, yes: bool) -> bool:
     return yes or click.confirm(f"{question}?", err=True)
 
 
+def _protocol() -> str | None:
+    """Returns the protocol ("iterm", "kitty") by which the terminal at hand shows pictures; None: none that is known.
+
+    Only variables count that terminals themselves set; others are inherited from one terminal by the next.
+    """
+    if _is_between() or _ANOTHER & os.environ.keys():
+        return None
+    terminal, program = os.environ.get("TERM", ""), os.environ.get("TERM_PROGRAM", "")
+    if terminal in ("xterm-kitty", "xterm-ghostty"):
+        return "kitty"
+    if terminal and not re.fullmatch(r"xterm(-\w+)?|wezterm", terminal):  # of another one
+        return None
+    return {"iTerm.app": "iterm", "WezTerm": "iterm", "ghostty": "kitty"}.get(program)
+
+
+def _is_between() -> bool:
+    """True where a multiplexer or a remote connection stands between this process and the terminal."""
+    multiplexed = os.environ.get("TERM", "").startswith(("screen", "tmux"))
+    return multiplexed or any(os.environ.get(name) for name in _BETWEEN)
+
+
 def inline_picture(data: bytes, rows: int | None = None) -> str | None:
-    """Encodes a PNG as the escape sequence by which this terminal shows it; None: the terminal shows no pictures.
+    """Encodes a PNG as the escape sequence by which this terminal shows it; None: it is not known to show pictures.
 
     Args:
         data: the file's bytes.
         rows: lines that it takes, with the cursor left in place; None: as many as its pixels need.
     """
-    program = os.environ.get("LC_TERMINAL") or os.environ.get("TERM_PROGRAM", "")
+    protocol = _protocol()
     encoded = base64.b64encode(data).decode()
-    if program in ("iTerm2", "iTerm.app", "WezTerm"):
+    if protocol == "iterm":
         height = f"height={rows};" if rows else ""
         return f"\x1b]1337;File=inline=1;{height}preserveAspectRatio=1:{encoded}\x07"
-    if "KITTY_WINDOW_ID" in os.environ or program == "ghostty":
+    if protocol == "kitty":
         place = f"r={rows},C=1,i=1,q=2," if rows else ""  # a later picture with the same number replaces it
         chunks = [encoded[i : i + 4096] for i in range(0, len(encoded), 4096)] or [""]
         heads = [f"a=T,f=100,{place}"] + [""] * (len(chunks) - 1)
@@ -203,7 +229,9 @@ def inline_picture(data: bytes, rows: int | None = None) -> str | None:
 
 
 def show_picture(path: Path, console: Console) -> bool:
-    """Shows a PNG in the terminal where it can (iTerm2, kitty), else in the platform's viewer.
+    """Shows a PNG in the terminal where it is known to do that (iTerm2, kitty), else in the platform's viewer.
+
+    Nothing is tried behind a multiplexer or a remote connection, where nobody may see it.
 
     Returns:
         True where the picture can be expected to be visible.
@@ -212,7 +240,8 @@ def show_picture(path: Path, console: Console) -> bool:
         console.say(inline)
         return True
     viewer = shutil.which("open" if sys.platform == "darwin" else "xdg-open")
-    if viewer is None or (sys.platform != "darwin" and not {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys()):
+    has_display = sys.platform == "darwin" or any(os.environ.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY"))
+    if viewer is None or not has_display or _is_between():
         return False
     ran = subprocess.run([viewer, path], stdin=subprocess.DEVNULL, capture_output=True, check=False)
     return ran.returncode == 0
