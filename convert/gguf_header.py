@@ -14,6 +14,7 @@ from typing import BinaryIO
 import numpy as np
 
 from mlx_flux_krea.errors import ModelError, printable
+from mlx_flux_krea.files import open_regular
 from mlx_flux_krea.weights import TensorInfo
 
 from .decode import GGML, TYPES
@@ -77,7 +78,7 @@ def read_gguf(path: Path) -> tuple[dict[str, TensorInfo], dict[str, object]]:
         ModelError: not a readable, complete GGUF file, or a file with unknown types.
     """
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             size = os.fstat(file.fileno()).st_size
             header = _Header(file, min(size, _LARGEST))
             if header.take(4) != b"GGUF":

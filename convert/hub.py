@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlx_flux_krea.errors import FluxKreaError, ModelError, ResourceError, UsageError, printable
-from mlx_flux_krea.files import sha256
+from mlx_flux_krea.files import read_small, sha256
 from mlx_flux_krea.weights import NETWORKS
 
 from .licence import LICENCE_NAMES
@@ -178,8 +178,8 @@ def cached(repo: str) -> Path | None:
     """Returns the folder in the cache with the last fetched commit of a repository; None: there is none."""
     folder = folder_of(repo)
     try:
-        commit = (folder / "refs" / "main").read_text().strip()
-    except OSError:
+        commit = read_small(folder / "refs" / "main", most=1000).decode().strip()
+    except (OSError, UnicodeDecodeError):
         return None
     snapshot = folder / "snapshots" / commit
     return snapshot if commit and snapshot.is_dir() else None

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlx_flux_krea.errors import printable
+from mlx_flux_krea.files import open_regular
 from mlx_flux_krea.models.config import ModelIndex
 from mlx_flux_krea.models.filter_config import FilterIndex
 
@@ -80,7 +81,7 @@ def licence_files(index: ModelIndex | FilterIndex, folders: list[Path], stored: 
 def _find(folder: Path, licence: Licence | None) -> bytes | None:
     for name in LICENCE_NAMES:
         try:
-            with open(folder / name, "rb") as file:
+            with open_regular(folder / name) as file:
                 text = file.read(_MOST + 1)
         except OSError:
             continue

@@ -34,6 +34,35 @@ _BRACKETS = re.compile(r"[\[\]{}]")
 # --- small files ---
 
 
+def open_regular(path: str | os.PathLike) -> BinaryIO:
+    """Opens a file for reading. Links are followed; devices and pipes, which may never end or begin, are refused.
+
+    Raises:
+        OSError: it cannot be read, or is no regular file.
+    """
+    return open(open_descriptor(path), "rb")
+
+
+def open_descriptor(path: str | os.PathLike, flags: int = 0) -> int:
+    """Does what `open_regular` does. Returns a descriptor.
+
+    Args:
+        path: the file.
+        flags: more flags of the system's open.
+
+    Raises:
+        OSError: as there.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | flags)
+    mode = os.fstat(descriptor).st_mode
+    if stat.S_ISREG(mode):
+        return descriptor
+    os.close(descriptor)
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    raise OSError(errno.ENODEV, "it is a device or a pipe, not a file", str(path))
+
+
 def read_small(path: Path, most: int = MOST_BYTES) -> bytes:
     """Reads a whole file that has no reason to be large: JSON, a tokenizer, a licence, prompts.
 
@@ -44,13 +73,7 @@ def read_small(path: Path, most: int = MOST_BYTES) -> bytes:
     Raises:
         OSError: it cannot be read, is no regular file (a pipe would wait for ever), or is too large.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    with open(descriptor, "rb") as file:
-        state = os.fstat(descriptor)
-        if stat.S_ISDIR(state.st_mode):
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-        if not stat.S_ISREG(state.st_mode):
-            raise OSError(errno.EINVAL, "it is a device or a pipe, not a file", str(path))
+    with open_regular(path) as file:
         data = file.read(most + 1)
     if len(data) > most:
         raise OSError(errno.EFBIG, f"it is larger than {most / 1e6:.0f} MB", str(path))
@@ -306,7 +329,7 @@ def open_direct(path: Path) -> int:
         OSError: it cannot be read.
     """
     try:
-        file = os.open(path, os.O_RDONLY | getattr(os, "O_DIRECT", 0))
+        file = open_descriptor(path, getattr(os, "O_DIRECT", 0))
         try:
             os.preadv(file, [mmap.mmap(-1, PAGE)], 0)
         except OSError:
@@ -315,7 +338,7 @@ def open_direct(path: Path) -> int:
     except OSError as error:
         if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # a disk that cannot
             raise
-        file = os.open(path, os.O_RDONLY)
+        file = open_descriptor(path)
     bypass(file)
     return file
 

@@ -22,17 +22,20 @@ from html import escape, unescape  # those of xml.sax bring all of urllib
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
-from PIL import ExifTags, Image, PngImagePlugin
+from PIL import ExifTags, Image, JpegImagePlugin, PngImagePlugin, UnidentifiedImageError
 
 from . import __version__
-from .errors import UsageError
-from .files import parse_json, replacing
-from .presets import METADATA, QUALITY
+from .errors import UsageError, printable
+from .files import open_regular, parse_json, replacing
+from .presets import MAX_PIXELS, METADATA, QUALITY
 
 logger = logging.getLogger("mlx_flux_krea")
 
 SOFTWARE = f"mlx-flux-krea {__version__}"
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+READ = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF")  # Pillow's names of the formats that are read
+_EXPECTED = "a PNG, JPEG, WebP, TIFF, BMP or GIF"
+_HEIF = {b"heic", b"heix", b"hevc", b"heim", b"heis", b"hevm", b"mif1", b"msf1", b"avif", b"avis"}  # brands
 _KEY = "flux-krea"  # of the JSON text in a PNG
 _A1111_KEY = "parameters"  # of A1111's text in a PNG
 _XMP_KEY = "XML:com.adobe.xmp"  # of XMP in a PNG
@@ -155,24 +158,62 @@ def check_quality(quality: int | None, format: str) -> None:
 
 
 @contextlib.contextmanager
-def opened(image: Image.Image | str | os.PathLike | BinaryIO) -> Iterator[Image.Image]:
+def opened(image: Image.Image | str | os.PathLike | BinaryIO, most: int | None = MAX_PIXELS) -> Iterator[Image.Image]:
     """Opens an image or an image file within the block, with one error for every fault of it.
 
+    Only the formats of `READ` are tried: other plugins of Pillow run programs, or are seldom tested.
+
+    Args:
+        image: an image, which is yielded as it is; a path; or a file.
+        most: pixels above which a file is refused before it is decoded; JPEGs are decoded smaller, down to an eighth
+            of their sides; None: Pillow's own limit, for callers who decode nothing.
+
     Raises:
-        UsageError: not an image, or broken.
+        UsageError: not an image, of another format, too large, or broken.
     """
-    is_path = not isinstance(image, Image.Image)
+    name = printable(os.fspath(image)) if isinstance(image, str | os.PathLike) else "the image"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # twice as many pixels are an error
-            with Image.open(image) if is_path else contextlib.nullcontext(image) as file:
+            if isinstance(image, Image.Image):
+                yield image
+                return
+            with _open_file(image, name) as file:
+                if most is not None:
+                    _limit(file, name, most)
                 yield file
     except UsageError:
         raise
     except Exception as error:  # on hostile files Pillow and its decoders raise any class
-        reason = " ".join(str(error).split()) or type(error).__name__
-        name = image if is_path else "the image"
-        raise UsageError(f"{name} cannot be opened: {reason}", "an image") from None
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
+        raise UsageError(f"{name} cannot be opened: {printable(reason)}", _EXPECTED) from None
+
+
+@contextlib.contextmanager
+def _open_file(image: str | os.PathLike | BinaryIO, name: str) -> Iterator[Image.Image]:
+    with open_regular(image) if isinstance(image, str | os.PathLike) else contextlib.nullcontext(image) as file:
+        try:
+            picture = Image.open(file, formats=READ)
+        except UnidentifiedImageError:
+            file.seek(0)
+            start = file.read(12)
+            if start[4:8] == b"ftyp" and start[8:12] in _HEIF:
+                todo = "convert it first; on a Mac: sips -s format jpeg IN --out OUT.jpg"
+                raise UsageError(f"{name} cannot be opened: it is HEIC or AVIF", _EXPECTED, todo) from None
+            raise UsageError(f"{name} cannot be opened: it has another format", _EXPECTED) from None
+        with picture:
+            yield picture
+
+
+def _limit(file: Image.Image, name: str, most: int) -> None:
+    """Refuses to decode a file with too many pixels; a JPEG is set to be decoded smaller."""
+    width, height = file.size
+    if width * height > most and isinstance(file, JpegImagePlugin.JpegImageFile):
+        reduced = next((n for n in (2, 4, 8) if -(-width // n) * -(-height // n) <= most), 8)
+        file.draft(None, (max(1, width // reduced), max(1, height // reduced)))
+    if file.width * file.height > most:
+        expected = f"{most / 1e6:.0f} million pixels at most"
+        raise UsageError(f"{name} cannot be opened: it is {width} x {height}", expected, "make it smaller")
 
 
 def read_picture(path: Path) -> dict:
@@ -185,8 +226,10 @@ def read_picture(path: Path) -> dict:
     Raises:
         UsageError: not an image.
     """
-    with opened(path) as image:
-        info, exif = image.info, image.getexif()
+    with opened(path, most=None) as image:
+        # Pillow decodes a whole PNG to look for EXIF behind its pixels: not a large one
+        is_small = image.width * image.height <= MAX_PIXELS or not isinstance(image, PngImagePlugin.PngImageFile)
+        info, exif = image.info, image.getexif() if is_small or "exif" in image.info else Image.Exif()
         comment = exif.get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment)
         utf16 = "utf-16-le" if exif.endian == "<" else "utf-16-be"
     xmp = info.get("xmp") or info.get(_XMP_KEY) or ""

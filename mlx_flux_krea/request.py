@@ -16,10 +16,10 @@ from typing import Any, TypeGuard
 
 import mlx.core as mx
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image
 
 from . import presets
-from .errors import UsageError, amount
+from .errors import UsageError, amount, printable
 from .memory import MemoryPlan
 from .models.config import FluxConfig, ModelIndex
 from .presets import MAX_BATCH, MAX_SCALE, MAX_SIDE, MAX_STEPS
@@ -28,6 +28,16 @@ from .sampling.noise import find_recipe
 from .sampling.sampler import first_step
 from .weights import ModelFolder
 
+_STRIP = 256  # lines of an image that are converted at a time
+_TURNS = {  # by EXIF orientation
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 OUTPUT_TYPES = ("pil", "np", "latent")
 _TEXTS = ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2")
 _EMBEDS = {"prompt_embeds": "pooled_prompt_embeds", "negative_prompt_embeds": "negative_pooled_prompt_embeds"}
@@ -387,21 +397,29 @@ def open_image(image: Image.Image | str | os.PathLike | None) -> Image.Image | N
     if not isinstance(image, str | os.PathLike | Image.Image):
         raise UsageError(f"`image` is {type(image).__name__}", "a PIL image or a path")
     image = os.path.expanduser(image) if isinstance(image, str | os.PathLike) else image
-    name = image if isinstance(image, str) else "the image"
+    name = printable(image) if isinstance(image, str) else "the image"
     with opened(image) as file:
-        mode = file.mode
-        if mode in ("I", "F"):
-            raise UsageError(f"{name} has mode {mode}, whose white is not known", "8 or 16 bits, grey or RGB")
-        upright = ImageOps.exif_transpose(file)  # a copy, whole in memory
-        if mode.startswith("I;16"):
-            upright = Image.fromarray(np.round(np.asarray(upright) / 257).astype(np.uint8))
-        if mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in upright.info:
-            upright = upright.convert("LA" if mode == "La" else "RGBA").convert("RGBA")
-            upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright)
-        upright = upright.convert("RGB")
-    if 0 in upright.size:
-        raise UsageError(f"{name} is {upright.width} x {upright.height}", "at least one pixel")
-    return upright
+        if file.mode in ("I", "F"):
+            raise UsageError(f"{name} has mode {file.mode}, whose white is not known", "8 or 16 bits, grey or RGB")
+        if 0 in file.size:
+            raise UsageError(f"{name} is {file.width} x {file.height}", "at least one pixel")
+        file.load()
+        flat = Image.new("RGB", file.size)
+        for top in range(0, file.height, _STRIP):  # copies of a part at a time, not of the whole
+            flat.paste(_flattened(file.crop((0, top, file.width, min(top + _STRIP, file.height)))), (0, top))
+        turn = _TURNS.get(file.getexif().get(ExifTags.Base.Orientation, 1))
+    return flat if turn is None else flat.transpose(turn)
+
+
+def _flattened(part: Image.Image) -> Image.Image:
+    """Returns a part of an image as RGB on white, with 8 bits."""
+    mode = part.mode
+    if mode.startswith("I;16"):
+        part = Image.fromarray(np.round(np.asarray(part) / 257).astype(np.uint8))
+    if mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in part.info:
+        part = part.convert("LA" if mode == "La" else "RGBA").convert("RGBA")
+        part = Image.alpha_composite(Image.new("RGBA", part.size, "white"), part)
+    return part.convert("RGB")
 
 
 def _is_open(image: object) -> TypeGuard[Image.Image]:

@@ -23,7 +23,7 @@ import numpy as np
 from mlx.utils import tree_unflatten
 
 from .errors import ModelError
-from .files import bypass, forget
+from .files import bypass, forget, open_descriptor
 from .weights import DTYPES, PACKED, TensorInfo
 from .worker import evaluated
 
@@ -150,7 +150,7 @@ class Reader:
     def _open(self, path: Path) -> int:
         if path not in self._files:
             try:
-                file = os.open(path, os.O_RDONLY)
+                file = open_descriptor(path)
             except OSError as error:
                 raise ModelError(f"{path} cannot be read: {error.strerror}", "a shard of the model") from None
             self._files[path] = file

@@ -44,7 +44,7 @@ from safetensors import SafetensorError, safe_open
 
 from . import home, licence
 from .errors import ModelError, amount
-from .files import read_json, read_small, written_whole
+from .files import open_regular, read_json, read_small, written_whole
 from .models import config as configs
 from .models.clip import CLIPText
 from .models.config import CLIPConfig, FluxConfig, ModelIndex, ModelSizes, Quantization, T5Config, VAEConfig
@@ -106,7 +106,7 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
         ModelError: not a readable, complete safetensors file.
     """
     try:
-        with open(path, "rb") as file, safe_open(path, "numpy"):
+        with open_regular(path) as file, safe_open(path, "numpy"):
             (length,) = struct.unpack("<Q", file.read(8))
             header = json.loads(file.read(length))
     except (SafetensorError, OSError, ValueError, struct.error) as error:

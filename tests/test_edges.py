@@ -1,0 +1,140 @@
+"""Files that never end, that are something else than their name says, or that are far too large."""
+
+import io
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+from helpers import PIPELINE, run_command
+from PIL import Image
+
+from mlx_flux_krea import provenance
+from mlx_flux_krea.errors import UsageError
+from mlx_flux_krea.provenance import read_picture
+from mlx_flux_krea.request import open_image
+
+TINY = ["--width", "32", "--height", "32", "--steps", "1"]
+
+
+# --- pipes and devices ---
+
+PIPED = [
+    (["generate", "a", "-m", "model", *TINY, "--image", "PIPE"], "pipe.png"),
+    (["generate", "a", "-m", "model", *TINY, "--from", "PIPE"], "pipe.png"),
+    (["generate", "-m", "model", *TINY, "--prompts", "PIPE"], "pipe.txt"),
+    (["inspect", "PIPE"], "pipe.png"),
+    (["inspect", "PIPE"], "pipe.safetensors"),
+    (["inspect", "PIPE"], "pipe.gguf"),
+    (["resume", "PIPE"], "pipe.safetensors"),
+    (["convert", "PIPE", "-o", "out"], "pipe.safetensors"),
+    *(
+        (["convert", "source", "-o", "out"], f"source/{name}")
+        for name in (
+            "model_index.json",
+            "transformer/config.json",
+            "transformer/diffusion_pytorch_model.safetensors",
+            "vae/diffusion_pytorch_model.safetensors",
+            "tokenizer_2/tokenizer.json",
+            "LICENSE.md",
+        )
+    ),
+    *(
+        ([verb, *arguments], f"model/{name}")
+        for verb, arguments in (("plan", ["model"]), ("generate", ["a", "-m", "model", *TINY]))
+        for name in ("model_index.json", "vae/config.json", "manifest.json", "tokenizer/vocab.json")
+    ),
+    (["generate", "a", "-m", "model", *TINY], "model/vae/model.safetensors"),
+    (["verify", "model"], "model/vae/model.safetensors"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "pipe"), PIPED, ids=[f"{a[0]}-{pipe}" for a, pipe in PIPED])
+def test_a_pipe_or_a_device_in_place_of_a_file_never_hangs(model, tmp_path, arguments, pipe):
+    if "source" in arguments:
+        shutil.copytree(PIPELINE, tmp_path / "source")
+    if "model" in arguments:
+        shutil.copytree(model, tmp_path / "model")
+    path = tmp_path / pipe
+    for make in (os.mkfifo, lambda path: os.symlink("/dev/zero", path)):
+        path.unlink(missing_ok=True)
+        path.parent.mkdir(exist_ok=True)
+        make(path)
+        ran = run_command(*(pipe if a == "PIPE" else a for a in arguments), cwd=tmp_path, timeout=60)
+        assert "Traceback" not in ran.stderr
+        assert ran.returncode in (0, 2, 3), ran.stderr  # 0: the file is not needed
+
+
+# --- pictures ---
+
+
+def test_other_formats_never_reach_their_plugins_whatever_their_name(tmp_path, monkeypatch):
+    """An EPS would run gs."""
+    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path}/ran\n")
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
+    for kind in ("PPM", "TGA", "ICO", "JPEG2000", "SGI", "PCX"):
+        with io.BytesIO() as file:
+            Image.new("RGB", (16, 16)).save(file, kind)
+            (tmp_path / f"{kind}.png").write_bytes(file.getvalue())
+    (tmp_path / "EPS.png").write_bytes(eps)
+    for path in sorted(tmp_path.glob("*.png")):
+        for read in (open_image, read_picture):
+            with pytest.raises(UsageError, match="cannot be opened: it has another format; expected a PNG, JPEG"):
+                read(path)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF"])
+def test_these_formats_are_read_whatever_their_name(tmp_path, kind):
+    Image.new("RGB", (16, 24), "red").save(tmp_path / "a.dat", kind)
+    assert open_image(tmp_path / "a.dat").size == (16, 24)
+
+
+@pytest.mark.parametrize("brand", [b"heic", b"mif1", b"avif"])
+def test_heic_is_refused_with_what_to_do(tmp_path, brand):
+    (tmp_path / "a.jpg").write_bytes(b"\0\0\0\x18ftyp" + brand + bytes(100))
+    with pytest.raises(UsageError, match=r"a\.jpg cannot be opened: it is HEIC or AVIF; .*; convert it first"):
+        open_image(tmp_path / "a.jpg")
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "RGB", "RGBA", "P"])
+def test_a_picture_far_too_large_is_refused_before_it_is_decoded(tmp_path, mode):
+    Image.new(mode, (13_300, 13_300) if mode in "1L" else (8193, 8193)).save(tmp_path / "a.png", compress_level=1)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(UsageError, match=r"a\.png cannot be opened: it is \d+ x \d+; expected 67 million pixels"):
+        open_image(tmp_path / "a.png")
+    assert read_picture(tmp_path / "a.png")["record"] is None
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**15 * (
+        1 if sys.platform == "linux" else 1024
+    )
+
+
+def test_large_jpegs_are_decoded_smaller(tmp_path, monkeypatch):
+    monkeypatch.setattr(provenance.opened.__wrapped__, "__defaults__", (1000,))
+    noise = np.random.default_rng(0).integers(0, 256, (10, 12, 3), np.uint8)
+    Image.fromarray(noise).resize((120, 100), Image.Resampling.BICUBIC).save(tmp_path / "a.jpg", quality=95)
+    assert open_image(tmp_path / "a.jpg").size == (30, 25)
+    Image.new("RGB", (1000, 1000)).save(tmp_path / "b.jpg")
+    with pytest.raises(UsageError, match="1000 x 1000"):
+        open_image(tmp_path / "b.jpg")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "I;16", "P"])
+def test_the_largest_pictures_are_decoded_within_a_gigabyte(tmp_path, mode):
+    Image.new(mode, (8192, 8192)).save(tmp_path / "a.png", compress_level=1)
+    program = """
+        import resource, sys
+        from mlx_flux_krea.request import open_image
+        assert open_image("a.png").size == (8192, 8192)
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    """
+    ran = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], cwd=tmp_path, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert int(ran.stdout) * (1024 if sys.platform == "linux" else 1) < 1e9
