@@ -40,7 +40,7 @@ from click.shell_completion import CompletionItem
 from mlx_flux_krea import __version__
 from mlx_flux_krea.commands import completion
 from mlx_flux_krea.commands.shared import macos
-from mlx_flux_krea.errors import FluxKreaError, printable
+from mlx_flux_krea.errors import FluxKreaError, printable, shortened
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ def _os_error(error: OSError) -> int:
 
 def _fail(message: str, code: int) -> int:
     with contextlib.suppress(OSError):
-        click.echo(f"flux-krea: {printable(message)}", err=True)
+        click.echo(f"flux-krea: {printable(shortened(message))}", err=True)
     return code
 
 

@@ -4,12 +4,16 @@ A message has up to three parts: found, expected, next step. Programming errors 
 MLX's form, with the class and the argument in brackets.
 """
 
+import re
 from typing import Self
 
 __all__ = [
     "FiltersError", "FluxKreaError", "Interrupted", "ModelError", "PartlyDone", "ResourceError", "UsageError",
-    "Waiting", "Withheld", "amount", "printable",
+    "Waiting", "Withheld", "amount", "printable", "shortened",
 ]  # fmt: skip
+
+
+_WORD, _MESSAGE = 400, 4000  # characters that are shown of a word, and of a message
 
 
 class FluxKreaError(Exception):
@@ -29,7 +33,7 @@ class FluxKreaError(Exception):
 
     def __str__(self) -> str:
         expected = f"expected {self.expected}" if self.expected else ""
-        return "; ".join(part for part in (self.found, expected, self.todo) if part)
+        return shortened("; ".join(part for part in (self.found, expected, self.todo) if part))
 
     def with_next_step(self, todo: str) -> Self:
         """Returns the same error with one more next step; an error itself never changes."""
@@ -87,6 +91,19 @@ class Interrupted(FluxKreaError):
 def printable(text: str) -> str:
     """Returns the text as one line for a terminal, with other characters (escapes in a file's name) spelled out."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def shortened(text: str) -> str:
+    """Returns a message without the middle of words (names in hostile files) and of texts that nobody would read."""
+    text = re.sub(rf"\S{{{_WORD + 1},}}", lambda word: _without_middle(word[0], _WORD), text)
+    return _without_middle(text, _MESSAGE)
+
+
+def _without_middle(text: str, most: int) -> str:
+    if len(text) <= most:
+        return text
+    kept = most // 2 - 20
+    return f"{text[:kept]}[... {len(text) - 2 * kept} characters ...]{text[-kept:]}"
 
 
 def amount(count: int | str, one: str, many: str = "") -> str:

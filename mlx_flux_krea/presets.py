@@ -132,6 +132,7 @@ ASPECTS = {
 MEGAPIXELS = (0.25, 2.3)
 REPEATS_ABOVE = 1.8  # megapixels above which the model repeats things and shows stripes (lllyasviel/...-forge#1712)
 
+MAX_PROMPT = 100_000  # bytes of a prompt in UTF-8; the encoders read some 2 kB, and the filters every part
 MAX_PIXELS = 2**26  # of an input picture, that is 8192 x 8192: decoding takes 0.6 GB; larger JPEGs are decoded reduced
 MAX_SIDE = 8192  # pixels; far above the sizes at which the model is good, and below those at which arithmetic breaks
 MAX_BATCH = 1000  # images of one call

@@ -22,7 +22,7 @@ from . import presets
 from .errors import UsageError, amount, printable
 from .memory import MemoryPlan
 from .models.config import FluxConfig, ModelIndex
-from .presets import MAX_BATCH, MAX_SCALE, MAX_SIDE, MAX_STEPS
+from .presets import MAX_BATCH, MAX_PROMPT, MAX_SCALE, MAX_SIDE, MAX_STEPS
 from .provenance import opened
 from .sampling.noise import find_recipe
 from .sampling.sampler import first_step
@@ -468,6 +468,21 @@ def _array(name: str, value) -> mx.array:
     return array
 
 
+def check_text(name: str, text: str) -> None:
+    """Checks a prompt before anything reads it.
+
+    Raises:
+        UsageError: it is longer than `MAX_PROMPT`, or not valid UTF-8.
+    """
+    try:
+        count = len(text.encode("utf-8"))
+    except UnicodeEncodeError:
+        todo = "check the terminal's or the file's encoding"
+        raise UsageError(f"`{name}` is not valid UTF-8", "text", todo) from None
+    if count > MAX_PROMPT:
+        raise UsageError(f"`{name}` has {count} bytes", f"{MAX_PROMPT} at most", "make it shorter")
+
+
 def _check_texts(name: str, texts) -> None:
     if texts is None:
         return
@@ -478,11 +493,7 @@ def _check_texts(name: str, texts) -> None:
     for text in (texts,) if isinstance(texts, str) else texts:
         if not isinstance(text, str):
             raise UsageError(f"`{name}` holds {type(text).__name__}", "texts")
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError:
-            todo = "check the terminal's or the file's encoding"
-            raise UsageError(f"`{name}` is not valid UTF-8", "text", todo) from None
+        check_text(name, text)
 
 
 def _check_int(name: str, value, *, low: int, high: int, part: str = "") -> None:

@@ -1,12 +1,14 @@
 """Files that never end, that are something else than their name says, or that are far too large."""
 
 import io
+import json
 import os
 import resource
 import shutil
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +16,9 @@ from helpers import PIPELINE, run_command
 from PIL import Image
 
 from mlx_flux_krea import provenance
-from mlx_flux_krea.errors import UsageError
+from mlx_flux_krea.commands.shared import rows
+from mlx_flux_krea.errors import ModelError, UsageError, shortened
+from mlx_flux_krea.filters import gate
 from mlx_flux_krea.provenance import read_picture
 from mlx_flux_krea.request import open_image
 
@@ -138,3 +142,82 @@ def test_the_largest_pictures_are_decoded_within_a_gigabyte(tmp_path, mode):
     ran = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], cwd=tmp_path, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     assert int(ran.stdout) * (1024 if sys.platform == "linux" else 1) < 1e9
+
+
+# --- long prompts, names and messages ---
+
+LONG = "a frog " * 14_286  # 100 002 bytes
+
+
+def test_a_prompt_that_is_too_long_is_refused_at_once(command, model, pipe, tmp_path):
+    says = "has 100002 bytes; expected 100000 at most"
+    code, _, err = command("generate", LONG, "-m", tmp_path / "missing")
+    assert (code, f"PROMPT {says}" in err) == (2, True), err
+    code, _, err = command("generate", "a", "--negative-prompt", LONG, "--true-cfg-scale", "2", "-m", model)
+    assert (code, f"--negative-prompt {says}" in err) == (2, True), err
+    (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": LONG}) + "\n" + json.dumps({"prompt": "x" * 10**7}))
+    code, _, err = command("generate", "--prompts", "a.jsonl", "-m", model)
+    assert (code, says in err, len(err) < 1000) == (2, True, True), err
+    for name in ("prompt", "prompt_2"):
+        with pytest.raises(UsageError, match=f"`{name}` {says}"):
+            pipe(**{"prompt": "a", name: LONG})
+    with pytest.raises(UsageError, match=f"`prompt` {says}"):
+        pipe(["a", LONG])
+    with pytest.raises(UsageError, match="at most"):
+        pipe.encode_prompt("\u1f600" * 40_000)
+
+
+def test_a_prompt_of_standard_input_is_read_to_its_bound(model, tmp_path):
+    program = str(Path(sys.executable).parent / "flux-krea")
+    line = f"cat /dev/zero | tr '\\0' a | {program} generate - -m {model}"
+    ran = subprocess.run(["sh", "-c", line], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert (ran.returncode, "standard input is too long" in ran.stderr) == (2, True), ran.stderr
+
+
+def test_alternatives_that_expand_to_too_much_text_are_refused():
+    with pytest.raises(UsageError, match="make 82 MB of prompts"):
+        rows.alternatives("{a|b}" * 13 + "x" * 10_000, 10_000)
+
+
+def test_a_prompt_that_the_filter_reads_in_many_parts_is_noted_before(monkeypatch, caplog):
+    asked = []
+
+    def margins(judge, texts):
+        asked.append(caplog.text)
+        return [-1.0 - i for i, _ in enumerate(texts)]
+
+    monkeypatch.setattr(gate, "margins_of", margins)
+    judge = type("Judge", (), {"about": {}, "free": lambda self: None})()
+    one = gate.Gate(gate.Policy(), None, {"pixtral": judge})
+    one._judged(["a frog"])
+    assert caplog.text == ""
+    one._judged([" ".join(map(str, range(2000)))])
+    assert "the prompt is long: the filter reads" in asked[1]
+
+
+def test_messages_with_long_names_are_shortened():
+    name = "n" * 70_000
+    text = str(ModelError(f"{name} is missing", name, f"look at {name}"))
+    assert len(text) < 1500
+    assert text.startswith("nnn")
+    assert " is missing; expected nnn" in text
+    assert "[... 69640 characters ...]" in text
+    assert len(shortened("a b " * 10_000)) <= 4000
+    assert shortened("as it is " * 40) == "as it is " * 40
+
+
+def test_names_are_printed_safely_at_a_terminal_and_as_they_are_to_a_program(model, tmp_path):
+    name = "a\x1b[31m\x07.png"
+    ran = run_command("generate", "a", "-m", model, *TINY, "-o", name, cwd=tmp_path)
+    assert (ran.returncode, ran.stdout) == (0, f"{name}\n"), ran.stderr
+    code = """
+        import os, pty, sys
+        seen = []
+        pty.spawn(sys.argv[1:], lambda end: seen.append(os.read(end, 9999)) or seen[-1])
+        sys.exit(b"\\x1b[31m" in b"".join(seen) or b"\\\\x1b[31m" not in b"".join(seen))
+    """
+    program = str(Path(sys.executable).parent / "flux-krea")
+    for arguments in (["generate", "a", "-m", str(model), *TINY, "-o", name], ["demo", "-o", name]):
+        command = [sys.executable, "-c", textwrap.dedent(code), program, *arguments]
+        ran = subprocess.run(command, cwd=tmp_path, capture_output=True, stdin=subprocess.DEVNULL, timeout=120)
+        assert ran.returncode == 0, (ran.stdout, ran.stderr)

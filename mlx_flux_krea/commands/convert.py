@@ -15,7 +15,7 @@ from mlx_flux_krea.presets import PRECISIONS
 from .shared import signals
 from .shared.conversion import convert_sources
 from .shared.options import DTYPE, FILE
-from .shared.terminal import Console
+from .shared.terminal import Console, say_path
 from .shared.text import number, size, table
 
 
@@ -54,7 +54,10 @@ def convert(sources: tuple[Path, ...], output: Path | None, as_json: bool, **opt
     signals.finish()
     _tell(report, console)
     console.say(f"{report.base}, in {time.perf_counter() - start:.1f} s")
-    click.echo(json.dumps({**dataclasses.asdict(report), "path": str(report.path)}) if as_json else report.path)
+    if as_json:
+        click.echo(json.dumps({**dataclasses.asdict(report), "path": str(report.path)}))
+    else:
+        say_path(report.path)
 
 
 def _tell(report: Report, console: Console) -> None:

@@ -12,7 +12,7 @@ from .shared import signals
 from .shared.options import FILE
 from .shared.output import check_output, names_from, save
 from .shared.sheet import contact_sheet as make_sheet
-from .shared.terminal import Console, PipelineProgress, counted
+from .shared.terminal import Console, PipelineProgress, counted, say_path
 from .shared.text import stage_times
 
 _SCALES = (1.0, 2.0, 4.5, 8.0)  # guidance, across the sheet
@@ -44,7 +44,7 @@ def demo(prompt, output, seed, contact_sheet, force):
     with signals.held():
         signals.finish()
         for path, picture in pictures:
-            click.echo(save(picture, names_from(path), force=force))
+            say_path(save(picture, names_from(path), force=force))
     console.say("This toy model shows that the installation works. It knows nothing but coloured shapes.")
     console.say("It gets 93 % of sentences about one shape right, and 80 % of those about two.")
     console.say("Next, the real model: flux-krea setup")

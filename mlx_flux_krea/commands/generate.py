@@ -4,6 +4,7 @@ import sys
 
 import click
 
+from mlx_flux_krea import presets
 from mlx_flux_krea.errors import UsageError
 
 from .shared import settings
@@ -36,6 +37,9 @@ def generate(**options):
 
 def _standard_input() -> str:
     try:
-        return sys.stdin.buffer.read().decode("utf-8-sig").strip()
+        data = sys.stdin.buffer.read(presets.MAX_PROMPT + 1)
+        if len(data) > presets.MAX_PROMPT:
+            raise UsageError("standard input is too long", f"a prompt of {presets.MAX_PROMPT} bytes at most")
+        return data.decode("utf-8-sig").strip()
     except (AttributeError, OSError, UnicodeDecodeError):
         raise UsageError("standard input is not UTF-8 text", "a prompt") from None

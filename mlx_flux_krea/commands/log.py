@@ -11,7 +11,7 @@ from mlx_flux_krea.errors import amount
 from mlx_flux_krea.filters.log import Log
 from mlx_flux_krea.provenance import SOFTWARE
 
-from .shared.terminal import Console
+from .shared.terminal import Console, say_path
 
 
 @click.group()
@@ -30,7 +30,7 @@ def verify():
     """Verify the chain of hashes from the first entry to the last."""
     path, entries = _read()
     Console().say(f"{amount(len(entries), 'entry', 'entries')}, unchanged")
-    click.echo(path)
+    say_path(path)
 
 
 @log.command()

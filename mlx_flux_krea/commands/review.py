@@ -13,8 +13,8 @@ from mlx_flux_krea.provenance import FORMATS, read_record
 from .shared import signals
 from .shared.jobs import default_output, output_name
 from .shared.options import FILE, METADATA, QUALITY
-from .shared.output import check_output, meant_file, names_from, save, say_path
-from .shared.terminal import Console, show_picture
+from .shared.output import check_output, meant_file, names_from, save
+from .shared.terminal import Console, say_path, show_picture
 
 ANSWERS = ("yes", "no", "later")
 QUESTIONS = {
@@ -82,7 +82,7 @@ def review(output, reviewer, quality, metadata):
                         if verdict.event == "approved":
                             released = ledger.hand_over(settled)
                             path = save(released, names_from(path), force=False, **how)
-                            console.say(f"released {printable(str(path))}")
+                            console.say(f"released {path}")
                             say_path(path)
                         else:
                             console.say("rejected and deleted")

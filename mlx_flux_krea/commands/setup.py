@@ -27,7 +27,7 @@ from .shared.installed import find_installed, missing_parts
 from .shared.on_disk import REPOSITORIES, PartSource, find_sources
 from .shared.options import FILE
 from .shared.output import check_outcomes, save
-from .shared.terminal import Console, PipelineProgress, is_interactive, show_picture
+from .shared.terminal import Console, PipelineProgress, is_interactive, say_path, show_picture
 from .shared.text import duration, size, table
 
 PICTURE: dict[str, Any] = {"width": 512, "height": 512, "num_inference_steps": 20, "seed": 1}
@@ -108,7 +108,7 @@ def setup(as_json, **options):
         report = {"model": it.model.index.name, "path": str(it.model.path), "picture": str(it.picture), "steps": done}
         click.echo(json.dumps(report, ensure_ascii=False))
     else:
-        click.echo(it.picture)
+        say_path(it.picture)
 
 
 def _weights(it: Installation) -> str:

@@ -9,7 +9,7 @@ from mlx_flux_krea.convert.folder import check_manifest
 from mlx_flux_krea.errors import ModelError, amount
 from mlx_flux_krea.home import find_model
 
-from .shared.terminal import ByteProgress, Console
+from .shared.terminal import ByteProgress, Console, say_path
 from .shared.text import size
 
 
@@ -38,7 +38,7 @@ def verify(model, as_json):
     count, took = amount(len(files), "file"), time.perf_counter() - start
     Console().say(f"{count}, {size(sum(files.values()))}, unchanged; in {took:.1f} s")
     if not as_json:
-        click.echo(path)
+        say_path(path)
 
 
 def _some(names: list[str]) -> str:

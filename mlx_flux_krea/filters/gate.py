@@ -33,6 +33,8 @@ logger = logging.getLogger("mlx_flux_krea")
 DELETE_NSFW = 0.98  # a picture at or above it is deleted at once, without review
 CHUNK, OVERLAP = 1500, 300  # characters of each part of a long prompt, and how many neighbours share
 
+MANY_CHUNKS = 4  # of one prompt, above which a note tells that judging takes long
+
 
 @dataclass(frozen=True)
 class Policy:
@@ -139,6 +141,8 @@ class Gate:
         chunks = list(dict.fromkeys(chunk for text in texts for form in self._forms(text) for chunk in _chunks(form)))
         keys = [(json.dumps(judge.about, sort_keys=True), text) for text in chunks]
         if missing := [key for key in keys if key not in self._margins]:
+            if any(len(_chunks(text)) > MANY_CHUNKS for text in texts):
+                logger.warning("the prompt is long: the filter reads %d parts of it one by one", len(missing))
             with self._noted():
                 margins = margins_of(judge, [text for _, text in missing])
             judge.free()

@@ -14,7 +14,7 @@ from .jobs import PictureJob, PreparedJob
 from .options import with_option_names
 from .output import names_from, save
 from .runs import Run
-from .terminal import Console
+from .terminal import Console, say_path
 from .text import size, stage_times, table
 
 
@@ -86,12 +86,12 @@ class Delivery:
         if self._as_json:
             self._console.say("", event="picture", **self._report["images"][-1])
         elif path:
-            click.echo(path)
+            say_path(path)
 
     def _tell_sheet(self, path: Path) -> None:
         self._report["contact_sheet"] = str(path)
         if not self._as_json:
-            click.echo(path)
+            say_path(path)
 
     def _report_earlier(self, path: Path) -> None:
         """Reports a file that a killed process saved; its times are lost."""

@@ -19,7 +19,7 @@ from mlx_flux_krea import presets
 from mlx_flux_krea.errors import UsageError
 from mlx_flux_krea.prompts import tokenize
 from mlx_flux_krea.provenance import read_record
-from mlx_flux_krea.request import Request, ResolvedRequest, open_image, random_seed
+from mlx_flux_krea.request import Request, ResolvedRequest, check_text, open_image, random_seed
 from mlx_flux_krea.sampling.sampler import fixed_shift
 from mlx_flux_krea.weights import ModelFolder
 
@@ -132,6 +132,9 @@ def _jobs_of_row(
     options = merge(base, row)
     if "prompt" not in options:
         raise UsageError("there is no prompt", "a text, - for standard input, --prompts FILE, or --from IMAGE")
+    for name in ("prompt", "negative_prompt"):
+        if isinstance(text := options.get(name), str):
+            check_text(name, text)
     typed = "prompt" in given or "prompt" in row  # not taken from a record
     prompts = alternatives(options["prompt"], presets.MAX_PICTURES) if typed else [(options["prompt"], "")]
     jobs = []

@@ -3,15 +3,12 @@
 import errno
 import itertools
 import os
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-import click
-
-from mlx_flux_krea.errors import UsageError, Waiting, Withheld, amount, printable
+from mlx_flux_krea.errors import UsageError, Waiting, Withheld, amount
 from mlx_flux_krea.presets import METADATA
 from mlx_flux_krea.provenance import FORMATS, Picture, check_quality
 
@@ -96,11 +93,6 @@ def meant_file(meant: dict) -> tuple[Path | None, dict]:
         return None, {}
     metadata = {"metadata": meant["metadata"]} if meant.get("metadata") in METADATA else {}
     return path, metadata | ({"quality": meant["quality"]} if meant.get("quality") is not None else {})
-
-
-def say_path(path: Path) -> None:
-    """Prints a path on standard output: as it is for a program, with control characters spelled out at a terminal."""
-    click.echo(printable(str(path)) if sys.stdout.isatty() else path)
 
 
 def check_outcomes(outcomes: list[str]) -> None:

@@ -12,6 +12,7 @@ from mlx_flux_krea.files import MOST_BYTES, parse_json, read_small
 
 from .options import PER_PICTURE, cast, check_together
 
+_MOST_TEXT = 2 * 10**7  # characters of all prompts that one expands to
 _ESCAPED = {r"\{": "\ue000", r"\}": "\ue001", r"\|": "\ue002"}  # stand-ins while alternatives are parsed
 _GROUP = re.compile(r"\{([^{}]*\|[^{}]*)\}")
 _OPEN = re.compile(r"\{[^{}]*\||\|[^{}]*\}")  # a bar whose brace is not closed
@@ -44,6 +45,9 @@ def alternatives(prompt: str, limit: int) -> list[tuple[str, str]]:
         count *= len(group)
     if count > limit:
         raise UsageError(f"the alternatives make {count} prompts", f"{limit} at most")
+    if count * len(prompt) > _MOST_TEXT:
+        found = f"the alternatives make {count * len(prompt) / 1e6:.0f} MB of prompts"
+        raise UsageError(found, f"{_MOST_TEXT / 1e6:.0f} MB at most")
 
     def plain(text: str) -> str:
         for escape, mark in _ESCAPED.items():

@@ -17,7 +17,7 @@ import click
 import mlx.core as mx
 from tqdm import tqdm
 
-from mlx_flux_krea.errors import UsageError, printable
+from mlx_flux_krea.errors import UsageError, printable, shortened
 from mlx_flux_krea.presets import STAGES
 
 from .options import with_option_names
@@ -46,20 +46,25 @@ class Console:
         self._notes: set[str] = set()
 
     def say(self, text: str, **event) -> None:
-        """Writes a line. A closed standard error is ignored.
+        """Writes text, with characters that control a terminal spelled out. A closed standard error is ignored.
 
         Args:
-            text: the line.
+            text: one line or more.
             event: fields of the event that replaces it; default: {"event": "said", "text": text}.
         """
         if self.as_events:
-            text = json.dumps(event or {"event": "said", "text": text}, ensure_ascii=False)
+            self.write(json.dumps(event or {"event": "said", "text": text}, ensure_ascii=False))
+        else:
+            self.write("\n".join(map(printable, text.split("\n"))))
+
+    def write(self, text: str) -> None:
+        """Writes text as it is, such as the escape sequence of a picture."""
         with contextlib.suppress(OSError):
             tqdm.write(text, file=sys.stderr)
 
     def note(self, text: str) -> None:
         """Writes a note, with the names of options; the same note is written once."""
-        text = printable(with_option_names(text))
+        text = shortened(with_option_names(text))
         if text not in self._notes:
             self.say(f"note: {text}")
         self._notes.add(text)
@@ -183,7 +188,7 @@ def confirmed(question: str, yes: bool) -> bool:
     """
     if not yes and not is_interactive():
         raise UsageError(f"{question}: there is no terminal to ask at", "", "confirm with --yes")
-    return yes or click.confirm(f"{question}?", err=True)
+    return yes or click.confirm(f"{printable(question)}?", err=True)
 
 
 def _protocol() -> str | None:
@@ -205,6 +210,11 @@ def _is_between() -> bool:
     """True where a multiplexer or a remote connection stands between this process and the terminal."""
     multiplexed = os.environ.get("TERM", "").startswith(("screen", "tmux"))
     return multiplexed or any(os.environ.get(name) for name in _BETWEEN)
+
+
+def say_path(path: Path | None) -> None:
+    """Prints a path on standard output: as it is for a program, with control characters spelled out at a terminal."""
+    click.echo(printable(str(path)) if sys.stdout.isatty() else path, color=True)  # which strips nothing
 
 
 def inline_picture(data: bytes, rows: int | None = None) -> str | None:
@@ -237,7 +247,7 @@ def show_picture(path: Path, console: Console) -> bool:
         True where the picture can be expected to be visible.
     """
     if inline := inline_picture(path.read_bytes()):
-        console.say(inline)
+        console.write(inline)
         return True
     viewer = shutil.which("open" if sys.platform == "darwin" else "xdg-open")
     has_display = sys.platform == "darwin" or any(os.environ.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY"))
