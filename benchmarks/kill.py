@@ -144,7 +144,7 @@ def scenarios(root: Path, wanted: list[str]) -> dict[str, Scenario]:
         asked = Scenario(["generate", *three, "--check", "review"], [])
         code, said = asked.finish(start, asked.command)
         assert code == 5, said
-        answers = {"Your name": "a reviewer", "unlawful?": "no", "without the right to?": "no"}
+        answers = {"Your name": "a reviewer", "open it?": "yes", "unlawful?": "no", "without the right to?": "no"}
         made["review"] = Scenario(
             ["review", "-o", "r_{n}.png"], [["review", "-o", "r_{n}.png"]], 0, start, answers, same=False
         )
