@@ -18,7 +18,7 @@ from mlx.utils import tree_map
 from PIL import Image
 
 from .checkpoint import Checkpoint
-from .errors import ModelError
+from .errors import ModelError, ResourceError
 from .memory import GB, MemoryPlan
 from .models import tiles
 from .models.transformer import Flux, rope
@@ -156,6 +156,7 @@ class Generator:
 
         Raises:
             ModelError: weights are missing or damaged, or gave NaN.
+            ResourceError: a network gave the same numbers everywhere, as after a failed GPU command.
             UsageError: the checkpoint is of another picture.
             Interrupted: the run was stopped.
         """
@@ -164,14 +165,15 @@ class Generator:
         seconds: dict[str, float] = {}
         peaks: dict[str, int] = {}
         conditions = Conditions([], [])
-        if observers.checkpoint is None or not observers.checkpoint.is_denoised:
-            with _measured("text", seconds, peaks):
-                conditions = self._conditions(request)
-        with _measured("denoise", seconds, peaks):
-            latents = self._denoise(request, conditions, plan, observers)
-        with _measured("decode", seconds, peaks):
-            is_latent = request.output_type == "latent"
-            images = latents if is_latent else self._decode(request, latents, as_floats=as_floats, tiled=plan.tiled)
+        with self._distrusting():
+            if observers.checkpoint is None or not observers.checkpoint.is_denoised:
+                with _measured("text", seconds, peaks):
+                    conditions = self._conditions(request)
+            with _measured("denoise", seconds, peaks):
+                latents = self._denoise(request, conditions, plan, observers)
+            with _measured("decode", seconds, peaks):
+                is_latent = request.output_type == "latent"
+                images = latents if is_latent else self._decode(request, latents, as_floats=as_floats, tiled=plan.tiled)
         notes = tuple(dict.fromkeys(note for prompt in conditions.both for note in prompt.cut))
         return Generated(images, notes, seconds, peaks)
 
@@ -186,11 +188,24 @@ class Generator:
 
         Raises:
             ModelError: encoders missing or damaged, or they gave NaN.
+            ResourceError: they gave the same numbers everywhere.
         """
-        encoded = self._encoder.encode(pairs, length, partial(self.runner, "text"))
-        for prompt in encoded:
-            _check_finite("a text encoder", prompt.embeds, prompt.pooled)
+        with self._distrusting():
+            encoded = self._encoder.encode(pairs, length, partial(self.runner, "text"))
+            for prompt in encoded:
+                _check_finite("a text encoder", prompt.embeds, prompt.pooled)
+                _check_varied("a text encoder", prompt.embeds, prompt.pooled)
         return encoded
+
+    @contextlib.contextmanager
+    def _distrusting(self) -> Iterator[None]:
+        """Drops all results and weights in memory if a network fails in the block, so that another try is a new one."""
+        try:
+            yield
+        except (ModelError, ResourceError):
+            self._encoder.forget()
+            self._modulations = self._streamed = None
+            raise
 
     def _conditions(self, request: ResolvedRequest) -> Conditions:
         pairs, negative_pairs = request.pairs(), request.pairs(negative=True)
@@ -297,6 +312,7 @@ class Generator:
             row = condition * steps.count + step - steps.start
             mods: Any = tree_map(lambda m: m[row : row + 1], modulations)
             v = flux.forward(latents, texts[condition], modulations=mods, pe=tables[condition], run=run)
+            _check_varied(f"step {step + 1 - steps.start} of the transformer", v)
             return v.astype(mx.float32)
 
         def velocity(latents: mx.array, step: int) -> mx.array:
@@ -367,6 +383,7 @@ class Generator:
             z = sampler.unpack(latents[i : i + 1], width=width, height=height).transpose(0, 2, 3, 1)
             x = decode(z / config.scale_factor + config.shift_factor, run)
             _check_finite("the image decoder", x)
+            _check_varied("the image decoder", x)
             pixels = mx.clip(x.astype(mx.float32) / 2 + 0.5, 0, 1) if as_floats else pixels_to_bytes(x, rule)
             pictures.append(np.array(pixels[0]))
         return pictures
@@ -434,6 +451,24 @@ def _check_finite(source: str, *arrays: mx.array) -> None:
     if not all(flag.item() for flag in finite):
         todo = "compute with `dtype` bfloat16 or float32; if that fails too, convert the model again"
         raise ModelError(f"{source} gave NaN or infinities", "finite numbers", todo)
+
+
+def _check_varied(source: str, *arrays: mx.array) -> None:
+    """Refuses results that hold the same numbers at every position: failed GPU commands leave zeros, without an error.
+
+    Args:
+        source: the network.
+        arrays: (1, ..., C); those with one position must hold different numbers.
+
+    Raises:
+        ResourceError: one of them has no variance.
+    """
+    rows = [array.reshape(-1, array.shape[-1]) for array in arrays]
+    varied = [(row != (row[:1] if len(row) > 1 else row[:, :1])).any() for row in rows]
+    mx.eval(varied, arrays)
+    if not all(flag.item() for flag in varied):
+        todo = "a GPU command may have failed: try again; if that fails too, convert the model again"
+        raise ResourceError(f"{source} gave the same numbers everywhere", "numbers that differ", todo)
 
 
 @contextlib.contextmanager

@@ -73,6 +73,10 @@ class PromptEncoder:
             self._encoded.popitem(last=False)
         return encoded
 
+    def forget(self) -> None:
+        """Drops what was encoded: its values are not to be trusted."""
+        self._encoded.clear()
+
     def _encode_missing(self, keys: list[tuple[str, str, int]], make_run: Callable[..., Callable]) -> None:
         clip, t5 = self._folder.clip.load(self._dtype), self._folder.t5.load(self._dtype)
         blocks = Blocks(t5, self._folder.t5.tensors(), t5.stages, dtype=t5.dtype, budget=0, check=self._check)

@@ -249,6 +249,10 @@ ANSWERS = {
     "a label less": ("nsfw", lambda pixels: [{"nsfw": 0.0}] * len(pixels), "answered"),
     "a text": ("pixtral", lambda pixels: [{"integrity": "no"}] * len(pixels), "answered"),
     "yes": ("pixtral", lambda pixels: [{"integrity": False}] * len(pixels), "answered"),
+    "a tie": ("nsfw", lambda pixels: [{"normal": 0.5, "nsfw": 0.5}] * len(pixels), "nsfw is exactly undecided"),
+    "a margin of zero": ("pixtral", lambda pixels: [{"integrity": 0.0}] * len(pixels), "pixtral is exactly undecided"),
+    "minus zero": ("pixtral", lambda pixels: [{"integrity": -0.0}] * len(pixels), "a GPU command may have failed"),
+    "zeros": ("nsfw", lambda pixels: [{"normal": 0.0, "nsfw": 0.0}] * len(pixels), "answered normal 0.0, nsfw 0.0"),
     "nothing": ("nsfw", lambda pixels: [], "gave 0 answers"),
     "None": ("nsfw", lambda pixels: None, "TypeError"),
     "one too many": ("nsfw", lambda pixels: [{"normal": 1.0, "nsfw": 0.0}] * (len(pixels) + 1), "gave 2 answers"),
@@ -285,6 +289,8 @@ PROMPT_ANSWERS = {
     "nothing": lambda texts: [],
     "None": lambda texts: None,
     "a text": lambda texts: ["no"] * len(texts),
+    "zeros": lambda texts: [0.0] * len(texts),
+    "one zero": lambda texts: [0.0, *[-4.0] * (len(texts) - 1)],
 }
 
 
@@ -476,8 +482,8 @@ def test_the_threshold_itself_does_not_pass_and_the_clearest_are_deleted(model, 
     assert len(waiting()) == kept
 
 
-@pytest.mark.parametrize(("margin", "passes"), [(0.0, True), (1e-9, False), (-1e-9, True)])
-def test_a_tie_passes_and_nothing_above_it(strict, filters, monkeypatch, margin, passes):
+@pytest.mark.parametrize(("margin", "passes"), [(1e-9, False), (-1e-9, True)])
+def test_the_sign_of_a_margin_decides(strict, filters, monkeypatch, margin, passes):
     answer_with(monkeypatch, "pixtral", "images", lambda pixels: [{"integrity": margin}])
     result = FluxPipeline.from_pretrained(strict)(CAT, seed=1, **SMALL)
     assert (result.outcomes == ("released",)) is passes

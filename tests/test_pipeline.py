@@ -3,7 +3,9 @@
 import gc
 import hashlib
 import io
+import itertools
 import struct
+import sys
 import threading
 import weakref
 import zlib
@@ -32,7 +34,7 @@ from mlx_flux_krea.convert import convert
 from PIL import ExifTags, Image
 
 from mlx_flux_krea import FluxPipeline
-from mlx_flux_krea.errors import FiltersError, Interrupted, UsageError
+from mlx_flux_krea.errors import FiltersError, Interrupted, ResourceError, UsageError
 from mlx_flux_krea.generator import Generator
 from mlx_flux_krea.models.config import Defaults
 from mlx_flux_krea.models.transformer import Flux
@@ -878,3 +880,65 @@ def test_a_model_that_requires_filters_refuses_to_generate(tmp_path):
     published = {"file": "flux1-schnell.safetensors", "sha256": next(iter(SCHNELL_FILES)), "bytes": 1}
     edit_json(free / "model_index.json", source=[published | {"layout": "transformer, Black Forest Labs"}])
     assert not FluxPipeline.from_pretrained(free).folder.requires_filters
+
+
+# --- GPU commands that failed without a word ---
+
+
+def zeros(module: str, method: str, value: float = 0.0):
+    """Makes a network give one number everywhere; other results of the method are as they are."""
+
+    def patch(monkeypatch):
+        original = getattr(sys.modules[f"mlx_flux_krea.{module.rpartition('.')[0]}"], module.rpartition(".")[2])
+        real = getattr(original, method)
+
+        def constant(self, *args, **options):
+            result = real(self, *args, **options)
+            flat = [mx.full(one.shape, value, one.dtype) for one in (result if isinstance(result, tuple) else (result,))]
+            return tuple(flat) if isinstance(result, tuple) else flat[0]
+
+        monkeypatch.setattr(original, method, constant)
+
+    return patch
+
+
+def biased(monkeypatch):
+    """The transformer's last product is of zeros: every token gets the bias alone."""
+    real = Flux.forward
+    monkeypatch.setattr(Flux, "forward", lambda *args, **options: real(*args, **options) * 0 + mx.arange(64.0))
+
+
+def one_condition(monkeypatch):
+    """Every second velocity is zeros: that of the negative prompt."""
+    real, calls = Flux.forward, itertools.count()
+    monkeypatch.setattr(Flux, "forward", lambda *args, **options: real(*args, **options) * (next(calls) % 2 == 0))
+
+
+ZEROS = {
+    "T5's states": (zeros("models.t5.T5Encoder", "__call__"), "a text encoder"),
+    "CLIP's vector": (zeros("models.clip.CLIPText", "__call__"), "a text encoder"),
+    "a velocity": (zeros("models.transformer.Flux", "forward"), "step 1 of the transformer"),
+    "a velocity of ones": (zeros("models.transformer.Flux", "forward", 1.0), "step 1 of the transformer"),
+    "a velocity of biases": (biased, "step 1 of the transformer"),
+    "a negative velocity": (one_condition, "step 1 of the transformer"),
+    "a picture": (zeros("models.vae.VAE", "decode"), "the image decoder"),
+    "a grey picture": (zeros("models.vae.VAE", "decode", 0.25), "the image decoder"),
+}
+
+
+@pytest.mark.parametrize("what", ZEROS)
+def test_results_without_variance_are_errors_that_say_to_try_again(model, monkeypatch, what):
+    patch, source = ZEROS[what]
+    pipe = FluxPipeline.from_pretrained(model)
+    call = {**SMALL, "seed": 1, "negative_prompt": "a dog", "true_cfg_scale": 2.0}
+    says = rf"{source} gave the same numbers.*a GPU command may have failed: try again"
+    with monkeypatch.context() as patched, pytest.raises(ResourceError, match=says):
+        patch(patched)
+        pipe("a cat", **call)
+    assert len(pipe("a cat", **call).images) == 1  # nothing is left of the first try
+
+
+def test_the_smallest_picture_has_variance(model):
+    """One token, and one position of T5."""
+    call = {"width": 16, "height": 16, "num_inference_steps": 1, "seed": 1, "max_sequence_length": 1}
+    assert FluxPipeline.from_pretrained(model)("", **call).images[0].size == (16, 16)

@@ -2,7 +2,8 @@
 
 When a filter is converted, its answers about a drawn picture and a few prompts are recorded beside its weights. When it
 is opened it must give them again, and they must be right: zeroed or permuted weights, swapped labels or another
-tokenizer change them. Any answer that is not finite, or has other labels than expected, is an error.
+tokenizer change them. Any answer that is not finite, has other labels than expected, or is exactly undecided is an
+error: a GPU command that fails without a word leaves zeros, and zeros are a margin of 0 and probabilities of 0.5.
 """
 
 import hashlib
@@ -36,6 +37,7 @@ FILTERS = {"nsfw": "Falconsai/nsfw_image_detection", "pixtral": "mistral-communi
 LABELS = {"nsfw": {"normal", "nsfw"}, "pixtral": {"integrity"}}  # of each filter's answers
 TOLERANCE = 0.25  # of a self-test, in logits: a probability near 0 or 1 would hide damaged weights
 REVIEW = "or review every picture yourself: --check review"
+RETRY = f"a GPU command may have failed: try again; {REVIEW}"
 INSTALL = f"install: flux-krea setup; {REVIEW}"  # setup converts missing or damaged filters and runs missing self-tests
 
 
@@ -270,10 +272,10 @@ def drawn_picture() -> np.ndarray:
 
 
 def image_labels(name: str, judge: Judge, pixels: Sequence[np.ndarray]) -> list[dict[str, float]]:
-    """Returns a filter's answer about each picture, checked for labels and finite numbers.
+    """Returns a filter's answer about each picture, checked for labels and for finite numbers that decide.
 
     Raises:
-        FiltersError: the filter raised an error, or its labels or numbers are not valid.
+        FiltersError: the filter raised an error, its labels or numbers are not valid, or it is exactly undecided.
     """
     answers = _asked(name, lambda: [dict(one) for one in judge.images(pixels)])
     for answer in answers:
@@ -284,21 +286,37 @@ def image_labels(name: str, judge: Judge, pixels: Sequence[np.ndarray]) -> list[
             found = ", ".join(f"{label} {value}" for label, value in answer.items())
             expected = ", ".join(sorted(LABELS[name]))
             raise FiltersError(f"the filter {name} answered {found}", expected, _renew(name))
+        if name == "nsfw":
+            _check_decided(name, answer["nsfw"] - answer["normal"])
+        else:
+            _check_decided(name, answer["integrity"])
     if len(answers) != len(pixels):
         raise FiltersError(f"the filter {name} gave {amount(len(answers), 'answer')}", f"{len(pixels)}", _renew(name))
     return answers
 
 
 def margins_of(judge: PromptJudge, texts: list[str]) -> list[float]:
-    """Returns the margin of yes for each text, checked for finite numbers.
+    """Returns the margin of yes for each text, checked for finite numbers that decide.
 
     Raises:
-        FiltersError: the filter raised an error, or its numbers are not valid.
+        FiltersError: the filter raised an error, its numbers are not valid, or it is exactly undecided.
     """
     margins = _asked("pixtral", lambda: list(judge.prompts(texts))) if texts else []
     if len(margins) != len(texts) or not all(map(_is_finite, margins)):
         raise FiltersError(f"the filter pixtral answered {margins}", amount(len(texts), "number"), _renew("pixtral"))
+    for margin in margins:
+        _check_decided("pixtral", margin)
     return [float(margin) for margin in margins]
+
+
+def _check_decided(name: str, margin: float) -> None:
+    """Refuses an answer without any margin between yes and no.
+
+    Raises:
+        FiltersError: the margin is exactly 0.
+    """
+    if margin == 0:
+        raise FiltersError(f"the filter {name} is exactly undecided", "an answer other than 0", RETRY)
 
 
 def _log_odds(p: float, q: float) -> float:
