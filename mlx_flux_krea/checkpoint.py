@@ -3,7 +3,8 @@
     HOME/interrupted/NAME.safetensors
         latents    (B, L, C) float32 after `done` steps; not there before the first
         image      (H, W, 3) uint8: the input image, where the picture has one
-        metadata   "flux-krea": {"format", "done", "total", "run"} as JSON; the command knows what is in "run"
+        metadata   "flux-krea": {"format", "done", "total", "filters", "run"} as JSON: "filters" is "required" where the
+                   pictures must be judged before anybody sees them, else "none"; the command knows what is in "run"
 
 Folder and file are for their owner alone: of a model that requires filters, latents are a picture that nobody has
 judged. A file takes its name when it is complete. The process that runs holds its lock, so that no other resumes it;
@@ -48,12 +49,30 @@ class Checkpoint:
         done: finished steps of the current picture.
         total: all its steps; 0 before the first.
         image: its input image, (H, W, 3) uint8, or None.
+        filters: "required": its latents are pictures that must be judged; "none"; or "" in files of earlier versions,
+            and before the pipeline has set it.
         is_ours: True where it was read from our own folder.
     """
+
+    __slots__ = (
+        "_failed",
+        "_latents",
+        "_lock",
+        "_source",
+        "_written",
+        "done",
+        "filters",
+        "image",
+        "is_ours",
+        "path",
+        "run",
+        "total",
+    )  # fmt: skip  # and no other, so that no method of one object can be replaced by another
 
     def __init__(self, run: dict):
         self.run, self.path = run, folder() / f"{secrets.token_hex(4)}.safetensors"
         self.is_ours = False
+        self.filters = ""
         self.done = self.total = 0
         self.image: np.ndarray | None = None
         self._latents: np.ndarray | None = None
@@ -76,6 +95,7 @@ class Checkpoint:
         if path.resolve().parent == folder().resolve():
             checkpoint.path, checkpoint.is_ours, checkpoint._lock = path.resolve(), True, _locked(path)
         checkpoint.done, checkpoint.total = facts["done"], facts["total"]
+        checkpoint.filters = facts.get("filters", "")
         checkpoint._source = path if "latents" in shapes else None
         checkpoint.image = _tensor(path, "image") if "image" in shapes else None
         return checkpoint
@@ -89,6 +109,11 @@ class Checkpoint:
     def exists(self) -> bool:
         """True where there is a file to resume from."""
         return self.path.exists() or self._source is not None
+
+    @property
+    def has_latents(self) -> bool:
+        """True where there are latents to continue from."""
+        return self._latents is not None or self._source is not None
 
     @property
     def is_denoised(self) -> bool:
@@ -158,6 +183,7 @@ class Checkpoint:
 
     def _write(self) -> None:
         facts = {"format": _FORMAT, "done": self.done, "total": self.total, "run": self.run}
+        facts |= {"filters": self.filters} if self.filters else {}
         text = json.dumps(facts)
         if len(text) > _LONGEST:
             raise UsageError("the run has too much text")
@@ -250,6 +276,7 @@ def _header(path: Path) -> tuple[dict, dict[str, tuple[int, ...]]]:
         and done <= total
         and ("latents" in kinds) == (done > 0)
         and isinstance(facts.get("run"), dict)
+        and facts.get("filters", "") in ("", "required", "none")
     )
     height, width, colours = shapes.get("image", (1, 1, 3))
     if not sound or colours != 3 or not 0 < height * width <= 2 * (Image.MAX_IMAGE_PIXELS or 2**27):

@@ -18,7 +18,7 @@ from mlx.utils import tree_map
 from PIL import Image
 
 from .checkpoint import Checkpoint
-from .errors import ModelError, ResourceError
+from .errors import ModelError, ResourceError, UsageError
 from .memory import GB, MemoryPlan
 from .models import tiles
 from .models.transformer import Flux, rope
@@ -117,7 +117,7 @@ class Generator:
     """
 
     def __init__(self, folder: ModelFolder, dtype: mx.Dtype, worker: Worker):
-        self.folder = folder
+        self._folder = folder
         self._dtype = dtype
         self._worker = worker
         self._encoder = PromptEncoder(folder, dtype, worker.check)
@@ -127,6 +127,11 @@ class Generator:
         self._modulations: tuple[tuple, list] | None = None  # of the last call, after all that they depend on
         self._progress: Progress | None = None
         self._checked = False
+
+    @property
+    def folder(self) -> ModelFolder:
+        """The model folder."""
+        return self._folder
 
     @property
     def blocks(self) -> Blocks | None:
@@ -243,6 +248,8 @@ class Generator:
                 replaced = observers.callback(step, sigma, latents) if observers.callback else None
                 latents = latents if replaced is None else replaced
                 if checkpoint:
+                    if type(checkpoint) is not Checkpoint:  # its class was changed since the pipeline looked
+                        raise UsageError(f"`checkpoint` is {type(checkpoint).__name__}", "a Checkpoint")
                     checkpoint.save_step(step + 1, steps.count, np.array(latents.astype(mx.float32)))
         return latents
 

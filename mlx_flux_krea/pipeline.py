@@ -16,8 +16,8 @@ import numpy as np
 from PIL import Image
 
 from .checkpoint import Checkpoint
-from .errors import UsageError
-from .files import sha256_if_exists
+from .errors import FluxKreaError, ModelError, UsageError
+from .files import read_json, sha256_if_exists
 from .filters.acknowledgement import check_acknowledged
 from .filters.gate import Gate, OpenGate, Policy, open_gate
 from .generator import Generator, Observers, Progress
@@ -42,19 +42,19 @@ class FluxPipeline:
     """Text to image and image to image with one model folder.
 
     Attributes:
-        folder: the model folder: its JSON, read and checked.
+        folder: the model folder that was opened: its JSON, read and checked.
         dtype: the compute type, MLX's name of it.
         memory: bytes that a run may use; None: as many as the machine offers when it begins.
     """
 
     def __init__(self, folder: ModelFolder, dtype: str, memory: int | None = None, policy: Policy | None = None):
-        self.folder = folder
         self.dtype = dtype
         self.memory = memory
         self._policy = policy
         self._dtype: mx.Dtype = getattr(mx, dtype)
         self._worker = Worker()
         self._generator = Generator(folder, self._dtype, self._worker)
+        self._requires_filters = folder.requires_filters  # decided once, from the folder that was opened
         self._weights: WeightSizes | None = None
         self._margins: dict[tuple, float] = {}  # the filter's answers about texts
 
@@ -247,6 +247,10 @@ class FluxPipeline:
             raise UsageError(f"`checkpoint` is {type(checkpoint).__name__}", "a Checkpoint")
         if self.policy:
             _check_reviewable(self.policy, request, callback_on_step_end, preview)
+        if checkpoint is not None:
+            if not self.policy:
+                check_free(checkpoint, self.folder)
+            checkpoint.filters = "required" if self.policy else "none"
         if preview is not None and self.folder.latent_rgb is None:
             raise UsageError("`preview` needs latent_rgb, which this model does not have", "", "leave it out")
         callback = callback_on_step_end and partial(self._call_back, callback_on_step_end)
@@ -261,9 +265,15 @@ class FluxPipeline:
         )
 
     @property
+    def folder(self) -> ModelFolder:
+        """The model folder that was opened. Another one needs another pipeline."""
+        return self._generator.folder
+
+    @property
     def policy(self) -> Policy | None:
         """Checks that pictures must pass; None only where the model's licence asks for nothing."""
-        return self._policy or (Policy() if self.folder.requires_filters else None)
+        required = self._requires_filters or self.folder.requires_filters
+        return self._policy or (Policy() if required else None)
 
     def encode_prompt(
         self,
@@ -519,6 +529,34 @@ def _check_reviewable(policy: Policy, request: Request, callback: Callable | Non
         raise UsageError("`preview` is given, which shows unfinished pictures", "`progress`, which does not", unjudged)
     if policy.check != "review" and (request.prompt_embeds is not None or request.negative_prompt_embeds is not None):
         raise UsageError("a prompt is given as embeds, which no filter can read", "a text")
+
+
+def check_free(checkpoint: Checkpoint, folder: ModelFolder) -> None:
+    """Checks that the run of a checkpoint may be continued by a model that requires no filters.
+
+    The run names its model by the hash of the manifest. A manifest may be copied into another folder, so the folder's
+    own index, which says what the licence asks for, must be the one that the manifest lists.
+
+    Raises:
+        ModelError: its latents must be judged, or nothing shows that they need not.
+    """
+    todo = "name the model that the run started with"
+    if checkpoint.filters == "required":
+        found = f"this run's pictures must be filtered or reviewed, and {folder.path} is a model without that duty"
+        raise ModelError(found, "the model that the run started with", todo)
+    started, manifest = checkpoint.run.get("made_by"), folder.path / "manifest.json"
+    if not isinstance(started, dict):
+        if checkpoint.has_latents and checkpoint.filters != "none":
+            raise ModelError("nothing shows that these latents need no filters", "a run of this version", todo)
+        return
+    try:
+        listed = read_json(manifest).get("model_index.json")
+    except FluxKreaError:
+        listed = None
+    digest = sha256_if_exists(folder.path / "model_index.json")
+    same = isinstance(listed, dict) and listed.get("sha256") == digest
+    if started.get("manifest_sha256") != sha256_if_exists(manifest) or not same:
+        raise ModelError(f"{folder.path} is not the model that this run started with, or was changed", "", todo)
 
 
 def _encoder_input(image: Image.Image, width: int, height: int) -> np.ndarray:

@@ -216,8 +216,8 @@ def _limit(file: Image.Image, name: str, most: int) -> None:
         raise UsageError(f"{name} cannot be opened: it is {width} x {height}", expected, "make it smaller")
 
 
-def read_picture(path: Path) -> dict:
-    """Reads the metadata of a picture's file.
+def read_picture(path: Path | BinaryIO) -> dict:
+    """Reads the metadata of a picture's file, or of an open one.
 
     Returns:
         Four values, each None where the file has none: "source_type" (the last word of IPTC's digital source type),

@@ -1,6 +1,7 @@
 """`flux-krea resume`: whatever stopped a run, and wherever, its pictures are those of the run that nobody stopped."""
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -13,16 +14,19 @@ import judges
 import numpy as np
 import pytest
 from helpers import REFERENCE, acknowledge, edit_json, run_command
+from PIL import Image
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from mlx_flux_krea import FluxPipeline
 from mlx_flux_krea import checkpoint as interrupted
 from mlx_flux_krea.commands.shared.terminal import PipelineProgress
-from mlx_flux_krea.errors import UsageError
+from mlx_flux_krea.errors import ModelError, UsageError
 from mlx_flux_krea.filters import judges as filters_judges
+from mlx_flux_krea.filters.ledger import Ledger, Verdict
 from mlx_flux_krea.filters.log import Log
 from mlx_flux_krea.generator import Generator
+from mlx_flux_krea.provenance import Picture, read_record
 
 CAT = "a cat"
 TINY = ["--width", "32", "--height", "32", "--steps", "4", "--seed", "7"]
@@ -561,3 +565,129 @@ def test_python_hands_latents_to_nobody_elses_checkpoint(strict):
 
     with pytest.raises(UsageError, match="expected a Checkpoint"):
         FluxPipeline.from_pretrained(strict)(CAT, checkpoint=Spy({}))
+
+
+# --- resume files that say more than is true ---
+
+
+def red(tmp_path: Path, home: Path, record: dict) -> Path:
+    """Any image of the disk."""
+    path = tmp_path / "red.png"
+    Image.new("RGB", (32, 32), "red").save(path)
+    return path
+
+
+def red_with_record(tmp_path: Path, home: Path, record: dict) -> Path:
+    """An image with the record of the run's own picture, and another seed."""
+    path = tmp_path / "red.png"
+    Picture.from_pixels(Image.new("RGB", (32, 32), "red"), record | {"seed": 99}).save(path)
+    return path
+
+
+def red_in_quarantine(tmp_path: Path, home: Path, record: dict) -> Path:
+    """A picture that waits for a person, with exactly the record of the run's own picture."""
+    pixels = np.asarray(Image.new("RGB", (32, 32), "red"))
+    with Ledger().run("review") as run:
+        kept = run.keep(pixels, record)
+        Ledger().settle(kept, Verdict("waiting", kept.facts["pixels"]))
+    return kept.path
+
+
+@pytest.mark.parametrize("foreign", [red, red_with_record, red_in_quarantine])
+@pytest.mark.parametrize("kind", ["filtered", "free"])
+def test_a_finished_picture_counts_only_as_the_file_that_was_released(
+    command, request, model, home, tmp_path, kind, foreign
+):
+    folder = request.getfixturevalue("strict") if kind == "filtered" else model
+    with failing("denoise", 2.1, picture=2):
+        code, out, err = command("generate", CAT, "-m", folder, *TINY, "8", "--contact-sheet")
+    assert (code, out) == (1, "out.png\n"), err
+    path = foreign(tmp_path, home, read_record(tmp_path / "out.png"))
+    change(files()[0], lambda facts, arrays: facts["run"]["done"][0].__setitem__(1, str(path)))
+    code, out, err = command("resume")
+    assert code == 0, err
+    assert f"the contact sheet lacks a picture: {path}" in err
+    sheet = np.asarray(Image.open(tmp_path / "out-sheet.png"))
+    assert not (sheet == [255, 0, 0]).all(-1).any()
+
+
+def test_a_picture_that_was_changed_since_counts_no_more(command, strict, home, tmp_path):
+    with failing("denoise", 2.1, picture=2):
+        assert command("generate", CAT, "-m", strict, *TINY, "8", "--contact-sheet")[0] == 1
+    record = read_record(tmp_path / "out.png")
+    Picture.from_pixels(Image.new("RGB", (32, 32), "red"), record).save(tmp_path / "out.png")
+    code, _, err = command("resume")
+    assert (code, "the log does not say that this file was released" in err) == (0, True), err
+    assert not (np.asarray(Image.open(tmp_path / "out-sheet.png")) == [255, 0, 0]).all(-1).any()
+
+
+@pytest.mark.parametrize("is_old", [False, True], ids=["this version's", "without the field"])
+def test_latents_of_a_filtered_model_never_decode_under_a_free_one(command, model, strict, home, tmp_path, is_old):
+    """Also when the manifest was copied over, and by the command as from Python."""
+    index = (strict / "model_index.json").read_bytes()
+    edit_json(
+        strict / "manifest.json",
+        **{"model_index.json": {"sha256": hashlib.sha256(index).hexdigest(), "bytes": len(index)}},
+    )
+    with failing("denoise", 2.1):
+        assert command("generate", CAT, "-m", strict, *TINY)[0] == 1
+    (path,) = files()
+    assert contents(path)[0]["filters"] == "required"
+    if is_old:
+        change(path, lambda facts, arrays: facts.pop("filters") and None)
+    free = tmp_path / "free"
+    shutil.copytree(model, free)
+    shutil.copy(strict / "manifest.json", free)
+    code, out, err = command("resume", "-m", free)
+    assert (code, out, list(tmp_path.glob("*.png"))) == (3, "", []), err
+    checkpoint = interrupted.Checkpoint.read(path)
+    with pytest.raises(ModelError, match="without that duty|is not the model"):
+        FluxPipeline.from_pretrained(free)(
+            CAT, seed=7, width=32, height=32, num_inference_steps=4, checkpoint=checkpoint
+        )
+    checkpoint.close()
+    code, _, err = command("resume")
+    assert code == 0, err
+    assert events(home)[-1] == "written"
+
+
+def test_the_duty_of_a_checkpoint_is_one_of_two_words(command, kept):
+    change(kept, lambda facts, arrays: facts.update(filters="never"))
+    code, _, err = command("resume", kept)
+    assert (code, "is another kind of file" in err) == (2, True)
+
+
+@pytest.mark.parametrize("name", ["save_step", "write", "latents", "start_picture", "close", "anything"])
+def test_no_method_of_a_checkpoint_can_be_replaced(name):
+    with pytest.raises(AttributeError):
+        setattr(interrupted.Checkpoint({}), name, lambda *args: None)
+
+
+def test_a_checkpoint_whose_class_is_changed_meanwhile_gets_no_latents(strict):
+    class Spy(interrupted.Checkpoint):
+        __slots__ = ()
+
+        def save_step(self, *args):
+            pytest.fail("latents were handed over")
+
+    checkpoint = interrupted.Checkpoint({})
+
+    def change_class(stage, done, total):
+        if stage == "denoise":
+            checkpoint.__class__ = Spy
+
+    with pytest.raises(UsageError, match="`checkpoint` is Spy"):
+        FluxPipeline.from_pretrained(strict)(
+            CAT, width=32, height=32, num_inference_steps=2, checkpoint=checkpoint, progress=change_class
+        )
+
+
+def test_the_folder_of_a_pipeline_cannot_be_replaced(strict, model, tmp_path):
+    pipe, free = FluxPipeline.from_pretrained(strict), FluxPipeline.from_pretrained(model).folder
+    for owner in (pipe, pipe._generator):
+        with pytest.raises(AttributeError):
+            owner.folder = free
+    pipe._generator._folder, pipe._policy = free, None
+    assert pipe.policy is not None
+    with pytest.raises(UsageError, match="latents are pictures that nobody has checked"):
+        pipe(CAT, output_type="latent")

@@ -8,6 +8,7 @@ from PIL import Image
 
 from mlx_flux_krea.checkpoint import Checkpoint, find, unfinished
 from mlx_flux_krea.errors import ModelError, UsageError
+from mlx_flux_krea.pipeline import check_free
 
 from .shared import settings
 from .shared.generation import Generation, open_pipeline
@@ -72,7 +73,10 @@ def _continue(run: Run, output: Path | None, *, console: Console, as_json: bool)
     if before != now:
         versions = (f"{versions.get('software')} with mlx {versions.get('mlx')}" for versions in (before, now))
         console.note("this run was started by {} and is continued by {}: the picture may differ".format(*versions))
+    if not pipe.policy:
+        check_free(run.checkpoint, pipe.folder)
     run.take_over(is_filtered=bool(pipe.policy))
+    run.confirm(console, is_filtered=bool(pipe.policy))
     if output:
         run.place(output)
     Generation(console, as_json=as_json, pipe=pipe).run(run)

@@ -79,6 +79,16 @@ class Log:
             last = ((facts["event"], facts.get("file_sha256")) for facts in self._pictures.values())
             return ("written", digest) in last
 
+    def is_withheld(self, pixels: str) -> bool:
+        """Tells if these pixels, by `pixel_hash`, are of a picture that is known here and was not released.
+
+        Raises:
+            FiltersError: the log is damaged.
+        """
+        with self._open():
+            events = {facts["event"] for facts in self._pictures.values() if facts.get("pixels") == pixels}
+            return bool(events) and not events & {"released", "written", "unwritten"}
+
     def read(self) -> list[dict]:
         """Returns all entries.
 

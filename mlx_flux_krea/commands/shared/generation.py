@@ -146,7 +146,7 @@ class Generation:
                     if self._is_last and job is prepared[-1] and not sheet:
                         signals.finish()
                     delivery.deliver(job, result)
-            if sheet and (picture := run.sheet(self._console)):
+            if sheet and (picture := run.sheet()):
                 with signals.held():
                     if self._is_last:
                         signals.finish()

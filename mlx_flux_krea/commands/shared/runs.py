@@ -6,6 +6,7 @@ may say where pictures are written and whether they replace files.
 
 import contextlib
 import hashlib
+import io
 import os
 import shlex
 from collections import Counter
@@ -19,10 +20,10 @@ import numpy as np
 from PIL import Image
 
 from mlx_flux_krea.checkpoint import Checkpoint
-from mlx_flux_krea.errors import FluxKreaError, PartlyDone, UsageError, Withheld, amount
-from mlx_flux_krea.files import remove_partials, sha256_if_exists
-from mlx_flux_krea.filters.ledger import Ledger
-from mlx_flux_krea.provenance import SOFTWARE, Picture, opened, read_record
+from mlx_flux_krea.errors import FiltersError, FluxKreaError, PartlyDone, UsageError, Withheld, amount, printable
+from mlx_flux_krea.files import read_small, remove_partials, sha256_if_exists
+from mlx_flux_krea.filters.ledger import Ledger, pixel_hash
+from mlx_flux_krea.provenance import SOFTWARE, Picture, opened, read_picture
 from mlx_flux_krea.weights import ModelFolder
 
 from . import signals
@@ -31,6 +32,7 @@ from .options import BY_NAME, cast
 from .sheet import sheet_of, thumbnail
 from .terminal import Console
 
+_LARGEST = 2**30  # bytes of a picture's file
 _STRICTER = {"nsfw_threshold": min, "integrity_margin": max}
 
 
@@ -104,17 +106,58 @@ class Run:
             self.add("released", path, None)
         self.unreported = path
 
-    def sheet(self, console: Console) -> Picture | None:
-        """Makes the contact sheet; pictures of an earlier process are read from their files."""
-        pictures = []
-        for i, (job, (_, path)) in enumerate(zip(self.jobs, self.done, strict=True)):
-            if path and i not in self._small:
-                try:
-                    with opened(path) as image:
-                        self._small[i] = thumbnail(Picture.from_pixels(image.convert("RGB"), read_record(path) or {}))
-                except UsageError as error:
-                    console.note(f"the contact sheet lacks a picture: {error.found}")
-            pictures += [(job, self._small[i])] if i in self._small else []
+    def confirm(self, console: Console, *, is_filtered: bool) -> None:
+        """Reads finished pictures of an earlier process for the contact sheet. Those that cannot be ours do not count.
+
+        Args:
+            console: where pictures that do not count are named.
+            is_filtered: filters are required, so that the log must say that exactly these files were written.
+
+        Raises:
+            FiltersError: filters are required, and the log is damaged.
+        """
+        for i, (job, (_, path)) in enumerate(zip(self.jobs, self.done, strict=False)):
+            if not path or not self.options.get("contact_sheet"):
+                continue
+            try:
+                data = read_small(path, most=_LARGEST)
+                self._check_written(job, data, is_filtered=is_filtered)
+                with opened(io.BytesIO(data)) as image:
+                    record = read_picture(io.BytesIO(data))["record"]
+                    self._small[i] = thumbnail(Picture.from_pixels(image.convert("RGB"), record or {}))
+            except (OSError, UsageError) as error:
+                reason = error.found if isinstance(error, UsageError) else error.strerror or str(error)
+                console.note(printable(f"the contact sheet lacks a picture: {path}: {reason}"))
+
+    def _check_written(self, job: PictureJob, data: bytes, *, is_filtered: bool) -> None:
+        """Checks that a file is the released picture of a job, whatever a resume file says.
+
+        Raises:
+            UsageError: it is not, or nothing shows it.
+        """
+        if is_filtered:
+            if not Ledger().log.has_written(hashlib.sha256(data).hexdigest()):
+                raise UsageError("the log does not say that this file was released")
+            return
+        facts = read_picture(io.BytesIO(data))
+        record = facts["record"]
+        if record is None:
+            ours = job.options.get("metadata") == "minimal" and SOFTWARE.split()[0] in (facts["software"] or "")
+        else:
+            prompt = record.get("prompt") if record.get("truncated") else job.options.get("prompt")
+            expected = {"manifest_sha256": self.made_by.get("manifest_sha256"), "seed": job.seed, "prompt": prompt}
+            ours = expected == {name: record.get(name) for name in expected}
+        if not ours:
+            raise UsageError("it is not the picture that this run made")
+        with opened(io.BytesIO(data)) as image:
+            pixels = pixel_hash(np.asarray(image.convert("RGB")))
+        with contextlib.suppress(FiltersError):  # a model without filters runs without a log too
+            if Ledger().log.is_withheld(pixels):
+                raise UsageError("the log does not say that this picture was released")
+
+    def sheet(self) -> Picture | None:
+        """Makes the contact sheet of the pictures of this process, and of those that `confirm` has read."""
+        pictures = [(job, self._small[i]) for i, job in enumerate(self.jobs) if i in self._small]
         return sheet_of(pictures) if pictures else None
 
     def advance(self) -> None:
