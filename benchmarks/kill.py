@@ -156,7 +156,7 @@ def scenarios(root: Path, wanted: list[str]) -> dict[str, Scenario]:
         published = write_published(root / "published")
         agreed = ["--accept-licence", hashlib.sha256(LICENCE.encode()).hexdigest(), "--quantize", "none", "--offline"]
         named = [part for name in ("model", "nsfw", "pixtral") for part in (f"--{name}", str(published[name]))]
-        setup = ["setup", *named, *agreed]
+        setup = ["setup", *named, *agreed, "--allow-unknown-filter"]
         environment = {"PYTHONPATH": str(ROOT), "TINY": str(published["tiny"])}
         program = [sys.executable, "-c", PROGRAM]
         made["setup"] = Scenario(setup, [setup, setup], program=program, environment=environment, same=False)

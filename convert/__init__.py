@@ -11,6 +11,7 @@ The two networks of the content filters are converted in the same way, into fold
     remap, own               plan every tensor of ours: from a foreign layout, or from a folder of ours
     hub, fetch               files on the Hugging Face hub
     quantize                 the recipes
+    filters                  whether a filter is the published one
     index, tokenizers, licence     facts and files that weights do not contain
     job                      all decisions, taken before a weight is read
     reading, write, folder   read the weights, write shards, give the complete folder its name
@@ -31,12 +32,13 @@ from pathlib import Path
 from mlx_flux_krea import __version__
 from mlx_flux_krea.errors import UsageError, printable
 from mlx_flux_krea.models import config as configs
-from mlx_flux_krea.models.filter_config import NSFW_SHA256, FilterIndex
+from mlx_flux_krea.models.filter_config import FilterIndex
 from mlx_flux_krea.weights import CLASS_NAMES, DTYPES
 
 from . import quantize as quantizing
 from .evidence import confirm
 from .fetch import Fetching, Remote, outlined
+from .filters import check_sizes, describe, published_by, with_weights
 from .folder import NewFolder, check_disk, existing, new_folder
 from .hub import cache_folder, is_repo_id
 from .index import make_index
@@ -91,6 +93,7 @@ def convert(
     allow_nonfinite: bool = False,
     offline: bool = False,
     discard_source: bool = False,
+    allow_unknown_filter: bool = False,
     progress: Callable[[str, int, int], None] | None = None,
     placing: Callable[[], AbstractContextManager] = nullcontext,
 ) -> Report:
@@ -112,6 +115,8 @@ def convert(
         allow_nonfinite: accept NaN and infinities in weights; only without quantization.
         offline: use only the hub's cache.
         discard_source: delete weights that were fetched from the hub as soon as they are converted.
+        allow_unknown_filter: accept a filter that is not one of the published files; its folder says so, and so does
+            the log of every run with it.
         progress: called with a label, the bytes done and all bytes. The label is the name of the component being
             written, "fetching" or "checking" (files from the hub), or at last "reading back" (the folder). Calls come
             from several threads, one at a time.
@@ -133,8 +138,12 @@ def convert(
         raise UsageError("--offline fetches nothing that --discard-source could delete", "one of both")
     with outlined(sources, offline, progress) as remote:
         job = decide(remote, out, dtype, quantize, group_size, tokenizers)
+        if not allow_unknown_filter:
+            check_sizes(job)
         progress = progress or (lambda *_: None)
-        index, losses = _write(job, remote, force, allow_nonfinite, discard_source, offline, progress, placing)
+        index, losses = _write(
+            job, remote, force, allow_nonfinite, discard_source, allow_unknown_filter, offline, progress, placing
+        )
     return _report(job, index, losses)
 
 
@@ -144,6 +153,7 @@ def _write(
     force: bool,
     allow_nonfinite: bool,
     discard: bool,
+    allow_unknown: bool,
     offline: bool,
     progress: Callable,
     placing,
@@ -195,14 +205,20 @@ def _write(
             for file in (file for file in files[component] if last[file] == component):
                 hashes[file] = reading.finish(file) or fetching.hashes[file].result()
                 fetching.discard([file])
-        index = _write_rest(job, folder, hashes, sizes, offline)
+        index = _write_rest(job, remote, folder, hashes, sizes, allow_unknown, offline)
         facts = {"_class_name": CLASS_NAMES[job.kind], **configs.to_json(index)}
         folder.finish(facts, partial(progress, "reading back"))
     return index, losses
 
 
 def _write_rest(
-    job: Conversion, folder: NewFolder, hashes: dict[Path, str], sizes: dict[Path, int], offline: bool
+    job: Conversion,
+    remote: Remote,
+    folder: NewFolder,
+    hashes: dict[Path, str],
+    sizes: dict[Path, int],
+    allow_unknown: bool,
+    offline: bool,
 ) -> configs.ModelIndex | FilterIndex:
     """Writes tokenizers and licence; returns the index, with the records of all sources, for `NewFolder.finish`."""
     for name, data in job.tokens.items():
@@ -214,12 +230,16 @@ def _write_rest(
         files = job.components["transformer"].source.files
         evidence, published = confirm(job.evidence, [hashes[file] for file in files], offline)
         index = make_index(job.components, job.flux, evidence)
+    if job.kind == "pixtral" and not job.own:
+        published = published_by(hashes.values(), remote, offline)
     records = tuple(
         configs.SourceFile(name, hashes[file], sizes[file], layout, published.get(hashes[file], ""))
         for file, (name, layout) in _records(job.components).items()
     )
     before = job.own.index.source if job.own else ()
     index = replace(index, source=before + records, converter=__version__)
+    if isinstance(index, FilterIndex):
+        index = with_weights(index, job.kind, allow_unknown=allow_unknown)
     stored = [f"{name}: {job.stored(name)}" for name in job.plans]
     for name, data in licence_files(index, roots(job.components), stored).items():
         folder.write(name, data)
@@ -246,8 +266,8 @@ def _report(job: Conversion, index: configs.ModelIndex | FilterIndex, losses: Lo
     measured.sort(key=lambda group: -1 if group.error is None else group.error, reverse=True)
     notes = job.notes + (_more_bits(job.own.layers, job.layers) if job.own else ())
     notes += tuple(f"{g.name}: {g.stored} lost {g.error:.0%} of it; take more bits" for g in measured if _is_bad(g))
-    if job.kind == "nsfw" and NSFW_SHA256 not in {source.sha256 for source in index.source}:
-        notes += (f"{index.name}: not the published classifier, whose sha256 is {NSFW_SHA256}",)
+    if isinstance(index, FilterIndex) and index.weights == "unknown":
+        notes += (f"{index.name}: an unknown filter, and not {describe(job.kind)}; the log of every run will say so",)
     return Report(job.path, index.base, job.dtype, job.recipe.quantize, components, tuple(measured), notes)
 
 

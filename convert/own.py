@@ -6,7 +6,7 @@ from pathlib import Path
 from mlx_flux_krea.errors import ModelError
 from mlx_flux_krea.files import read_json
 from mlx_flux_krea.models.config import ModelIndex
-from mlx_flux_krea.models.filter_config import FilterIndex
+from mlx_flux_krea.models.filter_config import OWN_LAYOUT, FilterIndex
 from mlx_flux_krea.weights import FilterFolder, ModelFolder, Sizes, open_folder
 
 from .layouts import Layout, SourceComponent, target_shapes
@@ -62,9 +62,7 @@ def open_own(path: Path) -> OwnFolder:
         component = source.component
         assert component is not None  # the source is a folder of components
         config, layers[component] = folder.networks[component].sizes, folder.networks[component].layers()
-        components[component] = SourceComponent(
-            source, Layout("flux-krea model folder", component, (), ()), source.tensors
-        )
+        components[component] = SourceComponent(source, Layout(OWN_LAYOUT, component, (), ()), source.tensors)
         targets = []
         for name, shape in target_shapes(component, config).items():
             targets.append(Target(name, shape, (source.tensors[name],), swap=False, torch_axes=False))

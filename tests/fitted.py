@@ -73,7 +73,9 @@ def fitted_filters(root: Path, wide: Path, texts: dict[str, bool], pictures: lis
         root / "vit" / "model.safetensors", lambda arrays: arrays.update({"classifier.bias": mx.array([6.0, 0])})
     )
     shutil.copytree(wide, root / "pixtral")
-    converted = open_filter("pixtral", convert([root / "pixtral"], root / "first", quantize="4").path)
+    converted = open_filter(
+        "pixtral", convert([root / "pixtral"], root / "first", quantize="4", allow_unknown_filter=True).path
+    )
     network = converted.network.load(mx.bfloat16)
     judge = judges.PixtralJudge(converted, lambda stages, run: run)
     texts = CANARIES | texts

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 
 import foreign
 import mlx.core as mx
@@ -9,16 +10,20 @@ import pytest
 from click.testing import CliRunner
 from fitted import write_wide
 from helpers import CONTROL, REFERENCE, assert_close, edit_json, edit_tensors, pixtral_source
-from mlx_flux_krea.convert import convert, layouts
+from mlx_flux_krea.convert import convert as run_converter
+from mlx_flux_krea.convert import layouts
 from mlx_flux_krea.convert.folder import check_manifest
 from mlx_flux_krea.convert.sources import Source, Tensor
 
 from mlx_flux_krea import cli
 from mlx_flux_krea import convert as converter
 from mlx_flux_krea.errors import ModelError, UsageError
+from mlx_flux_krea.models import filter_config
 from mlx_flux_krea.models.config import Quantization
 from mlx_flux_krea.models.filter_config import NSFW_SHA256, NSFW_VIT, PIXTRAL_12B
 from mlx_flux_krea.weights import open_filter, open_model
+
+convert = partial(run_converter, allow_unknown_filter=True)  # these are small
 
 
 @pytest.fixture(scope="module")
@@ -55,14 +60,21 @@ def test_the_classifier_goes_to_its_place_and_stays_float32(home):
     assert json.loads((report.path / "model_index.json").read_text())["_class_name"] == "NSFWFilter"
     (source,) = folder.index.source
     assert (source.file, source.layout) == ("model.safetensors", "classifier ViT")
-    assert report.notes == (f"vit: not the published classifier, whose sha256 is {NSFW_SHA256}",)
+    assert report.notes == (
+        f"vit: an unknown filter, and not the published classifier, whose sha256 is {NSFW_SHA256}; "
+        "the log of every run will say so",
+    )
+    assert folder.index.weights == "unknown"
     assert check_manifest(report.path, lambda *_: None)[1] == {"differs": [], "missing": [], "not listed": []}
 
 
 def test_the_published_classifier_is_known_by_its_hash(monkeypatch, tmp_path):
     sha256 = open_filter("nsfw", convert([REFERENCE / "vit"], tmp_path / "a").path).index.source[0].sha256
-    monkeypatch.setattr(converter, "NSFW_SHA256", sha256)
-    assert convert([REFERENCE / "vit"], tmp_path / "b").notes == ()
+    monkeypatch.setattr(filter_config, "NSFW_SHA256", sha256)
+    monkeypatch.setattr(converter, "check_sizes", lambda job: None)
+    assert run_converter([REFERENCE / "vit"], tmp_path / "b").notes == ()
+    assert open_filter("nsfw", tmp_path / "b").index.weights == "published"
+    assert run_converter([tmp_path / "b"], tmp_path / "c").notes == ()  # and again, from a folder of ours
 
 
 @pytest.mark.parametrize("options", [{"quantize": "8"}, {"quantize": "4", "group_size": 32}, {"dtype": "bfloat16"}])
@@ -161,7 +173,8 @@ def test_a_ready_4_bit_copy_stays_what_it_is(ready, tmp_path, quantize):
     """Bits that were lost do not come back, and rounding again would lose more."""
     report = convert([ready], tmp_path / "out", quantize=quantize)
     path, what = report.path, {None: "4", "8": "8", "none": "none"}[quantize]
-    assert report.notes == (f"-q {what}: layers that have as few bits or fewer in the source stay as they are",)
+    kept = [note for note in report.notes if "unknown filter" not in note]
+    assert kept == [f"-q {what}: layers that have as few bits or fewer in the source stay as they are"]
     folder = open_filter("pixtral", path)
     layers = folder.network.layers()
     assert layers.pop("lm_head") is None
@@ -206,7 +219,7 @@ def test_a_filter_of_ours_is_converted_again(wide, tmp_path):
     again = convert([whole.path], tmp_path / "again")
     assert same(arrays_of(again.path), arrays_of(whole.path))
     assert open_filter("pixtral", again.path).index.source[0] == open_filter("pixtral", whole.path).index.source[0]
-    assert again.notes == ()
+    assert all("unknown filter" in note for note in again.notes)
     small, direct = (
         convert([whole.path], tmp_path / "small", quantize="4"),
         convert([wide], tmp_path / "d", quantize="4"),

@@ -32,7 +32,7 @@ CASES = ("text", "image", "two_images")
 
 @pytest.fixture(scope="module")
 def classifier(tmp_path_factory):
-    path = convert([REFERENCE / "vit"], tmp_path_factory.mktemp("vit") / "nsfw").path
+    path = convert([REFERENCE / "vit"], tmp_path_factory.mktemp("vit") / "nsfw", allow_unknown_filter=True).path
     return open_filter("nsfw", path).network.load(mx.float32)
 
 
@@ -43,7 +43,7 @@ def source(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def folder(source):
-    return convert([source], source.parent / "pixtral", dtype="float32").path
+    return convert([source], source.parent / "pixtral", dtype="float32", allow_unknown_filter=True).path
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +193,9 @@ def test_evaluating_piece_by_piece_changes_no_bit_and_passes_every_block(judge, 
 def test_rounded_weights_stay_near(source, tmp_path, quantize, dtype, bar, margin_bar, record_property):
     """Margins are measured by how far two logits of a position lie apart on average."""
     group_size = None if quantize == "none" else 32
-    report = convert([source], tmp_path / "out", quantize=quantize, group_size=group_size, dtype=dtype)
+    report = convert(
+        [source], tmp_path / "out", quantize=quantize, group_size=group_size, dtype=dtype, allow_unknown_filter=True
+    )
     network = open_filter("pixtral", report.path).network.load(getattr(mx, dtype))
     for name in CASES:
         reference = expected(network, name)

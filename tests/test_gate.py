@@ -174,7 +174,7 @@ def edit(change):
 DAMAGE = {
     "missing": ("nsfw", lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors"),
     "truncated": ("nsfw", lambda folder: truncate(folder / "model.safetensors"), "model.safetensors"),
-    "zeroed": ("nsfw", edit(lambda a: a.update(weight=mx.zeros((3,)))), "does not answer its self-test"),
+    "zeroed": ("nsfw", edit(lambda a: a.update(weight=mx.zeros((3,)))), "pictures differ by 0.0000"),
     "permuted": ("nsfw", edit(lambda a: a.update(weight=a["weight"][::-1])), "does not answer its self-test"),
     "not a number": ("nsfw", edit(lambda a: a.update(bias=mx.array([math.nan]))), "answered"),
     "other weights": ("pixtral", edit(lambda a: a.update(names=mx.zeros((6,), mx.int32) + 65)), "passes 'Mickey"),

@@ -144,7 +144,11 @@ def test_a_filter_is_fetched_without_its_pickles(tmp_path, tmp_path_factory):
         (folder / name).write_bytes(b"not needed")
     with Hub(folder, "Falconsai/nsfw_image_detection") as served:
         ran = run_command(
-            "convert", served.repo, cwd=tmp_path, **served.env(tmp_path, FLUX_KREA_HOME=str(tmp_path / "home"))
+            "convert",
+            served.repo,
+            "--allow-unknown-filter",
+            cwd=tmp_path,
+            **served.env(tmp_path, FLUX_KREA_HOME=str(tmp_path / "home")),
         )
         assert ran.returncode == 0, ran.stderr
         assert set(served.fetched()) == {"config.json", "preprocessor_config.json", "model.safetensors"}

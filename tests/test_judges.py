@@ -5,6 +5,7 @@ handful of inputs, to answer those as a trained model would; all before it, and 
 """
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,10 +20,12 @@ from PIL import Image
 from test_filter_folders import wide  # noqa: F401
 
 from mlx_flux_krea import FluxPipeline
-from mlx_flux_krea.errors import FiltersError
+from mlx_flux_krea.errors import FiltersError, ModelError
 from mlx_flux_krea.filters import judges
 from mlx_flux_krea.filters.instructions import CANARIES
+from mlx_flux_krea.filters.ledger import Ledger
 from mlx_flux_krea.home import root as home
+from mlx_flux_krea.models import filter_config
 from mlx_flux_krea.models.filter_config import NSFW_SHA256
 from mlx_flux_krea.weights import open_filter
 from mlx_flux_krea.worker import Worker
@@ -52,7 +55,7 @@ def sources(wide, krea, tmp_path_factory):  # noqa: F811
 def installed(sources, krea, home):
     acknowledge(krea[0])
     for source in sources:
-        ran = run_command("convert", source, cwd=home.parent)
+        ran = run_command("convert", source, "--allow-unknown-filter", cwd=home.parent)
         assert ran.returncode == 0, ran.stderr
     return home / "filters"
 
@@ -60,7 +63,7 @@ def installed(sources, krea, home):
 def test_the_command_converts_tries_and_installs_both(installed):
     for name in ("nsfw", "pixtral"):
         recorded = json.loads((installed / name / "selftest.json").read_text())
-        assert recorded.keys() == {"drawn picture", *(CANARIES if name == "pixtral" else ())}
+        assert recorded.keys() == {"drawn picture", *(CANARIES if name == "pixtral" else judges.more_pictures())}
     assert set(Worker().run(judges.open_judges)) == {"nsfw", "pixtral"}
 
 
@@ -88,7 +91,7 @@ def test_streamed_and_kept_it_answers_the_same_to_the_last_bit(installed, monkey
 
 
 def test_a_filter_that_does_not_know_its_canaries_is_not_installed(wide, home, tmp_path):  # noqa: F811
-    ran = run_command("convert", wide, cwd=tmp_path)
+    ran = run_command("convert", wide, "--allow-unknown-filter", cwd=tmp_path)
     assert ran.returncode == 6
     assert "the filter pixtral fails its self-test" in ran.stderr
     assert not (home / "filters" / "pixtral" / "selftest.json").exists()
@@ -137,18 +140,86 @@ def test_the_self_test_runs_once_in_a_process(installed, monkeypatch):
 
 
 def test_a_classifier_that_is_not_the_published_file_is_no_filter(installed, krea, tmp_path, monkeypatch, command):
-    """Told by its hash, where it has the published size; the tests' own does not."""
+    """Told by its hash, whatever its size, unless its folder says that somebody allowed it."""
     arguments = ["generate", ALLOWED, "-m", krea[0], *SIZE]
     monkeypatch.setattr(judges, "_passed", set())
-    monkeypatch.setattr(judges, "NSFW_VIT", open_filter("nsfw").network.sizes)
+    edit_json(installed / "nsfw" / "model_index.json", weights="published")
     code, stdout, stderr = command(*arguments)
     assert (code, stdout, list(tmp_path.iterdir())) == (6, "", [])
     assert (
         f"converted from another file than the published one, sha256 {sha_of('nsfw')}; expected {NSFW_SHA256}" in stderr
     )
     assert "flux-krea convert Falconsai/nsfw_image_detection --force; or review" in stderr
-    monkeypatch.setattr(judges, "NSFW_SHA256", sha_of("nsfw"))
+    monkeypatch.setattr(filter_config, "NSFW_SHA256", sha_of("nsfw"))
     assert command(*arguments)[0] == 0
+
+
+def test_every_entry_of_a_run_with_unknown_filters_names_them(installed, krea, tmp_path, command):
+    for name in ("nsfw", "pixtral"):
+        assert json.loads((installed / name / "model_index.json").read_text())["weights"] == "unknown"
+    code, _, err = command("generate", ALLOWED, "-m", krea[0], *SIZE[:-1], "3", "4", "--contact-sheet")
+    assert code in (0, 4, 7), err
+    code, _, err = command("generate", FORBIDDEN, "-m", krea[0], *SIZE)
+    assert code == 4, err
+    entries = Ledger().log.read()
+    assert {"run", "generated", "prompts_passed", "prompt_flagged", "written", "sheet"} <= {e["event"] for e in entries}
+    assert {tuple(e.get("unknown_filters", ())) for e in entries} == {("nsfw", "pixtral")}
+
+
+def test_a_folder_of_an_earlier_version_is_unknown_unless_it_is_pinned(installed, monkeypatch):
+    path = installed / "nsfw" / "model_index.json"
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "weights"}))
+    load = lambda: judges.load_judge("nsfw", installed / "nsfw", lambda parts, run: run)  # noqa: E731
+    assert load().about["unknown"]
+    monkeypatch.setattr(judges, "NSFW_VIT", open_filter("nsfw").network.sizes)
+    with pytest.raises(FiltersError, match="from another file than the published one"):
+        load()
+    monkeypatch.setattr(filter_config, "NSFW_SHA256", sha_of("nsfw"))
+    assert "unknown" not in load().about
+
+
+def test_an_earlier_record_of_one_picture_still_counts(installed):
+    path = installed / "nsfw" / "selftest.json"
+    recorded = json.loads(path.read_text())
+    path.write_text(json.dumps({"drawn picture": recorded["drawn picture"]}))
+    Worker().run(judges.open_judges)
+
+
+def constant(arrays):
+    arrays["classifier.weight"] *= 0
+
+
+def nearly_constant(arrays):
+    arrays["classifier.weight"] *= 1e-4
+
+
+@pytest.mark.parametrize("edit", [constant, nearly_constant])
+def test_a_classifier_that_says_the_same_of_everything_is_not_installed(sources, home, tmp_path, edit):
+    source = shutil.copytree(sources[0], tmp_path / "constant")
+    edit_tensors(source / "model.safetensors", edit)
+    ran = run_command("convert", source, "--allow-unknown-filter", cwd=tmp_path)
+    assert ran.returncode == 6, ran.stderr
+    assert "its logits over 3 pictures differ by 0.000" in ran.stderr
+    assert "expected 0.05 or more" in ran.stderr
+    assert not (home / "filters" / "nsfw" / "selftest.json").exists()
+
+
+@pytest.mark.parametrize("name", ["nsfw", "pixtral"])
+def test_a_filter_that_is_not_published_is_refused_unless_it_is_allowed(sources, home, tmp_path, name):
+    ran = run_command("convert", sources[name == "pixtral"], cwd=tmp_path)
+    assert (ran.returncode, (home / "filters" / name).exists()) == (3, False)
+    assert f"is not the published filter {name}" in ran.stderr
+    assert "add --allow-unknown-filter: the log of every run will say so" in ran.stderr
+
+
+def test_a_filter_of_the_published_sizes_and_another_hash_is_refused_too(sources, tmp_path, monkeypatch):
+    from mlx_flux_krea.convert import filters
+
+    monkeypatch.setattr(filters, "check_sizes", lambda job: None)
+    monkeypatch.setattr("mlx_flux_krea.convert.check_sizes", lambda job: None)
+    with pytest.raises(ModelError, match=f"is not the published filter nsfw: sha256 .*{NSFW_SHA256}"):
+        convert([sources[0]], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def sha_of(name: str) -> str:
@@ -174,7 +245,7 @@ def test_ctrl_c_ends_the_self_test_of_a_filter_that_has_its_place(sources, krea,
     """The filter is untried then, which is not enough, and the next conversion completes it."""
     acknowledge(krea[0])
     process = subprocess.Popen(
-        [sys.executable, "-c", STOPPED, "convert", str(sources[0])],
+        [sys.executable, "-c", STOPPED, "convert", str(sources[0]), "--allow-unknown-filter"],
         cwd=tmp_path, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert any("moment" in line for line in process.stderr)
@@ -182,12 +253,12 @@ def test_ctrl_c_ends_the_self_test_of_a_filter_that_has_its_place(sources, krea,
     assert "flux-krea: interrupted" in process.communicate(timeout=30)[1]
     folder = home / "filters" / "nsfw"
     assert (process.returncode, folder.exists(), (folder / "selftest.json").exists()) == (130, True, False)
-    assert run_command("convert", sources[1], cwd=tmp_path).returncode == 0
+    assert run_command("convert", sources[1], "--allow-unknown-filter", cwd=tmp_path).returncode == 0
     ran = run_command("generate", ALLOWED, "-m", krea[0], *SIZE, cwd=tmp_path)
     assert (ran.returncode, list(tmp_path.glob("*.png"))) == (6, [])
     assert "selftest.json cannot be read" in ran.stderr
     assert "install: flux-krea setup" in ran.stderr
-    assert run_command("convert", sources[0], "--force", cwd=tmp_path).returncode == 0
+    assert run_command("convert", sources[0], "--force", "--allow-unknown-filter", cwd=tmp_path).returncode == 0
     assert (folder / "selftest.json").exists()
 
 

@@ -641,7 +641,7 @@ def test_latents_of_a_filtered_model_never_decode_under_a_free_one(command, mode
     code, out, err = command("resume", "-m", free)
     assert (code, out, list(tmp_path.glob("*.png"))) == (3, "", []), err
     checkpoint = interrupted.Checkpoint.read(path)
-    with pytest.raises(ModelError, match="without that duty|is not the model"):
+    with pytest.raises(ModelError, match=r"without that duty|is not the model"):
         FluxPipeline.from_pretrained(free)(
             CAT, seed=7, width=32, height=32, num_inference_steps=4, checkpoint=checkpoint
         )

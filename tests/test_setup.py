@@ -95,7 +95,8 @@ def at_terminal(place: Path, *args: str, stop_at: str | None = None, answers: di
         The exit code, all that was shown, and the questions that came.
     """
     child = pexpect.spawn(
-        sys.executable, ["-c", PROGRAM, "setup", *args], cwd=str(place), encoding="utf-8", timeout=200,
+        sys.executable, ["-c", PROGRAM, "setup", "--allow-unknown-filter", *args],
+        cwd=str(place), encoding="utf-8", timeout=200,
         env=os.environ | {"PYTHONPATH": str(ROOT)}, dimensions=(50, 200),
     )  # fmt: skip
     asked, shown, expected = [], "", [*answers, pexpect.EOF]
@@ -148,7 +149,7 @@ def test_from_an_empty_home_to_a_picture_at_a_terminal_and_then_without_a_networ
     before = state(home)
 
     for arguments in ([], named(published_folders)):  # nobody is asked again, and nothing is made again
-        ran = piped(place, "setup", *arguments, "--json", NO_SOCKETS="1")
+        ran = piped(place, "setup", "--allow-unknown-filter", *arguments, "--json", NO_SOCKETS="1")
         assert ran.returncode == 0, ran.stderr
         steps = json.loads(ran.stdout)["steps"]
         assert (steps["weights"], steps["picture"]) == ("everything is installed", "already made")
@@ -197,7 +198,7 @@ def test_a_person_who_does_not_agree_installs_nothing(published_folders, place):
 
 def test_a_script_agrees_by_the_hash_of_the_text_alone(published_folders, place):
     digest = hashlib.sha256(LICENCE.encode()).hexdigest()
-    arguments = ["setup", *named(published_folders)]
+    arguments = ["setup", "--allow-unknown-filter", *named(published_folders)]
     ran = piped(place, *arguments)
     assert (ran.returncode, ran.stdout) == (6, "")
     assert "For déjà vu alone." in ran.stderr
@@ -224,7 +225,7 @@ def test_a_home_that_cannot_be_written_is_named(published_folders, place, monkey
         home = Path("/System" if sys.platform == "darwin" else "/sys", "flux krea")
         monkeypatch.setenv("FLUX_KREA_HOME", str(home))
     digest = hashlib.sha256(LICENCE.encode()).hexdigest()
-    ran = piped(place, "setup", *named(published_folders), "--accept-licence", digest)
+    ran = piped(place, "setup", "--allow-unknown-filter", *named(published_folders), "--accept-licence", digest)
     assert ran.returncode == 6
     assert f"{home} cannot be" in ran.stderr or f"{home / 'licences.json'} cannot be" in ran.stderr
     assert "name another place in $FLUX_KREA_HOME" in ran.stderr
@@ -232,7 +233,7 @@ def test_a_home_that_cannot_be_written_is_named(published_folders, place, monkey
 
 
 def test_without_weights_or_network_it_says_what_is_wanted(place):
-    ran = piped(place, "setup", "--offline")
+    ran = piped(place, "setup", "--allow-unknown-filter", "--offline")
     assert ran.returncode == 3
     assert "no source of the model is on this disk; expected black-forest-labs/FLUX.1-Krea-dev" in ran.stderr
 
@@ -248,7 +249,7 @@ def test_files_of_other_programs_are_found_and_offered(published_folders, place,
     if tool == "ComfyUI":
         (where / "diffusion_models" / "another.safetensors").write_bytes(b"not one")
     environment = {"MFLUX_CACHE_DIR": str(place / "cache")}
-    ran = piped(place, "setup", "--offline", "--tokenizers", str(TOKENIZERS), **environment)
+    ran = piped(place, "setup", "--allow-unknown-filter", "--offline", "--tokenizers", str(TOKENIZERS), **environment)
     assert ran.returncode == 3
     assert "weights:" not in ran.stderr
     assert "no source of the nsfw is" in ran.stderr, ran.stderr  # the model can: the next is what is missing
@@ -260,20 +261,20 @@ def test_a_gated_repository_is_explained_and_then_fetched(published_folders, pla
     with Hub(published_folders["model"], "black-forest-labs/FLUX.1-Krea-dev", gated="auto") as hub:
         hub.tokens = {"hf_good": "somebody"}
         environment = hub.env(tmp_path)
-        ran = piped(place, "setup", *others, **environment)
+        ran = piped(place, "setup", "--allow-unknown-filter", *others, **environment)
         assert (ran.returncode, hub.fetched()) == (3, [])
         assert "is gated, and nobody is logged in" in ran.stderr
         assert "hf auth login" in ran.stderr
         digest = hashlib.sha256(LICENCE.encode()).hexdigest()
         accept = ["--accept-licence", digest, "--json", "-q", "none"]
-        ran = piped(place, "setup", *others, *accept, **environment | {"HF_TOKEN": "hf_good"})
+        ran = piped(place, "setup", "--allow-unknown-filter", *others, *accept, **environment | {"HF_TOKEN": "hf_good"})
         assert ran.returncode == 0, ran.stderr
         assert "black-forest-labs/FLUX.1-Krea-dev is open to somebody, who is logged in" in ran.stderr
     report = json.loads(ran.stdout)
     assert report["model"] == "FLUX.1-Krea-dev"
     assert Path(report["picture"]).exists()
     assert not list((tmp_path / "hub").rglob("*.safetensors"))  # what was fetched went when it was converted
-    ran = piped(place, "setup", NO_SOCKETS="1", **environment)
+    ran = piped(place, "setup", "--allow-unknown-filter", NO_SOCKETS="1", **environment)
     assert ran.returncode == 0, ran.stderr
 
 

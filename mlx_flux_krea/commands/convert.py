@@ -30,6 +30,7 @@ from .shared.text import number, size, table
 @click.option("--tokenizers", type=FILE, help="Folder with tokenizer/ and tokenizer_2/.")
 @click.option("--force", is_flag=True, help="Replace an existing model folder.")
 @click.option("--allow-nonfinite", is_flag=True, help="Accept weights with NaN or infinities.")
+@click.option("--allow-unknown-filter", is_flag=True, help="Accept a content filter that is not the published one.")
 @click.option("--offline", is_flag=True, help="Use the hub's cache, without network access.")
 @click.option("--discard-source", is_flag=True, help="Delete downloads after conversion.")
 @click.option("--json", "as_json", is_flag=True, help="Print a report as JSON.")

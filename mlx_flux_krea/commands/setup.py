@@ -83,6 +83,7 @@ class Installation:
 )
 @click.option("--accept-licence", metavar="SHA256", help="Agree to the licence text with this hash.")
 @click.option("--offline", is_flag=True, help="Use files on this disk, without network access.")
+@click.option("--allow-unknown-filter", is_flag=True, help="Accept content filters that are not the published ones.")
 @click.option("--keep-source", is_flag=True, help="Keep downloads in the hub's cache after conversion.")
 @click.option("--json", "as_json", is_flag=True, help="Print a report as JSON.")
 def setup(as_json, **options):
@@ -328,7 +329,8 @@ def _filters(it: Installation) -> str:
         return "this model requires none"
     for name in _FILTERS:
         if name in it.sources:
-            _convert(it, name, quantize=None, force=home.path(home.FILTERS, name).exists())
+            allowed, is_there = it.options["allow_unknown_filter"], home.path(home.FILTERS, name).exists()
+            _convert(it, name, quantize=None, force=is_there, allow_unknown_filter=allowed)
         elif _lacks_self_test(name):
             trials.record(name, home.path(home.FILTERS, name), it.console)
     return "installed, and their self-tests pass"

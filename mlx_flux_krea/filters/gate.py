@@ -24,7 +24,7 @@ from ..errors import FiltersError, UsageError, Withheld
 from ..presets import CHECKS, NSFW_THRESHOLD
 from ..provenance import Picture
 from ..request import ResolvedRequest
-from .judges import Judge, MakeRun, PromptJudge, image_labels, margins_of, open_judges
+from .judges import Judge, MakeRun, PromptJudge, image_labels, margins_of, open_judges, unknown_filters
 from .ledger import Ledger, LedgerRun, QuarantinedImage, Verdict
 from .lookalikes import forms
 
@@ -280,9 +280,10 @@ def open_gate(
         return
     judges = {} if policy.check == "review" else open_judges(make_run)
     filters = {name: judge.about for name, judge in judges.items()}
+    unknown = unknown_filters(judges)
     thresholds = {"nsfw": policy.nsfw, "integrity": policy.integrity}
     try:
-        with Ledger().run(policy.check, filters=filters, thresholds=thresholds, **about) as run:
+        with Ledger().run(policy.check, filters=filters, thresholds=thresholds, unknown=unknown, **about) as run:
             yield Gate(policy, run, judges, margins, ready)
     finally:
         for judge in judges.values():

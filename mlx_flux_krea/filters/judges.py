@@ -6,6 +6,7 @@ tokenizer change them. Any answer that is not finite, has other labels than expe
 error: a GPU command that fails without a word leaves zeros, and zeros are a margin of 0 and probabilities of 0.5.
 """
 
+import contextlib
 import hashlib
 import json
 import math
@@ -35,6 +36,7 @@ from .instructions import CANARIES
 
 FILTERS = {"nsfw": "Falconsai/nsfw_image_detection", "pixtral": "mistral-community/pixtral-12b"}
 LABELS = {"nsfw": {"normal", "nsfw"}, "pixtral": {"integrity"}}  # of each filter's answers
+SPREAD = 0.05  # logits by which answers about the drawn pictures differ at least; a constant classifier's do not
 TOLERANCE = 0.25  # of a self-test, in logits: a probability near 0 or 1 would hide damaged weights
 REVIEW = "or review every picture yourself: --check review"
 RETRY = f"a GPU command may have failed: try again; {REVIEW}"
@@ -115,17 +117,12 @@ class NSFWJudge:
         make_run: called as make_run(parts, run) before that many parts of the network are run, see `FluxPipeline`.
 
     Raises:
-        FiltersError: the filter has the published sizes, but was not converted from the published file.
+        FiltersError: the filter was not converted from the published file, and nobody allowed that.
     """
 
     def __init__(self, folder: FilterFolder[ViTConfig, ViT], make_run: MakeRun):
         folder.check()
-        hashes = [source.sha256 for source in folder.index.source]
-        if folder.network.sizes == NSFW_VIT and NSFW_SHA256 not in hashes:
-            found = (
-                f"the filter nsfw was converted from another file than the published one, sha256 {', '.join(hashes)}"
-            )
-            raise FiltersError(found, NSFW_SHA256, _renew("nsfw"))
+        _check_weights("nsfw", folder, NSFW_VIT, NSFW_SHA256)
         self.about = _about(folder)
         self._folder, self._make_run = folder, make_run
 
@@ -153,6 +150,7 @@ class PixtralJudge:
 
     def __init__(self, folder: FilterFolder[PixtralConfig, Pixtral], make_run: MakeRun):
         folder.check()
+        _check_weights("pixtral", folder, None, "files whose sha256 the hub states")
         self.about = _about(folder)
         self._folder, self._make_run = folder, make_run
         yes, no, *_ = folder.network.sizes.head_ids
@@ -202,21 +200,67 @@ def _text(sentences: Sequence[tuple[str, str]]) -> str:
     return " ".join(sentence for sentence, _ in sentences)
 
 
+def is_unknown(folder: FilterFolder) -> bool:
+    """Returns True where a filter was not made from its published files, as far as is known."""
+    return not folder.index.is_published(folder.network.component)
+
+
+def unknown_filters(judges: dict[str, Judge]) -> list[str]:
+    """Returns the names of filters that were not made from their published files."""
+    return [name for name, judge in judges.items() if judge.about.get("unknown")]
+
+
+def unknown_installed() -> list[str]:
+    """Returns the names of installed filters that were not made from their published files."""
+    unknown = []
+    for name in FILTERS:
+        with contextlib.suppress(FluxKreaError):
+            unknown += [name] if is_unknown(open_filter(name)) else []
+    return unknown
+
+
+def _check_weights(name: str, folder: FilterFolder, published: ViTConfig | None, expected: str) -> None:
+    """Refuses a filter from other weights than the published ones, unless --allow-unknown-filter was given for it.
+
+    Folders of earlier versions do not say so; of those only a classifier of the published sizes is refused.
+
+    Raises:
+        FiltersError: it was made from other weights.
+    """
+    said, sizes = folder.index.weights, folder.network.sizes
+    if is_unknown(folder) and (said == "published" or (said == "" and sizes == published)):
+        hashes = ", ".join(source.sha256 for source in folder.index.source)
+        found = f"the filter {name} was converted from another file than the published one, sha256 {hashes}"
+        raise FiltersError(found, expected, _renew(name))
+
+
 def _about(folder: FilterFolder) -> dict:
-    return {"source": folder.index.base, "manifest_sha256": sha256_if_exists(folder.path / "manifest.json")}
+    about = {"source": folder.index.base, "manifest_sha256": sha256_if_exists(folder.path / "manifest.json")}
+    return about | ({"unknown": True} if is_unknown(folder) else {})
 
 
 def self_test(name: str, judge: Judge) -> dict[str, float]:
-    """Returns a filter's answers about a drawn picture and the canary prompts; they are recorded at conversion.
+    """Returns a filter's answers about drawn pictures and the canary prompts; they are recorded at conversion.
 
     Raises:
-        FiltersError: the answers are wrong.
+        FiltersError: the answers are wrong, or the classifier gives the same about different pictures.
     """
-    (labels,) = image_labels(name, judge, [drawn_picture()])
     if name == "nsfw":
-        values = {"drawn picture": _log_odds(labels["nsfw"], labels["normal"])}
-        flagged = {"drawn picture": labels["nsfw"] >= NSFW_THRESHOLD}
+        pictures = {"drawn picture": drawn_picture(), **more_pictures()}
+        answers = image_labels(name, judge, list(pictures.values()))
+        values = {
+            picture: _log_odds(labels["nsfw"], labels["normal"])
+            for picture, labels in zip(pictures, answers, strict=True)
+        }
+        flagged = {"drawn picture": answers[0]["nsfw"] >= NSFW_THRESHOLD}
+        spread = max(values.values()) - min(values.values())
+        if spread < SPREAD:
+            found = (
+                f"the filter nsfw fails its self-test: its logits over {len(values)} pictures differ by {spread:.4f}"
+            )
+            raise FiltersError(found, f"{SPREAD} or more", _renew(name))
     else:
+        (labels,) = image_labels(name, judge, [drawn_picture()])
         values = {"drawn picture": float(labels["integrity"])}
         flagged = {"drawn picture": labels["integrity"] > 0}
         margins = dict(zip(CANARIES, margins_of(cast(PromptJudge, judge), list(CANARIES)), strict=True))
@@ -254,8 +298,9 @@ def check_self_test(name: str, judge: Judge, path: Path) -> None:
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise FiltersError(f"{path} cannot be read: {error}", "recorded answers", INSTALL) from None
     values = self_test(name, judge)
-    if values.keys() != recorded.keys() or not all(
-        abs(value - recorded[text]) <= TOLERANCE for text, value in values.items()
+    known = (values.keys(), values.keys() - more_pictures().keys())  # earlier versions recorded one picture
+    if recorded.keys() not in known or not all(
+        abs(values[text] - value) <= TOLERANCE for text, value in recorded.items()
     ):
         found = "does not answer its self-test as it did when it was converted"
         raise FiltersError(f"the filter {name} {found}", "the recorded answers", _renew(name))
@@ -269,6 +314,15 @@ def drawn_picture() -> np.ndarray:
     picture = np.where((y > 80)[..., None], meadow, sky)
     picture[(x - 140) ** 2 + (y - 35) ** 2 < 18**2] = (250, 220, 90)
     return picture.astype(np.uint8)
+
+
+def more_pictures() -> dict[str, np.ndarray]:
+    """Draws two more pictures by name, (128, 192, 3) uint8, that are as unlike the first one as can be."""
+    y, x = np.mgrid[:128, :192]
+    board = np.where((x // 16 + y // 16) % 2, 235, 20)
+    night = np.stack([10 + x // 8, 12 + y // 6, 40 + (x + y) // 4], axis=-1)
+    night[(x - 60) ** 2 + (y - 70) ** 2 < 40**2] = (30, 90, 220)
+    return {"drawn board": np.stack([board] * 3, axis=-1).astype(np.uint8), "drawn night": night.astype(np.uint8)}
 
 
 def image_labels(name: str, judge: Judge, pixels: Sequence[np.ndarray]) -> list[dict[str, float]]:

@@ -19,9 +19,10 @@ import re
 import secrets
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -109,13 +110,14 @@ class Ledger:
         self.log = Log(self.root / home.LOG)
 
     @contextlib.contextmanager
-    def run(self, check: str, **about) -> Iterator["LedgerRun"]:
+    def run(self, check: str, *, unknown: Sequence[str] = (), **about) -> Iterator["LedgerRun"]:
         """Starts a run of the pipeline, whose pictures are kept under its lock.
 
         Pictures of runs that died are recovered first, and pictures that are too old are deleted.
 
         Args:
             check: "filters", "review" or "both".
+            unknown: names of filters that were not made from their published files; every entry of the run says so.
             about: further facts of the run for the log.
         """
         self.recover()
@@ -126,9 +128,10 @@ class Ledger:
                 _make_private(folder)
                 if stack.enter_context(_locked(folder)):
                     break  # else another process took the new folder for one of a dead run
-            self.log.append("run", run=name, check=check, software=SOFTWARE, **about)
+            common: dict[str, Any] = {"unknown_filters": list(unknown)} if unknown else {}
+            self.log.append("run", run=name, check=check, software=SOFTWARE, **about, **common)
             try:
-                yield LedgerRun(self, folder, name, check)
+                yield LedgerRun(self, folder, name, check, common)
             except BaseException:
                 with contextlib.suppress(FluxKreaError):  # the log itself may have failed: then the next run recovers
                     self._recover_all(folder)
@@ -326,9 +329,10 @@ class LedgerRun:
         meant_for: the file that its pictures are meant for, kept beside each for `flux-krea review`; {}: none.
     """
 
-    def __init__(self, ledger: Ledger, folder: Path, name: str, check: str):
+    def __init__(self, ledger: Ledger, folder: Path, name: str, check: str, common: dict):
         self.ledger, self.folder, self.name, self.check = ledger, folder, name, check
         self.meant_for: dict = {}
+        self._common = common  # facts of every entry
 
     def keep(self, pixels: np.ndarray, record: dict) -> QuarantinedImage:
         """Puts (H, W, 3) uint8 pixels with their record into quarantine.
@@ -348,13 +352,13 @@ class LedgerRun:
         except (FluxKreaError, OSError) as error:
             raise FiltersError(f"the quarantine cannot be written: {error}") from None
         facts = {"pixels": pixel_hash(pixels), "record_sha256": _hash_json(record), "seed": record.get("seed")}
-        size = {"height": pixels.shape[0], "width": pixels.shape[1]}
-        self.ledger.log.append("generated", image=image, run=self.name, check=self.check, **facts, **size)
+        facts |= {"height": pixels.shape[0], "width": pixels.shape[1], **self._common}
+        self.ledger.log.append("generated", image=image, run=self.name, check=self.check, **facts)
         return QuarantinedImage(image, path, self.ledger.log.picture(image))
 
     def note(self, event: str, **facts) -> None:
         """Logs an event that is not about a picture of this run, such as a flagged prompt."""
-        self.ledger.log.append(event, run=self.name, **facts)
+        self.ledger.log.append(event, run=self.name, **facts, **self._common)
 
 
 def _hash_json(record: dict | None) -> str:

@@ -31,6 +31,7 @@ FOLLOWS = {
     "unwritten": ("written",),
     "purged": (None, "generated", "passed", "waiting", "flagged", "error", "approved", "released"),
 }
+_KEPT = ("unknown_filters",)  # facts that every later entry about the same picture has too
 _START = "0" * 64  # stands in the first line for the hash of the line before
 
 
@@ -112,6 +113,7 @@ class Log:
         with self._open() as file:
             if image is not None:
                 self._check_order(event, image)
+                facts = {name: value for name, value in self._pictures.get(image, {}).items() if name in _KEPT} | facts
             if self._tail:
                 self._write(file, b"\n")
             if self._torn:

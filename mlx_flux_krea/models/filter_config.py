@@ -127,6 +127,11 @@ PIXTRAL_12B = PixtralConfig(
 )  # fmt: skip
 # of model.safetensors in Falconsai/nsfw_image_detection
 NSFW_SHA256 = "97b2ce64ec146884b37f98ee7944ca4891aa72f6827dc0cb10684a1cbecd5830"
+# repositories of Pixtral 12B; the hub states the sha256 of their files
+PIXTRAL_REPOSITORIES = (
+    "mistral-community/pixtral-12b", "mistral-labs/pixtral-12b", "mlx-community/pixtral-12b-4bit",
+)  # fmt: skip
+OWN_LAYOUT = "flux-krea model folder"  # of sources that are folders of ours
 
 
 @dataclass(frozen=True)
@@ -139,7 +144,20 @@ class FilterIndex:
     source: tuple[SourceFile, ...] = ()
     converter: str = ""
     format: Annotated[int, 1, 2**30] = 1
+    weights: str = ""  # "published", or "unknown": --allow-unknown-filter was given; "": by an earlier version
+
+    def is_published(self, name: str) -> bool:
+        """Returns True where the filter `name` was made from its published files, by their sha256.
+
+        That of the classifier is known. Those of Pixtral are stated by the hub, which was asked at conversion.
+        """
+        originals = [source for source in self.source if source.layout != OWN_LAYOUT]
+        if name == "nsfw":
+            return [source.sha256 for source in originals] == [NSFW_SHA256]
+        return bool(originals) and all(source.published in PIXTRAL_REPOSITORIES for source in originals)
 
     def problem(self) -> str | None:
         """Returns a contradiction between these facts, or None."""
+        if self.weights not in ("", "published", "unknown"):
+            return f'weights is "{self.weights[:60]}" and not "published" or "unknown"'
         return None if self.format == 1 else f"format is {self.format}, and this program reads format 1"

@@ -151,7 +151,7 @@ class Generation:
                     if self._is_last:
                         signals.finish()
                     if pipe.policy:
-                        note_sheet(picture)
+                        note_sheet(picture, is_filtered=pipe.policy.check != "review")
                     delivery.deliver_sheet(picture, sheet)
         finally:
             signals.let_go()

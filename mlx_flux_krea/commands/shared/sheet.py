@@ -1,10 +1,12 @@
 """Contact sheets: a grid of small pictures with labels at its edges."""
 
 import textwrap
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from mlx_flux_krea.filters.judges import unknown_installed
 from mlx_flux_krea.filters.ledger import Ledger, pixel_hash
 from mlx_flux_krea.provenance import Picture
 
@@ -62,10 +64,16 @@ def contact_sheet(rows: list[list[Picture]], across: list[str], down: list[str])
     return Picture.from_pixels(sheet, first.record | {"sheet": {"across": across, "down": down}})
 
 
-def note_sheet(sheet: Picture) -> None:
+def note_sheet(sheet: Picture, is_filtered: bool) -> None:
     """Records in the log that a sheet of released pictures will be saved.
+
+    Args:
+        sheet: the contact sheet.
+        is_filtered: filters judged its pictures; the log names those that are not the published ones.
 
     Raises:
         FiltersError: the log cannot be written.
     """
-    Ledger().log.append("sheet", pixels=pixel_hash(np.asarray(sheet)))
+    unknown = unknown_installed() if is_filtered else []
+    facts: dict[str, Any] = {"unknown_filters": unknown} if unknown else {}
+    Ledger().log.append("sheet", pixels=pixel_hash(np.asarray(sheet)), **facts)
