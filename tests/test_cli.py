@@ -167,15 +167,15 @@ LOSING = {
 def test_a_signal_where_an_exception_would_be_lost_waits_for_a_better_moment(model, tmp_path, where):
     (tmp_path / "swallowing.py").write_text(f"import os\ntry:\n    {KILL}\nexcept BaseException:\n    pass")
     inside = f"""
-import weakref
+import signal, weakref
 from mlx_flux_krea import pipeline
 class Odd:
     def __del__(self): {KILL}
 class Odd2: pass
 def call(*args, **options):
     {LOSING[where]}
-    time.sleep(2)
-    os._exit(0)
+    while True:
+        signal.pause()
 pipeline.FluxPipeline.generate = call"""
     patch = LOSING[where] if "main" in where else inside
     process = start(["generate", CAT, "-m", model, *SLOW, "-o", "a.png"], tmp_path, patch)
@@ -260,17 +260,16 @@ PipelineProgress.__call__ = lambda *progress: print("moment", file=sys.stderr, f
 
 
 def test_a_picture_that_has_its_name_is_reported_whatever_arrives(model, tmp_path):
-    patch = """
-from mlx_flux_krea.provenance import Picture
-save = Picture.save
-def slow(*args, **kwargs):
-    save(*args, **kwargs)
-    print("moment", file=sys.stderr, flush=True)
-    time.sleep(0.3)
-Picture.save = slow
-from mlx_flux_krea.commands.shared.terminal import PipelineProgress
-PipelineProgress.close = lambda self: time.sleep(0.2)"""
     for count, code, names in ((1, 130, ["out.png"]), (2, 0, ["out-2.png", "out-3.png"])):
+        patch = f"""
+from mlx_flux_krea.provenance import Picture
+save, moments = Picture.save, []
+def visible(*args, **kwargs):
+    save(*args, **kwargs)
+    moments.append(print("moment", file=sys.stderr, flush=True))
+    if len(moments) == {count}:
+        sys.stdin.read()
+Picture.save = visible"""
         process = start(["generate", CAT, "-m", model, "-n", 2, *SMALL], tmp_path, patch)
         out, _ = end(process, signal.SIGINT, "moment", count)
         assert (process.returncode, out.split()) == (code, names)
