@@ -3,7 +3,7 @@
     python -m mlx_flux_krea.nano.train WORK [PHASE ...]
 
 Needs the `training` extra (torch, diffusers, transformers), which nothing at run time imports, and a GPU for CUDA; on a
-processor alone it runs too, but for weeks. Every phase writes a folder in WORK when it is done, and checkpoints on the
+processor alone it runs too, but for days. Every phase writes a folder in WORK when it is done, and checkpoints on the
 way; a start continues where the last one stopped. The networks are the reference implementations' own classes, so their
 results are by construction those of the reference. A step's data and noise depend on the seed and the number of the
 step alone. README.md beside this file says how the shipped weights were made.
