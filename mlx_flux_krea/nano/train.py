@@ -547,7 +547,7 @@ class Batches:
         return {k: v[chosen, which] if k in self.nothing else v[chosen] for k, v in stored.items()}
 
     def forget(self, taken: dict[str, torch.Tensor], share: float) -> dict[str, torch.Tensor]:
-        """The same with some sentences left out."""
+        """Leaves out some sentences."""
         silent = torch.rand(len(taken["clip"]), device=DEVICE) < share
         left = {k: nothing.expand_as(taken[k]) for k, nothing in self.nothing.items()}
         return taken | {k: torch.where(silent.view(-1, *[1] * (v.ndim - 1)), v, taken[k]) for k, v in left.items()}
@@ -614,7 +614,7 @@ class Pointer(nn.Module):
 
 
 def _covered(scene: scenes.Scene) -> np.ndarray:
-    """Of each token: shape and colour of the thing on it (0: none), and its middle and half side in tokens, from here.
+    """Returns, for each token, shape and colour of the thing on it (0: none), and its middle and half side in tokens.
 
     Returns:
         (L, 5).
