@@ -33,11 +33,11 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
-from mlx_flux_krea.presets import Schedule
 from mlx_flux_krea.convert import convert
 from mlx_flux_krea.convert.licence import licence_files
 from mlx_flux_krea.files import sha256
 from mlx_flux_krea.nano import scenes
+from mlx_flux_krea.presets import Schedule
 from mlx_flux_krea.sampling.preview import fit_latent_rgb
 from mlx_flux_krea.sampling.sampler import make_sigmas
 from mlx_flux_krea.tokenizers import CLIPTokenizer, T5Tokenizer
