@@ -80,7 +80,11 @@ def decide(
     kind = next((name for name in components if name in FILTERS), "model")
     dtype, quantize = dtype or _DEFAULTS[kind][0], quantize or _DEFAULTS[kind][1]
     if kind == "nsfw" and (dtype, quantize) != _DEFAULTS[kind]:
-        raise UsageError(f"the classifier in {dtype}, -q {quantize}", "float32, -q none", "leave --dtype and -q out")
+        raise UsageError(
+            f"the classifier in {dtype}, `quantize` {quantize}",
+            "float32, `quantize` none",
+            "leave `dtype` and `quantize` out",
+        )
     recipe = quantizing.find_recipe(quantize, group_size)
     place = (home.MODELS, f"{index.name}-{_label(recipe, dtype)}") if kind == "model" else (home.FILTERS, kind)
     path = Path(os.path.expanduser(out)) if out else home.path(*place)
@@ -90,7 +94,7 @@ def decide(
         layers[name], left[name] = quantizing.choose(name, layer_widths(name, config), recipe)
         if name == "pixtral":
             asked, layers[name] = layers[name], quantizing.keep_packed(plans[name][1], layers[name])
-            notes += (f"-q {quantize}: {_AS_IT_IS}",) if asked != layers[name] else ()
+            notes += (f"`quantize` {quantize}: {_AS_IT_IS}",) if asked != layers[name] else ()
     groups = {name: _groups(name, plan, dtype, layers[name]) for name, (_, plan) in plans.items()}
     return Conversion(
         kind=kind,

@@ -413,7 +413,7 @@ def test_disk_is_counted_before_the_first_byte(tmp_path, monkeypatch, free, disc
     else:
         with pytest.raises(ResourceError, match="GB are free") as error:
             _check_disk(tmp_path / "model", to_fetch, made, discard)
-        assert ("--discard-source" in str(error.value)) is not discard
+        assert ("`discard_source`" in str(error.value)) is not discard
 
 
 # --- names and logins ---
