@@ -81,9 +81,9 @@ def find_model(model: str | os.PathLike | None) -> Path:
         if len(installed) == 1:
             return next(iter(installed.values()))
         if installed:
-            todo = "name one with -m, or make it the default: flux-krea models default NAME"
+            todo = "name one with `model`, or make it the default: flux-krea models default NAME"
             raise ModelError(f"several models are installed: {', '.join(installed)}", "", todo)
-        todo = "install one: flux-krea setup, name a folder with -m, or use the small one: -m nano"
+        todo = "install one: flux-krea setup, name a folder with `model`, or name the small model, nano"
         raise ModelError(f"no model is installed in {path(MODELS)}", "", todo)
     at = named(model)
     if not at.exists():
