@@ -285,10 +285,10 @@ def test_a_prompt_that_is_not_utf8_is_refused(model, tmp_path):
 
 def test_progress_is_shown_in_a_terminal_and_nowhere_else(model, tmp_path):
     """Through a real pseudo-terminal: seconds per step and time left."""
-    arguments = ["generate", CAT, "-m", model, "--width", 64, "--height", 64, "--steps", 30, "--seed", 1]
+    arguments = ["generate", CAT, "-m", model, "--width", 32, "--height", 32, "--steps", 12, "--seed", 1]
     code, _, text = at_terminal(*arguments, cwd=tmp_path)
     assert code == 0, text
-    assert re.search(r"denoising +\d+% .*/30 steps, +[\d.]+(s/step|step/s)", text), text
+    assert re.search(r"denoising +\d+% .*/12 steps, +[\d.]+(s/step|step/s)", text), text
     assert re.search(r"\d left, [\d.]+ [kMG]B", text), text
     quiet = run_command(*arguments, "-o", "b.png", cwd=tmp_path)
     assert "denoising" not in quiet.stderr
