@@ -56,7 +56,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows."""
+    """The contents of a picture."""
 
     width: int
     height: int
@@ -66,7 +66,7 @@ class Scene:
 
 
 def is_held_out(shape: str, colour: str, background: tuple[str, str]) -> bool:
-    """Whether this combination is kept for the benchmark: one in eight, the same on every machine."""
+    """True for a combination that is kept for the benchmark: one in eight, equal on every machine."""
     return zlib.crc32(f"{shape} {colour} {background[0]} {background[1]}".encode()) % 8 == 0
 
 
@@ -102,7 +102,7 @@ def _background(rng: random.Random) -> tuple[str, str]:
 
 
 def _stands_out(colour: str, background: tuple[str, str]) -> bool:
-    """Whether a colour is none of those that the background goes through."""
+    """True for a colour that the background does not pass through."""
     c, top, bottom = (np.array(COLOURS[name], float) for name in (colour, *background))
     span = bottom - top
     nearest = top + span * np.clip((c - top) @ span / max(span @ span, 1), 0, 1)
@@ -192,7 +192,7 @@ def outline(pen: ImageDraw.ImageDraw, shape: str, x: float, y: float, r: float) 
 
 # --- sentences ---
 
-_SAID = {
+_SAID: dict[str | None, tuple[str, ...]] = {
     "left of": ("to the left of", "left of"),
     "right of": ("to the right of", "right of"),
     "above": ("above", "over"),

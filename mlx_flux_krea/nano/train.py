@@ -331,7 +331,7 @@ _QUESTIONS = [3, 10, 10, *[7, 11, 4, 5, 5] * 3]
 
 
 def answers(drawn: scenes.Scene) -> list[int]:
-    """What Probe is asked: how many things, the background, and of each its shape, colour, size and place."""
+    """Answers for Probe: the number of things, the background, and shape, colour, size and place of each."""
     colours, shapes, sizes = list(scenes.COLOURS), scenes.SHAPES, list(scenes.SIZES)
     if len(drawn.things) == 1:
         across, down = scenes.PLACES.get(drawn.where, (1.5, 1.5))
@@ -448,7 +448,7 @@ class Batches:
 
 
 def _is_fine(thing: scenes.Thing) -> bool:
-    """Whether its outline has details of less than a latent."""
+    """True for an outline with details of less than a latent."""
     return thing.size == "small" and thing.shape in ("star", "ring", "cross")
 
 
@@ -511,7 +511,7 @@ class Pointer(nn.Module):
 
 
 def _covered(scene: scenes.Scene) -> np.ndarray:
-    """Of each token: shape and colour of the thing on it (0: none), and its middle and half side in tokens, from here.
+    """For each token: shape and colour of the thing on it (0: none), and its middle and half side in tokens, from here.
 
     Returns:
         (L, 5).
