@@ -321,6 +321,7 @@ def test_a_name_that_somebody_took_meanwhile_is_left_to_them(command, model, tmp
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out-2.png", "out-3.png", "out.png"]
 
 
+@pytest.mark.slow
 def test_a_link_is_replaced_and_not_followed(command, model, tmp_path):
     (tmp_path / "theirs.png").write_text("theirs")
     for target in ("theirs.png", "nowhere.png"):
@@ -335,6 +336,7 @@ def test_a_link_is_replaced_and_not_followed(command, model, tmp_path):
 
 
 @pytest.mark.skipif(sys.platform == "darwin", reason="its file systems take only UTF-8")
+@pytest.mark.slow
 def test_a_name_that_is_not_utf8_is_written_and_printed_as_it_is(model, tmp_path):
     command = [str(Path(sys.executable).parent / "flux-krea"), "generate", CAT, "-m", str(model), "-o", b"caf\xe9.png"]
     for says in (b"seed", b"note: caf\\udce9.png exists; writing caf\\udce9-2.png\n"):
@@ -346,6 +348,7 @@ def test_a_name_that_is_not_utf8_is_written_and_printed_as_it_is(model, tmp_path
         assert (tmp_path / os.fsdecode(name)).exists()
 
 
+@pytest.mark.slow
 def test_every_image_starts_from_the_picture_that_was_there_before_the_first(command, model, tmp_path):
     image("images/input.png").save(tmp_path / "a.png")
     start = ["generate", CAT, "-m", model, "--image", "a.png", *SMALL, "--strength", 0.9]

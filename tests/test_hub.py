@@ -186,6 +186,7 @@ def test_what_is_cut_goes_on_where_it_ended(served, folder, expected, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.slow
 def test_pieces_are_written_while_others_come_and_whatever_ends_it_the_next_start_goes_on(
     served, folder, expected, tmp_path, number
 ):
@@ -285,6 +286,7 @@ def test_whoever_is_allowed_gets_what_is_gated(served, tmp_path):
     assert ran.returncode == 0, ran.stderr
 
 
+@pytest.mark.slow
 def test_a_file_with_another_hash_is_refused_and_deleted(served, folder, expected, tmp_path):
     name = "text_encoder/model.safetensors"
     served.spoiled = {name}
@@ -322,6 +324,7 @@ def test_a_beginning_that_was_damaged_is_seen_when_the_rest_has_come(served, tmp
     assert leftovers(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_a_hub_that_goes_away_half_way_leaves_what_came(served, folder, expected, tmp_path):
     total = sum(weights(folder).values())
     served.gone_after = total // 2
@@ -442,6 +445,7 @@ def test_one_process_at_a_time_fetches_a_repository(served, tmp_path):
     assert "by another process" in ran.stderr
 
 
+@pytest.mark.slow
 def test_who_is_logged_in_is_told_without_the_token(served, tmp_path):
     served.tokens = {"hf_good": "somebody"}
     script = "from mlx_flux_krea.convert import hub; print(hub.login())"
