@@ -457,7 +457,7 @@ def test_like_and_from_go_before_the_config_file(model):
     (job,) = prepared(model, config, prompt=CAT, like="bfl")
     request = job.request
     assert (request.width, request.num_inference_steps, request.guidance_scale) == (1360, 50, 2.5)
-    assert request.negative_prompt == "blurry"
+    assert request.negative_prompt == ("blurry",)
     (job,) = prepared(model, {"like": "bfl"}, prompt=CAT, steps=5)
     assert (job.request.width, job.request.num_inference_steps) == (1360, 5)
 
