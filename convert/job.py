@@ -123,7 +123,7 @@ class Outline:
         licence: the LICENSE.md of the new folder; None: it would have none.
         bytes: size of all weight files.
         fetch: bytes of them to be fetched from the hub.
-        made: bytes of the new weights in each precision.
+        converted: bytes of the converted weights in each precision.
     """
 
     index: configs.ModelIndex | FilterIndex
@@ -131,7 +131,7 @@ class Outline:
     licence: bytes | None
     bytes: int
     fetch: int
-    made: dict[str, int]
+    converted: dict[str, int]
 
     @property
     def requires_filters(self) -> bool:
@@ -162,11 +162,11 @@ def examine(sources: Sequence[str | Path], *, tokenizers: str | Path | None = No
             licence=licence,
             bytes=sum(file.stat().st_size for file in files),
             fetch=sum(file.size - file.here for file in coming),
-            made={quantize: _made_bytes(plans, quantize) for quantize in quantizing.RECIPES},
+            converted={quantize: _converted_bytes(plans, quantize) for quantize in quantizing.RECIPES},
         )
 
 
-def _made_bytes(plans: dict[str, tuple[Sizes, ComponentPlan]], quantize: str) -> int:
+def _converted_bytes(plans: dict[str, tuple[Sizes, ComponentPlan]], quantize: str) -> int:
     """Returns the bytes of the weights in a precision, in the usual type."""
     count = 0
     for name, (config, plan) in plans.items():
