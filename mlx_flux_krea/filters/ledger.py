@@ -78,7 +78,7 @@ class Released(Picture):
 
     image: str
     root: Path
-    _kept = ("record", "image", "root")
+    _copied = ("record", "image", "root")
 
     def _write(self, fp, encoded: bytes, force: bool) -> None:
         Ledger(self.root).release(self, encoded, fp, force)
