@@ -3,7 +3,7 @@
     HOME/interrupted/NAME.safetensors
         latents    (B, L, C) float32 after `done` steps; not there before the first
         image      (H, W, 3) uint8: the input image, where the picture has one
-        metadata   "flux-krea": {"format", "done", "total", "run"} as JSON; the command knows what is in "run"
+        metadata   "flux-krea": {"format", "done", "total", "run"} as JSON; the command defines "run"
 
 Folder and file are for their owner alone: of a model that requires filters, latents are a picture that nobody has
 judged. A file takes its name when it is complete. The process that runs holds its lock, so that no other resumes it;

@@ -63,11 +63,11 @@ def test_python_cli_py_works_from_the_checkout():
 
 
 def test_help_answers_at_once(tmp_path):
-    """Well under half a second, of the processor: how busy the machine is does not count."""
+    """Within 0.2 seconds of the processor: how busy the machine is does not count."""
     before = os.times()
     assert "Example" in run_command("--help", cwd=tmp_path).stdout
     after = os.times()
-    assert after.children_user + after.children_system - before.children_user - before.children_system < 0.4
+    assert after.children_user + after.children_system - before.children_user - before.children_system < 0.2
 
 
 def test_help_fits_the_screen_and_shows_an_example(tmp_path):
@@ -285,10 +285,10 @@ def test_a_prompt_that_is_not_utf8_is_refused(model, tmp_path):
 
 def test_progress_is_shown_in_a_terminal_and_nowhere_else(model, tmp_path):
     """Through a real pseudo-terminal: seconds per step and time left."""
-    arguments = ["generate", CAT, "-m", model, "--width", 64, "--height", 64, "--steps", 30, "--seed", 1]
+    arguments = ["generate", CAT, "-m", model, "--width", 32, "--height", 32, "--steps", 12, "--seed", 1]
     code, _, text = at_terminal(*arguments, cwd=tmp_path)
     assert code == 0, text
-    assert re.search(r"denoising +\d+% .*/30 steps, +[\d.]+(s/step|step/s)", text), text
+    assert re.search(r"denoising +\d+% .*/12 steps, +[\d.]+(s/step|step/s)", text), text
     assert re.search(r"\d left, [\d.]+ [kMG]B", text), text
     quiet = run_command(*arguments, "-o", "b.png", cwd=tmp_path)
     assert "denoising" not in quiet.stderr
@@ -321,6 +321,7 @@ def test_a_name_that_somebody_took_meanwhile_is_left_to_them(command, model, tmp
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out-2.png", "out-3.png", "out.png"]
 
 
+@pytest.mark.slow
 def test_a_link_is_replaced_and_not_followed(command, model, tmp_path):
     (tmp_path / "theirs.png").write_text("theirs")
     for target in ("theirs.png", "nowhere.png"):
@@ -335,6 +336,7 @@ def test_a_link_is_replaced_and_not_followed(command, model, tmp_path):
 
 
 @pytest.mark.skipif(sys.platform == "darwin", reason="its file systems take only UTF-8")
+@pytest.mark.slow
 def test_a_name_that_is_not_utf8_is_written_and_printed_as_it_is(model, tmp_path):
     command = [str(Path(sys.executable).parent / "flux-krea"), "generate", CAT, "-m", str(model), "-o", b"caf\xe9.png"]
     for says in (b"seed", b"note: caf\\udce9.png exists; writing caf\\udce9-2.png\n"):
@@ -346,6 +348,7 @@ def test_a_name_that_is_not_utf8_is_written_and_printed_as_it_is(model, tmp_path
         assert (tmp_path / os.fsdecode(name)).exists()
 
 
+@pytest.mark.slow
 def test_every_image_starts_from_the_picture_that_was_there_before_the_first(command, model, tmp_path):
     image("images/input.png").save(tmp_path / "a.png")
     start = ["generate", CAT, "-m", model, "--image", "a.png", *SMALL, "--strength", 0.9]

@@ -78,7 +78,7 @@ class Released(Picture):
 
     image: str
     root: Path
-    _kept = ("record", "image", "root")
+    _copied = ("record", "image", "root")
 
     def _write(self, fp, encoded: bytes, force: bool) -> None:
         Ledger(self.root).release(self, encoded, fp, force)
@@ -340,7 +340,7 @@ def _compare(pixels: np.ndarray, encoded: bytes) -> None:
         same = np.array_equal(np.asarray(shown), pixels)
     elif same:  # means of its quarters, which no quality setting changes by 64 of 255
         quarters = (
-            np.asarray(one.resize((2, 2), Image.Resampling.BOX), int) for one in (shown, Image.fromarray(pixels))
+            np.asarray(image.resize((2, 2), Image.Resampling.BOX), int) for image in (shown, Image.fromarray(pixels))
         )
         same = np.abs(np.subtract(*quarters)).max() <= 64
     if not same:
