@@ -131,11 +131,13 @@ def convert(
         raise UsageError(f'no type is called "{dtype}"', f"one of {', '.join(DTYPES)}")
     quantizing.find_recipe(quantize or "8", group_size)
     if allow_nonfinite and quantize != "none":
-        raise UsageError("NaN and infinities are allowed, and quantizing erases them", "one of both", "add -q none")
+        raise UsageError(
+            "NaN and infinities are allowed, and quantizing erases them", "one of both", "set `quantize` to none"
+        )
     if discard_source and not all(map(is_repo_id, sources)):
-        raise UsageError("--discard-source is only for fetched files", "only sources on the hub", "leave it out")
+        raise UsageError("`discard_source` is only for fetched files", "only sources on the hub", "leave it out")
     if discard_source and offline:
-        raise UsageError("--offline fetches nothing that --discard-source could delete", "one of both")
+        raise UsageError("`offline` fetches nothing that `discard_source` could delete", "one of both")
     with outlined(sources, offline, progress) as remote:
         job = decide(remote, out, dtype, quantize, group_size, tokenizers)
         if not allow_unknown_filter:
@@ -274,9 +276,9 @@ def _report(job: Conversion, index: configs.ModelIndex | FilterIndex, losses: Lo
 def _check_disk(target: Path, to_fetch: list[int], written: list[int], discard: bool) -> None:
     """Refuses if a disk cannot hold the fetched files and the folder, component by component."""
     need, cache = sum(written) + 2**26, cache_folder()
-    todo = "choose another disk with -o"
+    todo = "choose another disk with `out`"
     if sum(to_fetch):
-        todo += " or HF_HOME" + ("" if discard else ", or add --discard-source")
+        todo += " or HF_HOME" + ("" if discard else ", or add `discard_source`")
         if os.stat(existing(cache)).st_dev != os.stat(existing(target)).st_dev:
             check_disk(cache, sum(to_fetch), "choose another disk with HF_HOME")
         elif discard:  # while one component is written, later ones may already be fetched
@@ -311,7 +313,7 @@ def _resolved(path: Path) -> Path:
     try:
         target.encode()
     except UnicodeEncodeError:
-        raise UsageError(f"the name {printable(target)} is not UTF-8", "one that is", "choose with -o") from None
+        raise UsageError(f"the name {printable(target)} is not UTF-8", "one that is", "choose one with `out`") from None
     return Path(target)
 
 

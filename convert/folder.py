@@ -105,7 +105,7 @@ class NewFile:
             raise UsageError(
                 f"{self.path.name} does not read back as it was written",
                 "a disk that stores every byte",
-                "choose another with -o",
+                "choose another with `out`",
             )
         return digest.hexdigest()
 
@@ -207,10 +207,10 @@ def new_folder(
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise ResourceError(
-                f"the disk of {target} is full", todo="make room, or choose another disk with -o"
+                f"the disk of {target} is full", todo="make room, or choose another disk with `out`"
             ) from None
         reason = error.strerror or error
-        raise UsageError(f"{target} cannot be written: {reason}", todo="choose another place with -o") from None
+        raise UsageError(f"{target} cannot be written: {reason}", todo="choose another place with `out`") from None
 
 
 def remove_folder(target: Path) -> None:
@@ -248,7 +248,9 @@ def check_apart(target: Path, sources: Iterable[Path]) -> None:
     """
     for source in {Path(os.path.realpath(source)) for source in sources}:
         if target == source or target in source.parents or source in target.parents:
-            raise UsageError(f"the target {target} overlaps the source {source}", "a folder apart", "choose it with -o")
+            raise UsageError(
+                f"the target {target} overlaps the source {source}", "a folder apart", "choose it with `out`"
+            )
 
 
 def check_target(target: Path, force: bool) -> None:
@@ -265,30 +267,32 @@ def check_target(target: Path, force: bool) -> None:
         return
     if not target.is_dir():
         kind = "a broken link" if target.is_symlink() else "a file"
-        raise UsageError(f"{target} is {kind}", "a new folder", "choose another with -o")
+        raise UsageError(f"{target} is {kind}", "a new folder", "choose another with `out`")
     if not any(target.iterdir()):
         return
     try:
         if not is_model_folder(target):
             raise UsageError(
-                f"{target} exists and is not a model folder; --force replaces only model folders",
+                f"{target} exists and is not a model folder; `force` replaces only model folders",
                 "a new folder",
-                "choose it with -o",
+                "choose it with `out`",
             )
         if not force:
-            raise UsageError(f"{target} exists", "a new folder", "choose another with -o, or replace it with --force")
+            raise UsageError(
+                f"{target} exists", "a new folder", "choose another with `out`, or replace it with `force`"
+            )
         other = _not_ours(target)
     except ModelError as error:  # a damaged folder
-        raise UsageError(f"{target} exists, and {error.found}", "a new folder", "choose it with -o") from None
+        raise UsageError(f"{target} exists, and {error.found}", "a new folder", "choose it with `out`") from None
     if other:
         raise UsageError(
-            f"{target} also holds {other}, which --force would delete",
+            f"{target} also holds {other}, which `force` would delete",
             "only the files in its manifest.json",
-            "move it away, or choose another folder with -o",
+            "move it away, or choose another folder with `out`",
         )
 
 
-def check_disk(target: Path, need: int, todo: str = "choose another disk with -o") -> None:
+def check_disk(target: Path, need: int, todo: str = "choose another disk with `out`") -> None:
     """Refuses, before the first byte, if the disk is too small.
 
     Raises:
@@ -364,7 +368,7 @@ def _place(partial: Path, target: Path, force: bool) -> None:
         if old.exists() and not target.exists():
             old.rename(target)
         if isinstance(error, OSError) and error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-            raise UsageError(f"{target} appeared meanwhile", "a free name", "choose another with -o") from None
+            raise UsageError(f"{target} appeared meanwhile", "a free name", "choose another with `out`") from None
         raise
     sync_folder(target.parent)
     if old.exists():
@@ -395,7 +399,7 @@ def _lock(target: Path) -> Iterator[None]:
     path = _beside(target, "lock")
     lock = try_lock(path)
     if lock is None:
-        found, todo = f"another conversion is writing {target}", "wait for it, or choose another with -o"
+        found, todo = f"another conversion is writing {target}", "wait for it, or choose another with `out`"
         raise UsageError(found, "one at a time", todo)
     try:
         yield

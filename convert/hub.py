@@ -219,7 +219,7 @@ def _in_cache(repo: str) -> tuple[str, dict[str, tuple[int, str]]]:
         raise ModelError(
             f"there is no file or folder {repo}, and nothing of such a repository in the hub's cache",
             "a path, or a repository that was fetched before",
-            "to fetch it, leave out --offline or unset HF_HUB_OFFLINE",
+            "to fetch it, leave out `offline` or unset HF_HUB_OFFLINE",
         )
     paths = [path for path in snapshot.rglob("*") if path.is_file()]
     names = {path.relative_to(snapshot).as_posix(): Path(os.path.realpath(path)) for path in paths}
@@ -343,7 +343,7 @@ def explained(repo: str, name: str = "") -> Iterator[None]:
         raise ModelError(
             f"{failed} ({_short(error)})",
             f"a connection to {constants.ENDPOINT}",
-            "fetched files are kept: start again with a network, or with --offline if all files are in the cache",
+            "fetched files are kept: start again with a network, or with `offline` if all files are in the cache",
         ) from None
     except (ValueError, KeyError) as error:  # not the hub's JSON
         raise ModelError(

@@ -88,7 +88,11 @@ def decide(
     kind = next((name for name in components if name in FILTERS), "model")
     dtype, quantize = dtype or _DEFAULTS[kind][0], quantize or _DEFAULTS[kind][1]
     if kind == "nsfw" and (dtype, quantize) != _DEFAULTS[kind]:
-        raise UsageError(f"the classifier in {dtype}, -q {quantize}", "float32, -q none", "leave --dtype and -q out")
+        raise UsageError(
+            f"the classifier in {dtype}, `quantize` {quantize}",
+            "float32, `quantize` none",
+            "leave `dtype` and `quantize` out",
+        )
     recipe = quantizing.find_recipe(quantize, group_size)
     place = (home.MODELS, f"{index.name}-{_label(recipe, dtype)}") if kind == "model" else (home.FILTERS, kind)
     path = Path(os.path.expanduser(out)) if out else home.path(*place)
@@ -98,7 +102,7 @@ def decide(
         layers[name], left[name] = quantizing.choose(name, layer_widths(name, config), recipe)
         if name == "pixtral":
             asked, layers[name] = layers[name], quantizing.keep_packed(plans[name][1], layers[name])
-            notes += (f"-q {quantize}: {_AS_IT_IS}",) if asked != layers[name] else ()
+            notes += (f"`quantize` {quantize}: {_AS_IT_IS}",) if asked != layers[name] else ()
     groups = {name: _groups(name, plan, dtype, layers[name]) for name, (_, plan) in plans.items()}
     return Conversion(
         kind=kind,
@@ -128,7 +132,7 @@ class Outline:
         licence: the LICENSE.md of the new folder; None: it would have none.
         bytes: size of all weight files.
         fetch: bytes of them to be fetched from the hub.
-        made: bytes of the new weights in each precision.
+        converted: bytes of the converted weights in each precision.
     """
 
     index: configs.ModelIndex | FilterIndex
@@ -136,7 +140,7 @@ class Outline:
     licence: bytes | None
     bytes: int
     fetch: int
-    made: dict[str, int]
+    converted: dict[str, int]
 
     @property
     def requires_filters(self) -> bool:
@@ -165,11 +169,11 @@ def examine(sources: Sequence[str | Path], *, tokenizers: str | Path | None = No
             licence=licence,
             bytes=sum(file.stat().st_size for file in files),
             fetch=sum(file.size - file.here for file in coming),
-            made={quantize: _made_bytes(plans, quantize) for quantize in quantizing.RECIPES},
+            converted={quantize: _converted_bytes(plans, quantize) for quantize in quantizing.RECIPES},
         )
 
 
-def _made_bytes(plans: dict[str, tuple[Sizes, ComponentPlan]], quantize: str) -> int:
+def _converted_bytes(plans: dict[str, tuple[Sizes, ComponentPlan]], quantize: str) -> int:
     """Returns the bytes of the weights in a precision, in the usual type."""
     count = 0
     for name, (config, plan) in plans.items():

@@ -70,7 +70,7 @@ def find_tokenizers(
         for name, kind in _KINDS.items():
             folder = next(_folders(name, kind, roots), None)
             if folder is None:
-                todo = "put them into DIR/tokenizer and DIR/tokenizer_2 and add --tokenizers DIR"
+                todo = "put them into DIR/tokenizer and DIR/tokenizer_2 and set `tokenizers` to DIR"
                 raise ModelError(
                     f"no {name} was found beside the sources or in the hub's cache",
                     kind.wanted,
@@ -89,7 +89,7 @@ def _of_pixtral(component: SourceComponent, config: PixtralConfig, roots: list[P
     folders = [folder for root in (*roots, root) for folder in (root / "tokenizer", root)]
     folder = next((folder for folder in folders if (folder / "tokenizer.json").exists()), None)
     if folder is None:
-        todo = "put it beside the weights, or add --tokenizers DIR"
+        todo = "put it beside the weights, or set `tokenizers` to its folder"
         raise ModelError(f"no tokenizer was found beside {source.path}", "Pixtral's tokenizer.json", todo)
     yes, no, *_ = config.head_ids
     size, known = PixtralTokenizer(folder, (yes, no), read_small).vocab_size, config.text_config.vocab_size
@@ -112,7 +112,7 @@ def unpack(source: Path, root: Path) -> Path:
             T5Tokenizer(root / "tokenizer_2")
         except ModelError:
             raise ModelError(
-                f"the tokenizer inside {source} is damaged", "T5's pieces", "give another with --tokenizers"
+                f"the tokenizer inside {source} is damaged", "T5's pieces", "give another with `tokenizers`"
             ) from None
     return root
 

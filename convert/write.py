@@ -115,7 +115,7 @@ def _chunks(plan: ComponentPlan, dtype: str, layers: Layers, reading: Reading) -
 def _check_finite(chunk: StoredChunk, dtype: str) -> None:
     if problem := chunk.problem(dtype):
         tensor, nonfinite = chunk.chunk.sources[0], problem.startswith("NaN")
-        todo = "download it again" if nonfinite else "use another --dtype"
+        todo = "download it again" if nonfinite else "use another `dtype`"
         raise ModelError(f"{tensor.path}: {tensor.name} holds {problem}", "finite weights" if nonfinite else "", todo)
 
 

@@ -4,7 +4,7 @@
         latents    (B, L, C) float32 after `done` steps; not there before the first
         image      (H, W, 3) uint8: the input image, where the picture has one
         metadata   "flux-krea": {"format", "done", "total", "filters", "run"} as JSON: "filters" is "required" where the
-                   pictures must be judged before anybody sees them, else "none"; the command knows what is in "run"
+                   pictures must be judged before anybody sees them, else "none"; the command defines "run"
 
 Folder and file are for their owner alone: of a model that requires filters, latents are a picture that nobody has
 judged. A file takes its name when it is complete. The process that runs holds its lock, so that no other resumes it;

@@ -1,8 +1,7 @@
-"""Files: read whole or past the system's cache, hashed, replaced in one step, locked.
+"""Reads, hashes, replaces and locks files, if necessary past the system's cache.
 
-Large weights are read once, so they should not push other programs' pages out of memory. Each system has a way of its
-own: macOS is told before a file is read; Linux afterwards, or it reads what is aligned to pages straight into a
-program's memory.
+Large weights are read once, so they should not push other programs' pages out of memory. Each system has its own way:
+macOS is told before a file is read; Linux afterwards, or it reads whole pages directly into a program's memory.
 """
 
 import contextlib
@@ -134,12 +133,12 @@ def sha256_if_exists(path: Path) -> str | None:
 
 
 def sha256(path: Path, stop: threading.Event | None = None, done: Callable[[int], None] = lambda count: None) -> str:
-    """Of a file, in hexadecimal.
+    """Returns the sha256 of a file, in hexadecimal.
 
     Args:
         path: the file.
-        stop: ends it early.
-        done: called with the bytes just hashed.
+        stop: ends hashing early.
+        done: called with the number of bytes just hashed.
 
     Raises:
         CancelledError: `stop` was set.
@@ -153,7 +152,7 @@ def sha256(path: Path, stop: threading.Event | None = None, done: Callable[[int]
 
 
 def chunks(path: Path, stop: threading.Event | None = None) -> Iterator[memoryview]:
-    """All of a file, piece after piece; each is there until the next is asked for.
+    """Yields a file in chunks; each is valid until the next is requested.
 
     Raises:
         CancelledError: `stop` was set.
@@ -178,7 +177,7 @@ def chunks(path: Path, stop: threading.Event | None = None) -> Iterator[memoryvi
 
 
 def fill(file: int, pages: memoryview, start: int, need: int) -> bool:
-    """Reads what a buffer holds, from the beginning of a page. Gives whether the file has as much as is needed."""
+    """Fills a buffer from the start of a page; returns True if the file has the needed bytes."""
     done = 0
     while done < need:
         end = done + os.preadv(file, [pages[done:]], start + done)
@@ -198,15 +197,15 @@ def unreadable(path: Path, error: OSError) -> ModelError:
 
 @contextlib.contextmanager
 def written_whole(path: Path, force: bool = True, mode: int | None = None) -> Iterator[BinaryIO]:
-    """Opens a file for writing that takes its name once it is complete and on disk, and leaves nothing otherwise.
+    """Opens a file for writing that takes its name when it is complete and on disk; after an error it is deleted.
 
     Args:
         path: its name.
-        force: replace what has that name; else it is left.
+        force: replace an existing file of that name.
         mode: permissions of the file; None: the system's default.
 
     Raises:
-        FileExistsError: without `force`, the name is taken, also where it was free when the block began.
+        FileExistsError: without `force`, the name is taken, even if it was free when the block started.
         OSError: it cannot be written.
     """
     partial = path.with_name(_partial(path.name, os.getpid(), secrets.token_hex(8)))
@@ -229,7 +228,7 @@ def written_whole(path: Path, force: bool = True, mode: int | None = None) -> It
 
 @contextlib.contextmanager
 def replacing(path: Path, force: bool = True, mode: int | None = None) -> Iterator[BinaryIO]:
-    """Does what `written_whole` does, with errors for the person who named the path.
+    """Opens a file as `written_whole` does, with errors for the person who named the path.
 
     Raises:
         FileExistsError: as there.
@@ -248,7 +247,7 @@ def replacing(path: Path, force: bool = True, mode: int | None = None) -> Iterat
 
 
 def remove_partials(path: Path, process: int) -> None:
-    """Deletes what `replacing` left beside a path in a process that was killed."""
+    """Deletes files that `replacing` left beside a path in a killed process."""
     for partial in path.parent.glob(_partial(glob.escape(path.name), process, "*")):
         with contextlib.suppress(OSError):
             partial.unlink()
@@ -259,7 +258,7 @@ def _partial(name: str, process: int, random: str) -> str:
 
 
 def _claim(partial: Path, path: Path) -> None:
-    """Gives the file its name where nobody has it: a second link, or where disks have none (exFAT), an empty file."""
+    """Claims a free name: by a second link or, on disks without links (exFAT), by an empty file."""
     try:
         os.link(partial, path)
     except FileExistsError:
@@ -272,7 +271,7 @@ def _claim(partial: Path, path: Path) -> None:
 
 
 def try_lock(path: Path, create: bool = True, mode: int = 0o600) -> int | None:
-    """Opens and locks a file; the lock goes with the descriptor, or with the process, however that ends.
+    """Opens and locks a file; the lock ends with the descriptor, or with the process.
 
     Args:
         path: the file.
@@ -311,7 +310,7 @@ def sync(descriptor: int) -> None:
 
 
 def sync_folder(path: Path) -> None:
-    """Has the system write down which names a folder holds."""
+    """Writes the names in a folder to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         sync(descriptor)
@@ -323,7 +322,7 @@ def sync_folder(path: Path) -> None:
 
 
 def open_direct(path: Path) -> int:
-    """A file to read past the cache: its descriptor. Places, sizes and buffers have to be multiples of `PAGE`.
+    """Opens a file for reading past the cache. Offsets, sizes and buffers must be multiples of `PAGE`.
 
     Raises:
         OSError: it cannot be read.
@@ -336,7 +335,7 @@ def open_direct(path: Path) -> int:
             os.close(file)
             raise
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # a disk that cannot
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # a disk that does not support it
             raise
         file = open_descriptor(path)
     bypass(file)
@@ -344,7 +343,7 @@ def open_direct(path: Path) -> int:
 
 
 def bypass(file: int) -> None:
-    """Has macOS keep nothing of what will be read of an open file.
+    """Tells macOS not to cache an open file.
 
     Args:
         file: its descriptor.
@@ -354,12 +353,12 @@ def bypass(file: int) -> None:
 
 
 def forget(file: int, start: int = 0, count: int = 0) -> None:
-    """Has Linux drop what it keeps of an open file.
+    """Tells Linux to drop an open file from its cache.
 
     Args:
         file: its descriptor.
-        start: of the bytes.
-        count: of them; 0: to the end.
+        start: first byte.
+        count: number of bytes; 0: to the end.
     """
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(file, start, count, os.POSIX_FADV_DONTNEED)

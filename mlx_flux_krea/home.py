@@ -1,7 +1,6 @@
-"""The user's folder: every path in it, which models are installed there, and which of them is the default.
+"""The user's folder: every path in it, the installed models, and the default model.
 
-The folder is $FLUX_KREA_HOME, else the platform's place for application data. Nothing else in the program spells a name
-inside it.
+The folder is $FLUX_KREA_HOME, else the platform's folder for application data. Names inside it are written only here.
 """
 
 import os
@@ -46,12 +45,12 @@ def path(place: str, *below: str) -> Path:
 
 def installed_models() -> dict[str, Path]:
     """Returns the folders of installed models by name, in order. Hidden folders are incomplete and left out."""
-    found = path(MODELS).glob("*/model_index.json")
-    return {p.parent.name: p.parent for p in sorted(found) if not p.parent.name.startswith(".")}
+    indexes = path(MODELS).glob("*/model_index.json")
+    return {p.parent.name: p.parent for p in sorted(indexes) if not p.parent.name.startswith(".")}
 
 
 def default_model() -> str | None:
-    """Returns the model used where none is named: `model` in the settings (`flux-krea models default`).
+    """Returns the model used if none is named: `model` in the settings (`flux-krea models default`).
 
     Raises:
         ModelError: the file is damaged.
@@ -74,7 +73,7 @@ def find_model(model: str | os.PathLike | None) -> Path:
         model: a path, or the name of an installed model or `nano`; None: the default, or the only installed one.
 
     Raises:
-        ModelError: nothing there, or several are installed and none was named.
+        ModelError: no such model, or several are installed and none was named.
     """
     model = default_model() if model is None else model
     if model is None:
@@ -82,9 +81,9 @@ def find_model(model: str | os.PathLike | None) -> Path:
         if len(installed) == 1:
             return next(iter(installed.values()))
         if installed:
-            todo = "name one with -m, or once and for all: flux-krea models default NAME"
+            todo = "name one with `model`, or make it the default: flux-krea models default NAME"
             raise ModelError(f"several models are installed: {', '.join(installed)}", "", todo)
-        todo = "install one: flux-krea setup, name a folder with -m, or play with the small one: -m nano"
+        todo = "install one: flux-krea setup, name a folder with `model`, or name the small model, nano"
         raise ModelError(f"no model is installed in {path(MODELS)}", "", todo)
     at = named(model)
     if not at.exists():

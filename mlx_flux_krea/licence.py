@@ -1,4 +1,4 @@
-"""What is known of a model's licence, and what it therefore requires.
+"""Decides if a model's licence requires content filters, from plain facts about the model.
 
 The licence of FLUX.1 [dev], and of every model derived from it, demands content filters or a person's review before
 anything is released. `decide` is the one place that says whether a model needs them. Evidence only ever adds the

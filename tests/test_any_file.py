@@ -93,7 +93,7 @@ def test_what_a_file_lost_is_read_as_an_independent_decoder_reads_it(asked, tmp_
 @pytest.mark.parametrize(
     ("layout", "kind"), [("GGUF", "Q4_0"), ("ComfyUI", "scaled"), ("diffusers", "F16"), ("mflux", "q4")]
 )
-@pytest.mark.core("diffusers-F16")
+@pytest.mark.slow
 def test_how_matrices_are_cut_into_pieces_changes_no_byte(tmp_path, monkeypatch, layout, kind):
     source = foreign.write(nano.FOLDER, tmp_path / "source", layout, **dict.fromkeys(MATRICES, kind))
     written = []

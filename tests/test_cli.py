@@ -63,11 +63,11 @@ def test_python_cli_py_works_from_the_checkout():
 
 
 def test_help_answers_at_once(tmp_path):
-    """Well under half a second, of the processor: how busy the machine is does not count."""
+    """Within 0.2 seconds of the processor: how busy the machine is does not count."""
     before = os.times()
     assert "Example" in run_command("--help", cwd=tmp_path).stdout
     after = os.times()
-    assert after.children_user + after.children_system - before.children_user - before.children_system < 0.4
+    assert after.children_user + after.children_system - before.children_user - before.children_system < 0.2
 
 
 def test_help_fits_the_screen_and_shows_an_example(tmp_path):
@@ -167,15 +167,15 @@ LOSING = {
 def test_a_signal_where_an_exception_would_be_lost_waits_for_a_better_moment(model, tmp_path, where):
     (tmp_path / "swallowing.py").write_text(f"import os\ntry:\n    {KILL}\nexcept BaseException:\n    pass")
     inside = f"""
-import weakref
+import signal, weakref
 from mlx_flux_krea import pipeline
 class Odd:
     def __del__(self): {KILL}
 class Odd2: pass
 def call(*args, **options):
     {LOSING[where]}
-    time.sleep(2)
-    os._exit(0)
+    while True:
+        signal.pause()
 pipeline.FluxPipeline.generate = call"""
     patch = LOSING[where] if "main" in where else inside
     process = start(["generate", CAT, "-m", model, *SLOW, "-o", "a.png"], tmp_path, patch)
@@ -260,17 +260,16 @@ PipelineProgress.__call__ = lambda *progress: print("moment", file=sys.stderr, f
 
 
 def test_a_picture_that_has_its_name_is_reported_whatever_arrives(model, tmp_path):
-    patch = """
-from mlx_flux_krea.provenance import Picture
-save = Picture.save
-def slow(*args, **kwargs):
-    save(*args, **kwargs)
-    print("moment", file=sys.stderr, flush=True)
-    time.sleep(0.3)
-Picture.save = slow
-from mlx_flux_krea.commands.shared.terminal import PipelineProgress
-PipelineProgress.close = lambda self: time.sleep(0.2)"""
     for count, code, names in ((1, 130, ["out.png"]), (2, 0, ["out-2.png", "out-3.png"])):
+        patch = f"""
+from mlx_flux_krea.provenance import Picture
+save, moments = Picture.save, []
+def visible(*args, **kwargs):
+    save(*args, **kwargs)
+    moments.append(print("moment", file=sys.stderr, flush=True))
+    if len(moments) == {count}:
+        sys.stdin.read()
+Picture.save = visible"""
         process = start(["generate", CAT, "-m", model, "-n", 2, *SMALL], tmp_path, patch)
         out, _ = end(process, signal.SIGINT, "moment", count)
         assert (process.returncode, out.split()) == (code, names)
@@ -286,10 +285,10 @@ def test_a_prompt_that_is_not_utf8_is_refused(model, tmp_path):
 
 def test_progress_is_shown_in_a_terminal_and_nowhere_else(model, tmp_path):
     """Through a real pseudo-terminal: seconds per step and time left."""
-    arguments = ["generate", CAT, "-m", model, "--width", 64, "--height", 64, "--steps", 30, "--seed", 1]
+    arguments = ["generate", CAT, "-m", model, "--width", 32, "--height", 32, "--steps", 12, "--seed", 1]
     code, _, text = at_terminal(*arguments, cwd=tmp_path)
     assert code == 0, text
-    assert re.search(r"denoising +\d+% .*/30 steps, +[\d.]+(s/step|step/s)", text), text
+    assert re.search(r"denoising +\d+% .*/12 steps, +[\d.]+(s/step|step/s)", text), text
     assert re.search(r"\d left, [\d.]+ [kMG]B", text), text
     quiet = run_command(*arguments, "-o", "b.png", cwd=tmp_path)
     assert "denoising" not in quiet.stderr
@@ -322,6 +321,7 @@ def test_a_name_that_somebody_took_meanwhile_is_left_to_them(command, model, tmp
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out-2.png", "out-3.png", "out.png"]
 
 
+@pytest.mark.slow
 def test_a_link_is_replaced_and_not_followed(command, model, tmp_path):
     (tmp_path / "theirs.png").write_text("theirs")
     for target in ("theirs.png", "nowhere.png"):
@@ -336,6 +336,7 @@ def test_a_link_is_replaced_and_not_followed(command, model, tmp_path):
 
 
 @pytest.mark.skipif(sys.platform == "darwin", reason="its file systems take only UTF-8")
+@pytest.mark.slow
 def test_a_name_that_is_not_utf8_is_written_and_printed_as_it_is(model, tmp_path):
     command = [str(Path(sys.executable).parent / "flux-krea"), "generate", CAT, "-m", str(model), "-o", b"caf\xe9.png"]
     for says in (b"seed", b"note: caf\\udce9.png exists; writing caf\\udce9-2.png\n"):
@@ -347,6 +348,7 @@ def test_a_name_that_is_not_utf8_is_written_and_printed_as_it_is(model, tmp_path
         assert (tmp_path / os.fsdecode(name)).exists()
 
 
+@pytest.mark.slow
 def test_every_image_starts_from_the_picture_that_was_there_before_the_first(command, model, tmp_path):
     image("images/input.png").save(tmp_path / "a.png")
     start = ["generate", CAT, "-m", model, "--image", "a.png", *SMALL, "--strength", 0.9]

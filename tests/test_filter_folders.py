@@ -79,7 +79,7 @@ def test_the_published_classifier_is_known_by_its_hash(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("options", [{"quantize": "8"}, {"quantize": "4", "group_size": 32}, {"dtype": "bfloat16"}])
 def test_the_classifier_is_in_no_other_precision(options, tmp_path):
-    with pytest.raises(UsageError, match=r"the classifier in .*; expected float32, -q none"):
+    with pytest.raises(UsageError, match=r"the classifier in .*; expected float32, `quantize` none"):
         convert([REFERENCE / "vit"], tmp_path / "out", **options)
     assert list(tmp_path.iterdir()) == []
 
@@ -174,7 +174,7 @@ def test_a_ready_4_bit_copy_stays_what_it_is(ready, tmp_path, quantize):
     report = convert([ready], tmp_path / "out", quantize=quantize)
     path, what = report.path, {None: "4", "8": "8", "none": "none"}[quantize]
     kept = [note for note in report.notes if "unknown filter" not in note]
-    assert kept == [f"-q {what}: layers that have as few bits or fewer in the source stay as they are"]
+    assert kept == [f"`quantize` {what}: layers that have as few bits or fewer in the source stay as they are"]
     folder = open_filter("pixtral", path)
     layers = folder.network.layers()
     assert layers.pop("lm_head") is None
@@ -378,7 +378,7 @@ def test_pixtral_without_its_tokenizer_is_refused_and_may_be_given_one(tmp_path)
     folder = pixtral_source(tmp_path / "source")
     (tmp_path / "given").mkdir()
     (folder / "tokenizer.json").rename(tmp_path / "given" / "tokenizer.json")
-    with pytest.raises(ModelError, match=r"no tokenizer was found .*add --tokenizers DIR"):
+    with pytest.raises(ModelError, match=r"no tokenizer was found .*set `tokenizers` to its folder"):
         convert([folder], tmp_path / "out")
     path = convert([folder], tmp_path / "out", tokenizers=tmp_path / "given").path
     assert (path / "tokenizer" / "tokenizer.json").exists()

@@ -220,6 +220,7 @@ def tekken(tmp_path_factory):
     return PixtralTokenizer(folder, PIXTRAL_12B.head_ids)
 
 
+@pytest.mark.slow
 def test_the_published_vocabulary_frames_a_text(tekken):
     assert tekken.vocab_size == TEKKEN
     assert tekken("yes") == [1, 3, 13_059, 4]

@@ -430,6 +430,7 @@ def flag(monkeypatch, pixels, p):
     answer_with(monkeypatch, "nsfw", "images", answer)
 
 
+@pytest.mark.slow
 def test_of_a_batch_only_the_flagged_one_is_withheld(model, strict, filters, monkeypatch, command, out):
     pictures = FluxPipeline.from_pretrained(model)(CAT, seed=[1, 2, 3], num_images_per_prompt=3, **SMALL).images
     flag(monkeypatch, np.asarray(pictures[1]), 0.9)
@@ -448,6 +449,7 @@ def test_of_a_batch_only_the_flagged_one_is_withheld(model, strict, filters, mon
     withheld(command("generate", CAT, "-m", strict, *OPTIONS[:-1], "2", "-o", "b.png"), 4, "withheld", out / "none")
 
 
+@pytest.mark.slow
 def test_a_contact_sheet_holds_what_was_released_and_the_log_knows_it(
     model, strict, filters, monkeypatch, command, out, home
 ):

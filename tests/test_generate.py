@@ -153,6 +153,7 @@ CSV = [
 ]
 
 
+@pytest.mark.slow
 def test_a_csv_has_any_option_in_its_rows_and_bad_rows_are_skipped(tiny, tmp_path):
     text = io.StringIO()
     csv.writer(text).writerows(CSV)
@@ -217,6 +218,7 @@ def test_fifty_prompts_in_one_process_one_of_them_bad(tiny, tmp_path, monkeypatc
     assert max(held[40:]) <= held[35] + 4096, held
 
 
+@pytest.mark.slow
 def test_the_encoders_are_read_once_for_several_prompts(tiny, tmp_path, monkeypatch):
     from mlx_flux_krea.commands.shared import generation
     from mlx_flux_krea.weights import NetworkFolder
@@ -481,7 +483,7 @@ def test_like_and_from_go_before_the_config_file(model):
     (job,) = prepared(model, config, prompt=CAT, like="bfl")
     request = job.request
     assert (request.width, request.num_inference_steps, request.guidance_scale) == (1360, 50, 2.5)
-    assert request.negative_prompt == "blurry"
+    assert request.negative_prompt == ("blurry",)
     (job,) = prepared(model, {"like": "bfl"}, prompt=CAT, steps=5)
     assert (job.request.width, job.request.num_inference_steps) == (1360, 5)
 

@@ -60,6 +60,7 @@ def installed(sources, krea, home):
     return home / "filters"
 
 
+@pytest.mark.slow
 def test_the_command_converts_tries_and_installs_both(installed):
     for name in ("nsfw", "pixtral"):
         recorded = json.loads((installed / name / "selftest.json").read_text())
@@ -90,6 +91,7 @@ def test_streamed_and_kept_it_answers_the_same_to_the_last_bit(installed, monkey
     assert answers[0] == answers[1] == answers[2]
 
 
+@pytest.mark.slow
 def test_a_filter_that_does_not_know_its_canaries_is_not_installed(wide, home, tmp_path):  # noqa: F811
     ran = run_command("convert", wide, "--allow-unknown-filter", cwd=tmp_path)
     assert ran.returncode == 6
@@ -98,6 +100,7 @@ def test_a_filter_that_does_not_know_its_canaries_is_not_installed(wide, home, t
 
 
 @pytest.mark.parametrize("damage", ["zeroed", "permuted", "swapped", "truncated", "renamed"])
+@pytest.mark.slow
 def test_weights_that_are_not_what_they_were_stop_everything(installed, krea, tmp_path, damage):
     shard = next((installed / "pixtral" / "pixtral").glob("*.safetensors"))
     if damage == "truncated":
@@ -127,6 +130,7 @@ def swapped(arrays):
     arrays["lm_head.weight"] = -arrays["lm_head.weight"]
 
 
+@pytest.mark.slow
 def test_the_self_test_runs_once_in_a_process(installed, monkeypatch):
     tested, original = [], judges.self_test
     monkeypatch.setattr(judges, "_passed", set())
@@ -139,6 +143,7 @@ def test_the_self_test_runs_once_in_a_process(installed, monkeypatch):
     assert tested == ["nsfw", "pixtral", "nsfw"]
 
 
+@pytest.mark.slow
 def test_a_classifier_that_is_not_the_published_file_is_no_filter(installed, krea, tmp_path, monkeypatch, command):
     """Told by its hash, whatever its size, unless its folder says that somebody allowed it."""
     arguments = ["generate", ALLOWED, "-m", krea[0], *SIZE]

@@ -2,9 +2,9 @@
 
 import os
 import platform
+import select
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -19,7 +19,12 @@ def mac(tmp_path, monkeypatch):
     """A machine that says it is one, with programs of the system that write down how they were called."""
     programs = tmp_path / "bin"
     programs.mkdir()
-    for name, does in (("caffeinate", "exec sleep 60"), ("tmutil", "true"), ("sysctl", 'cat "$0.$2"')):
+    os.mkfifo(tmp_path / "ready")
+    for name, does in (
+        ("caffeinate", f"echo > {tmp_path}/ready; exec sleep 60"),
+        ("tmutil", "true"),
+        ("sysctl", 'cat "$0.$2"'),
+    ):
         (programs / name).write_text(f'#!/bin/sh\necho "{name} $*" >> {tmp_path}/calls\n{does}\n')
         (programs / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{programs}{os.pathsep}{os.environ['PATH']}")
@@ -37,16 +42,15 @@ def says(mac: Path, name: str, value: str) -> None:
 
 
 def test_the_machine_stays_awake_as_long_as_the_block_and_no_longer_than_the_process(mac, monkeypatch):
-    started = []
+    started, ready = [], os.open(mac / "ready", os.O_RDONLY | os.O_NONBLOCK)
     popen = subprocess.Popen
     monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: started.append(popen(*a, **k)) or started[-1])
     with macos.awake():
-        end = time.monotonic() + 30
-        while not calls(mac) and time.monotonic() < end:
-            time.sleep(0.05)
+        assert select.select([ready], [], [], 30)[0]
         assert calls(mac) == [f"caffeinate -i -w {os.getpid()}"]
         assert started[0].poll() is None
     assert started[0].poll() is not None
+    os.close(ready)
 
 
 def test_a_machine_without_caffeinate_runs_all_the_same(mac, monkeypatch):

@@ -104,6 +104,7 @@ def test_clip_pooled_at_the_last_end_token_is_seen(load, monkeypatch):
 
 
 @pytest.mark.parametrize("field", ["shift_factor", "scale_factor"])
+@pytest.mark.slow
 def test_the_vaes_shift_or_scale_left_out_is_seen_in_pictures_and_latents(model, monkeypatch, field):
     original = NetworkFolder.load
 
@@ -177,6 +178,7 @@ def test_noise_of_another_layout_type_or_stream_is_seen(model, monkeypatch, row)
     assert run_error(model, "t2i_4") > 1e-4
 
 
+@pytest.mark.slow
 def test_the_numbers_of_another_seed_are_seen(model, monkeypatch):
     original = noise.TorchStream.__init__
     monkeypatch.setattr(noise.TorchStream, "__init__", lambda self, seed: original(self, seed + 1))

@@ -55,16 +55,16 @@ def test_a_seed_repeats_its_picture_and_another_gives_another(pipe):
 
 
 @pytest.mark.slow
-def test_guidance_is_what_classifier_free_guidance_of_that_scale_would_do(pipe):
-    """It was distilled into the embedding: the number must move the picture where the two-pass form moves it."""
-    nearer = []
+def test_guidance_moves_the_picture_and_the_further_the_more(pipe):
+    """It was distilled into the embedding, from pairs that classifier-free guidance made at scales from 1 to 8."""
+    near, far = [], []
     for prompt in (THINGS[2][0], THINGS[7][0]):
-        options = {"seed": 3, "num_inference_steps": 12}
-        two_passes = pipe(prompt, negative_prompt="", guidance_scale=1.0, true_cfg_scale=6.0, **options).images[0]
-        strong, weak = (pipe(prompt, guidance_scale=g, **options).images[0] for g in (6.0, 1.0))
-        assert psnr(strong, weak) < 30
-        nearer.append(psnr(strong, two_passes) - psnr(weak, two_passes))
-    assert np.mean(nearer) > 1.5  # measured: 4.9
+        options = {"seed": 3, "num_inference_steps": 6}
+        strong, less, weak = (pipe(prompt, guidance_scale=g, **options).images[0] for g in (6.0, 5.0, 1.0))
+        near.append(psnr(strong, less))
+        far.append(psnr(strong, weak))
+    assert max(far) < 30  # measured: 24.7 and 24.0
+    assert np.mean(near) > np.mean(far) + 3
 
 
 def test_previews_show_the_picture_long_before_it_is_done(pipe):
@@ -72,7 +72,7 @@ def test_previews_show_the_picture_long_before_it_is_done(pipe):
     made = pipe(THINGS[0][0], seed=3, num_inference_steps=8, preview=lambda *step: shown.append(step)).images[0]
     small = made.resize((12, 12), Image.Resampling.BOX)
     nearness = [psnr(pixels[0], small) for *_, pixels in shown]
-    assert nearness[0] < 15 < 17 < nearness[4]
+    assert min(nearness) > 20  # the paths are straight: the first step heads for the picture already; measured: 27.0
 
 
 @pytest.mark.slow

@@ -250,14 +250,14 @@ def test_bfloat16_stays_bfloat16_at_every_edge(pipe_bf16, monkeypatch):
     def runner(self, stage, *args, **more):
         run = original(self, stage, *args, **more)
 
-        def watched(stage, *inputs):
-            result = run(stage, *inputs)
+        def observed(part, *inputs):
+            result = run(part, *inputs)
             arrays = [a for _, a in tree_flatten([result]) if isinstance(a, mx.array)]
             arrays = [a for a in arrays if stage not in ("image", "decode") or a.size > a.shape[-1]]
             seen.setdefault(stage, set()).update(a.dtype for a in arrays if a.dtype != mx.int32)
             return result
 
-        return watched
+        return observed
 
     monkeypatch.setattr(Generator, "runner", runner)
     pipe_bf16(**arguments("img2img_8.sample") | {"prompt": "a prompt that was not encoded before"})

@@ -159,7 +159,7 @@ def test_a_terminal_is_shown_every_step(mapped, seen, tmp_path, terminal):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--check", "review"], "these pictures are shown to nobody before they were judged"),
+        (["--check", "review"], "nobody may see these pictures before they are checked"),
         ([], "this is no terminal that shows pictures"),
     ],
 )
@@ -171,7 +171,7 @@ def test_where_there_can_be_no_preview_it_is_said_and_the_picture_is_made(comman
 
 def test_models_without_a_map_and_those_that_need_filters_have_no_preview(command, model, mapped, tmp_path):
     _, _, err = command("generate", CAT, "-m", model, *OPTIONS, "--preview", "now.png")
-    assert "note: there is no preview: this model says of its autoencoder no latent_rgb" in err
+    assert "note: there is no preview: this model has no latent_rgb" in err
     strict = tmp_path / "strict"
     shutil.copytree(mapped, strict)
     edit_json(strict / "model_index.json", filters="required")

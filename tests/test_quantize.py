@@ -490,7 +490,7 @@ def test_the_report_is_for_people_and_for_machines(tmp_path, small):
         ({"quantize": "mxfp4", "group_size": 32}, "a group size of 32, and mxfp4 has groups of 32"),
         ({"quantize": "nvfp4", "group_size": 32}, "and nvfp4 has groups of 16"),
         ({"quantize": "4", "group_size": 16}, "a group size of 16; expected one of 32, 64, 128"),
-        ({"quantize": "8", "allow_nonfinite": True}, "allowed, and quantizing erases them; .*add -q none"),
+        ({"quantize": "8", "allow_nonfinite": True}, "allowed, and quantizing erases them; .*set `quantize` to none"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(options, says, tmp_path):

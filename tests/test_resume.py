@@ -32,7 +32,7 @@ CAT = "a cat"
 TINY = ["--width", "32", "--height", "32", "--steps", "4", "--seed", "7"]
 
 STRIKE = """
-import os, sys, time
+import os, sys, threading
 sys.path.insert(0, sys.argv[1])
 import judges
 from mlx_flux_krea import cli
@@ -40,14 +40,16 @@ from mlx_flux_krea import checkpoint as interrupted, files
 from mlx_flux_krea.commands.shared import delivery
 from mlx_flux_krea.commands.shared.terminal import PipelineProgress
 from mlx_flux_krea.filters import judges as filters_judges
+from mlx_flux_krea.worker import WorkerJob
 filters_judges.load_judge = judges.load_judge
 interrupted.EVERY = 0
 stage, done, number = sys.argv[2], float(sys.argv[3]), int(sys.argv[4])
-struck, named = [], []
+struck, named, stopped, stop = [], [], threading.Event(), WorkerJob.stop
+WorkerJob.stop = lambda job: (stop(job), stopped.set())[0]
 def strike(*where):
     if not struck and where[0] == stage and where[1] >= done:
         struck.append(os.kill(os.getpid(), number))
-        time.sleep(0.5)
+        stopped.wait(30)
 PipelineProgress.__call__ = lambda self, *where: strike(*where)
 claim, save = files._claim, delivery.save
 def claim_and_strike(*paths):

@@ -29,6 +29,40 @@ def test_every_drawn_scene_is_right_for_its_judge(canvas, things):
 
 
 @pytest.mark.parametrize(
+    ("things", "unsaid"),
+    [(1, ("background",)), (2, ("background",)), (3, ("background",)), (1, ("background", "colour")), (2, ("place",))],
+    ids=str,
+)
+def test_a_scene_whose_sentence_leaves_something_out_is_right_for_its_judge_too(things, unsaid):
+    rng = random.Random(f"{things} {unsaid}")
+    for _ in range(12):
+        scene = scenes.sample(rng, things, held_out=True, unsaid=unsaid)
+        said = scenes.describe(scene, rng)
+        assert judging.judge(np.array(scenes.draw(scene)), scene) == []
+        assert ("background" in unsaid) != any(word in said for word in ("background", "plain", "gradient"))
+        assert (scene.things[0].colour in said) == ("colour" not in unsaid)
+
+
+def test_a_background_that_is_not_said_is_white_unless_a_thing_is():
+    rng = random.Random(0)
+    for _ in range(100):
+        scene = scenes.sample(rng, 1 + rng.randrange(3), unsaid=("background",))
+        colours = [thing.colour for thing in scene.things]
+        assert scene.background[0] == scene.background[1] not in colours
+        assert (scene.background[0] == "white") == ("white" not in colours)
+
+
+def test_the_judge_looks_only_for_what_was_said():
+    scene = replace(RED_LEFT_OF_WHITE, where="right of")
+    assert judging.judge(np.array(scenes.draw(scene)), scene) != []
+    assert judging.judge(np.array(scenes.draw(scene)), replace(scene, unsaid=("place",))) == []
+    one = replace(RED_LEFT_OF_WHITE, things=RED_LEFT_OF_WHITE.things[:1], where=None)
+    pink = replace(one, things=(replace(one.things[0], colour="pink"),))
+    assert judging.judge(np.array(scenes.draw(one)), pink) != []
+    assert judging.judge(np.array(scenes.draw(one)), replace(pink, unsaid=("colour",))) == []
+
+
+@pytest.mark.parametrize(
     ("said", "fault"),
     [
         ({"background": ("green", "green")}, "background is blue and not green"),

@@ -49,7 +49,7 @@ def test_other_names_lose_their_backquotes_and_quoted_texts_stay():
     )
 
 
-@pytest.mark.parametrize("argument", OPTIONS.keys() & set(FIELDS))
+@pytest.mark.parametrize("argument", sorted(OPTIONS.keys() & set(FIELDS)))
 def test_what_python_refuses_is_refused_in_the_spelling_of_the_command_line(pipe, argument):
     for call in BAD[argument]:
         with pytest.raises(UsageError) as refused:

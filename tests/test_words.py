@@ -43,7 +43,7 @@ def test_a_docstring_opens_with_a_verb_or_a_thing():
         for text in docstrings(tree)
         if opening.match(text)
     ]
-    assert len(found) <= 70, "\n".join(found)
+    assert found == []
 
 
 def test_things_are_named_and_not_called_what():
@@ -51,7 +51,7 @@ def test_things_are_named_and_not_called_what():
     texts = [text for tree in trees(PRODUCT).values() for text in (*docstrings(tree), *helps(tree))]
     words = re.findall(r"[A-Za-z']+", " ".join(texts))
     share = 1000 * sum(word.lower() == "what" for word in words) / len(words)
-    assert share < 7, f"{share:.1f} in a thousand words"
+    assert share < 2, f"{share:.1f} in a thousand words"
 
 
 def test_no_two_classes_have_the_same_name():
@@ -60,7 +60,7 @@ def test_no_two_classes_have_the_same_name():
     names = Counter(
         node.name for tree in trees(shipped).values() for node in ast.walk(tree) if isinstance(node, ast.ClassDef)
     )
-    assert {name for name, count in names.items() if count > 1} <= {"File", "Job", "Plan", "Source"}
+    assert [name for name, count in names.items() if count > 1] == []
 
 
 def test_code_cites_nothing_that_a_reader_does_not_have():

@@ -257,7 +257,7 @@ def _room(it: Installation) -> str:
     rows = [("part", "from", "to download", "on disk", "takes about")]
     need, seconds = 2**26, 0.0
     for part, outline in it.outlines.items():
-        folder = outline.made[{"model": it.precision, "nsfw": "none", "pixtral": "4"}[part]]
+        folder = outline.converted[{"model": it.precision, "nsfw": "none", "pixtral": "4"}[part]]
         need += folder + (outline.fetch if it.options["keep_source"] else 0)
         took = estimates.conversion_seconds(outline.fetch, outline.bytes)
         seconds += took
@@ -281,7 +281,7 @@ def _choose_precision(it: Installation, free: int) -> None:
     index, sizes = _model_facts(it.outlines["model"])
     width, height, length = index.defaults.width, index.defaults.height, index.max_sequence_length
     picture = f"{width} x {height}"
-    found = estimates.precisions(sizes, it.outlines["model"].made, width=width, height=height, length=length)
+    found = estimates.precisions(sizes, it.outlines["model"].converted, width=width, height=height, length=length)
     it.precision = it.options["quantize"] or estimates.propose(found, free)
     rows = [("precision", "disk", f"memory at {picture}", "")]
     for name, one in found.items():

@@ -78,7 +78,7 @@ class OpenGate:
         self, pixels: Sequence[np.ndarray], records: Sequence[dict]
     ) -> tuple[tuple[str, ...], Sequence[Picture]]:
         """Returns outcomes and pictures."""
-        pictures = [Picture.from_pixels(one, record) for one, record in zip(pixels, records, strict=True)]
+        pictures = [Picture.from_pixels(image, record) for image, record in zip(pixels, records, strict=True)]
         return ("released",) * len(pictures), pictures
 
 
@@ -183,7 +183,7 @@ class Gate:
             FiltersError: a filter failed; no picture is released, and all wait for review.
         """
         ledger = self.run.ledger
-        quarantined = [self.run.keep(one, record) for one, record in zip(pixels, records, strict=True)]
+        quarantined = [self.run.keep(image, record) for image, record in zip(pixels, records, strict=True)]
         try:
             scores = self._scores(pixels) if self._judges else [{}] * len(quarantined)
         except FiltersError as error:
@@ -227,11 +227,11 @@ class Gate:
         """Returns {"nsfw": probability, "integrity": margin} for each picture; filters run one after the other."""
         scores: list[dict[str, float]] = [{} for _ in pixels]
         for name, judge in self._judges.items():
-            views = [_views(one) if name == "nsfw" else [one] for one in pixels]
-            answers = iter(image_labels(name, judge, [view for some in views for view in some]))
+            views = [_views(image) if name == "nsfw" else [image] for image in pixels]
+            answers = iter(image_labels(name, judge, [view for of_image in views for view in of_image]))
             label = "nsfw" if name == "nsfw" else "integrity"
-            for one, some in zip(scores, views, strict=True):
-                one[label] = max(float(next(answers)[label]) for _ in some)
+            for score, of_image in zip(scores, views, strict=True):
+                score[label] = max(float(next(answers)[label]) for _ in of_image)
             judge.free()
         return scores
 

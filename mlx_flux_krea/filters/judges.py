@@ -131,8 +131,8 @@ class NSFWJudge:
         network = self._folder.network.load(mx.float32)
         run = self._make_run(len(pixels) * (len(network.layers) + 2), evaluated)
         answers = []
-        for one in pixels:
-            logits = network(vit.preprocess(Image.fromarray(one), network.config.image_size), run)
+        for image in pixels:
+            logits = network(vit.preprocess(Image.fromarray(image), network.config.image_size), run)
             probabilities = np.array(mx.softmax(logits[0])).tolist()
             answers.append(dict(zip(network.config.labels, probabilities, strict=True)))
         return answers
@@ -165,8 +165,8 @@ class PixtralJudge:
         asked = []
         vision = self._folder.network.sizes.vision_config
         before, after = (_text(part) for part in (instructions.IMAGE_BEFORE, instructions.IMAGE_AFTER))
-        for one in pixels:
-            seen = pixtral.preprocess(pixtral.to_area(Image.fromarray(one)), vision)
+        for image in pixels:
+            seen = pixtral.preprocess(pixtral.to_area(Image.fromarray(image)), vision)
             asked.append((self._tokenizer(before, pixtral.grid(seen, vision), after), [seen]))
         return [{"integrity": margin} for margin in self._margins(asked)]
 
@@ -331,7 +331,7 @@ def image_labels(name: str, judge: Judge, pixels: Sequence[np.ndarray]) -> list[
     Raises:
         FiltersError: the filter raised an error, its labels or numbers are not valid, or it is exactly undecided.
     """
-    answers = _asked(name, lambda: [dict(one) for one in judge.images(pixels)])
+    answers = _asked(name, lambda: [dict(answer) for answer in judge.images(pixels)])
     for answer in answers:
         fits = answer.keys() == LABELS[name] and all(map(_is_finite, answer.values()))
         if fits and name == "nsfw":

@@ -403,7 +403,7 @@ def _compare(pixels: np.ndarray, encoded: bytes) -> None:
         same = np.array_equal(np.asarray(shown), pixels)
     elif same:  # means of its quarters, which no quality setting changes by 64 of 255
         quarters = (
-            np.asarray(one.resize((2, 2), Image.Resampling.BOX), int) for one in (shown, Image.fromarray(pixels))
+            np.asarray(image.resize((2, 2), Image.Resampling.BOX), int) for image in (shown, Image.fromarray(pixels))
         )
         same = np.abs(np.subtract(*quarters)).max() <= 64
     if not same:

@@ -1,8 +1,9 @@
 """The little world that the nano model draws: coloured shapes on plain or fading backgrounds, and sentences about them.
 
 A scene is data; `draw` makes its picture, `describe` one of many sentences that say what is in it. Nothing here knows
-a network. Some combinations of shape, colour and background are held out: training never draws one, and the benchmark
-asks for nothing else (`is_held_out`).
+a network. A sentence may leave out the background, the colour of a single thing, or how two things stand to each
+other (`UNSAID`). Some combinations of shape, colour and background are held out: training never draws one, and the
+benchmark asks for nothing else (`is_held_out`).
 """
 
 import random
@@ -39,7 +40,12 @@ PLACES = {  # of a single thing: fractions of the free width and height
 }
 RELATIONS = ("left of", "right of", "above", "below")  # of the first of two things to the second
 THIRDS = ("above", "below")  # where a third thing is, when the first is left of the second
-CANVASES = ((96, 96), (112, 80), (80, 112), (128, 64), (64, 128))  # width and height; the first is the native size
+CANVASES = ((96, 96), (112, 80), (80, 112), (128, 64), (64, 128), (128, 96), (96, 128))
+"""Width and height; the first is the native size."""
+UNSAID = ("background", "colour", "place")
+"""What a sentence may leave out: the background of any scene, the colour of a single thing, the places of two."""
+UNSAID_BACKGROUNDS = ("white", "blue", "yellow", "black")
+"""A background that the sentence leaves out is plain, in the first of these colours that none of the things has."""
 _GAP = 3  # pixels between things, and to the border
 
 
@@ -56,21 +62,28 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows."""
+    """The contents of a picture."""
 
     width: int
     height: int
     background: tuple[str, str]  # colours at the top and at the bottom; equal: a plain one
     things: tuple[Thing, ...]  # in the order of the sentence
     where: str | None  # of PLACES, RELATIONS or THIRDS, by the number of things; None: not said
+    unsaid: tuple[str, ...] = ()  # of UNSAID
 
 
 def is_held_out(shape: str, colour: str, background: tuple[str, str]) -> bool:
-    """Whether this combination is kept for the benchmark: one in eight, the same on every machine."""
+    """True for a combination that is kept for the benchmark: one in eight, equal on every machine."""
     return zlib.crc32(f"{shape} {colour} {background[0]} {background[1]}".encode()) % 8 == 0
 
 
-def sample(rng: random.Random, things: int, canvas: tuple[int, int] = CANVASES[0], held_out: bool = False) -> Scene:
+def sample(
+    rng: random.Random,
+    things: int,
+    canvas: tuple[int, int] = CANVASES[0],
+    held_out: bool = False,
+    unsaid: tuple[str, ...] = (),
+) -> Scene:
     """A scene by chance.
 
     Args:
@@ -78,10 +91,13 @@ def sample(rng: random.Random, things: int, canvas: tuple[int, int] = CANVASES[0
         things: 1 to 3.
         canvas: width and height.
         held_out: every combination is held out, or none is.
+        unsaid: what its sentences leave out, of UNSAID.
     """
     while True:
         background = _background(rng)
         looks = [(rng.choice(SHAPES), rng.choice(list(COLOURS))) for _ in range(things)]
+        if "background" in unsaid:
+            background = _unsaid_background([colour for _, colour in looks])
         clear = all(_stands_out(colour, background) for _, colour in looks) and len(set(looks)) == things
         if clear and all(is_held_out(s, c, background) is held_out for s, c in looks):
             break
@@ -93,7 +109,7 @@ def sample(rng: random.Random, things: int, canvas: tuple[int, int] = CANVASES[0
         if centres:
             break
     made = (Thing(*look, size, *centre) for look, size, centre in zip(looks, sizes, centres, strict=True))
-    return Scene(*canvas, background, tuple(made), where)
+    return Scene(*canvas, background, tuple(made), where, unsaid)
 
 
 def _background(rng: random.Random) -> tuple[str, str]:
@@ -101,8 +117,13 @@ def _background(rng: random.Random) -> tuple[str, str]:
     return (top, top) if rng.random() < 0.7 else (top, rng.choice([c for c in COLOURS if c != top]))
 
 
+def _unsaid_background(colours: list[str]) -> tuple[str, str]:
+    free = next(c for c in UNSAID_BACKGROUNDS if c not in colours)
+    return (free, free)
+
+
 def _stands_out(colour: str, background: tuple[str, str]) -> bool:
-    """Whether a colour is none of those that the background goes through."""
+    """True for a colour that the background does not pass through."""
     c, top, bottom = (np.array(COLOURS[name], float) for name in (colour, *background))
     span = bottom - top
     nearest = top + span * np.clip((c - top) @ span / max(span @ span, 1), 0, 1)
@@ -163,9 +184,11 @@ def draw(scene: Scene) -> Image.Image:
     rows = np.round(top * (1 - share) + bottom * share).astype(np.uint8)
     picture = Image.fromarray(np.broadcast_to(rows, (scene.height * fine, scene.width * fine, 3)).copy())
     for thing in scene.things:
-        stencil = Image.new("L", picture.size)
-        outline(ImageDraw.Draw(stencil), thing.shape, thing.x * fine, thing.y * fine, SIZES[thing.size] * fine)
-        picture.paste(COLOURS[thing.colour], mask=stencil)
+        r = SIZES[thing.size] * fine
+        left, top = int(thing.x * fine) - r - 1, int(thing.y * fine) - r - 1  # a stencil of its own is faster to paste
+        stencil = Image.new("L", (2 * r + 4, 2 * r + 4))
+        outline(ImageDraw.Draw(stencil), thing.shape, thing.x * fine - left, thing.y * fine - top, r)
+        picture.paste(COLOURS[thing.colour], (left, top), stencil)
     return picture.resize((scene.width, scene.height), Image.Resampling.BOX)
 
 
@@ -192,7 +215,7 @@ def outline(pen: ImageDraw.ImageDraw, shape: str, x: float, y: float, r: float) 
 
 # --- sentences ---
 
-_SAID = {
+_SAID: dict[str | None, tuple[str, ...]] = {
     "left of": ("to the left of", "left of"),
     "right of": ("to the right of", "right of"),
     "above": ("above", "over"),
@@ -204,27 +227,34 @@ _FADING = ("on a background fading from {0} to {1}", "on a gradient from {0} at 
 
 def describe(scene: Scene, rng: random.Random) -> str:
     """One of the sentences that fit the scene."""
-    names = [_name(thing, rng) for thing in scene.things]
+    names = [_name(thing, rng, "colour" not in scene.unsaid) for thing in scene.things]
+    if "background" in scene.unsaid and rng.random() < 0.2:
+        names = [name.split(" ", 1)[1] for name in names]
     plain = scene.background[0] == scene.background[1]
     top, bottom = scene.background
     ground = rng.choice(_PLAIN).format(top, _article(top)) if plain else rng.choice(_FADING).format(top, bottom)
+    if "background" in scene.unsaid:
+        ground = ""
     if len(names) == 1:
         what = names[0] if scene.where is None else f"{names[0]} {scene.where}"
-        if scene.where and rng.random() < 0.4:
+        if ground and scene.where and rng.random() < 0.4:
             return _finish(f"{names[0]} {ground}, {scene.where}", rng)
     elif len(names) == 2:
-        what = f"{names[0]} {rng.choice(_SAID[scene.where])} {names[1]}"
+        between = "and" if "place" in scene.unsaid else rng.choice(_SAID[scene.where])
+        what = f"{names[0]} {between} {names[1]}"
     else:
         pair = f"{names[0]} {rng.choice(_SAID['left of'])} {names[1]}"
         what = f"{pair}, with {names[2]} {rng.choice(_SAID[scene.where])} them"
         if rng.random() < 0.5:
             what = f"{pair} and {names[2]} {scene.where} both"
+    if not ground:
+        return _finish(what, rng)
     return _finish(f"{what} {ground}" if len(names) < 3 or rng.random() < 0.5 else f"{what}, {ground}", rng)
 
 
-def _name(thing: Thing, rng: random.Random) -> str:
+def _name(thing: Thing, rng: random.Random, coloured: bool = True) -> str:
     size = "" if thing.size == "medium" and rng.random() < 0.8 else thing.size + " "
-    words = f"{size}{thing.colour} {thing.shape}"
+    words = f"{size}{thing.colour} {thing.shape}" if coloured else f"{size}{thing.shape}"
     return f"{_article(words)} {words}"
 
 

@@ -1,24 +1,26 @@
-"""Trains the nano model from nothing: tokenizers, VAE, text encoders, flow, guidance distillation, export.
+"""Trains the nano model from nothing: tokenizers, VAE, text encoders, flow, distillation, export.
 
     python -m mlx_flux_krea.nano.train WORK [PHASE ...]
 
-Needs the `training` extra (torch, diffusers, transformers), which nothing at run time imports. Every phase writes a
-folder in WORK when it is done, and checkpoints on the way; a start goes on where the last one stopped. The networks are
-the reference implementations' own classes, so what is trained here is by construction what they compute. A step's data
-and noise depend on the seed and the number of the step alone. README.md beside this file says what was run.
+Needs the `training` extra (torch, diffusers, transformers), which nothing at run time imports, and a GPU for CUDA; on a
+processor alone it runs too, but for days. Every phase writes a folder in WORK when it is done, and checkpoints on the
+way; a start continues where the last one stopped. The networks are the reference implementations' own classes, so their
+results are by construction those of the reference. A step's data and noise depend on the seed and the number of the
+step alone. README.md beside this file says how the shipped weights were made.
 """
 
 import argparse
-import copy
+import functools
 import io
+import itertools
 import json
 import random
 import shutil
 import string
 import time
-from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -29,17 +31,19 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransf
 from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from mlx_flux_krea.convert import convert
 from mlx_flux_krea.convert.licence import licence_files
-from mlx_flux_krea.convert.reading import sha256
+from mlx_flux_krea.files import sha256
 from mlx_flux_krea.nano import scenes
+from mlx_flux_krea.presets import Schedule
 from mlx_flux_krea.sampling.preview import fit_latent_rgb
+from mlx_flux_krea.sampling.sampler import make_sigmas
 from mlx_flux_krea.tokenizers import CLIPTokenizer, T5Tokenizer
 from mlx_flux_krea.weights import open_model
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SEED = 20261121
 T5_LENGTH = 40
 CLIP_LENGTH = 48
@@ -64,10 +68,16 @@ FLUX = {
     "in_channels": 64, "num_layers": 4, "num_single_layers": 6, "attention_head_dim": 32, "num_attention_heads": 4,
     "joint_attention_dim": 128, "pooled_projection_dim": 128, "axes_dims_rope": (8, 12, 12), "guidance_embeds": True,
 }  # fmt: skip
-SCENES = {canvas: 40_000 if canvas == scenes.CANVASES[0] else 4_000 for canvas in scenes.CANVASES}
-STEPS = {"vae": 2_000, "decoder": 1_500, "text": 800, "flow": 18_000, "refine": 15_000, "distil": 2_000}
-RATES = {"vae": 2e-3, "decoder": 5e-4, "text": 1e-3, "flow": 1.2e-3, "refine": 1e-3, "distil": 3e-4}
-BATCH = {"vae": 16, "text": 256, "flow": 48, "refine": 48, "distil": 48}
+NATIVE = scenes.CANVASES[0]
+PICTURES = 60_000  # for the autoencoder
+SENTENCES = 200_000  # for the text encoders
+SCENES = {canvas: 200_000 if canvas == NATIVE else 8_000 for canvas in scenes.CANVASES}  # for the transformer
+TOLD = 4  # sentences about each of these scenes
+PAIRS = {canvas: 61_440 if canvas == NATIVE else 2_048 for canvas in scenes.CANVASES}  # for the distillation
+FADE = 0.4  # below this noise level guidance fades to none: outlines are drawn there
+STEPS = {"vae": 3_000, "decoder": 1_000, "text": 2_000, "flow": 6_200, "distil": 400}
+RATES = {"vae": 2e-3, "decoder": 5e-4, "text": 2e-3, "flow": 1.5e-3, "distil": 1e-3}
+BATCH = {"vae": 256, "decoder": 256, "text": 1024, "flow": 1024, "distil": 1024}
 
 
 # --- the loop that every phase shares ---
@@ -82,31 +92,28 @@ class Run:
         self.log = work / "log.jsonl"
         self.named = {f"{n}.{k}": p for n, m in networks.items() for k, p in m.named_parameters() if p.requires_grad}
         self.average = {k: p.detach().clone() for k, p in self.named.items()}
-        inner = {k for k, p in self.named.items() if name == "refine" and p.ndim == 2 and "blocks." in k}
+        inner = {k for k, p in self.named.items() if p.ndim == 2 and "transformer_blocks." in k}
         adam = [p for k, p in self.named.items() if k not in inner]
-        self.optimizers = [torch.optim.AdamW(adam, betas=(0.9, 0.99), weight_decay=0.01)]
+        self.optimizers = [torch.optim.AdamW(adam, betas=(0.9, 0.99), weight_decay=0.01, fused=DEVICE == "cuda")]
         if inner:
-            matrices = [self.named[k] for k in self.named if k in inner]
-            self.optimizers.append(torch.optim.Muon(matrices, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"))
+            self.optimizers.append(Muon([self.named[k] for k in self.named if k in inner]))
         self.step = 0
         self.seconds = 0.0
         if self.checkpoint.exists():
             self._load()
 
-    def train(self, loss_of: Callable[[int, random.Random], tuple[torch.Tensor, dict]]) -> None:
-        """Runs the steps that are left; `loss_of(step, rng)` gives the loss and numbers for the log."""
-        total, sums, saved = STEPS[self.name], Counter(), time.monotonic()
+    def train(self, loss_of: Callable[[random.Random], tuple[torch.Tensor, dict]]) -> None:
+        """Runs the steps that are left; `loss_of(rng)` gives the loss and numbers for the log."""
+        sums, saved = Counter(), time.monotonic()
         clock = time.monotonic()
-        while self.step < total:
+        while self.step < (total := STEPS[self.name]):
             torch.manual_seed(SEED + self.step)
-            rate = min((self.step + 1) / 200, 1, 4 * (1 - self.step / total))  # falls over the last quarter
+            rate = min((self.step + 1) / 200, 1, 2.5 * (1 - self.step / total))  # falls over the last two fifths
             for optimizer in self.optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = RATES[self.name] * rate
-            with torch.autocast(
-                "cpu", torch.bfloat16, enabled=self.name in ("flow", "refine", "distil", "text")
-            ):  # slower for convolutions
-                loss, numbers = loss_of(self.step, random.Random(f"{SEED} {self.name} {self.step}"))
+            with torch.autocast(DEVICE, torch.bfloat16):
+                loss, numbers = loss_of(random.Random(f"{SEED} {self.name} {self.step}"))
             loss.backward()
             nn.utils.clip_grad_norm_(self.named.values(), 1.0)
             for optimizer in self.optimizers:
@@ -115,9 +122,11 @@ class Run:
             self.step += 1
             decay = min(0.999, 1 - 10 / (self.step + 10))
             torch._foreach_lerp_(list(self.average.values()), [p.detach() for p in self.named.values()], 1 - decay)
-            sums.update({"loss": float(loss), **{k: float(v) for k, v in numbers.items()}})
+            for key, value in {"loss": loss, **numbers}.items():
+                sums[key] += value.detach()  # a GPU is waited for where the log is written, and not before
             if self.step % 50 == 0 or self.step == total:
-                count, now = (self.step - 1) % 50 + 1, time.monotonic()
+                count, sums = (self.step - 1) % 50 + 1, Counter({k: float(v) for k, v in sums.items()})
+                now = time.monotonic()
                 self.seconds += now - clock
                 line = {"phase": self.name, "step": self.step, "seconds": round(self.seconds), "rate": round(rate, 3)}
                 line |= {"seconds_per_step": round((now - clock) / count, 3)}
@@ -144,7 +153,7 @@ class Run:
             state |= {f"moment/{n}/{i}/{k}": v for i, s in moments.items() for k, v in s.items()}
         partial = self.checkpoint.with_suffix(".partial")
         facts = {"step": str(self.step), "seconds": str(self.seconds)}
-        save_file({k: v.contiguous() for k, v in state.items()}, partial, facts)
+        save_file({k: v.cpu().contiguous() for k, v in state.items()}, partial, facts)
         partial.replace(self.checkpoint)
 
     def _load(self) -> None:
@@ -165,46 +174,119 @@ class Run:
             optimizer.load_state_dict({"state": its, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-# --- what is drawn and said ---
+class Muon(torch.optim.Optimizer):
+    """Momentum, made orthogonal (Jordan and others, 2024), for the matrices of the blocks.
+
+    torch has it too, one matrix after another; here all matrices of one shape are one product, which a GPU wants.
+    """
+
+    def __init__(self, matrices: list[nn.Parameter]):
+        super().__init__(matrices, {"lr": 1e-3})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Moves every matrix by 0.2 of the rate on average, as AdamW would."""
+        for group in self.param_groups:
+            shapes = defaultdict(list)
+            for matrix in group["params"]:
+                shapes[matrix.shape].append(matrix)
+            for shape, matrices in shapes.items():
+                gradients = [m.grad for m in matrices]
+                momenta = [self.state[m].setdefault("momentum", torch.zeros_like(m)) for m in matrices]
+                torch._foreach_lerp_(momenta, gradients, 0.05)
+                ahead = torch.stack(torch._foreach_lerp(gradients, momenta, 0.95))
+                steps = _orthogonal(ahead) * (0.2 * max(shape) ** 0.5)
+                torch._foreach_mul_(matrices, 1 - 0.01 * group["lr"])
+                torch._foreach_add_(matrices, list(steps.unbind()), alpha=-group["lr"])
 
 
-def scene(canvas: tuple[int, int], number: int, held_out: bool = False) -> scenes.Scene:
-    """Scene `number` of a canvas: the same one on every machine."""
-    rng = random.Random(f"{SEED} {canvas} {number} {held_out}")
-    return scenes.sample(rng, rng.choices((1, 2, 3), (0.35, 0.45, 0.2))[0], canvas, held_out)
+def _orthogonal(matrices: torch.Tensor) -> torch.Tensor:
+    """The nearest matrices whose singular values are about 1, (N, rows, columns): five steps of Newton and Schulz."""
+    x = matrices.bfloat16()
+    tall = x.shape[1] > x.shape[2]
+    x = x.mT if tall else x
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(5):
+        square = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
+    return (x.mT if tall else x).float()
 
 
-def to_pixels(picture) -> torch.Tensor:
-    """(3, H, W) in [-1, 1]."""
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 127.5 - 1
+# --- scenes, drawn and described by as many processes as there are processors ---
+
+
+def scene(canvas: tuple[int, int], number: int) -> scenes.Scene:
+    """Scene `number` of a canvas, the same one on every machine; none is held out."""
+    rng = random.Random(f"{SEED} {canvas} {number} False")
+    things = rng.choices((1, 2, 3), (0.35, 0.5, 0.15))[0]
+    unsaid = [("background", 0.3), ("colour", 0.08 * (things == 1)), ("place", 0.1 * (things == 2))]
+    return scenes.sample(rng, things, canvas, unsaid=tuple(part for part, share in unsaid if rng.random() < share))
+
+
+def to_pixels(pictures: torch.Tensor | np.ndarray) -> torch.Tensor:
+    """(B, 3, H, W) in [-1, 1] on the device, of (B, H, W, 3) bytes."""
+    pixels = torch.as_tensor(pictures).to(DEVICE).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return pixels.contiguous(memory_format=torch.channels_last)
+
+
+_CHUNK = 500
+
+
+def _chunks(make: Callable, canvas: tuple[int, int], count: int, *more) -> Iterator[dict[str, torch.Tensor]]:
+    """`make(canvas, first, count, *more)` in other processes, for scenes 0 to `count` in chunks of 500."""
+    with ProcessPoolExecutor() as processes:
+        starts = range(0, count, _CHUNK)
+        tasks = [processes.submit(make, canvas, s, min(_CHUNK, count - s), *more) for s in starts]
+        for n, task in enumerate(tasks):
+            tasks[n] = None  # its arrays go when the caller is done with them
+            yield {k: torch.from_numpy(v) for k, v in task.result().items()}
+
+
+def _pictures(canvas: tuple[int, int], first: int, count: int) -> dict[str, np.ndarray]:
+    """Pixels (count, H, W, 3)."""
+    return {"pixels": np.stack([np.asarray(scenes.draw(scene(canvas, first + n))) for n in range(count)])}
+
+
+def _sentences(canvas: tuple[int, int], first: int, count: int, work: Path, told: int) -> dict[str, np.ndarray]:
+    """Ids of `told` sentences about each scene, (count, told, 48) and (count, told, 40), and what they say."""
+    text, rng = Text(work, encoders=False), random.Random(f"{SEED} {canvas} {first} sentences")
+    drawn = [scene(canvas, first + n) for n in range(count)]
+    ids = [[text.ids(scenes.describe(one, rng)) for _ in range(told)] for one in drawn]
+    return {
+        "clip": np.array([[clip for clip, _ in some] for some in ids], np.int16),
+        "t5": np.array([[t5 for _, t5 in some] for some in ids], np.int16),
+        "answers": np.array([answers(one) for one in drawn], np.int16),
+    }
+
+
+def _everything(canvas: tuple[int, int], first: int, count: int, work: Path, told: int) -> dict[str, np.ndarray]:
+    """Pixels, ids, and what stands where."""
+    made = _pictures(canvas, first, count) | _sentences(canvas, first, count, work, told)
+    del made["answers"]
+    covered = np.stack([_covered(scene(canvas, first + n)) for n in range(count)])
+    return made | {"covered": covered.astype(np.float16)}
 
 
 class Text:
     """Both tokenizers, and both encoders where they are trained."""
 
-    def __init__(self, work: Path):
+    def __init__(self, work: Path, encoders: bool = True):
         self.clip_tokenizer = CLIPTokenizer(work / "tokenizers" / "tokenizer")
         self.t5_tokenizer = T5Tokenizer(work / "tokenizers" / "tokenizer_2")
-        self.known: dict[str, tuple[list[int], list[int]]] = {}
-        if (work / "text").exists():
-            self.clip = CLIPTextModel.from_pretrained(work / "text" / "text_encoder").eval()
-            self.t5 = T5EncoderModel.from_pretrained(work / "text" / "text_encoder_2").eval()
+        if encoders:
+            self.clip = CLIPTextModel.from_pretrained(work / "text" / "text_encoder").to(DEVICE).eval()
+            self.t5 = T5EncoderModel.from_pretrained(work / "text" / "text_encoder_2").to(DEVICE).eval()
 
-    def ids(self, sentences: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        """CLIP's and T5's ids, (B, 48) and (B, 40)."""
-        pairs = [self._ids(sentence) for sentence in sentences]
-        return torch.tensor([p[0] for p in pairs]), torch.tensor([p[1] for p in pairs])
-
-    def _ids(self, sentence: str) -> tuple[list[int], list[int]]:
+    def ids(self, sentence: str) -> tuple[list[int], list[int]]:
+        """CLIP's 48 and T5's 40 ids."""
         clip, t5 = self.clip_tokenizer(sentence, CLIP_LENGTH), self.t5_tokenizer(sentence, T5_LENGTH)
         if clip.cut or t5.cut:
             raise ValueError(f"[train] {sentence!r} does not fit.")
         return clip.ids, t5.ids
 
     @torch.no_grad()
-    def encode(self, sentences: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        """T5's states (B, 40, 128) and CLIP's pooled vectors (B, 128)."""
-        clip, t5 = self.ids(sentences)
+    def encode(self, clip: torch.Tensor, t5: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """T5's states (B, 40, 128) and CLIP's pooled vectors (B, 128), of ids."""
         return self.t5(t5).last_hidden_state, self.clip(clip).pooler_output
 
 
@@ -214,7 +296,7 @@ class Text:
 def tokenizers(work: Path, target: Path) -> None:
     """A sentencepiece model and a byte-pair vocabulary, from sentences about scenes."""
     rng = random.Random(SEED)
-    lines = [scenes.describe(scene(scenes.CANVASES[0], n), rng) for n in range(20_000)]
+    lines = [scenes.describe(_spelled_out(n), rng) for n in range(20_000)]
     t5, clip = target / "tokenizer_2", target / "tokenizer"
     t5.mkdir(parents=True)
     clip.mkdir()
@@ -246,44 +328,50 @@ def tokenizers(work: Path, target: Path) -> None:
     (clip / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges))
 
 
+def _spelled_out(number: int) -> scenes.Scene:
+    """A scene of which nothing is left out."""
+    rng = random.Random(f"{SEED} {NATIVE} {number} False")
+    return scenes.sample(rng, rng.choices((1, 2, 3), (0.35, 0.45, 0.2))[0])
+
+
 def vae(work: Path, target: Path) -> None:
     """Pixels to 16 channels and back, on crops."""
     torch.manual_seed(SEED)
-    network = AutoencoderKL(**VAE).to(memory_format=torch.channels_last)
+    network = AutoencoderKL(**VAE).to(DEVICE, memory_format=torch.channels_last)
     pool = _pool()
     run = Run(work, "vae", {"vae": network})
 
-    def loss_of(step: int, rng: random.Random):
-        pixels = _crops(pool, rng, 64)
+    def loss_of(rng: random.Random):
+        pixels = _crops(pool, rng, rng.choice((64, 96)))
         posterior = network.encode(pixels).latent_dist
         made = network.decode(posterior.mean + posterior.std * torch.randn_like(posterior.mean)).sample
         divergence = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).mean()
         loss, numbers = _distance(made, pixels)
-        return loss + 1e-3 * divergence, numbers | {"kl": divergence, "noise": posterior.std.mean()}
+        return loss + 5e-4 * divergence, numbers | {"kl": divergence, "noise": posterior.std.mean()}
 
     run.train(loss_of)
     with torch.no_grad():
-        latents = torch.cat([network.encode(p.float()).latent_dist.mean for p in pool[:1000].split(50)])
+        latents = torch.cat([network.encode(to_pixels(p)).latent_dist.mean for p in pool[:2000].split(50)])
     network.register_to_config(shift_factor=float(latents.mean()), scaling_factor=1 / float(latents.std()))
     network.save_pretrained(target)
 
 
 def decoder(work: Path, target: Path) -> None:
-    """The decoder goes on alone, on whole pictures; the encoder, and so every latent, stays as it is.
+    """Trains the decoder alone, on whole pictures; the encoder, and so every latent, stays as it is.
 
-    Latents that the transformer makes are a little beside those of pictures: half of the batch is, too.
+    Latents that the transformer makes are a little off those of pictures: half of the batch is, too.
     """
-    network = AutoencoderKL.from_pretrained(work / "vae").to(memory_format=torch.channels_last)
+    network = AutoencoderKL.from_pretrained(work / "vae").to(DEVICE, memory_format=torch.channels_last)
     network.encoder.requires_grad_(False)
     pool = _pool()
     run = Run(work, "decoder", {"vae": network})
 
-    def loss_of(step: int, rng: random.Random):
+    def loss_of(rng: random.Random):
         pixels = _crops(pool, rng, 96)
         with torch.no_grad():
             posterior = network.encode(pixels).latent_dist
-            beside = 0.4 * F.relu(torch.rand(len(pixels), 1, 1, 1) - 0.5) / network.config.scaling_factor
-            z = posterior.mean + (posterior.std + beside) * torch.randn_like(posterior.mean)
+            off = 0.4 * F.relu(torch.rand(len(pixels), 1, 1, 1, device=DEVICE) - 0.5) / network.config.scaling_factor
+            z = posterior.mean + (posterior.std + off) * torch.randn_like(posterior.mean)
         return _distance(network.decode(z).sample, pixels)
 
     run.train(loss_of)
@@ -291,13 +379,14 @@ def decoder(work: Path, target: Path) -> None:
 
 
 def _pool() -> torch.Tensor:
-    return torch.stack([to_pixels(scenes.draw(scene((96, 96), n))).to(torch.bfloat16) for n in range(8_000)])
+    """(N, 96, 96, 3) bytes on the device."""
+    return torch.cat([chunk["pixels"] for chunk in _chunks(_pictures, NATIVE, PICTURES)]).to(DEVICE)
 
 
 def _crops(pool: torch.Tensor, rng: random.Random, side: int) -> torch.Tensor:
     top, left = rng.randrange(0, 97 - side), rng.randrange(0, 97 - side)
-    chosen = pool[[rng.randrange(len(pool)) for _ in range(BATCH["vae"])]]
-    return chosen[:, :, top : top + side, left : left + side].float().contiguous(memory_format=torch.channels_last)
+    chosen = pool[torch.randint(len(pool), (BATCH["vae"],), device=DEVICE)]
+    return to_pixels(chosen[:, top : top + side, left : left + side])
 
 
 def _distance(made: torch.Tensor, pixels: torch.Tensor) -> tuple[torch.Tensor, dict]:
@@ -331,7 +420,10 @@ _QUESTIONS = [3, 10, 10, *[7, 11, 4, 5, 5] * 3]
 
 
 def answers(drawn: scenes.Scene) -> list[int]:
-    """What Probe is asked: how many things, the background, and of each its shape, colour, size and place."""
+    """Answers to the questions of `Probe`: how many things, the background, and the look and place of each.
+
+    A colour that is not said is 0, as are the looks of things that are not there.
+    """
     colours, shapes, sizes = list(scenes.COLOURS), scenes.SHAPES, list(scenes.SIZES)
     if len(drawn.things) == 1:
         across, down = scenes.PLACES.get(drawn.where, (1.5, 1.5))
@@ -339,12 +431,14 @@ def answers(drawn: scenes.Scene) -> list[int]:
     elif len(drawn.things) == 2:
         first, second = (0, 2) if drawn.where in ("left of", "above") else (2, 0)
         places = [(p, 3) if drawn.where in ("left of", "right of") else (3, p) for p in (first, second)]
+        places = [(3, 3)] * 2 if "place" in drawn.unsaid else places
     else:
         third = 0 if drawn.where == "above" else 2
         places = [(0, 2 - third), (2, 2 - third), (1, third)]
     numbers = [len(drawn.things) - 1, *(colours.index(c) for c in drawn.background)]
     for thing, place in zip(drawn.things, places, strict=True):
-        look = (shapes.index(thing.shape), colours.index(thing.colour), sizes.index(thing.size))
+        colour = -1 if "colour" in drawn.unsaid else colours.index(thing.colour)
+        look = (shapes.index(thing.shape), colour, sizes.index(thing.size))
         numbers += [n + 1 for n in (*look, *place)]
     return numbers + [0] * (len(_QUESTIONS) - len(numbers))
 
@@ -352,18 +446,18 @@ def answers(drawn: scenes.Scene) -> list[int]:
 def text(work: Path, target: Path) -> None:
     """Both encoders learn to tell what a sentence says: the flow then finds every word bound to its thing."""
     torch.manual_seed(SEED)
-    tokens = Text(work)
-    t5, clip = T5EncoderModel(T5Config(**T5)), CLIPTextModel(CLIPTextConfig(**CLIP))
+    t5, clip = T5EncoderModel(T5Config(**T5)).to(DEVICE), CLIPTextModel(CLIPTextConfig(**CLIP)).to(DEVICE)
     nn.init.normal_(t5.shared.weight, std=1.0)
-    ask_t5, ask_clip = Probe(128, _QUESTIONS, attention=True), Probe(128, _QUESTIONS, attention=False)
+    ask_t5, ask_clip = (Probe(128, _QUESTIONS, attention).to(DEVICE) for attention in (True, False))
+    parts = list(_chunks(_sentences, NATIVE, SENTENCES, work, 1))
+    told = {k: torch.cat([part[k] for part in parts]).to(DEVICE) for k in parts[0]}
     run = Run(work, "text", {"t5": t5, "clip": clip, "ask_t5": ask_t5, "ask_clip": ask_clip})
 
-    def loss_of(step: int, rng: random.Random):
-        drawn = [scene(scenes.CANVASES[0], rng.randrange(10**9)) for _ in range(BATCH["text"])]
-        clip_ids, t5_ids = tokens.ids([scenes.describe(d, rng) for d in drawn])
-        targets = torch.tensor([answers(d) for d in drawn])
-        loss_t5, right_t5 = ask_t5(t5(t5_ids).last_hidden_state, targets)
-        loss_clip, right_clip = ask_clip(clip(clip_ids).pooler_output, targets)
+    def loss_of(rng: random.Random):
+        chosen = torch.randint(SENTENCES, (BATCH["text"],), device=DEVICE)
+        targets = told["answers"][chosen].long()
+        loss_t5, right_t5 = ask_t5(t5(told["t5"][chosen, 0].long()).last_hidden_state, targets)
+        loss_clip, right_clip = ask_clip(clip(told["clip"][chosen, 0].long()).pooler_output, targets)
         return loss_t5 + loss_clip, {"t5": right_t5, "clip": right_clip}
 
     run.train(loss_of)
@@ -371,110 +465,121 @@ def text(work: Path, target: Path) -> None:
     clip.save_pretrained(target / "text_encoder")
 
 
-@dataclass
-class _Drawn(Dataset):
-    """The pictures of a canvas, for a process beside this one to draw."""
-
-    canvas: tuple[int, int]
-    count: int
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, number: int) -> torch.Tensor:
-        return to_pixels(scenes.draw(scene(self.canvas, number)))
-
-
 @torch.no_grad()
 def latents(work: Path, target: Path) -> None:
-    """Every training scene through the VAE's encoder, once."""
-    network = AutoencoderKL.from_pretrained(work / "vae").to(memory_format=torch.channels_last).eval()
+    """Encodes every training scene once, and writes its sentences beside it."""
+    network = AutoencoderKL.from_pretrained(work / "vae").to(DEVICE, memory_format=torch.channels_last).eval()
     target.mkdir()
     for canvas, count in SCENES.items():
         parts = []
-        drawn = DataLoader(_Drawn(canvas, count), batch_size=100, num_workers=1, prefetch_factor=8)
-        for pixels in drawn:
-            mean = network.encode(pixels.contiguous(memory_format=torch.channels_last)).latent_dist.mean
-            parts.append(pack((mean - network.config.shift_factor) * network.config.scaling_factor).half())
-        save_file({"latents": torch.cat(parts)}, target / f"{canvas[0]}x{canvas[1]}.safetensors")
+        for part in _chunks(_everything, canvas, count, work, TOLD):
+            mean = network.encode(to_pixels(part.pop("pixels"))).latent_dist.mean
+            scaled = (mean - network.config.shift_factor) * network.config.scaling_factor
+            parts.append(part | {"latents": pack(scaled).half().cpu()})
+        save_file({k: torch.cat([part[k] for part in parts]) for k in parts[0]}, _stored(target, canvas))
+
+
+def _stored(folder: Path, canvas: tuple[int, int]) -> Path:
+    return folder / f"{canvas[0]}x{canvas[1]}.safetensors"
 
 
 def pack(x: torch.Tensor) -> torch.Tensor:
     """(B, 16, h, w) to (B, h/2 * w/2, 64), as diffusers packs."""
     b, c, h, w = x.shape
-    return x.view(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, h * w // 4, c * 4)
+    return x.reshape(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, h * w // 4, c * 4)
 
 
-def unpack(x: torch.Tensor, canvas: tuple[int, int]) -> torch.Tensor:
-    """The reverse of `pack`."""
-    w, h = (side // 16 for side in canvas)
-    return x.view(-1, h, w, 16, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(-1, 16, 2 * h, 2 * w)
-
-
+@functools.cache
 def positions(canvas: tuple[int, int]) -> torch.Tensor:
     """(h/2 * w/2, 3): zero, row, column."""
     rows, columns = torch.meshgrid(torch.arange(canvas[1] // 16), torch.arange(canvas[0] // 16), indexing="ij")
-    return torch.stack([torch.zeros_like(rows), rows, columns], -1).reshape(-1, 3).float()
+    return torch.stack([torch.zeros_like(rows), rows, columns], -1).reshape(-1, 3).float().to(DEVICE)
 
 
-def velocity(network, x, sigma, guidance, states, pooled, canvas) -> torch.Tensor:
+def velocity(network, canvas, x, sigma, guidance, states, pooled) -> torch.Tensor:
     """The transformer's answer for packed latents."""
     return network(
         hidden_states=x, timestep=sigma, guidance=guidance, encoder_hidden_states=states, pooled_projections=pooled,
-        img_ids=positions(canvas), txt_ids=torch.zeros(states.shape[1], 3), return_dict=False,
+        img_ids=positions(canvas), txt_ids=torch.zeros(states.shape[1], 3, device=DEVICE), return_dict=False,
     )[0].float()  # fmt: skip
 
 
+def compiled(network: FluxTransformer2DModel) -> FluxTransformer2DModel:
+    """The network on the device; on a GPU, with compiled blocks."""
+    if DEVICE == "cuda":
+        for block in [*network.transformer_blocks, *network.single_transformer_blocks]:
+            block.forward = torch.compile(block.forward, dynamic=False)
+    return network.to(DEVICE)
+
+
 class Batches:
-    """Latents of scenes with a sentence for each."""
+    """Scenes or pairs with their sentences, from a folder of files by canvas. Sentences are encoded once."""
 
-    def __init__(self, work: Path):
+    def __init__(self, work: Path, folder: str):
         self.text = Text(work)
-        self.latents = {c: load_file(work / "latents" / f"{c[0]}x{c[1]}.safetensors")["latents"] for c in SCENES}
-        self.scenes = {c: [scene(c, n) for n in range(count)] for c, count in SCENES.items()}
-        self.by_things = {
-            c: [[n for n, s in enumerate(drawn) if len(s.things) == k] for k in (1, 2, 3)]
-            for c, drawn in self.scenes.items()
-        }
-        self.fine = {c: [sum(map(_is_fine, s.things)) for s in drawn] for c, drawn in self.scenes.items()}
+        clip, t5 = (torch.tensor([ids], device=DEVICE, dtype=torch.int16) for ids in self.text.ids(""))
+        self.nothing = self._encoded({"clip": clip, "t5": t5})
+        self.stored = {}
+        for canvas in scenes.CANVASES:
+            stored = {k: v.to(DEVICE) for k, v in load_file(_stored(work / folder, canvas)).items()}
+            told = stored["clip"].shape[1]
+            encoded = self._encoded({k: stored[k].flatten(0, 1) for k in ("clip", "t5")})
+            self.stored[canvas] = stored | {k: v.unflatten(0, (-1, told)) for k, v in encoded.items()}
 
-    def __call__(self, rng: random.Random, size: int, shares: tuple[float, float, float], fine: bool = False):
-        """Canvas, packed latents (B, L, 64), sentences and what is drawn; fine: of two scenes the finer."""
-        canvas = scenes.CANVASES[0] if rng.random() < 0.8 else rng.choice(scenes.CANVASES[1:])
-        found = [rng.choices(numbers, k=1 + fine) for numbers in rng.choices(self.by_things[canvas], shares, k=size)]
-        chosen = [max(numbers, key=self.fine[canvas].__getitem__) for numbers in found]
-        sentences = [scenes.describe(self.scenes[canvas][n], rng) for n in chosen]
-        return canvas, self.latents[canvas][chosen].float(), sentences, [self.scenes[canvas][n] for n in chosen]
+    def _encoded(self, ids: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        parts = [
+            self.text.encode(c.long(), t.long())
+            for c, t in zip(*(ids[k].split(4096) for k in ("clip", "t5")), strict=True)
+        ]
+        states, pooled = (torch.cat([part[n].bfloat16() for part in parts]) for n in (0, 1))
+        return ids | {"states": states, "pooled": pooled}
 
+    def __call__(self, rng: random.Random, size: int) -> tuple[tuple[int, int], dict[str, torch.Tensor]]:
+        """A canvas, mostly the native one, and some of what is stored for it: name to (size, ...)."""
+        canvas = NATIVE if rng.random() < 0.8 else rng.choice(scenes.CANVASES[1:])
+        return canvas, self.take(canvas, size)
 
-def _is_fine(thing: scenes.Thing) -> bool:
-    """Whether its outline has details of less than a latent."""
-    return thing.size == "small" and thing.shape in ("star", "ring", "cross")
+    def take(self, canvas: tuple[int, int], size: int) -> dict[str, torch.Tensor]:
+        """Chosen by chance, with one of several sentences about each."""
+        stored = self.stored[canvas]
+        chosen = torch.randint(len(stored["clip"]), (size,), device=DEVICE)
+        which = torch.randint(stored["clip"].shape[1], (size,), device=DEVICE)
+        return {k: v[chosen, which] if k in self.nothing else v[chosen] for k, v in stored.items()}
 
-
-def sigmas(size: int) -> torch.Tensor:
-    """Noise levels in (0, 1): logit-normal, towards noise, where the layout is decided."""
-    return torch.sigmoid(torch.randn(size) * 1.2 + 0.5)
+    def forget(self, taken: dict[str, torch.Tensor], share: float) -> dict[str, torch.Tensor]:
+        """Leaves out some sentences."""
+        silent = torch.rand(len(taken["clip"]), device=DEVICE) < share
+        left = {k: nothing.expand_as(taken[k]) for k, nothing in self.nothing.items()}
+        return taken | {k: torch.where(silent.view(-1, *[1] * (v.ndim - 1)), v, taken[k]) for k, v in left.items()}
 
 
 def flow(work: Path, target: Path) -> None:
-    """Flow matching: the velocity from picture to noise, one sentence in ten left out."""
+    """Flow matching: the velocity from picture to noise, one sentence in ten left out.
+
+    Half way through, the network has to tell which thing stands where.
+    """
     torch.manual_seed(SEED)
     network = FluxTransformer2DModel(**FLUX)
     _start(network)
-    batches = Batches(work)
-    run = Run(work, "flow", {"transformer": network})
-    size = BATCH["flow"]
+    pointer = Pointer(network.inner_dim).to(DEVICE)
+    network = compiled(network)
+    batches, size = Batches(work, "latents"), BATCH["flow"]
+    run = Run(work, "flow", {"transformer": network, "pointer": pointer})
+    half_way: list[torch.Tensor] = []
+    network.transformer_blocks[-1].register_forward_hook(lambda _, __, streams: half_way.append(streams[1]))
 
-    def loss_of(step: int, rng: random.Random):
-        shares = (0.6, 0.4, 0.0) if step < 1_500 else (0.35, 0.45, 0.2)
-        canvas, clean, sentences, _ = batches(rng, size, shares)
-        states, pooled = batches.text.encode(["" if rng.random() < 0.1 else s for s in sentences])
-        sigma, noise = sigmas(size), torch.randn_like(clean)
+    def loss_of(rng: random.Random):
+        canvas, taken = batches(rng, size)
+        taken = batches.forget(taken, 0.1)
+        clean = taken["latents"].float()
+        sigma = torch.sigmoid(torch.randn(size, device=DEVICE) * 1.2 + 0.5)  # towards noise, where layout is decided
+        noise = torch.randn_like(clean)
         x = clean + sigma[:, None, None] * (noise - clean)
-        made = velocity(network, x, sigma, torch.ones(size), states, pooled, canvas)
-        loss = F.mse_loss(made, noise - clean)
-        return loss, {}
+        made = velocity(network, canvas, x, sigma, torch.ones_like(sigma), taken["states"], taken["pooled"])
+        error = (made - noise + clean).square().mean(-1)
+        pointed, right, there = pointer(half_way.pop(), taken["covered"])
+        near = 1 + 2 * there * (1 - sigma[:, None])  # towards the end, things count thrice
+        return (error * near).mean() + 0.02 * pointed, {"flow": error.mean(), "pointed": pointed, "right": right}
 
     run.train(loss_of)
     network.save_pretrained(target)
@@ -491,27 +596,25 @@ class Pointer(nn.Module):
         self.sizes = len(scenes.SHAPES) + 1, len(scenes.COLOURS) + 1, 3
         self.norm, self.answer = nn.LayerNorm(width), nn.Linear(width, sum(self.sizes))
 
-    def forward(
-        self, states: torch.Tensor, drawn: list[scenes.Scene]
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def forward(self, states: torch.Tensor, covered: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The loss, the share of covered tokens whose shape is told, and which tokens those are, (B, L).
 
         Args:
             states: (B, L, width).
-            drawn: the B scenes.
+            covered: (B, L, 5), from `_covered`.
         """
         shape, colour, place = self.answer(self.norm(states)).float().split(self.sizes, -1)
-        targets = torch.stack([torch.from_numpy(_covered(scene)) for scene in drawn])
-        shapes, colours, places = targets[..., 0].long(), targets[..., 1].long(), targets[..., 2:].float()
+        shapes, colours, places = covered[..., 0].long(), covered[..., 1].long(), covered[..., 2:].float()
         there = shapes > 0
         loss = F.cross_entropy(shape.flatten(0, 1), shapes.flatten())
         loss = loss + F.cross_entropy(colour.flatten(0, 1), colours.flatten())
-        loss = loss + F.smooth_l1_loss(place[there], places[there])
-        return loss, (shape.argmax(-1) == shapes)[there].float().mean(), there
+        off = F.smooth_l1_loss(place, places, reduction="none").mean(-1)
+        loss = loss + (off * there).sum() / there.sum()
+        return loss, ((shape.argmax(-1) == shapes) & there).sum() / there.sum(), there
 
 
 def _covered(scene: scenes.Scene) -> np.ndarray:
-    """Of each token: shape and colour of the thing on it (0: none), and its middle and half side in tokens, from here.
+    """Returns, for each token, shape and colour of the thing on it (0: none), and its middle and half side in tokens.
 
     Returns:
         (L, 5).
@@ -530,33 +633,6 @@ def _covered(scene: scenes.Scene) -> np.ndarray:
     return told.reshape(-1, 5)
 
 
-def refine(work: Path, target: Path) -> None:
-    """The flow goes on, with another optimizer, and has to tell half way what stands where."""
-    torch.manual_seed(SEED)
-    network = FluxTransformer2DModel.from_pretrained(work / "flow")
-    pointer = Pointer(network.inner_dim)
-    batches = Batches(work)
-    run = Run(work, "refine", {"transformer": network, "pointer": pointer})
-    size = BATCH["refine"]
-    half_way: list[torch.Tensor] = []
-    network.transformer_blocks[-1].register_forward_hook(lambda _, __, streams: half_way.append(streams[1]))
-
-    def loss_of(step: int, rng: random.Random):
-        canvas, clean, sentences, drawn = batches(rng, size, (0.3, 0.6, 0.1), fine=step >= 12_000)
-        said = [rng.random() >= 0.1 for _ in drawn]
-        states, pooled = batches.text.encode([s if told else "" for s, told in zip(sentences, said, strict=True)])
-        sigma, noise = sigmas(size), torch.randn_like(clean)
-        x = clean + sigma[:, None, None] * (noise - clean)
-        made = velocity(network, x, sigma, torch.ones(size), states, pooled, canvas)
-        error = (made - noise + clean).square().mean(-1)
-        pointed, right, there = pointer(half_way.pop(), drawn)
-        loss = error.mean() if step < 12_000 else (error * (1 + 2 * there)).mean()  # where things are, it counts thrice
-        return loss + 0.02 * pointed, {"flow": error.mean(), "pointed": pointed, "right": right}
-
-    run.train(loss_of)
-    network.save_pretrained(target)
-
-
 def _start(network: FluxTransformer2DModel) -> None:
     """Modulation and the last layer begin at zero, so that every block begins as the identity."""
     for name, parameter in network.named_parameters():
@@ -569,34 +645,55 @@ def _start(network: FluxTransformer2DModel) -> None:
             nn.init.zeros_(parameter)
 
 
-def distil(work: Path, target: Path) -> None:
-    """The guidance embedding learns what classifier-free guidance does at each scale from 1 to 8."""
-    teacher = FluxTransformer2DModel.from_pretrained(work / "refine").eval()
-    network = copy.deepcopy(teacher).train()
-    batches = Batches(work)
-    run = Run(work, "distil", {"transformer": network})
-    size = BATCH["distil"]
-    nothing = batches.text.encode([""])
+@torch.no_grad()
+def pairs(work: Path, target: Path) -> None:
+    """Noise, and the latents that classifier-free guidance at a scale from 1 to 8 makes of it in 28 steps."""
+    teacher = compiled(FluxTransformer2DModel.from_pretrained(work / "flow"))
+    batches, size = Batches(work, "latents"), BATCH["distil"] // 2
+    target.mkdir()
+    for canvas, count in PAIRS.items():
+        parts = []
+        for n in range(0, count, size):
+            torch.manual_seed(SEED + n)
+            taken = batches.forget(batches.take(canvas, size), 0.08)
+            guidance = 1 + 7 * torch.rand(size, device=DEVICE)
+            noise = torch.randn_like(taken["latents"], dtype=torch.float32)
+            made = guided(teacher, canvas, taken, batches.nothing, noise, guidance)
+            part = {"clip": taken["clip"][:, None], "t5": taken["t5"][:, None], "guidance": guidance}
+            parts.append(part | {"noise": noise.half(), "latents": made.half()})
+        save_file({k: torch.cat([part[k] for part in parts]).cpu() for k in parts[0]}, _stored(target, canvas))
 
-    def loss_of(step: int, rng: random.Random):
-        canvas, clean, sentences, _ = batches(rng, size, (0.35, 0.45, 0.2))
-        states, pooled = batches.text.encode(sentences)
-        sigma, noise = sigmas(size), torch.randn_like(clean)
-        guidance = 1 + 7 * torch.rand(size)
-        x = clean + sigma[:, None, None] * (noise - clean)
-        with torch.no_grad():
-            said = velocity(teacher, x, sigma, torch.ones(size), states, pooled, canvas)
-            unsaid = velocity(
-                teacher,
-                x,
-                sigma,
-                torch.ones(size),
-                nothing[0].expand(size, -1, -1),
-                nothing[1].expand(size, -1),
-                canvas,
-            )
-            wanted = unsaid + guidance[:, None, None] * (said - unsaid)
-        return F.mse_loss(velocity(network, x, sigma, guidance, states, pooled, canvas), wanted), {}
+
+def guided(network, canvas, told: dict, untold: dict, noise, guidance, steps: int = 28) -> torch.Tensor:
+    """Latents by classifier-free guidance, with and without the sentence in one batch."""
+    size, x = len(noise), noise
+    states, pooled = (torch.cat([told[k], untold[k].expand_as(told[k])]) for k in ("states", "pooled"))
+    one = torch.ones(2 * size, device=DEVICE)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        for sigma, following in itertools.pairwise(make_sigmas(Schedule(), noise.shape[1], steps).tolist()):
+            both = velocity(network, canvas, torch.cat([x, x]), one * sigma, one, states, pooled)
+            said, unsaid = both.chunk(2)
+            scale = 1 + (guidance[:, None, None] - 1) * min(1, sigma / FADE)
+            x = x + (following - sigma) * (unsaid + scale * (said - unsaid))
+    return x
+
+
+def distil(work: Path, target: Path) -> None:
+    """The guidance embedding learns where guidance leads, and the flow to go there straight, in few steps.
+
+    That is the reflow of Liu and others (2022), from the pairs of the phase before.
+    """
+    network = compiled(FluxTransformer2DModel.from_pretrained(work / "flow")).train()
+    batches, size = Batches(work, "pairs"), BATCH["distil"]
+    run = Run(work, "distil", {"transformer": network})
+
+    def loss_of(rng: random.Random):
+        canvas, taken = batches(rng, size)
+        made, noise = taken["latents"].float(), taken["noise"].float()
+        sigma = 1 - torch.rand(size, device=DEVICE) ** 1.5  # towards noise, where the first step is
+        x = made + sigma[:, None, None] * (noise - made)
+        straight = velocity(network, canvas, x, sigma, taken["guidance"], taken["states"], taken["pooled"])
+        return F.mse_loss(straight, noise - made), {}
 
     run.train(loss_of)
     network.save_pretrained(target)
@@ -633,23 +730,25 @@ def export(work: Path, target: Path) -> None:
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | written, indent=2) + "\n")
 
 
+@torch.no_grad()
 def _latent_rgb(work: Path, count: int = 500) -> list[list[float]]:
-    """How previews make colours of latents."""
-    canvas = scenes.CANVASES[0]
-    latents = unpack(load_file(work / "latents" / f"{canvas[0]}x{canvas[1]}.safetensors")["latents"][:count], canvas)
-    pixels = np.stack([np.array(scenes.draw(scene(canvas, n))) for n in range(count)])
-    return fit_latent_rgb(latents.double().numpy(), pixels / 127.5 - 1)
+    """The map by which previews make colours of latents."""
+    network = AutoencoderKL.from_pretrained(work / "vae").to(DEVICE).eval()
+    pixels = to_pixels(_pictures(NATIVE, 0, count)["pixels"])
+    mean = torch.cat([network.encode(some).latent_dist.mean for some in pixels.split(50)])
+    latents = (mean - network.config.shift_factor) * network.config.scaling_factor
+    return fit_latent_rgb(latents.double().cpu().numpy(), pixels.permute(0, 2, 3, 1).cpu().numpy())
 
 
 PHASES = {
     "tokenizers": tokenizers,
     "vae": vae,
+    "decoder": decoder,
     "text": text,
     "latents": latents,
     "flow": flow,
-    "refine": refine,
+    "pairs": pairs,
     "distil": distil,
-    "decoder": decoder,
     "export": export,
 }
 
@@ -664,6 +763,9 @@ def main() -> None:
     given.work.mkdir(parents=True, exist_ok=True)
     if given.threads:
         torch.set_num_threads(given.threads)
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.benchmark = True
+    torch.backends.cuda.enable_cudnn_sdp(False)  # its backward pass fails in torch 2.11
     for name in given.phases or PHASES:
         if not (given.work / name).exists():
             PHASES[name](given.work, given.work / name)

@@ -134,6 +134,13 @@ BY_NAME = {str(option.name): option for option in OPTIONS} | {"prompt": _option(
 # Options that the library's arguments name differently.
 ARGUMENTS = {"steps": "num_inference_steps", "guidance": "guidance_scale", "num_images": "num_images_per_prompt"}
 _OPTION_OF = {argument: option for option, argument in ARGUMENTS.items()}
+_CONVERTING = {  # arguments of `convert`, which has options of its own
+    "out": "-o",
+    "quantize": "-q",
+    "tokenizers": "--tokenizers",
+    "offline": "--offline",
+    "discard_source": "--discard-source",
+}
 _BACKQUOTED = re.compile(
     r"""(?<!\w)(?P<text>'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")(?!\w)  # a quoted text, which is somebody's own
     | `(?P<name>[a-z_][a-z0-9_]*)`""",
@@ -177,6 +184,8 @@ def with_option_names(message: str) -> str:
         name = match["name"]
         if name is None:
             return str(match["text"])
+        if name in _CONVERTING:
+            return _CONVERTING[name]
         option = _OPTION_OF.get(name, name)
         return spelled(option) if option in BY_NAME else name
 
