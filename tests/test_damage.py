@@ -17,6 +17,7 @@ from mlx_flux_krea.convert.sources import open_sources
 
 from mlx_flux_krea import cli
 from mlx_flux_krea.errors import ModelError
+from mlx_flux_krea.licence import Evidence
 from mlx_flux_krea.models import config as configs
 from mlx_flux_krea.weights import open_model
 
@@ -130,6 +131,7 @@ def test_a_scheduler_that_would_draw_another_picture_is_refused(source, tmp_path
 
 
 def test_any_value_in_the_scheduler_is_taken_or_refused_by_name(source):
+    known = Evidence(configs.FLUX_DEV.architecture)
     path = source / "scheduler" / "scheduler_config.json"
     good = json.loads(path.read_text())
     found = {s.component: layouts.identify(s)[0] for s in open_sources([source])}
@@ -137,7 +139,9 @@ def test_any_value_in_the_scheduler_is_taken_or_refused_by_name(source):
     for field in good:
         for value in BAD:
             path.write_text(json.dumps(good | {field: value}))
-            refused += refused_in_one_line(lambda: index.make_index(found, configs.FLUX_DEV), "scheduler_config.json")
+            refused += refused_in_one_line(
+                lambda: index.make_index(found, configs.FLUX_DEV, known), "scheduler_config.json"
+            )
     assert refused > 10 * len(BAD)
 
 
