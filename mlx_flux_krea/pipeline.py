@@ -544,18 +544,22 @@ def check_free(checkpoint: Checkpoint, folder: ModelFolder) -> None:
     if checkpoint.filters == "required":
         found = f"this run's pictures must be filtered or reviewed, and {folder.path} is a model without that duty"
         raise ModelError(found, "the model that the run started with", todo)
+    if not checkpoint.has_latents:
+        return
     started, manifest = checkpoint.run.get("made_by"), folder.path / "manifest.json"
     if not isinstance(started, dict):
-        if checkpoint.has_latents and checkpoint.filters != "none":
+        if checkpoint.filters != "none":
             raise ModelError("nothing shows that these latents need no filters", "a run of this version", todo)
         return
-    try:
-        listed = read_json(manifest).get("model_index.json")
-    except FluxKreaError:
-        listed = None
-    digest = sha256_if_exists(folder.path / "model_index.json")
-    same = isinstance(listed, dict) and listed.get("sha256") == digest
-    if started.get("manifest_sha256") != sha256_if_exists(manifest) or not same:
+    same = started.get("manifest_sha256") == sha256_if_exists(manifest)
+    if same and checkpoint.filters != "none":  # written before the duty was stored: the index has to be the listed one
+        try:
+            listed = read_json(manifest).get("model_index.json")
+        except FluxKreaError:
+            listed = None
+        digest = sha256_if_exists(folder.path / "model_index.json")
+        same = isinstance(listed, dict) and listed.get("sha256") == digest
+    if not same:
         raise ModelError(f"{folder.path} is not the model that this run started with, or was changed", "", todo)
 
 
