@@ -120,12 +120,12 @@ def _info(repo: str):
     """
     from huggingface_hub import model_info
 
-    with explained(repo):
-        try:
+    try:
+        with explained(repo):
             return patiently(lambda: model_info(repo, files_metadata=True, timeout=_TIMEOUT), once=True)
-        except (TypeError, ValueError, KeyError, AttributeError, RecursionError) as error:
-            found = f"the hub's answer about {repo} cannot be read: {type(error).__name__}"
-            raise ModelError(found, "the facts of a repository", "try again later") from None
+    except (TypeError, ValueError, KeyError, AttributeError, RecursionError) as error:
+        found = f"the hub's answer about {repo} cannot be read: {type(error).__name__}"
+        raise ModelError(found, "the facts of a repository", "try again later") from None
 
 
 def _files(info) -> dict[str, tuple[int, str]]:
