@@ -1,4 +1,4 @@
-"""Whether a filter is the published one: by its sizes before anything is read, and by the sha256 of its files after."""
+"""Recognises published filters: by their sizes before anything is read, and by the sha256 of their files after."""
 
 import contextlib
 from collections.abc import Iterable

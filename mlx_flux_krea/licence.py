@@ -78,7 +78,7 @@ class Evidence:
 
 
 class Decision(NamedTuple):
-    """Whether filters or review are required, and why, as the end of a sentence."""
+    """A decision about filters or review, and the reason, as the end of a sentence."""
 
     required: bool
     why: str
@@ -120,7 +120,7 @@ def is_dev(evidence: Evidence) -> bool:
     )
 
 
-class Source(Protocol):
+class SourceHash(Protocol):
     """A source file of a conversion, as `model_index.json` records it."""
 
     @property
@@ -131,7 +131,7 @@ class Source(Protocol):
     def published(self) -> str: ...
 
 
-class Index(Protocol):
+class FolderIndex(Protocol):
     """The part of `model_index.json` that says where a model folder comes from."""
 
     @property
@@ -143,10 +143,10 @@ class Index(Protocol):
     @property
     def filters(self) -> str: ...
     @property
-    def source(self) -> Sequence[Source]: ...
+    def source(self) -> Sequence[SourceHash]: ...
 
 
-def of_folder(architecture: Architecture, index: Index, text: str) -> Evidence:
+def of_folder(architecture: Architecture, index: FolderIndex, text: str) -> Evidence:
     """Returns the evidence that a model folder of ours carries.
 
     Args:

@@ -1,4 +1,4 @@
-"""Whether a model needs filters follows from evidence: everything adds the requirement, one hash lifts it."""
+"""A model's need of filters follows from evidence: everything adds the requirement, one hash lifts it."""
 
 import json
 import shutil

@@ -33,7 +33,7 @@ from mlx_flux_krea.models import config
 tiny = json.loads(Path(os.environ["TINY"], "config.json").read_text())
 tiny.pop("dtype"), tiny.pop("quantization", None)
 config.FLUX_DEV = config.from_json(config.FluxConfig, tiny, "the tiny one")
-licence.FLUX_1_DEV = config.FLUX_DEV.architecture
+licence.SMALLEST, licence.HIDDEN_SIZE, licence.NUM_HEADS = 0, *config.FLUX_DEV.architecture[:2]
 from mlx_flux_krea.commands import setup
 setup.PICTURE = {PICTURE}
 if "NO_SOCKETS" in os.environ:

@@ -227,7 +227,13 @@ def test_published_sizes_go_through_json_unchanged():
 
 @pytest.mark.parametrize(
     ("change", "required"),
-    [({}, True), ({"axes_dim": (8, 60, 60)}, True), ({"guidance_embed": False}, False), ({"depth": 8}, False)],
+    [
+        ({}, True),
+        ({"axes_dim": (8, 60, 60)}, True),
+        ({"guidance_embed": False}, True),
+        ({"depth": 8}, True),
+        ({"hidden_size": 768, "num_heads": 6}, False),
+    ],
 )
 def test_filters_are_required_by_what_the_transformer_is(change, required, tmp_path):
     folder = open_model(full_size_folder(tmp_path / "big", filters="none"))
