@@ -209,7 +209,12 @@ def test_fifty_prompts_in_one_process_one_of_them_bad(tiny, tmp_path, monkeypatc
     lines[20] = '{"prompt": "frog", "stesp": 3}'
     (tmp_path / "list.jsonl").write_text("\n".join(lines))
     save, held = delivery.save, []
-    monkeypatch.setattr(delivery, "save", lambda *args: held.append(mx.get_active_memory()) or save(*args))
+
+    def measured(*args, **options):
+        held.append(mx.get_active_memory())
+        return save(*args, **options)
+
+    monkeypatch.setattr(delivery, "save", measured)
     size = ["--width", "16", "--height", "16", "--steps", "1"]
     code, out, err = tiny("--prompts", "list.jsonl", "-o", "{seed}.png", size=size)
     assert code == 7
