@@ -190,7 +190,10 @@ class Log:
         self._read(file)
 
     def _write_head(self) -> None:
+        """Writes the last hash. The lock is held, so temporary files of other processes are leftovers of dead ones."""
         try:
+            for leftover in self._head.parent.glob(f".{self._head.name}.*.partial"):
+                leftover.unlink(missing_ok=True)
             with written_whole(self._head) as file:
                 file.write(f"{len(self._hashes) - 1} {self._hashes[-1]}\n".encode())
         except OSError as error:
