@@ -146,7 +146,7 @@ def scenarios(root: Path, wanted: list[str]) -> dict[str, Scenario]:
         assert code == 5, said
         answers = {"Your name": "a reviewer", "open it?": "yes", "unlawful?": "no", "without the right to?": "no"}
         made["review"] = Scenario(
-            ["review", "-o", "r_{prompt}.png"], [["review", "-o", "r_{n}.png"]], 0, start, answers, same=False
+            ["review", "-o", "r_{prompt}.png"], [["review", "-o", "r_{prompt}.png"]], 0, start, answers, same=False
         )
     if "setup" in wanted:
         from fitted import LICENCE, write_published
