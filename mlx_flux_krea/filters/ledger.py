@@ -29,7 +29,7 @@ from PIL import Image
 
 from .. import home
 from ..errors import FiltersError, FluxKreaError, ResourceError, UsageError
-from ..files import read_json, read_small, replacing, sha256_if_exists, try_lock, written_whole
+from ..files import read_json, read_small, remove_partials, replacing, sha256_if_exists, try_lock, written_whole
 from ..provenance import SOFTWARE, Picture, opened, read_record
 from .log import FOLLOWS, Log
 
@@ -308,12 +308,18 @@ class Ledger:
         """Keeps beside a picture in quarantine which file it is about to become, for `_is_placed`."""
         path = next(self.quarantine.glob(f"*/{image}.png"), None)
         if path and not hasattr(fp, "write"):
-            _note(path, _about(path) | {"path": os.path.abspath(fp), "sha256": digest})
+            target = {"path": os.path.abspath(fp), "sha256": digest, "process": os.getpid()}
+            _note(path, _about(path) | target)
 
     def _is_placed(self, path: Path) -> bool:
-        """Returns True where the file that a picture in quarantine was to become exists with its content."""
+        """Returns True where the file that a picture in quarantine was to become exists with its content.
+
+        A temporary file that the dead process left beside it is deleted.
+        """
         try:
             target = read_json(path.with_suffix(".json"))
+            if type(target.get("process")) is int:
+                remove_partials(Path(target["path"]), target["process"])
             return sha256_if_exists(Path(target["path"])) == target["sha256"]
         except (FluxKreaError, OSError, KeyError, TypeError, ValueError):
             return False
