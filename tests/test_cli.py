@@ -70,6 +70,7 @@ def test_help_answers_at_once(tmp_path):
     assert after.children_user + after.children_system - before.children_user - before.children_system < 0.2
 
 
+@pytest.mark.slow
 def test_help_fits_the_screen_and_shows_an_example(tmp_path):
     for verb in (), ("generate",), ("convert",), ("inspect",), ("review",), ("log",):
         text = run_command(*verb, "--help", cwd=tmp_path, COLUMNS="80").stdout
@@ -136,6 +137,7 @@ def test_a_signal_in_the_middle_of_the_imports_is_neither_lost_nor_a_crash(model
 @pytest.mark.parametrize(
     ("sent", "steps"), [(signal.SIGINT, 0), (signal.SIGTERM, 1), (signal.SIGHUP, 30), (signal.SIGINT, 30)]
 )
+@pytest.mark.core("2-0", "15-1")
 def test_a_signal_ends_generating_and_leaves_nothing(model, tmp_path, sent, steps):
     patch = """
 from mlx_flux_krea.commands.shared.terminal import PipelineProgress
@@ -358,6 +360,7 @@ def test_every_image_starts_from_the_picture_that_was_there_before_the_first(com
     assert levels(Image.open(tmp_path / "a-2.png"), Image.open(tmp_path / "alone.png")) == 0
 
 
+@pytest.mark.slow
 def test_the_size_follows_the_options_and_is_floored_with_a_word(command, model, tmp_path):
     code, _, err = command("generate", CAT, "-m", model, "--width", 70, "--height", 40, "--steps", 1)
     assert code == 0
@@ -367,6 +370,7 @@ def test_the_size_follows_the_options_and_is_floored_with_a_word(command, model,
     assert err.count("note: 70 x 40") == 1
 
 
+@pytest.mark.slow
 def test_an_empty_prompt_works_and_a_long_one_is_reported(command, model):
     assert command("generate", "", "-m", model, *SMALL)[0] == 0
     code, _, err = command("generate", "cat " * 80, "-m", model, *SMALL)
@@ -374,6 +378,7 @@ def test_an_empty_prompt_works_and_a_long_one_is_reported(command, model):
     assert "note: CLIP reads 77 tokens; not read: 'cat cat cat cat cat'" in err
 
 
+@pytest.mark.slow
 def test_the_only_installed_model_is_used(command, model, home):
     shutil.copytree(model, home / "models" / "tiny-fp32")
     assert command("generate", CAT, *SMALL)[0] == 0

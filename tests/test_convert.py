@@ -723,6 +723,7 @@ convert([sys.argv[1]], sys.argv[2], dtype="float32", tokenizers=sys.argv[3], for
 
 
 @pytest.mark.parametrize(("after", "again"), [("/out", False), ("/out", True), (".partial", False), (".old", True)])
+@pytest.mark.core("/out-True")
 def test_a_replacement_killed_at_any_rename_keeps_one_model_whole(source, tmp_path, after, again):
     """After the old model went aside, after the new one took its place, after the old one was given up."""
     out = run(source, out=tmp_path / "out").path

@@ -232,6 +232,7 @@ def test_the_published_vocabulary_frames_a_text(tekken):
     assert min(ids[2:-1]) >= 1000
 
 
+@pytest.mark.slow
 def test_the_published_vocabulary_gives_the_ids_of_its_makers(tekken):
     for text in ("Hello world", "unforgettable Schadenfreude zzzxqj", "    four spaces\r\n\r\n1234567", "ŁódŹ ねこ 😀"):
         assert tekken(text)[2:-1] == tekken_ids(text)

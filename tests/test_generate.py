@@ -87,6 +87,7 @@ def test_width_and_aspect_together_are_an_error(tiny, tmp_path, other):
 # --- prompts ---
 
 
+@pytest.mark.slow
 def test_a_prompt_comes_from_standard_input(model, tmp_path):
     program = [str(Path(sys.executable).parent / "flux-krea"), "generate", "-", "-m", str(model), *TINY]
     ran = subprocess.run(program, cwd=tmp_path, input=f"\ufeff{CAT}\n".encode(), capture_output=True, check=False)
@@ -97,6 +98,7 @@ def test_a_prompt_comes_from_standard_input(model, tmp_path):
     assert b"standard input is not UTF-8" in ran.stderr
 
 
+@pytest.mark.slow
 def test_alternatives_make_a_picture_of_each_choice(tiny, tmp_path):
     code, out, err = tiny("a {red|green} {cat|dog}", "-o", "{prompt}.png", "--seed", "3")
     assert code == 0, err
@@ -290,6 +292,7 @@ def test_several_seeds_are_several_pictures_named_by_their_seed(tiny, tmp_path, 
     assert [read_record(tmp_path / name)["seed"] for name in out.split()] == seeds
 
 
+@pytest.mark.slow
 def test_a_random_seed_is_chosen_once_for_all_prompts(tiny, tmp_path):
     _, out, err = tiny("a {cat|dog}", "-n", "2", "-o", "{n}-{seed}.png")
     seeds = [int(re.search(r"-(\d+)", name)[1]) for name in out.split()]
@@ -357,6 +360,7 @@ def test_like_sets_what_the_tool_does_and_options_beside_it_override(model, tool
     assert settings(aspect="16:9", steps=3, guidance=2.0, noise="comfy") == (1344, 768, 3, 2.0, "comfy")
 
 
+@pytest.mark.slow
 def test_a_picture_like_diffusers_is_the_picture_that_diffusers_made(tiny, tmp_path):
     size = ["--width", "64", "--height", "64", "--steps", "4", "--guidance", "4.5"]
     code, _, err = tiny(CAT, "--like", "diffusers", "--seed", "42", size=size)
@@ -407,6 +411,7 @@ def test_one_picture_of_a_batch_is_made_again(command, model, pipe, tmp_path):
         assert same(tmp_path / "a.png", tmp_path / "b.png")
 
 
+@pytest.mark.slow
 def test_the_installed_model_that_made_a_picture_is_found(tiny, command, model, home, tmp_path):
     tiny(CAT, "-o", "a.png")
     shutil.copytree(model, home / "models" / "one")
@@ -461,6 +466,7 @@ def test_another_image_than_the_record_has_is_noted(tiny, command, model, tmp_pa
 # --- defaults of one's own ---
 
 
+@pytest.mark.slow
 def test_the_config_file_holds_where_the_command_says_nothing(tiny, command, model, tmp_path):
     assert command("config")[:2] == (0, "")
     for words in (

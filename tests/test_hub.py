@@ -120,6 +120,7 @@ def test_a_repository_becomes_what_its_folder_becomes_and_nothing_is_fetched_twi
     assert contents(tmp_path / "model") == expected
 
 
+@pytest.mark.slow
 def test_the_hubs_own_client_shares_the_cache(served, folder, tmp_path):
     """Neither program fetches the files again that the other one has fetched."""
 
@@ -305,6 +306,7 @@ def test_a_file_with_another_hash_is_refused_and_deleted(served, folder, expecte
     assert contents(tmp_path / "model") == expected
 
 
+@pytest.mark.slow
 def test_a_file_that_was_damaged_in_the_cache_is_seen(served, tmp_path):
     assert run(served, tmp_path).returncode == 0
     (damaged,) = (tmp_path / "hub" / "hub").glob("models--*/snapshots/*/vae/*.safetensors")
@@ -315,6 +317,7 @@ def test_a_file_that_was_damaged_in_the_cache_is_seen(served, tmp_path):
     assert "vae/diffusion_pytorch_model.safetensors" in ran.stderr
 
 
+@pytest.mark.slow
 def test_a_beginning_that_was_damaged_is_seen_when_the_rest_has_come(served, tmp_path):
     assert run(served, tmp_path).returncode == 0
     (link,) = (tmp_path / "hub" / "hub").glob("models--*/snapshots/*/vae/*.safetensors")
@@ -350,6 +353,7 @@ def test_a_hub_that_goes_away_half_way_leaves_what_came(served, folder, expected
     assert contents(tmp_path / "model") == expected
 
 
+@pytest.mark.slow
 def test_without_a_network_it_says_so(served, tmp_path):
     """A port at which nobody listens; a proxy that is not there."""
     with socket.socket() as nobody:
@@ -372,6 +376,7 @@ def test_without_a_network_it_says_so(served, tmp_path):
 # --- disk ---
 
 
+@pytest.mark.slow
 def test_what_is_fetched_is_deleted_once_it_is_converted(served, folder, expected, tmp_path):
     """An interrupted download continues; files that were here before stay."""
     name = "text_encoder_2/model.safetensors"
@@ -437,6 +442,7 @@ def test_a_path_is_never_taken_for_a_repository(tmp_path, monkeypatch):
         assert not hub.is_repo_id(source), source
 
 
+@pytest.mark.slow
 def test_one_process_at_a_time_fetches_a_repository(served, tmp_path):
     served.rate = 1e6
     process = begin(served, tmp_path)

@@ -705,6 +705,7 @@ def damaged(good: bytes, end: int, choose: random.Random, turn: int) -> bytes:
     return bytes(bad)
 
 
+@pytest.mark.slow
 def test_fuzzed_safetensors_headers_are_read_or_refused_in_one_line(model, tmp_path):
     """As bytes, and as JSON with other values in it: negative, huge, of another type, a name twice, paths."""
     source = next((model / "text_encoder_2").glob("*.safetensors"))

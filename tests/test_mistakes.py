@@ -158,6 +158,7 @@ def test_an_unshifted_schedule_is_seen(model, monkeypatch):
     assert levels(result.images[0], image("images/t2i_4.0.png")) > 1
 
 
+@pytest.mark.slow
 def test_noise_drawn_before_the_posterior_is_seen(model, monkeypatch):
     """diffusers samples the posterior first; the other order shifts the stream."""
     original = noise.Stream.noise
@@ -193,6 +194,7 @@ def test_the_halves_of_box_muller_exchanged_are_seen(model, monkeypatch):
     assert run_error(model, "t2i_4") > 1e-4
 
 
+@pytest.mark.slow
 def test_a_mean_for_the_sample_of_an_image_is_seen(model, monkeypatch):
     monkeypatch.setitem(noise.RECIPES, "diffusers", replace(noise.RECIPES["diffusers"], posterior="mean"))
     assert run_error(model, "img2img_8.sample") > 1e-4

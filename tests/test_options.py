@@ -105,6 +105,7 @@ def test_the_picture_shows_what_the_prompt_asks_for(draw):
 
 
 @shows("generate", "--model")
+@pytest.mark.slow
 def test_the_model_is_the_one_that_is_named(run, model):
     for named, name, fits in (("nano", "nano", True), (model, "pipeline", False)):
         code, out, err = run("generate", CROSS, "--model", named, *DRAWN, "--width", "96", "--height", "96")
@@ -130,6 +131,7 @@ def test_a_file_of_prompts_makes_the_pictures_that_single_runs_make(draw, tmp_pa
 
 
 @shows("generate", "--width", "--height")
+@pytest.mark.slow
 def test_the_picture_is_as_wide_and_high_as_asked_for_and_shows_it(draw):
     for width, height in scenes.CANVASES[1::3]:
         (path,) = draw("--width", width, "--height", height)
@@ -154,6 +156,7 @@ def test_the_more_steps_the_nearer_the_picture_is_to_that_of_many(draw):
 
 
 @shows("generate", "--guidance")
+@pytest.mark.slow
 def test_guidance_changes_the_picture_and_it_stays_right(draw):
     weak, strong = draw("--guidance", "1") + draw("--guidance", "4.5")
     assert (right(weak), right(strong)) == (True, True)
@@ -161,6 +164,7 @@ def test_guidance_changes_the_picture_and_it_stays_right(draw):
 
 
 @shows("generate", "--seed", "--num-images")
+@pytest.mark.slow
 def test_several_seeds_make_the_pictures_that_single_runs_make(draw):
     quick = QUICK[:-2]
     single = [draw("--seed", n, how=quick)[0] for n in (7, 8, 9)]
@@ -177,6 +181,7 @@ def test_a_seed_that_was_chosen_is_told_and_repeats_the_picture(run, draw):
 
 
 @shows("generate", "--like")
+@pytest.mark.slow
 def test_like_a_tool_the_picture_is_right_and_drawn_as_the_tool_does(run):
     for name, tool in presets.TOOLS.items():
         how = QUICK if name in presets.NOT_REPRODUCIBLE else [*DRAWN, "--width", "96", "--height", "96"]
@@ -192,6 +197,7 @@ def test_like_a_tool_the_picture_is_right_and_drawn_as_the_tool_does(run):
 
 
 @shows("generate", "--from")
+@pytest.mark.slow
 def test_a_picture_is_made_again_to_the_last_byte_and_what_is_said_beside_it_changes_it(draw):
     start = draw(prompt="a circle", how=QUICK)[0]
     for how in (
@@ -210,12 +216,14 @@ def test_a_picture_is_made_again_to_the_last_byte_and_what_is_said_beside_it_cha
 
 
 @shows("generate", "--noise")
+@pytest.mark.slow
 def test_each_recipe_of_noise_is_another_picture_and_right(draw):
     assert len({np.asarray(Image.open(draw("--noise", name, how=QUICK)[0])).tobytes() for name in presets.RECIPES}) == 5
     assert right(draw("--noise", "mlx-examples")[0])  # the others are drawn by --like
 
 
 @shows("generate", "--negative-prompt", "--true-cfg-scale")
+@pytest.mark.slow
 def test_a_negative_prompt_moves_the_picture_away_from_it(draw):
     def redness(*args) -> float:
         options = ["--guidance", "1", "--steps", "6", "--seed", "7"]
@@ -254,6 +262,7 @@ def test_image_to_image_keeps_the_layout_at_low_strength(draw, tmp_path):
 
 
 @shows("generate", "--dtype")
+@pytest.mark.slow
 def test_every_type_draws_nearly_the_same_picture(draw):
     names = ("float32", "bfloat16", "float16")
     made = [draw("--dtype", name)[0] for name in names]
@@ -280,6 +289,7 @@ def test_with_less_memory_less_is_kept_and_the_picture_is_the_same(run, draw):
 
 
 @shows("generate", "--preview")
+@pytest.mark.slow
 def test_a_preview_shows_what_becomes_the_picture_and_changes_nothing(draw, tmp_path, monkeypatch):
     shown, call = [], Preview.__call__
 
@@ -301,6 +311,7 @@ def test_a_preview_shows_what_becomes_the_picture_and_changes_nothing(draw, tmp_
 
 
 @shows("generate", "--output", "--force")
+@pytest.mark.slow
 def test_outputs_have_the_names_and_formats_asked_for_and_take_free_ones_unless_forced(draw):
     made = draw("--output", "{n}-{seed}-{prompt}.webp", "--seed", "7", "8", prompt="a {red|blue} cross", how=QUICK)
     words = ("red", "red", "blue", "blue")
@@ -374,6 +385,7 @@ def test_json_tells_what_happens_while_it_happens_and_all_of_it_at_the_end(run, 
 
 
 @shows("generate", "--check", "--nsfw-threshold", "--integrity-margin")
+@pytest.mark.slow
 def test_what_is_checked_is_released_when_it_passes_and_a_threshold_is_where_it_does(run, filters, home, tmp_path):
     def checked(*args) -> int:
         for path in tmp_path.glob("*.png"):
@@ -436,6 +448,7 @@ def spelled(options: dict) -> list[str]:
 
 
 @shows("shell", *(f"--{name}" for name in ALL | BESIDE))
+@pytest.mark.slow
 def test_options_of_a_shell_and_of_its_lines_do_what_they_do_in_generate(run, draw, model, tmp_path):
     start = draw("--output", "start.webp", how=QUICK)[0].read_bytes()
 
@@ -459,6 +472,7 @@ def test_options_of_a_shell_and_of_its_lines_do_what_they_do_in_generate(run, dr
 
 
 @shows("shell", "--aspect", "--megapixels", "--check", "--nsfw-threshold", "--integrity-margin")
+@pytest.mark.slow
 def test_what_a_shell_may_not_draw_it_does_not_draw_whenever_that_is_said(run, filters, tmp_path):
     """Too large for the memory, flagged, waiting for a person: before the first line, and in a line."""
     for options, says in (

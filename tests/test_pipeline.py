@@ -152,6 +152,7 @@ def test_other_recipes_start_from_the_mean_and_their_own_noise(pipe, recipe):
 
 
 @pytest.mark.parametrize("seeds", [[9, 3, 9], [4]])
+@pytest.mark.slow
 def test_one_image_is_sampled_once_by_the_first_of_several_streams(pipe, seeds):
     """As diffusers does with a list of generators; the other streams draw their noise from their beginning."""
     call = arguments("img2img_8.sample") | {"seed": seeds, "num_images_per_prompt": len(seeds)}
@@ -191,6 +192,7 @@ def test_floats_become_bytes_as_in_the_tool(pipe, recipe, to_bytes):
     assert (to_bytes(floats * 255) == np.asarray(pipe(**call).images[0])).mean() > 0.99
 
 
+@pytest.mark.slow
 def test_timesteps_are_rounded_on_their_way_as_in_diffusers(pipe_bf16, monkeypatch):
     """(1000 * sigma) in bfloat16, divided by 1000 in bfloat16; numbers from torch 2.13."""
     seen, original = [], Flux.vec
@@ -217,6 +219,7 @@ def test_the_posteriors_log_variance_is_clipped(model, bias, clipped):
 
 
 @pytest.mark.parametrize(("name", "golden"), [("t2i_4", "bfl_4"), ("t2i_8", "bfl_8")])
+@pytest.mark.core("t2i_8-bfl_8")
 def test_a_run_equals_black_forest_labs_own_code(pipe, name, golden):
     """From BFL's float32 noise; the `bfl` recipe then truncates bytes as BFL does."""
     call = arguments(name)
@@ -264,6 +267,7 @@ def test_bfloat16_stays_bfloat16_at_every_edge(pipe_bf16, monkeypatch):
     assert seen == {stage: {mx.bfloat16} for stage in ("text", "image", "modulation", "denoise", "decode")}
 
 
+@pytest.mark.slow
 def test_float16_computes_the_text_and_the_image_in_bfloat16(model):
     pipe = FluxPipeline.from_pretrained(model, dtype="float16")
     embeds, pooled = pipe.encode_prompt("a cat")
@@ -284,6 +288,7 @@ def test_several_seeds_are_several_single_runs(pipe):
         assert mx.array_equal(both.images[i : i + 1], alone.images)
 
 
+@pytest.mark.slow
 def test_one_seed_draws_the_whole_batch_and_prompts_come_before_their_copies(pipe):
     prompts = [CAT, "blurry"]
     batch = pipe(prompts, seed=3, num_images_per_prompt=2, output_type="latent", **SMALL).images
@@ -293,6 +298,7 @@ def test_one_seed_draws_the_whole_batch_and_prompts_come_before_their_copies(pip
         assert mx.array_equal(batch[i : i + 1], alone)
 
 
+@pytest.mark.slow
 def test_a_seed_is_chosen_and_told_where_none_is_given_and_repeats_the_picture(pipe):
     first = pipe(CAT, **SMALL)
     again = pipe(CAT, seed=first.seeds[0], **SMALL)
@@ -304,6 +310,7 @@ def test_seed_zero_is_a_seed(pipe):
     assert pipe(CAT, seed=0, **SMALL).seeds == (0,)
 
 
+@pytest.mark.slow
 def test_embeds_stand_for_their_prompt(pipe):
     embeds, pooled = pipe.encode_prompt([CAT, ""])
     assert embeds.shape == (2, 512, 14)
@@ -322,6 +329,7 @@ def test_prompt_2_is_what_t5_reads(pipe):
     assert mx.array_equal(pooled, pipe.encode_prompt(CAT)[1])
 
 
+@pytest.mark.slow
 def test_sigmas_of_ones_own_are_shifted_like_the_models(pipe):
     own = pipe(CAT, seed=1, sigmas=[1.0, 0.75, 0.5, 0.25], height=32, width=48, output_type="latent").images
     assert mx.array_equal(
@@ -375,6 +383,7 @@ def test_an_image_without_a_size_keeps_its_shape_at_the_models_area(pipe):
     assert (resolved.width, resolved.height) == (96, 128)
 
 
+@pytest.mark.slow
 def test_one_negative_embedding_serves_every_prompt(pipe):
     embeds, pooled = pipe.encode_prompt([CAT, "", "blurry"])
     negative = {"negative_prompt_embeds": embeds[2:], "negative_pooled_prompt_embeds": pooled[2:]}
@@ -383,6 +392,7 @@ def test_one_negative_embedding_serves_every_prompt(pipe):
     assert mx.array_equal(by_embeds, pipe([CAT, ""], negative_prompt="blurry", **call).images)
 
 
+@pytest.mark.slow
 def test_numbers_and_sequences_of_any_library_are_taken(pipe):
     plain = {"height": 32, "width": 48, "seed": [3, 9], "guidance_scale": 2.5, "sigmas": [1.0, 0.5]}
     numpy = {
@@ -479,6 +489,7 @@ def test_an_empty_prompt_works(pipe):
 # --- threads and interruption ---
 
 
+@pytest.mark.slow
 def test_a_pipeline_made_in_one_thread_runs_in_others(model):
     made, pictures = [], []
     thread = threading.Thread(target=lambda: made.append(FluxPipeline.from_pretrained(model)))
@@ -621,6 +632,7 @@ def test_what_a_callback_may_not_return_is_refused(pipe, answer, says):
         pipe(CAT, seed=1, callback_on_step_end=callback, **SMALL)
 
 
+@pytest.mark.slow
 def test_a_callback_may_make_a_picture_and_progress_goes_on(pipe):
     stages = []
 

@@ -131,6 +131,7 @@ def second_picture(path, memory):
 
 @pytest.mark.skipif(mx.default_device().type == mx.gpu, reason="what a GPU takes is computed, and was not measured")
 @pytest.mark.parametrize("quantize", ["none", "8", "4"])
+@pytest.mark.core("8")
 def test_every_stage_takes_what_was_predicted(quantize, tmp_path, monkeypatch):
     """On the small model, whose layers are dequantized in as many chunks as those of the real one."""
     for module in ("memory", "models.layers"):
@@ -183,6 +184,7 @@ def test_the_machine_offers_some_memory():
     assert 2**28 < machine_memory() < 2**43
 
 
+@pytest.mark.slow
 def test_the_bench_measures_a_run_and_releases_nothing(command, model, tmp_path):
     """Also where filters are required and none is installed: nobody sees what was drawn."""
     strict = shutil.copytree(model, tmp_path / "strict")

@@ -68,6 +68,7 @@ def test_a_map_is_found_again_from_pictures_that_were_made_with_it():
         fit_latent_rgb(latents, pixels[:, :30])
 
 
+@pytest.mark.slow
 def test_a_map_fitted_to_the_autoencoder_shows_pictures_better_than_their_mean_colour(pipe):
     pictures = [Image.new("RGB", (64, 64), tuple(np.random.default_rng(n).integers(0, 256, 3))) for n in range(24)]
     pictures += [image("images/input.png").resize((64, 64))]
@@ -114,6 +115,7 @@ def test_whose_map_is_taken(pipe, mapped, tmp_path):
             _ = FluxPipeline.from_pretrained(tmp_path / "wrong").folder.latent_rgb
 
 
+@pytest.mark.slow
 def test_a_preview_in_a_file_is_replaced_in_every_step_and_says_what_it_is(
     command, mapped, seen, tmp_path, monkeypatch
 ):
@@ -163,6 +165,7 @@ def test_a_terminal_is_shown_every_step(mapped, seen, tmp_path, terminal):
         ([], "this is no terminal that shows pictures"),
     ],
 )
+@pytest.mark.slow
 def test_where_there_can_be_no_preview_it_is_said_and_the_picture_is_made(command, mapped, tmp_path, options, says):
     code, _, err = command("generate", "--preview", CAT, "-m", mapped, *OPTIONS, *options)
     assert code == (5 if options else 0), err

@@ -461,6 +461,7 @@ def test_a_loss_that_no_picture_stands_is_said(small, tmp_path):
     assert re.fullmatch(r"single blocks, linear1: nvfp4, bfloat16 lost \d+% of it; take more bits", report.notes[0])
 
 
+@pytest.mark.slow
 def test_the_report_is_for_people_and_for_machines(tmp_path, small):
     call = ["convert", *small, "--tokenizers", TOKENIZERS, "-q", "4", "-o", "model", "--json"]
     ran = run_command(*call, cwd=tmp_path)

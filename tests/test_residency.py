@@ -109,6 +109,7 @@ def pipe_with_resident(path, share, **more) -> FluxPipeline:
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "8", "4"])
+@pytest.mark.core("float32")
 def test_streamed_resident_and_half_of_each_give_the_same_bits(models, precision):
     images = []
     for share in (1, 0, 0.6):
@@ -124,6 +125,7 @@ def test_streamed_resident_and_half_of_each_give_the_same_bits(models, precision
     assert np.array_equal(images[0], images[2])
 
 
+@pytest.mark.slow
 def test_a_computed_type_other_than_the_stored_is_streamed_too(models):
     images = [
         pipe_with_resident(models["bfloat16"], share, dtype="float32")(CAT, seed=3, output_type="np", **SMALL).images
@@ -166,6 +168,7 @@ def test_at_most_two_blocks_are_in_buffers(model, monkeypatch):
     assert max(counts) == residency.SLOTS == 2
 
 
+@pytest.mark.slow
 def test_fewer_blocks_are_resident_when_a_picture_needs_more(model):
     pipe = FluxPipeline.from_pretrained(model)
     shares, images = iter((1, 0.5, 0, 1)), []
@@ -182,6 +185,7 @@ def test_fewer_blocks_are_resident_when_a_picture_needs_more(model):
     assert all(np.array_equal(images[0], image) for image in images)
 
 
+@pytest.mark.slow
 def test_a_second_picture_prepares_nothing_again(model):
     pipe, stages = FluxPipeline.from_pretrained(model), []
 
@@ -254,6 +258,7 @@ def test_a_disk_that_fails_is_an_error_with_file_and_tensor(copy, monkeypatch):
         pipe_with_resident(copy, 0)(CAT, seed=1, **SMALL)
 
 
+@pytest.mark.slow
 def test_a_slow_disk_is_waited_for_and_the_wait_can_be_ended(copy, monkeypatch):
     """One read takes a second; `interrupt` waits for those that have begun, and not for all that are left."""
     pipe, original, slow, never = pipe_with_resident(copy, 0), os.preadv, threading.Event(), threading.Event()
@@ -279,6 +284,7 @@ def test_a_slow_disk_is_waited_for_and_the_wait_can_be_ended(copy, monkeypatch):
     assert np.array_equal(pipe(CAT, seed=1, output_type="np", **SMALL).images, expected)
 
 
+@pytest.mark.slow
 def test_no_file_stays_open_and_no_thread_stays_behind(copy):
     def state():
         return len(os.listdir("/proc/self/fd")), threading.active_count()

@@ -125,6 +125,7 @@ def whole(model, tmp_path_factory):
     + [("the text", signal.SIGTERM), ("a step", signal.SIGINT), ("the last step", signal.SIGTERM)]
     + [("the first step", signal.SIGINT), ("decoding", signal.SIGINT)],
 )
+@pytest.mark.core("the first step-9", "a step-2", "decoding-9")
 def test_a_run_that_was_stopped_makes_the_same_file(command, model, whole, tmp_path, where, number):
     stage, done, said = STAGES[where]
     ran = struck(stage, done, number, "generate", CAT, "-m", model, *TINY, cwd=tmp_path)
@@ -169,6 +170,7 @@ def test_every_kind_of_picture_goes_on_from_the_middle(command, generate, tmp_pa
 
 
 @pytest.mark.parametrize("what", ["decoding", "writing"])
+@pytest.mark.core("writing")
 def test_a_failed_decode_or_a_full_disk_is_tried_again_and_nothing_is_sampled_again(
     command, generate, whole, tmp_path, what
 ):
@@ -273,6 +275,7 @@ def test_another_file_that_took_the_name_is_not_taken_for_the_picture(command, t
     assert made["out-2.png"] == whole["out.png"]
 
 
+@pytest.mark.slow
 def test_rows_of_a_prompt_file_follow_though_the_file_is_gone(command, model, tmp_path, monkeypatch):
     rows = [{"prompt": "a frog", "seed": 1}, {"prompt": "x", "stesp": 1}, {"prompt": "a toad", "seed": 2, "steps": 3}]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))

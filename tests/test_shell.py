@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 from helpers import levels
 from PIL import Image
 
@@ -80,6 +81,7 @@ def test_the_model_is_read_once(model, tmp_path):
     assert second < first / 10
 
 
+@pytest.mark.slow
 def test_ctrl_c_takes_back_a_line_or_stops_a_picture_and_the_lines_are_kept(model, tmp_path, home):
     leader, follower = pty.openpty()
     command = [PROGRAM, "shell", "-m", str(model), "--width", "256", "--height", "256", "--steps", "300"]
