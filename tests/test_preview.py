@@ -142,6 +142,7 @@ def test_a_preview_in_a_file_is_replaced_in_every_step_and_says_what_it_is(
 
 
 @pytest.mark.parametrize("terminal", ["TERM_PROGRAM=iTerm.app", "TERM=xterm-kitty"])
+@pytest.mark.core("TERM_PROGRAM=iTerm.app")
 def test_a_terminal_is_shown_every_step(mapped, seen, tmp_path, terminal):
     """Through a pseudo-terminal, and what it was sent decoded back to pixels."""
     variable, value = terminal.split("=")
