@@ -206,6 +206,7 @@ def test_messages_with_long_names_are_shortened():
     assert shortened("as it is " * 40) == "as it is " * 40
 
 
+@pytest.mark.slow
 def test_names_are_printed_safely_at_a_terminal_and_as_they_are_to_a_program(model, tmp_path):
     name = "a\x1b[31m\x07.png"
     ran = run_command("generate", "a", "-m", model, *TINY, "-o", name, cwd=tmp_path)

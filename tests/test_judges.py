@@ -68,6 +68,7 @@ def test_the_command_converts_tries_and_installs_both(installed):
     assert set(Worker().run(judges.open_judges)) == {"nsfw", "pixtral"}
 
 
+@pytest.mark.slow
 def test_what_is_allowed_is_released_and_what_is_not_is_not_even_drawn(installed, krea, tmp_path):
     path, picture = krea
     ran = run_command("generate", ALLOWED, "-m", path, *SIZE, cwd=tmp_path)

@@ -88,6 +88,7 @@ def test_the_smallest_mac_develops_whatever_it_can_draw(quantize):
     assert seen == {True, False}
 
 
+@pytest.mark.slow
 def test_a_picture_in_tiles_that_is_repeated_as_a_whole_says_that_it_is_a_little_different(command, monkeypatch):
     monkeypatch.setattr(tiles, "SIDE", 8)
     monkeypatch.setattr(plan, "SIDE", 8)

@@ -54,6 +54,7 @@ def test_a_contact_sheet_is_known_as_one(command):
     assert (code, "is a contact sheet" in err) == (2, True)
 
 
+@pytest.mark.slow
 def test_an_unfinished_run_is_continued(command, tmp_path):
     """In a copy that names this machine's place of the model."""
     with safe_open(BEFORE / "unfinished.safetensors", "numpy") as file:
