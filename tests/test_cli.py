@@ -248,6 +248,7 @@ def visible(*args):
         assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_signals_that_the_caller_ignores_stay_ignored(model, tmp_path):
     patch = """
 from mlx_flux_krea.commands.shared.terminal import PipelineProgress
@@ -285,6 +286,7 @@ def test_a_prompt_that_is_not_utf8_is_refused(model, tmp_path):
     assert "not valid UTF-8" in ran.stderr
 
 
+@pytest.mark.slow
 def test_progress_is_shown_in_a_terminal_and_nowhere_else(model, tmp_path):
     """Through a real pseudo-terminal: seconds per step and time left."""
     arguments = ["generate", CAT, "-m", model, "--width", 32, "--height", 32, "--steps", 12, "--seed", 1]
@@ -456,6 +458,7 @@ def test_an_output_that_is_a_pipe_is_refused_and_not_replaced(command, tmp_path)
     refused(command("generate", CAT, "-m", "nothing", "--force", "-o", "a.png"), 2, "a.png is a device or a pipe")
 
 
+@pytest.mark.slow
 def test_a_picture_that_grows_beyond_what_the_system_allows_leaves_one_line_and_no_file(model, tmp_path):
     patch = """
 import resource
@@ -496,6 +499,7 @@ def test_output_that_nobody_takes_ends_quietly_and_with_its_code(model, tmp_path
     assert (ran.returncode, ran.stderr) == (code, says)
 
 
+@pytest.mark.slow
 def test_results_are_written_even_when_nobody_reads_what_is_said(model, tmp_path):
     script = f"{Path(sys.executable).parent / 'flux-krea'} generate cat -m {model} {' '.join(SMALL)} 2> /dev/full"
     if not Path("/dev/full").exists():

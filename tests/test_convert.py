@@ -163,6 +163,7 @@ def test_shards_can_be_read_by_the_safetensors_library_in_the_order_of_the_block
     assert changes == 4  # 2 double and 3 single blocks, each in one piece
 
 
+@pytest.mark.slow
 def test_a_shard_never_ends_inside_a_block(source, tmp_path, monkeypatch):
     monkeypatch.setattr(write, "SHARD_BYTES", 100_000)
     path = run(source, out=tmp_path / "out").path
@@ -233,6 +234,7 @@ def test_without_a_scheduler_the_guidance_embedding_decides_the_schedule(tmp_pat
         assert (made.schedule.shift, made.max_sequence_length) == (("dynamic", 512) if guided else ("none", 256))
 
 
+@pytest.mark.slow
 def test_a_model_is_named_after_what_it_is_and_not_after_the_way_to_it(tmp_path, monkeypatch, home):
     """The current folder, a link, and the hub's cache, where a folder is called by its hash and files are links."""
     real = Path(shutil.copytree(PIPELINE, tmp_path / "tiny-krea"))
@@ -975,6 +977,7 @@ convert([sys.argv[1]], sys.argv[2], dtype="float32", tokenizers=sys.argv[3], pro
 """
 
 
+@pytest.mark.slow
 def test_two_conversions_at_once_do_not_disturb_one_another(source, tmp_path):
     command = [sys.executable, "-c", _HELD, source, tmp_path / "out", TOKENIZERS]
     process = subprocess.Popen(

@@ -89,6 +89,7 @@ def test_any_value_in_any_field_is_taken_or_refused_by_name(config, tmp_path):
     assert refused > 5 * len(BAD)
 
 
+@pytest.mark.slow
 def test_any_value_in_a_config_beside_a_single_file_is_taken_or_refused_by_name(singles):
     good, refused = json.loads((singles / "config.json").read_text()), 0
     found = [one for source in open_sources([singles]) for one in layouts.identify(source)]

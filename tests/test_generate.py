@@ -131,6 +131,7 @@ def test_braces_without_a_bar_and_escaped_ones_are_literal(prompt, prompts):
         assert [text for text, _ in rows.alternatives(prompt, 10000)] == prompts
 
 
+@pytest.mark.slow
 def test_how_much_of_a_prompt_is_read_is_said_before_the_work_starts(tiny):
     code, _, err = tiny("{a cat|" + "cat " * 80 + "}")
     assert code == 0
@@ -369,6 +370,7 @@ def test_a_picture_like_diffusers_is_the_picture_that_diffusers_made(tiny, tmp_p
     assert "note: like diffusers, by huggingface/diffusers 58eb52c" in err
 
 
+@pytest.mark.slow
 def test_like_comfy_has_its_schedule_and_its_length_of_t5(tiny, model, tmp_path):
     """The table that ComfyUI shifts by 1.15 at every size, picked from as its scheduler `simple` does."""
     code, _, err = tiny(CAT, "--like", "comfy", "--seed", "1", size=["--width", "64", "--height", "48", "--steps", "7"])
@@ -387,6 +389,7 @@ def test_like_comfy_has_its_schedule_and_its_length_of_t5(tiny, model, tmp_path)
 INPUT = REFERENCE / "images" / "input.png"
 
 
+@pytest.mark.slow
 def test_options_beside_from_change_the_picture(tiny, command, model, tmp_path):
     tiny(CAT, "--like", "comfy", "--seed", "7", "-o", "a.png")
     change = ["a dog", "--seed", "8", "9", "--width", "48", "--steps", "3", "--guidance", "2", "-o", "{seed}.png"]
@@ -456,6 +459,7 @@ def test_a_record_that_cannot_be_followed_is_refused(command, model, tmp_path, m
     assert "b.png has no record of ours" in command("generate", "--from", "b.png", "-m", model)[2]
 
 
+@pytest.mark.slow
 def test_another_image_than_the_record_has_is_noted(tiny, command, model, tmp_path):
     tiny(CAT, "--image", INPUT, "--strength", "1", "-o", "a.png")
     code, _, err = command("generate", "--from", "a.png", "-m", model, "--image", "a.png", "-o", "b.png")

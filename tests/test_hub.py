@@ -138,6 +138,7 @@ def test_the_hubs_own_client_shares_the_cache(served, folder, tmp_path):
     assert contents(Path(found)) == {n: data for n, data in contents(folder).items() if n not in NOT_NEEDED}
 
 
+@pytest.mark.slow
 def test_a_filter_is_fetched_without_its_pickles(tmp_path, tmp_path_factory):
     folder = tmp_path_factory.mktemp("filter") / "nsfw_image_detection"
     shutil.copytree(REFERENCE / "vit", folder)
@@ -179,6 +180,7 @@ def test_of_what_is_published_only_this_is_needed(needed, others):
 # --- cut, stopped and killed ---
 
 
+@pytest.mark.slow
 def test_what_is_cut_goes_on_where_it_ended(served, folder, expected, tmp_path):
     cuts = [random.Random(seed).randrange(1, 900_000) for seed in range(6)]
     served.cut_after = [*cuts[:2], *[10**9] * 4, *cuts[2:]]  # a header, then the files themselves
@@ -285,6 +287,7 @@ def test_a_pause_that_the_hub_asks_for_is_kept(served, expected, tmp_path):
     assert time.monotonic() - begun > 4
 
 
+@pytest.mark.slow
 def test_whoever_is_allowed_gets_what_is_gated(served, tmp_path):
     served.gated, served.tokens = "manual", {"hf_good": "somebody"}
     ran = run(served, tmp_path, HF_TOKEN="hf_good")

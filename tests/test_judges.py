@@ -160,6 +160,7 @@ def test_a_classifier_that_is_not_the_published_file_is_no_filter(installed, kre
     assert command(*arguments)[0] == 0
 
 
+@pytest.mark.slow
 def test_every_entry_of_a_run_with_unknown_filters_names_them(installed, krea, tmp_path, command):
     for name in ("nsfw", "pixtral"):
         assert json.loads((installed / name / "model_index.json").read_text())["weights"] == "unknown"
@@ -172,6 +173,7 @@ def test_every_entry_of_a_run_with_unknown_filters_names_them(installed, krea, t
     assert {tuple(e.get("unknown_filters", ())) for e in entries} == {("nsfw", "pixtral")}
 
 
+@pytest.mark.slow
 def test_a_folder_of_an_earlier_version_is_unknown_unless_it_is_pinned(installed, monkeypatch):
     path = installed / "nsfw" / "model_index.json"
     path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "weights"}))
@@ -184,6 +186,7 @@ def test_a_folder_of_an_earlier_version_is_unknown_unless_it_is_pinned(installed
     assert "unknown" not in load().about
 
 
+@pytest.mark.slow
 def test_an_earlier_record_of_one_picture_still_counts(installed):
     path = installed / "nsfw" / "selftest.json"
     recorded = json.loads(path.read_text())

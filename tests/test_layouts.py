@@ -675,6 +675,7 @@ def refused_in_one_line(file: Path) -> bool:
     return True
 
 
+@pytest.mark.slow
 def test_fuzzed_gguf_headers_are_read_or_refused_in_one_line(model, tmp_path):
     """Bytes changed at random in the header, files cut short, fields replaced by extreme numbers."""
 

@@ -138,6 +138,7 @@ def test_padding_all_around_before_downsampling_is_seen(load, monkeypatch):
     assert rel(mean, nhwc(goldens()["vae.mean"])) > 5e-5
 
 
+@pytest.mark.slow
 def test_sigmas_one_step_off_are_seen_in_latents_and_picture(model, monkeypatch):
     original = sampler.make_sigmas
 
@@ -150,6 +151,7 @@ def test_sigmas_one_step_off_are_seen_in_latents_and_picture(model, monkeypatch)
     assert psnr(result.images[0], image("images/t2i_4.0.png")) < 60
 
 
+@pytest.mark.slow
 def test_an_unshifted_schedule_is_seen(model, monkeypatch):
     original = sampler.make_sigmas
     monkeypatch.setattr(sampler, "make_sigmas", lambda schedule, *args: original(sampler.Schedule(shift="none"), *args))
@@ -174,6 +176,7 @@ def test_noise_drawn_before_the_posterior_is_seen(model, monkeypatch):
 @pytest.mark.parametrize(
     "row", [{"layout": "nhwc"}, {"layout": "packed"}, {"dtype": "bfloat16"}, {"stream": "mlx-key"}], ids=str
 )
+@pytest.mark.slow
 def test_noise_of_another_layout_type_or_stream_is_seen(model, monkeypatch, row):
     monkeypatch.setitem(noise.RECIPES, "diffusers", replace(noise.RECIPES["diffusers"], **row))
     assert run_error(model, "t2i_4") > 1e-4
@@ -187,6 +190,7 @@ def test_the_numbers_of_another_seed_are_seen(model, monkeypatch):
     assert run_error(model, "img2img_8.sample") > 1e-4
 
 
+@pytest.mark.slow
 def test_the_halves_of_box_muller_exchanged_are_seen(model, monkeypatch):
     original = noise._box_muller
     swapped = lambda *args: original(*args).reshape(-1, 2, 8)[:, ::-1].reshape(-1)  # noqa: E731

@@ -272,6 +272,7 @@ def test_every_type_draws_nearly_the_same_picture(draw):
 
 
 @shows("generate", "--memory", "--verbose")
+@pytest.mark.slow
 def test_with_less_memory_less_is_kept_and_the_picture_is_the_same(run, draw):
     """And verbose shows what was predicted beside what was measured."""
     whole, kept = draw(how=QUICK), []
@@ -342,6 +343,7 @@ def test_metadata_and_quality_are_what_the_command_asks_for(run, draw):
 
 
 @shows("generate", "--contact-sheet")
+@pytest.mark.slow
 def test_a_contact_sheet_holds_every_picture_a_row_for_each_prompt(draw):
     *made, path = draw("--contact-sheet", "--seed", "1", "2", "3", prompt="a {red|blue} circle", how=QUICK)
     sheet = np.asarray(Image.open(path))

@@ -186,6 +186,7 @@ def test_bfloat16_noise_is_drawn_in_bfloat16(pipe_bf16, recipe):
     ("recipe", "to_bytes"),
     [("diffusers", np.round), ("bfl", np.floor), ("comfy", np.floor), ("mflux", np.round), ("mlx-examples", np.floor)],
 )
+@pytest.mark.slow
 def test_floats_become_bytes_as_in_the_tool(pipe, recipe, to_bytes):
     call = {"prompt": CAT, "seed": 3, "noise": recipe, **SMALL}
     floats = pipe(**call, output_type="np").images[0]
@@ -350,6 +351,7 @@ def test_the_callback_sees_every_step_and_may_replace_the_latents(pipe):
     assert mx.array_equal(latents, mx.zeros_like(latents))
 
 
+@pytest.mark.slow
 def test_replaced_latents_are_what_the_next_step_starts_from(pipe):
     start = pipe(CAT, seed=1, output_type="latent", **SMALL).images
 
@@ -507,6 +509,7 @@ def test_a_pipeline_made_in_one_thread_runs_in_others(model):
     assert levels(pictures[0], pictures[1]) == levels(pictures[0], pictures[2]) == 0
 
 
+@pytest.mark.slow
 def test_the_low_level_parts_and_results_can_be_used_in_any_thread(pipe):
     latents = pipe(CAT, seed=1, output_type="latent", **SMALL).images
     decoded = []
@@ -562,6 +565,7 @@ def test_of_two_calls_from_two_threads_one_is_stopped_and_the_other_finishes(mod
     assert results == {"first": "interrupted", "second": (48, 32)}
 
 
+@pytest.mark.slow
 def test_a_call_inside_a_callback_is_stopped_without_the_call_around_it(model):
     pipe, stopped = FluxPipeline.from_pretrained(model), []
 
@@ -645,6 +649,7 @@ def test_a_callback_may_make_a_picture_and_progress_goes_on(pipe):
     assert set(stages) == {"decode"}
 
 
+@pytest.mark.slow
 def test_progress_counts_every_stage_to_its_end(model):
     seen = {}
 

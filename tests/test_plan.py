@@ -160,6 +160,7 @@ def test_the_command_draws_within_a_budget_and_shows_what_was_predicted_and_meas
     assert "needs" in err
 
 
+@pytest.mark.slow
 def test_the_command_plans_a_model_and_the_published_one(command, model):
     code, text, _ = command("plan", model, "--width", 64, "--height", 64, "--memory", "1GB")
     assert code == 0

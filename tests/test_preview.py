@@ -173,6 +173,7 @@ def test_where_there_can_be_no_preview_it_is_said_and_the_picture_is_made(comman
     assert f"note: there is no preview: {says}" in err
 
 
+@pytest.mark.slow
 def test_models_without_a_map_and_those_that_need_filters_have_no_preview(command, model, mapped, tmp_path):
     _, _, err = command("generate", CAT, "-m", model, *OPTIONS, "--preview", "now.png")
     assert "note: there is no preview: this model has no latent_rgb" in err

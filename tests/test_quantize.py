@@ -125,6 +125,7 @@ def drawn(path: Path, dtype: str | None = None) -> tuple:
 
 
 @pytest.mark.parametrize(("bits", "group"), MODES)
+@pytest.mark.core("8-32", "4-64", "nvfp4-None")
 def test_a_quantized_folder_draws_what_its_dequantized_weights_draw(make, tmp_path, bits, group):
     """The other folder holds what mlx's own dequantize makes of these weights."""
     path = make(bits, group).path
@@ -344,6 +345,7 @@ def test_a_folder_is_as_large_as_its_bits(make, bits, group):
         assert component.parameters == sum(g.parameters for g in report.groups if g.component == component.name)
 
 
+@pytest.mark.slow
 def test_the_bytes_depend_on_source_and_recipe_alone(small, make, tmp_path):
     again = convert(small, tmp_path / "again", quantize="4", dtype="bfloat16", tokenizers=TOKENIZERS).path
     path = make("4", dtype="bfloat16").path
@@ -354,6 +356,7 @@ def test_the_bytes_depend_on_source_and_recipe_alone(small, make, tmp_path):
     assert filecmp.cmpfiles(path, through, weights, shallow=False)[1:] == ([], [])
 
 
+@pytest.mark.slow
 def test_a_layer_that_no_group_divides_is_left_and_listed(tmp_path):
     """T5 of the reference's pipeline is 14 wide."""
     report = convert([PIPELINE], tmp_path / "tiny", quantize="mxfp4", tokenizers=TOKENIZERS)
@@ -658,6 +661,7 @@ def test_verify_accepts_what_was_written(make, tmp_path):
     assert (ran.returncode, ran.stdout) == (0, f"{tmp_path / 'home' / 'models' / 'mine'}\n"), ran.stderr
 
 
+@pytest.mark.slow
 def test_verify_names_what_differs_is_missing_or_is_not_listed(folder, tmp_path):
     shard = folder / "vae" / "model-00001-of-00001.safetensors"
     data = bytearray(shard.read_bytes())
