@@ -16,8 +16,7 @@ from .presets import SCHNELL_FILES, SCHNELL_REPOSITORIES
 HIDDEN_SIZE, NUM_HEADS = 3072, 24  # of FLUX.1 and of whatever is derived from it, at any depth
 SMALLEST = 1024  # hidden size below which a transformer is a toy, and requires nothing
 
-DEV = "flux-1-dev-non-commercial"  # licence ids of our own folders
-APACHE = "apache-2.0"
+DEV = "flux-1-dev-non-commercial"  # licence id of our own folders
 
 # The licence's own words, which a text beside weights is recognised by, whatever its file is called.
 _DEV_TEXT = re.compile(

@@ -43,7 +43,7 @@ THIRDS = ("above", "below")  # where a third thing is, when the first is left of
 CANVASES = ((96, 96), (112, 80), (80, 112), (128, 64), (64, 128), (128, 96), (96, 128))
 """Width and height; the first is the native size."""
 UNSAID = ("background", "colour", "place")
-"""What a sentence may leave out: the background of any scene, the colour of a single thing, the places of two."""
+"""Parts that a sentence may leave out: the background of any scene, the colour of a single thing, the places of two."""
 UNSAID_BACKGROUNDS = ("white", "blue", "yellow", "black")
 """A background that the sentence leaves out is plain, in the first of these colours that none of the things has."""
 _GAP = 3  # pixels between things, and to the border
