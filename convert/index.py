@@ -43,7 +43,7 @@ def make_index(
     source = components["transformer"].source
     inside = source.component or source.folder.name == "transformer"
     root = source.folder.resolve().parent if inside else source.path
-    name, names = _names(root)
+    name, names, repository = _names(root)
     family = _family(config, names, evidence)
     is_fast = family.hint == presets.SCHNELL.hint or not (config.guidance_embed or family == presets.DE_DISTILLED)
     scheduler = root / "scheduler" / "scheduler_config.json"
@@ -60,6 +60,7 @@ def make_index(
         schedule=schedule,
         defaults=family.defaults,
         converter=__version__,
+        repository=repository,
     )
 
 
@@ -70,22 +71,25 @@ def make_filter_index(component: SourceComponent, config) -> FilterIndex:
         component: its layout.
         config: its sizes.
     """
-    name, _ = _names(component.source.folder.resolve())
+    name = _names(component.source.folder.resolve())[0]
     for published, base in ((NSFW_VIT, "Falconsai/nsfw_image_detection"), (PIXTRAL_12B, "Pixtral 12B")):
         if config == published:
             return FilterIndex(name, base, "apache-2.0", converter=__version__)
     return FilterIndex(name, "a network of other sizes", "unknown", converter=__version__)
 
 
-def _names(root: Path) -> tuple[str, list[str]]:
-    """Returns the name of a source, and every name of it that may tell the family.
+def _names(root: Path) -> tuple[str, list[str], str]:
+    """Returns the name of a source, every name of it that may tell the family, and its repository on the hub.
 
-    In the hub's cache (models--ORG--NAME/snapshots/HASH, files there being links to blobs/HASH) the name is NAME.
+    In the hub's cache (models--ORG--NAME/snapshots/HASH, files there being links to blobs/HASH) the name is NAME, the
+    repository ORG/NAME; elsewhere the repository is not known and empty.
     """
     real = root.resolve()
-    hub = [part.split("--")[-1] for part in real.parts if part.startswith("models--")]
-    name = root.stem if root.is_file() else hub[-1] if hub and real.parent.name == "snapshots" else real.name
-    return name.lstrip(".") or "model", [n.lower() for n in (root.name, real.name, *hub)]
+    hub = [part.removeprefix("models--").replace("--", "/", 1) for part in real.parts if part.startswith("models--")]
+    repository = hub[-1] if hub and (root.is_file() or real.parent.name == "snapshots") else ""
+    name = root.stem if root.is_file() else repository.rpartition("/")[2] or real.name
+    names = [n.lower() for n in (root.name, real.name, *(part.rpartition("/")[2] for part in hub))]
+    return name.lstrip(".") or "model", names, repository
 
 
 def _family(config: configs.FluxConfig, names: list[str], evidence: Evidence) -> presets.Family:

@@ -4,6 +4,7 @@ The folder is $FLUX_KREA_HOME, else the platform's folder for application data. 
 """
 
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -66,11 +67,47 @@ def named(model: str | os.PathLike) -> Path:
     return at if at.exists() else ({"nano": NANO} | installed_models()).get(str(model), at)
 
 
+def is_hub_id(model: str | os.PathLike) -> bool:
+    """Recognises the form of a repository's name on the hub: OWNER/NAME."""
+    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(model)))
+
+
+def _converted_from(repository: str) -> Path | None:
+    """Returns the installed model that was converted from a repository of the hub.
+
+    A source that was no part of the hub's cache has only a name, of a folder or file, to compare: letters and digits.
+
+    Raises:
+        ModelError: several were, and none of them is the default.
+    """
+    if not is_hub_id(repository):
+        return None
+    found = {}
+    for name, folder in installed_models().items():
+        try:
+            index = read_json(folder / "model_index.json")
+        except ModelError:  # one that is damaged is no answer
+            continue
+        recorded = index.get("repository") or index.get("name")
+        asked = repository if index.get("repository") else repository.partition("/")[2]
+        if _letters(recorded) == _letters(asked):
+            found[name] = folder
+    if len(found) > 1 and (default := default_model()) not in found:
+        todo = "name one, or make it the default: flux-krea models default NAME"
+        raise ModelError(f"several installed models were made from {repository}: {', '.join(found)}", "", todo)
+    return found[default] if len(found) > 1 else next(iter(found.values()), None)
+
+
+def _letters(name: object) -> str:
+    return re.sub(r"[^a-z0-9/]", "", str(name).lower())
+
+
 def find_model(model: str | os.PathLike | None) -> Path:
     """Returns the folder of a model.
 
     Args:
-        model: a path, or the name of an installed model or `nano`; None: the default, or the only installed one.
+        model: a path, the name of an installed model or `nano`, or the hub id that one was converted from; None: the
+            default, or the only installed one.
 
     Raises:
         ModelError: no such model, or several are installed and none was named.
@@ -86,8 +123,13 @@ def find_model(model: str | os.PathLike | None) -> Path:
         todo = "install one: flux-krea setup, name a folder with `model`, or name the small model, nano"
         raise ModelError(f"no model is installed in {path(MODELS)}", "", todo)
     at = named(model)
+    if not at.exists() and (converted := _converted_from(str(model))):
+        return converted
     if not at.exists():
         known = f"a path, or one of {', '.join(['nano', *installed_models()])}"
+        if is_hub_id(model):
+            found = f"{model} is no folder here, and no installed model was converted from it"
+            raise ModelError(found, known, f"convert it: flux-krea convert {model} (flux-krea setup does everything)")
         raise ModelError(
             f"there is no model {str(model)!r}", known, "convert a downloaded folder: flux-krea convert FOLDER"
         )

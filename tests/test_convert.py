@@ -270,6 +270,9 @@ def test_the_family_is_known_by_the_name_in_the_hubs_cache(tmp_path):
     for path in (file, file.parent, tmp_path / "link.safetensors", tmp_path / "flux1-krea-dev.safetensors"):
         assert base(path) == "FLUX.1 Krea [dev]"
     assert base(tmp_path / "flux1-dev") == "FLUX.1 [dev]"
+    for path in (file, file.parent, tmp_path / "link.safetensors"):
+        assert index._names(path)[2] == "black-forest-labs/FLUX.1-Krea-dev"
+    assert index._names(tmp_path / "flux1-krea-dev.safetensors")[2] == ""
 
 
 # --- full scale, names and shapes only ---

@@ -52,6 +52,41 @@ def test_nothing_installed_is_said_with_what_to_type(command):
     assert command("models", "--json")[:2] == (0, "[]\n")
 
 
+@pytest.mark.parametrize(
+    ("recorded", "asked", "is_found"),
+    [
+        ({"repository": "black-forest-labs/FLUX.1-Krea-dev"}, "black-forest-labs/FLUX.1-Krea-dev", True),
+        ({"repository": "black-forest-labs/FLUX.1-Krea-dev"}, "Black-Forest-Labs/flux.1-krea-dev", True),
+        ({"repository": "somebody/FLUX.1-Krea-dev"}, "black-forest-labs/FLUX.1-Krea-dev", False),
+        ({"name": "FLUX.1-Krea-dev"}, "black-forest-labs/FLUX.1-Krea-dev", True),  # from a folder of that name
+        ({"name": "flux1-krea-dev"}, "black-forest-labs/FLUX.1-Krea-dev", True),  # from the published single file
+        ({"name": "flux1-dev"}, "black-forest-labs/FLUX.1-Krea-dev", False),
+        ({"name": "FLUX.1-Krea-dev"}, "FLUX.1-Krea-dev", False),  # no hub id
+    ],
+)
+def test_a_hub_id_opens_the_model_that_was_converted_from_it(two, recorded, asked, is_found):
+    edit_json(two / "models" / "two" / "model_index.json", **recorded)
+    if is_found:
+        assert find_model(asked) == two / "models" / "two"
+    else:
+        with pytest.raises(ModelError, match="flux-krea convert"):
+            find_model(asked)
+
+
+def test_a_hub_id_with_nothing_installed_is_answered_with_the_command_that_converts_it(two):
+    with pytest.raises(ModelError, match="flux-krea convert owner/name"):
+        find_model("owner/name")
+
+
+def test_of_several_models_from_one_hub_id_the_default_is_meant(command, two):
+    for name in ("one", "two"):
+        edit_json(two / "models" / name / "model_index.json", repository="owner/name")
+    with pytest.raises(ModelError, match=r"made from owner/name: one, two; .*models default NAME"):
+        find_model("owner/name")
+    assert command("models", "default", "two")[0] == 0
+    assert find_model("owner/name") == two / "models" / "two"
+
+
 def test_the_default_is_one_truth_for_command_config_and_python(command, two, tmp_path):
     with pytest.raises(ModelError, match="flux-krea models default NAME"):
         find_model(None)

@@ -300,6 +300,7 @@ class ModelIndex:
     source: tuple[SourceFile, ...] = field(default=())
     converter: str = ""
     latent_rgb: tuple[tuple[float, ...], ...] = ()  # colours of its latents, for previews: `preview.py`
+    repository: str = ""  # ORG/NAME on the hub that the transformer came from, where the source shows it
     format: Annotated[int, 1, 2**30] = 1
 
     def problem(self) -> str | None:
