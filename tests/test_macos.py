@@ -3,8 +3,10 @@
 import os
 import platform
 import select
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -51,6 +53,22 @@ def test_the_machine_stays_awake_as_long_as_the_block_and_no_longer_than_the_pro
         assert started[0].poll() is None
     assert started[0].poll() is not None
     os.close(ready)
+
+
+def test_a_program_that_ignores_the_request_to_end_holds_nobody_up(mac):
+    """A child inherits signals that its parent ignores, as `signals.finish` leaves them after every verb."""
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    ready = os.open(mac / "ready", os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        start = time.perf_counter()
+        for _ in range(2):
+            with macos.awake():
+                assert select.select([ready], [], [], 30)[0]
+                os.read(ready, 100)
+        assert time.perf_counter() - start < 20
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        os.close(ready)
 
 
 def test_a_machine_without_caffeinate_runs_all_the_same(mac, monkeypatch):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from mlx_flux_krea.errors import UsageError
 
+_PATIENCE = 5  # seconds for a killed program to end
 NEVER_INDEX = ".metadata_never_index"  # Spotlight ignores a folder that holds a file of this name
 
 
@@ -30,8 +31,9 @@ def awake() -> Iterator[None]:
         yield
     finally:
         if process:
-            process.terminate()
-            process.wait()
+            process.kill()  # a child inherits an ignored SIGTERM: `signals.finish` ignores it
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(_PATIENCE)  # it ends with this process in any case, see -w
 
 
 def exclude(folder: Path) -> None:
