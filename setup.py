@@ -1,5 +1,15 @@
 """Long description for PyPI: README.md with absolute links. Everything else is declared in pyproject.toml."""
 
+# ruff: noqa: UP036
+import sys
+
+if sys.version_info < (3, 11):  # Apple's own Python is 3.9, and its pip asks here before it reads requires-python
+    found = "{}.{} ({})".format(*sys.version_info[:2], sys.executable)
+    sys.exit(
+        "\n\nmlx-flux-krea needs Python 3.11 or later, and this is Python " + found + ".\n"
+        "Install a newer one from https://www.python.org, or let uv fetch one: uv tool install --python 3.12 .\n"
+    )
+
 import re
 import tomllib
 from pathlib import Path

@@ -221,3 +221,15 @@ spec.loader.exec_module(module)
     for path in (other, ROOT / "convert"):
         assert str(path) in last
     assert f"pip install -e {tmp_path}" in last
+
+
+def test_an_older_python_gets_a_sentence_to_read_instead_of_a_traceback():
+    """Apple's is 3.9; pip of that age runs setup.py before it reads requires-python."""
+    text = (ROOT / "setup.py").read_text()
+    ast.parse(text, feature_version=(3, 9))
+    program = f"import sys; sys.version_info = (3, 9, 6, 'final', 0)\nexec({text!r})"
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert ran.returncode == 1
+    assert "needs Python 3.11 or later, and this is Python 3.9" in ran.stderr
+    assert "uv tool install" in ran.stderr
+    assert "Traceback" not in ran.stderr
