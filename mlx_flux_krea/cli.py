@@ -31,6 +31,7 @@ signals.install()  # before anything that takes time
 import contextlib
 import errno
 import importlib
+import re
 import traceback
 from dataclasses import dataclass
 
@@ -112,8 +113,9 @@ def cli():
 
     \b
     Examples:
-      flux-krea convert FLUX.1-Krea-dev -o krea
-      flux-krea generate "a frog holding a sign" -m krea -o frog.png
+      flux-krea demo
+      flux-krea setup
+      flux-krea generate "a frog holding a sign" -o frog.png
     """
 
 
@@ -158,10 +160,14 @@ def _report(error: Exception) -> int:
         from mlx_flux_krea.commands.shared.options import with_option_names
 
         return _fail(with_option_names(str(error)), error.exit_code)
+    if isinstance(error, click.exceptions.NoArgsIsHelpError):
+        click.echo(error.format_message(), err=True)
+        return error.exit_code
     if isinstance(error, click.ClickException):
         context = getattr(error, "ctx", None)
         command = context.command_path if context else "flux-krea"
-        return _fail(f"{error.format_message().rstrip('.?')}; try {command} --help", 2)
+        message = re.sub(r"\s*[\n\t]\s*", " ", error.format_message())  # of lists, a line for each item
+        return _fail(f"{message.rstrip('.?')}; try {command} --help", 2)
     if isinstance(error, OSError):
         return _os_error(error)
     traceback.print_exception(error)

@@ -22,6 +22,7 @@ LICENCES = "licences.json"  # texts that a person has agreed to
 PRODUCTS = "products.json"  # how quantized layers multiply fastest on this machine
 HISTORY = "history"  # lines typed in the shell
 
+NANO_NAME = "nano"  # of the small model
 NANO = Path(__file__).parent / "nano" / "model"  # comes with the package
 
 
@@ -64,7 +65,7 @@ def default_model() -> str | None:
 def named(model: str | os.PathLike) -> Path:
     """Returns the folder of an installed model, or of `nano`, if nothing lies at a path of that name; else the path."""
     at = Path(os.path.expanduser(model))
-    return at if at.exists() else ({"nano": NANO} | installed_models()).get(str(model), at)
+    return at if at.exists() else ({NANO_NAME: NANO} | installed_models()).get(str(model), at)
 
 
 def is_hub_id(model: str | os.PathLike) -> bool:
@@ -126,7 +127,7 @@ def find_model(model: str | os.PathLike | None) -> Path:
     if not at.exists() and (converted := _converted_from(str(model))):
         return converted
     if not at.exists():
-        known = f"a path, or one of {', '.join(['nano', *installed_models()])}"
+        known = f"a path, or one of {', '.join([NANO_NAME, *installed_models()])}"
         if is_hub_id(model):
             found = f"{model} is no folder here, and no installed model was converted from it"
             raise ModelError(found, known, f"convert it: flux-krea convert {model} (flux-krea setup does everything)")

@@ -48,8 +48,9 @@ def test_what_is_installed_is_listed_with_size_precision_and_licence(command, tw
 
 def test_nothing_installed_is_said_with_what_to_type(command):
     code, out, err = command("models")
-    assert (code, out, "flux-krea setup" in err) == (0, "", True)
-    assert command("models", "--json")[:2] == (0, "[]\n")
+    assert (code, out.split()[4:6], "flux-krea setup" in err) == (0, ["nano", "built"], True)
+    (one,) = json.loads(command("models", "--json")[1])
+    assert (one["name"], one["kind"]) == ("nano", "built in")
 
 
 @pytest.mark.parametrize(
@@ -181,10 +182,11 @@ def test_a_whole_installation_is_called_so(command, two):
     assert re.search(r"^model two ", command("doctor")[1], re.M)
 
 
-def test_an_empty_home_is_wrong_and_stays_empty(command, home):
-    code, _, wrong, err = examined(command)
-    assert (code, [one["error"] for one in wrong]) == (3, ["none is installed; flux-krea setup"])
-    assert "1 thing is wrong" in err
+def test_an_empty_home_is_not_wrong_and_stays_empty(command, home):
+    """The small model is there for everybody."""
+    code, found, wrong, _ = examined(command)
+    assert (code, wrong) == (0, [])
+    assert found["models"] == "none but the built-in one; install one: flux-krea setup"
     assert not home.exists()
 
 

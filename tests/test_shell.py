@@ -33,7 +33,7 @@ def test_lines_are_prompts_and_options_change_what_follows(model, tmp_path):
         "a {cat|dog}",
         "/w 48",
         "/s 7",
-        "/n 2",
+        "/steps 2",
         "/g 3",
         "/output {seed}-{prompt}.png",
         "a frog",
@@ -108,7 +108,7 @@ def test_ctrl_c_takes_back_a_line_or_stops_a_picture_and_the_lines_are_kept(mode
         os.write(leader, b"a frog\n")
         wait_for(b"1 picture: ")
         press_ctrl_c(b"interrupted")
-        os.write(leader, b"/n 1\n/w 32\n/h 32\na toad\n")
+        os.write(leader, b"/steps 1\n/w 32\n/h 32\na toad\n")
         wait_for(b"out.png")
         os.write(leader, b"/q\n")
         assert process.wait(30) == 0

@@ -1,6 +1,5 @@
 """flux-krea bench: the speed of this machine with a model, as a line to share."""
 
-import json
 import platform
 import time
 from importlib.metadata import version
@@ -17,7 +16,7 @@ from mlx_flux_krea.presets import CHIPS, FIRST_PROMPT
 from .shared.estimates import device, this_chip
 from .shared.options import DTYPE, MODEL_DEFAULT, MODEL_HELP, SIDE
 from .shared.terminal import Console, PipelineProgress
-from .shared.text import size, stage_times
+from .shared.text import json_text, size, stage_times
 
 
 @click.command()
@@ -52,7 +51,7 @@ def bench(model, width, height, steps, memory, dtype, as_json):
     facts = _facts(pipe, shape, result=result, seconds=seconds)
     if facts["wanting"]:
         console.say(f"note: {facts['wanting']}")
-    click.echo(json.dumps(facts) if as_json else _line(facts))
+    click.echo(json_text(facts) if as_json else _line(facts))
 
 
 def _measure(pipe: FluxPipeline, shape: tuple[int, int], *, steps: int, console: Console) -> tuple[Result, float]:

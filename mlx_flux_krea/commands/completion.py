@@ -3,6 +3,8 @@
 import click
 from click.shell_completion import get_completion_class, shell_complete
 
+# A new Mac's zsh defines `compdef` only after `compinit`; -i passes over folders that others may write.
+_LOAD_COMPDEF = "(( $+functions[compdef] )) || { autoload -Uz compinit && compinit -i }"
 VARIABLE = "_FLUX_KREA_COMPLETE"  # set by the shell's script when it asks for completions
 
 
@@ -23,7 +25,8 @@ def completion(context, shell):
     kind = get_completion_class(shell)
     assert kind, shell  # click has a class for each choice
     script = kind(context.find_root().command, {}, "flux-krea", VARIABLE)
-    click.echo(script.source_template % script.source_vars())
+    text = script.source_template % script.source_vars()
+    click.echo(text.replace("    compdef ", f"    {_LOAD_COMPDEF}\n    compdef "))
 
 
 def answer(group: click.Group, instruction: str) -> int:

@@ -1,15 +1,13 @@
 """flux-krea config: generate's default options, kept in a file."""
 
-import json
-
 import click
 
-from mlx_flux_krea.errors import UsageError
+from mlx_flux_krea.errors import UsageError, printable
 
 from .shared import settings
-from .shared.options import LASTING, cast
+from .shared.options import LASTING, cast, find_name
 from .shared.terminal import Console
-from .shared.text import table
+from .shared.text import json_text, table
 
 
 @click.command()
@@ -26,6 +24,7 @@ def config(option, value, unset, as_json):
     Examples:
       flux-krea config
       flux-krea config steps 20
+      flux-krea config steps
       flux-krea config steps --unset
     """
     console, options = Console(), settings.read()
@@ -33,16 +32,28 @@ def config(option, value, unset, as_json):
         options = _changed(options, option, value=" ".join(value), unset=unset)
         settings.write(options)
         console.say(f"written to {settings.path()}")
-    elif option or unset:
-        raise UsageError(f"there is no value for {option}" if option else "--unset has no option", "both")
+    elif unset:
+        raise UsageError("--unset has no option", "both", "name one, such as steps")
     else:
         settings.checked(options)
+        options = options if option is None else _only(options, option, console)
     if as_json:
-        click.echo(json.dumps(options))
+        click.echo(json_text(options))
+    elif option and not value and not unset:
+        for text in options.values():
+            click.echo(printable(str(text)))
     elif options:
         click.echo(table(sorted(options.items())))
     else:
         console.say(f"no option is set in {settings.path()}")
+
+
+def _only(options: dict, option: str, console: Console) -> dict:
+    """Returns one of the options that are set; without it, says that generate's own default holds."""
+    name = find_name(option, LASTING)
+    if name not in options:
+        console.say(f"{name} is not set: generate's default holds")
+    return {n: value for n, value in options.items() if n == name}
 
 
 def _changed(options: dict, option: str, *, value: str, unset: bool) -> dict:
@@ -52,7 +63,7 @@ def _changed(options: dict, option: str, *, value: str, unset: bool) -> dict:
     if value:
         name, _ = cast(option, value, LASTING)
         return options | {name: value}
-    name = option.lstrip("-").replace("-", "_")
+    name = find_name(option, LASTING)
     if name not in options:
-        raise UsageError(f"{option} is not set", f"one of {', '.join(options) or 'nothing'}")
+        raise UsageError(f"{option} is not set", f"one of {', '.join(options)}" if options else "")
     return {n: v for n, v in options.items() if n != name}

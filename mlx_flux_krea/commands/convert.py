@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +15,7 @@ from .shared import signals
 from .shared.conversion import convert_sources
 from .shared.options import DTYPE, FILE
 from .shared.terminal import Console, say_path
-from .shared.text import number, size, table
+from .shared.text import json_text, number, size, table
 
 
 @click.command()
@@ -56,7 +55,7 @@ def convert(sources: tuple[Path, ...], output: Path | None, as_json: bool, **opt
     _tell(report, console)
     console.say(f"{report.base}, in {time.perf_counter() - start:.1f} s")
     if as_json:
-        click.echo(json.dumps({**dataclasses.asdict(report), "path": str(report.path)}))
+        click.echo(json_text({**dataclasses.asdict(report), "path": str(report.path)}))
     else:
         say_path(report.path)
 

@@ -4,7 +4,6 @@ Each examination imports its own libraries, so that one that cannot be imported 
 """
 
 import contextlib
-import json
 import os
 import platform
 import random
@@ -23,7 +22,7 @@ from mlx_flux_krea.errors import FiltersError, FluxKreaError, ModelError, Resour
 from mlx_flux_krea.files import bypass, forget
 
 from .shared import macos
-from .shared.text import size, table
+from .shared.text import json_text, size, table
 
 _ENOUGH = 2**26  # bytes of a file that shows the speed of a disk
 _SECONDS = 1.0  # of reading it, at most
@@ -63,7 +62,7 @@ def doctor(full, as_json):
             rows.append((finding.name, without_paths(text)))
     if as_json:
         wrong = [{"error": without_paths(str(error)), "exit_code": error.exit_code} for error in errors]
-        click.echo(json.dumps({"findings": dict(rows), "wrong": wrong}, ensure_ascii=False))
+        click.echo(json_text({"findings": dict(rows), "wrong": wrong}))
     else:
         click.echo(table(rows))
     if errors:
@@ -192,15 +191,18 @@ def _hub(full: bool) -> list[Finding]:
 
 
 def _models(full: bool) -> list[Finding]:
-    from .shared.installed import find_installed
+    from .shared.installed import built_in, find_installed
 
-    findings = []
-    for one in find_installed():
-        if one.kind == "model":
+    findings, installed = [], find_installed()
+    for one in installed + built_in():
+        if one.kind != "filter":
             text = f"{size(one.bytes)}, {one.precision}, {one.license}, filters {one.filters}, complete by size"
-            error = ModelError(one.problem, "", "convert it again: flux-krea setup") if one.problem else None
+            todo = "convert it again: flux-krea setup" if one.kind == "model" else "install flux-krea again"
+            error = ModelError(one.problem, "", todo) if one.problem else None
             findings.append(Finding(f"model {one.name}", text + ", default" * one.default, error))
-    return findings or [Finding("models", "", ModelError("none is installed", "", "flux-krea setup"))]
+    if not any(one.kind == "model" for one in installed):
+        findings.append(Finding("models", "none but the built-in one; install one: flux-krea setup"))
+    return findings
 
 
 _EXAMINATIONS: dict[str, Callable[[bool], list[Finding]]] = {

@@ -1,6 +1,5 @@
 """flux-krea inspect: describes a file or folder from its headers, without reading tensors."""
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from mlx_flux_krea.provenance import FORMATS, read_picture
 from mlx_flux_krea.weights import ModelFolder, count_parameters, open_folder
 
 from .shared.options import FILE
-from .shared.text import number, size, table
+from .shared.text import flattened, json_text, number, size, table
 
 
 @click.command()
@@ -41,7 +40,7 @@ def inspect(path, as_json):
         facts, lines = _model(path)
     else:
         facts, lines = _foreign(path)
-    click.echo(_json(facts) if as_json else "\n".join(map(printable, lines.split("\n"))))
+    click.echo(json_text(facts) if as_json else "\n".join(map(printable, lines.split("\n"))))
 
 
 def _picture(path: Path) -> tuple[dict[str, Any], str]:
@@ -52,7 +51,7 @@ def _picture(path: Path) -> tuple[dict[str, Any], str]:
     about = {"made by": facts["source_type"] or "unknown", "software": facts["software"] or "unknown"}
     if facts["record"] is None and facts["parameters"]:
         about["parameters"] = facts["parameters"]
-    return {"kind": "picture", **facts}, table(list((about | (facts["record"] or {})).items()))
+    return {"kind": "picture", **facts}, table(flattened(about | (facts["record"] or {})))
 
 
 def _model(path: Path) -> tuple[dict[str, Any], str]:
@@ -125,9 +124,3 @@ def _foreign(path: Path) -> tuple[dict[str, Any], str]:
             rows.append((source.path.name, layout, types, count, number(parameters), size(stored)))
     problems = [fact["problem"] for fact in facts if fact["problem"]]
     return {"kind": "weights", "sources": facts}, "\n".join([table(rows, right=(3, 4, 5)), *problems])
-
-
-def _json(facts: dict[str, Any]) -> str:
-    """Formats facts as JSON; characters that control a terminal are escaped."""
-    text = json.dumps(facts, ensure_ascii=False)
-    return text if text.isprintable() else json.dumps(facts)

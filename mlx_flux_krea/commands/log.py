@@ -1,6 +1,5 @@
 """flux-krea log: verifies and exports the log of checks and releases."""
 
-import json
 from collections import Counter
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from mlx_flux_krea.filters.log import Log
 from mlx_flux_krea.provenance import SOFTWARE
 
 from .shared.terminal import Console, say_path
+from .shared.text import json_text
 
 
 @click.group()
@@ -47,7 +47,7 @@ def export():
         "models": Counter(run.get("model", "unknown") for run in runs),
         "reviewers": Counter(entry["reviewer"] for entry in entries if "reviewer" in entry),
     }
-    click.echo(json.dumps({**summary, "entries": entries}))
+    click.echo(json_text({**summary, "entries": entries}))
 
 
 def _read() -> tuple[Path, list[dict]]:

@@ -1,6 +1,6 @@
 """flux-krea models: lists, removes and chooses the default model."""
 
-import json
+import difflib
 from dataclasses import asdict
 
 import click
@@ -11,9 +11,9 @@ from mlx_flux_krea.errors import ModelError
 from mlx_flux_krea.weights import open_model
 
 from .shared import settings
-from .shared.installed import Installed, find_installed
+from .shared.installed import BUILT_IN, Installed, built_in, find_installed
 from .shared.terminal import Console, confirmed
-from .shared.text import size, table
+from .shared.text import json_text, size, table
 
 
 @click.group(invoke_without_command=True)
@@ -32,24 +32,24 @@ def models(context, as_json):
     """
     if context.invoked_subcommand:
         return
-    installed = find_installed()
+    installed = find_installed() + built_in()
     if as_json:
-        click.echo(json.dumps([{**asdict(one), "path": str(one.path)} for one in installed], ensure_ascii=False))
-    elif installed:
+        click.echo(json_text([{**asdict(one), "path": str(one.path)} for one in installed]))
+    else:
         rows = [("name", "", "size", "precision", "licence", "")]
         for one in installed:
             state = one.problem or ("default" if one.default else "")
             rows.append((one.name, one.kind, size(one.bytes), one.precision, one.license, state))
         click.echo(table(rows, right=(2,)))
-    else:
-        Console().say(f"nothing is installed in {home.root()}: flux-krea setup")
+        if not any(one.kind == "model" for one in installed):
+            Console().say(f"no other model is in {home.root()}; install one: flux-krea setup")
 
 
 @models.command()
 @click.argument("name")
 def default(name):
     """Make NAME the default model."""
-    open_model(_find(name, "model").path)
+    open_model(_find(name, ("model",)).path)
     settings.set_model(name)
     Console().say(f"{name} is the default model now")
 
@@ -59,7 +59,7 @@ def default(name):
 @click.option("--yes", is_flag=True, help="Delete without asking.")
 def rm(name, yes):
     """Delete the model or filter NAME."""
-    console, one = Console(), _find(name)
+    console, one = Console(), _find(name, ("model", "filter"))
     if not confirmed(f"delete {one.path}, {size(one.bytes)}", yes):
         console.say("nothing was deleted")
         return
@@ -70,15 +70,20 @@ def rm(name, yes):
     console.say(f"{name} was a link: its target is still there" if linked else f"{size(one.bytes)} freed")
 
 
-def _find(name: str, kind: str | None = None) -> Installed:
-    """Finds an installed model or filter by name; a model comes before a filter of the same name.
+def _find(name: str, kinds: tuple[str, ...]) -> Installed:
+    """Finds a model or filter by name; a model comes before a filter of the same name.
 
     Raises:
-        ModelError: there is none.
+        ModelError: there is none, or none of these kinds.
     """
-    candidates = [one for one in find_installed() if kind in (None, one.kind)]
+    known = find_installed() + (built_in(always=True) if "filter" not in kinds else [])
+    candidates = [one for one in known if one.kind in (*kinds, BUILT_IN)]
     for one in candidates:
         if one.name == name:
             return one
-    names = ", ".join(one.name for one in candidates) or "nothing is"
-    raise ModelError(f"no {kind or 'model or filter'} is installed as {name!r}", names, "see flux-krea models")
+    if name == home.NANO_NAME:
+        raise ModelError(f"{name} is built in, and cannot be removed")
+    names = [one.name for one in candidates]
+    near = difflib.get_close_matches(name, names, 1)
+    todo = f"did you mean {near[0]}?" if near else "see flux-krea models"
+    raise ModelError(f"no {' or '.join(kinds)} is installed as {name!r}", ", ".join(names), todo)

@@ -1,6 +1,5 @@
 """flux-krea plan: predicts memory, disk and bandwidth of a picture, before anything is loaded or downloaded."""
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,7 +15,7 @@ from mlx_flux_krea.weights import open_model
 from .shared.estimates import step_seconds, this_chip, weigh_recipe
 from .shared.installed import disk_bytes
 from .shared.options import DTYPE
-from .shared.text import size, table
+from .shared.text import json_text, size, table
 
 _BACKEND = {
     "gpu": "peaks on Metal: computed, not measured",
@@ -47,7 +46,7 @@ def plan(model, width, height, memory, dtype, as_json):
         facts, text = _published(width or 1024, height or 1024, budget=budget, dtype=dtype or "bfloat16")
     else:
         facts, text = _model(model, width, height, budget=budget, dtype=dtype)
-    click.echo(json.dumps(facts) if as_json else text)
+    click.echo(json_text(facts) if as_json else text)
 
 
 def _model(

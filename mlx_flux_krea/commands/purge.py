@@ -1,6 +1,5 @@
 """flux-krea purge: deletes kinds of data from the home folder."""
 
-import json
 import os
 import shutil
 from pathlib import Path
@@ -15,7 +14,7 @@ from mlx_flux_krea.filters.ledger import Ledger
 from .shared import settings
 from .shared.installed import disk_bytes
 from .shared.terminal import Console, confirmed, is_interactive
-from .shared.text import size
+from .shared.text import json_text, size
 
 KINDS = {  # in the order in which they are deleted: folder and description
     "weights": (home.MODELS, "all installed models"),
@@ -65,7 +64,7 @@ def purge(yes, as_json, **kinds):
                 console.say(f"{link} was a link: its target is still there")
             console.say(f"{kind}: {size(freed[kind])} freed")
     if as_json:
-        click.echo(json.dumps({"freed": freed, "bytes": sum(freed.values())}))
+        click.echo(json_text({"freed": freed, "bytes": sum(freed.values())}))
 
 
 def _delete(folder: Path) -> tuple[int, list[Path]]:

@@ -1,6 +1,5 @@
 """flux-krea tool-schema: describes `generate` as a tool that a language model can call."""
 
-import json
 from typing import Any
 
 import click
@@ -10,11 +9,14 @@ from mlx_flux_krea.home import find_model
 from mlx_flux_krea.weights import open_model
 
 from .shared.options import BY_NAME, DEFAULTS, Seeds
+from .shared.text import json_text
 
 NAMES = (
     "prompt", "negative_prompt", "true_cfg_scale", "aspect", "megapixels", "width", "height", "steps", "guidance",
     "seed", "num_images", "noise",
 )  # fmt: skip
+# Names that language models know; other bases are remarks about a model's origin.
+_BASES = {family.base for family in (presets.KREA, presets.KONTEXT, presets.DEV, presets.SCHNELL)}
 
 
 @click.command(name="tool-schema")
@@ -32,7 +34,7 @@ def tool_schema(model):
     base, defaults = presets.KREA.base, presets.KREA.defaults
     if model:
         index = open_model(find_model(model)).index
-        base, defaults = index.base, index.defaults
+        base, defaults = index.base if index.base in _BASES else f"the model {index.name}", index.defaults
     values = DEFAULTS | {
         "width": defaults.width,
         "height": defaults.height,
@@ -59,7 +61,7 @@ def tool_schema(model):
             "additionalProperties": False,
         },
     }
-    click.echo(json.dumps(schema, indent=1, ensure_ascii=False))
+    click.echo(json_text(schema, indent=1))
 
 
 def _type(kind: click.ParamType) -> dict[str, Any]:

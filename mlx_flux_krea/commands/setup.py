@@ -1,6 +1,5 @@
 """flux-krea setup: from nothing to a first picture. Steps that are already done are skipped."""
 
-import json
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,7 +27,7 @@ from .shared.on_disk import REPOSITORIES, PartSource, find_sources
 from .shared.options import FILE
 from .shared.output import check_outcomes, save
 from .shared.terminal import Console, PipelineProgress, is_interactive, say_path, show_picture
-from .shared.text import duration, size, table
+from .shared.text import duration, json_text, size, table
 
 PICTURE: dict[str, Any] = {"width": 512, "height": 512, "num_inference_steps": 20, "seed": 1}
 AGREED = "I agree"
@@ -107,7 +106,7 @@ def setup(as_json, **options):
     console.say(f"everything is ready, in {time.perf_counter() - start:.0f} s")
     if as_json:
         report = {"model": it.model.index.name, "path": str(it.model.path), "picture": str(it.picture), "steps": done}
-        click.echo(json.dumps(report, ensure_ascii=False))
+        click.echo(json_text(report))
     else:
         say_path(it.picture)
 
@@ -317,7 +316,7 @@ def _model(it: Installation) -> str:
     broken = target.is_dir() and (not (target / "manifest.json").exists() or missing_parts(target) is not None)
     report = _convert(it, "model", quantize=it.precision, tokenizers=it.options["tokenizers"], force=broken)
     it.folder = open_model(report.path)
-    if len(home.installed_models()) > 1 and home.default_model() is None:
+    if home.default_model() == home.NANO_NAME or (len(home.installed_models()) > 1 and home.default_model() is None):
         settings.set_model(report.path.name)
     _licence(it)  # in case the text was not known before
     return f"{report.path.name}, {report.base}"

@@ -1,10 +1,14 @@
 """flux-krea shell: prompts line by line, with the model in memory."""
 
 import contextlib
+import difflib
 import os
+import shutil
 import sys
+import textwrap
 import traceback
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import click
@@ -24,12 +28,22 @@ try:
 except ImportError:  # some builds of Python lack it
     readline = None
 
-SHORT = {"w": "width", "h": "height", "s": "seed", "g": "guidance", "n": "steps"}  # as black-forest-labs/flux has them
+# of /NAME, as black-forest-labs/flux has them; -n, -o and -m are those of `generate`
+SHORT = {
+    "w": "width", "h": "height", "s": "seed", "g": "guidance", "n": "num_images", "o": "output", "m": "model",
+}  # fmt: skip
+# Lines that are no prompts, with or without a slash, and what they do.
+WORDS = {
+    "exit": "quit", "quit": "quit", "q": "quit", ":q": "quit", "bye": "quit", "help": "help", "?": "help",
+    "clear": "clear", "cls": "clear",
+}  # fmt: skip
 HELP = """A line is a prompt. An empty line repeats the last prompt and seed with the options changed since.
-/w 768  /h 512  /s 7  /g 3.5  /n 20    width, height, seed, guidance, steps
-/NAME VALUE   any other option: {names}
-/NAME         remove the option
-/             list the options that are set         /q   quit"""
+/w 768  /h 512  /s 7  /g 3.5  /n 4   width, height, seed, guidance, number of pictures
+/NAME VALUE                          set any other option
+/NAME                                remove the option
+/                                    list the options that are set
+help, clear, exit                    are commands, with or without a slash
+The options: {names}"""
 
 
 @click.command(
@@ -38,8 +52,8 @@ HELP = """A line is a prompt. An empty line repeats the last prompt and seed wit
 def shell(**options):
     """Generate pictures line by line, with the model in memory.
 
-    A line is a prompt; an empty line repeats the last one. /w, /h, /s, /g, /n and /NAME change options, /help lists
-    them.
+    A line is a prompt; an empty line repeats the last one. /w, /h, /s, /g, /n and /NAME change options, help lists
+    them, exit ends.
 
     \b
     Example:
@@ -47,11 +61,15 @@ def shell(**options):
     """
     given, force, as_json = given_options(options)
     session = _Session(given, force, as_json)
-    is_typed = sys.stdin.isatty() and sys.stdout.isatty()
+    is_typed = _is_typed()
     for line in _typed_lines() if is_typed else map(str.strip, sys.stdin):
-        if line in ("/q", "/quit"):
+        word = WORDS.get(line.removeprefix("/").lower())
+        if word == "quit":
             break
-        session.try_line(line)
+        if word == "clear":
+            click.clear()  # only at a terminal
+        else:
+            session.try_line("/help" if word else line)
     if session.failed and not is_typed:
         kind = PartlyDone if session.succeeded else UsageError
         raise kind(f"{amount(session.failed, 'line')} failed")
@@ -93,7 +111,7 @@ class _Session:
 
     def _run_line(self, line: str) -> None:
         if line == "/help":
-            self._console.say(HELP.format(names=" ".join(name.replace("_", "-") for name in LASTING)))
+            self._console.say(_help())
         elif line == "/":
             rows = sorted((name, str(value)) for name, value in self._given.items())
             self._console.say(table(rows) if rows else "no option is set")
@@ -105,19 +123,25 @@ class _Session:
 
     def _change(self, command: str, value: str) -> None:
         """Sets an option, or removes it where no value is given."""
-        command = SHORT.get(command, command)
+        command = SHORT.get(command.lower(), command)
         if value:
             self._given = merge(self._given, dict([cast(command, value, LASTING)]))
             return
-        name = command.replace("-", "_")
+        name = command.lstrip("-").replace("-", "_").lower()
         if name not in self._given:
+            near = difflib.get_close_matches(name, (*WORDS, *LASTING), 1)
+            if near and near[0] != name:
+                raise UsageError(f"there is no command /{command}", "", f"did you mean /{near[0].replace('_', '-')}?")
             raise UsageError(f"/{command} has no value, and is not set", "/NAME VALUE", "see /help")
         self._given = {n: v for n, v in self._given.items() if n != name}
 
     def _generate(self, line: str) -> None:
         """Generates a prompt; an empty line repeats the last prompt with its seeds."""
         prompt = line or self._prompt
-        repeated = {"seed": tuple(self._seeds)} if not line and self._seeds and "seed" not in self._given else {}
+        repeated = {}
+        if not line and self._seeds and "seed" not in self._given:
+            counts = "num_images" in self._given or "num_images" in self._base  # then the first seed decides the others
+            repeated = {"seed": tuple(self._seeds[:1] if counts else self._seeds)}
         given = self._given | {"prompt": prompt} | repeated
         self._prompt, self._seeds = prompt, [] if line else self._seeds
         before, self._base = self._base, merge(self._config, given)
@@ -131,6 +155,20 @@ class _Session:
     def _fail(self, message: str) -> None:
         self.failed += 1
         self._console.say(f"flux-krea: {printable(with_option_names(message))}")
+
+
+def _is_typed() -> bool:
+    """True where lines come from a person at a terminal."""
+    return sys.stdin.isatty() and sys.stdout.isatty()
+
+
+def _help() -> str:
+    """Returns the help, no wider than the terminal, with names of options in one piece."""
+    width = min(shutil.get_terminal_size().columns, 100)
+    names = " ".join(name.replace("_", "-") for name in LASTING)
+    lines = HELP.format(names=names).splitlines()
+    wrap = partial(textwrap.fill, width=width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+    return "\n".join(line if len(line) <= width else wrap(line) for line in lines)
 
 
 def _typed_lines() -> Iterator[str]:

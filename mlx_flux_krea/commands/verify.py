@@ -1,6 +1,5 @@
 """flux-krea verify: compares a model folder with its manifest."""
 
-import json
 import time
 
 import click
@@ -10,7 +9,7 @@ from mlx_flux_krea.errors import ModelError, amount
 from mlx_flux_krea.home import find_model
 
 from .shared.terminal import ByteProgress, Console, say_path
-from .shared.text import size
+from .shared.text import json_text, size
 
 
 @click.command()
@@ -31,7 +30,7 @@ def verify(model, as_json):
     finally:
         progress.close()
     if as_json:
-        click.echo(json.dumps({"path": str(path), "files": len(files), "bytes": sum(files.values()), **problems}))
+        click.echo(json_text({"path": str(path), "files": len(files), "bytes": sum(files.values()), **problems}))
     damage = "; ".join(f"{kind}: {_some(names)}" for kind, names in problems.items() if names)
     if damage:
         raise ModelError(f"{path} differs from its manifest.json ({damage})", todo="convert the model again")

@@ -1,6 +1,5 @@
 """Delivery of a run's pictures: each is saved, recorded in the run, and reported as a line, an event and in JSON."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from .options import with_option_names
 from .output import names_from, save
 from .runs import Run
 from .terminal import Console, say_path
-from .text import size, stage_times, table
+from .text import json_text, size, stage_times, table
 
 
 class Delivery:
@@ -65,7 +64,7 @@ class Delivery:
     def report(self) -> None:
         """Prints the JSON report, if it was asked for and holds anything."""
         if self._as_json and (self._report["images"] or "contact_sheet" in self._report):
-            click.echo(json.dumps(self._report, ensure_ascii=False))
+            click.echo(json_text(self._report))
 
     def _save(self, job: PictureJob, picture: Picture) -> Path:
         """Saves a picture; a note tells if the first picture of a name gets another one."""

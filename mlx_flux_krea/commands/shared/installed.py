@@ -9,6 +9,8 @@ from mlx_flux_krea.files import read_json
 from mlx_flux_krea.filters.judges import FILTERS
 from mlx_flux_krea.weights import ModelFolder, open_folder
 
+BUILT_IN = "built in"  # kind of the small model, which cannot be removed
+
 
 @dataclass(frozen=True, kw_only=True)
 class Installed:
@@ -16,7 +18,7 @@ class Installed:
 
     Attributes:
         name: of its folder.
-        kind: "model" or "filter".
+        kind: "model", "filter", or `BUILT_IN`.
         path: its folder.
         bytes: on disk.
         precision: of most layers of its largest network.
@@ -53,6 +55,18 @@ def find_installed() -> list[Installed]:
     ]
 
 
+def built_in(always: bool = False) -> list[Installed]:
+    """Lists the small model that comes with the program: until another is installed, or while it is the default.
+
+    Args:
+        always: list it unless an installed model has its name.
+    """
+    installed, is_default = home.installed_models(), home.default_model() == home.NANO_NAME
+    if home.NANO_NAME in installed or (installed and not (is_default or always)):
+        return []
+    return [_examine(BUILT_IN, home.NANO, name=home.NANO_NAME, is_default=is_default)]
+
+
 def disk_bytes(path: Path) -> int:
     """Returns the bytes of a file, or of all files in a folder. Links are not followed."""
     if path.is_symlink() or not path.is_dir():
@@ -75,17 +89,17 @@ def missing_parts(path: Path) -> str | None:
     return None
 
 
-def _examine(kind: str, path: Path, *, is_default: bool = False) -> Installed:
-    count = disk_bytes(path.resolve())
+def _examine(kind: str, path: Path, *, name: str | None = None, is_default: bool = False) -> Installed:
+    count, name = disk_bytes(path.resolve()), name or path.name
     try:
         folder, problem = open_folder(path), missing_parts(path)
     except ModelError as error:
-        return Installed(name=path.name, kind=kind, path=path, bytes=count, default=is_default, problem=str(error))
+        return Installed(name=name, kind=kind, path=path, bytes=count, default=is_default, problem=str(error))
     network, filters = next(iter(folder.networks.values())), ""
     if isinstance(folder, ModelFolder):
         filters = "required" if folder.requires_filters else "none"
     return Installed(
-        name=path.name,
+        name=name,
         kind=kind,
         path=path,
         bytes=count,

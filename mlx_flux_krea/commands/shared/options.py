@@ -217,6 +217,20 @@ def check_together(options: dict) -> None:
         raise UsageError(f"--num-images is given with {len(options['seed'])} seeds", "one of them")
 
 
+def find_name(name: str, allowed: tuple[str, ...]) -> str:
+    """Returns the name in the code of an option, which may be written with dashes.
+
+    Raises:
+        UsageError: an unknown option.
+    """
+    known = str(name).strip().lstrip("-").replace("-", "_").lower()
+    if known not in allowed:
+        near = difflib.get_close_matches(known, allowed, 1)
+        todo = f"did you mean {near[0]}?" if near else f"one of {', '.join(allowed)}"
+        raise UsageError(f"there is no option {name!r} here", "", todo)
+    return known
+
+
 def cast(name: str, value, allowed: tuple[str, ...]) -> tuple[str, object]:
     """Reads an option of a file: returns its name in the code, and its value as the command line gives it.
 
@@ -228,11 +242,7 @@ def cast(name: str, value, allowed: tuple[str, ...]) -> tuple[str, object]:
     Raises:
         UsageError: an unknown option, or a value that it does not take.
     """
-    known = str(name).strip().lstrip("-").replace("-", "_").lower()
-    if known not in allowed:
-        near = difflib.get_close_matches(known, allowed, 1)
-        todo = f"did you mean {near[0]}?" if near else f"one of {', '.join(allowed)}"
-        raise UsageError(f"there is no option {name!r} here", "", todo)
+    known = find_name(name, allowed)
     if known == "seed" and isinstance(value, list):
         value = " ".join(map(str, value))
     if not isinstance(value, str | int | float):

@@ -2,7 +2,6 @@
 
 import base64
 import contextlib
-import json
 import logging
 import os
 import re
@@ -21,7 +20,7 @@ from mlx_flux_krea.errors import UsageError, printable, shortened
 from mlx_flux_krea.presets import STAGES
 
 from .options import with_option_names
-from .text import size
+from .text import json_text, size
 
 # Variables of programs between a process and its terminal: they swallow pictures, or nobody sits before the display.
 _BETWEEN = ("TMUX", "STY", "ZELLIJ", "SSH_CONNECTION", "SSH_CLIENT", "SSH_TTY")
@@ -53,7 +52,7 @@ class Console:
             event: fields of the event that replaces it; default: {"event": "said", "text": text}.
         """
         if self.as_events:
-            self.write(json.dumps(event or {"event": "said", "text": text}, ensure_ascii=False))
+            self.write(json_text(event or {"event": "said", "text": text}))
         else:
             self.write("\n".join(map(printable, text.split("\n"))))
 

@@ -1,8 +1,52 @@
 """Numbers, durations and tables as text for people."""
 
+import json
+import re
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from mlx_flux_krea.errors import printable
+
+
+def json_text(value: Any, indent: int | None = None) -> str:
+    """Formats JSON; characters that control a terminal or turn its lines round are escaped, as JSON allows.
+
+    Args:
+        value: of the types that JSON has.
+        indent: spaces of a level; None: one line.
+    """
+    text = json.dumps(value, ensure_ascii=False, indent=indent)
+    return re.sub(r"[^\n -~]", _escaped, text)
+
+
+def _escaped(found: re.Match) -> str:
+    """Returns a character as JSON escapes it, if it does not print."""
+    if found[0].isprintable():
+        return found[0]
+    code = found[0].encode("utf-16-be", "surrogatepass").hex()
+    return "".join(f"\\u{code[i : i + 4]}" for i in range(0, len(code), 4))
+
+
+def flattened(facts: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Returns facts as rows of a table, those of an inner object as OUTER.INNER."""
+    rows: list[tuple[str, str]] = []
+    for name, value in facts.items():
+        if isinstance(value, list) and any(isinstance(item, dict | list) for item in value):
+            value = {str(number): item for number, item in enumerate(value, 1)}
+        if isinstance(value, dict) and value:
+            rows += flattened(value, f"{prefix}{name}.")
+        else:
+            rows.append((f"{prefix}{name}", _in_words(value)))
+    return rows
+
+
+def _in_words(value) -> str:
+    """Formats a value that JSON can hold, without the marks of a language."""
+    if value is None or value in ({}, []):
+        return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return ", ".join(map(_in_words, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def table(rows: Sequence[Sequence], right: Sequence[int] = ()) -> str:
