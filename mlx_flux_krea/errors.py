@@ -5,14 +5,17 @@ MLX's form, with the class and the argument in brackets.
 """
 
 import re
+import reprlib
 from typing import Self
 
 __all__ = [
     "FiltersError", "FluxKreaError", "Interrupted", "ModelError", "PartlyDone", "ResourceError", "UsageError",
-    "Waiting", "Withheld", "amount", "printable", "shortened",
+    "Waiting", "Withheld", "amount", "printable", "short_repr", "shortened",
 ]  # fmt: skip
 
 
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 80
 _WORD, _MESSAGE = 400, 4000  # characters that are shown of a word, and of a message
 
 
@@ -104,6 +107,17 @@ def _without_middle(text: str, most: int) -> str:
         return text
     kept = most // 2 - 20
     return f"{text[:kept]}[... {len(text) - 2 * kept} characters ...]{text[-kept:]}"
+
+
+def short_repr(kind: str, *values: object, **facts: object) -> str:
+    """Returns one line about an object, Kind(value, name=fact, ...): arrays as their shapes, long texts shortened."""
+    shown = [_short(value) for value in values] + [f"{name}={_short(fact)}" for name, fact in facts.items()]
+    return f"{kind}({', '.join(shown)})"
+
+
+def _short(value: object) -> str:
+    shape = getattr(value, "shape", None)
+    return f"<array {tuple(shape)}>" if shape is not None else _SHORT.repr(value)
 
 
 def amount(count: int | str, one: str, many: str = "") -> str:

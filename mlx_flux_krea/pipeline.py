@@ -9,14 +9,17 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from importlib.metadata import version
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, TypeVar
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 from PIL import Image
 
+from . import compat
 from .checkpoint import Checkpoint
-from .errors import FluxKreaError, ModelError, UsageError
+from .errors import FluxKreaError, ModelError, UsageError, short_repr
 from .files import read_json, sha256_if_exists
 from .filters.acknowledgement import check_acknowledged
 from .filters.gate import Gate, OpenGate, Policy, open_gate
@@ -26,8 +29,9 @@ from .memory import MemoryPlan, WeightSizes, make_plan, parse_memory, weigh_fold
 from .models.config import to_json
 from .models.transformer import Flux
 from .models.vae import VAE, pixels_from_image, pixels_to_bytes
+from .progress import ProgressBars, check_options
 from .provenance import SOFTWARE
-from .request import Request, ResolvedRequest, Result, check_values
+from .request import Request, ResolvedRequest, Result, as_array, check_values
 from .weights import DTYPES, ModelFolder, open_model
 from .worker import Worker
 
@@ -38,8 +42,24 @@ logger = logging.getLogger("mlx_flux_krea")
 _LOGGED = ("mlx", "model", "base", "manifest_sha256", "dtype", "quantization")  # of a picture's record, in the log
 
 
-class FluxPipeline:
-    """Text to image and image to image with one model folder.
+N = TypeVar("N", bound=nn.Module)
+
+
+class FluxPipeline(compat.DiffusersMethods):
+    """Text to image and image to image with one model folder. Names are those of diffusers.
+
+    Example:
+        The small model that comes with the package draws coloured shapes, in a second or two:
+
+            from mlx_flux_krea import FluxPipeline
+
+            pipe = FluxPipeline.from_pretrained("nano")
+            result = pipe("a red circle on a blue background", seed=7)
+            result.images[0].save("circle.png")
+
+        An installed model is opened by its name, its folder, or the hub id that it was converted from:
+
+            pipe = FluxPipeline.from_pretrained("black-forest-labs/FLUX.1-Krea-dev", memory="8GB")
 
     Attributes:
         folder: the model folder that was opened: its JSON, read and checked.
@@ -57,38 +77,52 @@ class FluxPipeline:
         self._requires_filters = folder.requires_filters  # decided once, from the folder that was opened
         self._weights: WeightSizes | None = None
         self._margins: dict[tuple, float] = {}  # the filter's answers about texts
+        self._bar_options: dict[str, Any] = {}  # of `set_progress_bar_config`
+
+    def __repr__(self) -> str:
+        checks = self.policy.check if self.policy else "none"
+        facts = {"dtype": self.dtype, "memory": self.memory or "auto", "check": checks}
+        return short_repr(type(self).__name__, str(self.folder.path), **facts)
 
     @classmethod
     def from_pretrained(
         cls,
         model: str | os.PathLike | None = None,
         *,
-        dtype: str | None = None,
+        dtype: str | mx.Dtype | None = None,
         memory: str | int = "auto",
         check: str | None = None,
         nsfw_threshold: float | None = None,
         integrity_margin: float | None = None,
+        torch_dtype: Any = None,
+        **others: Any,
     ) -> "FluxPipeline":
         """Opens a model folder. Only its JSON is read; weights follow when they are needed.
 
         Args:
-            model: a folder made by `flux-krea convert`, or the name of an installed one; None: the only one.
-            dtype: the compute type: "bfloat16", "float32", or "float16" (experimental); None: the folder's.
+            model: a folder made by `flux-krea convert`, the name of an installed one, or the hub id that one was
+                converted from; None: the only one.
+            dtype: the compute type: "bfloat16", "float32", or "float16" (experimental), or a type of that name; None:
+                the folder's.
             memory: memory that a run may use, such as "8GB"; weights beyond it are read from disk in every step.
                 "auto": as much as the machine offers.
             check: "filters", "review" (pictures wait for `flux-krea review`) or "both"; None: "filters", and
                 nothing for a model whose licence asks for nothing.
             nsfw_threshold: a picture passes below this probability; at most 0.85.
             integrity_margin: minimum margin by which the filter must clear a prompt or a picture; at least 0.
+            torch_dtype: diffusers' name of `dtype`.
+            others: further arguments of diffusers (`compat.LOADING`), accepted with a log line or refused.
 
         Raises:
             ModelError: not a model folder, or a damaged one.
             UsageError: a type, an amount of memory or a check that does not exist; a threshold that lets more pass.
         """
+        if "pretrained_model_name_or_path" in others and model is None:
+            model = others.pop("pretrained_model_name_or_path")
+        compat.take_known("from_pretrained", others, compat.LOADING)
+        chosen = _chosen_dtype(dtype, torch_dtype)
         folder = open_model(find_model(model))
-        dtype = dtype or folder.flux.dtype
-        if dtype not in DTYPES:
-            raise UsageError(f"`dtype` is {dtype!r}", f"one of {', '.join(DTYPES)}")
+        dtype = chosen or folder.flux.dtype
         has_threshold = nsfw_threshold is not None or integrity_margin is not None
         if has_threshold and check is None and not folder.requires_filters:
             raise UsageError(
@@ -130,15 +164,18 @@ class FluxPipeline:
         output_type: str = "pil",
         callback_on_step_end: Callable | None = None,
         max_sequence_length: int | None = None,
-        progress: Progress | None = None,
+        progress: Progress | bool | None = None,
         preview: Callable | None = None,
         checkpoint: Checkpoint | None = None,
+        generator: Any = None,
+        return_dict: bool = True,
+        **others: Any,
     ) -> Result:
         """Makes pictures. Arguments are named as in diffusers; defaults come from the model folder.
 
         Args:
             prompt: a text, or a list of them.
-            prompt_2: text for T5, where it differs from the one for CLIP.
+            prompt_2: text for T5, where it differs from the one for CLIP; an empty one is `prompt`, as in diffusers.
             negative_prompt: text that the picture should move away from; needs `true_cfg_scale` above 1.
             negative_prompt_2: the same for T5.
             true_cfg_scale: negative + scale * (positive - negative) in every step, at double cost; None: the model's,
@@ -147,7 +184,7 @@ class FluxPipeline:
             width: pixels, floored to a multiple of 16. With `image` and no size: its shape at the default's area.
             num_inference_steps: n.
             sigmas: n falling noise levels in (0, 1], before the shift, instead of evenly spaced ones.
-            guidance_scale: of the guidance that was distilled into the model.
+            guidance_scale: of the guidance that was distilled into the model; 0 for one without, such as [schnell].
             num_images_per_prompt: pictures of each prompt, in the order of the prompts.
             seed: an int: one stream draws the whole batch, as a diffusers generator does; a list: one stream for each
                 image; None: chosen, and reported in the result.
@@ -157,16 +194,20 @@ class FluxPipeline:
             pooled_prompt_embeds: (P, vec_in_dim), with it.
             negative_prompt_embeds: as `prompt_embeds`.
             negative_pooled_prompt_embeds: as `pooled_prompt_embeds`.
-            image: an image to start from, or its path.
+            image: an image to start from: a PIL image, a path, or an array (H, W, 3), uint8 or floats in [0, 1].
             strength: 0 to 1, the share of the schedule that the image goes through; 0.6 where an image is given.
             output_type: "pil", "np" ((B, H, W, 3) float32 in [0, 1]) or "latent" ((B, L, 64) packed).
             callback_on_step_end: called as (pipe, step, timestep, {"latents": ...}) in the worker's thread. If it
-                returns {"latents": ...}, they replace those of the run.
+                returns {"latents": ...}, arrays of any library, they replace those of the run.
             max_sequence_length: tokens of T5; None: the folder's.
-            progress: called as (stage, done, total) after every block or stage, in the worker's thread.
+            progress: called as (stage, done, total) after every block or stage, in the worker's thread. None: bars in a
+                terminal or a notebook (`set_progress_bar_config`); False: no bars; True: bars anywhere.
             preview: called as (step, steps, pixels) after every step, in the worker's thread: (B, H/8, W/8, 3) uint8,
                 an estimate of the finished picture in the colours of `latent_rgb`.
             checkpoint: the file that the run is saved in, and resumed from: `flux-krea resume`.
+            generator: diffusers' way to give seeds: a torch.Generator, an int, or a list with one for each image.
+            return_dict: False: the result is the tuple (images,).
+            others: further arguments of diffusers (`compat.CALL`), accepted with a log line or refused.
 
         Returns:
             Pictures with their seeds, records and notes.
@@ -180,6 +221,7 @@ class FluxPipeline:
             Withheld: a filter flagged a prompt or the input image. For pictures, see `Result.outcomes`.
             Interrupted: `interrupt` was called.
         """
+        compat.take_known("FluxPipeline.__call__", others, compat.CALL)
         request = Request(
             prompt=prompt,
             prompt_2=prompt_2,
@@ -192,7 +234,7 @@ class FluxPipeline:
             sigmas=sigmas,
             guidance_scale=guidance_scale,
             num_images_per_prompt=num_images_per_prompt,
-            seed=seed,
+            seed=_seed(seed, generator),
             noise=noise,
             latents=latents,
             prompt_embeds=prompt_embeds,
@@ -204,20 +246,22 @@ class FluxPipeline:
             output_type=output_type,
             max_sequence_length=max_sequence_length,
         )
-        return self.generate(
+        result = self.generate(
             request,
             callback_on_step_end=callback_on_step_end,
             progress=progress,
             preview=preview,
             checkpoint=checkpoint,
         )
+        images: Any = (result.images,)
+        return result if return_dict else images
 
     def generate(
         self,
         request: Request,
         *,
         callback_on_step_end: Callable | None = None,
-        progress: Progress | None = None,
+        progress: Progress | bool | None = None,
         preview: Callable | None = None,
         checkpoint: Checkpoint | None = None,
         before_release: Callable[[], None] | None = None,
@@ -255,14 +299,34 @@ class FluxPipeline:
             raise UsageError("`preview` needs latent_rgb, which this model does not have", "", "leave it out")
         callback = callback_on_step_end and partial(self._call_back, callback_on_step_end)
         observers = Observers(callback, preview, checkpoint)
-        return self._worker.run(
-            self._generate,
-            request,
-            observers,
-            progress=progress,
-            before_release=before_release,
-            meant_for=meant_for or {},
-        )
+        bars = None if callable(progress) else self._bars(progress)
+        try:
+            return self._worker.run(
+                self._generate,
+                request,
+                observers,
+                progress=progress if callable(progress) else bars,
+                before_release=before_release,
+                meant_for=meant_for or {},
+            )
+        finally:
+            if bars:
+                bars.close()
+
+    def set_progress_bar_config(self, **options: Any) -> None:
+        """Sets arguments of tqdm for the progress bars of later calls; `disable=True` turns them off.
+
+        Raises:
+            TypeError: an argument that tqdm does not have.
+        """
+        check_options(options)
+        self._bar_options = options
+
+    def _bars(self, progress: bool | None) -> ProgressBars | None:
+        if progress not in (None, True, False):
+            raise UsageError(f"`progress` is {type(progress).__name__}", "a function, True or False")
+        options = self._bar_options | ({"disable": False} if progress else {})
+        return None if progress is False or options.get("disable") else ProgressBars(options)
 
     @property
     def folder(self) -> ModelFolder:
@@ -307,12 +371,17 @@ class FluxPipeline:
     @property
     def transformer(self) -> Flux:
         """The transformer with all weights in memory, for any thread. The licence is then the caller's duty."""
-        return self._worker.run(self._generator.whole_flux)
+        return _with_methods(self._worker.run(self._generator.whole_flux), compat.NetworkMethods)
 
     @property
     def vae(self) -> VAE:
         """The autoencoder with all weights in memory, for any thread. The licence is then the caller's duty."""
-        return self._worker.run(self._generator.whole_vae)
+        return _with_methods(self._worker.run(self._generator.whole_vae), compat.VAEMethods)
+
+    @property
+    def scheduler(self) -> SimpleNamespace:
+        """The schedule, as scripts for diffusers read it: `config`. A call takes other `sigmas`."""
+        return compat.as_scheduler(self.folder.index.schedule)
 
     def read_ahead(self, requests: Sequence[Request | ResolvedRequest], progress: Progress | None = None) -> None:
         """Judges and encodes the prompts of several requests, so that filters and encoders are loaded once for all.
@@ -493,10 +562,9 @@ class FluxPipeline:
         if not isinstance(answer, dict) or answer.keys() - {"latents"}:
             found = ", ".join(map(repr, answer)) if isinstance(answer, dict) else type(answer).__name__
             raise UsageError(f"the callback returned {found}", 'None, or a dict with "latents"')
-        replaced = answer.get("latents", latents)
-        if not isinstance(replaced, mx.array) or replaced.shape != latents.shape:
-            found = getattr(replaced, "shape", type(replaced).__name__)
-            raise UsageError(f"the callback's latents are {found}", f"an mlx array of shape {latents.shape}")
+        replaced = as_array("the callback's latents are", answer.get("latents", latents))
+        if replaced.shape != latents.shape:
+            raise UsageError(f"the callback's latents are {replaced.shape}", f"an array of shape {latents.shape}")
         check_values("the callback's latents", replaced)
         return replaced.astype(latents.dtype)
 
@@ -512,6 +580,42 @@ class FluxPipeline:
             "quantization": {name: str(n.quantization) for name, n in self.folder.networks.items() if n.quantization},
             "schedule": to_json(self.folder.index.schedule),
         }
+
+
+def _chosen_dtype(dtype: Any, torch_dtype: Any) -> str | None:
+    """Returns the compute type that a caller named, under either name.
+
+    Raises:
+        UsageError: two that differ, or no compute type.
+    """
+    if torch_dtype is not None:
+        compat.tell("torch_dtype", "its name here is `dtype`")
+    names = compat.dtype_name("dtype", dtype), compat.dtype_name("torch_dtype", torch_dtype)
+    if None not in names and names[0] != names[1]:
+        raise UsageError(f"`dtype` is {names[0]} and `torch_dtype` {names[1]}", "one of them")
+    for argument, name in zip(("dtype", "torch_dtype"), names, strict=True):
+        if name is not None and name not in DTYPES:
+            raise UsageError(f"`{argument}` is {name!r}", f"one of {', '.join(DTYPES)}")
+    return names[0] or names[1]
+
+
+def _seed(seed: int | Sequence[int] | None, generator: Any) -> int | Sequence[int] | None:
+    """Returns the seed that a caller gave, as a number or as a generator of torch's."""
+    if generator is None:
+        return seed
+    if seed is not None:
+        raise UsageError("`seed` and `generator` are both given", "one of them")
+    compat.tell("generator", compat.GENERATOR)
+    return compat.seed_of(generator)
+
+
+def _with_methods(network: N, methods: type) -> N:
+    """Gives a network the methods that scripts for diffusers call on it."""
+    if not isinstance(network, methods):
+        own: type = type(network)
+        both: Any = type(own.__name__, (own, methods), {})
+        network.__class__ = both
+    return network
 
 
 def _check_reviewable(policy: Policy, request: Request, callback: Callable | None, preview: Callable | None) -> None:

@@ -10,7 +10,7 @@ import os
 import reprlib
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
 from typing import Any, TypeGuard
 
@@ -19,7 +19,7 @@ import numpy as np
 from PIL import ExifTags, Image
 
 from . import presets
-from .errors import UsageError, amount, printable
+from .errors import UsageError, amount, printable, short_repr
 from .memory import MemoryPlan
 from .models.config import FluxConfig, ModelIndex
 from .presets import MAX_BATCH, MAX_PROMPT, MAX_SCALE, MAX_SIDE, MAX_STEPS
@@ -44,7 +44,7 @@ _EMBEDS = {"prompt_embeds": "pooled_prompt_embeds", "negative_prompt_embeds": "n
 _ARRAYS = ("latents", *_EMBEDS, *_EMBEDS.values())
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Request:
     """The arguments of one call of the pipeline. None means: the model's default, or not used.
 
@@ -56,7 +56,7 @@ class Request:
     """
 
     prompt: str | Sequence[str] | None = None  # for CLIP, and for T5 where prompt_2 is None
-    prompt_2: str | Sequence[str] | None = None
+    prompt_2: str | Sequence[str] | None = None  # "" is the prompt, as in diffusers; [""] an empty text
     negative_prompt: str | Sequence[str] | None = None
     negative_prompt_2: str | Sequence[str] | None = None
     true_cfg_scale: float | None = None  # above 1: negative + scale * (positive - negative), at double cost
@@ -73,7 +73,7 @@ class Request:
     pooled_prompt_embeds: mx.array | None = None  # (P, vec_in_dim)
     negative_prompt_embeds: mx.array | None = None
     negative_pooled_prompt_embeds: mx.array | None = None
-    image: Image.Image | str | os.PathLike | None = None
+    image: Any = None  # a PIL image, a path, or an array: `open_image`
     strength: float | None = None  # share of the schedule that an input image goes through
     output_type: str = "pil"  # one of OUTPUT_TYPES
     max_sequence_length: int | None = None  # of T5
@@ -82,8 +82,15 @@ class Request:
         for name, value in vars(self).items():
             if name == "image":
                 object.__setattr__(self, name, open_image(value))
+            elif name in ("prompt_2", "negative_prompt_2") and isinstance(value, str) and not value:
+                object.__setattr__(self, name, None)
             elif value is not None:
-                object.__setattr__(self, name, _array(name, value) if name in _ARRAYS else _as_python(value))
+                object.__setattr__(
+                    self, name, as_array(f"`{name}` is", value) if name in _ARRAYS else _as_python(value)
+                )
+
+    def __repr__(self) -> str:
+        return _given_only(self)
 
     def resolve(self, folder: ModelFolder) -> "ResolvedRequest":
         """Returns the request with every default filled in from a model folder, and notes for the user.
@@ -212,7 +219,7 @@ class Request:
                 raise UsageError(f"{amount(len(texts), 'text')} in `{name}`", f"as many as prompts, {self._prompts}")
 
     def _check_options(self, flux: FluxConfig) -> None:
-        if self.guidance_scale is not None and not flux.guidance_embed:
+        if self.guidance_scale and not flux.guidance_embed:  # 0 is the published call of FLUX.1 [schnell]
             raise UsageError("`guidance_scale` does nothing: this model has no guidance embedding", "", "leave it out")
         if self.strength is not None and self.image is None:
             raise UsageError("`strength` does nothing without an image", "", "add an image, or leave it out")
@@ -273,7 +280,7 @@ class Request:
         return round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class ResolvedRequest:
     """A request that one model can run: checked, with every default filled in. From `Request.resolve`.
 
@@ -303,6 +310,9 @@ class ResolvedRequest:
     output_type: str
     max_sequence_length: int  # S
     notes: tuple[str, ...]  # for the user, such as a size that was changed
+
+    def __repr__(self) -> str:
+        return _given_only(self)
 
     @property
     def prompts(self) -> int:
@@ -360,7 +370,7 @@ class ResolvedRequest:
         return {name: value for name, value in record.items() if value is not None}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Result:
     """Released pictures, and a report of the call that made them."""
 
@@ -375,27 +385,63 @@ class Result:
     plan: MemoryPlan | None = None  # expected memory, in bytes
     peaks: dict[str, int] = field(default_factory=dict)  # measured memory of each stage, in bytes
 
+    def __repr__(self) -> str:
+        count = len(self.images)
+        size = (
+            f" of {self.images[0].width} x {self.images[0].height}" if count and isinstance(self.images, list) else ""
+        )
+        shown = list(dict.fromkeys(self.outcomes))
+        facts = {"outcomes": shown, "seeds": list(self.seeds), "seconds": round(sum(self.seconds.values()), 1)}
+        return short_repr("Result", **{"images": _Words(f"{count}{size}"), **facts})
+
+    def __getitem__(self, key: str | int) -> Any:
+        """Returns a field by its name, or the images for 0, as a result of diffusers does."""
+        return (self.images,)[key] if isinstance(key, int) else vars(self)[key]
+
+
+class _Words(str):
+    """Text that a repr shows without quotes."""
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+def _given_only(request: "Request | ResolvedRequest") -> str:
+    """Returns one line about a request with the fields that say something."""
+    facts = {f.name: value for f in fields(request) if (value := getattr(request, f.name)) is not f.default}
+    return short_repr(type(request).__name__, **{name: v for name, v in facts.items() if v is not None and v != ()})
+
 
 def random_seed() -> int:
     """Chooses a seed: 32 bits, all that torch's generator takes."""
     return secrets.randbelow(2**32)
 
 
-def open_image(image: Image.Image | str | os.PathLike | None) -> Image.Image | None:
+def open_image(image: Any) -> Image.Image | None:
     """Opens an image as the autoencoder's encoder needs it: upright by its EXIF orientation, RGB, whole in memory.
 
     Transparency is flattened on white, 16-bit grey becomes 8-bit.
 
     Args:
-        image: a PIL image, which stays as it is, or a path.
+        image: a PIL image, which stays as it is; a path; an array, `_image_from_array`; or a list of one of these.
 
     Raises:
         UsageError: not an image, broken, far too large, or of a mode whose white is not known.
     """
     if image is None or _is_open(image):
         return image
+    if isinstance(image, list | tuple):
+        if len(image) != 1:
+            raise UsageError(f"`image` holds {amount(len(image), 'image')}", "one for a call", "make a call for each")
+        return open_image(image[0])
+    if isinstance(image, str) and image.lower().startswith(("http://", "https://")):
+        raise UsageError(
+            f"`image` is an address, {printable(image)}", "a file", "nothing is fetched: download it first"
+        )
+    if (hasattr(image, "__array__") and not isinstance(image, Image.Image)) or isinstance(image, mx.array):
+        image = _image_from_array(image)
     if not isinstance(image, str | os.PathLike | Image.Image):
-        raise UsageError(f"`image` is {type(image).__name__}", "a PIL image or a path")
+        raise UsageError(f"`image` is {type(image).__name__}", "a PIL image, a path or an array (H, W, 3)")
     image = os.path.expanduser(image) if isinstance(image, str | os.PathLike) else image
     name = printable(image) if isinstance(image, str) else "the image"
     with opened(image) as file:
@@ -409,6 +455,36 @@ def open_image(image: Image.Image | str | os.PathLike | None) -> Image.Image | N
             flat.paste(_flattened(file.crop((0, top, file.width, min(top + _STRIP, file.height)))), (0, top))
         turn = _TURNS.get(file.getexif().get(ExifTags.Base.Orientation, 1))
     return flat if turn is None else flat.transpose(turn)
+
+
+def _image_from_array(given: Any) -> Image.Image:
+    """Returns the image in an array: (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), or one of these in a batch.
+
+    Raises:
+        UsageError: another shape, no pixels, or values other than uint8, uint16 and floats in [0, 1].
+    """
+    try:
+        array = np.asarray(
+            given.astype(mx.float32) if isinstance(given, mx.array) and given.dtype == mx.bfloat16 else given
+        )
+    except Exception as error:  # of any class, from the library that made the array
+        raise UsageError(f"`image` is {type(given).__name__}, which cannot be read: {error}", "a numpy array") from None
+    array = array[0] if array.ndim == 4 and len(array) == 1 else array
+    array = array[..., 0] if array.ndim == 3 and array.shape[-1] == 1 else array
+    if 0 in array.shape or not (array.ndim == 2 or (array.ndim == 3 and array.shape[-1] in (3, 4))):
+        todo = "move the channels to the end" if array.ndim == 3 and array.shape[0] in (1, 3, 4) else ""
+        raise UsageError(f"`image` has shape {np.shape(given)}", "(H, W), (H, W, 3) or (H, W, 4)", todo)
+    if np.issubdtype(array.dtype, np.floating):
+        if not (np.isfinite(array).all() and array.min() >= 0 and array.max() <= 1):
+            raise UsageError(f"`image` holds floats from {array.min():g} to {array.max():g}", "0 to 1")
+        array = np.round(array * 255).astype(np.uint8)
+    elif array.dtype == np.bool_:
+        array = array.astype(np.uint8) * 255
+    elif array.dtype == np.uint16:
+        array = np.round(array / 257).astype(np.uint8)
+    elif array.dtype != np.uint8:
+        raise UsageError(f"`image` holds {array.dtype}", "uint8, uint16, or floats from 0 to 1")
+    return Image.fromarray(array)
 
 
 def _flattened(part: Image.Image) -> Image.Image:
@@ -458,13 +534,23 @@ def _as_python(value):
     return tuple(map(_as_python, value)) if isinstance(value, Sequence) else value
 
 
-def _array(name: str, value) -> mx.array:
-    """Converts to an MLX array, evaluated: a lazy one belongs to the caller's thread."""
+def as_array(found: str, value: Any) -> mx.array:
+    """Converts arrays of any library to MLX's, evaluated: a lazy one belongs to the caller's thread.
+
+    Args:
+        found: start of the error's sentence, "`latents` is".
+        value: the array.
+
+    Raises:
+        UsageError: not an array.
+    """
     try:
+        if isinstance(value, str | bytes | numbers.Number):
+            raise TypeError
         array = value if isinstance(value, mx.array) else mx.array(value)
         mx.eval(array)
     except Exception:  # of any class, from the library that made the value
-        raise UsageError(f"`{name}` is {type(value).__name__}, which is no array", "an mlx array") from None
+        raise UsageError(f"{found} {type(value).__name__}, which is no array", "an array of mlx or numpy") from None
     return array
 
 

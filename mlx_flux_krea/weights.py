@@ -43,7 +43,7 @@ from mlx.utils import tree_flatten
 from safetensors import SafetensorError, safe_open
 
 from . import home, licence
-from .errors import ModelError, amount
+from .errors import ModelError, amount, short_repr
 from .files import open_regular, read_json, read_small, written_whole
 from .models import config as configs
 from .models.clip import CLIPText
@@ -191,7 +191,7 @@ def count_parameters(component: str, sizes: Sizes) -> int:
 # --- folders ---
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class NetworkFolder(Generic[S, N]):
     """The folder of one network: its JSON, read and checked; no weights yet.
 
@@ -210,6 +210,10 @@ class NetworkFolder(Generic[S, N]):
     dtype: str
     quantization: Quantization | None
     exceptions: dict[str, Quantization | None]
+
+    def __repr__(self) -> str:
+        stored = str(self.quantization) if self.quantization else self.dtype
+        return short_repr("NetworkFolder", self.component, stored=stored, path=str(self.path))
 
     def tensors(self) -> dict[str, tuple[Path, TensorInfo]]:
         """Returns every tensor with its shard, as the shards' own headers have it.
@@ -295,7 +299,7 @@ class NetworkFolder(Generic[S, N]):
         return module, tensors
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ModelFolder:
     """A text-to-image model whose JSON was read and checked; no weights yet."""
 
@@ -305,6 +309,9 @@ class ModelFolder:
     t5: NetworkFolder[T5Config, T5Encoder]
     clip: NetworkFolder[CLIPConfig, CLIPText]
     vae: NetworkFolder[VAEConfig, VAE]
+
+    def __repr__(self) -> str:
+        return short_repr("ModelFolder", self.index.name, base=self.index.base, path=str(self.path))
 
     @property
     def networks(self) -> dict[str, NetworkFolder]:
@@ -368,13 +375,16 @@ class ModelFolder:
             network.check()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class FilterFolder(Generic[S, N]):
     """A content filter whose JSON was read and checked; no weights yet."""
 
     path: Path
     index: FilterIndex
     network: NetworkFolder[S, N]
+
+    def __repr__(self) -> str:
+        return short_repr("FilterFolder", self.index.name, base=self.index.base, path=str(self.path))
 
     @property
     def networks(self) -> dict[str, NetworkFolder]:

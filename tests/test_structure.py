@@ -21,8 +21,8 @@ LEVELS = {
     4: "generator filters",
     3: "request memory residency adapters checkpoint inputs prompts",
     2: "weights provenance credentials home files",
-    1: "models sampling tokenizers worker",
-    0: "errors presets licence",
+    1: "models sampling tokenizers worker progress",
+    0: "errors presets licence compat",
 }
 LEVEL = {room: level for level, rooms in LEVELS.items() for room in rooms.split()}
 NETWORKS = {f"models.{name}" for name in ["transformer", "t5", "clip", "vae", "siglip", "vit", "pixtral"]}

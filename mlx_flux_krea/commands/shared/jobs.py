@@ -229,6 +229,9 @@ def _pipeline_arguments(
     default = tool.defaults if tool else folder.index.defaults
     arguments = {name: options[option] for option, name in _REQUEST.items() if option in options}
     arguments |= {name: options[name] for name in _FROM_RECORD if name in options}
+    for name in ("prompt_2", "negative_prompt_2"):  # an empty text that was recorded is one; "" would mean the prompt
+        if arguments.get(name) == "":
+            arguments[name] = [""]
     if "aspect" in options or "megapixels" in options:
         shape = image.size if image else (default.width, default.height)
         megapixels = options.get("megapixels", DEFAULTS["megapixels"])

@@ -1,0 +1,357 @@
+"""Names of diffusers that mean nothing here: accepted with one log line, or refused with the next step.
+
+Tables of arguments and attributes, and classes of methods, each name with its sentence. A name that is in none of them
+stays an error of Python's, TypeError or AttributeError.
+"""
+
+import logging
+import numbers
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any, Self
+
+from .errors import UsageError
+from .presets import COMPUTE_TYPES, Schedule
+
+logger = logging.getLogger("mlx_flux_krea")
+
+_told: set[str] = set()  # names whose line was logged: once in a process
+
+
+def tell(name: str, sentence: str) -> None:
+    """Logs that a name was accepted, the first time that it is used."""
+    if name not in _told:
+        _told.add(name)
+        logger.warning(f"`{name}` is accepted: {sentence}")
+
+
+def refuse(name: str, sentence: str) -> UsageError:
+    """Returns the error for a name that would have an effect in diffusers and has none here."""
+    return UsageError(f"`{name}` is diffusers', and this program does not have it", "", sentence)
+
+
+@dataclass(frozen=True)
+class Argument:
+    """An argument of diffusers.
+
+    Attributes:
+        sentence: what happens instead, or the next step.
+        accepted: tells values that are accepted from those that are refused; None: all are accepted. The value None,
+            diffusers' default, is always accepted, in silence.
+    """
+
+    sentence: str
+    accepted: Callable[[Any], bool] | None = None
+
+
+def _never(value: Any) -> bool:
+    return False
+
+
+_MEMORY = "memory is unified and planned before each run; the limit is `memory`"
+_OPENS = "an installed model is opened as it was converted, and nothing is fetched"
+_NO_ADAPTERS = "adapters (LoRA, IP-Adapter, textual inversion) do not work yet; they come in a later version"
+_NO_EDITING = "inpainting, control and editing do not work yet; they come in a later version"
+_COMPONENT = "every component comes from the model folder: flux-krea convert takes files one by one"
+_QUANTIZE = "quantize at conversion: flux-krea convert MODEL -q 4"
+
+LOADING = {
+    "variant": Argument(_OPENS),
+    "revision": Argument(_OPENS),
+    "token": Argument(_OPENS),
+    "use_auth_token": Argument(_OPENS),
+    "cache_dir": Argument(_OPENS),
+    "local_files_only": Argument(_OPENS),
+    "force_download": Argument(_OPENS),
+    "resume_download": Argument(_OPENS),
+    "proxies": Argument(_OPENS),
+    "mirror": Argument(_OPENS),
+    "use_safetensors": Argument(_OPENS),
+    "use_onnx": Argument(_OPENS, accepted=lambda value: not value),
+    "device_map": Argument(_MEMORY),
+    "max_memory": Argument(_MEMORY),
+    "low_cpu_mem_usage": Argument(_MEMORY),
+    "offload_folder": Argument(_MEMORY),
+    "offload_state_dict": Argument(_MEMORY),
+    "disable_mmap": Argument(_MEMORY),
+    "safety_checker": Argument("checks follow from the model's licence, see `check`", _never),
+    "feature_extractor": Argument(_NO_ADAPTERS, _never),
+    "image_encoder": Argument(_NO_ADAPTERS, _never),
+    **dict.fromkeys(
+        ("transformer", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "vae"),
+        Argument(_COMPONENT, _never),
+    ),
+    "scheduler": Argument("the solver is Euler with the folder's schedule; a call takes other `sigmas`", _never),
+    "quantization_config": Argument(_QUANTIZE, _never),
+    "custom_pipeline": Argument("there is one pipeline, with the text and image arguments of diffusers'", _never),
+    "output_loading_info": Argument("loading is strict: a missing or unknown tensor is an error", lambda v: not v),
+    "subfolder": Argument("name the model folder itself", lambda value: not value),
+}
+
+_ADAPTER_IMAGES = ("ip_adapter_image", "ip_adapter_image_embeds")
+_EDITING = ("mask_image", "masked_image_latents", "padding_mask_crop", "control_image", "control_mode")
+_EDITING += ("controlnet_conditioning_scale", "control_guidance_start", "control_guidance_end")
+
+CALL = {
+    "joint_attention_kwargs": Argument(
+        "`scale` is that of adapters, and there are none",
+        lambda value: isinstance(value, dict) and {*value} <= {"scale"},
+    ),
+    "callback_on_step_end_tensor_inputs": Argument(
+        "a callback is given the latents", lambda v: isinstance(v, list | tuple) and {*map(str, v)} <= {"latents"}
+    ),
+    **dict.fromkeys(
+        (*_ADAPTER_IMAGES, *(f"negative_{name}" for name in _ADAPTER_IMAGES)), Argument(_NO_ADAPTERS, _never)
+    ),
+    **dict.fromkeys(_EDITING, Argument(_NO_EDITING, _never)),
+}
+
+# Attributes that scripts set. Reading them, where there is something to read, is the pipeline's own matter.
+ASSIGNED = {
+    "scheduler": LOADING["scheduler"].sentence,
+    **dict.fromkeys(("transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"), _COMPONENT),
+    "safety_checker": LOADING["safety_checker"].sentence,
+    "_interrupt": "call interrupt(), from a callback or another thread",
+    "interrupt": "call interrupt(), from a callback or another thread",
+}
+
+# Attributes that scripts read and that do not exist.
+ABSENT = {
+    "text_encoder": "encode_prompt() encodes texts",
+    "text_encoder_2": "encode_prompt() encodes texts",
+    "tokenizer": "`folder.tokenizers` are those of CLIP and of T5",
+    "tokenizer_2": "`folder.tokenizers` are those of CLIP and of T5",
+    "components": "there is one pipeline, for texts and images",
+    "config": "`folder.index` holds the facts of the model",
+    "image_processor": "`image` takes PIL images, numpy arrays and paths; `output_type` chooses the result",
+    "safety_checker": "`policy` says which checks pictures must pass",
+}
+
+
+def take_known(where: str, given: Mapping[str, Any], table: Mapping[str, Argument]) -> None:
+    """Accepts arguments of diffusers, each with one log line, or refuses them.
+
+    Args:
+        where: the function, for Python's own error.
+        given: arguments that it does not have, by name.
+        table: those that diffusers has.
+
+    Raises:
+        TypeError: a name that diffusers does not have either.
+        UsageError: a value that would have an effect there.
+    """
+    for name, value in given.items():
+        if name not in table:
+            raise TypeError(f"{where}() got an unexpected keyword argument {name!r}")
+        known = table[name]
+        if value is None:
+            continue
+        if known.accepted and not known.accepted(value):
+            raise refuse(name, known.sentence)
+        tell(name, known.sentence)
+
+
+_DTYPES = {"half": "float16", "fp16": "float16", "bf16": "bfloat16", "fp32": "float32", "float": "float32"}
+
+
+def dtype_name(name: str, dtype: Any) -> str | None:
+    """Returns MLX's name of a type: from a name, or a type of MLX, torch or numpy. None and "auto" are None.
+
+    Args:
+        name: of the argument, for errors.
+        dtype: the value; diffusers' dict of types by component, if they are all one.
+    """
+    if isinstance(dtype, dict):
+        names = {dtype_name(name, value) for value in dtype.values()}
+        if len(names) != 1:
+            raise UsageError(f"`{name}` holds {len(names)} types", "one for all components")
+        return names.pop()
+    if dtype is None or dtype == "auto":
+        return None
+    text = dtype if isinstance(dtype, str) else getattr(dtype, "__name__", None) or str(dtype)
+    text = text.rpartition(".")[2].lower()
+    return _DTYPES.get(text, text)
+
+
+def seed_of(generator: Any) -> int | list[int]:
+    """Returns the seed of a torch generator, or seeds of a list of them; an int is a seed.
+
+    Raises:
+        UsageError: anything else.
+    """
+    if isinstance(generator, list | tuple):
+        seeds = [seed_of(one) for one in generator]
+        if any(isinstance(seed, list) for seed in seeds):
+            raise UsageError("`generator` is a list of lists", "one generator for each image")
+        return seeds  # type: ignore[return-value]  # none of them is a list
+    if isinstance(generator, numbers.Integral) and not isinstance(generator, bool):
+        return int(generator)
+    if callable(getattr(generator, "initial_seed", None)):
+        return int(generator.initial_seed())
+    raise UsageError(f"`generator` is {type(generator).__name__}", "a torch.Generator, an int or a list", "pass `seed`")
+
+
+GENERATOR = "its seed is used, and each call starts that stream anew, with the numbers of torch's CPU generator"
+
+
+class Accepted:
+    """A method of diffusers that has nothing to do here: logged once, with any arguments.
+
+    Args:
+        sentence: the reason.
+    """
+
+    def __init__(self, sentence: str):
+        self.sentence, self.name = sentence, ""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __repr__(self) -> str:
+        return f"<{self.name}() of diffusers, accepted: {self.sentence}>"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        """Logs the sentence."""
+        tell(f"{self.name}()", self.sentence)
+
+
+class Refused(Accepted):
+    """A method of diffusers that would do something which this program cannot do: an error with the next step."""
+
+    def __repr__(self) -> str:
+        return f"<{self.name}() of diffusers, refused: {self.sentence}>"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        """Raises the error."""
+        raise refuse(f"{self.name}()", self.sentence)
+
+
+_ATTENTION = "attention is computed in one fused kernel"
+_DECODING = "the image decoder works in strips or tiles where memory is short"
+
+
+class DiffusersMethods:
+    """Methods and attributes that scripts for diffusers use on a pipeline."""
+
+    dtype: str
+
+    enable_model_cpu_offload = Accepted(_MEMORY)
+    enable_sequential_cpu_offload = Accepted(_MEMORY)
+    enable_group_offload = Accepted(_MEMORY)
+    maybe_free_model_hooks = Accepted(_MEMORY)
+    remove_all_hooks = Accepted(_MEMORY)
+    reset_device_map = Accepted(_MEMORY)
+    enable_attention_slicing = Accepted(_ATTENTION)
+    disable_attention_slicing = Accepted(_ATTENTION)
+    set_attention_slice = Accepted(_ATTENTION)
+    enable_xformers_memory_efficient_attention = Accepted(_ATTENTION)
+    disable_xformers_memory_efficient_attention = Accepted(_ATTENTION)
+    set_use_memory_efficient_attention_xformers = Accepted(_ATTENTION)
+    fuse_qkv_projections = Accepted(_ATTENTION)
+    unfuse_qkv_projections = Accepted(_ATTENTION)
+    enable_vae_slicing = Accepted(_DECODING)
+    disable_vae_slicing = Accepted(_DECODING)
+    enable_vae_tiling = Accepted(_DECODING)
+    disable_vae_tiling = Accepted(_DECODING)
+
+    load_lora_weights = Refused(_NO_ADAPTERS)
+    unload_lora_weights = Refused(_NO_ADAPTERS)
+    save_lora_weights = Refused(_NO_ADAPTERS)
+    fuse_lora = Refused(_NO_ADAPTERS)
+    unfuse_lora = Refused(_NO_ADAPTERS)
+    enable_lora = Refused(_NO_ADAPTERS)
+    disable_lora = Refused(_NO_ADAPTERS)
+    enable_lora_hotswap = Refused(_NO_ADAPTERS)
+    set_lora_device = Refused(_NO_ADAPTERS)
+    set_adapters = Refused(_NO_ADAPTERS)
+    delete_adapters = Refused(_NO_ADAPTERS)
+    get_active_adapters = Refused(_NO_ADAPTERS)
+    get_list_adapters = Refused(_NO_ADAPTERS)
+    load_ip_adapter = Refused(_NO_ADAPTERS)
+    unload_ip_adapter = Refused(_NO_ADAPTERS)
+    set_ip_adapter_scale = Refused(_NO_ADAPTERS)
+    load_textual_inversion = Refused(_NO_ADAPTERS)
+    unload_textual_inversion = Refused(_NO_ADAPTERS)
+
+    from_single_file = Refused("convert the file once: flux-krea convert FILE; then name it in from_pretrained()")
+    from_pipe = Refused("one pipeline takes texts and images: give it an `image`")
+    from_config = Refused("name a model in from_pretrained()")
+    download = Refused("fetch and convert it: flux-krea convert OWNER/NAME")
+    save_pretrained = Refused("a model is a folder, `folder.path`; flux-krea convert makes others of it")
+    push_to_hub = Refused("upload the folder, `folder.path`, with the hub's own tools, as its licence allows")
+    register_modules = Refused(_COMPONENT)
+    enable_freeu = Refused("FreeU is for networks with skip connections, and this is none")
+    enable_cache = Refused("caches that skip steps do not work yet; they come in a later version")
+
+    @property
+    def device(self) -> str:
+        """Torch's name for the place of generators and arrays that a call is given: memory is unified."""
+        return "cpu"
+
+    @property
+    def _execution_device(self) -> str:
+        return self.device
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Returns the pipeline: there is one device.
+
+        Raises:
+            UsageError: a type other than the pipeline's, which is chosen when the model is opened.
+        """
+        for value in (*args, *kwargs.values()):
+            name = None if value is None else dtype_name("dtype", value)
+            if name in (*COMPUTE_TYPES, "float64") and name != self.dtype:
+                raise UsageError(f"`to` is given the type {name}", self.dtype, f'open the model with `dtype` "{name}"')
+        tell("to()", _MEMORY)
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        """Raises AttributeError, with the next step for names of diffusers."""
+        sentence = ABSENT.get(name)
+        found = f"{type(self).__name__!r} object has no attribute {name!r}"
+        raise AttributeError(f"{found}: {sentence}" if sentence else found)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuses to set what has an effect in diffusers and would have none here."""
+        if name in ASSIGNED:
+            raise refuse(name, ASSIGNED[name])
+        object.__setattr__(self, name, value)
+
+
+class NetworkMethods:
+    """Methods that scripts for diffusers call on `pipe.transformer`."""
+
+    to = Accepted(_MEMORY)
+    enable_group_offload = Accepted(_MEMORY)
+    requires_grad_ = Accepted("nothing is trained here")
+    fuse_qkv_projections = Accepted(_ATTENTION)
+    set_attn_processor = Refused("attention is computed in one way")
+    set_attention_backend = Accepted(_ATTENTION)
+    enable_cache = Refused("caches that skip steps do not work yet; they come in a later version")
+    load_lora_adapter = Refused(_NO_ADAPTERS)
+
+
+class VAEMethods(NetworkMethods):
+    """Methods that scripts for diffusers call on `pipe.vae`."""
+
+    enable_tiling = Accepted(_DECODING)
+    disable_tiling = Accepted(_DECODING)
+    enable_slicing = Accepted(_DECODING)
+    disable_slicing = Accepted(_DECODING)
+
+
+def as_scheduler(schedule: Schedule) -> SimpleNamespace:
+    """Returns a schedule as scripts read it from `pipe.scheduler`: `config` has diffusers' names."""
+    dynamic = schedule.shift == "dynamic"
+    config = {
+        "_class_name": "FlowMatchEulerDiscreteScheduler",
+        "num_train_timesteps": 1000,
+        "use_dynamic_shifting": dynamic,
+        "shift": 3.0 if dynamic else 1.0,
+        "base_shift": schedule.base_shift,
+        "max_shift": schedule.max_shift,
+        "base_image_seq_len": schedule.base_image_seq_len,
+        "max_image_seq_len": schedule.max_image_seq_len,
+    }
+    return SimpleNamespace(config=config)
