@@ -12,6 +12,7 @@ import pytest
 from helpers import PIPELINE, TOKENIZERS, edit_json, levels, without_guidance
 from mlx_flux_krea.convert import convert
 from PIL import Image
+from test_parity import clip_tokenizer, t5_tokenizer
 
 from mlx_flux_krea import FluxPipeline, Request, compat
 from mlx_flux_krea.errors import UsageError
@@ -158,10 +159,11 @@ def test_with_torch_the_import_line_alone_changes_and_the_picture_is_diffusers(p
     exec(card(name, IMPORT, *changed), {})
     ours = Image.open(SAVED[name]).copy()
     theirs = tmp_path / "schnell" if "schnell" in name else PIPELINE
-    places = (f'"black-forest-labs/{name}"', f'"{theirs}"'), ("pipe.enable_model_cpu_offload()\n", "")
+    places = (f'"black-forest-labs/{name}"', f'"{theirs}", **tokenizers'), ("pipe.enable_model_cpu_offload()\n", "")
     if "Krea" in name:
         changed.append(("    prompt,", "    prompt, num_inference_steps=2,"))
-    exec(card(name, *changed, *places), {})
+    tokenizers = {"tokenizer": clip_tokenizer(), "tokenizer_2": t5_tokenizer()}
+    exec(card(name, *changed, *places), {"tokenizers": tokenizers})
     assert levels(ours, Image.open(SAVED[name])) <= 1
 
 
