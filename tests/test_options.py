@@ -357,6 +357,14 @@ def test_a_contact_sheet_holds_every_picture_a_row_for_each_prompt(draw):
     assert read_record(path)["sheet"] == {"across": ["seed 1", "seed 2", "seed 3"], "down": ["red", "blue"]}
 
 
+@shows("generate", "--contact-sheet", "--metadata", "--quality")
+def test_a_contact_sheet_is_saved_as_its_pictures_are(draw):
+    how = ["--contact-sheet", "--seed", "1", "2", "--output", "a.jpg", "--metadata", "minimal", "--quality", "30"]
+    picture, _, sheet = draw(*how, how=QUICK)
+    assert read_record(sheet) is None
+    assert Image.open(sheet).quantization == Image.open(picture).quantization
+
+
 @shows("generate", "--json")
 def test_json_tells_what_happens_while_it_happens_and_all_of_it_at_the_end(run, tmp_path):
     rows = ['{"prompt": "a cross", "seed": 1}', '{"prompt": "x", "stesp": 1}', '{"prompt": "a ring", "seed": 2}']

@@ -219,6 +219,23 @@ def test_of_several_pictures_the_one_at_hand_and_the_others_follow(command, mode
     assert list(elsewhere.iterdir()) == files() == []
 
 
+@pytest.mark.core(".jpg")
+@pytest.mark.parametrize("ending", [".jpg", ".webp"])
+def test_a_sheet_of_files_that_lose_something_is_the_same_after_an_interruption(command, model, tmp_path, ending):
+    """Its thumbnails are those of the files, whether this process wrote them or an earlier one."""
+    how = ["--contact-sheet", "--force", "--quality", "60", "-o", f"out{ending}"]
+    call = ["generate", CAT, "-m", model, *TINY, "8", *how]
+    assert command(*call)[0] == 0
+    whole = contents_of(tmp_path)
+    assert len(whole) == 3
+    for path in tmp_path.iterdir():
+        path.unlink()
+    with failing("denoise", 2.1, picture=2):
+        assert command(*call)[0] == 1
+    code, _, err = command("resume")
+    assert (code, contents_of(tmp_path) == whole) == (0, True), err
+
+
 def contents_of(folder: Path) -> dict[str, bytes]:
     """Every file in it, hidden ones included."""
     return {path.name: path.read_bytes() for path in folder.iterdir()}

@@ -1,6 +1,7 @@
 """flux-krea review, at a terminal and without one, and flux-krea log."""
 
 import base64
+import io
 import json
 import os
 import re
@@ -61,7 +62,7 @@ def answered(out: Path, answers: list[str], *options, **environment) -> tuple[in
     todo = iter([f"{one}\n" for one in answers])
 
     def answer(shown: str) -> str:
-        return next(todo, "\x04") if re.search(r"(later\): |\]: |releasing it: )$", shown) else ""
+        return next(todo, "\x04") if re.search(r"(later\): |\]: |releasing it: |none\): )$", shown) else ""
 
     return at_terminal("review", *options, cwd=out, answer=answer, **environment)
 
@@ -160,6 +161,65 @@ def test_y_and_n_are_answers_the_choices_stand_once_and_the_release_is_said(out,
     keep()
     code, stdout, seen = answered(out, ["n", "Y"], "--reviewer", "Ada", **SHOWN)
     assert (code, stdout, log(home)[-1]["event"]) == (0, "", "rejected"), seen
+
+
+def test_a_contact_sheet_numbers_what_waits_and_each_chosen_picture_is_shown_and_asked_about(out, home):
+    """Numbers that there are none of are asked for again; the sheet itself approves nothing and does not stay."""
+    for _ in range(4):
+        keep()
+    names = [one.image for one in Ledger().waiting()]
+    code, stdout, seen = answered(out, ["none"], "--contact-sheet", "--reviewer", "Ada", **SHOWN)
+    assert (code, stdout, files(out)) == (5, "", []), seen
+    chosen = ["5", "1 x", "3, 1 3", "n", "n", "n", "y"]
+    code, stdout, seen = answered(out, chosen, "--contact-sheet", "--reviewer", "Ada", **SHOWN)
+    assert (code, stdout) == (5, "out.png\n"), seen
+    assert "'5' is no number from 1 to 4" in seen
+    assert "'x' is no number from 1 to 4" in seen
+    shown = [Image.open(io.BytesIO(base64.b64decode(one))).size for one in re.findall(r":([A-Za-z0-9+/=]+)\x07", seen)]
+    assert shown == [(4 * 260 + 4, 278), (24, 16), (24, 16)]  # the sheet, and both pictures whole
+    events = {one: Ledger().log.picture(one)["event"] for one in names}
+    assert [events[name] for name in names] == ["rejected", "waiting", "written", "waiting"]
+    assert [one.image for one in Ledger().waiting()] == [names[1], names[3]]
+    assert not list((home / "quarantine").glob("*.temporary.noindex"))
+
+
+def test_a_contact_sheet_that_cannot_be_shown_is_named_and_is_its_owners_alone(out, home):
+    keep()
+    seen = {}
+
+    def answer(shown: str) -> str:
+        if not shown.endswith("none): "):
+            return ""
+        (path,) = (home / "quarantine").glob("*.temporary.noindex/sheet.png")
+        seen["mode"], seen["pixels"] = path.stat().st_mode & 0o777, np.asarray(Image.open(path))
+        return "none\n"
+
+    code, _, said = at_terminal("review", "--contact-sheet", cwd=out, answer=answer)
+    assert (code, seen["mode"], "open the file" in said) == (5, 0o600, True), said
+    assert np.array_equal(seen["pixels"][142:158, 120:144], PIXELS)
+
+
+def test_a_sheet_of_a_process_that_was_killed_is_deleted_and_is_no_picture(home):
+    keep()
+    dead = home / "quarantine" / f"{'0' * 32}.temporary.noindex"
+    dead.mkdir()
+    (dead / "sheet.png").write_bytes(b"anything")
+    with Ledger().temporary("sheet.png") as path:
+        path.write_bytes(b"of a process that lives")
+        assert [one.facts["event"] for one in Ledger().waiting()] == ["waiting"]
+        assert (dead.exists(), path.exists()) == (False, True)
+    assert not path.parent.exists()
+
+
+@pytest.mark.parametrize("umask", [0o000, 0o077])
+def test_what_is_private_is_so_whatever_the_umask_says(home, umask):
+    before = os.umask(umask)
+    try:
+        keep()
+    finally:
+        os.umask(before)
+    kept = [path for path in home.rglob("*") if path.is_file() and path.name != "licence.json"]
+    assert {path.stat().st_mode & 0o077 for path in kept} == {0}, kept
 
 
 def test_names_and_formats_given_to_generate_are_kept_to_the_end(out, home, tmp_path):

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from mlx_flux_krea.errors import UsageError, Waiting, amount, printable
+from mlx_flux_krea.files import replacing
 from mlx_flux_krea.filters.ledger import Ledger, QuarantinedImage, Verdict
 from mlx_flux_krea.provenance import FORMATS, read_record
 
@@ -14,8 +15,10 @@ from .shared import signals
 from .shared.jobs import default_output, output_name
 from .shared.options import FILE, METADATA, QUALITY
 from .shared.output import check_output, meant_file, names_from, save
+from .shared.sheet import numbered_sheet
 from .shared.terminal import Console, say_path, show_picture
 
+_SHEET = 120  # pictures of a contact sheet
 ANSWERS = ("yes", "no", "later")
 QUESTIONS = {
     "unlawful": "Does it show anything unlawful?",
@@ -37,7 +40,8 @@ QUESTIONS = {
     type=METADATA,
     help="Record in the file: all settings, or only that an AI made it.  [default: as given to generate, or full]",
 )
-def review(output, reviewer, quality, metadata):
+@click.option("--contact-sheet", is_flag=True, help="Show all of them small and numbered first, to choose from.")
+def review(output, reviewer, quality, metadata, contact_sheet):
     """Review waiting pictures, and release or reject them.
 
     The licence asks that nobody passes on a picture before a person has checked that it is neither unlawful nor
@@ -45,10 +49,12 @@ def review(output, reviewer, quality, metadata):
     them, or deletes them with `flux-krea purge --quarantine`. Without a terminal, the waiting pictures are listed.
 
     Where a picture cannot be shown (tmux, screen, ssh, no display), open its file: you are asked whether you did.
+    A contact sheet is for finding pictures: each that you choose from it is shown and asked about by itself.
 
     \b
     Example:
       flux-krea review -o frog.png
+      flux-krea review --contact-sheet
     """
     typed = {name: value for name, value in (("quality", quality), ("metadata", metadata)) if value is not None}
     if output:
@@ -65,33 +71,64 @@ def review(output, reviewer, quality, metadata):
             raise Waiting(_count(len(waiting)), "", "review needs a terminal: flux-krea review")
         left = len(waiting)
         try:
-            while not (reviewer or "").strip():
+            chosen = _choose(waiting, ledger, console) if contact_sheet else range(1, len(waiting) + 1)
+            while chosen and not (reviewer or "").strip():
                 reviewer = click.prompt("Your name", default=getpass.getuser(), err=True)
-            for number, picture in enumerate(waiting, 1):
+            for number in chosen:
+                picture = waiting[number - 1]
                 with ledger.claimed(picture) as is_mine:
                     busy = "" if is_mine else ": another process is reviewing it"
                     console.say(f"\n{number} of {len(waiting)}{busy}")
-                    if not is_mine:
-                        continue
-                    path, how = _target(picture, output, number, meant=ledger.meant_for(picture), typed=typed)
-                    verdict = _ask(picture, reviewer.strip(), console)
-                    if verdict is None:
-                        continue
-                    with signals.held():
-                        settled = ledger.settle(picture, verdict)
-                        if verdict.event == "approved":
-                            released = ledger.hand_over(settled)
-                            path = save(released, names_from(path), force=False, **how)
-                            console.say(f"released {path}")
-                            say_path(path)
-                        else:
-                            console.say("rejected and deleted")
-                        ledger.discard(settled)
-                    left -= 1
+                    if is_mine:
+                        target = _target(picture, output, number, meant=ledger.meant_for(picture), typed=typed)
+                        left -= _settle(picture, ledger, target, reviewer=reviewer.strip(), console=console)
         except (click.Abort, EOFError):
             console.say("")
         if left:
             raise Waiting(_count(left), "", "flux-krea review")
+
+
+def _choose(waiting: list[QuarantinedImage], ledger: Ledger, console: Console) -> list[int]:
+    """Shows a numbered contact sheet, and asks which of its pictures to review. Nothing is approved by that."""
+    if len(waiting) > _SHEET:
+        console.say(f"the sheet has the first {_SHEET} of {len(waiting)}")
+        waiting = waiting[:_SHEET]
+    with ledger.temporary("sheet.png") as path:
+        with replacing(path, mode=0o600) as file:
+            numbered_sheet([picture.path for picture in waiting]).save(file, "PNG")
+        shown = show_picture(path, console)
+        console.say(f"contact sheet: {path}" + ("" if shown else "; it cannot be shown here, open the file"))
+
+        def read(typed: str) -> list[int]:
+            words = typed.replace(",", " ").split()
+            if words in (["all"], ["none"]):
+                return list(range(1, len(waiting) + 1)) if words == ["all"] else []
+            wrong = [word for word in words if not (word.isdecimal() and 1 <= int(word[:9]) <= len(waiting))]
+            if wrong:
+                raise click.UsageError(f"{printable(wrong[0])!r} is no number from 1 to {len(waiting)}")
+            return list(dict.fromkeys(map(int, words)))
+
+        return click.prompt("Numbers to review, such as 1 3 4 (all, none)", value_proc=read, err=True)
+
+
+def _settle(
+    picture: QuarantinedImage, ledger: Ledger, target: tuple[Path, dict], *, reviewer: str, console: Console
+) -> bool:
+    """Asks about a picture, and releases or deletes it. Returns False where it waits on."""
+    verdict = _ask(picture, reviewer, console)
+    if verdict is None:
+        return False
+    with signals.held():
+        settled = ledger.settle(picture, verdict)
+        if verdict.event == "approved":
+            path, how = target
+            path = save(ledger.hand_over(settled), names_from(path), force=False, **how)
+            console.say(f"released {path}")
+            say_path(path)
+        else:
+            console.say("rejected and deleted")
+        ledger.discard(settled)
+    return True
 
 
 def _ask(picture: QuarantinedImage, reviewer: str, console: Console) -> Verdict | None:

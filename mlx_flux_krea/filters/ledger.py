@@ -2,6 +2,7 @@
 
     HOME/quarantine/RUN.noindex/     one run: `lock`, held while its process lives; IMAGE.png with its record inside;
                                      IMAGE.json: the file that it is meant for, and the one that it is about to become
+    HOME/quarantine/NAME.temporary.noindex/   a file that shows waiting pictures, while a command shows it
     HOME/log/log.jsonl               one JSON object a line for each event (see `Log`)
     HOME/log/head                    number and hash of the last line, so that a shortened log is noticed
 
@@ -33,6 +34,7 @@ from ..files import read_json, read_small, remove_partials, replacing, sha256_if
 from ..provenance import SOFTWARE, Picture, opened, read_record
 from .log import FOLLOWS, Log
 
+_TEMPORARY = ".temporary.noindex"  # ending of folders of `Ledger.temporary`
 _SYNCHRONISED = re.compile(
     "(mobile documents|cloudstorage|icloud drive|dropbox|onedrive|google ?drive)( ?[-(].*)?", re.I
 )
@@ -143,6 +145,24 @@ class Ledger:
             with _locked(folder) as is_dead:
                 if is_dead:
                     self._recover_all(folder)
+        for folder in self.quarantine.glob(f"*{_TEMPORARY}"):
+            with _locked(folder) as is_dead:
+                if is_dead:
+                    shutil.rmtree(folder, ignore_errors=True)
+
+    @contextlib.contextmanager
+    def temporary(self, name: str) -> Iterator[Path]:
+        """Gives the path of a file that may show waiting pictures. It is deleted with the block, however that ends."""
+        with contextlib.ExitStack() as stack:
+            while True:  # as in `run`
+                folder = self.quarantine / f"{secrets.token_hex(16)}{_TEMPORARY}"
+                _make_private(folder)
+                if stack.enter_context(_locked(folder)):
+                    break
+            try:
+                yield folder / name
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
 
     def _recover_all(self, folder: Path) -> None:
         for partial in folder.glob(".*.partial"):
@@ -325,7 +345,7 @@ class Ledger:
             return False
 
     def _folders(self) -> list[Path]:
-        return sorted(self.quarantine.glob("*.noindex"))
+        return sorted(set(self.quarantine.glob("*.noindex")) - set(self.quarantine.glob(f"*{_TEMPORARY}")))
 
 
 class LedgerRun:
@@ -352,7 +372,8 @@ class LedgerRun:
         try:
             if self.meant_for:
                 _note(path, {"meant_for": self.meant_for})
-            Picture.from_pixels(pixels, record).save(path, compress_level=1)
+            with replacing(path, mode=0o600) as file:
+                Picture.from_pixels(pixels, record).save(file, "PNG", compress_level=1)
         except ResourceError:
             raise
         except (FluxKreaError, OSError) as error:

@@ -194,7 +194,7 @@ class Log:
         try:
             for leftover in self._head.parent.glob(f".{self._head.name}.*.partial"):
                 leftover.unlink(missing_ok=True)
-            with written_whole(self._head) as file:
+            with written_whole(self._head, mode=0o600) as file:
                 file.write(f"{len(self._hashes) - 1} {self._hashes[-1]}\n".encode())
         except OSError as error:
             raise self._unusable(f"cannot be written: {error.strerror}") from None

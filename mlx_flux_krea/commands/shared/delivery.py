@@ -7,7 +7,7 @@ import click
 
 from mlx_flux_krea import Result
 from mlx_flux_krea.errors import Withheld, printable
-from mlx_flux_krea.provenance import Picture, read_record
+from mlx_flux_krea.provenance import FORMATS, Picture, read_record
 
 from .jobs import PictureJob, PreparedJob
 from .options import with_option_names
@@ -41,7 +41,7 @@ class Delivery:
 
     def deliver(self, prepared: PreparedJob, result: Result) -> None:
         """Saves the picture of a job, if it was released, and reports its outcome."""
-        pick, seed, picture, path = prepared.pick, prepared.job.seed, None, None
+        pick, seed, path = prepared.pick, prepared.job.seed, None
         outcome = result.outcomes[pick]
         if outcome == "released":
             picture = result.images[result.outcomes[:pick].count("released")]
@@ -51,7 +51,7 @@ class Delivery:
         notes = [*prepared.notes, *map(with_option_names, result.notes)]
         facts = {"outcome": outcome, "notes": notes, "seconds": result.seconds}
         facts |= {"peaks": result.peaks, "predicted": result.plan.stages if result.plan else {}}
-        self._add(outcome, {**result.records[pick], **facts}, path=path, picture=picture)
+        self._add(outcome, {**result.records[pick], **facts}, path)
         self._console.say(f"seed {seed}: {stage_times(result.seconds)}")
         if self._run.options.get("verbose"):
             self._console.say(_memory(result))
@@ -59,7 +59,10 @@ class Delivery:
 
     def deliver_sheet(self, sheet: Picture, name: Path) -> None:
         """Saves and reports the contact sheet."""
-        self._tell_sheet(save(sheet, names_from(name), force=self._run.force, before=self._run.claim))
+        how = _how(self._run.jobs[0].options)
+        if FORMATS.get(name.suffix.lower()) == "PNG":
+            how.pop("quality", None)
+        self._tell_sheet(save(sheet, names_from(name), force=self._run.force, before=self._run.claim, **how))
 
     def report(self) -> None:
         """Prints the JSON report, if it was asked for and holds anything."""
@@ -69,14 +72,13 @@ class Delivery:
     def _save(self, job: PictureJob, picture: Picture) -> Path:
         """Saves a picture; a note tells if the first picture of a name gets another one."""
         first, names = job.output not in self._names, self._names.setdefault(job.output, names_from(job.output))
-        how = {name: job.options[name] for name in ("metadata", "quality") if name in job.options}
-        path = save(picture, names, force=self._run.force, before=self._run.claim, **how)
+        path = save(picture, names, force=self._run.force, before=self._run.claim, **_how(job.options))
         if first and path != job.output:
             self._console.say(f"note: {printable(str(job.output))} exists; writing {printable(str(path))}")
         return path
 
-    def _add(self, outcome: str, facts: dict, *, path: Path | None = None, picture: Picture | None = None) -> None:
-        self._run.add(outcome, path, picture)
+    def _add(self, outcome: str, facts: dict, path: Path | None = None) -> None:
+        self._run.add(outcome, path)
         self._run.advance()
         self._report["images"].append({"path": path and str(path), **facts})
 
@@ -101,6 +103,11 @@ class Delivery:
         record = read_record(path) or {"seed": job.seed}
         self._report["images"].append({"path": str(path), **record, "outcome": outcome})
         self._tell(path)
+
+
+def _how(options: dict[str, Any]) -> dict[str, Any]:
+    """Picks the options of `Picture.save`."""
+    return {name: options[name] for name in ("metadata", "quality") if name in options}
 
 
 def _memory(result: Result) -> str:

@@ -53,6 +53,7 @@ class Run:
     claimed: dict[str, Any] = field(default_factory=dict)  # the file about to get its name: path, sha256, process
     unreported: Path | None = None  # a file saved by a killed process, which was not reported
     _small: dict[int, Picture] = field(default_factory=dict)  # thumbnails for a contact sheet
+    _claimed_small: Picture | None = None  # of the file about to get its name
 
     @property
     def remaining(self) -> list[PictureJob]:
@@ -69,16 +70,18 @@ class Run:
         """True where a picture was released, so that a later failure concerns a part of the run."""
         return any(path for _, path in self.done)
 
-    def add(self, outcome: str, path: Path | None, picture: Picture | None) -> None:
+    def add(self, outcome: str, path: Path | None) -> None:
         """Records the outcome of the next job."""
-        if path and picture and self.options.get("contact_sheet"):
-            self._small[len(self.done)] = thumbnail(picture)
+        if path and self._claimed_small:
+            self._small[len(self.done)] = self._claimed_small
         self.done.append((outcome, path))
-        self.claimed = {}
+        self.claimed, self._claimed_small = {}, None
 
     def claim(self, path: Path, encoded: bytes) -> None:
         """Records in the checkpoint which file gets its name next, in case the process is killed right after."""
         digest = hashlib.sha256(encoded).hexdigest()
+        if self.remaining and self.options.get("contact_sheet"):
+            self._claimed_small = thumbnail(encoded)
         self.claimed = {"path": os.path.abspath(path), "sha256": digest, "process": os.getpid()}
         self.checkpoint.run = self.to_json()
         self.checkpoint.write()
@@ -103,7 +106,7 @@ class Run:
         elif is_filtered and not Ledger().log.has_written(digest):
             return
         else:
-            self.add("released", path, None)
+            self.add("released", path)
         self.unreported = path
 
     def confirm(self, console: Console, *, is_filtered: bool) -> None:
@@ -122,9 +125,7 @@ class Run:
             try:
                 data = read_small(path, most=_LARGEST)
                 self._check_written(job, data, is_filtered=is_filtered)
-                with opened(io.BytesIO(data)) as image:
-                    record = read_picture(io.BytesIO(data))["record"]
-                    self._small[i] = thumbnail(Picture.from_pixels(image.convert("RGB"), record or {}))
+                self._small[i] = thumbnail(data)
             except (OSError, UsageError) as error:
                 reason = error.found if isinstance(error, UsageError) else error.strerror or str(error)
                 console.note(printable(f"the contact sheet lacks a picture: {path}: {reason}"))

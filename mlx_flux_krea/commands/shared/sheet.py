@@ -1,14 +1,18 @@
 """Contact sheets: a grid of small pictures with labels at its edges."""
 
+import contextlib
+import io
 import textwrap
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from mlx_flux_krea.errors import UsageError
 from mlx_flux_krea.filters.judges import unknown_installed
 from mlx_flux_krea.filters.ledger import Ledger, pixel_hash
-from mlx_flux_krea.provenance import Picture
+from mlx_flux_krea.provenance import Picture, opened, read_picture
 
 from .jobs import PictureJob
 
@@ -17,13 +21,22 @@ _TEXT = 14  # pixels, height of the letters
 _SIDE = 512  # pixels, the longest side of a picture in a sheet
 
 
-def thumbnail(picture: Picture) -> Picture:
-    """Returns the picture at its size in a sheet; small ones stay as they are."""
-    scale = _SIDE / max(picture.size)
-    if scale >= 1:
-        return picture
-    size = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
-    return Picture.from_pixels(picture.resize(size, Image.Resampling.LANCZOS), picture.record)
+def thumbnail(encoded: bytes) -> Picture:
+    """Reads a picture's file at its size in a sheet; small ones stay as they are.
+
+    A run that was interrupted has nothing but files to read, so that the others are read back too: the sheet is the
+    same, even where a format loses something.
+
+    Raises:
+        UsageError: not a picture.
+    """
+    record = read_picture(io.BytesIO(encoded))["record"] or {}
+    with opened(io.BytesIO(encoded)) as file:
+        picture = file.convert("RGB")
+    if (scale := _SIDE / max(picture.size)) < 1:
+        size = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
+        picture = picture.resize(size, Image.Resampling.LANCZOS)
+    return Picture.from_pixels(picture, record)
 
 
 def sheet_of(made: list[tuple[PictureJob, Picture]]) -> Picture:
@@ -62,6 +75,28 @@ def contact_sheet(rows: list[list[Picture]], across: list[str], down: list[str])
         for column, picture in enumerate(rows[row]):
             sheet.paste(picture, (left + column * wide, top + row * high))
     return Picture.from_pixels(sheet, first.record | {"sheet": {"across": across, "down": down}})
+
+
+def numbered_sheet(paths: list[Path], across: int = 6, side: int = 256) -> Image.Image:
+    """Makes a grid of pictures of any size, to find them by their numbers, from 1.
+
+    Args:
+        paths: their files; those that cannot be read leave their place empty.
+        across: pictures in a row.
+        side: pixels of a place.
+    """
+    high, font = side + _TEXT + 2 * _GAP, ImageFont.load_default(_TEXT)
+    sheet = Image.new("RGB", (min(across, len(paths)) * (side + _GAP) + _GAP, -(-len(paths) // across) * high), "white")
+    pen = ImageDraw.Draw(sheet)
+    for place, path in enumerate(paths):
+        row, column = divmod(place, across)
+        left, top = column * (side + _GAP) + _GAP, row * high
+        pen.text((left + side // 2, top + high - side - _TEXT // 2 - _GAP), str(place + 1), "black", font, anchor="mm")
+        with contextlib.suppress(UsageError), opened(path) as file:
+            small = file.convert("RGB")
+            small.thumbnail((side, side))
+            sheet.paste(small, (left + (side - small.width) // 2, top + high - side + (side - small.height) // 2))
+    return sheet
 
 
 def note_sheet(sheet: Picture, is_filtered: bool) -> None:
