@@ -27,6 +27,8 @@ _UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": GB, "kib": 2**10, "mib": 2**20,
 # float32 and in 16 bits (whose element-wise kernels compute in float32 there), and on Metal.
 _BLOCK = {"cpu": {4: (15, 28), 2: (26, 55)}, "gpu": {4: (12, 18), 2: (12, 18)}}
 _DENSE = {4: 9, 2: 10}  # bytes a weight that the CPU dequantizes takes on its way to float32 and to 16 bits
+# Bytes of a pixel of an input image: as Pillow holds it, and of a copy while it is resized or hashed.
+_HELD, _COPIED = 4, 3
 _STRIPS = {"cpu": {4: 12, 2: 24}, "gpu": {4: 6, 2: 6}}
 
 
@@ -236,7 +238,7 @@ def make_plan(
     text_length: int,
     steps: int = 28,
     conditions: int = 1,
-    image: bool = False,
+    input_pixels: int = 0,
     budget: int | None = None,
     device: str | None = None,
 ) -> MemoryPlan:
@@ -251,7 +253,7 @@ def make_plan(
         text_length: S, tokens of T5.
         steps: n.
         conditions: prompts and negative prompts of the run.
-        image: True where the run starts from an input image.
+        input_pixels: of the image that the run starts from; 0: none.
         budget: bytes; None: as many as the machine offers.
         device: "cpu" or "gpu"; None: the one in use.
 
@@ -265,6 +267,7 @@ def make_plan(
     modulations = 12 * flux.depth + 3 * flux.depth_single_blocks + 2
     rows = steps * conditions * modulations * flux.hidden_size * dtype.size
     always = weights.rest + rows  # of the transformer, from one picture to the next
+    always += _HELD * input_pixels
     texts = conditions * text_length * flux.hidden_size * dtype.size
     stages = {
         "text": weights.t5_rest
@@ -272,7 +275,7 @@ def make_plan(
         + _slots(weights.t5.stored, weights.t5.cast)
         + working.dense(weights.t5.dense)
         + working.text(sizes.t5, text_length),
-        **({"image": weights.encoder} if image else {}),
+        **({"image": weights.encoder + _COPIED * input_pixels} if input_pixels else {}),
         "modulation": _slots(weights.modulation.stored, weights.modulation.cast)
         + working.dense(weights.modulation.dense),
         "denoise": texts + working.dense(blocks.dense) + working.block(flux, tokens),
@@ -290,10 +293,11 @@ def make_plan(
     least, most = _peaks(smaller, blocks, set()), max(needs.values()) + sum(blocks.computed)
     if max(least.values()) > budget:
         worst = max(least, key=lambda stage: least[stage])
+        smaller_one = "input image or picture" if input_pixels else "picture"
         raise ResourceError(
             f"{width} x {height} needs {least[worst] / GB:.2f} GB of memory to {_VERBS[worst]}, "
             f"and {budget / GB:.2f} GB may be used",
-            todo="a smaller picture needs less; `memory` sets the limit",
+            todo=f"a smaller {smaller_one} needs less; `memory` sets the limit",
         )
     room = max(budget - max(max(needs.values()), needs["denoise"] + _slots(blocks.stored, blocks.cast)), 0)
     if most <= budget:

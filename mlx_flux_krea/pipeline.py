@@ -462,7 +462,7 @@ class FluxPipeline(compat.DiffusersMethods):
             text_length=resolved.max_sequence_length,
             steps=resolved.num_inference_steps,
             conditions=resolved.prompts * (2 if resolved.true_cfg else 1),
-            image=resolved.image is not None,
+            input_pixels=resolved.image.width * resolved.image.height if resolved.image else 0,
             budget=self.memory,
         )
 

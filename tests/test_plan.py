@@ -92,8 +92,22 @@ def test_what_needs_more_says_so():
     assert plan_of(weights, side=1536).least > one.least
     assert plan_of(weights, steps=50, conditions=2).stages["modulation"] > one.stages["modulation"]
     assert "image" not in one.stages
-    assert plan_of(weights, image=True).stages["image"] > 0
+    assert plan_of(weights, input_pixels=1).stages["image"] > 0
     assert weights_of(dtype=mx.float32).blocks.computed[0] == 2 * weights.blocks.computed[0]
+
+
+def test_an_input_image_is_counted_for_as_long_as_it_is_held(model):
+    """Of 6000 x 4000 pixels Pillow holds 96 MB, through every stage, and a copy while it is resized."""
+    weights = weights_of()
+    without, held = plan_of(weights, budget=100 * GB), plan_of(weights, input_pixels=6000 * 4000, budget=100 * GB)
+    more = {stage: held.stages[stage] - need for stage, need in without.stages.items()}
+    assert set(more.values()) == {96_000_000}
+    assert plan_of(weights, input_pixels=6000 * 4000).stages["image"] > plan_of(weights, input_pixels=1).stages["image"]
+    pipe = FluxPipeline.from_pretrained(model, memory="60MB")
+    sizes = {"prompt": "a", "width": 32, "height": 32}
+    assert pipe.plan(**sizes, image=Image.new("RGB", (64, 64))).peak < 60e6
+    with pytest.raises(ResourceError, match="a smaller input image or picture needs less"):
+        pipe.plan(**sizes, image=Image.new("RGB", (6000, 4000)))
 
 
 def test_a_budget_too_small_for_one_block_is_refused_with_the_numbers():
