@@ -10,6 +10,7 @@ import contextlib
 import errno
 import os
 import re
+import ssl
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import CancelledError
@@ -33,6 +34,8 @@ _REPO_ID = re.compile(r"(?!.*(?:--|\.\.))[A-Za-z0-9][\w.-]{0,94}/[A-Za-z0-9_][\w
 _COMMIT, _DIGEST = re.compile("[0-9a-f]{40}"), re.compile("[0-9a-f]{40}|[0-9a-f]{64}")
 _ONE_BY_ONE = ("one folder a component, or files on top", "download the files that you need, and name them one by one")
 _TIMEOUT = 30  # seconds without an answer
+# Errors of the hub's client that no further attempt heals; their modules have other names in other versions.
+_LASTING = ("DecodingError", "InvalidURL", "LocalProtocolError", "TooManyRedirects", "UnsupportedProtocol")
 _TRIES = 6  # attempts in a row without a byte; half a minute
 _LONGEST = 300  # longest wait in seconds that the hub may ask for: the length of its rate-limit windows
 
@@ -294,11 +297,20 @@ def _pause(error: Exception, tries: int, once: bool) -> float | None:
     """Returns the seconds until the next attempt; None: another attempt is useless."""
     response = getattr(error, "response", None)
     if response is None:
-        return None if once or getattr(error, "errno", None) else 2 ** (tries - 1)
+        return None if once or getattr(error, "errno", None) or _is_lasting(error) else 2 ** (tries - 1)
     if response.status_code not in (408, 429, 500, 502, 503, 504):
         return None
     asked = _asked_pause(response)
     return 2 ** (tries - 1) if asked is None else asked if asked <= _LONGEST else None
+
+
+def _is_lasting(error: BaseException | None) -> bool:
+    """Tells if a failure, or what caused it, is one that the next attempt meets again: a certificate, an address."""
+    while error is not None:
+        if isinstance(error, ssl.SSLCertVerificationError) or type(error).__name__ in _LASTING:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _asked_pause(response) -> int | None:

@@ -1,19 +1,24 @@
 """Sources on the hub: the real command against a hub on this machine, with everything that can go wrong on the way."""
 
+import http.server
 import os
 import random
 import re
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import CancelledError
 from pathlib import Path
 
 import pytest
 from helpers import PIPELINE, REFERENCE, TOKENIZERS, at_terminal, run_command
 from hub import WEIGHTS, Hub
+from huggingface_hub import get_session
 from mlx_flux_krea.convert import _check_disk, convert, hub
 
 from mlx_flux_krea.errors import ResourceError, UsageError
@@ -285,6 +290,40 @@ def test_a_pause_that_the_hub_asks_for_is_kept(served, expected, tmp_path):
     assert ran.returncode == 0, ran.stderr
     assert contents(tmp_path / "model") == expected
     assert time.monotonic() - begun > 4
+
+
+@pytest.mark.parametrize("fault", ["redirects", "protocol", "certificate", "network"])
+def test_what_no_further_attempt_heals_is_told_at_once(fault):
+    """And a network that was away for a moment is asked again, as long as nobody stops it."""
+    session, calls, stop = get_session(), [], threading.Event()
+
+    class Circle(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(302)
+            self.send_header("Location", self.path)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *args):
+            pass
+
+    def call():
+        calls.append(1)
+        if fault == "protocol":
+            session.get("nothing://host/file")
+        if fault == "certificate":
+            raise hub._failures()[0]("no") from ssl.SSLCertVerificationError(1, "self-signed")
+        if fault == "network":
+            stop.set()
+            raise hub._failures()[0]("the network is unreachable")
+        session.get(f"http://127.0.0.1:{server.server_port}/", follow_redirects=True)
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Circle) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with pytest.raises(CancelledError if fault == "network" else hub._failures()):
+            hub.patiently(call, stop=stop)
+        server.shutdown()
+    assert len(calls) == 1
 
 
 @pytest.mark.slow
