@@ -31,7 +31,9 @@ FOLLOWS = {
     "unwritten": ("written",),
     "purged": (None, "generated", "passed", "waiting", "flagged", "error", "approved", "released"),
 }
+_OF_THE_LINE = ("n", "previous", "image")  # and not about the picture
 _KEPT = ("unknown_filters",)  # facts that every later entry about the same picture has too
+_JSON = json.JSONDecoder()
 _START = "0" * 64  # stands in the first line for the hash of the line before
 
 
@@ -59,7 +61,8 @@ class Log:
             FiltersError: the log is damaged.
         """
         with self._open():
-            return dict(self._pictures.get(image, {}))
+            facts = self._pictures.get(image, {})
+            return {name: value for name, value in facts.items() if name not in _OF_THE_LINE}
 
     def images(self) -> list[str]:
         """Returns the names of all pictures in the log, oldest first.
@@ -167,9 +170,10 @@ class Log:
     def _take(self, entry: dict) -> None:
         self._entries.append(entry)
         if "image" in entry:
-            facts = {name: value for name, value in entry.items() if name not in ("n", "previous", "image")}
-            before = self._pictures.get(entry["image"], facts)
-            self._pictures[entry["image"]] = before | facts | {"time": before["time"]}
+            facts = self._pictures.setdefault(entry["image"], {})
+            first = facts.get("time", entry["time"])
+            facts.update(entry)
+            facts["time"] = first
 
     def _line(self, **facts) -> bytes:
         now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
@@ -223,7 +227,7 @@ class Log:
 
 def _parse(line: bytes) -> dict | None:
     try:
-        entry = json.loads(line)
+        entry = _JSON.decode(line.decode())
     except (ValueError, RecursionError):
         return None
     return entry if isinstance(entry, dict) and isinstance(entry.get("event"), str) and "time" in entry else None
