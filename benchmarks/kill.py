@@ -128,7 +128,7 @@ def scenarios(root: Path, wanted: list[str]) -> dict[str, Scenario]:
     made: dict[str, Scenario] = {}
     three = ["a {red|green|blue} circle on a white background", *PICTURE, "--seed", "7", "-o", "out_{n}.png"]
     if "generate" in wanted:
-        generate = ["generate", *three, "--contact-sheet"]
+        generate = ["generate", *three[:-1], "out_{n}.jpg", "--contact-sheet"]
         made["generate"] = Scenario(generate, [["resume"], generate])
     if "resume" in wanted:
         start, begun = root / "resume", root / "work"
@@ -179,7 +179,7 @@ def examine(work: Path) -> list[str]:
     """Returns broken promises right after a kill: files that have a name are whole, and the log can be read."""
     broken = []
     for path in [*(work / "out").rglob("*"), *(work / "home" / "quarantine").rglob("*.png")]:
-        if path.suffix == ".png" and path.is_file() and path.name[0] != ".":
+        if path.suffix in (".png", ".jpg") and path.is_file() and path.name[0] != ".":
             try:
                 with Image.open(path) as image:
                     image.load()

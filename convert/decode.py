@@ -71,7 +71,8 @@ def _ggml(name: str) -> Callable[..., mx.array]:
         import gguf
 
         rows = data.reshape(*shape[:-1], -1)
-        return mx.array(gguf.dequantize(rows, gguf.GGMLQuantizationType[name]))
+        with np.errstate(all="ignore"):  # NaN and infinities among the scales are found by whoever takes the result
+            return mx.array(gguf.dequantize(rows, gguf.GGMLQuantizationType[name]))
 
     return decode
 

@@ -65,6 +65,18 @@ def test_every_error_has_its_exit_code_in_the_docs():
             assert f"`{kind.__name__}`" in found, kind
 
 
+def test_each_route_that_is_shut_names_tests_that_exist():
+    page = (ROOT / "docs" / "security.md").read_text()
+    table = page.partition("## Routes")[2].partition("\n## ")[0]
+    rows = [row for row in table.splitlines() if row.startswith("| ") and not row.startswith("| route")]
+    assert len(rows) > 20
+    for row in rows:
+        names = re.findall(r"`(test_\w+\.py)::(test_\w+)`", row.split("|")[3])
+        assert names, row
+        for file, name in names:
+            assert f"def {name}(" in (ROOT / "tests" / file).read_text(), (file, name)
+
+
 # --- tool-schema ---
 
 

@@ -9,9 +9,11 @@ import re
 import shutil
 import threading
 import time
+import warnings
 from concurrent.futures import CancelledError
 from pathlib import Path
 
+import numpy as np
 import pytest
 from helpers import PIPELINE, TOKENIZERS
 from mlx_flux_krea.convert import convert, decode, reading, remap
@@ -132,3 +134,15 @@ def test_stopping_does_not_wait_for_the_hash_of_a_large_file(tmp_path):
     assert time.perf_counter() - start < 5
     with pytest.raises(CancelledError):
         hashes[large].result()
+
+
+@pytest.mark.parametrize("name", [name for name, kind in decode.TYPES.items() if kind.package == "gguf"])
+def test_scales_that_are_not_numbers_are_decoded_without_warnings_of_another_package(name):
+    """They are found in what comes out, and named."""
+    kind = decode.TYPES[name]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for half in (0x7C00, 0xFC00, 0x7C01, 0x7FFF):  # infinities and NaN, as every number of 16 bits of a block
+            stored = np.full(-(-kind.bytes // 2), half, np.uint16).view(np.uint8)[: kind.bytes]
+            values = np.array(kind.decode(stored, (1, kind.numbers)))
+            assert not np.isfinite(values).all()
