@@ -3,20 +3,15 @@
     python benchmarks/macs.py
 
 Memory is that of `plan` for Metal, in four fifths of the part that macOS offers a GPU: two thirds of the memory up to
-36 GB, three quarters above. Times are the products of all steps at three quarters of the chip's peak, as in `setup`.
+36 GB, three quarters above. Times are the products of all steps, and of the filters' questions, at half of the chip's
+peak, as in `setup`.
 """
-
-import mlx.core as mx
-from mlx.utils import tree_flatten
-from mlx_flux_krea.convert.quantize import QuantizationRecipe, choose
 
 from mlx_flux_krea.commands.shared import estimates
 from mlx_flux_krea.commands.shared.text import duration, size
 from mlx_flux_krea.memory import GB
 from mlx_flux_krea.models import config
-from mlx_flux_krea.models.filter_config import NSFW_VIT, PIXTRAL_12B
 from mlx_flux_krea.presets import PROPOSED_PRECISIONS
-from mlx_flux_krea.weights import build, layer_widths
 
 MACS = (
     ("M1", 8), ("M1", 16), ("M2 Pro", 16), ("M4", 16), ("M4 Pro", 24), ("M3 Max", 36), ("M4 Max", 64), ("M5 Max", 128),
@@ -24,13 +19,6 @@ MACS = (
 SHAPE = {"width": 1024, "height": 1024, "length": 512}  # pixels, and tokens of T5
 STEPS = 28
 HOW = {"none": "16 bits", "8": "8 bits"}
-
-
-def weight_bytes(name: str, sizes, quantize: str, item: int) -> int:
-    """Bytes of a filter's folder."""
-    layers = choose(name, layer_widths(name, sizes), QuantizationRecipe(quantize))[0]
-    arrays = (array for _, array in tree_flatten(build(name, sizes, layers).parameters()))
-    return sum(array.nbytes if array.dtype in (mx.uint32, mx.uint8) else array.size * item for array in arrays)
 
 
 def made() -> dict[str, int]:
@@ -50,20 +38,20 @@ def table(rows: list[tuple]) -> str:
 def page() -> str:
     """Both tables."""
     folders = made()
-    nsfw, pixtral = weight_bytes("nsfw", NSFW_VIT, "none", 4), weight_bytes("pixtral", PIXTRAL_12B, "4", 2)
-    text = PIXTRAL_12B.text_config
-    head = 2 * text.vocab_size * text.hidden_size  # of which few rows are kept
-    fetched = {
-        "model": folders["none"], "nsfw": nsfw, "pixtral": weight_bytes("pixtral", PIXTRAL_12B, "none", 2) + head,
-    }  # fmt: skip
+    filters = estimates.filter_bytes()
+    fetched = {"model": folders["none"]} | {name: count for name, (count, _) in filters.items()}
     kept = {"model": f"{size(folders['8'])} (8 bits), {size(folders['none'])} (16)"}
-    kept |= {"nsfw": size(nsfw), "pixtral": f"{size(pixtral)} (4 bits)"}
-    names = {"model": "FLUX.1 Krea [dev]", "nsfw": "classifier of pictures", "pixtral": "Pixtral 12B"}
+    kept |= {"nsfw": size(filters["nsfw"][1]), "pixtral": f"{size(filters['pixtral'][1])} (4 bits)"}
+    names = {
+        "model": "FLUX.1 Krea [dev]",
+        "nsfw": "classifier of pictures",
+        "pixtral": "Pixtral 12B, the ready 4-bit copy",
+    }
     rows = [("", "to fetch", "on disk", "takes about")]
     for part, count in fetched.items():
         took = duration(estimates.conversion_seconds(count, count))
         rows.append((names[part], size(count), kept[part], took))
-    macs = [("Mac", "proposed", "memory", "a picture")]
+    macs = [("Mac", "proposed", "memory", "a picture", "its filters", "at the start")]
     for chip, memory in MACS:
         budget = int(memory * GB * (2 / 3 if memory <= 36 else 3 / 4) * 4 / 5)
         found = estimates.precisions(config.FLUX_DEV_MODEL, folders, **SHAPE, budget=budget, device="gpu")
@@ -71,7 +59,9 @@ def page() -> str:
         one = found[quantize]
         how = "all in memory" if one.whole else "read block by block"
         draws = estimates.picture_seconds(config.FLUX_DEV, **SHAPE, steps=STEPS, chip=chip)
-        macs.append((f"{chip}, {memory} GB", f"{HOW[quantize]}, {how}", size(one.peak), duration(draws)))
+        checks = estimates.filter_seconds(chip)
+        times = (duration(seconds) for seconds in (draws, *checks))
+        macs.append((f"{chip}, {memory} GB", f"{HOW[quantize]}, {how}", size(one.peak), *times))
     return f"{table(rows)}\n\n{table(macs)}"
 
 

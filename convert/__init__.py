@@ -14,6 +14,7 @@ The two networks of the content filters are converted in the same way, into fold
     filters                  whether a filter is the published one
     index, tokenizers, licence     facts and files that weights do not contain
     job                      all decisions, taken before a weight is read
+    room                     disk space that conversions take
     reading, write, folder   read the weights, write shards, give the complete folder its name
 """
 
@@ -39,14 +40,15 @@ from . import quantize as quantizing
 from .evidence import confirm
 from .fetch import Fetching, Remote, outlined
 from .filters import check_sizes, describe, published_by, with_weights
-from .folder import NewFolder, check_disk, existing, new_folder
+from .folder import NewFolder, check_disk, new_folder
 from .hub import cache_folder, is_repo_id
 from .index import make_index
-from .job import Conversion, Group, Outline, decide, examine, roots
+from .job import Conversion, Group, Outline, decide, examine, roots, writing_order
 from .layouts import SourceComponent
 from .licence import licence_files
 from .quantize import Layers
 from .reading import Reading
+from .room import Room, shares_disk
 from .write import write_component
 
 __all__ = ["Component", "Group", "Outline", "Report", "convert", "examine"]
@@ -169,11 +171,7 @@ def _write(
     total = sum(map(job.bytes, job.plans))
     files = {name: component.source.files for name, component in job.components.items()}
     sizes = {file: file.stat().st_size for some in files.values() for file in some}
-    place = {
-        name: min(tensor.start for tensor in component.tensors.values()) for name, component in job.components.items()
-    }
-    order = sorted(job.plans, key=lambda name: (sum(sizes[file] for file in files[name]), place[name]))
-    last = {file: name for name in order for file in files[name]}  # the last component that needs each file
+    order, last = writing_order(job.components)
     coming = {file: remote.files[file] for file in last if file in remote.files}
     hashes, written, losses = {}, 0, {}
     with (
@@ -181,8 +179,8 @@ def _write(
         Reading(file for file in sizes if file not in coming) as reading,
         Fetching(coming, keep=not discard) as fetching,
     ):
-        to_fetch = [fetching.left(file for file in last if last[file] == name) for name in order]
-        _check_disk(target, to_fetch, [job.bytes(name) for name in order], discard)
+        to_fetch = tuple(fetching.left(file for file in last if last[file] == name) for name in order)
+        _check_disk(target, Room(to_fetch, tuple(job.bytes(name) for name in order)), discard)
         fetching.start()
         for component in order:
             config, plan = job.plans[component]
@@ -273,18 +271,14 @@ def _report(job: Conversion, index: configs.ModelIndex | FilterIndex, losses: Lo
     return Report(job.path, index.base, job.dtype, job.recipe.quantize, components, tuple(measured), notes)
 
 
-def _check_disk(target: Path, to_fetch: list[int], written: list[int], discard: bool) -> None:
+def _check_disk(target: Path, room: Room, discard: bool) -> None:
     """Refuses if a disk cannot hold the fetched files and the folder, component by component."""
-    need, cache = sum(written) + 2**26, cache_folder()
-    todo = "choose another disk with `out`"
-    if sum(to_fetch):
+    todo, shared = "choose another disk with `out`", shares_disk(target)
+    if sum(room.to_fetch):
         todo += " or HF_HOME" + ("" if discard else ", or add `discard_source`")
-        if os.stat(existing(cache)).st_dev != os.stat(existing(target)).st_dev:
-            check_disk(cache, sum(to_fetch), "choose another disk with HF_HOME")
-        elif discard:  # while one component is written, later ones may already be fetched
-            need += max(sum(to_fetch[i:]) - sum(written[i + 1 :]) for i in range(len(written)))
-        else:
-            need += sum(to_fetch)
+    need, apart = room.needs(discard=discard, shared=shared)
+    if apart:
+        check_disk(cache_folder(), apart, "choose another disk with HF_HOME")
     check_disk(target, need, todo)
 
 

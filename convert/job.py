@@ -4,15 +4,17 @@ import math
 import os
 import shlex
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mlx_flux_krea import home
 from mlx_flux_krea.errors import ModelError, UsageError
-from mlx_flux_krea.licence import Evidence
+from mlx_flux_krea.licence import FLUX_1_SCHNELL, Evidence
+from mlx_flux_krea.licence import decide as decide_filters
 from mlx_flux_krea.models import config as configs
 from mlx_flux_krea.models.filter_config import FilterIndex
+from mlx_flux_krea.presets import SCHNELL_FILES
 from mlx_flux_krea.weights import COMPONENTS, FILTERS, Sizes, layer_widths
 
 from . import quantize as quantizing
@@ -24,6 +26,7 @@ from .licence import licence_files
 from .own import OwnFolder, open_own
 from .quantize import Layers
 from .remap import ComponentPlan
+from .room import Room
 from .sources import is_model_folder, open_sources
 from .tokenizers import find_tokenizers
 
@@ -98,11 +101,9 @@ def decide(
     path = Path(os.path.expanduser(out)) if out else home.path(*place)
     tokens = find_tokenizers(components, plans, tokenizers)
     layers, left, notes = {}, {}, ()
-    for name, (config, _) in plans.items():
-        layers[name], left[name] = quantizing.choose(name, layer_widths(name, config), recipe)
-        if name == "pixtral":
-            asked, layers[name] = layers[name], quantizing.keep_packed(plans[name][1], layers[name])
-            notes += (f"`quantize` {quantize}: {_AS_IT_IS}",) if asked != layers[name] else ()
+    for name in plans:
+        layers[name], left[name], is_kept = _choose_layers(name, plans, recipe)
+        notes += (f"`quantize` {quantize}: {_AS_IT_IS}",) if is_kept else ()
     groups = {name: _groups(name, plan, dtype, layers[name]) for name, (_, plan) in plans.items()}
     return Conversion(
         kind=kind,
@@ -122,6 +123,27 @@ def decide(
     )
 
 
+def _choose_layers(
+    name: str, plans: dict[str, tuple[Sizes, ComponentPlan]], recipe: quantizing.QuantizationRecipe
+) -> tuple[Layers, dict[str, str], bool]:
+    """Returns how each layer of a component is stored, layers left out with the reason, and if packing was kept."""
+    config, plan = plans[name]
+    layers, left = quantizing.choose(name, layer_widths(name, config), recipe)
+    kept = quantizing.keep_packed(plan, layers) if name == "pixtral" else layers
+    return kept, left, kept != layers
+
+
+def writing_order(components: dict[str, SourceComponent]) -> tuple[list[str], dict[Path, str]]:
+    """Returns the components in the order in which they are written, and the last one that needs each file.
+
+    The smallest comes first, so that files of others can be fetched meanwhile.
+    """
+    files = {name: component.source.files for name, component in components.items()}
+    start = {name: min(t.start for t in component.tensors.values()) for name, component in components.items()}
+    order = sorted(files, key=lambda name: (sum(file.stat().st_size for file in files[name]), start[name]))
+    return order, {file: name for name in order for file in files[name]}
+
+
 @dataclass(frozen=True)
 class Outline:
     """A preview of a conversion.
@@ -131,16 +153,27 @@ class Outline:
         sizes: of the four networks of a model; None: a filter.
         licence: the LICENSE.md of the new folder; None: it would have none.
         bytes: size of all weight files.
-        fetch: bytes of them to be fetched from the hub.
-        converted: bytes of the converted weights in each precision.
+        rooms: disk space in each precision.
+        is_unproven: whether filters are required is not known before the transformer's file is read: by its sizes it
+            may be FLUX.1 [schnell], and nothing states its sha256.
     """
 
     index: configs.ModelIndex | FilterIndex
     sizes: configs.ModelSizes | None
     licence: bytes | None
     bytes: int
-    fetch: int
-    converted: dict[str, int]
+    rooms: dict[str, Room]
+    is_unproven: bool = False
+
+    @property
+    def fetch(self) -> int:
+        """Bytes of the sources that are still to be fetched from the hub."""
+        return sum(next(iter(self.rooms.values())).to_fetch)
+
+    @property
+    def converted(self) -> dict[str, int]:
+        """Bytes of the converted weights in each precision."""
+        return {quantize: sum(room.written) for quantize, room in self.rooms.items()}
 
     @property
     def requires_filters(self) -> bool:
@@ -158,29 +191,42 @@ def examine(sources: Sequence[str | Path], *, tokenizers: str | Path | None = No
     Arguments and errors are those of `convert`.
     """
     with outlined(sources, offline) as remote:
-        _, components, plans, index, _ = _understand(remote)
+        own, components, plans, index, evidence = _understand(remote)
         find_tokenizers(components, plans, tokenizers)
         files = {file for component in components.values() for file in component.source.files}
-        coming = [remote.files[file][1] for file in files if file in remote.files]
+        order, last = writing_order(components)
+        to_fetch = tuple(_left(remote, (file for file in last if last[file] == name)) for name in order)
         licence = licence_files(index, roots(components), []).get("LICENSE.md")
         return Outline(
             index=index,
             sizes=_model_sizes(plans),
             licence=licence,
             bytes=sum(file.stat().st_size for file in files),
-            fetch=sum(file.size - file.here for file in coming),
-            converted={quantize: _converted_bytes(plans, quantize) for quantize in quantizing.RECIPES},
+            rooms={
+                quantize: Room(to_fetch, tuple(_converted_bytes(name, plans, quantize) for name in order))
+                for quantize in quantizing.RECIPES
+            },
+            is_unproven=evidence is not None and not own and _may_be_schnell(evidence),
         )
 
 
-def _converted_bytes(plans: dict[str, tuple[Sizes, ComponentPlan]], quantize: str) -> int:
-    """Returns the bytes of the weights in a precision, in the usual type."""
-    count = 0
-    for name, (config, plan) in plans.items():
-        layers, _ = quantizing.choose(name, layer_widths(name, config), quantizing.QuantizationRecipe(quantize))
-        dtype = _DEFAULTS.get(name, _DEFAULTS["model"])[0]
-        count += sum(quantizing.count_bytes(t, dtype, quantizing.layer_of(t, layers)) for t in plan.targets)
-    return count
+def _left(remote: Remote, files: Iterable[Path]) -> int:
+    """Returns the bytes of files that are still to be fetched."""
+    coming = [remote.files[file][1] for file in files if file in remote.files]
+    return sum(file.size - file.here for file in coming)
+
+
+def _may_be_schnell(evidence: Evidence) -> bool:
+    """Returns True where the file's sha256, which nothing states yet, may lift the requirement of filters."""
+    lifted = replace(evidence, sha256=frozenset(SCHNELL_FILES))
+    return not evidence.sha256 and evidence.architecture == FLUX_1_SCHNELL and not decide_filters(lifted).required
+
+
+def _converted_bytes(name: str, plans: dict[str, tuple[Sizes, ComponentPlan]], quantize: str) -> int:
+    """Returns the bytes of a component's weights in a precision, in the usual type."""
+    layers, _, _ = _choose_layers(name, plans, quantizing.QuantizationRecipe(quantize))
+    dtype = _DEFAULTS.get(name, _DEFAULTS["model"])[0]
+    return sum(quantizing.count_bytes(t, dtype, quantizing.layer_of(t, layers)) for t in plans[name][1].targets)
 
 
 def _understand(

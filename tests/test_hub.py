@@ -20,6 +20,7 @@ from helpers import PIPELINE, REFERENCE, TOKENIZERS, at_terminal, run_command
 from hub import WEIGHTS, Hub
 from huggingface_hub import get_session
 from mlx_flux_krea.convert import _check_disk, convert, hub
+from mlx_flux_krea.convert.room import Room
 
 from mlx_flux_krea.errors import ResourceError, UsageError
 
@@ -464,12 +465,12 @@ def test_only_what_is_fetched_can_be_discarded(command, folder):
 def test_disk_is_counted_before_the_first_byte(tmp_path, monkeypatch, free, discard, fits):
     """In GB: encoders of 10 become 6, a transformer of 24 becomes 18; the encoders may be gone when it is stored."""
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**12, 0, int(free * 1e9)))
-    to_fetch, made = [10 * 10**9, 24 * 10**9], [6 * 10**9, 18 * 10**9]
+    room = Room((10 * 10**9, 24 * 10**9), (6 * 10**9, 18 * 10**9))
     if fits:
-        _check_disk(tmp_path / "model", to_fetch, made, discard)
+        _check_disk(tmp_path / "model", room, discard)
     else:
         with pytest.raises(ResourceError, match="GB are free") as error:
-            _check_disk(tmp_path / "model", to_fetch, made, discard)
+            _check_disk(tmp_path / "model", room, discard)
         assert ("`discard_source`" in str(error.value)) is not discard
 
 

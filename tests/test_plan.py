@@ -2,6 +2,7 @@
 
 import gc
 import json
+import re
 import shutil
 
 import mlx.core as mx
@@ -116,6 +117,20 @@ def test_a_budget_too_small_for_one_block_is_refused_with_the_numbers():
     ) as no:
         plan_of(weights_of(), budget=GB)
     assert no.value.exit_code == 8
+
+
+def test_times_assume_half_of_a_chips_peak_and_count_the_filters(command):
+    """28 steps of 60 TFLOP, and 36 TFLOP of two questions to Pixtral, on an M1 of 2.6 TFLOP/s."""
+    facts = json.loads(command("plan", "--json")[1])["seconds"]["M1"]
+    assert facts["picture"] == pytest.approx(28 * 75e12 / 1.3e12, rel=0.05)
+    assert facts["filters"] == pytest.approx(37e12 / 1.3e12, rel=0.05)
+    assert facts["filters_at_start"] == pytest.approx(51e12 / 1.3e12, rel=0.05)
+    out = command("plan")[1]
+    assert re.search(r"^M1 +27 min +29 s +39 s$", out, re.M)
+    assert "half of the chip's peak" in out
+    small = command("plan", "nano")
+    assert re.search(r"^M1 +under 1 s +none +none$", small[1], re.M)
+    assert json.loads(command("plan", "nano", "--json")[1])["seconds"]["M1"].keys() == {"picture"}
 
 
 def test_nothing_is_loaded_where_memory_is_too_little(model, monkeypatch):

@@ -9,13 +9,13 @@ import mlx.core as mx
 from mlx_flux_krea import memory as planning
 from mlx_flux_krea.home import find_model
 from mlx_flux_krea.models import config
-from mlx_flux_krea.presets import CHIPS, MAX_SEQUENCE_LENGTH, PRECISIONS
+from mlx_flux_krea.presets import CHIPS, KREA, MAX_SEQUENCE_LENGTH, PRECISIONS
 from mlx_flux_krea.weights import open_model
 
-from .shared.estimates import step_seconds, this_chip, weigh_recipe
+from .shared.estimates import SHARE_IN_WORDS, filter_seconds, step_seconds, this_chip, weigh_recipe
 from .shared.installed import disk_bytes
 from .shared.options import DTYPE
-from .shared.text import json_text, size, table
+from .shared.text import duration, json_text, size, table
 
 _BACKEND = {
     "gpu": "peaks on Metal: computed, not measured",
@@ -62,7 +62,8 @@ def _model(
         weights, folder.sizes, compute, width=width, height=height, text_length=length, budget=budget
     )
     disk = disk_bytes(folder.path.resolve())
-    bandwidth = _bandwidth(plan.read_per_step, folder.flux.sizes, width=width, height=height, length=length)
+    shape = {"width": width, "height": height, "length": length}
+    bandwidth = _bandwidth(plan.read_per_step, folder.flux.sizes, **shape)
     facts = {"model": folder.index.name, "width": width, "height": height, "dtype": dtype, "disk": disk}
     reads = (
         f"the others, {size(plan.read_per_step)}, are streamed in each step"
@@ -77,7 +78,14 @@ def _model(
         *(["the picture is decoded in tiles, since memory is too small for the whole"] if plan.tiled else []),
         *_streaming(bandwidth),
     ]
-    return facts | plan.to_json() | {"bandwidth": bandwidth}, "\n".join(lines)
+    times = _times(
+        folder.flux.sizes,
+        steps=folder.index.defaults.num_inference_steps,
+        is_filtered=folder.requires_filters,
+        **shape,
+    )
+    facts |= plan.to_json() | {"bandwidth": bandwidth, "seconds": times}
+    return facts, "\n".join([*lines, *_shown_times(times)])
 
 
 def _published(width: int, height: int, *, budget: int, dtype: str) -> tuple[dict[str, Any], str]:
@@ -104,14 +112,18 @@ def _published(width: int, height: int, *, budget: int, dtype: str) -> tuple[dic
             reads = reads or plan.read_per_step
         rows.append((precision, size(weights.disk), size(plan.most), size(plan.least), *here))
         by_precision[precision] = {"disk": weights.disk, "fits": plan.least <= budget, **plan.to_json()}
-    bandwidth = _bandwidth(reads, sizes.flux, width=width, height=height, length=MAX_SEQUENCE_LENGTH)
+    shape = {"width": width, "height": height, "length": MAX_SEQUENCE_LENGTH}
+    bandwidth = _bandwidth(reads, sizes.flux, **shape)
+    times = _times(sizes.flux, steps=KREA.defaults.num_inference_steps, is_filtered=True, **shape)
     lines = [
         f"FLUX.1 Krea [dev] at {width} x {height}, {dtype}, in {size(budget)} of memory",
         _BACKEND[mx.default_device().type.name],
         table(rows, right=tuple(range(1, 7))),
         *_streaming(bandwidth),
+        *_shown_times(times),
     ]
-    facts = {"width": width, "height": height, "dtype": dtype, "precisions": by_precision, "bandwidth": bandwidth}
+    facts = {"width": width, "height": height, "dtype": dtype, "precisions": by_precision}
+    facts |= {"bandwidth": bandwidth, "seconds": times}
     return facts, "\n".join(lines)
 
 
@@ -129,3 +141,31 @@ def _streaming(bandwidth: Mapping[str, float]) -> list[str]:
         return []
     shown = [f"{chip} {gb:.1f}" for chip, gb in bandwidth.items() if len(bandwidth) == 1 or chip in _SHOWN]
     return [f"streaming costs no time if the disk reads at least (GB/s, computed): {', '.join(shown)}"]
+
+
+def _times(flux: config.FluxConfig, *, steps: int, is_filtered: bool, **shape: int) -> dict[str, dict[str, float]]:
+    """Returns seconds of a picture, of its filters, and of these at a program's start: here, or on each chip.
+
+    Args:
+        flux: sizes of the transformer.
+        steps: of a picture.
+        is_filtered: the model's licence requires filters.
+        shape: width, height and length, as for `step_seconds`.
+    """
+    this, times = this_chip(), {}
+    for chip in [this] if this else CHIPS:
+        times[chip] = {"picture": steps * step_seconds(flux, chip=chip, **shape)}
+        if is_filtered and (filters := filter_seconds(chip)):
+            times[chip] |= {"filters": filters[0], "filters_at_start": filters[1]}
+    return times
+
+
+def _shown_times(times: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """Formats the times of each chip, and how to measure them."""
+    rows: list[tuple[str, ...]] = [("chip", "a picture", "its filters", "at a program's start")]
+    for chip, seconds in times.items():
+        if len(times) == 1 or chip in _SHOWN:
+            filters = (duration(seconds[name]) for name in ("filters", "filters_at_start") if name in seconds)
+            rows.append((chip, duration(seconds["picture"]), *(tuple(filters) or ("none", "none"))))
+    assumed = f"times are computed for {SHARE_IN_WORDS}; measure yours: flux-krea bench"
+    return [table(rows, right=(1, 2, 3)), assumed]

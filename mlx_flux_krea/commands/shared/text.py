@@ -87,7 +87,7 @@ def number(count: int) -> str:
 def duration(seconds: float) -> str:
     """Formats a duration: 47 min."""
     if seconds < 100:
-        return f"{seconds:.0f} s"
+        return f"{seconds:.0f} s" if seconds >= 1 else "under 1 s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
