@@ -98,7 +98,7 @@ def test_what_needs_more_says_so():
 
 
 def test_an_input_image_is_counted_for_as_long_as_it_is_held(model):
-    """Of 6000 x 4000 pixels Pillow holds 96 MB, through every stage, and a copy while it is resized."""
+    """Pillow holds 96 MB of 6000 x 4000 pixels, through every stage, and a copy while it is resized."""
     weights = weights_of()
     without, held = plan_of(weights, budget=100 * GB), plan_of(weights, input_pixels=6000 * 4000, budget=100 * GB)
     more = {stage: held.stages[stage] - need for stage, need in without.stages.items()}
