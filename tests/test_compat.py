@@ -21,7 +21,7 @@ from mlx_flux_krea.home import NANO
 SMALL = {"width": 32, "height": 32, "num_inference_steps": 1}
 
 # The cards of FLUX.1 Krea [dev], FLUX.1 [dev] and FLUX.1 [schnell] at the hub, without their comments.
-_OPEN = """import torch
+OPENING = """import torch
 from diffusers import FluxPipeline
 
 pipe = FluxPipeline.from_pretrained("black-forest-labs/{}", torch_dtype=torch.bfloat16)
@@ -75,7 +75,7 @@ WITHOUT_TORCH = (
 
 def card(name: str, *changed: tuple[str, str]) -> str:
     """A card's program with these changes, each of which must be one; and pictures that a test can wait for."""
-    text = _OPEN.format(name) + CARDS[name]
+    text = OPENING.format(name) + CARDS[name]
     for old, new in changed:
         assert old in text or "Generator" in old
         text = text.replace(old, new)
