@@ -22,7 +22,7 @@ from .residency import SLOTS, matrices, resident_places
 from .weights import PACKED, ModelFolder, build, parameters
 
 GB = 10**9
-_UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": GB, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+_MOST_GB = 4096  # a number up to this, without a unit, is of gigabytes
 # Arrays of T x C that a double and a single block hold at one time, and strips that a convolution needs: on the CPU in
 # float32 and in 16 bits (whose element-wise kernels compute in float32 there), and on Metal.
 _BLOCK = {"cpu": {4: (15, 28), 2: (26, 55)}, "gpu": {4: (12, 18), 2: (12, 18)}}
@@ -127,15 +127,21 @@ class MemoryPlan:
 
 
 def parse_memory(text: str | int) -> int | None:
-    """Parses an amount of memory such as "8GB", "512 MiB" or a number of bytes; returns None for "auto".
+    """Parses an amount of memory such as "8GB", "8G" or "512 MiB"; returns None for "auto".
+
+    A number alone is bytes, or gigabytes where it is small: nobody has a budget of 64 bytes.
 
     Raises:
         UsageError: neither an amount nor "auto".
     """
     if isinstance(text, str) and text.strip().lower() == "auto":
         return None
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]i?b)?", str(text).strip().lower())
-    if isinstance(text, bool) or not match or not 0 < (count := float(match[1]) * _UNITS[match[2] or ""]) < 2**60:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:(bytes|b)|([kmgt])(i?)b?)?", str(text).strip().lower())
+    if isinstance(text, bool) or not match:
+        raise UsageError(f"`memory` is {text!r}", '"auto", or an amount such as 8GB')
+    unit = (1024 if match[4] else 1000) ** (" kmgt".index(match[3]) if match[3] else 0)
+    count = float(match[1]) * (GB if not (match[2] or match[3]) and float(match[1]) <= _MOST_GB else unit)
+    if not 0 < count < 2**60:
         raise UsageError(f"`memory` is {text!r}", '"auto", or an amount such as 8GB')
     return int(count)
 
