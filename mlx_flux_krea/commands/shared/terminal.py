@@ -20,13 +20,14 @@ from mlx_flux_krea.errors import UsageError, printable, shortened
 from mlx_flux_krea.presets import STAGES
 
 from .options import with_option_names
-from .text import json_text, size
+from .text import duration, json_text, size
 
 # Variables of programs between a process and its terminal: they swallow pictures, or nobody sits before the display.
 _BETWEEN = ("TMUX", "STY", "ZELLIJ", "SSH_CONNECTION", "SSH_CLIENT", "SSH_TTY")
 # Variables of terminals that show no pictures by the known protocols; those inside others inherit their names.
 _ANOTHER = {"VTE_VERSION", "KONSOLE_VERSION", "XTERM_VERSION", "INSIDE_EMACS", "VIM_TERMINAL", "NVIM"}
 _LOGGER = logging.getLogger("mlx_flux_krea")
+_EVERY = 5.0  # seconds between lines of progress that are not redrawn
 _FORMAT = (
     "{desc:<20} {percentage:3.0f}% |{bar}| {n:.{digits}f}/{total:.0f} {unit}s, {rate_inv_fmt}, "
     "{remaining} left{postfix}"
@@ -95,8 +96,8 @@ class _NoteHandler(logging.Handler):
 class PipelineProgress:
     """Progress of a pipeline: a line for each stage with seconds per step, time left and peak memory.
 
-    Without a terminal, and in the first half second of a stage, nothing is shown. A console of events gets an event
-    for every whole unit of every stage.
+    In the first half second of a stage nothing is shown. Without a terminal a line is written every few seconds. A
+    console of events gets an event for every whole unit of every stage.
 
     Args:
         console: where it is written.
@@ -108,6 +109,7 @@ class PipelineProgress:
         self._bar: tqdm | None = None
         self._told = 0
         self._start = 0.0
+        self._lines = _Lines(console)
 
     def __call__(self, stage: str, done: float, total: int) -> None:
         """Takes a report of `FluxPipeline`."""
@@ -119,6 +121,8 @@ class PipelineProgress:
             self._stage, self._bar = stage, _stage_bar(stage, total)
         self._bar.set_postfix_str(size(mx.get_peak_memory()), refresh=False)  # of this stage
         self._bar.update(done - self._bar.n)
+        if self._bar.disable:
+            self._lines.tell(STAGES[stage].label, STAGES[stage].unit, done, total)
         if done >= total:
             self.close()
 
@@ -143,11 +147,37 @@ def _stage_bar(stage: str, total: int) -> tqdm:
     return tqdm(total=total, desc=label, unit=unit, bar_format=layout, delay=0.5, disable=None, leave=False)
 
 
+class _Lines:
+    """Progress where nothing can be redrawn, as in a log: a line every few seconds of the same work.
+
+    Args:
+        console: where it is written.
+    """
+
+    def __init__(self, console: Console):
+        self._console = console
+        self._work: tuple[str, float] | None = None
+        self._start = self._last = self._first = 0.0
+
+    def tell(self, label: str, unit: str, done: float, total: float) -> None:
+        """Takes a report of so many units done; bytes have the unit B."""
+        now = time.perf_counter()
+        if (label, total) != self._work:
+            self._work, self._start, self._last, self._first = (label, total), now, now, done
+        if now - self._last < _EVERY or done >= total:
+            return
+        self._last, work = now, done - self._first
+        left = f", {duration((now - self._start) / work * (total - done))} left" if work > 0 else ""
+        count = f"{size(done)} of {size(total)}" if unit == "B" else f"{unit} {int(done)} of {total:.0f}"
+        self._console.say(f"{label.strip()}: {count}{left}")
+
+
 class ByteProgress:
-    """Progress in bytes, with speed and time left."""
+    """Progress in bytes, with speed and time left; without a terminal a line every few seconds."""
 
     def __init__(self):
         self._bar: tqdm | None = None
+        self._lines = _Lines(Console())
 
     def __call__(self, label: str, done: int, total: int) -> None:
         """Takes a report of the converter."""
@@ -157,6 +187,8 @@ class ByteProgress:
             self._bar = tqdm(total=total, initial=done, unit="B", unit_scale=True, delay=0.5, disable=None, leave=False)
         self._bar.set_description(f"{label:<16}", refresh=False)
         self._bar.update(done - self._bar.n)
+        if self._bar.disable:
+            self._lines.tell(label, "B", done, total)
 
     def close(self) -> None:
         """Removes the line."""
