@@ -129,8 +129,10 @@ ASPECTS = {
     "2.35:1": (1568, 672), "21:9": (1536, 640), "4:5": (896, 1088), "3:4": (896, 1152), "2:3": (832, 1216),
     "9:16": (768, 1344), "9:21": (640, 1536),
 }  # fmt: skip
-MEGAPIXELS = (0.25, 2.3)
-REPEATS_ABOVE = 1.8  # megapixels above which the model repeats things and shows stripes (lllyasviel/...-forge#1712)
+MEGAPIXELS = (0.001, 2.3)
+# Shares of a model's own area between which it draws well: below, shapes get lost (BFL names 0.1 megapixels for
+# FLUX.1); above, things repeat and stripes appear (lllyasviel/stable-diffusion-webui-forge#1712).
+GOOD_AREAS = (0.1, 1.8)
 
 MAX_PROMPT = 100_000  # bytes of a prompt in UTF-8; the encoders read some 2 kB, and the filters every part
 MAX_PIXELS = 2**26  # of an input picture, that is 8192 x 8192: decoding takes 0.6 GB; larger JPEGs are decoded reduced

@@ -105,7 +105,7 @@ class Request:
         self._check_numbers(index)
         self._check_prompts()
         self._check_options(flux)
-        width, height, notes = self._floored_size(index, multiple)
+        width, height, notes = self._size(index, multiple)
         self._check_arrays(flux, width * height // multiple**2)
         sigmas = tuple(self.sigmas or ())
         steps = self.num_inference_steps or len(sigmas) or index.defaults.num_inference_steps
@@ -257,9 +257,16 @@ class Request:
                 raise UsageError(f"`{name}` has shape {array.shape}", f"{shapes[name]}")
             check_values(f"`{name}`", array)
 
-    def _floored_size(self, index: ModelIndex, multiple: int) -> tuple[int, int, tuple[str, ...]]:
+    def _size(self, index: ModelIndex, multiple: int) -> tuple[int, int, tuple[str, ...]]:
         """Returns width and height as the model can make them, and a note where they are not the size asked for."""
-        width, height = self._size(index)
+        default, image = index.defaults, self.image
+        width, height = self.width, self.height
+        if isinstance(image, Image.Image):
+            if not (width or height):
+                return _size_of_image(image, index, multiple)
+            width = width or _rounded((height or 0) * image.width / image.height, multiple)
+            height = height or _rounded(width * image.height / image.width, multiple)
+        width, height = width or default.width, height or default.height
         floored = (width // multiple * multiple, height // multiple * multiple)
         if min(floored) < multiple or max(floored) > MAX_SIDE:
             raise UsageError(f"the size is {width} x {height}", f"sides from {multiple} to {MAX_SIDE} pixels")
@@ -267,17 +274,6 @@ class Request:
             return *floored, ()
         picture = f"the picture is {floored[0]} x {floored[1]}"
         return *floored, (f"{width} x {height} is no multiple of {multiple}: {picture}",)
-
-    def _size(self, index: ModelIndex) -> tuple[int, int]:
-        """Returns width and height: as given, the default, or an input image's shape at the default's area."""
-        default, image = index.defaults, self.image
-        if not isinstance(image, Image.Image) or (self.width and self.height):
-            return self.width or default.width, self.height or default.height
-        aspect = image.width / image.height
-        if self.width or self.height:
-            return self.width or round((self.height or 0) * aspect), self.height or round((self.width or 0) / aspect)
-        area = default.width * default.height
-        return round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -410,6 +406,33 @@ def _given_only(request: "Request | ResolvedRequest") -> str:
     """Returns one line about a request with the fields that say something."""
     facts = {f.name: value for f in fields(request) if (value := getattr(request, f.name)) is not f.default}
     return short_repr(type(request).__name__, **{name: v for name, v in facts.items() if v is not None and v != ()})
+
+
+def _rounded(side: float, multiple: int) -> int:
+    return max(multiple, round(side / multiple) * multiple)
+
+
+def _size_of_image(image: Image.Image, index: ModelIndex, multiple: int) -> tuple[int, int, tuple[str, ...]]:
+    """Returns the size of a picture that starts from an image, and a note where it is another than the image's.
+
+    It is the image's own where the model draws well at that area, else its shape at the model's own area.
+
+    Raises:
+        UsageError: so long or so high that no size fits.
+    """
+    own, pixels = index.defaults.width * index.defaults.height, image.width * image.height
+    fits = presets.GOOD_AREAS[0] <= pixels / own <= presets.GOOD_AREAS[1]
+    scale = 1.0 if fits else math.sqrt(own / pixels)
+    width, height = _rounded(image.width * scale, multiple), _rounded(image.height * scale, multiple)
+    found = f"the image is {image.width} x {image.height}"
+    if max(width, height) > MAX_SIDE or min(image.size) * scale < multiple / 2:
+        expected = f"sides from {multiple} to {MAX_SIDE} pixels at the model's area"
+        raise UsageError(found, expected, "set `width` and `height`")
+    if (width, height) == image.size:
+        return width, height, ()
+    made_for = f"this model was made for {index.defaults.width} x {index.defaults.height}"
+    reason = f"sides are multiples of {multiple}" if fits else made_for
+    return width, height, (f"{found}, the picture {width} x {height}: {reason}",)
 
 
 def random_seed() -> int:

@@ -18,6 +18,8 @@ from mlx_flux_krea import presets
 from mlx_flux_krea.commands.shared import jobs as planning
 from mlx_flux_krea.commands.shared import rows
 from mlx_flux_krea.errors import UsageError
+from mlx_flux_krea.files import sha256_if_exists
+from mlx_flux_krea.home import NANO
 from mlx_flux_krea.provenance import Picture, read_record
 from mlx_flux_krea.sampling.sampler import make_sigmas
 from mlx_flux_krea.weights import open_model
@@ -73,7 +75,74 @@ def test_megapixels_alone_keep_the_shape_of_the_image_or_of_the_model(model, tmp
 def test_a_size_at_which_the_model_repeats_itself_is_drawn_with_a_warning(model):
     assert prepared(model, prompt=CAT, width=1280, height=1280)[0].notes == ()
     (note,) = prepared(model, prompt=CAT, aspect="1:1", megapixels=2.3)[0].notes
-    assert note.startswith("1552 x 1552 is 2.3 megapixels: above 1.8 megapixels this model repeats objects")
+    assert note.startswith("1552 x 1552 has 2.3 times the area that this model was made for, 1024 x 1024: it repeats")
+    (note,) = prepared(model, prompt=CAT, width=256, height=256)[0].notes
+    assert note.startswith(
+        "256 x 256 has 0.062 times the area that this model was made for, 1024 x 1024: shapes get lost"
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "size"),
+    [
+        ({"aspect": "3:2"}, (112, 80)),
+        ({"aspect": "21:9"}, (144, 64)),
+        ({"aspect": "1:1", "megapixels": 0.0625}, (256, 256)),
+        ({"like": "krea"}, (96, 96)),
+        ({"like": "bfl"}, (128, 64)),
+        ({"like": "fal"}, (96, 64)),
+        ({"like": "bfl", "aspect": "2:3"}, (80, 112)),
+        ({}, (96, 96)),
+    ],
+)
+def test_sizes_start_from_the_models_own_area(given, size):
+    request = prepared(NANO, prompt=CAT, **given)[0].request
+    assert (request.width, request.height) == size
+
+
+@pytest.mark.parametrize(
+    ("image", "given", "size", "note"),
+    [
+        ((128, 96), {}, (128, 96), None),
+        ((96, 128), {}, (96, 128), None),
+        ((64, 64), {}, (64, 64), None),
+        ((100, 75), {}, (96, 80), "the image is 100 x 75, the picture 96 x 80: sides are multiples of 16"),
+        ((30, 20), {}, (112, 80), "the image is 30 x 20, the picture 112 x 80: this model was made for 96 x 96"),
+        ((3000, 2000), {}, (112, 80), "the image is 3000 x 2000, the picture 112 x 80: this model was"),
+        ((1, 1), {}, (96, 96), "the image is 1 x 1, the picture 96 x 96"),
+        ((300, 200), {"width": 96}, (96, 64), None),
+        ((300, 200), {"height": 96}, (144, 96), None),
+        ((300, 200), {"width": 100}, (96, 64), "100 x 64 is no multiple of 16"),
+        ((300, 200), {"width": 80, "height": 80}, (80, 80), None),
+    ],
+    ids=str,
+)
+def test_an_image_keeps_its_size_where_it_fits_and_else_its_shape(tmp_path, image, given, size, note):
+    Image.new("RGB", image).save(tmp_path / "a.png")
+    request = prepared(NANO, prompt=CAT, image=tmp_path / "a.png", **given)[0].request
+    assert (request.width, request.height) == size
+    assert [text[: len(note or "")] for text in request.notes] == [note] * (note is not None)
+
+
+@pytest.mark.parametrize("size", [(8000, 1), (2000, 10), (3, 900)])
+def test_an_image_too_long_for_any_size_is_refused_with_its_own_numbers(tmp_path, size):
+    Image.new("RGB", size).save(tmp_path / "a.png")
+    with pytest.raises(
+        UsageError, match=r"the image is .*; expected sides from 16 to 8192 pixels at the model's area; set `width`"
+    ):
+        prepared(NANO, prompt=CAT, image=tmp_path / "a.png")
+
+
+def test_a_far_larger_or_smaller_size_gets_a_note_and_others_none():
+    for (width, height), says in {
+        (96, 96): None,
+        (128, 128): None,
+        (32, 32): None,
+        (16, 16): "16 x 16 has 0.028 times the area that this model was made for, 96 x 96: shapes get lost",
+        (160, 128): "160 x 128 has 2.2 times the area that this model was made for, 96 x 96: it repeats objects",
+    }.items():
+        notes = prepared(NANO, prompt=CAT, width=width, height=height)[0].notes
+        assert [note[: len(says or "")] for note in notes] == [says] * (says is not None)
 
 
 @pytest.mark.parametrize("other", [["--aspect", "1:1"], ["--megapixels", "1"]])
@@ -169,7 +238,7 @@ def test_a_csv_has_any_option_in_its_rows_and_bad_rows_are_skipped(tiny, tmp_pat
     assert [r["prompt"] for r in records][2:] == ["a toad", "a red crab", "a blue crab"]
     assert {r["guidance_scale"] for r in records} == {3.0}
     assert records[2]["negative_prompt"] == "blurry"
-    assert "skipped list.csv, line 4: steps: 0 is not in the range" in err
+    assert "skipped list.csv, line 4: steps is '0'; expected a whole number from 1 to 1000" in err
     assert "skipped list.csv, line 5: 7 cells; expected 6" in err
     assert "skipped list.csv, line 6: a negative prompt does nothing" in err
     assert err.splitlines()[-1] == "flux-krea: 3 rows of list.csv were skipped"
@@ -244,14 +313,36 @@ def test_the_encoders_are_read_once_for_several_prompts(tiny, tmp_path, monkeypa
 
 
 @pytest.mark.parametrize(
+    ("name", "text", "prompts"),
+    [
+        ("a.txt", "# heads\na frog\n  # tails\n\\# one\n", ["a frog", "# one"]),
+        ("a", "a frog\r\na toad", ["a frog", "a toad"]),
+        ("a.TXT", "a frog", ["a frog"]),
+        ("a.csv", "# made by hand\nprompt,steps\n#a,1\na frog,2\n", ["a frog"]),
+        ("a.csv", 'prompt;steps\n"a frog, green";2\n', ["a frog, green"]),
+        ("a.tsv", "steps\tprompt\n2\ta frog, green\n", ["a frog, green"]),
+        ("a.json", '["a frog", {"prompt": "a toad", "steps": 2}]', ["a frog", "a toad"]),
+        ("a.json", '{"prompt": "a frog",\n "steps": 2}', ["a frog"]),
+        ("a.jsonl", '# frogs\n{"prompt": "a frog"}\n"a toad"', ["a frog", "a toad"]),
+        ("a.ndjson", '{"prompt": "a frog"}', ["a frog"]),
+    ],
+)
+def test_a_prompt_file_is_read_by_its_ending_and_may_have_comments(tmp_path, name, text, prompts):
+    (tmp_path / name).write_text(text)
+    assert [options["prompt"] for _, options in rows.read_rows(tmp_path / name)] == prompts
+
+
+@pytest.mark.parametrize(
     ("name", "text", "says"),
     [
         ("a.txt", "", "holds no prompt"),
+        ("a.txt", "a\0b", "is no text"),
+        ("a.json", "[]", "holds no prompt"),
         ("a.csv", "frog\n", "names of options, with prompt"),
         ("a.csv", 'prompt\n"a', "a.csv, line 2"),
         ("a.jsonl", "[1]\n{", "no row can be used; a.jsonl, line 1: this is not a JSON object"),
         ("a.jsonl", '{"prompt": "a", "model": "x"}', "there is no option 'model' here"),
-        ("a.jsonl", '{"prompt": "a", "steps": 2.5}', "steps: '2.5' is not a valid integer"),
+        ("a.jsonl", '{"prompt": "a", "steps": 2.5}', "steps is '2.5'; expected a whole number from 1 to 1000"),
         ("a.jsonl", '{"prompt": ["a"]}', "prompt is list"),
         ("a.jsonl", '{"prompt": "a", "width": 32, "aspect": "1:1"}', "--width and --aspect are both given"),
         ("a.jsonl", '{"seed": 1}', "there is no prompt"),
@@ -307,7 +398,7 @@ def test_a_random_seed_is_chosen_once_for_all_prompts(tiny, tmp_path):
         (["--seed", "1", "2", "-n", "2"], "--num-images is given with 2 seeds"),
         (["--seed", "7+0"], "range of 0 seeds"),
         (["--seed", "7+9999999"], "range of 9999999 seeds"),
-        (["--seed", f"{2**64 - 1}+2"], "is not in the range"),
+        (["--seed", f"{2**64 - 1}+2"], "expected whole numbers from 0 to"),
         (["--seed", str(2**64 - 1), "-n", "2"], "at most 18446744073709551615"),
         (["--seed", "x"], "'x' is neither a seed nor a range"),
         (["-o", "{sede}.png"], "{sede}.png holds {sede}; expected {seed}, {n} or {prompt}"),
@@ -428,6 +519,22 @@ def test_the_installed_model_that_made_a_picture_is_found(tiny, command, model, 
     assert "note: a.png was made with other weights than those of" in err
 
 
+def test_the_recorded_model_goes_before_the_default_and_the_small_one_counts(command, model, home, tmp_path):
+    """Where -m is absent; it may be any model."""
+    Picture.from_pixels(
+        np.zeros((16, 16, 3), np.uint8),
+        {"software": "s", "prompt": "a", "manifest_sha256": sha256_if_exists(NANO / "manifest.json")},
+    ).save(tmp_path / "nano.png")
+    shutil.copytree(model, home / "models" / "one")
+    config = {"model": "one"}
+    given = {"from_": tmp_path / "nano.png"}
+    assert planning.merge(config, given)["model"] == str(NANO)
+    assert planning.merge(config, given | {"model": "one"})["model"] == "one"
+    record = {"software": "s", "prompt": "a", "manifest_sha256": "0" * 64}
+    Picture.from_pixels(np.zeros((16, 16, 3), np.uint8), record).save(tmp_path / "other.png")
+    assert planning.merge(config, {"from_": tmp_path / "other.png"})["model"] == "one"
+
+
 def record_of(tmp_path, **record):
     Picture.from_pixels(np.zeros((16, 16, 3), np.uint8), {"software": "s", "prompt": "p"} | record).save("a.png")
 
@@ -441,7 +548,7 @@ def record_of(tmp_path, **record):
         ({"image": {"rgb_sha256": "0"}, "strength": 0.6}, "name it with --image"),
         ({"batch": [2, 2]}, "the record says that the batch is [2, 2]"),
         ({"batch": "x"}, "the record says that the batch is 'x'"),
-        ({"width": "wide"}, "width: 'wide' is not a valid integer"),
+        ({"width": "wide"}, "width is 'wide'; expected a whole number from 1 to"),
         ({"seed": {}}, "seed is dict"),
         ({"sigmas": "x"}, "sigmas are not falling numbers"),
         ({"prompt_2": 5}, "prompt_2 is int"),
@@ -517,8 +624,7 @@ def test_a_picture_made_again_is_the_same_whatever_the_config_file_says(tiny, co
     [
         (["stesp", "3"], "there is no option 'stesp' here; did you mean steps?"),
         (["prompt", "a"], "there is no option 'prompt' here"),
-        (["steps", "many"], "steps: 'many' is not a valid integer"),
-        (["steps"], "there is no value for steps"),
+        (["steps", "many"], "steps is 'many'; expected a whole number from"),
         (["--unset"], "--unset has no option"),
         (["--unset", "steps"], "steps is not set"),
         (["--unset", "steps", "3"], "steps has a value, and --unset"),

@@ -38,6 +38,7 @@ def tool_schema(model):
     values = DEFAULTS | {
         "width": defaults.width,
         "height": defaults.height,
+        "megapixels": round(defaults.width * defaults.height / presets.MEGAPIXEL, 3),
         "steps": defaults.num_inference_steps,
         "guidance": defaults.guidance_scale,
     }

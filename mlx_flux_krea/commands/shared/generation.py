@@ -7,13 +7,21 @@ from typing import TypeVar
 from mlx_flux_krea import FluxPipeline
 from mlx_flux_krea.errors import FluxKreaError, ModelError, PartlyDone, UsageError, Withheld, amount, printable
 from mlx_flux_krea.files import sha256_if_exists
-from mlx_flux_krea.home import installed_models
 from mlx_flux_krea.prompts import cut_notes, tokenize
 from mlx_flux_krea.tokenizers import Tokens
 
 from . import macos, signals
 from .delivery import Delivery
-from .jobs import PictureJob, PreparedJob, default_output, make_jobs, prepare, sheet_name, tool_notes
+from .jobs import (
+    PictureJob,
+    PreparedJob,
+    default_output,
+    make_jobs,
+    prepare,
+    recorded_model,
+    sheet_name,
+    tool_notes,
+)
 from .options import with_option_names
 from .output import check_outcomes, check_output, meant_for
 from .preview import Preview, make_preview
@@ -35,10 +43,7 @@ def open_pipeline(options: dict) -> FluxPipeline:
     Raises:
         FluxKreaError: as `FluxPipeline.from_pretrained`.
     """
-    model, manifest = options.get("model"), options.get("manifest_sha256")
-    if model is None and manifest:
-        same = (path for path in installed_models().values() if sha256_if_exists(path / "manifest.json") == manifest)
-        model = next(same, None)
+    model = options.get("model") or recorded_model(options.get("manifest_sha256"))
     return FluxPipeline.from_pretrained(model, **{name: options[name] for name in OF_THE_PIPELINE if name in options})
 
 

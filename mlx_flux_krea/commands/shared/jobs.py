@@ -17,6 +17,8 @@ from PIL import Image
 
 from mlx_flux_krea import presets
 from mlx_flux_krea.errors import UsageError
+from mlx_flux_krea.files import sha256_if_exists
+from mlx_flux_krea.home import NANO, installed_models
 from mlx_flux_krea.prompts import tokenize
 from mlx_flux_krea.provenance import read_record
 from mlx_flux_krea.request import Request, ResolvedRequest, check_text, open_image, random_seed
@@ -24,7 +26,7 @@ from mlx_flux_krea.sampling.sampler import fixed_shift
 from mlx_flux_krea.weights import ModelFolder
 
 from .options import ARGUMENTS, BY_NAME, DEFAULTS, PER_PICTURE, REPLACES, cast
-from .rows import alternatives, read_rows
+from .rows import alternatives, prompt_notes, read_rows
 
 # Options that are arguments of the pipeline, by the arguments' names.
 _SAME = ("prompt", "negative_prompt", "true_cfg_scale", "width", "height", "noise", "strength")
@@ -46,6 +48,7 @@ class PictureJob:
     label: str  # distinguishes its prompt from the others
     row: int  # of a contact sheet
     output: Path
+    notes: tuple[str, ...] = ()  # about its prompt, for the user
 
 
 @dataclass(frozen=True)
@@ -69,11 +72,19 @@ def merge(lower: dict, layer: dict) -> dict:
     if "from_" in layer:
         kept = {name: value for name, value in lower.items() if name not in _PICTURE or name in _FILE_OPTIONS}
         lower = kept | record_options(layer["from_"])
+        if model := recorded_model(lower.get("manifest_sha256")):
+            lower["model"] = str(model)
     if len(layer.get("seed", ())) > 1:
         gone.add("num_images")
     if "num_images" in layer and len(lower.get("seed", ())) > 1:
         gone.add("seed")
     return {name: value for name, value in lower.items() if name not in gone} | layer
+
+
+def recorded_model(manifest_sha256: str | None) -> Path | None:
+    """Returns the installed model, or the small one, whose manifest a picture's record names; None: none is here."""
+    folders = [*installed_models().values(), NANO] if manifest_sha256 else []
+    return next((path for path in folders if sha256_if_exists(path / "manifest.json") == manifest_sha256), None)
 
 
 def record_options(path: Path) -> dict:
@@ -136,6 +147,7 @@ def _jobs_of_row(
         if isinstance(text := options.get(name), str):
             check_text(name, text)
     typed = "prompt" in given or "prompt" in row  # not taken from a record
+    notes = prompt_notes(options, typed=typed)
     prompts = alternatives(options["prompt"], presets.MAX_PICTURES) if typed else [(options["prompt"], "")]
     jobs = []
     first_row, number = (before[-1].row + 1 if before else 0), len(before)
@@ -153,6 +165,7 @@ def _jobs_of_row(
                     label=chosen or text,
                     row=first_row + i,
                     output=output,
+                    notes=notes,
                 )
             )
     return jobs
@@ -211,36 +224,47 @@ def prepare(job: PictureJob, folder: ModelFolder, images: dict[Path, Image.Image
     arguments |= {"seed": seed, "image": image}
     given = Request(**arguments)
     request = given.resolve(folder)
-    pixels = request.width * request.height
     if tool and tool.mu:
-        tokens = pixels // _multiple(folder) ** 2
+        tokens = request.width * request.height // _multiple(folder) ** 2
         levels = fixed_shift(folder.index.schedule, tokens, request.num_inference_steps, tool.mu)
         given = replace(given, sigmas=tuple(levels.tolist()))
-    if pixels > presets.REPEATS_ABOVE * presets.MEGAPIXEL:
-        limit = f"above {presets.REPEATS_ABOVE:g} megapixels this model repeats objects and adds stripes"
-        notes.append(f"{request.width} x {request.height} is {pixels / presets.MEGAPIXEL:.1f} megapixels: {limit}")
+    notes += [*job.notes, *_size_notes(request, folder)]
     return PreparedJob(job=job, given=given, request=request, pick=pick, notes=tuple(notes))
+
+
+def _size_notes(request: ResolvedRequest, folder: ModelFolder) -> list[str]:
+    """Returns a note where a picture is far larger or smaller than those that the model was made for."""
+    own, (least, most) = folder.index.defaults, presets.GOOD_AREAS
+    share = request.width * request.height / (own.width * own.height)
+    if least <= share <= most:
+        return []
+    found = f"{request.width} x {request.height} has {share:.2g} times the area that this model was made for"
+    effect = "it repeats objects and adds stripes" if share > most else "shapes get lost"
+    return [f"{found}, {own.width} x {own.height}: {effect}"]
 
 
 def _pipeline_arguments(
     options: dict, folder: ModelFolder, *, image: Image.Image | None, tool: presets.Tool | None
 ) -> dict[str, Any]:
     """Returns the arguments of a pipeline call, without seed and image."""
-    default = tool.defaults if tool else folder.index.defaults
+    own, default = folder.index.defaults, tool.defaults if tool else folder.index.defaults
+    shape, area = (default.width, default.height), own.width * own.height / presets.MEGAPIXEL
     arguments = {name: options[option] for option, name in _REQUEST.items() if option in options}
     arguments |= {name: options[name] for name in _FROM_RECORD if name in options}
     for name in ("prompt_2", "negative_prompt_2"):  # an empty text that was recorded is one; "" would mean the prompt
         if arguments.get(name) == "":
             arguments[name] = [""]
     if "aspect" in options or "megapixels" in options:
-        shape = image.size if image else (default.width, default.height)
-        megapixels = options.get("megapixels", DEFAULTS["megapixels"])
-        arguments["width"], arguments["height"] = size_of(options.get("aspect"), megapixels, shape)
+        megapixels = options.get("megapixels", area)
+        arguments["width"], arguments["height"] = size_of(
+            options.get("aspect"), megapixels, image.size if image else shape
+        )
     if not tool:
         return arguments
     of_tool: dict[str, Any] = {"num_inference_steps": default.num_inference_steps, "noise": tool.noise}
     if not (image or {"width", "height"} & arguments.keys()):
-        of_tool |= {"width": default.width, "height": default.height}
+        megapixels = default.width * default.height / presets.MEGAPIXEL * area  # at the model's own scale
+        of_tool["width"], of_tool["height"] = size_of(None, megapixels, shape)
     if folder.flux.sizes.guidance_embed:
         of_tool["guidance_scale"] = default.guidance_scale
     arguments = of_tool | arguments
@@ -260,7 +284,7 @@ def size_of(aspect: str | None, megapixels: float, shape: tuple[int, int]) -> tu
     """Scales a row of presets.ASPECTS, or another (width, height), to an area. Returns multiples of 16."""
     scale = math.sqrt(megapixels * presets.MEGAPIXEL / (shape[0] * shape[1])) if aspect is None else megapixels**0.5
     width, height = presets.ASPECTS[aspect] if aspect else shape
-    return round(width * scale / 16) * 16, round(height * scale / 16) * 16
+    return max(16, round(width * scale / 16) * 16), max(16, round(height * scale / 16) * 16)
 
 
 def default_output() -> Path:

@@ -6,6 +6,7 @@ import itertools
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from mlx_flux_krea.errors import UsageError, amount
 from mlx_flux_krea.files import MOST_BYTES, parse_json, read_small
@@ -61,24 +62,67 @@ def alternatives(prompt: str, limit: int) -> list[tuple[str, str]]:
     return prompts
 
 
+# Other tools' marks in a prompt, of which this model knows none: pattern, and what becomes of the text.
+_MARKS = (
+    (re.compile(r"\([^()]*:\s*\d*\.?\d+\s*\)"), "is read as text: FLUX.1 has no weights of words"),
+    (re.compile(r"(?<![\\{])\{[\w -]{0,40}\}"),
+     "is read as text: alternatives are written {a|b}, other values are not filled in"),
+    (re.compile(r"\[[^\[\]]*:[^\[\]]*:\s*[\d.]+\s*\]"), "is read as text: words do not change between steps"),
+    (re.compile(r"\bBREAK\b"), "is read as text: a prompt has one part"),
+    (re.compile(r"__[\w/*-]+__"), "is read as text: alternatives are written {a|b}, or rows of a --prompts file"),
+    (re.compile(r"\bembedding:\S+"), "is read as text: embeddings are made for other models than FLUX.1"),
+    (re.compile(r"(?<!\S)--(?:ar|aspect|no|v|niji|s|stylize|style|seed|chaos|q|steps|cfg|width|height)\s+\S+"),
+     "is read as text: options stand outside the quotes of the prompt"),
+)  # fmt: skip
+_ADAPTER = re.compile(r"<(?:lora|lyco|loha|hypernet)\s*:[^<>]*>", re.I)
+
+
+def prompt_notes(options: dict, *, typed: bool) -> tuple[str, ...]:
+    """Checks the texts of a picture for the marks of other tools. Returns notes about those that do nothing.
+
+    Args:
+        options: of the picture.
+        typed: the prompt was typed, not taken from a picture's record.
+
+    Raises:
+        UsageError: a prompt of blanks alone, or an adapter in it.
+    """
+    names = [name for name in ("prompt", "negative_prompt") if isinstance(options.get(name), str)]
+    texts = [options[name] for name in names if typed or name != "prompt"]
+    if typed and options["prompt"] and not options["prompt"].strip():
+        raise UsageError("the prompt is blank", "a text")
+    for text in texts:
+        if match := _ADAPTER.search(text):
+            raise UsageError(f"the prompt names {match[0]!r}", "a text", "adapters (LoRA) are not supported yet")
+    found = dict.fromkeys(
+        (match[0], effect) for text in texts for mark, effect in _MARKS for match in mark.finditer(text)
+    )
+    return tuple(f"{text!r} {effect}" for text, effect in found)
+
+
 def read_rows(path: Path) -> Iterator[tuple[str, dict | UsageError]]:
-    """Reads a prompt file: JSONL or CSV by its suffix, else one prompt a line. Empty lines are skipped.
+    """Reads a prompt file by its suffix; see `_READERS`. Empty lines, and lines that begin with #, are skipped.
 
     Yields:
         The place of a row, and its options, or the error in it.
 
     Raises:
-        UsageError: the file cannot be read, or holds no row.
+        UsageError: the file cannot be read, is of another kind, or holds no row.
     """
+    kind = path.suffix.lower()
+    if kind in _OTHER_KINDS:
+        raise UsageError(f"{path} is {_OTHER_KINDS[kind]}", f"a prompt file: {', '.join(_READERS)}", "save it as one")
     try:
-        text = read_small(path, most=MOST_BYTES).decode("utf-8-sig")
+        data = read_small(path, most=MOST_BYTES)
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError:
         raise UsageError(f"{path} is not UTF-8", "text", "save it as UTF-8") from None
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}", "a file of prompts") from None
-    reader = {".csv": _csv, ".jsonl": _jsonl}.get(path.suffix.lower(), _lines)
+    if "\0" in text:
+        raise UsageError(f"{path} is no text", f"a prompt file: {', '.join(_READERS)}")
     found = False
-    for line, row in reader(text, path):
+    for place, row in _READERS.get(kind, _lines)(text, path):
         found = True
         try:
             if isinstance(row, UsageError):
@@ -87,39 +131,82 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict | UsageError]]:
             check_together(options)
         except UsageError as error:
             options = error
-        yield f"{path.name}, line {line}", options
+        yield f"{path.name}, {place}", options
     if not found:
         raise UsageError(f"{path} holds no prompt", "one a line")
 
 
-def _lines(text: str, path: Path) -> Iterator[tuple[int, dict]]:
+def _is_row(line: str) -> bool:
+    """Returns False for an empty line and for a comment."""
+    return bool(line.strip()) and not line.lstrip().startswith("#")
+
+
+def _lines(text: str, path: Path) -> Iterator[tuple[str, dict]]:
+    r"""Yields a row for each line; `\#` at its start is a #."""
     for number, line in enumerate(text.splitlines(), 1):
-        if line.strip():
-            yield number, {"prompt": line.strip()}
+        if _is_row(line):
+            yield f"line {number}", {"prompt": re.sub(r"^\\#", "#", line.strip())}
 
 
-def _jsonl(text: str, path: Path) -> Iterator[tuple[int, dict | UsageError]]:
+def _row_of_json(value: Any) -> dict | UsageError:
+    row = {"prompt": value} if isinstance(value, str) else value
+    return row if isinstance(row, dict | UsageError) else UsageError("this is not a JSON object", "one, or a prompt")
+
+
+def _jsonl(text: str, path: Path) -> Iterator[tuple[str, dict | UsageError]]:
     for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
+        if not _is_row(line):
             continue
         try:
             row = parse_json(line)
         except (ValueError, RecursionError) as error:
             row = UsageError(f"this is not JSON: {error}", 'a line such as {"prompt": "a frog", "seed": 7}')
-        yield number, row if isinstance(row, dict | UsageError) else UsageError("this is not a JSON object")
+        yield f"line {number}", _row_of_json(row)
 
 
-def _csv(text: str, path: Path) -> Iterator[tuple[int, dict | UsageError]]:
-    """Yields rows of a CSV, whose first line names the options; empty cells are skipped."""
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+def _json(text: str, path: Path) -> Iterator[tuple[str, dict | UsageError]]:
+    """Yields the rows of a list; of objects or prompts; one object alone is one row."""
     try:
-        names = [cell.strip() for cell in next(reader, [])]
-        if "prompt" not in [name.lower() for name in names]:
-            raise UsageError(f"{path}: the first line is {','.join(names)!r}", "names of options, with prompt")
+        value = parse_json(text)
+    except (ValueError, RecursionError) as error:
+        found = f"{path} is not JSON: {error}"
+        raise UsageError(found, "a list of prompts or objects", "with one object a line, name it .jsonl") from None
+    for number, row in enumerate(value if isinstance(value, list) else [value], 1):
+        yield f"entry {number}", _row_of_json(row)
+
+
+def _table(text: str, path: Path) -> Iterator[tuple[str, dict | UsageError]]:
+    """Yields rows of a table, whose first line names the options; empty cells are skipped."""
+    first = next(filter(_is_row, text.splitlines()), "")
+    delimiter = max(("\t", ";", ",") if path.suffix.lower() == ".tsv" else (",", ";", "\t"), key=first.count)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    names: list[str] | None = None
+    try:
         for cells in reader:
+            if not any(cell.strip() for cell in cells) or not _is_row(cells[0] or "-"):
+                continue
+            if names is None:
+                names = [cell.strip() for cell in cells]
+                if "prompt" not in [name.lower() for name in names]:
+                    found = f"{path}: the first line is {delimiter.join(names)!r}"
+                    raise UsageError(found, "names of options, with prompt")
+                continue
+            row: dict | UsageError = {n: c for n, c in zip(names, cells, strict=False) if c.strip()}
             if len(cells) > len(names):
-                yield reader.line_num, UsageError(amount(len(cells), "cell"), f"{len(names)}, or quotes around commas")
-            elif any(cell.strip() for cell in cells):
-                yield reader.line_num, {n: c for n, c in zip(names, cells, strict=False) if c.strip()}
+                row = UsageError(amount(len(cells), "cell"), f"{len(names)}, or quotes around commas")
+            yield f"line {reader.line_num}", row
     except csv.Error as error:
         raise UsageError(f"{path}, line {reader.line_num}: {error}", "CSV") from None
+
+
+_READERS = {".txt": _lines, ".csv": _table, ".tsv": _table, ".json": _json, ".jsonl": _jsonl, ".ndjson": _jsonl}
+_OTHER_KINDS = {  # by suffix: files that hold prompts elsewhere, and are not read here
+    **dict.fromkeys((".yaml", ".yml"), "YAML"),
+    ".toml": "TOML",
+    ".xml": "XML",
+    **dict.fromkeys((".xls", ".xlsx", ".ods", ".numbers"), "a spreadsheet"),
+    **dict.fromkeys((".doc", ".docx", ".odt", ".pages", ".rtf", ".pdf"), "a document"),
+    **dict.fromkeys((".html", ".htm"), "a web page"),
+    **dict.fromkeys((".png", ".jpg", ".jpeg", ".webp", ".gif", ".heic"), "a picture (to repeat one: --from)"),
+    **dict.fromkeys((".py", ".sh"), "a program"),
+}
