@@ -148,15 +148,15 @@ def _run(argv: list[str]) -> int:
         return 0
     except Exception as error:
         signals.check()
-        return _report(error)
+        return _report(error, argv)
 
 
-def _report(error: Exception) -> int:
+def _report(error: Exception, argv: list[str]) -> int:
     """Maps an error to its message and exit code; no other place does."""
     if isinstance(error, click.exceptions.Exit):  # of --help and --version
         return error.exit_code
     if isinstance(error, FluxKreaError):
-        # here, since options.py would slow down --help
+        # here and below, since these would slow down --help
         from mlx_flux_krea.commands.shared.options import with_option_names
 
         return _fail(with_option_names(str(error)), error.exit_code)
@@ -164,14 +164,22 @@ def _report(error: Exception) -> int:
         click.echo(error.format_message(), err=True)
         return error.exit_code
     if isinstance(error, click.ClickException):
-        context = getattr(error, "ctx", None)
-        command = context.command_path if context else "flux-krea"
-        message = re.sub(r"\s*[\n\t]\s*", " ", error.format_message())  # of lists, a line for each item
-        return _fail(f"{message.rstrip('.?')}; try {command} --help", 2)
+        from mlx_flux_krea.commands.shared.answers import answer
+
+        context = getattr(error, "ctx", None) or _context(argv)
+        message = re.sub(r"\s*[\n\t]\s*", " ", answer(error, context))  # of lists, a line for each item
+        return _fail(f"{message.rstrip('?')}; try {context.command_path} --help", 2)
     if isinstance(error, OSError):
         return _os_error(error)
     traceback.print_exception(error)
     return _fail("this is a bug in flux-krea; please report it with the lines above", 1)
+
+
+def _context(argv: list[str]) -> click.Context:
+    """Returns the context of the verb in a command line, which click leaves out of some of its errors."""
+    group = click.Context(cli, info_name="flux-krea")
+    name = next((word for word in argv if word in VERBS), None)
+    return group if name is None else click.Context(VERBS[name].load(), info_name=name, parent=group)
 
 
 def _os_error(error: OSError) -> int:

@@ -16,6 +16,7 @@ __all__ = [
 
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 80
+_ERRNO = re.compile(r"\[(?:Errno|WinError) -?\d+\] ")
 _WORD, _MESSAGE = 400, 4000  # characters that are shown of a word, and of a message
 
 
@@ -97,7 +98,11 @@ def printable(text: str) -> str:
 
 
 def shortened(text: str) -> str:
-    """Returns a message without the middle of words (names in hostile files) and of texts that nobody would read."""
+    """Returns a message without the middle of words (names in hostile files) and of texts that nobody would read.
+
+    Numbers of the system's errors are left out: the text after them says the same.
+    """
+    text = _ERRNO.sub("", text)
     text = re.sub(rf"\S{{{_WORD + 1},}}", lambda word: _without_middle(word[0], _WORD), text)
     return _without_middle(text, _MESSAGE)
 

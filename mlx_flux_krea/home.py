@@ -5,7 +5,9 @@ The folder is $FLUX_KREA_HOME, else the platform's folder for application data. 
 
 import os
 import re
+import shlex
 import sys
+from difflib import get_close_matches
 from pathlib import Path
 
 from .errors import ModelError
@@ -21,6 +23,18 @@ SETTINGS = "config.json"  # of `flux-krea config`
 LICENCES = "licences.json"  # texts that a person has agreed to
 PRODUCTS = "products.json"  # how quantized layers multiply fastest on this machine
 HISTORY = "history"  # lines typed in the shell
+
+# Models as people and other tools call them, letters and digits alone, and the verb that installs each.
+_PUBLISHED = {
+    **dict.fromkeys(
+        ("krea", "kreadev", "devkrea", "flux1kreadev", "fluxkrea", "fluxkreadev", "flux", "flux1"), "setup"
+    ),
+    **dict.fromkeys(("dev", "flux1dev", "fluxdev"), "convert black-forest-labs/FLUX.1-dev"),
+    **dict.fromkeys(("schnell", "flux1schnell", "fluxschnell"), "convert black-forest-labs/FLUX.1-schnell"),
+}
+_PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".heic", ".tif", ".tiff", ".bmp", ".avif")
+_WEIGHTS = (".safetensors", ".gguf", ".sft", ".ckpt", ".pt", ".pth", ".bin", ".npz")
+_LIKENESS = 0.7  # of a name and the nearest installed one, from 0 to 1
 
 NANO_NAME = "nano"  # of the small model
 NANO = Path(__file__).parent / "nano" / "model"  # comes with the package
@@ -99,6 +113,15 @@ def _converted_from(repository: str) -> Path | None:
     return found[default] if len(found) > 1 else next(iter(found.values()), None)
 
 
+def is_krea(name: str) -> bool:
+    """Recognises FLUX.1 Krea [dev] by a name that people and other tools give it, or by its hub id."""
+    return _PUBLISHED.get(_plain(name.removeprefix("black-forest-labs/"))) == "setup"
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower())
+
+
 def _letters(name: object) -> str:
     return re.sub(r"[^a-z0-9/]", "", str(name).lower())
 
@@ -113,6 +136,7 @@ def find_model(model: str | os.PathLike | None) -> Path:
     Raises:
         ModelError: no such model, or several are installed and none was named.
     """
+    is_named = model is not None
     model = default_model() if model is None else model
     if model is None:
         installed = installed_models()
@@ -127,11 +151,28 @@ def find_model(model: str | os.PathLike | None) -> Path:
     if not at.exists() and (converted := _converted_from(str(model))):
         return converted
     if not at.exists():
-        known = f"a path, or one of {', '.join([NANO_NAME, *installed_models()])}"
-        if is_hub_id(model):
-            found = f"{model} is no folder here, and no installed model was converted from it"
-            raise ModelError(found, known, f"convert it: flux-krea convert {model} (flux-krea setup does everything)")
-        raise ModelError(
-            f"there is no model {str(model)!r}", known, "convert a downloaded folder: flux-krea convert FOLDER"
-        )
+        error = _no_model(str(model))
+        todo = "it was the default: flux-krea models default NAME sets another"
+        raise error if is_named else error.with_next_step(todo)
+    if at.is_file() and at.suffix.lower() in _PICTURES:
+        todo = f"to start from it: `image`; the model that made it: flux-krea inspect {shlex.quote(str(model))}"
+        raise ModelError(f"{model} is a picture", "a model", todo)
     return at
+
+
+def _no_model(name: str) -> ModelError:
+    """Returns the error for a name that is neither a path nor an installed model."""
+    names = [NANO_NAME, *installed_models()]
+    found, known = f"there is no model {name!r}", f"a path, or one of {', '.join(names)}"
+    repository = re.sub(r"^(https?://)?(www\.)?(huggingface\.co|hf\.co)/|/(tree|blob)/.*$|/$", "", name)
+    if is_hub_id(repository):
+        found = f"{repository} is no folder here, and no installed model was converted from it"
+        return ModelError(found, known, f"convert it: flux-krea convert {repository} (flux-krea setup does everything)")
+    if near := get_close_matches(name.lower(), [known.lower() for known in names], 1, _LIKENESS):
+        return ModelError(found, known, f"did you mean {next(n for n in names if n.lower() == near[0])}?")
+    if "/" not in name and (published := _PUBLISHED.get(_plain(name))):
+        folder = "or convert a downloaded folder: flux-krea convert FOLDER"
+        return ModelError(f"{name} is not installed", known, f"install it: flux-krea {published}, {folder}")
+    if "/" in name or Path(name).suffix.lower() in _WEIGHTS:
+        return ModelError(f"there is nothing at {name}", known, "check the path")
+    return ModelError(found, known, "convert a downloaded folder: flux-krea convert FOLDER")

@@ -417,11 +417,17 @@ DAMAGED = {
     "a field": (lambda f, a: f["run"].update(more=1), "list of pictures is damaged"),
     "a seed": (lambda f, a: job(f).update(seed=-1), "seed is -1"),
     "an option": (lambda f, a: job(f)["options"].update(stesp=1), "did you mean steps?"),
-    "a value": (lambda f, a: job(f)["options"].update(steps="many"), "'many' is not a valid integer"),
+    "a value": (lambda f, a: job(f)["options"].update(steps="many"), "steps is 'many'; expected a whole number"),
     "a sampler": (lambda f, a: job(f)["options"].update(sigmas=[0.5, 0.9]), "sigmas are not falling"),
     "a name": (lambda f, a: job(f).update(output="a.gif"), "ends in '.gif'"),
-    "no checks": (lambda f, a: f["run"]["options"].update(check="none"), "'none' is not one of"),
-    "a laxer check": (lambda f, a: f["run"]["options"].update(nsfw_threshold=0.99), "is not in the range"),
+    "no checks": (
+        lambda f, a: f["run"]["options"].update(check="none"),
+        "check is 'none'; expected filters, review or both",
+    ),
+    "a laxer check": (
+        lambda f, a: f["run"]["options"].update(nsfw_threshold=0.99),
+        "nsfw-threshold is '0.99'; expected a number from 0 to 0.85",
+    ),
 }
 
 

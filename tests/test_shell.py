@@ -65,7 +65,7 @@ def test_a_failed_line_does_not_end_it(model, tmp_path):
     assert (code, out) == (7, ["out.png"]), err
     for says in (
         "did you mean steps?",
-        "0 is not in the range",
+        "num-images is '0'; expected a whole number from 1 to 1000",
         "nothing.png cannot be opened",
         "/colour has no value",
     ):

@@ -7,9 +7,10 @@ import click
 import mlx.core as mx
 
 from mlx_flux_krea import memory as planning
-from mlx_flux_krea.home import find_model
+from mlx_flux_krea.errors import ModelError
+from mlx_flux_krea.home import find_model, is_krea
 from mlx_flux_krea.models import config
-from mlx_flux_krea.presets import CHIPS, KREA, MAX_SEQUENCE_LENGTH, PRECISIONS
+from mlx_flux_krea.presets import CHIPS, KREA, MAX_SEQUENCE_LENGTH, MAX_SIDE, PRECISIONS
 from mlx_flux_krea.weights import open_model
 
 from .shared.estimates import SHARE_IN_WORDS, filter_seconds, step_seconds, this_chip, weigh_recipe
@@ -21,32 +22,43 @@ _BACKEND = {
     "gpu": "peaks on Metal: computed, not measured",
     "cpu": "peaks on MLX's CPU backend, as measured",
 }
+_MULTIPLE = 16  # pixels; sides are multiples of it
+_SIDE = click.IntRange(_MULTIPLE, MAX_SIDE)
 _SHOWN = ("M1", "M1 Max", "M2", "M3 Max", "M4", "M4 Pro", "M4 Max", "M5")
 
 
 @click.command()
 @click.argument("model", required=False)
-@click.option("--width", type=int, help="Width in pixels.  [default: the model's]")
-@click.option("--height", type=int, help="Height in pixels.  [default: the model's]")
+@click.option("--width", type=_SIDE, help="Width in pixels.  [default: the model's]")
+@click.option("--height", type=_SIDE, help="Height in pixels.  [default: the model's]")
 @click.option("--memory", default="auto", show_default=True, help="Memory budget, such as 8GB.")
 @click.option("--dtype", type=DTYPE, help="Compute type.  [default: the model's]")
 @click.option("--json", "as_json", is_flag=True, help="Print the prediction as JSON.")
 def plan(model, width, height, memory, dtype, as_json):
     """Predict memory and disk of a picture, without loading.
 
-    With MODEL, a folder or an installed name: each stage of a run. Without: FLUX.1 Krea [dev] at every precision.
+    With MODEL, a folder or an installed name: each stage of a run. Without, or with krea where none of that name is
+    installed: FLUX.1 Krea [dev] at every precision.
 
     \b
     Examples:
       flux-krea plan
       flux-krea plan krea --width 1536 --memory 8GB
     """
+    width, height = (side and side // _MULTIPLE * _MULTIPLE for side in (width, height))
     budget = planning.parse_memory(memory) or planning.machine_memory()
-    if model is None:
+    if model is None or (is_krea(model) and not _is_installed(model)):
         facts, text = _published(width or 1024, height or 1024, budget=budget, dtype=dtype or "bfloat16")
     else:
         facts, text = _model(model, width, height, budget=budget, dtype=dtype)
     click.echo(json_text(facts) if as_json else text)
+
+
+def _is_installed(model: str) -> bool:
+    try:
+        return find_model(model).exists()
+    except ModelError:
+        return False
 
 
 def _model(

@@ -1,6 +1,5 @@
 """Options of `generate`, declared once: for the command line, rows of a prompt file, the config file and tools."""
 
-import difflib
 import re
 from pathlib import Path
 
@@ -9,7 +8,12 @@ import click
 from mlx_flux_krea import home, presets
 from mlx_flux_krea.errors import UsageError
 
+from . import peers
+from .answers import NEVER, bad_value, nearest
+
 _SEED = re.compile(r"(-?\d+)(?:\+(\d+))?")
+_SPAN = re.compile(r"(\d+)(?:-|:|\.\.+|to)(\d+)")  # from one seed to another, as in other tools
+_RANDOM = ("-1", "random", "rand", "auto")  # other tools' words for no seed
 
 
 class Seeds(click.ParamType):
@@ -23,17 +27,27 @@ class Seeds(click.ParamType):
             return value
         seeds: list[int] = []
         for part in value.replace(",", " ").split():
+            if part in _RANDOM:
+                self.fail(f"{part!r} is no seed; for a random one leave --seed out.", param, ctx)
             if not (match := _SEED.fullmatch(part)):
-                self.fail(f"{part!r} is neither a seed nor a range such as 7+4.", param, ctx)
+                self.fail(f"{part!r} is neither a seed nor a range such as 7+4{_span(part)}.", param, ctx)
             first, count = int(match[1]), int(match[2] or 1)
             if not 1 <= count <= presets.MAX_BATCH:
                 self.fail(f"{part!r} is a range of {count} seeds, not of 1 to {presets.MAX_BATCH}.", param, ctx)
             if not 0 <= first <= 2**64 - count:
-                self.fail(f"{part!r} is not in the range 0<=x<={2**64 - 1}.", param, ctx)
+                self.fail(f"{part!r} is no seed; expected whole numbers from 0 to {2**64 - 1}.", param, ctx)
             seeds += range(first, first + count)
         if not 1 <= len(seeds) <= presets.MAX_BATCH:
             self.fail(f"{value!r} lists {len(seeds)} seeds, not 1 to {presets.MAX_BATCH}.", param, ctx)
         return tuple(seeds)
+
+
+def _span(part: str) -> str:
+    """Returns how a range of seeds is written that somebody wrote as its two ends; "" where it is none."""
+    if not (match := _SPAN.fullmatch(part)) or int(match[2]) < int(match[1]):
+        return ""
+    count = int(match[2]) - int(match[1]) + 1
+    return f"; write {match[1]}+{count} ({count} seeds from {match[1]})"
 
 
 IN_TERMINAL = "terminal"  # value of --preview without a file
@@ -94,11 +108,11 @@ OPTIONS = [
     _option("-m", "--model", help=MODEL_HELP, default=MODEL_DEFAULT, shell_complete=_installed),
     _option("-o", "--output", type=FILE, help="PNG, JPEG or WebP file; {seed}, {n}, {prompt} are filled in.",
             default="out.png"),
-    _option("--prompts", type=FILE, help="File of prompts, one a line; CSV and JSONL set any option per row."),
+    _option("--prompts", type=FILE, help="File of prompts, one a line; CSV, TSV and JSON set any option per row."),
     _option("--width", type=SIDE, help="Width in pixels, a multiple of 16.", default=_OF_MODEL),
     _option("--height", type=SIDE, help="Height in pixels, a multiple of 16.", default=_OF_MODEL),
     _option("--aspect", type=click.Choice(list(presets.ASPECTS)), help="Aspect ratio, instead of width and height."),
-    _option("--megapixels", type=_AREA, help="Area in megapixels, at the aspect ratio.", default=1),
+    _option("--megapixels", type=_AREA, help="Area in megapixels, at the aspect ratio.", default=_OF_MODEL),
     _option("--steps", type=_STEPS, help="Number of denoising steps.", default=_OF_MODEL),
     _option("--guidance", type=_SCALE, help="How closely to follow the prompt.", default=_OF_MODEL),
     _option("--seed", type=Seeds(), metavar="N...", help="Seeds: 1, or 1 2 3, or 7+4 (4 from 7).  [default: random]"),
@@ -225,9 +239,7 @@ def find_name(name: str, allowed: tuple[str, ...]) -> str:
     """
     known = str(name).strip().lstrip("-").replace("-", "_").lower()
     if known not in allowed:
-        near = difflib.get_close_matches(known, allowed, 1)
-        todo = f"did you mean {near[0]}?" if near else f"one of {', '.join(allowed)}"
-        raise UsageError(f"there is no option {name!r} here", "", todo)
+        raise _not_allowed(name, known, allowed)
     return known
 
 
@@ -243,12 +255,26 @@ def cast(name: str, value, allowed: tuple[str, ...]) -> tuple[str, object]:
         UsageError: an unknown option, or a value that it does not take.
     """
     known = find_name(name, allowed)
+    label = known.strip("_").replace("_", "-")
     if known == "seed" and isinstance(value, list):
         value = " ".join(map(str, value))
     if not isinstance(value, str | int | float):
-        raise UsageError(f"{known} is {type(value).__name__}", "a text or a number")
+        raise UsageError(f"{label} is {type(value).__name__}", "a text or a number")
     option = BY_NAME[known]
     try:
         return known, option.type.convert(str(value), option, None)
     except click.BadParameter as error:
-        raise UsageError(f"{known}: {error.message.rstrip('.')}") from None
+        raise UsageError(bad_value(label, option, error.message)) from None
+
+
+def _not_allowed(name: str, plain: str, allowed: tuple[str, ...]) -> UsageError:
+    """Returns the error for a name in a file, and its plain form, that is no option there."""
+    found = f"there is no option {name!r} here"
+    names = [known.strip("_").replace("_", "-") for known in allowed]
+    if near := nearest(plain, names):
+        return UsageError(found, "", f"did you mean {near}?")
+    if plain in BY_NAME and plain != "prompt" and spelled(plain) not in NEVER:
+        return UsageError(found, "", f"it is an option of the command line, {spelled(plain)}")
+    if row := peers.find(plain):
+        return UsageError(f"{found} (of {row[0]})", "", row[1])
+    return UsageError(found, f"one of {', '.join(names)}")

@@ -1,8 +1,8 @@
 """Output files: names are checked before any work, and existing files are not replaced."""
 
-import errno
 import itertools
 import os
+import shlex
 import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -22,22 +22,34 @@ def check_output(output: Path, quality: int | None = None) -> None:
         UsageError: it cannot be written, or its format or quality is not known.
     """
     if os.path.isdir(output):
-        raise UsageError(f"{output} is a folder", "a file", f"write -o {output / 'out.png'}")
+        raise UsageError(f"{output} is a folder", "a file", f"write -o {shlex.quote(str(output / 'out.png'))}")
     if os.path.exists(output) and not os.path.isfile(output):
         raise UsageError(f"{output} is a device or a pipe", "a file")
     if output.suffix.lower() not in FORMATS:
-        raise UsageError(f"{output} ends in {output.suffix or 'nothing'!r}", f"one of {', '.join(FORMATS)}")
+        found = f"{output} ends in {output.suffix or 'nothing'!r}"
+        todo = f"write -o {shlex.quote(str(output.with_suffix('.png') if output.name else 'out.png'))}"
+        raise UsageError(found, f"one of {', '.join(FORMATS)}", todo)
     check_quality(quality, FORMATS[output.suffix.lower()])
     folder = output.parent
+    if not os.path.isdir(folder):  # as the system sees it: a/../b needs a folder a, too
+        raise _no_folder(folder)
     try:  # with a name a little longer than any that will be needed
         with signals.held():
             tempfile.NamedTemporaryFile(
                 prefix=f".{output.name}-", suffix=".0000000-0000000000000000.partial", dir=folder
             ).close()
     except OSError as error:
-        if error.errno == errno.ENOENT and not os.path.exists(folder):
-            raise UsageError(f"there is no folder {folder}", "one that exists", f"make it: mkdir -p {folder}") from None
         raise UsageError(f"{output} cannot be written: {error.strerror}", "", "choose another place with -o") from None
+
+
+def _no_folder(folder: Path) -> UsageError:
+    """Returns the error for a folder that cannot hold an output."""
+    if os.path.lexists(folder) and not os.path.islink(folder):
+        return UsageError(f"{folder} is a file", "a folder", "choose another place with -o")
+    if folder.parts and folder.parts[0] == "~":
+        return UsageError(f"there is no folder {folder}", "one that exists", "write ~ outside quotes")
+    todo = f"make it: mkdir -p {shlex.quote(str(folder))}"
+    return UsageError(f"there is no folder {folder}", "one that exists", todo)
 
 
 def names_from(output: Path, taken: int = 0) -> Iterator[Path]:
