@@ -15,4 +15,5 @@ from mlx_flux_krea import FluxPipeline
 
 assert_type(convert(["FLUX.1-schnell"]).path, Path)
 assert_type(Rows("a", "b").names, tuple[str, ...])
+FluxPipeline.from_pretrained("nano").enable_model_cpu_offload()
 FluxPipeline.from_pretrained("nano").no_such_name  # type: ignore  # noqa: B018

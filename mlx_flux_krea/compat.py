@@ -9,7 +9,7 @@ import numbers
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from .errors import UsageError
 from .presets import COMPUTE_TYPES, Schedule
@@ -107,6 +107,13 @@ CALL = {
     **dict.fromkeys(_EDITING, Argument(_NO_EDITING, _never)),
 }
 
+ENCODING = {
+    "device": Argument(_MEMORY),
+    "num_images_per_prompt": Argument("a call repeats the embeds for its `num_images_per_prompt`", lambda n: n == 1),
+    "lora_scale": Argument(_NO_ADAPTERS, _never),
+    **dict.fromkeys(("prompt_embeds", "pooled_prompt_embeds"), Argument("give them to the call", _never)),
+}
+
 # Attributes that scripts set. Reading them, where there is something to read, is the pipeline's own matter.
 ASSIGNED = {
     "scheduler": LOADING["scheduler"].sentence,
@@ -126,6 +133,8 @@ ABSENT = {
     "config": "`folder.index` holds the facts of the model",
     "image_processor": "`image` takes PIL images, numpy arrays and paths; `output_type` chooses the result",
     "safety_checker": "`policy` says which checks pictures must pass",
+    "_unpack_latents": "`mlx_flux_krea.sampling.sampler.unpack` does it",
+    "_pack_latents": "`mlx_flux_krea.sampling.sampler.pack` does it",
 }
 
 
@@ -306,17 +315,19 @@ class DiffusersMethods:
         tell("to()", _MEMORY)
         return self
 
-    def __getattr__(self, name: str) -> Any:
-        """Raises AttributeError, with the next step for names of diffusers."""
-        sentence = ABSENT.get(name)
-        found = f"{type(self).__name__!r} object has no attribute {name!r}"
-        raise AttributeError(f"{found}: {sentence}" if sentence else found)
+    if not TYPE_CHECKING:  # a misspelt name is an error for type checkers too
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        """Refuses to set what has an effect in diffusers and would have none here."""
-        if name in ASSIGNED:
-            raise refuse(name, ASSIGNED[name])
-        object.__setattr__(self, name, value)
+        def __getattr__(self, name: str) -> Any:
+            """Raises AttributeError, with the next step for names of diffusers."""
+            sentence = ABSENT.get(name)
+            found = f"{type(self).__name__!r} object has no attribute {name!r}"
+            raise AttributeError(f"{found}: {sentence}" if sentence else found)
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            """Refuses to set what has an effect in diffusers and would have none here."""
+            if name in ASSIGNED:
+                raise refuse(name, ASSIGNED[name])
+            object.__setattr__(self, name, value)
 
 
 class NetworkMethods:

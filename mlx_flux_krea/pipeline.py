@@ -323,7 +323,7 @@ class FluxPipeline(compat.DiffusersMethods):
         self._bar_options = options
 
     def _bars(self, progress: bool | None) -> ProgressBars | None:
-        if progress not in (None, True, False):
+        if not isinstance(progress, bool | None):
             raise UsageError(f"`progress` is {type(progress).__name__}", "a function, True or False")
         options = self._bar_options | ({"disable": False} if progress else {})
         return None if progress is False or options.get("disable") else ProgressBars(options)
@@ -344,8 +344,15 @@ class FluxPipeline(compat.DiffusersMethods):
         prompt: str | Sequence[str],
         prompt_2: str | Sequence[str] | None = None,
         max_sequence_length: int | None = None,
+        **others: Any,
     ) -> tuple[mx.array, mx.array]:
         """Encodes P prompts as the transformer reads them.
+
+        Args:
+            prompt: a text, or a list of them.
+            prompt_2: text for T5, where it differs from the one for CLIP.
+            max_sequence_length: tokens of T5; None: the folder's.
+            others: further arguments of diffusers (`compat.ENCODING`), accepted with a log line or refused.
 
         Returns:
             T5's states (P, S, context_in_dim) and CLIP's pooled vectors (P, vec_in_dim), in the types the encoders
@@ -355,6 +362,7 @@ class FluxPipeline(compat.DiffusersMethods):
             UsageError: not texts, or a length that the model does not take.
             ModelError: encoders or tokenizers missing or damaged.
         """
+        compat.take_known("FluxPipeline.encode_prompt", others, compat.ENCODING)
         request = Request(prompt=prompt, prompt_2=prompt_2, max_sequence_length=max_sequence_length)
 
         def encode() -> tuple[mx.array, mx.array]:

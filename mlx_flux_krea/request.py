@@ -39,6 +39,7 @@ _TURNS = {  # by EXIF orientation
     8: Image.Transpose.ROTATE_90,
 }
 OUTPUT_TYPES = ("pil", "np", "latent")
+_SECOND = ("prompt_2", "negative_prompt_2")
 _TEXTS = ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2")
 _EMBEDS = {"prompt_embeds": "pooled_prompt_embeds", "negative_prompt_embeds": "negative_pooled_prompt_embeds"}
 _ARRAYS = ("latents", *_EMBEDS, *_EMBEDS.values())
@@ -82,8 +83,10 @@ class Request:
         for name, value in vars(self).items():
             if name == "image":
                 object.__setattr__(self, name, open_image(value))
-            elif name in ("prompt_2", "negative_prompt_2") and isinstance(value, str) and not value:
+            elif name in _SECOND and isinstance(value, str | list | tuple) and not value:
                 object.__setattr__(self, name, None)
+            elif name == "num_images_per_prompt" and value is None:
+                object.__setattr__(self, name, 1)
             elif value is not None:
                 object.__setattr__(
                     self, name, as_array(f"`{name}` is", value) if name in _ARRAYS else _as_python(value)
