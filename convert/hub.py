@@ -185,7 +185,7 @@ def cached(repo: str) -> Path | None:
     except (OSError, UnicodeDecodeError):
         return None
     snapshot = folder / "snapshots" / commit
-    return snapshot if commit and snapshot.is_dir() else None
+    return snapshot if commit and os.path.isdir(snapshot) else None
 
 
 # --- the cache ---

@@ -54,9 +54,31 @@ def write_published(root: Path) -> dict[str, Path]:
     (model / "LICENSE.md").write_text(LICENCE, encoding="utf-8")
     made = convert([model], root / "made", quantize="none", dtype="bfloat16").path
     picture = FluxPipeline.from_pretrained(made)(FIRST_PROMPT, **PICTURE).images[0]
-    nsfw, pixtral = fitted_filters(root, write_wide(root / "wide"), {FIRST_PROMPT: False}, [np.asarray(picture)])
+    wide, known = write_wide(root / "wide"), ({FIRST_PROMPT: False}, [np.asarray(picture)])
+    nsfw, pixtral = fitted_filters(root, wide, *known)
+    ready = ready_copy(root, wide, *known)
     assert not open_model(made).requires_filters
-    return {"model": model, "nsfw": nsfw, "pixtral": pixtral, "tiny": made / "transformer"}
+    return {"model": model, "nsfw": nsfw, "pixtral": pixtral, "ready": ready, "tiny": made / "transformer"}
+
+
+def ready_copy(root: Path, wide: Path, texts: dict[str, bool], pictures: list[np.ndarray]) -> Path:
+    """Writes Pixtral as mlx-vlm's ready copy has it, with 4 bits and other names; its last layer is fitted to it."""
+    folder = shutil.copytree(wide, root / "ready")
+
+    def pack(arrays):
+        for name in list(arrays):
+            array = arrays.pop(name)
+            new = name.replace("vision_tower.", "vision_tower.vision_model.")
+            if array.ndim == 2 and "lm_head" not in name:
+                packed = mx.quantize(array, group_size=64, bits=4)
+                arrays |= dict(zip((new, new[:-6] + "scales", new[:-6] + "biases"), packed, strict=True))
+            else:
+                arrays[new] = array.transpose(0, 2, 3, 1) if array.ndim == 4 else array
+
+    edit_tensors(folder / "model.safetensors", pack)
+    edit_json(folder / "config.json", quantization={"group_size": 64, "bits": 4}, model_type="pixtral")
+    fit_answers(folder, root / "ready-first", texts, pictures)
+    return folder
 
 
 def fitted_filters(root: Path, wide: Path, texts: dict[str, bool], pictures: list[np.ndarray]) -> tuple[Path, Path]:
@@ -73,11 +95,22 @@ def fitted_filters(root: Path, wide: Path, texts: dict[str, bool], pictures: lis
         root / "vit" / "model.safetensors", lambda arrays: arrays.update({"classifier.bias": mx.array([6.0, 0])})
     )
     shutil.copytree(wide, root / "pixtral")
-    converted = open_filter(
-        "pixtral", convert([root / "pixtral"], root / "first", quantize="4", allow_unknown_filter=True).path
-    )
-    network = converted.network.load(mx.bfloat16)
-    judge = judges.PixtralJudge(converted, lambda stages, run: run)
+    fit_answers(root / "pixtral", root / "first", texts, pictures)
+    return root / "vit", root / "pixtral"
+
+
+def fit_answers(folder: Path, converted: Path, texts: dict[str, bool], pictures: list[np.ndarray]) -> None:
+    """Fits the last layer of a small Pixtral, so that it answers as it should once it is converted.
+
+    Args:
+        folder: its published files.
+        converted: where it is converted once before.
+        texts: as for `fitted_filters`.
+        pictures: as well.
+    """
+    filter_ = open_filter("pixtral", convert([folder], converted, quantize="4", allow_unknown_filter=True).path)
+    network = filter_.network.load(mx.bfloat16)
+    judge = judges.PixtralJudge(filter_, lambda stages, run: run)
     texts = CANARIES | texts
     asked = [(judge._tokenizer(*judges.request(text)), []) for text in texts]
     vision = network.config.vision_config
@@ -95,5 +128,4 @@ def fitted_filters(root: Path, wide: Path, texts: dict[str, bool], pictures: lis
         head[yes], head[no] = answer / 2, -answer / 2
         arrays["language_model.lm_head.weight"] = mx.array(head).astype(mx.bfloat16)
 
-    edit_tensors(root / "pixtral" / "model.safetensors", fit)
-    return root / "vit", root / "pixtral"
+    edit_tensors(folder / "model.safetensors", fit)

@@ -18,7 +18,10 @@ import pytest
 from fitted import LICENCE, PICTURE, write_published
 from helpers import ROOT, SHOWS_PICTURES, TOKENIZERS
 from hub import Hub
+from mlx_flux_krea.convert import convert, examine
+from mlx_flux_krea.convert.room import SMALL_FILES, Room, needs_in_turn
 
+from mlx_flux_krea import convert as convert_module
 from mlx_flux_krea import memory as plan
 from mlx_flux_krea.commands.shared import estimates
 from mlx_flux_krea.models import config
@@ -152,7 +155,7 @@ def test_from_an_empty_home_to_a_picture_at_a_terminal_and_then_without_a_networ
         ran = piped(place, "setup", "--allow-unknown-filter", *arguments, "--json", NO_SOCKETS="1")
         assert ran.returncode == 0, ran.stderr
         steps = json.loads(ran.stdout)["steps"]
-        assert (steps["weights"], steps["picture"]) == ("everything is installed", "already made")
+        assert (steps["weights"], steps["picture"]) == ("the model is installed", "already made")
         assert state(home) == before
     size = ["--width", "48", "--height", "32", "--steps", "1", "--seed", "1"]
     ran = piped(place, "generate", FIRST_PROMPT, *size, NO_SOCKETS="1")
@@ -251,7 +254,8 @@ def test_files_of_other_programs_are_found_and_offered(published_folders, place,
     environment = {"MFLUX_CACHE_DIR": str(place / "cache")}
     ran = piped(place, "setup", "--allow-unknown-filter", "--offline", "--tokenizers", str(TOKENIZERS), **environment)
     assert ran.returncode == 3
-    assert "weights:" not in ran.stderr
+    assert re.search(rf"^weights: +model from {tool}, ", ran.stderr, re.M)
+    assert re.search(rf"^looked in .*{tool}: ", ran.stderr, re.M)
     assert "no source of the nsfw is" in ran.stderr, ran.stderr  # the model can: the next is what is missing
 
 
@@ -276,6 +280,118 @@ def test_a_gated_repository_is_explained_and_then_fetched(published_folders, pla
     assert not list((tmp_path / "hub").rglob("*.safetensors"))  # what was fetched went when it was converted
     ran = piped(place, "setup", "--allow-unknown-filter", NO_SOCKETS="1", **environment)
     assert ran.returncode == 0, ran.stderr
+
+
+# --- who checks ---
+
+
+def accepted(*arguments: str) -> list[str]:
+    """Arguments of a setup that agrees to the licence."""
+    digest = hashlib.sha256(LICENCE.encode()).hexdigest()
+    return ["setup", "--allow-unknown-filter", "--accept-licence", digest, "-q", "none", *arguments]
+
+
+def test_who_reviews_fetches_no_filter_and_is_told_the_next_command(published_folders, place):
+    model = ["--model", str(published_folders["model"])]
+    ran = piped(place, *accepted("--check", "review", *model), NO_SOCKETS="1")
+    assert (ran.returncode, ran.stdout) == (0, ""), ran.stderr
+    assert ran.stderr.endswith("next: flux-krea review\n")
+    home = home_of(place)
+    assert not (home / "filters").exists()
+    assert json.loads((home / "config.json").read_text()) == {"check": "review"}
+    (waiting,) = (home / "quarantine").rglob("*.png")
+    again = piped(place, "setup", "--json", NO_SOCKETS="1")  # the answer is remembered, and nothing is made again
+    assert again.returncode == 0, again.stderr
+    report = json.loads(again.stdout)
+    assert (report["check"], report["picture"]) == ("review", None)
+    assert report["steps"]["picture"] == "it waits for your review"
+    assert waiting.exists()
+    nano = piped(place, "generate", "a red circle on a blue background", "-m", "nano", "--steps", "1", NO_SOCKETS="1")
+    assert (nano.returncode, nano.stdout) == (0, "out.png\n"), nano.stderr  # its licence asks for nobody
+    mine = piped(place, "generate", "a frog", "--width", "48", "--height", "32", "--steps", "1", NO_SOCKETS="1")
+    assert mine.returncode == 5, mine.stderr
+
+
+@pytest.mark.slow
+def test_a_person_is_asked_who_checks_with_the_costs(published_folders, place):
+    answers = {"Who checks (filters, review) [filters]": "review", **ANSWERS}
+    code, shown, asked = at_terminal(place, "--model", str(published_folders["model"]), answers=answers)
+    assert (code, asked) == (0, list(answers)), shown
+    assert re.search(r"^filters +7\.5 GB +7\.1 GB +\d+ min +", shown, re.M)
+    assert re.search(r"^review +nothing +nothing +nothing +you look at each", shown, re.M)
+    assert "next: flux-krea review" in shown
+
+
+@pytest.mark.slow
+def test_the_ready_copy_of_pixtral_is_fetched_converted_and_answers(published_folders, place, tmp_path):
+    """The copy in mlx-vlm's names, from a hub that has nothing else."""
+    model, nsfw = str(published_folders["model"]), str(published_folders["nsfw"])
+    with Hub(published_folders["ready"], "mlx-community/pixtral-12b-4bit") as hub:
+        ran = piped(place, *accepted("--model", model), "--nsfw", nsfw, **hub.env(tmp_path))
+        assert ran.returncode == 0, ran.stderr
+        assert "pixtral from the hub, mlx-community/pixtral-12b-4bit" in ran.stderr
+        assert "model.safetensors" in hub.fetched()
+    filters = home_of(place) / "filters"
+    source = json.loads((filters / "pixtral" / "model_index.json").read_text())["source"]
+    assert [one["published"] for one in source] == ["mlx-community/pixtral-12b-4bit"]  # by the hub's own answer
+    assert json.loads((filters / "pixtral" / "selftest.json").read_text())
+    assert not list((tmp_path / "hub").rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--check", "filters", "--model", "nano"], "no source of the nsfw is on this disk"),
+        (["--check", "review", "--nsfw", "x"], "--check review needs no filter"),
+        (["--check", "both"], "'both' is not one of"),
+    ],
+)
+def test_answers_about_filters_do_not_speak_of_a_licence_that_asks_for_none(command, home, arguments, says):
+    code, _, err = command("setup", "--offline", *arguments)
+    assert code in (2, 3)
+    assert says in err
+    assert "licence asks" not in err
+
+
+def test_filters_that_are_missing_are_asked_for_without_the_licences_name(command, home):
+    code, _, err = command("generate", "a red circle", "-m", "nano", "--check", "filters", "--steps", "1")
+    assert code == 6
+    assert "licence" not in err
+
+
+# --- what fits ---
+
+
+@pytest.mark.parametrize("part", ["model", "pixtral", "ready", "nsfw"])
+def test_setup_asks_for_the_disk_that_convert_asks_for(published_folders, tmp_path, monkeypatch, part):
+    asked = []
+    monkeypatch.setattr(convert_module, "_check_disk", lambda target, room, discard: asked.append((room, discard)))
+    outline = examine([published_folders[part]])
+    for quantize in ("none", "8", "4") if part == "model" else (None,):
+        usual = quantize or {"nsfw": "none"}.get(part, "4")
+        report = convert([published_folders[part]], tmp_path / usual, quantize=quantize, allow_unknown_filter=True)
+        (room, discard), *_ = [asked.pop()]
+        assert (room, discard) == (outline.rooms[usual], False)
+        assert sum(room.written) == sum(component.bytes for component in report.components)
+
+
+@pytest.mark.parametrize(
+    ("discard", "shared", "needs"),
+    [(True, True, (42, 0)), (False, True, (52, 0)), (True, False, (18, 34)), (False, False, (18, 34))],
+)
+def test_space_is_counted_component_by_component(discard, shared, needs):
+    """FLUX.1 Krea [dev] in 8 bits, in GB: encoders of 10 become 6, a transformer of 24 becomes 12."""
+    most = Room((10, 24), (6, 12)).needs(discard=discard, shared=shared)
+    assert (most[0] - SMALL_FILES, most[1]) == needs
+
+
+def test_conversions_one_after_another_need_the_most_of_any_and_what_is_kept():
+    parts = [(Room((30,), (18,)), True), (Room((7,), (6,)), True)]
+    assert needs_in_turn(parts, shared=True)[0] - SMALL_FILES == 18 + 30
+    parts = [(Room((30,), (18,)), False), (Room((7,), (6,)), True)]
+    assert needs_in_turn(parts, shared=True)[0] - SMALL_FILES == 18 + 30 + 6 + 7
+    assert needs_in_turn(parts, shared=False) == (18 + 6 + SMALL_FILES, 30 + 7)
+    assert needs_in_turn([], shared=True) == (0, 0)
 
 
 # --- what is proposed ---

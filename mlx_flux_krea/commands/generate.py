@@ -8,8 +8,7 @@ from mlx_flux_krea import presets
 from mlx_flux_krea.errors import UsageError
 
 from .shared import settings
-from .shared.generation import Generation
-from .shared.jobs import merge
+from .shared.generation import Generation, over_config
 from .shared.options import OPTIONS, GeneratingCommand, given_options
 from .shared.terminal import Console
 
@@ -31,7 +30,7 @@ def generate(**options):
     given, force, as_json = given_options(options)
     if given.get("prompt") == "-":
         given["prompt"] = _standard_input()
-    base = merge(settings.read_options(), given)
+    base = over_config(settings.read_options(), given)
     Generation(Console(as_events=as_json), as_json=as_json).run_options(base, given, force)
 
 

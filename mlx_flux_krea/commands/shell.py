@@ -17,7 +17,7 @@ from mlx_flux_krea import FluxPipeline, home
 from mlx_flux_krea.errors import FluxKreaError, PartlyDone, UsageError, amount, printable
 
 from .shared import settings, signals
-from .shared.generation import OF_THE_PIPELINE, Generation, open_pipeline
+from .shared.generation import OF_THE_PIPELINE, Generation, open_pipeline, over_config
 from .shared.jobs import merge
 from .shared.options import LASTING, OPTIONS, GeneratingCommand, cast, given_options, with_option_names
 from .shared.terminal import Console
@@ -88,7 +88,7 @@ class _Session:
         self._given, self._force, self._as_json = given, force, as_json
         self._console = Console(as_events=as_json)
         self._config = settings.read_options()
-        self._base = merge(self._config, given)
+        self._base = over_config(self._config, given)
         self._pipe: FluxPipeline | None = open_pipeline(self._base)
         self._prompt: str | None = None
         self._seeds: list[int] = []  # of the last prompt
@@ -144,7 +144,7 @@ class _Session:
             repeated = {"seed": tuple(self._seeds[:1] if counts else self._seeds)}
         given = self._given | {"prompt": prompt} | repeated
         self._prompt, self._seeds = prompt, [] if line else self._seeds
-        before, self._base = self._base, merge(self._config, given)
+        before, self._base = self._base, over_config(self._config, given)
         if self._pipe is None or any(before.get(n) != self._base.get(n) for n in ("model", *OF_THE_PIPELINE)):
             self._pipe = None  # frees its memory before another model is opened
             self._pipe = open_pipeline(self._base)

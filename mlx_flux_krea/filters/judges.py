@@ -86,7 +86,7 @@ def open_judges(make_run: MakeRun = lambda parts, run: run) -> dict[str, Judge]:
     missing = [name for name in FILTERS if not (folder / name).is_dir()]
     if missing:
         names = " and ".join(missing) + (" are" if len(missing) > 1 else " is")
-        found = f"the model's licence asks for content filters, and {names} not in {folder}"
+        found = f"content filters are to check this run, and {names} not in {folder}"
         raise FiltersError(found, "", INSTALL)
     for name in FILTERS:
         judges[name] = _asked(name, lambda name=name: load_judge(name, folder / name, make_run))

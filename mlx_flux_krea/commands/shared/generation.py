@@ -1,5 +1,6 @@
 """Runs of `generate`, `shell` and `resume`: jobs are checked, generated one by one, and delivered."""
 
+import contextlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -7,8 +8,10 @@ from typing import TypeVar
 from mlx_flux_krea import FluxPipeline
 from mlx_flux_krea.errors import FluxKreaError, ModelError, PartlyDone, UsageError, Withheld, amount, printable
 from mlx_flux_krea.files import sha256_if_exists
+from mlx_flux_krea.home import find_model
 from mlx_flux_krea.prompts import cut_notes, tokenize
 from mlx_flux_krea.tokenizers import Tokens
+from mlx_flux_krea.weights import open_model
 
 from . import macos, signals
 from .delivery import Delivery
@@ -17,12 +20,13 @@ from .jobs import (
     PreparedJob,
     default_output,
     make_jobs,
+    merge,
     prepare,
     recorded_model,
     sheet_name,
     tool_notes,
 )
-from .options import with_option_names
+from .options import POLICY, with_option_names
 from .output import check_outcomes, check_output, meant_for
 from .preview import Preview, make_preview
 from .runs import Run, resumable
@@ -45,6 +49,24 @@ def open_pipeline(options: dict) -> FluxPipeline:
     """
     model = options.get("model") or recorded_model(options.get("manifest_sha256"))
     return FluxPipeline.from_pretrained(model, **{name: options[name] for name in OF_THE_PIPELINE if name in options})
+
+
+def over_config(config: dict, given: dict) -> dict:
+    """Puts options of the command line over those of the config file.
+
+    The file says who checks pictures where a licence asks for that; another model is not checked unless the command
+    line says so.
+
+    Raises:
+        UsageError: as `merge`.
+    """
+    options = merge(config, given)
+    usual = [name for name in POLICY if name in config and name not in given]
+    model = options.get("model") or recorded_model(options.get("manifest_sha256"))
+    with contextlib.suppress(FluxKreaError):  # of a model that cannot be opened: the pipeline says so
+        if usual and not open_model(find_model(model)).requires_filters:
+            return {name: value for name, value in options.items() if name not in usual}
+    return options
 
 
 class Generation:

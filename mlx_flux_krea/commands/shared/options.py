@@ -160,8 +160,8 @@ _BACKQUOTED = re.compile(
     | `(?P<name>[a-z_][a-z0-9_]*)`""",
     re.VERBOSE,
 )
-_POLICY = ("check", "nsfw_threshold", "integrity_margin")
-_LASTING = ("model", "dtype", "memory", "contact_sheet", "preview", "verbose", *_POLICY)
+POLICY = ("check", "nsfw_threshold", "integrity_margin")
+_LASTING = ("model", "dtype", "memory", "contact_sheet", "preview", "verbose", *POLICY)
 _RUN = (*_LASTING, "prompts", "from_", "force", "as_json")  # options of a whole run
 PER_PICTURE = tuple(name for name in BY_NAME if name not in _RUN)
 LASTING = (*_LASTING, *(name for name in PER_PICTURE if name != "prompt"))  # may stand in the config file

@@ -26,7 +26,7 @@ def read() -> dict:
     """
     try:
         options = parse_json(read_small(path()))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
     except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{path()} cannot be read: {error}", "a JSON object", "correct it, or remove it") from None
