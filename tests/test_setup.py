@@ -10,7 +10,9 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import foreign
 import pexpect
@@ -19,11 +21,15 @@ from fitted import LICENCE, PICTURE, write_published
 from helpers import ROOT, SHOWS_PICTURES, TOKENIZERS
 from hub import Hub
 from mlx_flux_krea.convert import convert, examine
+from mlx_flux_krea.convert.job import Outline, _may_be_schnell
 from mlx_flux_krea.convert.room import SMALL_FILES, Room, needs_in_turn
 
 from mlx_flux_krea import convert as convert_module
 from mlx_flux_krea import memory as plan
+from mlx_flux_krea.commands import setup as setup_verb
 from mlx_flux_krea.commands.shared import estimates
+from mlx_flux_krea.commands.shared.terminal import Console
+from mlx_flux_krea.licence import FLUX_1_DEV, FLUX_1_SCHNELL, Evidence
 from mlx_flux_krea.models import config
 from mlx_flux_krea.presets import FIRST_PROMPT
 from mlx_flux_krea.provenance import read_record
@@ -357,6 +363,43 @@ def test_filters_that_are_missing_are_asked_for_without_the_licences_name(comman
     code, _, err = command("generate", "a red circle", "-m", "nano", "--check", "filters", "--steps", "1")
     assert code == 6
     assert "licence" not in err
+
+
+# --- what is known when ---
+
+SCHNELL = Evidence(FLUX_1_SCHNELL, names=("flux1-schnell",))
+
+
+@pytest.mark.parametrize(
+    ("evidence", "unproven"),
+    [
+        (SCHNELL, True),
+        (replace(SCHNELL, names=("anything",)), True),
+        (replace(SCHNELL, sha256=frozenset({"0" * 64})), False),  # the hub states it
+        (replace(SCHNELL, architecture=FLUX_1_DEV), False),
+        (replace(SCHNELL, declared=True), False),
+    ],
+)
+def test_a_local_schnell_file_is_known_after_hashing(evidence, unproven):
+    assert _may_be_schnell(evidence) is unproven
+
+
+def test_until_then_no_filter_is_fetched_and_no_licence_shown(home, capsys):
+    index, options = SimpleNamespace(filters="required"), {"check": None, "nsfw": None, "pixtral": None}
+    outline = Outline(index=index, sizes=None, licence=b"x", bytes=1, rooms={}, is_unproven=True)
+    it = setup_verb.Installation(options, Console(), outlines={"model": outline})
+    assert not it.requires_filters
+    assert setup_verb._checks(it) == "known after conversion"
+    assert "after conversion" in setup_verb._licence(it)
+    assert (it.check, it.sources) == ("", {})
+
+
+def test_a_network_that_is_down_is_said_once(place, tmp_path):
+    environment = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "hub")}
+    ran = piped(place, "setup", NO_PROXY="*", **environment)
+    assert (ran.returncode, ran.stdout) == (3, "")
+    assert ran.stderr.count("out of reach") == 1
+    assert ran.stderr.startswith("found no folder of the hub's cache, ComfyUI, mflux, InvokeAI, Draw Things\n")
 
 
 # --- what fits ---

@@ -137,7 +137,7 @@ def _comfyui_sources(search: Search) -> Iterator[PartSource]:
     roots = [own / "ComfyUI", own / "Documents" / "ComfyUI", own / "Desktop" / "ComfyUI", Path("ComfyUI").absolute()]
     roots += [own / "comfy" / "ComfyUI", own / "stable-diffusion-webui-forge", own / "Documents" / "Forge"]
     desktop = own / ("Library/Application Support" if sys.platform == "darwin" else ".config") / "ComfyUI"
-    with contextlib.suppress(OSError, ValueError, AttributeError):
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # none, or damaged
         roots.append(Path(json.loads(read_small(desktop / "config.json"))["basePath"]))
     folders = []
     for root in dict.fromkeys(roots):
