@@ -164,7 +164,7 @@ def test_clear_is_no_prompt(command, monkeypatch, word):
     [
         ("/hlep", "did you mean /help?"), ("/exti", "did you mean /exit?"), ("/claer", "did you mean /clear?"),
         ("/stpes", "did you mean /steps?"), ("/stpes 3", "did you mean steps?"), ("/zzz", "/zzz has no value"),
-        ("/n x", "num_images: 'x' is not"), ("/num-image 3", "did you mean num_images?"),
+        ("/n x", "num-images is 'x'"), ("/num-image 3", "did you mean num-images?"),
     ],
 )  # fmt: skip
 def test_near_commands_are_suggested(command, monkeypatch, line, says):
