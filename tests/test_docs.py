@@ -10,7 +10,9 @@ import sys
 import click
 import pytest
 from helpers import ROOT, run_command
+from pictures import is_right
 from PIL import Image
+from test_readme import SHOWN as JUDGED
 
 from mlx_flux_krea import errors
 from mlx_flux_krea.home import NANO
@@ -160,9 +162,9 @@ def test_the_script_for_each_shell_is_one_that_it_reads(command, tmp_path, shell
 @pytest.mark.parametrize(
     ("example", "made"),
     [
-        ("side_by_side", ["fox-1.png", "fox-2.png", "fox-3.png", "fox-4.png"]),
-        ("from_an_image", ["chair-0.3.png", "chair-0.6.png", "chair-0.9.png", "chair.png"]),
-        ("watch_and_stop", ["lighthouse.png"]),
+        ("side_by_side", ["star-1.png", "star-2.png", "star-3.png", "star-4.png"]),
+        ("from_an_image", ["circle-0.3.png", "circle-0.6.png", "circle-0.9.png", "star.png"]),
+        ("watch_and_stop", ["ring.png"]),
     ],
 )
 @pytest.mark.core("watch_and_stop-made2")
@@ -179,3 +181,29 @@ def test_the_examples_run_on_the_small_model(tmp_path, example, made):
     for name in tmp_path.glob("*.png"):
         assert Image.open(name).size == (32, 32)
     assert len(ran.stdout.splitlines()) >= 3
+
+
+SHOWN = {
+    "side_by_side": {f"star-{seed}.png": ("star", "red", "white") for seed in (1, 2, 3, 4)},
+    "from_an_image": {"star.png": ("star", "white", "blue"), "circle-0.9.png": ("circle", "green", "blue")},
+    "watch_and_stop": {},
+}
+
+
+@pytest.mark.parametrize("example", SHOWN)
+@pytest.mark.slow
+def test_the_examples_draw_what_they_say_and_stop_late(tmp_path, example):
+    program = [sys.executable, str(ROOT / "examples" / f"{example}.py")]
+    ran = subprocess.run(program, cwd=tmp_path, capture_output=True, text=True, check=True)
+    for name, (shape, colour, ground) in SHOWN[example].items():
+        assert is_right(Image.open(tmp_path / name), [(shape, colour)], ground), name
+    steps = [int(step) for step in re.findall(r"^step (\d+)", ran.stdout, re.MULTILINE)]
+    assert not steps or steps[-1] > 10
+
+
+def test_prompts_for_the_small_model_in_the_help_are_judged():
+    page = (ROOT / "docs" / "commands.md").read_text()
+    prompts = re.findall(r'flux-krea demo "([^"]+)"', page) + re.findall(r'generate "([^"]+)" -m nano', page)
+    assert prompts
+    for prompt in prompts:
+        assert prompt in JUDGED

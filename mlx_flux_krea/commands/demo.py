@@ -66,7 +66,7 @@ def _sheet(pipe: FluxPipeline, prompt: str, *, seed: int, output: Path, console:
     """Generates a sheet with seeds down and guidance scales across."""
     seeds = range(seed, seed + _SEEDS)
     cells = counted(list(itertools.product(seeds, _SCALES)), "generating the sheet", "picture")
-    pictures = [pipe(prompt, seed=s, guidance_scale=scale).images[0] for s, scale in cells]
+    pictures = [pipe(prompt, seed=s, guidance_scale=scale, progress=False).images[0] for s, scale in cells]
     rows = [pictures[i : i + len(_SCALES)] for i in range(0, len(pictures), len(_SCALES))]
     labels = [f"guidance {scale:g}" for scale in _SCALES], [f"seed {s}" for s in seeds]
     return [(output, make_sheet(rows, *labels))]
