@@ -17,6 +17,7 @@ HIDDEN_SIZE, NUM_HEADS = 3072, 24  # of FLUX.1 and of whatever is derived from i
 SMALLEST = 1024  # hidden size below which a transformer is a toy, and requires nothing
 
 DEV = "flux-1-dev-non-commercial"  # licence id of our own folders
+PAGE = "https://github.com/mlx-flux-krea/mlx-flux-krea/blob/main/docs/licence.md"  # the licence in practice
 
 # The licence's own words, which a text beside weights is recognised by, whatever its file is called.
 _DEV_TEXT = re.compile(

@@ -16,6 +16,7 @@ from pictures import is_right
 from PIL import Image
 from test_compat import CARDS, OPENING
 
+from mlx_flux_krea.licence import PAGE
 from mlx_flux_krea.provenance import read_record
 
 README = (ROOT / "README.md").read_text()
@@ -150,6 +151,9 @@ def test_the_page_about_the_licence_says_what_a_user_must_know():
     ):  # fmt: skip
         assert part in page, part
     assert README.count("docs/licence.md") >= 3
+    home = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Homepage"]
+    assert f"{home}/blob/main/docs/licence.md" == PAGE
+    assert "{LICENCE_PAGE}" in (ROOT / "mlx_flux_krea" / "commands" / "setup.py").read_text()
 
 
 def test_links_lead_to_files_and_headings():

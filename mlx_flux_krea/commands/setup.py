@@ -19,6 +19,7 @@ from mlx_flux_krea.errors import FiltersError, FluxKreaError, ModelError, Resour
 from mlx_flux_krea.files import sha256_if_exists
 from mlx_flux_krea.filters import acknowledgement
 from mlx_flux_krea.filters.ledger import Ledger
+from mlx_flux_krea.licence import PAGE as LICENCE_PAGE
 from mlx_flux_krea.models.config import ModelIndex, ModelSizes
 from mlx_flux_krea.models.filter_config import SELF_TEST
 from mlx_flux_krea.presets import CHECKS, FIRST_PROMPT, PROPOSED_PRECISIONS
@@ -326,6 +327,7 @@ def _ask_agreement(text: bytes, *, digest: str, model: str, console: Console) ->
     """
     console.say("\n".join(printable(line) for line in text.decode(errors="replace").splitlines()))
     console.say(f"\nThis is the licence of {printable(model)}; its sha256 is {digest}.")
+    console.say(f"A page about what it means in practice: {LICENCE_PAGE}")
     if not is_interactive():
         todo = f"read it, and agree at a terminal, or with --accept-licence {digest}"
         raise FiltersError("nobody has acknowledged the licence", "", todo)
