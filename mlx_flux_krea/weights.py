@@ -61,6 +61,9 @@ from .tokenizers import CLIPTokenizer, T5Tokenizer
 # An M5 would round products of float32 to TF32, also where float32 was asked for and in the float32 parts of a bfloat16
 # run. MLX reads this variable once, at its first product; networks get their weights here, which is early enough.
 os.environ.setdefault("MLX_ENABLE_TF32", "0")
+# Large 3 x 3 convolutions would go through Winograd's F(6,3) with 16-bit intermediates on Metal: an error of several
+# percent for each (benchmarks/winograd.py). MLX reads this variable at every convolution (ml-explore/mlx#4639).
+os.environ.setdefault("MLX_CONV_WINOGRAD", "0")
 
 Sizes = FluxConfig | CLIPConfig | T5Config | VAEConfig | ViTConfig | PixtralConfig
 S = TypeVar("S", bound=Sizes)

@@ -4,9 +4,17 @@ What the GPU would be asked for at 1024 x 1024 in bfloat16 is listed without run
 primitives that MLX implements on the GPU, only types that it has, no float32 product, no more passes than the budget.
 """
 
+import os
+
 import graph
 import mlx.core as mx
 import pytest
+import winograd
+
+from mlx_flux_krea.home import NANO
+from mlx_flux_krea.models import vae
+from mlx_flux_krea.models.config import FLUX_VAE
+from mlx_flux_krea.weights import open_model
 
 # what MLX has a Metal kernel for, of what the networks could use; no sort, no factorization, nothing that loads
 ALLOWED = {
@@ -174,3 +182,46 @@ def test_a_silent_promotion_would_be_seen(monkeypatch):
     counts = graph.transformer_graphs(256, 256, mx.bfloat16)
     assert counts["single block"].float32_products > 0
     assert "float32" in counts["step"].dtypes
+
+
+# --- Winograd's algorithm, which MLX uses on Metal alone (benchmarks/winograd.py) ---
+
+
+@pytest.mark.parametrize("shape", [(1, 12, 18, 32), (2, 13, 7, 32)])
+@pytest.mark.parametrize("padding", [(0, 0), (1, 1), (0, 1)])
+def test_the_emulated_convolution_is_the_convolution(shape, padding):
+    x, weight = mx.random.normal(shape, key=mx.random.key(1)), mx.random.normal((32, 3, 3, 32), key=mx.random.key(2))
+    error = winograd.convolve(x, weight, padding) - mx.conv2d(x, weight, padding=padding)
+    assert mx.abs(error).max() < 1e-3
+
+
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
+def test_in_16_bits_it_is_many_times_further_off_than_the_direct_one(dtype):
+    x, weight = (mx.random.normal(s, key=mx.random.key(1)).astype(dtype) for s in ((1, 24, 24, 64), (64, 3, 3, 64)))
+    exact = mx.conv2d(x.astype(mx.float32), weight.astype(mx.float32))
+    direct, sent = (y.astype(mx.float32) - exact for y in (mx.conv2d(x, weight), winograd.convolve(x, weight)))
+    assert mx.linalg.norm(sent) > 10 * mx.linalg.norm(direct)
+    assert (mx.linalg.norm(sent) / mx.linalg.norm(exact) > 0.03) == (dtype == mx.bfloat16)
+
+
+@pytest.mark.parametrize(("variable", "least", "most"), [(None, 0.9, 1), ("0", 0, 0)])
+def test_nearly_all_of_the_published_decoder_would_be_sent_there_and_the_variable_keeps_it_away(
+    monkeypatch, variable, least, most
+):
+    """The graph alone is built, at 1024 x 1024; the package's own setting is the second row."""
+    if variable is None:
+        monkeypatch.delenv("MLX_CONV_WINOGRAD")
+    assert os.environ.get("MLX_CONV_WINOGRAD") == variable
+    decoder = vae.VAE(FLUX_VAE)
+    with winograd.emulated() as counts:
+        decoder.decode(mx.zeros((1, 128, 128, 16)))
+        decoder.encode(mx.zeros((1, 1024, 1024, 3)))
+    assert least <= counts["sent"] / (counts["sent"] + counts["direct"]) <= most
+
+
+def test_a_decoded_picture_shows_the_harm_and_the_remedy(monkeypatch):
+    found = winograd.decoder_errors(96)
+    assert found["direct"][0] > found["Winograd"][0] + 0.5
+    with winograd.emulated(least=(0, 0)) as counts:  # as the package sets it
+        mx.eval(open_model(NANO).vae.load(mx.bfloat16).decode(mx.zeros((1, 4, 4, 16))))
+    assert (counts["sent"], counts["direct"] > 0) == (0, True)

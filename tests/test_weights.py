@@ -204,17 +204,18 @@ def test_half_made_folders_are_no_models(model):
 
 
 @pytest.mark.parametrize(("before", "after"), [(None, "0"), ("1", "1")])
-def test_products_of_float32_are_not_rounded_to_tf32_unless_the_user_says_so(before, after):
-    """Seen in the process's own environment, where MLX looks once."""
-    script = """
+@pytest.mark.parametrize("variable", ["MLX_ENABLE_TF32", "MLX_CONV_WINOGRAD"])
+def test_nothing_is_rounded_behind_our_back_on_metal_unless_the_user_says_so(variable, before, after):
+    """Products to TF32, convolutions to 16 bits inside; seen in the process's own environment, where MLX looks."""
+    script = f"""
 import ctypes
 from mlx_flux_krea import FluxPipeline
 libc = ctypes.CDLL(None)
 libc.getenv.restype = ctypes.c_char_p
-print(libc.getenv(b"MLX_ENABLE_TF32").decode())
+print(libc.getenv(b"{variable}").decode())
 """
-    env = {name: value for name, value in os.environ.items() if name != "MLX_ENABLE_TF32"}
-    env |= {} if before is None else {"MLX_ENABLE_TF32": before}
+    env = {name: value for name, value in os.environ.items() if name != variable}
+    env |= {} if before is None else {variable: before}
     ran = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, check=True)
     assert ran.stdout.strip() == after
 
