@@ -107,7 +107,7 @@ def steps_of(peer, flux, side: int, text: int):
         scheduler=SimpleNamespace(sigmas=mx.array([SIGMA, 0.9, 0.0])),
     )  # fmt: skip
     pe = transformer.rope(sampler.position_ids(text, side // 8, side // 8), flux.config.axes_dim, flux.config.theta)
-    mods = flux.modulations(flux.vec(mx.array([SIGMA]), mx.array([GUIDANCE]), pooled))
+    mods = flux.modulations(flux.vec(mx.array([1000 * SIGMA]), mx.array([1000 * GUIDANCE]), pooled))
     txt = flux.txt_in(states)
     mx.eval(latents, states, pooled, pe, mods, txt)
 

@@ -308,7 +308,9 @@ class Generator:
         """
         flux = self._flux(resident_bytes)
         sigmas = steps.sigmas[steps.start : -1]
-        modulations = self._modulate(flux, sigmas, request.guidance_scale, [c.pooled for c in conditions.both])
+        rounding = noises.find_recipe(request.noise).timestep_rounding
+        pooled = [c.pooled for c in conditions.both]
+        modulations = self._modulate(flux, sigmas, request.guidance_scale, pooled, rounding)
         texts = [evaluated(flux.txt_in, c.embeds.astype(flux.dtype)) for c in conditions.both]
         positions = [sampler.position_ids(text.shape[1], width=steps.width, height=steps.height) for text in texts]
         tables = [rope(ids, flux.config.axes_dim, flux.config.theta) for ids in positions]
@@ -351,23 +353,26 @@ class Generator:
             self._streamed = _StreamedFlux(flux, blocks, modulation)
         return self._streamed.network
 
-    def _modulate(self, flux: Flux, sigmas: np.ndarray, guidance: float | None, pooled: list[mx.array]) -> list:
+    def _modulate(
+        self, flux: Flux, sigmas: np.ndarray, guidance: float | None, pooled: list[mx.array], rounding: str
+    ) -> list:
         """Returns the modulations of all steps of each condition, computed in one pass over weights that do not stay.
 
         A second picture of the same prompt, guidance and schedule uses them again.
         """
         vectors = mx.concatenate(pooled)
-        key = sigmas.tobytes(), guidance, vectors.shape, np.array(vectors.astype(mx.float32)).tobytes()
+        key = sigmas.tobytes(), guidance, rounding, vectors.shape, np.array(vectors.astype(mx.float32)).tobytes()
         if self._modulations and self._modulations[0] == key:
             return self._modulations[1]
         self._modulations = None
-        # rounded as on diffusers' way to the embedding: times 1000, divided by 1000, each in the compute type
-        times = mx.array(sigmas * np.float32(1000)).astype(self._dtype) / 1000
-        rows = len(times) * len(vectors)
-        scales = None if guidance is None else mx.full((rows,), guidance, mx.float32)
+        times = mx.tile(sampler.embedded_times(sigmas, rounding, self._dtype), len(vectors))
+        scales = None
+        if guidance is not None:
+            scales = mx.broadcast_to(sampler.embedded_guidance(guidance, rounding, self._dtype), times.shape)
+        vec_of = partial(flux.vec, in_float32=rounding == "once")
         with self._streaming(self._streamed and self._streamed.modulation, 1) as run:
             run = self.runner("modulation", len(flux.modulated) + 1, run=run)
-            vec = run(flux.vec, mx.tile(times, len(vectors)), scales, mx.repeat(vectors, len(times), axis=0))
+            vec = run(vec_of, times, scales, mx.repeat(vectors, len(sigmas), axis=0))
             modulations = flux.modulations(vec, run)
         self._modulations = key, modulations
         return modulations

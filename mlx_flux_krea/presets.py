@@ -49,29 +49,43 @@ class NoiseRecipe:
     layout: str  # order of the numbers in the noise: "nchw" | "nhwc" | "packed"
     posterior: str  # encoding of an input image: "sample" (drawn before the noise) | "mean"
     pixels: str  # floats to bytes: "round" | "truncate"
+    timestep_rounding: str  # a key of TIMESTEP_ROUNDING
     source: str
+
+
+# How sigma becomes the number whose sinusoids the transformer reads, in a compute type of 16 bits. Guidance is rounded
+# to the type and multiplied by 1000 in it; only "once" multiplies first.
+TIMESTEP_ROUNDING = {
+    "there and back": "1000 sigma is rounded, divided by 1000 and rounded, multiplied by 1000 and rounded",
+    "twice": "sigma is rounded, then 1000 times that",
+    "none": "1000 sigma in float32",
+    "once": "1000 sigma is rounded; the layers that read its sinusoids compute in float32",
+}
 
 
 RECIPES = {
     "diffusers": NoiseRecipe(
-        "torch", None, "rounded", "nchw", "sample", "round",
-        "diffusers 0.42 with torch 2.13: randn_tensor, FluxPipeline, FluxImg2ImgPipeline, VaeImageProcessor",
+        "torch", None, "rounded", "nchw", "sample", "round", "there and back",
+        "diffusers 0.42 with torch 2.13: randn_tensor, FluxPipeline, FluxImg2ImgPipeline, VaeImageProcessor, "
+        "FluxTransformer2DModel.forward",
     ),
     "bfl": NoiseRecipe(
-        "torch", "bfloat16", "stepwise", "nchw", "mean", "truncate",
-        "black-forest-labs/flux 802fb47 with the torch 2.6 that it pins: sampling.get_noise, util.save_image",
+        "torch", "bfloat16", "stepwise", "nchw", "mean", "truncate", "twice",
+        "black-forest-labs/flux 802fb47 with the torch 2.6 that it pins: sampling.get_noise, util.save_image, "
+        "sampling.denoise and layers.timestep_embedding",
     ),
     "comfy": NoiseRecipe(
-        "torch", "float32", "rounded", "nchw", "mean", "truncate",
-        "ComfyUI: comfy.sample.prepare_noise, nodes.SaveImage",
+        "torch", "float32", "rounded", "nchw", "mean", "truncate", "none",
+        "ComfyUI: comfy.sample.prepare_noise, nodes.SaveImage, model_base.BaseModel._apply_model",
     ),
     "mflux": NoiseRecipe(
-        "mlx-key", "float32", None, "packed", "mean", "round",
-        "mflux 0.18: flux_latent_creator.create_noise, image_util",
+        "mlx-key", "float32", None, "packed", "mean", "round", "once",
+        "mflux 0.18 and 0.24: flux_latent_creator.create_noise, image_util, Transformer.compute_text_embeddings",
     ),
     "mlx-examples": NoiseRecipe(
-        "mlx-seed", "bfloat16", None, "nhwc", "mean", "truncate",
-        "ml-explore/mlx-examples 7ddca42: flux/flux/sampler.sample_prior after mx.random.seed",
+        "mlx-seed", "bfloat16", None, "nhwc", "mean", "truncate", "twice",
+        "ml-explore/mlx-examples 7ddca42: flux/flux/sampler.sample_prior after mx.random.seed, "
+        "flux.FluxPipeline._denoising_loop",
     ),
 }  # fmt: skip
 

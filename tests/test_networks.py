@@ -44,7 +44,7 @@ def test_every_block_of_a_call_equals_the_reference(networks):
         return result
 
     i = "forward.0."
-    vec = flux.vec(g[i + "timestep"], g[i + "guidance"], g[i + "pooled"])
+    vec = flux.vec(1000 * g[i + "timestep"], 1000 * g[i + "guidance"], g[i + "pooled"])
     assert_close(vec, g[i + "trace.temb"], 3e-5, "vec")
     pe = transformer.rope(mx.concatenate([g[i + "txt_ids"], g[i + "img_ids"]]), flux.config.axes_dim, flux.config.theta)
     cos, sin = pe[0][..., 0], pe[0][..., 1]
@@ -191,7 +191,7 @@ def test_in_float16_the_streams_are_float32_and_what_the_layers_do_is_not(networ
     half = {
         name: g[i + name].astype(mx.float16) for name in ("timestep", "guidance", "pooled", "encoder_hidden_states")
     }
-    mods = flux.modulations(flux.vec(half["timestep"], half["guidance"], half["pooled"]))
+    mods = flux.modulations(flux.vec(1000 * half["timestep"], 1000 * half["guidance"], half["pooled"]))
     pe = transformer.rope(mx.concatenate([g[i + "txt_ids"], g[i + "img_ids"]]), flux.config.axes_dim, flux.config.theta)
     flux.forward(g[i + "hidden_states"], flux.txt_in(half["encoder_hidden_states"]), mods, pe, run)
     assert seen["DoubleStreamBlock"] == seen["SingleStreamBlock"] == {mx.float32}

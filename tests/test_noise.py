@@ -1,12 +1,15 @@
 """Random streams against torch's own numbers, both eras, and against MLX's."""
 
+from types import SimpleNamespace
+
 import mlx.core as mx
 import numpy as np
 import pytest
 from helpers import facts, goldens, max_abs
 
 from mlx_flux_krea.errors import UsageError
-from mlx_flux_krea.presets import RECIPES
+from mlx_flux_krea.models import transformer
+from mlx_flux_krea.presets import RECIPES, TIMESTEP_ROUNDING, Schedule
 from mlx_flux_krea.sampling import noise, sampler
 from mlx_flux_krea.sampling.noise import MLXSeedStream, TorchStream, draw
 
@@ -129,3 +132,78 @@ def test_tools_that_draw_on_a_gpu_are_named_as_not_repeatable():
         noise.find_recipe("replicate")
     with pytest.raises(UsageError, match="one of diffusers, bfl"):
         noise.find_recipe("automatic1111")
+
+
+# --- how times and guidance are rounded ---
+
+SIGMAS = np.linspace(1, 0.001, 300, dtype=np.float32)
+
+
+def bf16(x):
+    """Rounds to bfloat16, ties to even, without MLX."""
+    bits = np.asarray(x, np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).astype(np.uint32).view(np.float32)
+
+
+@pytest.mark.parametrize(
+    ("rounding", "formula"),
+    [
+        ("there and back", lambda sigma: bf16(bf16(bf16(1000 * sigma) / 1000) * 1000)),
+        ("twice", lambda sigma: bf16(bf16(sigma) * 1000)),
+        ("none", lambda sigma: 1000 * sigma),
+        ("once", lambda sigma: bf16(1000 * sigma)),
+    ],
+)
+def test_times_are_rounded_as_the_tools_write_it(rounding, formula):
+    assert rounding in {recipe.timestep_rounding for recipe in RECIPES.values()}
+    got = np.array(sampler.embedded_times(SIGMAS, rounding, mx.bfloat16).astype(mx.float32))
+    assert np.array_equal(got, formula(SIGMAS))
+    assert not any(
+        np.array_equal(got, np.array(sampler.embedded_times(SIGMAS, other, mx.bfloat16).astype(mx.float32)))
+        for other in TIMESTEP_ROUNDING.keys() - {rounding}
+    )
+    assert np.allclose(sampler.embedded_times(SIGMAS, rounding, mx.float32), 1000 * SIGMAS, rtol=2e-7, atol=0)
+
+
+def test_diffusers_times_are_those_of_torch():
+    """Rounded by torch 2.13 on diffusers' way, in the shifted schedule of 7 steps at 48 x 32."""
+    sigmas = sampler.make_sigmas(Schedule(), 6, 7)[:-1]
+    expected = [1.0, 0.90234375, 0.80078125, 0.6796875, 0.54296875, 0.388671875, 0.2080078125]
+    times = sampler.embedded_times(sigmas, "there and back", mx.bfloat16)
+    assert mx.array_equal(times, mx.array(expected).astype(mx.bfloat16) * 1000)
+
+
+@pytest.mark.parametrize(("guidance", "twice", "once"), [(4.5, 4512, 4512), (4.7, 4672, 4704), (3.5, 3504, 3504)])
+def test_guidance_is_rounded_with_the_times(guidance, twice, once):
+    for rounding in TIMESTEP_ROUNDING:
+        got = sampler.embedded_guidance(guidance, rounding, mx.bfloat16).astype(mx.float32).item()
+        assert got == (once if rounding == "once" else twice), rounding
+        assert abs(sampler.embedded_guidance(guidance, rounding, mx.float32).item() / 1000 - guidance) < 1e-6
+
+
+def test_mfluxs_own_code_gives_the_same_conditioning_vector():
+    """Its TimeTextEmbed and `Transformer.compute_text_embeddings` (mflux 0.24.0) with these weights in bfloat16."""
+    rng, layers = np.random.default_rng(7), []
+    for width in (256, 256, 8):
+        layer = transformer.MLPEmbedder(width, 4)
+        for linear, inputs in ((layer.in_layer, width), (layer.out_layer, 4)):
+            linear.weight = mx.array(rng.standard_normal((4, inputs)) / inputs**0.5).astype(mx.bfloat16)
+            linear.bias = mx.array(rng.standard_normal(4)).astype(mx.bfloat16)
+        layers.append(layer)
+    pooled = mx.array(rng.standard_normal((1, 8))).astype(mx.bfloat16)
+    config = SimpleNamespace(guidance_embed=True)
+    flux = SimpleNamespace(
+        time_in=layers[0], guidance_in=layers[1], vector_in=layers[2], config=config, dtype=mx.bfloat16
+    )
+    theirs = {
+        (1.0, 4.5): [0.72265625, 1.7734375, 3.5625, 1.34375],
+        (0.7305, 3.3): [0.66015625, 1.3515625, 3.96875, 1.703125],
+        (0.1234, 2.7): [0.46875, 0.94140625, 5.21875, 2.9375],
+    }
+    for (sigma, guidance), expected in theirs.items():
+        times = sampler.embedded_times(np.array([sigma], np.float32), "once", mx.bfloat16)
+        scales = sampler.embedded_guidance(guidance, "once", mx.bfloat16).reshape(1)
+        vec = transformer.Flux.vec(flux, times, scales, pooled, in_float32=True)
+        assert vec.astype(mx.float32)[0].tolist() == expected
+        other = transformer.Flux.vec(flux, times, scales, pooled)
+        assert other.astype(mx.float32)[0].tolist() != expected

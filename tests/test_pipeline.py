@@ -39,7 +39,7 @@ from mlx_flux_krea.errors import FiltersError, Interrupted, ResourceError, Usage
 from mlx_flux_krea.generator import Generator
 from mlx_flux_krea.models.config import Defaults
 from mlx_flux_krea.models.transformer import Flux
-from mlx_flux_krea.presets import SCHNELL_FILES
+from mlx_flux_krea.presets import RECIPES, SCHNELL_FILES
 from mlx_flux_krea.provenance import SOFTWARE
 from mlx_flux_krea.request import Request, open_image
 from mlx_flux_krea.sampling import noise, sampler
@@ -194,19 +194,22 @@ def test_floats_become_bytes_as_in_the_tool(pipe, recipe, to_bytes):
 
 
 @pytest.mark.slow
-def test_timesteps_are_rounded_on_their_way_as_in_diffusers(pipe_bf16, monkeypatch):
-    """(1000 * sigma) in bfloat16, divided by 1000 in bfloat16; numbers from torch 2.13."""
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_times_and_guidance_reach_the_transformer_as_the_tool_rounds_them(pipe_bf16, monkeypatch, recipe):
     seen, original = [], Flux.vec
 
-    def vec(self, timestep, *args):
-        seen.append(timestep)
-        return original(self, timestep, *args)
+    def vec(self, *args, **more):
+        seen.append((*args, more))
+        return original(self, *args, **more)
 
     monkeypatch.setattr(Flux, "vec", vec)
-    pipe_bf16(CAT, seed=1, height=32, width=48, num_inference_steps=7)
-    assert seen[0].dtype == mx.bfloat16
-    numbers = [1.0, 0.90234375, 0.80078125, 0.6796875, 0.54296875, 0.388671875, 0.2080078125]
-    assert seen[0].astype(mx.float32).tolist() == numbers
+    pipe_bf16("a", seed=1, height=32, width=48, num_inference_steps=7, guidance_scale=4.7, noise=recipe)
+    ((times, guidance, _, more),) = seen
+    sigmas = sampler.make_sigmas(pipe_bf16.folder.index.schedule, 6, 7)[:-1]
+    rounding = RECIPES[recipe].timestep_rounding
+    assert mx.array_equal(times, sampler.embedded_times(sigmas, rounding, mx.bfloat16))
+    assert set(guidance.astype(mx.float32).tolist()) == {4704.0 if rounding == "once" else 4672.0}
+    assert more == {"in_float32": rounding == "once"}
 
 
 @pytest.mark.parametrize(("bias", "clipped"), [(100.0, 20.0), (-100.0, -30.0)])

@@ -318,27 +318,31 @@ class Flux(nn.Module):
         """The stages of `modulations`, in order."""
         return [layer.modulate for layer in (*self.blocks, self.final_layer)]
 
-    def vec(self, timestep: mx.array, guidance: mx.array | None, pooled: mx.array) -> mx.array:
+    def vec(
+        self, times: mx.array, guidance: mx.array | None, pooled: mx.array, *, in_float32: bool = False
+    ) -> mx.array:
         """Returns the conditioning vector, from which every modulation is computed.
 
         Args:
-            timestep: (N,) in 0..1; times 1000 in the compute type, as the references round it.
-            guidance: (N,) guidance scale, or None for a model without guidance embedding.
+            times: (N,) in 0..1000, as rounded as they shall be.
+            guidance: (N,) guidance scale times 1000, or None for a model without guidance embedding.
             pooled: (N, vec_in_dim), from CLIP.
+            in_float32: computes the layers of times and guidance in float32, as mflux does.
 
         Returns:
-            (N, C).
+            (N, C) in the compute type.
         """
 
         def embed(layer: MLPEmbedder, t: mx.array) -> mx.array:
-            return layer(timestep_embedding(t.astype(self.dtype) * 1000).astype(self.dtype))
+            sinusoids = timestep_embedding(t)
+            return layer(sinusoids if in_float32 else sinusoids.astype(self.dtype))
 
-        vec = embed(self.time_in, timestep)
+        vec = embed(self.time_in, times)
         if self.config.guidance_embed:
             if guidance is None:
                 raise ValueError("[Flux] guidance is required: this transformer has a guidance embedding.")
             vec = vec + embed(self.guidance_in, guidance)
-        return vec + self.vector_in(pooled.astype(self.dtype))
+        return (vec + self.vector_in(pooled.astype(self.dtype))).astype(self.dtype)
 
     def modulations(self, vec: mx.array, run: Runner = call) -> list:
         """Computes shifts, scales and gates of every layer, from all rows of `vec` at once.
@@ -407,6 +411,7 @@ class Flux(nn.Module):
             (B, L, out_channels) in the compute type.
         """
         pe = rope(mx.concatenate([txt_ids, img_ids]), self.config.axes_dim, self.config.theta)
-        mods = self.modulations(self.vec(timestep, guidance, pooled_projections))
+        scales = None if guidance is None else guidance.astype(self.dtype) * 1000
+        mods = self.modulations(self.vec(timestep.astype(self.dtype) * 1000, scales, pooled_projections))
         txt = self.txt_in(encoder_hidden_states.astype(self.dtype))
         return self.forward(hidden_states, txt, mods, pe)

@@ -55,6 +55,30 @@ def fixed_shift(schedule: Schedule, image_seq_len: int, num_inference_steps: int
     return 1 / (1 + (1 / picked - 1) * math.exp(own - mu))
 
 
+def embedded_times(sigmas: np.ndarray, rounding: str, dtype: mx.Dtype) -> mx.array:
+    """Returns the numbers whose sinusoids the transformer reads, rounded on their way as a tool rounds them.
+
+    Args:
+        sigmas: (n,) float32 noise levels.
+        rounding: a key of `presets.TIMESTEP_ROUNDING`.
+        dtype: the compute type.
+
+    Returns:
+        (n,) 1000 sigma, float32 for "none", else in the compute type.
+    """
+    levels = mx.array(sigmas)
+    if rounding == "there and back":
+        return (levels * 1000).astype(dtype) / 1000 * 1000
+    if rounding == "twice":
+        return levels.astype(dtype) * 1000
+    return levels * 1000 if rounding == "none" else (levels * 1000).astype(dtype)
+
+
+def embedded_guidance(guidance: float, rounding: str, dtype: mx.Dtype) -> mx.array:
+    """Returns 1000 times the guidance, in the compute type, rounded as `embedded_times` says."""
+    return mx.array(1000 * guidance).astype(dtype) if rounding == "once" else mx.array(guidance).astype(dtype) * 1000
+
+
 def first_step(num_inference_steps: int, strength: float) -> int:
     """Returns the first step of image-to-image: strength as in diffusers, 1 runs all steps."""
     return int(max(num_inference_steps - min(num_inference_steps * strength, num_inference_steps), 0))
