@@ -63,6 +63,7 @@ class Count:
     float32_products: int = 0
     passes: int = 0
     small: int = 0  # kernels on small arrays
+    largest: int = 0  # elements of the largest array that a kernel writes
     traffic: int = 0  # bytes of the passes
     names: Counter = field(default_factory=Counter)  # all primitives
     big: Counter = field(default_factory=Counter)  # the passes
@@ -103,6 +104,8 @@ def count(function, *args, fused: bool = True) -> Count:
             layouts.update({array: layout(shape) for array, shape, _ in event["outputs"]})
             result.primitives += 1
             result.names[name] += 1
+            if name not in VIEWS:
+                result.largest = max(result.largest, *(math.prod(shape) for _, shape, _ in event["outputs"]), 0)
             result.dtypes.update(str(dtype).removeprefix("mlx.core.") for _, _, dtype in event["outputs"])
             if name in VIEWS:
                 try:
@@ -320,7 +323,7 @@ def vae_graphs(width: int, height: int, dtype: mx.Dtype, config=FLUX_VAE) -> dic
                 setattr(total, attribute, getattr(total, attribute) + getattr(one, attribute))
             for attribute in ("names", "big", "dtypes"):
                 getattr(total, attribute).update(getattr(one, attribute))
-            total.results = one.results
+            total.results, total.largest = one.results, max(total.largest, one.largest)
             return tree_map(lambda a: zeros(a.shape, a.dtype), stage(*args))
 
         half(zeros(shape, dtype), run)

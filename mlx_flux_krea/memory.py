@@ -22,6 +22,7 @@ from .residency import SLOTS, matrices, resident_places
 from .weights import PACKED, ModelFolder, build, parameters
 
 GB = 10**9
+INDEXABLE = 2**31  # elements of an array, from which on kernels of Metal that count in 32 bits go wrong
 _MOST_GB = 4096  # a number up to this, without a unit, is of gigabytes
 # Arrays of T x C that a double and a single block hold at one time, and strips that a convolution needs: on the CPU in
 # float32 and in 16 bits (whose element-wise kernels compute in float32 there), and on Metal.
@@ -93,7 +94,8 @@ class MemoryPlan:
         read_per_step: bytes read from disk in each step.
         least: the peak with no resident block, and with decoding in tiles where that takes less.
         most: the peak with all blocks resident.
-        tiled: True where the VAE decodes, and encodes an input image, in tiles, since strips would not fit.
+        tiled: True where the VAE decodes, and encodes an input image, in tiles, since strips would not fit or would
+            make arrays too large for a kernel.
     """
 
     budget: int
@@ -293,8 +295,9 @@ def make_plan(
         return {stage: always + need + coders.get(stage, 0) for stage, need in stages.items()}
 
     strips, tiles = needs_with(working.strips), needs_with(working.tiles)
-    smaller = tiles if tiles["decode"] < strips["decode"] else strips
-    tiled = smaller is tiles and max(strips.values()) > budget >= max(tiles.values())
+    countable = largest_array(sizes.vae, width=width, height=height) < INDEXABLE
+    smaller = tiles if tiles["decode"] < strips["decode"] or not countable else strips
+    tiled = smaller is tiles and (not countable or max(strips.values()) > budget >= max(tiles.values()))
     needs = tiles if tiled else strips
     least, most = _peaks(smaller, blocks, set()), max(needs.values()) + sum(blocks.computed)
     if max(least.values()) > budget:
@@ -320,6 +323,13 @@ def make_plan(
         most=most,
         tiled=tiled,
     )
+
+
+def largest_array(vae: configs.VAEConfig, *, width: int, height: int) -> int:
+    """Returns the number of elements of the largest array that decodes or encodes a picture in strips."""
+    widths = [vae.ch * m for m in vae.ch_mult]
+    arrays = zip([*widths[1:], widths[-1]], widths, strict=True)  # before and after the blocks of a resolution
+    return max(width * height // 4**level * max(arriving, leaving) for level, (arriving, leaving) in enumerate(arrays))
 
 
 _VERBS = {

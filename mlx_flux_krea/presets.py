@@ -32,8 +32,8 @@ class Schedule:
 class Defaults:
     """Default options of a model."""
 
-    width: Annotated[int, 16, 8192]
-    height: Annotated[int, 16, 8192]
+    width: Annotated[int, 16, 4096]
+    height: Annotated[int, 16, 4096]
     num_inference_steps: Annotated[int, 1, 1000]
     guidance_scale: Annotated[float, 0.0, 1000.0]
     true_cfg_scale: Annotated[float, 0.0, 1000.0] = 1.0
@@ -150,7 +150,7 @@ GOOD_AREAS = (0.1, 1.8)
 
 MAX_PROMPT = 100_000  # bytes of a prompt in UTF-8; the encoders read some 2 kB, and the filters every part
 MAX_PIXELS = 2**26  # of an input picture, that is 8192 x 8192: decoding takes 0.6 GB; larger JPEGs are decoded reduced
-MAX_SIDE = 8192  # pixels; far above the sizes at which the model is good, and below those at which arithmetic breaks
+MAX_SIDE = 4096  # pixels; far above the sizes at which the model is good
 MAX_BATCH = 1000  # images of one call
 MAX_STEPS = 1000
 MAX_SCALE = 1000.0  # largest guidance scale and true CFG scale

@@ -10,10 +10,13 @@ import graph
 import mlx.core as mx
 import pytest
 import winograd
+from mlx.utils import tree_flatten, tree_map
 
+from mlx_flux_krea import memory
 from mlx_flux_krea.home import NANO
-from mlx_flux_krea.models import vae
+from mlx_flux_krea.models import tiles, vae
 from mlx_flux_krea.models.config import FLUX_VAE
+from mlx_flux_krea.presets import MAX_SIDE
 from mlx_flux_krea.weights import open_model
 
 # what MLX has a Metal kernel for, of what the networks could use; no sort, no factorization, nothing that loads
@@ -225,3 +228,30 @@ def test_a_decoded_picture_shows_the_harm_and_the_remedy(monkeypatch):
     with winograd.emulated(least=(0, 0)) as counts:  # as the package sets it
         mx.eval(open_model(NANO).vae.load(mx.bfloat16).decode(mx.zeros((1, 4, 4, 16))))
     assert (counts["sent"], counts["direct"] > 0) == (0, True)
+
+
+# --- arrays that kernels can count ---
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("side", [1024, 2896])
+def test_the_largest_array_of_the_autoencoder_is_the_one_that_the_plan_counts(side):
+    """2896 x 2896 is the largest square whose arrays have fewer than 2^31 elements."""
+    graphs = graph.vae_graphs(side, side, mx.bfloat16)
+    largest = max(graphs["decode"].largest, graphs["encode"].largest)
+    assert largest == memory.largest_array(FLUX_VAE, width=side, height=side) < memory.INDEXABLE
+    assert memory.largest_array(FLUX_VAE, width=2912, height=2896) >= memory.INDEXABLE
+
+
+def test_no_array_of_a_picture_in_tiles_is_too_large_at_the_largest_size(monkeypatch):
+    """The stages of one tile, and the whole picture that tiles are added to."""
+    net, sizes = graph.weightless(vae.VAE(FLUX_VAE), mx.bfloat16), []
+
+    def run(stage, *args):
+        result = stage(*args)
+        sizes.extend(array.size for _, array in tree_flatten([result]) if isinstance(array, mx.array))
+        return tree_map(lambda a: graph.zeros(a.shape, a.dtype), result)
+
+    latent = MAX_SIDE // FLUX_VAE.downsampling
+    tiles.decode(net, graph.zeros((1, latent, latent, 16), mx.bfloat16), run)
+    assert 3 * MAX_SIDE**2 <= max(sizes) < memory.INDEXABLE

@@ -125,6 +125,15 @@ def test_an_input_image_is_counted_for_as_long_as_it_is_held(model):
         pipe.plan(**sizes, image=Image.new("RGB", (6000, 4000)))
 
 
+def test_arrays_that_a_kernel_cannot_count_are_made_in_tiles_whatever_the_memory():
+    """2^31 elements and more: above 8.4 megapixels."""
+    weights, plenty = weights_of(), 1000 * GB
+    made = {width: make_plan(weights, SIZES, mx.bfloat16, width=width, height=2896, text_length=512, budget=plenty,
+                             device="gpu") for width in (2896, 2912, 4096)}  # fmt: skip
+    assert {width: plan.tiled for width, plan in made.items()} == {2896: False, 2912: True, 4096: True}
+    assert made[2912].stages["decode"] < made[2896].stages["decode"]
+
+
 def test_a_budget_too_small_for_one_block_is_refused_with_the_numbers():
     with pytest.raises(
         ResourceError, match=r"1024 x 1024 needs 1\.\d\d GB of memory to .*, and 1\.00 GB may be used"
