@@ -115,7 +115,7 @@ def cli():
     Examples:
       flux-krea demo
       flux-krea setup
-      flux-krea generate "a frog holding a sign" -o frog.png
+      flux-krea generate "a large red cross on a white background" -m nano --seed 1
     """
 
 

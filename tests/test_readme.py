@@ -46,7 +46,7 @@ def test_the_first_command_installs_and_makes_a_right_picture(workplace):
     install, _, demo = blocks("sh")[0].strip().rpartition(" && ")
     assert install == 'python3 -m venv .venv && . .venv/bin/activate && pip install -e ".[tests]"'  # as .ci/run does
     run(demo, workplace)
-    assert is_right(Image.open(workplace / "demo.png"), [("circle", "red")], "blue")
+    assert is_right(Image.open(workplace / "demo.png"), [("circle", "yellow"), ("star", "white")], "blue")
     assert Image.open(workplace / "demo-large.png").size == (480, 480)
 
 

@@ -15,13 +15,14 @@ from .shared.sheet import contact_sheet as make_sheet
 from .shared.terminal import Console, PipelineProgress, counted, say_path
 from .shared.text import stage_times
 
+_PROMPT = "a large yellow circle to the left of a small white star on a blue background"
 _SCALES = (1.0, 2.0, 4.5, 8.0)  # guidance, across the sheet
 _SEEDS = 4  # down the sheet
 _Files = list[tuple[Path, Picture]]
 
 
 @click.command()
-@click.argument("prompt", default="a red circle on a blue background")
+@click.argument("prompt", default=_PROMPT)
 @click.option("-o", "--output", type=FILE, default="demo.png", show_default=True, help="PNG, JPEG or WebP file.")
 @click.option("--seed", type=int, default=1, show_default=True, help="Seed: the same seed repeats a picture.")
 @click.option("--contact-sheet", is_flag=True, help="Make a sheet instead: four seeds, each at four guidance scales.")
