@@ -12,7 +12,6 @@ import pytest
 from helpers import ROOT, run_command
 from pictures import is_right
 from PIL import Image
-from test_readme import SHOWN as JUDGED
 
 from mlx_flux_krea import errors
 from mlx_flux_krea.home import NANO
@@ -199,11 +198,3 @@ def test_the_examples_draw_what_they_say_and_stop_late(tmp_path, example):
         assert is_right(Image.open(tmp_path / name), [(shape, colour)], ground), name
     steps = [int(step) for step in re.findall(r"^step (\d+)", ran.stdout, re.MULTILINE)]
     assert not steps or steps[-1] > 10
-
-
-def test_prompts_for_the_small_model_in_the_help_are_judged():
-    page = (ROOT / "docs" / "commands.md").read_text()
-    prompts = re.findall(r'flux-krea demo "([^"]+)"', page) + re.findall(r'generate "([^"]+)" -m nano', page)
-    assert prompts
-    for prompt in prompts:
-        assert prompt in JUDGED
