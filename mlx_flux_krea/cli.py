@@ -167,7 +167,7 @@ def _report(error: Exception, argv: list[str]) -> int:
         from mlx_flux_krea.commands.shared.answers import answer
 
         context = getattr(error, "ctx", None) or _context(argv)
-        message = re.sub(r"\s*[\n\t]\s*", " ", answer(error, context))  # of lists, a line for each item
+        message = re.sub(r"\s*[\n\t]\s*", " ", answer(error, context, argv))  # of lists, a line for each item
         return _fail(f"{message.rstrip('?')}; try {context.command_path} --help", 2)
     if isinstance(error, OSError):
         return _os_error(error)

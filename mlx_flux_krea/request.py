@@ -4,6 +4,7 @@ Every check that needs no weights is here.
 """
 
 import hashlib
+import itertools
 import math
 import numbers
 import os
@@ -11,7 +12,6 @@ import reprlib
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
-from itertools import pairwise
 from typing import Any, TypeGuard
 
 import mlx.core as mx
@@ -187,7 +187,7 @@ class Request:
             levels = self.sigmas if isinstance(self.sigmas, tuple) else ()
             for level in levels:
                 _check_float("sigmas", level, low=0.0, high=1.0, part="a level of ")
-            if not levels or not all(a > b for a, b in pairwise((*levels, 0.0))):
+            if not levels or not all(a > b for a, b in itertools.pairwise((*levels, 0.0))):
                 raise UsageError("`sigmas` are not falling numbers in (0, 1]", "noise levels before the shift")
             _check_int("sigmas", len(levels), low=1, high=MAX_STEPS, part="the number of ")
             if self.num_inference_steps not in (None, len(levels)):
@@ -415,6 +415,21 @@ def _rounded(side: float, multiple: int) -> int:
     return max(multiple, round(side / multiple) * multiple)
 
 
+def _nearest_size(width: float, height: float, multiple: int) -> tuple[int, int]:
+    """Returns the multiples near a size that change its shape least, and then its area."""
+    sides = [sorted({_floored(side, multiple), _floored(side + multiple, multiple)}) for side in (width, height)]
+
+    def change(size: tuple[int, int]) -> float:
+        wider, higher = math.log(size[0] / width), math.log(size[1] / height)
+        return 2 * abs(wider - higher) + abs(wider + higher)
+
+    return min(itertools.product(sides[0], sides[1]), key=change)
+
+
+def _floored(side: float, multiple: int) -> int:
+    return max(multiple, int(side) // multiple * multiple)
+
+
 def _size_of_image(image: Image.Image, index: ModelIndex, multiple: int) -> tuple[int, int, tuple[str, ...]]:
     """Returns the size of a picture that starts from an image, and a note where it is another than the image's.
 
@@ -426,7 +441,7 @@ def _size_of_image(image: Image.Image, index: ModelIndex, multiple: int) -> tupl
     own, pixels = index.defaults.width * index.defaults.height, image.width * image.height
     fits = presets.GOOD_AREAS[0] <= pixels / own <= presets.GOOD_AREAS[1]
     scale = 1.0 if fits else math.sqrt(own / pixels)
-    width, height = _rounded(image.width * scale, multiple), _rounded(image.height * scale, multiple)
+    width, height = _nearest_size(image.width * scale, image.height * scale, multiple)
     found = f"the image is {image.width} x {image.height}"
     if max(width, height) > MAX_SIDE or min(image.size) * scale < multiple / 2:
         expected = f"sides from {multiple} to {MAX_SIDE} pixels at the model's area"

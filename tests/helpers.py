@@ -30,6 +30,9 @@ PIPELINE = REFERENCE / "pipeline"
 SINGLE_FILES = [REFERENCE / "bfl" / f"{name}.safetensors" for name in ("flux1-tiny", "ae", "clip_l", "t5xxl")]
 
 
+MADE_FOR = "times the area that this model was made for"  # in a note about the small pictures of tests
+
+
 @functools.cache
 def goldens() -> dict[str, mx.array]:
     return mx.load(str(REFERENCE / "goldens.safetensors"))

@@ -1,8 +1,9 @@
 """Answers to command lines that cannot be parsed: what was found, what was expected, and what to type."""
 
 import difflib
+import itertools
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import click
 
@@ -15,14 +16,18 @@ _VALUE = re.compile(r"(?P<value>.+) is (?:not a valid|not in the range)", re.DOT
 _CONVERTING = ("convert", "setup")
 
 
-def answer(error: click.ClickException, context: click.Context) -> str:
+def answer(error: click.ClickException, context: click.Context, argv: Sequence[str]) -> str:
     """Returns the answer to a command line that click refuses.
 
     Args:
         error: click's.
         context: of the command that refused it.
+        argv: the words of the command line.
     """
     text = error.format_message().rstrip(".?")
+    is_misread = isinstance(error, click.NoSuchOption) or text.startswith("Got unexpected extra argument")
+    if is_misread and (found := _one_dash(context, argv)):
+        return found
     if isinstance(error, click.NoSuchOption):
         return _no_option(error.option_name, context)
     if isinstance(error, click.BadOptionUsage):
@@ -89,6 +94,16 @@ def _digits(number: float) -> str:
     return "d" if isinstance(number, int) else "g"
 
 
+def _one_dash(context: click.Context, argv: Sequence[str]) -> str | None:
+    """Returns the answer to a word such as -steps, which is read as letters; None: there is none."""
+    ours = {option for parameter in context.command.params for option in parameter.opts}
+    for word in itertools.takewhile(lambda word: word != "--", argv):
+        name = word.partition("=")[0]
+        if re.match(r"-[A-Za-z]{2}", name) and (option := f"-{name.replace('_', '-')}") in ours:
+            return f"{name} is read as one letter after the other; expected {option}"
+    return None
+
+
 def _no_option(name: str, context: click.Context) -> str:
     """Returns the answer to an option that the command does not have."""
     found = f"there is no option {name}"
@@ -96,6 +111,8 @@ def _no_option(name: str, context: click.Context) -> str:
     if isinstance(command, click.Group) and not context.parent:
         return f"{found} before a command; expected one first: flux-krea generate"
     ours = [option for parameter in command.params for option in parameter.opts if isinstance(parameter, click.Option)]
+    if len(name) == 3 and name[1:] in ours:
+        return f"{found}; did you mean {name[1:]}?"
     if known := nearest(name, [option for option in ours if option.startswith("--")]):
         exact = known.lstrip("-") == name.lstrip("-").replace("_", "-").lower()
         if exact or not peers.find(name):
@@ -183,4 +200,6 @@ def _wanted(parameter: click.Parameter) -> str:
         return "a path"
     if kind.name == "seeds":
         return "seeds such as 7, 1 2 3 or 7+4"
+    if parameter.name in ("model", "name"):
+        return "a name, as flux-krea models lists them"
     return "a text"

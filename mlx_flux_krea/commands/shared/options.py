@@ -91,7 +91,17 @@ def _installed(context: click.Context, parameter: click.Parameter, incomplete: s
     return [name for name in home.installed_models() if name.startswith(incomplete)]
 
 
-FILE = click.Path(path_type=Path)
+class _File(click.Path):
+    """Type of a path, which is not empty: no text would mean the current folder."""
+
+    def convert(self, value, param, ctx):
+        """Returns the path."""
+        if value == "":
+            self.fail("'' is no path.", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+FILE = _File(path_type=Path)
 SIDE = click.IntRange(1, presets.MAX_SIDE)
 DTYPE = click.Choice(presets.COMPUTE_TYPES)
 METADATA = click.Choice(presets.METADATA)
@@ -213,6 +223,9 @@ def given_options(options: dict) -> tuple[dict, bool, bool]:
         UsageError: two options exclude each other.
     """
     given = {name: value for name, value in options.items() if value is not None and value is not False}
+    for name in ("model", "memory", "noise"):
+        if given.get(name) == "":
+            raise UsageError(f"{spelled(name)} is empty", "a value", "leave it out for the default")
     force, as_json = given.pop("force", False), given.pop("as_json", False)
     check_together(given)
     return given, force, as_json

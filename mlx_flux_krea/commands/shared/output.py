@@ -21,6 +21,8 @@ def check_output(output: Path, quality: int | None = None) -> None:
     Raises:
         UsageError: it cannot be written, or its format or quality is not known.
     """
+    if str(output) == "-":
+        raise UsageError("- is standard output", "a file", "write -o out.png")
     if os.path.isdir(output):
         raise UsageError(f"{output} is a folder", "a file", f"write -o {shlex.quote(str(output / 'out.png'))}")
     if os.path.exists(output) and not os.path.isfile(output):

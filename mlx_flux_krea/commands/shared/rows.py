@@ -110,6 +110,8 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict | UsageError]]:
         UsageError: the file cannot be read, is of another kind, or holds no row.
     """
     kind = path.suffix.lower()
+    if str(path) == "-":
+        raise UsageError("--prompts is not read from standard input", "a file", "one prompt is: flux-krea generate -")
     if kind in _OTHER_KINDS:
         raise UsageError(f"{path} is {_OTHER_KINDS[kind]}", f"a prompt file: {', '.join(_READERS)}", "save it as one")
     try:
