@@ -3,6 +3,8 @@
 Files that the commands name are made by the test: see `test_mistaken.FILES`.
 """
 
+from mlx_flux_krea.presets import MAX_SIDE
+
 LORA = "adapters (LoRA) are not supported yet"
 G = 'generate "a frog" -m nano '
 Q = 'generate "a frog" -m nano --steps 1 --seed 1 '
@@ -141,10 +143,10 @@ ROWS = [
     (G + "--steps", 2, "--steps has no value", "a whole number from 1 to 1000"),
     (G + "--steps --seed 7", 2, "--steps has no value, --seed follows"),
     (G + "--guidance high", 2, "a number from 0 to 1000"),
-    (G + "--width 1024x768", 2, "--width is '1024x768'", "a whole number from 1 to 8192"),
-    (G + "--width 512px", 2, "a whole number from 1 to 8192"),
-    (G + "--width 99999", 2, "a whole number from 1 to 8192"),
-    (G + "--width 5 --height 5", 2, "the size is 5 x 5", "sides from 16 to 8192 pixels"),
+    (G + "--width 1024x768", 2, "--width is '1024x768'", f"a whole number from 1 to {MAX_SIDE}"),
+    (G + "--width 512px", 2, f"a whole number from 1 to {MAX_SIDE}"),
+    (G + "--width 99999", 2, f"a whole number from 1 to {MAX_SIDE}"),
+    (G + "--width 5 --height 5", 2, "the size is 5 x 5", f"sides from 16 to {MAX_SIDE} pixels"),
     (G + "--aspect 16x9", 2, "--aspect is '16x9'", "did you mean 16:9"),
     (G + "--aspect square", 2, "expected 1:1, 5:4"),
     (G + "--aspect 3:2 --width 64", 2, "--width and --aspect are both given"),
@@ -198,7 +200,7 @@ ROWS = [
     ("generate frog", 3, "no model is installed", "flux-krea setup", "nano"),
     ("plan naon", 3, "did you mean nano"),
     ("plan other.png", 3, "other.png is a picture"),
-    ("plan nano --width 5", 2, "a whole number from 16 to 8192"),
+    ("plan nano --width 5", 2, f"a whole number from 16 to {MAX_SIDE}"),
     ("plan nano --memory x", 2, "such as 8GB"),
     ("verify", 2, "MODEL is missing"),
     ("verify naon", 3, "did you mean nano"),

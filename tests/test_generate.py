@@ -128,7 +128,7 @@ def test_an_image_keeps_its_size_where_it_fits_and_else_its_shape(tmp_path, imag
 def test_an_image_too_long_for_any_size_is_refused_with_its_own_numbers(tmp_path, size):
     Image.new("RGB", size).save(tmp_path / "a.png")
     with pytest.raises(
-        UsageError, match=r"the image is .*; expected sides from 16 to 8192 pixels at the model's area; set `width`"
+        UsageError, match=r"the image is .*; expected sides from 16 to .* pixels at the model's area; set `width`"
     ):
         prepared(NANO, prompt=CAT, image=tmp_path / "a.png")
 
