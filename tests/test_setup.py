@@ -29,6 +29,7 @@ from mlx_flux_krea import memory as plan
 from mlx_flux_krea.commands import setup as setup_verb
 from mlx_flux_krea.commands.shared import estimates
 from mlx_flux_krea.commands.shared.terminal import Console
+from mlx_flux_krea.home import NANO
 from mlx_flux_krea.licence import FLUX_1_DEV, FLUX_1_SCHNELL, Evidence
 from mlx_flux_krea.models import config
 from mlx_flux_krea.presets import FIRST_PROMPT
@@ -392,6 +393,15 @@ def test_until_then_no_filter_is_fetched_and_no_licence_shown(home, capsys):
     assert setup_verb._checks(it) == "known after conversion"
     assert "after conversion" in setup_verb._licence(it)
     assert (it.check, it.sources) == ("", {})
+
+
+def test_the_next_command_names_the_model_where_another_would_be_taken(home, model):
+    assert "-m nano" in setup_verb._draw_with(NANO)
+    assert str(model) in setup_verb._draw_with(model)
+    (home / "models").mkdir(parents=True)
+    for name in ("a", "b"):
+        (home / "models" / name).symlink_to(model)
+        assert ("-m" in setup_verb._draw_with(home / "models" / name)) == (name == "b")
 
 
 def test_a_network_that_is_down_is_said_once(place, tmp_path):

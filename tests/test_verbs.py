@@ -197,4 +197,4 @@ def test_the_line_for_zsh_works_before_compinit_has_run(command):
     assert out.lstrip().startswith("#compdef flux-krea")
     lines = [line.strip() for line in out.splitlines()]
     at = lines.index("compdef _flux_krea_completion flux-krea")
-    assert lines[at - 1] == "(( $+functions[compdef] )) || { autoload -Uz compinit && compinit -i }"
+    assert lines[at - 1] == "(( $+functions[compdef] )) || { autoload -Uz compinit && compinit -i; }"

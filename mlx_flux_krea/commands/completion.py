@@ -4,7 +4,7 @@ import click
 from click.shell_completion import get_completion_class, shell_complete
 
 # A new Mac's zsh defines `compdef` only after `compinit`; -i passes over folders that others may write.
-_LOAD_COMPDEF = "(( $+functions[compdef] )) || { autoload -Uz compinit && compinit -i }"
+_LOAD_COMPDEF = "(( $+functions[compdef] )) || { autoload -Uz compinit && compinit -i; }"
 VARIABLE = "_FLUX_KREA_COMPLETE"  # set by the shell's script when it asks for completions
 
 

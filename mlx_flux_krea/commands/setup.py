@@ -1,5 +1,6 @@
 """flux-krea setup: from nothing to a first picture. Steps that are already done are skipped."""
 
+import contextlib
 import os
 import shlex
 import time
@@ -132,9 +133,20 @@ def _tell_result(it: Installation, done: dict[str, str], *, as_json: bool) -> No
         click.echo(json_text(facts | {"picture": picture, "steps": done}))
     elif not it.is_waiting:
         say_path(it.picture)
-    name = "" if home.find_model(None) == it.model.path else f" -m {shlex.quote(it.model.path.name)}"
-    draw = f'flux-krea generate "a frog holding a sign"{name}'
-    it.console.say("next: flux-krea review" if it.is_waiting else f"next: {draw}")
+    it.console.say("next: flux-krea review" if it.is_waiting else f"next: {_draw_with(it.model.path)}")
+
+
+def _draw_with(model: Path) -> str:
+    """Returns a command that draws with a model, which is named where another would be taken."""
+    usual = None
+    with contextlib.suppress(ModelError):  # none is installed, or several and no default
+        usual = home.find_model(None)
+    if usual == model:
+        return 'flux-krea generate "a frog holding a sign"'
+    if model == home.NANO:
+        return 'flux-krea generate "a red circle on a blue background" -m nano'
+    known = home.installed_models().get(model.name) == model
+    return f'flux-krea generate "a frog holding a sign" -m {shlex.quote(model.name if known else str(model))}'
 
 
 def _weights(it: Installation) -> str:
