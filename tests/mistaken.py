@@ -184,6 +184,8 @@ ROWS = [
     ("generate frog -m ''", 2, "--model is empty"),
     ("generate frog -m", 2, "-m has no value", "flux-krea models"),
     ("generate frog --model=", 2, "--model is empty"),
+    (G + "--image https://a.b/c.png", 2, "is an address, not a file; download it first"),
+    (G + "-o s3://a/b.png", 2, "is an address, not a file"),
     # models
     ("generate frog -m naon", 3, "did you mean nano"),
     ("generate frog -m Nano", 3, "did you mean nano"),
@@ -194,6 +196,7 @@ ROWS = [
     ("generate frog -m other.png", 3, "other.png is a picture", "--image", "flux-krea inspect other.png"),
     ("generate frog -m weights.safetensors", 3, "flux-krea convert weights.safetensors"),
     ("generate frog -m missing.gguf", 3, "there is nothing at missing.gguf"),
+    ("generate frog -m missing.png", 3, "there is nothing at missing.png"),
     ("generate frog -m ./krea", 3, "there is nothing at ./krea"),
     ("generate frog -m 'a folder'", 3, "flux-krea convert 'a folder'"),
     ("generate frog -m 'white space'", 3, "there is no model 'white space'"),
@@ -277,6 +280,11 @@ ROWS = [
 
 # Commands that succeed: what their notes say.
 NOTES = [
+    (
+        "generate 'a ((red)) [big|small] star' -m nano --steps 1 --width 32 --height 32",
+        "'((red))' is read as text: FLUX.1 has no weights of words",
+        "'[big|small]' is read as text: alternatives are written {a|b}",
+    ),
     ("generate 'a (star:1.3)' -m nano --steps 1 --width 32 --height 32", "'(star:1.3)' is read as text"),
     (
         "generate 'a {red} star' -m nano --steps 1 --width 32 --height 32",

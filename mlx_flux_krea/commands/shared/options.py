@@ -98,6 +98,8 @@ class _File(click.Path):
         """Returns the path."""
         if value == "":
             self.fail("'' is no path.", param, ctx)
+        if isinstance(param, click.Option) and re.match(r"\w+://", str(value)):
+            self.fail(f"{value!r} is an address, not a file; download it first.", param, ctx)
         return super().convert(value, param, ctx)
 
 

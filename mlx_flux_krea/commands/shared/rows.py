@@ -65,6 +65,8 @@ def alternatives(prompt: str, limit: int) -> list[tuple[str, str]]:
 # Other tools' marks in a prompt, of which this model knows none: pattern, and what becomes of the text.
 _MARKS = (
     (re.compile(r"\([^()]*:\s*\d*\.?\d+\s*\)"), "is read as text: FLUX.1 has no weights of words"),
+    (re.compile(r"\(\([^()]+\)\)"), "is read as text: FLUX.1 has no weights of words"),
+    (re.compile(r"\[[^\[\]|]+\|[^\[\]]+\]"), "is read as text: alternatives are written {a|b}"),
     (re.compile(r"(?<![\\{])\{[\w -]{0,40}\}"),
      "is read as text: alternatives are written {a|b}, other values are not filled in"),
     (re.compile(r"\[[^\[\]]*:[^\[\]]*:\s*[\d.]+\s*\]"), "is read as text: words do not change between steps"),
