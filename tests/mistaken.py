@@ -275,6 +275,10 @@ ROWS = [
     ("resume missing", 2, "missing"),
     ("completion tcsh", 2, "tcsh"),
     ("shell frog", 2, "there is an argument too many"),
+    ("setup --bits 4", 2, "write -q 4", "mflux"),
+    ("setup -q 7", 2, "--quantize is '7'", "none, 8, 6, 5 or 4"),
+    ("setup --check nobody", 2, "filters or review"),
+    ("setup krea", 2, "there is an argument too many: 'krea'"),
     ("review --yse", 2, "there is no option --yse"),
 ]
 
