@@ -300,6 +300,4 @@ NOTES = [
     ),
     ("generate 'a __colour__ star' -m nano --steps 1 --width 32 --height 32", "'__colour__' is read as text"),
     (Q + "--width 16 --height 48", "0.083 times the area that this model was made for"),
-    (Q + "--width 256 --height 80", "2.2 times the area"),
-    (Q + "--image small.png", "the image is 30 x 20, the picture 112 x 80"),
 ]

@@ -37,7 +37,6 @@ def folder(tmp_path):
     for name, data in FILES.items():
         (tmp_path / name).write_bytes(data)
     Image.fromarray(np.zeros((20, 30, 3), np.uint8)).save(tmp_path / "other.png")
-    Image.fromarray(np.zeros((20, 30, 3), np.uint8)).save(tmp_path / "small.png")
     (tmp_path / "a folder").mkdir()
     return tmp_path
 
