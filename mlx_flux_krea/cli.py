@@ -41,7 +41,7 @@ from click.shell_completion import CompletionItem
 from mlx_flux_krea import __version__
 from mlx_flux_krea.commands import completion
 from mlx_flux_krea.commands.shared import macos
-from mlx_flux_krea.errors import FluxKreaError, printable, shortened
+from mlx_flux_krea.errors import FluxKreaError, gpu_error, printable, shortened
 
 
 @dataclass(frozen=True)
@@ -153,6 +153,7 @@ def _run(argv: list[str]) -> int:
 
 def _report(error: Exception, argv: list[str]) -> int:
     """Maps an error to its message and exit code; no other place does."""
+    error = gpu_error(error) or error
     if isinstance(error, click.exceptions.Exit):  # of --help and --version
         return error.exit_code
     if isinstance(error, FluxKreaError):

@@ -10,13 +10,14 @@ from typing import Self
 
 __all__ = [
     "FiltersError", "FluxKreaError", "Interrupted", "ModelError", "PartlyDone", "ResourceError", "UsageError",
-    "Waiting", "Withheld", "amount", "printable", "short_repr", "shortened",
+    "Waiting", "Withheld", "amount", "gpu_error", "printable", "short_repr", "shortened",
 ]  # fmt: skip
 
 
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 80
 _ERRNO = re.compile(r"\[(?:Errno|WinError) -?\d+\] ")
+_GPU = re.compile(r"\[METAL\]|\[metal::|command buffer|\[malloc\] Unable to allocate", re.IGNORECASE)
 _WORD, _MESSAGE = 400, 4000  # characters that are shown of a word, and of a message
 
 
@@ -123,6 +124,19 @@ def short_repr(kind: str, *values: object, **facts: object) -> str:
 def _short(value: object) -> str:
     shape = getattr(value, "shape", None)
     return f"<array {tuple(shape)}>" if shape is not None else _SHORT.repr(value)
+
+
+def gpu_error(error: BaseException) -> ResourceError | None:
+    """Returns the error for a person where MLX's allocator or a command of the GPU failed; None: it is another one.
+
+    MLX raises RuntimeError for both (mlx/backend/metal: device.cpp, allocator.cpp). The system ends commands that keep
+    the GPU too long while the display needs it (ml-explore/mlx#3267).
+    """
+    if not isinstance(error, RuntimeError) or not _GPU.search(str(error)):
+        return None
+    reason = " ".join(str(error).split())
+    todo = "try again; close other programs, let the display sleep, or make a smaller picture; `memory` sets a limit"
+    return ResourceError(f"the GPU failed: {reason}", "", todo)
 
 
 def amount(count: int | str, one: str, many: str = "") -> str:

@@ -201,6 +201,7 @@ CHIPS = {
     "M4": 4.6, "M4 Pro": 9.2, "M4 Max": 18.4,
     "M5": 15.4, "M5 Pro": 30.0, "M5 Max": 60.0,
 }  # fmt: skip
+SHARE_OF_PEAK = 0.5  # that products reach: nobody has shown more in 16 bits on M1 and M2
 
 # Latents of the FLUX.1 autoencoder as colours, for previews (`preview.py`): a row for each of the 16 channels, and one
 # that is added. Fitted by ComfyUI: comfy/latent_formats.py, class Flux.

@@ -20,7 +20,8 @@ from typing import Any, Generic, ParamSpec, TypeVar
 
 import mlx.core as mx
 
-from .errors import Interrupted, UsageError
+from .errors import Interrupted, UsageError, gpu_error
+from .models.layers import smaller
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -77,7 +78,7 @@ class WorkerJob(Generic[T]):
             result = function()
         except BaseException as error:
             self._end()
-            self._future.set_exception(error)
+            self._future.set_exception(explained(error))
         else:
             self._end()
             self._future.set_result(result)
@@ -156,7 +157,31 @@ class Worker:
 
 
 def evaluated(part: Callable, *args):
-    """The `run` of networks whose weights are in memory: evaluates one part after the other."""
+    """The `run` of networks whose weights are in memory: evaluates one part after the other.
+
+    A part whose command failed on the GPU is computed once more, in smaller commands.
+
+    Raises:
+        ResourceError: it failed again.
+    """
+    try:
+        return _evaluate(part, *args)
+    except RuntimeError as error:
+        if gpu_error(error) is None:
+            raise
+    with smaller():
+        try:
+            return _evaluate(part, *args)
+        except RuntimeError as error:
+            raise explained(error) from None
+
+
+def explained(error: BaseException) -> BaseException:
+    """Returns a failure of the GPU as an error for a person, and any other error as it is."""
+    return gpu_error(error) or error
+
+
+def _evaluate(part: Callable, *args):
     result = part(*args)
     mx.eval(result)
     return result

@@ -20,7 +20,7 @@ from typing import cast
 
 import numpy as np
 
-from ..errors import FiltersError, UsageError, Withheld
+from ..errors import FiltersError, ResourceError, UsageError, Withheld
 from ..presets import CHECKS, NSFW_THRESHOLD
 from ..provenance import Picture
 from ..request import ResolvedRequest
@@ -186,7 +186,7 @@ class Gate:
         quarantined = [self.run.keep(image, record) for image, record in zip(pixels, records, strict=True)]
         try:
             scores = self._scores(pixels) if self._judges else [{}] * len(quarantined)
-        except FiltersError as error:
+        except (FiltersError, ResourceError) as error:
             for image in quarantined:
                 ledger.settle(image, Verdict("error", image.facts["pixels"], (error.found,)))
             raise error.with_next_step("the pictures wait for review: flux-krea review") from error
@@ -240,7 +240,7 @@ class Gate:
         """Logs a filter's failure within the block."""
         try:
             yield
-        except FiltersError as error:
+        except (FiltersError, ResourceError) as error:
             self.run.note("error", reasons=[error.found])
             raise
 

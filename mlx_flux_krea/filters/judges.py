@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from .. import home
-from ..errors import FiltersError, FluxKreaError, Interrupted, amount
+from ..errors import FiltersError, FluxKreaError, Interrupted, ResourceError, amount, gpu_error
 from ..files import parse_json, read_small, sha256_if_exists, written_whole
 from ..memory import GB, machine_memory
 from ..models import pixtral, vit
@@ -381,9 +381,11 @@ def _asked(name: str, ask: Callable):
     """Returns a filter's answer; any error that it raises becomes a `FiltersError`."""
     try:
         return ask()
-    except (FiltersError, Interrupted):
+    except (FiltersError, Interrupted, ResourceError):
         raise
     except Exception as error:
+        if failed := gpu_error(error):
+            raise failed from None
         is_damaged = isinstance(error, FluxKreaError)
         found = f"the filter {name} failed: {'' if is_damaged else f'{type(error).__name__}: '}{error}"
         raise FiltersError(found, "", INSTALL if is_damaged else _renew(name)) from error

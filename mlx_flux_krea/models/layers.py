@@ -6,6 +6,9 @@ once, for about a tenth of a second, and the result is stored: the two ways agre
 give the same picture tomorrow.
 """
 
+import contextlib
+import contextvars
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import version
@@ -13,10 +16,16 @@ from importlib.metadata import version
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..presets import CHIPS, SHARE_OF_PEAK
+
 # Rows, outputs and inputs of the timed products: few rows (a modulation), and many (tokens of a picture).
 _SHAPES = {"cpu": ((16, 64, 512), (128, 64, 512)), "gpu": ((32, 3072, 3072), (1024, 3072, 3072))}
 _FEW = 64  # a product of at most so many rows follows the timing for few rows
 CHUNK = 2**22  # weights dequantized at one time on the CPU, where the intermediate arrays take five times their size
+
+LONGEST = 0.25  # seconds of one product on a GPU: the system may end longer ones while the display needs it
+_ROWS = 64  # of which parts of a product are made, so that each row is computed by the same kernel in the same order
+_pieces = contextvars.ContextVar("pieces", default=1)  # of each product, beyond those that its time asks for
 
 Kind = tuple[int, int, str]  # group size, bits and mode
 _faster_dense: dict[tuple[int, int, str, mx.Dtype, bool], bool] = {}  # by kind, compute type, and "many rows"
@@ -51,6 +60,47 @@ class QuantizedLinear(nn.QuantizedLinear):
             before = self._dense(x, weight, self.scales[rows], *optional)
             result[..., rows] = before
         return result
+
+
+@contextlib.contextmanager
+def smaller(times: int = 4) -> Iterator[None]:
+    """Makes so many times more, and smaller, parts of the products of `in_rows` within the block."""
+    token = _pieces.set(_pieces.get() * times)
+    try:
+        yield
+    finally:
+        _pieces.reset(token)
+
+
+def in_rows(function: Callable[[mx.array], mx.array], x: mx.array, operations: float, axis: int = 1) -> mx.array:
+    """Applies a function of rows, to a part of them at a time where all at once would keep the GPU too long.
+
+    Args:
+        function: of rows that do not depend on each other; its result has the axes of x, of which the last may differ.
+        x: the rows.
+        operations: of all rows.
+        axis: along which the rows lie.
+    """
+    count = x.shape[axis]
+    pieces = max(_pieces.get(), math.ceil(operations / (LONGEST * rate())))
+    step = -(-count // pieces // _ROWS) * _ROWS if pieces < count else _ROWS
+    if pieces == 1 or step >= count:
+        return function(x)
+    out, before = mx.zeros(0), (slice(None),) * axis
+    for first in range(0, count, step):
+        place = (*before, slice(first, first + step))
+        rows = function(x[place])
+        if not first:
+            out = mx.zeros((*x.shape[:-1], rows.shape[-1]), rows.dtype)
+        out[place] = rows  # in place once it is evaluated
+    return out
+
+
+def rate() -> float:
+    """Returns the operations a second that products reach on this chip; infinite where its commands have no limit."""
+    name = str(mx.device_info().get("device_name", "")).removeprefix("Apple ")
+    is_gpu = mx.default_device().type.name == "gpu"
+    return CHIPS[name] * 1e12 * SHARE_OF_PEAK if is_gpu and name in CHIPS else math.inf
 
 
 def adopt(network: nn.Module) -> None:

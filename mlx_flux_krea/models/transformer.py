@@ -19,6 +19,7 @@ import numpy as np
 
 from . import Runner, call
 from .config import FluxConfig
+from .layers import in_rows
 
 # --- small kernels. Inside they compute in float32 and round once; on a GPU each is one pass over memory. ---
 
@@ -165,7 +166,7 @@ def guarded(down: nn.Linear, y: mx.array) -> mx.array:
 
     Draw Things does so in the last double blocks of FLUX.1 (Flux1.swift of draw-things-community); here in all of them.
     """
-    return 8 * down(y / 8).astype(mx.float32) - 7 * down.bias.astype(mx.float32)
+    return 8 * multiply(down, y / 8).astype(mx.float32) - 7 * down.bias.astype(mx.float32)
 
 
 class Activation(nn.Module):
@@ -185,9 +186,19 @@ class Modulation(nn.Module):
 
 def attention(q: mx.array, k: mx.array, v: mx.array, pe: tuple[mx.array, mx.array]) -> mx.array:
     """Computes scaled dot-product attention over rotated queries and keys: (B, H, T, D) to (B, T, H D)."""
-    b, _, t, d = q.shape
-    x = mx.fast.scaled_dot_product_attention(apply_rope(q, pe), apply_rope(k, pe), v, scale=d**-0.5)
+    b, h, t, d = q.shape
+    q, k = apply_rope(q, pe), apply_rope(k, pe)
+
+    def attend(queries: mx.array) -> mx.array:
+        return mx.fast.scaled_dot_product_attention(queries, k, v, scale=d**-0.5)
+
+    x = in_rows(attend, q, 4 * b * h * t**2 * d, axis=2)
     return x.transpose(0, 2, 1, 3).reshape(b, t, -1)
+
+
+def multiply(layer: nn.Linear, x: mx.array) -> mx.array:
+    """Applies a layer to (B, T, C), in parts where its time on the GPU asks for them."""
+    return in_rows(layer, x, 2 * x.size * layer.bias.size)
 
 
 class DoubleStreamBlock(nn.Module):
@@ -225,17 +236,17 @@ class DoubleStreamBlock(nn.Module):
 
     def _qkv(self, attn: SelfAttention, x: mx.array, mod: Sequence[mx.array]) -> tuple[mx.array, mx.array, mx.array]:
         shift, scale, *_ = mod
-        return attn.norm(attn.qkv(modulated_norm(x, shift, scale)), self._num_heads)
+        return attn.norm(multiply(attn.qkv, modulated_norm(x, shift, scale)), self._num_heads)
 
     @staticmethod
     def _residuals(
         attn: SelfAttention, mlp: list, x: mx.array, attended: mx.array, mod: Sequence[mx.array]
     ) -> mx.array:
         _, _, attn_gate, shift, scale, mlp_gate = mod
-        x = gated_residual(x, attn_gate[:, None], attn.proj(attended))
+        x = gated_residual(x, attn_gate[:, None], multiply(attn.proj, attended))
         up, activation, down = mlp
-        y = activation(up(modulated_norm(x, shift, scale)))
-        y = down(y) if y.dtype != mx.float16 else guarded(down, y)
+        y = activation(multiply(up, modulated_norm(x, shift, scale)))
+        y = multiply(down, y) if y.dtype != mx.float16 else guarded(down, y)
         return gated_residual(x, mlp_gate[:, None], y)
 
 
@@ -260,9 +271,11 @@ class SingleStreamBlock(nn.Module):
     def __call__(self, x: mx.array, mod: mx.array, pe: tuple[mx.array, mx.array]) -> mx.array:
         """Returns a new x (B, T, C) from x, rows of `modulate` and the rope tables."""
         shift, scale, gate = mx.split(mod, 3, axis=-1)
-        qkv, mlp = mx.split(self.linear1(modulated_norm(x, shift, scale)), [3 * x.shape[-1]], axis=-1)
+        qkv, mlp = mx.split(multiply(self.linear1, modulated_norm(x, shift, scale)), [3 * x.shape[-1]], axis=-1)
         attended = attention(*self.norm(qkv, self._num_heads), pe)
-        return gated_residual(x, gate[:, None], self.linear2(mx.concatenate([attended, gelu(mlp)], axis=-1)))
+        y = mx.concatenate([attended, gelu(mlp)], axis=-1)
+        y = multiply(self.linear2, y) if y.dtype != mx.float16 else guarded(self.linear2, y)
+        return gated_residual(x, gate[:, None], y)
 
 
 class LastLayer(nn.Module):

@@ -23,7 +23,6 @@ from . import macos
 
 _NETWORK = 12.5e6  # bytes per second: 100 Mbit/s
 _CONVERSION = 0.25e9  # bytes of a source per second, with a laptop's disk and memory
-_SHARE = 0.5  # of a chip's peak that products reach: nobody has shown more in 16 bits on M1 and M2
 SHARE_IN_WORDS = "half of the chip's peak"
 ASSUMED = f"100 Mbit/s to fetch, 0.25 GB/s to convert, {SHARE_IN_WORDS} to generate"
 _PROMPT_TOKENS = 300  # of Pixtral's question about a prompt of a hundred words
@@ -126,7 +125,7 @@ def picture_seconds(
 
 def step_seconds(flux: FluxConfig, *, width: int, height: int, length: int, chip: str) -> float:
     """Estimates the seconds of a step on a chip of `presets.CHIPS`."""
-    return memory.step_flops(flux, width, height, length) / (_SHARE * presets.CHIPS[chip] * 1e12)
+    return memory.step_flops(flux, width, height, length) / (presets.SHARE_OF_PEAK * presets.CHIPS[chip] * 1e12)
 
 
 def question_flops(config: PixtralConfig, tokens: int, patches: int = 0) -> float:
@@ -157,7 +156,7 @@ def filter_seconds(chip: str | None = None) -> tuple[float, float] | None:
     patches = _SEEN // PIXTRAL_12B.vision_config.patch_size**2
     prompt = question_flops(PIXTRAL_12B, _PROMPT_TOKENS)
     picture = question_flops(PIXTRAL_12B, _PROMPT_TOKENS + patches, patches)
-    speed = _SHARE * presets.CHIPS[chip] * 1e12
+    speed = presets.SHARE_OF_PEAK * presets.CHIPS[chip] * 1e12
     pictures, prompts = _SELF_TEST
     return (prompt + picture) / speed, (prompts * prompt + pictures * picture) / speed
 
