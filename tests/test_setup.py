@@ -404,6 +404,18 @@ def test_the_next_command_names_the_model_where_another_would_be_taken(home, mod
         assert ("-m" in setup_verb._draw_with(home / "models" / name)) == (name == "b")
 
 
+@pytest.mark.parametrize(
+    ("chip", "says"), [("M1", "29 s each"), ("M4 Max", "4 s each"), (None, "29 s (M1) to 1 s (M5 Max)")]
+)
+def test_the_question_shows_what_filters_cost_on_this_chip(monkeypatch, capsys, chip, says):
+    monkeypatch.setattr(estimates, "this_chip", lambda: chip)
+    monkeypatch.setattr(setup_verb.click, "prompt", lambda *_, **__: "review")
+    assert setup_verb._ask_who_checks(setup_verb.Installation({}, Console()), ["nsfw", "pixtral"]) == "review"
+    shown = capsys.readouterr().err
+    assert re.search(rf"^filters +7\.5 GB +7\.1 GB +\d+ min +{re.escape(says)}$", shown, re.M)
+    assert ("at the start of a program" in shown) == (chip is not None)
+
+
 def test_a_network_that_is_down_is_said_once(place, tmp_path):
     environment = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "hub")}
     ran = piped(place, "setup", NO_PROXY="*", **environment)

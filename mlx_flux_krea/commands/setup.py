@@ -23,7 +23,7 @@ from mlx_flux_krea.filters.ledger import Ledger
 from mlx_flux_krea.licence import PAGE as LICENCE_PAGE
 from mlx_flux_krea.models.config import ModelIndex, ModelSizes
 from mlx_flux_krea.models.filter_config import SELF_TEST
-from mlx_flux_krea.presets import CHECKS, FIRST_PROMPT, PROPOSED_PRECISIONS
+from mlx_flux_krea.presets import CHECKS, CHIPS, FIRST_PROMPT, PROPOSED_PRECISIONS
 from mlx_flux_krea.provenance import read_record
 from mlx_flux_krea.weights import ModelFolder, open_model
 
@@ -188,7 +188,7 @@ def _ask_who_checks(it: Installation, missing: list[str]) -> str:
     fetch, folder = (sum(costs[name][i] for name in missing) for i in (0, 1))
     seconds = estimates.filter_seconds()
     took = duration(estimates.conversion_seconds(fetch, fetch))
-    each = f"{duration(seconds[0])} each" if seconds else "depends on the chip"
+    each = f"{duration(seconds[0])} each" if seconds else _range_of_chips()
     rows = [
         ("who checks", "to download", "on disk", "takes about", "a picture"),
         ("filters", size(fetch), size(folder), took, each),
@@ -199,6 +199,13 @@ def _ask_who_checks(it: Installation, missing: list[str]) -> str:
     if seconds:
         it.console.say(f"filters take {duration(seconds[1])} more at the start of a program (computed)")
     return click.prompt("Who checks", type=click.Choice(CHECKS[:2]), default="filters", err=True)
+
+
+def _range_of_chips() -> str:
+    """Returns the filters' seconds for a picture on the slowest and the fastest chip, where this one is not known."""
+    known = {chip: seconds[0] for chip in CHIPS if (seconds := estimates.filter_seconds(chip))}
+    ends = (max(known, key=known.__getitem__), min(known, key=known.__getitem__))
+    return " to ".join(f"{duration(known[chip])} ({chip})" for chip in ends)
 
 
 def _remember(it: Installation) -> None:
