@@ -16,6 +16,7 @@ from pictures import is_right
 from PIL import Image
 from test_compat import CARDS, OPENING
 
+from mlx_flux_krea.commands.demo import _PROMPT as DEMO
 from mlx_flux_krea.licence import PAGE
 from mlx_flux_krea.provenance import read_record
 
@@ -62,6 +63,7 @@ SHOWN = {
         [("star", "yellow"), ("ring", "pink")],
         "purple",
     ),
+    DEMO: ([("circle", "yellow"), ("star", "white")], "blue"),
     "a white star on a red background": ([("star", "white")], "red"),
     "a green star on a blue background": ([("star", "green")], "blue"),
     "a large circle on a blue background": None,  # its colour is not said, and must not be the negative prompt's
