@@ -88,7 +88,7 @@ def test_an_option_of_the_config_is_shown_as_its_value(command, home):
 
 
 def test_a_record_is_a_table_of_words(command, tmp_path):
-    command("demo", "-o", "a.png")
+    command("generate", "a red circle", "-m", "nano", "--steps", "1", "--width", "32", "--height", "32", "-o", "a.png")
     code, out, _ = command("inspect", "a.png")
     assert code == 0
     assert not re.search(r"[{}]|\[|\bNone\b|\bTrue\b", out)
