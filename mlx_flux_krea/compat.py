@@ -51,7 +51,8 @@ def _never(value: Any) -> bool:
 
 _MEMORY = "memory is unified and planned before each run; the limit is `memory`"
 _OPENS = "an installed model is opened as it was converted, and nothing is fetched"
-_NO_ADAPTERS = "adapters (LoRA, IP-Adapter, textual inversion) do not work yet; they come in a later version"
+_NO_ADAPTERS = "IP-Adapter and textual inversion do not work yet; LoRA does: load_lora_weights()"
+_ADAPTERS_STAY = "adapters run beside the weights, and are never merged into them"
 _NO_EDITING = "inpainting, control and editing do not work yet; they come in a later version"
 _COMPONENT = "every component comes from the model folder: flux-krea convert takes files one by one"
 _QUANTIZE = "quantize at conversion: flux-krea convert MODEL -q 4"
@@ -94,10 +95,6 @@ _EDITING = ("mask_image", "masked_image_latents", "padding_mask_crop", "control_
 _EDITING += ("controlnet_conditioning_scale", "control_guidance_start", "control_guidance_end")
 
 CALL = {
-    "joint_attention_kwargs": Argument(
-        "`scale` is that of adapters, and there are none",
-        lambda value: isinstance(value, dict) and {*value} <= {"scale"},
-    ),
     "callback_on_step_end_tensor_inputs": Argument(
         "a callback is given the latents", lambda v: isinstance(v, list | tuple) and {*map(str, v)} <= {"latents"}
     ),
@@ -110,8 +107,20 @@ CALL = {
 ENCODING = {
     "device": Argument(_MEMORY),
     "num_images_per_prompt": Argument("a call repeats the embeds for its `num_images_per_prompt`", lambda n: n == 1),
-    "lora_scale": Argument(_NO_ADAPTERS, _never),
     **dict.fromkeys(("prompt_embeds", "pooled_prompt_embeds"), Argument("give them to the call", _never)),
+}
+
+_LORA = "an adapter is read as it lies on disk, and nothing is fetched"
+ADAPTERS = {
+    **dict.fromkeys(
+        ("cache_dir", "force_download", "resume_download", "proxies", "token", "revision", "local_files_only"),
+        Argument(_LORA),
+    ),
+    "use_safetensors": Argument(_LORA, accepted=lambda value: value is not False),
+    "low_cpu_mem_usage": Argument(_MEMORY),
+    "return_lora_metadata": Argument(_LORA, accepted=lambda value: not value),
+    "hotswap": Argument("delete_adapters() frees the name first", accepted=lambda value: not value),
+    "prefix": Argument("names of every trainer are read", _never),
 }
 
 # Attributes that scripts set. Reading them, where there is something to read, is the pipeline's own matter.
@@ -264,19 +273,9 @@ class DiffusersMethods:
     enable_vae_tiling = Accepted(_DECODING)
     disable_vae_tiling = Accepted(_DECODING)
 
-    load_lora_weights = Refused(_NO_ADAPTERS)
-    unload_lora_weights = Refused(_NO_ADAPTERS)
-    save_lora_weights = Refused(_NO_ADAPTERS)
-    fuse_lora = Refused(_NO_ADAPTERS)
-    unfuse_lora = Refused(_NO_ADAPTERS)
-    enable_lora = Refused(_NO_ADAPTERS)
-    disable_lora = Refused(_NO_ADAPTERS)
-    enable_lora_hotswap = Refused(_NO_ADAPTERS)
-    set_lora_device = Refused(_NO_ADAPTERS)
-    set_adapters = Refused(_NO_ADAPTERS)
-    delete_adapters = Refused(_NO_ADAPTERS)
-    get_active_adapters = Refused(_NO_ADAPTERS)
-    get_list_adapters = Refused(_NO_ADAPTERS)
+    save_lora_weights = Refused("nothing is trained here; the file that was loaded is the adapter")
+    enable_lora_hotswap = Accepted(_ADAPTERS_STAY)
+    set_lora_device = Accepted(_MEMORY)
     load_ip_adapter = Refused(_NO_ADAPTERS)
     unload_ip_adapter = Refused(_NO_ADAPTERS)
     set_ip_adapter_scale = Refused(_NO_ADAPTERS)
@@ -340,7 +339,7 @@ class NetworkMethods:
     set_attn_processor = Refused("attention is computed in one way")
     set_attention_backend = Accepted(_ATTENTION)
     enable_cache = Refused("caches that skip steps do not work yet; they come in a later version")
-    load_lora_adapter = Refused(_NO_ADAPTERS)
+    load_lora_adapter = Refused("load it into the pipeline: load_lora_weights()")
 
 
 class VAEMethods(NetworkMethods):

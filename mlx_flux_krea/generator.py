@@ -17,6 +17,7 @@ import numpy as np
 from mlx.utils import tree_map
 from PIL import Image
 
+from .adapters.formulas import Attached, Base, Uses
 from .checkpoint import Checkpoint
 from .errors import ModelError, ResourceError, UsageError
 from .memory import GB, MemoryPlan
@@ -125,6 +126,9 @@ class Generator:
         self._whole_flux: Flux | None = None
         self._whole_vae: VAE | None = None
         self._modulations: tuple[tuple, list] | None = None  # of the last call, after all that they depend on
+        self._stale: set[int] = set()  # places of those that adapters have changed since
+        self._base = Base(folder, dtype)
+        self._attached: Attached | None = None  # adapters on the transformer that is in use
         self._progress: Progress | None = None
         self._checked = False
 
@@ -149,7 +153,13 @@ class Generator:
             mx.clear_cache()
 
     def generate(
-        self, request: ResolvedRequest, plan: MemoryPlan, observers: Observers, *, as_floats: bool = False
+        self,
+        request: ResolvedRequest,
+        plan: MemoryPlan,
+        observers: Observers,
+        *,
+        uses: Uses = (),
+        as_floats: bool = False,
     ) -> Generated:
         """Makes all pictures of a request.
 
@@ -157,6 +167,7 @@ class Generator:
             request: prompts, size, seeds and steps.
             plan: says how much of the transformer may be resident.
             observers: called after each step.
+            uses: adapters with their weights.
             as_floats: pixels in [0, 1] instead of bytes.
 
         Raises:
@@ -173,9 +184,9 @@ class Generator:
         with self._distrusting():
             if observers.checkpoint is None or not observers.checkpoint.is_denoised:
                 with _measured("text", seconds, peaks):
-                    conditions = self._conditions(request)
+                    conditions = self._conditions(request, uses)
             with _measured("denoise", seconds, peaks):
-                latents = self._denoise(request, conditions, plan, observers)
+                latents = self._denoise(request, conditions, plan, observers, uses)
             with _measured("decode", seconds, peaks):
                 is_latent = request.output_type == "latent"
                 images = latents if is_latent else self._decode(request, latents, as_floats=as_floats, tiled=plan.tiled)
@@ -188,15 +199,16 @@ class Generator:
             self.folder.check()
             self._checked = True
 
-    def encode(self, pairs: list[tuple[str, str]], length: int) -> list[EncodedPrompt]:
-        """Encodes (text for CLIP, text for T5) of each prompt, T5's at a length in tokens.
+    def encode(self, pairs: list[tuple[str, str]], length: int, uses: Uses = ()) -> list[EncodedPrompt]:
+        """Encodes (text for CLIP, text for T5) of each prompt, T5's at a length in tokens, with adapters or without.
 
         Raises:
             ModelError: encoders missing or damaged, or they gave NaN.
             ResourceError: they gave the same numbers everywhere.
         """
         with self._distrusting():
-            encoded = self._encoder.encode(pairs, length, partial(self.runner, "text"))
+            run = partial(self.runner, "text")
+            encoded = self._encoder.encode(pairs, length, run, uses, self._base.lengths)
             for prompt in encoded:
                 _check_finite("a text encoder", prompt.embeds, prompt.pooled)
                 _check_varied("a text encoder", prompt.embeds, prompt.pooled)
@@ -209,12 +221,12 @@ class Generator:
             yield
         except (ModelError, ResourceError):
             self._encoder.forget()
-            self._modulations = self._streamed = None
+            self._modulations = self._streamed = self._attached = None
             raise
 
-    def _conditions(self, request: ResolvedRequest) -> Conditions:
+    def _conditions(self, request: ResolvedRequest, uses: Uses) -> Conditions:
         pairs, negative_pairs = request.pairs(), request.pairs(negative=True)
-        encoded = self.encode(pairs + negative_pairs, request.max_sequence_length)
+        encoded = self.encode(pairs + negative_pairs, request.max_sequence_length, uses)
         positive = encoded[: len(pairs)] or _given(request.prompt_embeds, request.pooled_prompt_embeds)
         negative = encoded[len(pairs) :] or _given(
             request.negative_prompt_embeds, request.negative_pooled_prompt_embeds
@@ -222,7 +234,7 @@ class Generator:
         return Conditions(positive, negative * request.prompts if len(negative) == 1 else negative)
 
     def _denoise(
-        self, request: ResolvedRequest, conditions: Conditions, plan: MemoryPlan, observers: Observers
+        self, request: ResolvedRequest, conditions: Conditions, plan: MemoryPlan, observers: Observers, uses: Uses
     ) -> mx.array:
         """Returns latents (B, L, 64) at the end of the schedule, from its start or from a checkpoint."""
         down, n = self.folder.vae.sizes.downsampling, request.num_inference_steps
@@ -237,7 +249,8 @@ class Generator:
         latents = self._start(request, steps, tiled=plan.tiled) if saved is None else mx.array(saved)
         if steps.done == steps.count:
             return latents
-        with self._velocity(request, conditions, steps, plan.resident_bytes) as velocity:
+        flux = self._flux(plan.resident_bytes, uses)
+        with self._velocity(flux, request, conditions, steps) as velocity:
             run = sampler.euler(velocity, latents, sigmas, start + steps.done)
             replaced = None
             for step in range(steps.done, steps.count):
@@ -300,13 +313,12 @@ class Generator:
 
     @contextlib.contextmanager
     def _velocity(
-        self, request: ResolvedRequest, conditions: Conditions, steps: _Steps, resident_bytes: int
+        self, flux: Flux, request: ResolvedRequest, conditions: Conditions, steps: _Steps
     ) -> Iterator[Callable[[mx.array, int], mx.array]]:
         """Gives the model that the sampler integrates. Whatever does not depend on the latents is computed here, once.
 
         A resumed run computes all modulations again too: a product of fewer rows may round otherwise.
         """
-        flux = self._flux(resident_bytes)
         sigmas = steps.sigmas[steps.start : -1]
         rounding = noises.find_recipe(request.noise).timestep_rounding
         pooled = [c.pooled for c in conditions.both]
@@ -339,10 +351,11 @@ class Generator:
             run = self.runner("denoise", rounds * (len(flux.blocks) + 2), run=run, total=steps.count - steps.done)
             yield velocity
 
-    def _flux(self, resident_bytes: int) -> Flux:
-        """Returns the transformer. Its blocks are read when they run, and so many bytes of them stay."""
+    def _flux(self, resident_bytes: int, uses: Uses) -> Flux:
+        """Returns the transformer with adapters. Its blocks are read when they run, and so many bytes of them stay."""
         if self._whole_flux:
             self._streamed = None
+            self._adapt(self._whole_flux, uses)
             return self._whole_flux
         if self._streamed:
             self._streamed.blocks.set_budget(resident_bytes)
@@ -351,31 +364,54 @@ class Generator:
             make = partial(Blocks, flux, tensors, dtype=self._dtype, check=self._worker.check)
             blocks, modulation = make(flux.blocks, budget=resident_bytes), make(flux.modulated, budget=0)
             self._streamed = _StreamedFlux(flux, blocks, modulation)
+        self._adapt(self._streamed.network, uses)
         return self._streamed.network
+
+    def _adapt(self, flux: Flux, uses: Uses) -> None:
+        """Makes these adapters those of the transformer, and forgets the modulations that they change."""
+        if self._attached is None or self._attached.network is not flux:
+            self._attached, self._modulations = Attached(flux, "transformer", self._dtype), None
+        changed = self._attached.use(uses, self._base.lengths)
+        if any(path.startswith(("time_in.", "guidance_in.", "vector_in.")) for path in changed):
+            self._modulations = None
+        for place, stage in enumerate(flux.modulated):
+            if self._attached.touches(stage, changed):
+                self._stale.add(place)
 
     def _modulate(
         self, flux: Flux, sigmas: np.ndarray, guidance: float | None, pooled: list[mx.array], rounding: str
     ) -> list:
         """Returns the modulations of all steps of each condition, computed in one pass over weights that do not stay.
 
-        A second picture of the same prompt, guidance and schedule uses them again.
+        A second picture of the same prompt, guidance and schedule uses them again, but for those that other adapters
+        change.
         """
         vectors = mx.concatenate(pooled)
         key = sigmas.tobytes(), guidance, rounding, vectors.shape, np.array(vectors.astype(mx.float32)).tobytes()
-        if self._modulations and self._modulations[0] == key:
-            return self._modulations[1]
+        known = self._modulations[1] if self._modulations and self._modulations[0] == key else None
+        stale = sorted(self._stale) if known else list(range(len(flux.modulated)))
+        if known and not stale:
+            return known
         self._modulations = None
         times = mx.tile(sampler.embedded_times(sigmas, rounding, self._dtype), len(vectors))
         scales = None
         if guidance is not None:
             scales = mx.broadcast_to(sampler.embedded_guidance(guidance, rounding, self._dtype), times.shape)
         vec_of = partial(flux.vec, in_float32=rounding == "once")
-        with self._streaming(self._streamed and self._streamed.modulation, 1) as run:
-            run = self.runner("modulation", len(flux.modulated) + 1, run=run)
+        with self._streaming(self._modulation_blocks(flux, stale), 1) as run:
+            run = self.runner("modulation", len(stale) + 1, run=run)
             vec = run(vec_of, times, scales, mx.repeat(vectors, len(sigmas), axis=0))
-            modulations = flux.modulations(vec, run)
-        self._modulations = key, modulations
+            computed = dict(zip(stale, flux.modulations(vec, run, stale), strict=True))
+        modulations = [computed.get(place, known and known[place]) for place in range(len(flux.modulated))]
+        self._modulations, self._stale = (key, modulations), set()
         return modulations
+
+    def _modulation_blocks(self, flux: Flux, places: list[int]) -> Blocks | None:
+        """Returns what streams the modulation layers at these places; None: all weights are in memory."""
+        if self._streamed is None or len(places) == len(flux.modulated):
+            return self._streamed and self._streamed.modulation
+        some = [flux.modulated[place] for place in places]
+        return Blocks(flux, self.folder.flux.tensors(), some, dtype=self._dtype, budget=0, check=self._worker.check)
 
     @staticmethod
     def _streaming(blocks: Blocks | None, rounds: int) -> contextlib.AbstractContextManager[Callable]:
@@ -400,12 +436,13 @@ class Generator:
             pictures.append(np.array(pixels[0]))
         return pictures
 
-    def whole_flux(self) -> Flux:
-        """Returns the transformer with all weights in memory, where it stays."""
+    def whole_flux(self, uses: Uses = ()) -> Flux:
+        """Returns the transformer with all weights in memory, where it stays, and these adapters."""
         if self._whole_flux is None:
             flux = self.folder.flux.load(self._dtype)
             mx.eval(flux.parameters())
             self._whole_flux = flux
+        self._adapt(self._whole_flux, uses)
         return self._whole_flux
 
     def whole_vae(self) -> VAE:

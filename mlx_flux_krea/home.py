@@ -15,6 +15,7 @@ from .files import read_json
 
 MODELS = "models"  # converted models, a folder each
 FILTERS = "filters"  # nsfw/ and pixtral/
+ADAPTERS = "adapters"  # a folder each
 QUARANTINE = "quarantine"  # pictures that wait for review
 LOG = "log"  # the chained log of checks and releases
 CHECKPOINTS = "interrupted"  # a file for each unfinished run

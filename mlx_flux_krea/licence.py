@@ -113,11 +113,17 @@ def decide(evidence: Evidence) -> Decision:
 
 def is_dev(evidence: Evidence) -> bool:
     """Returns True where a text, an id or a name says that the weights are FLUX.1 [dev]'s, or made from it."""
-    return bool(
-        any(map(_DEV_TEXT.search, evidence.texts))
-        or any(map(_DEV_ID.search, evidence.ids))
-        or any(map(_DEV_NAME.search, evidence.names))
-    )
+    return bool(dev_reason(evidence))
+
+
+def dev_reason(evidence: Evidence) -> str:
+    """Returns what says that weights are FLUX.1 [dev]'s, or made from it: a text, an id or a name; "" if nothing."""
+    if any(map(_DEV_TEXT.search, evidence.texts)):
+        return "the FLUX.1 [dev] licence lies beside it"
+    if stated := next(filter(_DEV_ID.search, evidence.ids), None):
+        return f"its licence is stated as {stated}"
+    named = next(filter(_DEV_NAME.search, evidence.names), None)
+    return f"it is called {named}" if named else ""
 
 
 class SourceHash(Protocol):

@@ -247,6 +247,7 @@ def make_plan(
     steps: int = 28,
     conditions: int = 1,
     input_pixels: int = 0,
+    adapters: int = 0,
     budget: int | None = None,
     device: str | None = None,
 ) -> MemoryPlan:
@@ -262,6 +263,7 @@ def make_plan(
         steps: n.
         conditions: prompts and negative prompts of the run.
         input_pixels: of the image that the run starts from; 0: none.
+        adapters: bytes of their branches, which are in memory all the time.
         budget: bytes; None: as many as the machine offers.
         device: "cpu" or "gpu"; None: the one in use.
 
@@ -275,7 +277,7 @@ def make_plan(
     modulations = 12 * flux.depth + 3 * flux.depth_single_blocks + 2
     rows = steps * conditions * modulations * flux.hidden_size * dtype.size
     always = weights.rest + rows  # of the transformer, from one picture to the next
-    always += _HELD * input_pixels
+    always += _HELD * input_pixels + adapters
     texts = conditions * text_length * flux.hidden_size * dtype.size
     stages = {
         "text": weights.t5_rest

@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from types import SimpleNamespace
@@ -18,6 +19,8 @@ import numpy as np
 from PIL import Image
 
 from . import compat
+from .adapters.formulas import branch_bytes
+from .adapters.loaded import AdapterMethods, LoadedAdapters, Weights, has_tags, take_tags
 from .checkpoint import Checkpoint
 from .errors import FluxKreaError, ModelError, UsageError, short_repr
 from .files import read_json, sha256_if_exists
@@ -45,7 +48,7 @@ _LOGGED = ("mlx", "model", "base", "manifest_sha256", "dtype", "quantization")  
 N = TypeVar("N", bound=nn.Module)
 
 
-class FluxPipeline(compat.DiffusersMethods):
+class FluxPipeline(AdapterMethods, compat.DiffusersMethods):
     """Text to image and image to image with one model folder. Names are those of diffusers.
 
     Example:
@@ -74,6 +77,7 @@ class FluxPipeline(compat.DiffusersMethods):
         self._dtype: mx.Dtype = getattr(mx, dtype)
         self._worker = Worker()
         self._generator = Generator(folder, self._dtype, self._worker)
+        self._loaded = LoadedAdapters(folder.sizes)
         self._requires_filters = folder.requires_filters  # decided once, from the folder that was opened
         self._weights: WeightSizes | None = None
         self._margins: dict[tuple, float] = {}  # the filter's answers about texts
@@ -169,6 +173,7 @@ class FluxPipeline(compat.DiffusersMethods):
         checkpoint: Checkpoint | None = None,
         generator: Any = None,
         return_dict: bool = True,
+        joint_attention_kwargs: dict[str, Any] | None = None,
         **others: Any,
     ) -> Result:
         """Makes pictures. Arguments are named as in diffusers; defaults come from the model folder.
@@ -207,6 +212,7 @@ class FluxPipeline(compat.DiffusersMethods):
             checkpoint: the file that the run is saved in, and resumed from: `flux-krea resume`.
             generator: diffusers' way to give seeds: a torch.Generator, an int, or a list with one for each image.
             return_dict: False: the result is the tuple (images,).
+            joint_attention_kwargs: {"scale": s} multiplies the weights of adapters in this call, as in diffusers.
             others: further arguments of diffusers (`compat.CALL`), accepted with a log line or refused.
 
         Returns:
@@ -245,6 +251,7 @@ class FluxPipeline(compat.DiffusersMethods):
             strength=strength,
             output_type=output_type,
             max_sequence_length=max_sequence_length,
+            adapters=self._with_scale(_scale(joint_attention_kwargs)),
         )
         result = self.generate(
             request,
@@ -285,6 +292,7 @@ class FluxPipeline(compat.DiffusersMethods):
         Raises:
             FluxKreaError: as a call does.
         """
+        request = self._without_tags(request)
         if callback_on_step_end is not None and not callable(callback_on_step_end):
             raise UsageError(f"`callback_on_step_end` is {type(callback_on_step_end).__name__}", "a function")
         if checkpoint is not None and type(checkpoint) is not Checkpoint:  # another class would see latents
@@ -336,7 +344,7 @@ class FluxPipeline(compat.DiffusersMethods):
     @property
     def policy(self) -> Policy | None:
         """Checks that pictures must pass; None only where the model's licence asks for nothing."""
-        required = self._requires_filters or self.folder.requires_filters
+        required = self._requires_filters or self.folder.requires_filters or self._loaded.duty(self.folder)
         return self._policy or (Policy() if required else None)
 
     def encode_prompt(
@@ -344,6 +352,7 @@ class FluxPipeline(compat.DiffusersMethods):
         prompt: str | Sequence[str],
         prompt_2: str | Sequence[str] | None = None,
         max_sequence_length: int | None = None,
+        lora_scale: float | None = None,
         **others: Any,
     ) -> tuple[mx.array, mx.array]:
         """Encodes P prompts as the transformer reads them.
@@ -352,6 +361,7 @@ class FluxPipeline(compat.DiffusersMethods):
             prompt: a text, or a list of them.
             prompt_2: text for T5, where it differs from the one for CLIP.
             max_sequence_length: tokens of T5; None: the folder's.
+            lora_scale: multiplies the weights of adapters.
             others: further arguments of diffusers (`compat.ENCODING`), accepted with a log line or refused.
 
         Returns:
@@ -363,12 +373,15 @@ class FluxPipeline(compat.DiffusersMethods):
             ModelError: encoders or tokenizers missing or damaged.
         """
         compat.take_known("FluxPipeline.encode_prompt", others, compat.ENCODING)
-        request = Request(prompt=prompt, prompt_2=prompt_2, max_sequence_length=max_sequence_length)
+        adapters = self._with_scale(lora_scale)
+        request = Request(prompt=prompt, prompt_2=prompt_2, max_sequence_length=max_sequence_length, adapters=adapters)
+        request = self._without_tags(request)
 
         def encode() -> tuple[mx.array, mx.array]:
-            resolved = request.resolve(self.folder)
+            resolved = self._resolve(request)
             self._generator.check_folder()
-            encoded = self._generator.encode(resolved.pairs(), resolved.max_sequence_length)
+            uses = self._loaded.uses(resolved.adapters or ())
+            encoded = self._generator.encode(resolved.pairs(), resolved.max_sequence_length, uses)
             embeds = mx.concatenate([prompt.embeds for prompt in encoded])
             pooled = mx.concatenate([prompt.pooled for prompt in encoded])
             mx.eval(embeds, pooled)
@@ -379,7 +392,8 @@ class FluxPipeline(compat.DiffusersMethods):
     @property
     def transformer(self) -> Flux:
         """The transformer with all weights in memory, for any thread. The licence is then the caller's duty."""
-        return _with_methods(self._worker.run(self._generator.whole_flux), compat.NetworkMethods)
+        uses = self._loaded.uses(self._loaded.current())
+        return _with_methods(self._worker.run(self._generator.whole_flux, uses), compat.NetworkMethods)
 
     @property
     def vae(self) -> VAE:
@@ -415,12 +429,12 @@ class FluxPipeline(compat.DiffusersMethods):
                     with self._gate(self._record()) as gate:
                         passed = gate.passing(passed) if isinstance(gate, Gate) else passed
                 self._generator.check_folder()
-                lengths: dict[int, list[tuple[str, str]]] = {}
+                together: dict[tuple[int, Weights], list[tuple[str, str]]] = {}
                 for request in passed:
-                    pairs = request.pairs() + request.pairs(negative=True)
-                    lengths.setdefault(request.max_sequence_length, []).extend(pairs)
-                for length, pairs in lengths.items():
-                    self._generator.encode(pairs, length)
+                    key = request.max_sequence_length, request.adapters or ()
+                    together.setdefault(key, []).extend(request.pairs() + request.pairs(negative=True))
+                for (length, adapters), pairs in together.items():
+                    self._generator.encode(pairs, length, self._loaded.uses(adapters))
 
         self._worker.run(run)
 
@@ -437,11 +451,12 @@ class FluxPipeline(compat.DiffusersMethods):
         """
 
         def run() -> Result:
-            request = Request(prompt=prompt, **arguments).resolve(self.folder)
+            request = self._resolve(Request(prompt=prompt, **arguments))
             plan = self.plan(request)
             with self._generator.reporting(progress):
                 self._generator.check_folder()
-                made = self._generator.generate(request, plan, Observers())
+                uses = self._loaded.uses(request.adapters or ())
+                made = self._generator.generate(request, plan, Observers(), uses=uses)
             return Result([], (), (), notes=request.notes, seconds=made.seconds, plan=plan, peaks=made.peaks)
 
         return self._worker.run(run)
@@ -471,6 +486,7 @@ class FluxPipeline(compat.DiffusersMethods):
             steps=resolved.num_inference_steps,
             conditions=resolved.prompts * (2 if resolved.true_cfg else 1),
             input_pixels=resolved.image.width * resolved.image.height if resolved.image else 0,
+            adapters=branch_bytes(self._loaded.uses(resolved.adapters or ()), self.folder.sizes, self._dtype),
             budget=self.memory,
         )
 
@@ -485,7 +501,25 @@ class FluxPipeline(compat.DiffusersMethods):
     # --- from here on in the worker's thread ---
 
     def _resolve(self, request: Request | ResolvedRequest) -> ResolvedRequest:
-        return request.resolve(self.folder) if isinstance(request, Request) else request
+        """Returns the request with every default filled in, and the adapters that are set where it names none."""
+        resolved = request.resolve(self.folder) if isinstance(request, Request) else request
+        adapters = self._loaded.current() if resolved.adapters is None else resolved.adapters
+        self._loaded.uses(adapters)
+        return replace(resolved, adapters=adapters)
+
+    def _without_tags(self, request: Request) -> Request:
+        """Returns the request with the adapters that its prompts name as <lora:NAME:W>, and without these names."""
+        texts = {name: text for name in ("prompt", "prompt_2") if (text := getattr(request, name)) is not None}
+        listed = {name: (text,) if isinstance(text, str) else text for name, text in texts.items()}
+        if not all(isinstance(text, tuple) and all(isinstance(one, str) for one in text) for text in listed.values()):
+            return request  # `resolve` says what is wrong
+        tags = self._load_tags([*listed.get("prompt", ()), *filter(has_tags, listed.get("prompt_2", ()))])
+        if not tags:
+            return request
+        plain: dict[str, Any] = {name: tuple(take_tags(one)[0] for one in text) for name, text in listed.items()}
+        plain = {name: text[0] if isinstance(texts[name], str) else text for name, text in plain.items()}
+        adapters = self._loaded.current() if request.adapters is None else tuple(request.adapters)
+        return replace(request, adapters=tuple((dict(adapters) | dict(tags)).items()), **plain)
 
     def _generate(
         self,
@@ -499,6 +533,8 @@ class FluxPipeline(compat.DiffusersMethods):
         resolved = self._resolve(request)
         check_acknowledged(self.folder)
         plan, record, notes = self.plan(resolved), self._record(), list(resolved.notes)
+        if adapters := self._loaded.records(resolved.adapters or ()):
+            record |= {"adapters": adapters}
         if plan.tiled:
             record |= {"tiled": True}
             reason = f"memory is too little to decode {resolved.width} x {resolved.height} as a whole"
@@ -542,7 +578,8 @@ class FluxPipeline(compat.DiffusersMethods):
         for note in notes:
             logger.warning(note)
         as_floats = request.output_type == "np" and not self.policy  # else from the bytes that are judged
-        made = self._generator.generate(request, plan, observers, as_floats=as_floats)
+        uses = self._loaded.uses(request.adapters or ())
+        made = self._generator.generate(request, plan, observers, uses=uses, as_floats=as_floats)
         images: Any = made.images
         records = tuple(record | request.record(i) for i in range(request.batch))
         outcomes = ("released",) * request.batch
@@ -615,6 +652,21 @@ def _seed(seed: int | Sequence[int] | None, generator: Any) -> int | Sequence[in
         raise UsageError("`seed` and `generator` are both given", "one of them")
     compat.tell("generator", compat.GENERATOR)
     return compat.seed_of(generator)
+
+
+def _scale(kwargs: Any) -> float | None:
+    """Returns the scale of adapters in diffusers' `joint_attention_kwargs`.
+
+    Raises:
+        UsageError: another argument, which would have an effect there.
+    """
+    if kwargs is None:
+        return None
+    if not isinstance(kwargs, dict) or {*kwargs} - {"scale"}:
+        raise compat.refuse(
+            "joint_attention_kwargs", "its `scale` is that of adapters, and the rest means nothing here"
+        )
+    return kwargs.get("scale")
 
 
 def _with_methods(network: N, methods: type) -> N:

@@ -154,6 +154,7 @@ MAX_SIDE = 4096  # pixels; far above the sizes at which the model is good
 MAX_BATCH = 1000  # images of one call
 MAX_STEPS = 1000
 MAX_SCALE = 1000.0  # largest guidance scale and true CFG scale
+MAX_WEIGHT = 100.0  # of an adapter, either way; published ones are between 0.1 and 1.5
 MAX_PICTURES = 10000  # pictures of one run of the command
 
 

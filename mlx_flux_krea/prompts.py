@@ -7,12 +7,14 @@ from collections.abc import Callable
 
 import mlx.core as mx
 
+from .adapters.formulas import Attached, Measure, Uses
 from .residency import Blocks
 from .tokenizers import Tokens
 from .weights import ModelFolder
 
 logger = logging.getLogger("mlx_flux_krea")
 
+_ENCODERS = ("text_encoder", "text_encoder_2")
 CACHED = 32  # encoded prompts; one takes 4 MB at FLUX.1's size in 16 bits
 
 
@@ -43,7 +45,12 @@ class PromptEncoder:
         self._encoded: OrderedDict[tuple, EncodedPrompt] = OrderedDict()
 
     def encode(
-        self, pairs: list[tuple[str, str]], length: int, make_run: Callable[..., Callable]
+        self,
+        pairs: list[tuple[str, str]],
+        length: int,
+        make_run: Callable[..., Callable],
+        uses: Uses = (),
+        measure: Measure | None = None,
     ) -> list[EncodedPrompt]:
         """Encodes pairs of (text for CLIP, text for T5).
 
@@ -51,16 +58,20 @@ class PromptEncoder:
             pairs: of each prompt.
             length: tokens of T5.
             make_run: called as make_run(parts, run); returns a `run` that also reports progress and can be stopped.
+            uses: adapters with their weights, of which those of the encoders take part.
+            measure: measures rows for DoRA.
 
         Raises:
             ModelError: encoders or tokenizers missing or damaged, or they do not fit.
         """
-        keys = [(*pair, length) for pair in pairs]
+        uses = [(adapter, weight) for adapter, weight in uses if weight and adapter.changes(*_ENCODERS)]
+        changes = tuple((adapter.facts.sha256, weight) for adapter, weight in uses)
+        keys = [(*pair, length, changes) for pair in pairs]
         missing = [key for key in dict.fromkeys(keys) if key not in self._encoded]
         if missing:
             _ = self._folder.tokenizers  # before any weight is read, so that a fault in them is found early
             try:
-                self._encode_missing(missing, make_run)
+                self._encode_missing(missing, make_run, uses, measure)
             except BaseException as error:
                 traceback.clear_frames(error.__traceback__)  # a traceback that a notebook holds would hold T5
                 raise
@@ -77,13 +88,18 @@ class PromptEncoder:
         """Drops what was encoded: its values are not to be trusted."""
         self._encoded.clear()
 
-    def _encode_missing(self, keys: list[tuple[str, str, int]], make_run: Callable[..., Callable]) -> None:
+    def _encode_missing(
+        self, keys: list[tuple], make_run: Callable[..., Callable], uses: Uses, measure: Measure | None
+    ) -> None:
         clip, t5 = self._folder.clip.load(self._dtype), self._folder.t5.load(self._dtype)
+        if uses and measure:
+            Attached(clip, "text_encoder", self._dtype).use(uses, measure)
+            Attached(t5, "text_encoder_2", t5.dtype).use(uses, measure)
         blocks = Blocks(t5, self._folder.t5.tensors(), t5.stages, dtype=t5.dtype, budget=0, check=self._check)
         with blocks.streaming(len(keys)) as run:
             run = make_run(len(keys) * (len(t5.stages) + 3), run)
             for key in keys:
-                clip_text, t5_text, length = key
+                clip_text, t5_text, length, _ = key
                 tokens = tokenize(self._folder, clip_text, t5_text, length)
                 cut = cut_notes(tokens)
                 for note in cut:

@@ -22,7 +22,7 @@ from . import presets
 from .errors import UsageError, amount, printable, short_repr
 from .memory import MemoryPlan
 from .models.config import FluxConfig, ModelIndex
-from .presets import MAX_BATCH, MAX_PROMPT, MAX_SCALE, MAX_SIDE, MAX_STEPS
+from .presets import MAX_BATCH, MAX_PROMPT, MAX_SCALE, MAX_SIDE, MAX_STEPS, MAX_WEIGHT
 from .provenance import opened
 from .sampling.noise import find_recipe
 from .sampling.sampler import first_step
@@ -78,6 +78,7 @@ class Request:
     strength: float | None = None  # share of the schedule that an input image goes through
     output_type: str = "pil"  # one of OUTPUT_TYPES
     max_sequence_length: int | None = None  # of T5
+    adapters: Sequence[tuple[str, float]] | None = None  # names and weights; None: those that the pipeline has set
 
     def __post_init__(self):
         for name, value in vars(self).items():
@@ -108,6 +109,7 @@ class Request:
         self._check_numbers(index)
         self._check_prompts()
         self._check_options(flux)
+        check_adapters(self.adapters)
         width, height, notes = self._size(index, multiple)
         self._check_arrays(flux, width * height // multiple**2)
         sigmas = tuple(self.sigmas or ())
@@ -139,6 +141,7 @@ class Request:
             strength=strength,
             output_type=self.output_type,
             max_sequence_length=self.max_sequence_length or index.max_sequence_length,
+            adapters=self.adapters if self.adapters is None else tuple(self.adapters),
             notes=notes,
         )
 
@@ -308,6 +311,7 @@ class ResolvedRequest:
     strength: float  # without effect where there is no image
     output_type: str
     max_sequence_length: int  # S
+    adapters: tuple[tuple[str, float], ...] | None  # names and weights; None: those that the pipeline has set
     notes: tuple[str, ...]  # for the user, such as a size that was changed
 
     def __repr__(self) -> str:
@@ -608,6 +612,21 @@ def check_text(name: str, text: str) -> None:
         raise UsageError(f"`{name}` is not valid UTF-8", "text", todo) from None
     if count > MAX_PROMPT:
         raise UsageError(f"`{name}` has {count} bytes", f"{MAX_PROMPT} at most", "make it shorter")
+
+
+def check_adapters(adapters: Any) -> None:
+    """Checks names and weights of adapters.
+
+    Raises:
+        UsageError: not pairs of a name and a finite number, or a name twice.
+    """
+    for pair in adapters or ():
+        if not isinstance(pair, tuple) or len(pair) != 2 or not isinstance(pair[0], str):
+            raise UsageError(f"`adapters` holds {reprlib.repr(pair)}", "pairs of a name and a weight")
+        _check_float("adapters", pair[1], low=-MAX_WEIGHT, high=MAX_WEIGHT, part="a weight of ")
+    names = [name for name, _ in adapters or ()]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise UsageError(f"the adapter {twice} is given twice", "each once, with one weight")
 
 
 def _check_texts(name: str, texts) -> None:

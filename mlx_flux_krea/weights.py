@@ -178,12 +178,18 @@ def build(component: str, sizes: Sizes, layers: Mapping[str, Quantization | None
 
 
 @functools.cache
-def layer_widths(component: str, sizes: Sizes) -> dict[str, int]:
-    """Returns the layers of a network that can be quantized: path and length of a row."""
+def layer_shapes(component: str, sizes: Sizes) -> dict[str, tuple[int, int]]:
+    """Returns the layers of a network that can be quantized: path, outputs and inputs."""
     module = build(component, sizes)
     kinds = (nn.Linear, nn.Embedding) if component == "pixtral" else nn.Linear
     linear = {f"{path}.weight" for path, layer in module.named_modules() if isinstance(layer, kinds)}
-    return {name.removesuffix(".weight"): x.shape[1] for name, x in parameters(module).items() if name in linear}
+    arrays = ((name, array) for name, array in parameters(module).items() if name in linear)
+    return {name.removesuffix(".weight"): (array.shape[0], array.shape[1]) for name, array in arrays}
+
+
+def layer_widths(component: str, sizes: Sizes) -> dict[str, int]:
+    """Returns the layers of a network that can be quantized: path and length of a row."""
+    return {path: width for path, (_, width) in layer_shapes(component, sizes).items()}
 
 
 def count_parameters(component: str, sizes: Sizes) -> int:

@@ -15,7 +15,7 @@ from PIL import Image
 from test_parity import clip_tokenizer, t5_tokenizer
 
 from mlx_flux_krea import FluxPipeline, Request, compat
-from mlx_flux_krea.errors import UsageError
+from mlx_flux_krea.errors import ModelError, UsageError
 from mlx_flux_krea.home import NANO
 
 SMALL = {"width": 32, "height": 32, "num_inference_steps": 1}
@@ -328,8 +328,8 @@ def test_methods_that_would_do_something_are_refused_with_the_next_step(pipe, na
         assert len(refused.value.todo) > 15
 
 
-def test_adapters_are_not_there_yet_and_the_error_says_so(pipe):
-    with pytest.raises(UsageError, match=r"`load_lora_weights\(\)` .*LoRA.* do not work yet"):
+def test_an_adapter_that_was_not_fetched_says_how(pipe):
+    with pytest.raises(ModelError, match=r"flux-krea models add alimama-creative/FLUX\.1-Turbo-Alpha"):
         pipe.load_lora_weights("alimama-creative/FLUX.1-Turbo-Alpha")
 
 

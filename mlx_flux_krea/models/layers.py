@@ -1,4 +1,4 @@
-"""Quantized layers, which multiply directly or by their dequantized weight, whichever is faster on this machine.
+"""Quantized layers, which multiply directly or by their dequantized weight, and the branches of adapters beside layers.
 
 The faster way depends on the chip, the rows, the bits and the type. Metal's quantized product is up to four times
 slower than the dense one on an M1 or M2, and equal on an M3; the CPU's is 10 to 50 times slower. So both are timed
@@ -11,6 +11,7 @@ import contextvars
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from importlib.metadata import version
 
 import mlx.core as mx
@@ -103,6 +104,123 @@ def rate() -> float:
     return CHIPS[name] * 1e12 * SHARE_OF_PEAK if is_gpu and name in CHIPS else math.inf
 
 
+# --- branches of adapters, beside layers whose own weights stay as they are ---
+
+
+@dataclass(frozen=True)
+class Kronecker:
+    """A change w1 (a, b) x w2 (c, d) of some output rows: a c rows, b d inputs, never built as a matrix.
+
+    Attributes:
+        w1: the outer factor.
+        w2: the inner factor.
+        start: first output row.
+        gain: (a c,) factors of the outputs; None: 1.
+    """
+
+    w1: mx.array
+    w2: mx.array
+    start: int
+    gain: mx.array | None = None
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """Maps x (..., b d) to (..., a c)."""
+        y = x.reshape(*x.shape[:-1], self.w1.shape[1], self.w2.shape[1]) @ self.w2.T
+        y = (y.swapaxes(-1, -2) @ self.w1.T).swapaxes(-1, -2).reshape(*x.shape[:-1], -1)
+        return y if self.gain is None else y * self.gain
+
+
+@dataclass(frozen=True)
+class Branch:
+    """Everything that adapters change in one layer W x + b, whatever their number.
+
+    ((W (intake x) + b) gain + offset) + (x down) up + x dense + each Kronecker product. None: left out.
+
+    Attributes:
+        down: (in, R), of all adapters side by side.
+        up: (R, out), with their weights.
+        dense: (in, out).
+        gain: (out,).
+        intake: (in,).
+        offset: (out,).
+        products: the Kronecker products.
+    """
+
+    down: mx.array | None = None
+    up: mx.array | None = None
+    dense: mx.array | None = None
+    gain: mx.array | None = None
+    intake: mx.array | None = None
+    offset: mx.array | None = None
+    products: tuple[Kronecker, ...] = ()
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        """Everything that is in memory."""
+        own = (self.down, self.up, self.dense, self.gain, self.intake, self.offset)
+        of_products = (array for one in self.products for array in (one.w1, one.w2, one.gain))
+        return [array for array in (*own, *of_products) if array is not None]
+
+    def __call__(self, layer: Callable[[mx.array], mx.array], width: int, x: mx.array) -> mx.array:
+        """Returns the layer's result with the changes. Inputs beyond the layer's own are for the branch alone."""
+        inputs = x if x.shape[-1] == width else x[..., :width]
+        y = layer(inputs if self.intake is None else inputs * self.intake)
+        if self.gain is not None:
+            y = y * self.gain
+        if self.offset is not None:
+            y = y + self.offset
+        if self.down is not None and self.up is not None:
+            y = mx.addmm(y, x @ self.down, self.up)
+        if self.dense is not None:
+            y = mx.addmm(y, x, self.dense)
+        for product in self.products:
+            change = product(x)
+            rows = slice(product.start, product.start + change.shape[-1])
+            y[..., rows] = y[..., rows] + change
+        return y
+
+
+class BranchedLinear(nn.Linear):
+    """A layer with a branch, from `set_branch`."""
+
+    _branch: Branch
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self._branch(super().__call__, self.weight.shape[1], x)
+
+
+class BranchedQuantizedLinear(QuantizedLinear):
+    """A quantized layer with a branch, from `set_branch`."""
+
+    _branch: Branch
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self._branch(super().__call__, self.weight.shape[1] * 32 // self.bits, x)
+
+
+def set_branch(layer: nn.Module, branch: Branch | None) -> None:
+    """Gives a linear layer a branch, or takes it away.
+
+    A branch is no part of the layer's parameters: it is not streamed with them, and not counted among them.
+    """
+    quantized = isinstance(layer, nn.QuantizedLinear)
+    if branch is None:
+        layer.__class__ = QuantizedLinear if quantized else nn.Linear
+        layer.__dict__.pop("_branch", None)
+    else:
+        layer.__class__ = BranchedQuantizedLinear if quantized else BranchedLinear
+        layer._branch = branch
+
+
+def constant(layer: nn.Module) -> mx.array:
+    """Returns what a layer gives for zeros, in float32: its bias, with what a branch makes of it."""
+    bias, branch = layer["bias"].astype(mx.float32), layer.__dict__.get("_branch")
+    if branch is None:
+        return bias
+    bias = bias if branch.gain is None else bias * branch.gain.astype(mx.float32)
+    return bias if branch.offset is None else bias + branch.offset.astype(mx.float32)
+
+
 def adopt(network: nn.Module) -> None:
     """Turns the quantized layers of a network into `QuantizedLinear`; their arrays stay as they are."""
     for layer in _layers(network):
@@ -138,6 +256,13 @@ def choose_products(
 def machine() -> str:
     """Names the chip, the device that MLX uses and its version: results of `choose_products` hold for these."""
     return f"{mx.device_info().get('device_name')}, {mx.default_device().type.name}, mlx {version('mlx')}"
+
+
+def dequantized(layer: nn.Module) -> mx.array:
+    """Returns the matrix (out, in) of a linear layer, in float32 where it was quantized."""
+    if not isinstance(layer, nn.QuantizedLinear):
+        return layer["weight"]
+    return _dequantized(layer.weight, layer.scales, layer.get("biases"), kind(layer), mx.float32)
 
 
 def kind(layer: nn.QuantizedLinear) -> Kind:

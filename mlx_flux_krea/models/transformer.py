@@ -19,7 +19,7 @@ import numpy as np
 
 from . import Runner, call
 from .config import FluxConfig
-from .layers import in_rows
+from .layers import constant, in_rows
 
 # --- small kernels. Inside they compute in float32 and round once; on a GPU each is one pass over memory. ---
 
@@ -166,7 +166,7 @@ def guarded(down: nn.Linear, y: mx.array) -> mx.array:
 
     Draw Things does so in the last double blocks of FLUX.1 (Flux1.swift of draw-things-community); here in all of them.
     """
-    return 8 * multiply(down, y / 8).astype(mx.float32) - 7 * down.bias.astype(mx.float32)
+    return 8 * multiply(down, y / 8).astype(mx.float32) - 7 * constant(down)
 
 
 class Activation(nn.Module):
@@ -357,7 +357,7 @@ class Flux(nn.Module):
             vec = vec + embed(self.guidance_in, guidance)
         return (vec + self.vector_in(pooled.astype(self.dtype))).astype(self.dtype)
 
-    def modulations(self, vec: mx.array, run: Runner = call) -> list:
+    def modulations(self, vec: mx.array, run: Runner = call, places: Sequence[int] | None = None) -> list:
         """Computes shifts, scales and gates of every layer, from all rows of `vec` at once.
 
         They depend on time, guidance and the pooled vector alone. One pass over these weights (3.2 of the 11.9 billion)
@@ -366,12 +366,13 @@ class Flux(nn.Module):
         Args:
             vec: (N, C).
             run: evaluates the stages, see `forward`.
+            places: of the layers to compute, among all; None: all of them.
 
         Returns:
             The argument of `forward`, in the order double blocks, single blocks, final layer; each with N rows.
         """
-        vec = nn.silu(vec)
-        return [run(modulate, vec) for modulate in self.modulated]
+        vec, layers = nn.silu(vec), self.modulated
+        return [run(layers[place], vec) for place in (range(len(layers)) if places is None else places)]
 
     def forward(
         self, img: mx.array, txt: mx.array, modulations: list, pe: tuple[mx.array, mx.array], run: Runner = call

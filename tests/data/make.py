@@ -2,8 +2,9 @@
 
     python tests/data/make.py REFERENCE TOKENIZERS MANIFESTS
 
-REFERENCE holds `pipeline`, `bfl`, `vit`, `llava`, `images`, `goldens.json` and `goldens.safetensors`, TOKENIZERS holds
-`clip` and `t5`, MANIFESTS the names, types and shapes of published files and the rules between their layouts.
+REFERENCE holds `pipeline`, `bfl`, `vit`, `llava`, `images`, `lora`, `goldens.json` and `goldens.safetensors`, and in
+`edit` another `lora` with goldens. TOKENIZERS holds `clip` and `t5`, MANIFESTS the names, types and shapes of published
+files and the rules between their layouts.
 
 Weights and images are copied. Goldens are the keys that the tests read. The tokenizers are our own: byte-pair merges
 made here, which give the reference's ids for the prompts of the goldens, and single characters for any other text, so
@@ -16,6 +17,7 @@ import random
 import re
 import shutil
 import sys
+import zipfile
 from pathlib import Path
 
 import mlx.core as mx
@@ -24,7 +26,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from mlx_flux_krea.tokenizers import CLIPTokenizer, _clean
 
 HERE = Path(__file__).parent
-UNUSED = ("lora",)  # goldens of rooms that do not exist yet
+ADAPTERS = ("lora",)  # goldens of adapters, which stand in a folder of their own
+RUNS = ("lora_lokr", "lora_two", "lora_te")
 ASCII = [chr(c) for c in range(33, 127)]
 
 
@@ -38,20 +41,24 @@ def main(reference: Path, tokenizers: Path, manifests: Path) -> None:
     shutil.copytree(reference / "images", target / "images", ignore=shutil.ignore_patterns("lora*"))
     arrays = mx.load(str(reference / "goldens.safetensors"))
     facts = json.loads((reference / "goldens.json").read_text())
-    mx.save_safetensors(str(target / "goldens.safetensors"), {k: v for k, v in arrays.items() if not _unused(k)})
+    edit = json.loads((reference / "edit" / "goldens.json").read_text())
+    mx.save_safetensors(str(target / "goldens.safetensors"), {k: v for k, v in arrays.items() if not _of_adapters(k)})
     for path in target.rglob("*"):
         path.chmod(0o755 if path.is_dir() else 0o644)
-    kept = {k: v for k, v in facts.items() if k not in UNUSED and k != "keys"}
-    kept["runs"] = {k: v for k, v in kept["runs"].items() if not _unused(k)}
+    kept = {k: v for k, v in facts.items() if k not in ADAPTERS and k != "keys"}
+    kept["runs"] = {k: v for k, v in kept["runs"].items() if not _of_adapters(k)}
     (target / "goldens.json").write_text(json.dumps(kept))
     prompts = sorted(
-        {text["prompt"] for text in facts["text"]} | {p for run in kept["runs"].values() for p in _prompts(run)}
+        {text["prompt"] for text in facts["text"]}
+        | {p for run in kept["runs"].values() for p in _prompts(run)}
+        | {p for run in RUNS for p in edit["runs"][run]["prompts"]}
     )
     make_clip(prompts, CLIPTokenizer(tokenizers / "clip"), HERE / "tokenizers" / "tokenizer")
     make_t5(
         prompts, Tokenizer.from_file(str(tokenizers / "t5" / "tokenizer.json")), HERE / "tokenizers" / "tokenizer_2"
     )
     make_layouts(manifests, HERE / "layouts.json.gz")
+    make_adapters(reference, HERE / "adapters")
 
 
 def make_layouts(manifests: Path, target: Path) -> None:
@@ -71,8 +78,21 @@ def make_layouts(manifests: Path, target: Path) -> None:
     target.write_bytes(gzip.compress(text.encode(), 9, mtime=0))
 
 
-def _unused(key: str) -> bool:
-    return key.startswith(UNUSED)
+def make_adapters(reference: Path, target: Path) -> None:
+    """The files in one archive, half as large; of runs, the last latents."""
+    target.mkdir(exist_ok=True)
+    with zipfile.ZipFile(target / "files.zip", "w") as archive:
+        for path in sorted([*(reference / "lora").iterdir(), *(reference / "edit" / "lora").iterdir()]):
+            archive.writestr(zipfile.ZipInfo(path.name), path.read_bytes(), zipfile.ZIP_LZMA)
+    ours, theirs = (mx.load(str(folder / "goldens.safetensors")) for folder in (reference, reference / "edit"))
+    arrays = {k: v for k, v in ours.items() if k.startswith("lora.")}
+    arrays |= {k: v for k, v in theirs.items() if k.startswith(("lora.", "clora.forward.")) and ".diffusers_" not in k}
+    arrays |= {f"{run}.latents": theirs[f"{run}.latents"][-1] for run in RUNS}
+    mx.save_safetensors(str(target / "goldens.safetensors"), arrays)
+
+
+def _of_adapters(key: str) -> bool:
+    return key.startswith(ADAPTERS)
 
 
 def _prompts(run: dict) -> list[str]:
