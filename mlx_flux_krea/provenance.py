@@ -33,9 +33,11 @@ logger = logging.getLogger("mlx_flux_krea")
 
 SOFTWARE = f"mlx-flux-krea {__version__}"
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+PngImagePlugin.MAX_TEXT_CHUNK = 2**24  # bytes of a text or a colour profile; Pillow's own megabyte refuses real ones
 READ = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF")  # Pillow's names of the formats that are read
 _EXPECTED = "a PNG, JPEG, WebP, TIFF, BMP or GIF"
 _HEIF = {b"heic", b"heix", b"hevc", b"heim", b"heis", b"hevm", b"mif1", b"msf1", b"avif", b"avis"}  # brands
+_SIPS = "convert it first; on a Mac: sips -s format jpeg IN --out OUT.jpg"
 _KEY = "flux-krea"  # of the JSON text in a PNG
 _A1111_KEY = "parameters"  # of A1111's text in a PNG
 _XMP_KEY = "XML:com.adobe.xmp"  # of XMP in a PNG
@@ -186,6 +188,8 @@ def opened(image: Image.Image | str | os.PathLike | BinaryIO, most: int | None =
         raise
     except Exception as error:  # on hostile files Pillow and its decoders raise any class
         reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
+        if "MAX_TEXT" in reason:  # of Pillow's PNG reader
+            reason = f"a text or colour profile in it is larger than {PngImagePlugin.MAX_TEXT_CHUNK >> 20} MiB"
         raise UsageError(f"{name} cannot be opened: {printable(reason)}", _EXPECTED) from None
 
 
@@ -198,11 +202,27 @@ def _open_file(image: str | os.PathLike | BinaryIO, name: str) -> Iterator[Image
             file.seek(0)
             start = file.read(12)
             if start[4:8] == b"ftyp" and start[8:12] in _HEIF:
-                todo = "convert it first; on a Mac: sips -s format jpeg IN --out OUT.jpg"
-                raise UsageError(f"{name} cannot be opened: it is HEIC or AVIF", _EXPECTED, todo) from None
-            raise UsageError(f"{name} cannot be opened: it has another format", _EXPECTED) from None
+                picture = _open_heic(file, name)
+            else:
+                raise UsageError(f"{name} cannot be opened: it has another format", _EXPECTED) from None
         with picture:
             yield picture
+
+
+def _open_heic(file: BinaryIO, name: str) -> Image.Image:
+    """Opens an HEIC file through the package `pi-heif`, if it is installed and can.
+
+    Raises:
+        UsageError: it is not installed, or does not read this one.
+    """
+    file.seek(0)
+    with contextlib.suppress(ImportError, UnidentifiedImageError):
+        import pi_heif  # an extra
+
+        pi_heif.register_heif_opener()
+        return Image.open(file, formats=("HEIF",))
+    todo = f"{_SIPS}, or install what reads HEIC: pip install 'mlx-flux-krea[heic]'"
+    raise UsageError(f"{name} cannot be opened: it is HEIC or AVIF", _EXPECTED, todo)
 
 
 def _limit(file: Image.Image, name: str, most: int) -> None:

@@ -7,37 +7,26 @@ import hashlib
 import itertools
 import math
 import numbers
-import os
 import reprlib
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, TypeGuard
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import Image
 
 from . import presets
-from .errors import UsageError, amount, printable, short_repr
+from .errors import UsageError, amount, short_repr
+from .inputs.image import open_image
 from .memory import MemoryPlan
 from .models.config import FluxConfig, ModelIndex
 from .presets import MAX_BATCH, MAX_PROMPT, MAX_SCALE, MAX_SIDE, MAX_STEPS, MAX_WEIGHT
-from .provenance import opened
 from .sampling.noise import find_recipe
 from .sampling.sampler import first_step
 from .weights import ModelFolder
 
-_STRIP = 256  # lines of an image that are converted at a time
-_TURNS = {  # by EXIF orientation
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 OUTPUT_TYPES = ("pil", "np", "latent")
 _SECOND = ("prompt_2", "negative_prompt_2")
 _TEXTS = ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2")
@@ -460,98 +449,6 @@ def _size_of_image(image: Image.Image, index: ModelIndex, multiple: int) -> tupl
 def random_seed() -> int:
     """Chooses a seed: 32 bits, all that torch's generator takes."""
     return secrets.randbelow(2**32)
-
-
-def open_image(image: Any) -> Image.Image | None:
-    """Opens an image as the autoencoder's encoder needs it: upright by its EXIF orientation, RGB, whole in memory.
-
-    Transparency is flattened on white, 16-bit grey becomes 8-bit.
-
-    Args:
-        image: a PIL image, which stays as it is; a path; an array, `_image_from_array`; or a list of one of these.
-
-    Raises:
-        UsageError: not an image, broken, far too large, or of a mode whose white is not known.
-    """
-    if image is None or _is_open(image):
-        return image
-    if isinstance(image, list | tuple):
-        if len(image) != 1:
-            raise UsageError(f"`image` holds {amount(len(image), 'image')}", "one for a call", "make a call for each")
-        return open_image(image[0])
-    if isinstance(image, str) and image.lower().startswith(("http://", "https://")):
-        raise UsageError(
-            f"`image` is an address, {printable(image)}", "a file", "nothing is fetched: download it first"
-        )
-    if (hasattr(image, "__array__") and not isinstance(image, Image.Image)) or isinstance(image, mx.array):
-        image = _image_from_array(image)
-    if not isinstance(image, str | os.PathLike | Image.Image):
-        raise UsageError(f"`image` is {type(image).__name__}", "a PIL image, a path or an array (H, W, 3)")
-    image = os.path.expanduser(image) if isinstance(image, str | os.PathLike) else image
-    name = printable(image) if isinstance(image, str) else "the image"
-    with opened(image) as file:
-        if file.mode in ("I", "F"):
-            raise UsageError(f"{name} has mode {file.mode}, whose white is not known", "8 or 16 bits, grey or RGB")
-        if 0 in file.size:
-            raise UsageError(f"{name} is {file.width} x {file.height}", "at least one pixel")
-        file.load()
-        flat = Image.new("RGB", file.size)
-        for top in range(0, file.height, _STRIP):  # copies of a part at a time, not of the whole
-            flat.paste(_flattened(file.crop((0, top, file.width, min(top + _STRIP, file.height)))), (0, top))
-        turn = _TURNS.get(file.getexif().get(ExifTags.Base.Orientation, 1))
-    return flat if turn is None else flat.transpose(turn)
-
-
-def _image_from_array(given: Any) -> Image.Image:
-    """Returns the image in an array: (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), or one of these in a batch.
-
-    Raises:
-        UsageError: another shape, no pixels, or values other than uint8, uint16 and floats in [0, 1].
-    """
-    try:
-        array = np.asarray(
-            given.astype(mx.float32) if isinstance(given, mx.array) and given.dtype == mx.bfloat16 else given
-        )
-    except Exception as error:  # of any class, from the library that made the array
-        raise UsageError(f"`image` is {type(given).__name__}, which cannot be read: {error}", "a numpy array") from None
-    array = array[0] if array.ndim == 4 and len(array) == 1 else array
-    array = array[..., 0] if array.ndim == 3 and array.shape[-1] == 1 else array
-    if 0 in array.shape or not (array.ndim == 2 or (array.ndim == 3 and array.shape[-1] in (3, 4))):
-        todo = "move the channels to the end" if array.ndim == 3 and array.shape[0] in (1, 3, 4) else ""
-        raise UsageError(f"`image` has shape {np.shape(given)}", "(H, W), (H, W, 3) or (H, W, 4)", todo)
-    if np.issubdtype(array.dtype, np.floating):
-        if not (np.isfinite(array).all() and array.min() >= 0 and array.max() <= 1):
-            raise UsageError(f"`image` holds floats from {array.min():g} to {array.max():g}", "0 to 1")
-        array = np.round(array * 255).astype(np.uint8)
-    elif array.dtype == np.bool_:
-        array = array.astype(np.uint8) * 255
-    elif array.dtype == np.uint16:
-        array = np.round(array / 257).astype(np.uint8)
-    elif array.dtype != np.uint8:
-        raise UsageError(f"`image` holds {array.dtype}", "uint8, uint16, or floats from 0 to 1")
-    return Image.fromarray(array)
-
-
-def _flattened(part: Image.Image) -> Image.Image:
-    """Returns a part of an image as RGB on white, with 8 bits."""
-    mode = part.mode
-    if mode.startswith("I;16"):
-        part = Image.fromarray(np.round(np.asarray(part) / 257).astype(np.uint8))
-    if mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in part.info:
-        part = part.convert("LA" if mode == "La" else "RGBA").convert("RGBA")
-        part = Image.alpha_composite(Image.new("RGBA", part.size, "white"), part)
-    return part.convert("RGB")
-
-
-def _is_open(image: object) -> TypeGuard[Image.Image]:
-    """Recognises an image that `open_image` has returned, or one that is like it."""
-    return (
-        type(image) is Image.Image  # in memory, unlike a file's
-        and image.mode == "RGB"
-        and 0 not in image.size
-        and "transparency" not in image.info
-        and image.getexif().get(ExifTags.Base.Orientation, 1) == 1
-    )
 
 
 def check_values(name: str, array: mx.array) -> None:

@@ -19,8 +19,8 @@ from mlx_flux_krea import provenance
 from mlx_flux_krea.commands.shared import rows
 from mlx_flux_krea.errors import ModelError, UsageError, shortened
 from mlx_flux_krea.filters import gate
+from mlx_flux_krea.inputs.image import open_image
 from mlx_flux_krea.provenance import read_picture
-from mlx_flux_krea.request import open_image
 
 TINY = ["--width", "32", "--height", "32", "--steps", "1"]
 
@@ -135,7 +135,7 @@ def test_the_largest_pictures_are_decoded_within_a_gigabyte(tmp_path, mode):
     Image.new(mode, (8192, 8192)).save(tmp_path / "a.png", compress_level=1)
     program = """
         import resource, sys
-        from mlx_flux_krea.request import open_image
+        from mlx_flux_krea.inputs.image import open_image
         assert open_image("a.png").size == (8192, 8192)
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
     """

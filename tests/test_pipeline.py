@@ -37,11 +37,12 @@ from PIL import ExifTags, Image
 from mlx_flux_krea import FluxPipeline
 from mlx_flux_krea.errors import FiltersError, Interrupted, ResourceError, UsageError
 from mlx_flux_krea.generator import Generator
+from mlx_flux_krea.inputs.image import open_image
 from mlx_flux_krea.models.config import Defaults
 from mlx_flux_krea.models.transformer import Flux
 from mlx_flux_krea.presets import RECIPES, SCHNELL_FILES
 from mlx_flux_krea.provenance import SOFTWARE
-from mlx_flux_krea.request import Request, open_image
+from mlx_flux_krea.request import Request
 from mlx_flux_krea.sampling import noise, sampler
 from mlx_flux_krea.weights import NetworkFolder
 

@@ -12,8 +12,8 @@ import pytest
 from PIL import ExifTags, Image, PngImagePlugin
 
 from mlx_flux_krea.errors import ResourceError, UsageError
+from mlx_flux_krea.inputs.image import open_image
 from mlx_flux_krea.provenance import SOFTWARE, Picture, a1111_parameters, read_picture, read_record
-from mlx_flux_krea.request import open_image
 
 TEXT = 'кот "猫" <b>&amp;</b> ]]> 😀\n\\u0041 \x00\x01\x7f\x9f\ufffe עברית'
 RECORD = {"software": SOFTWARE, "prompt": TEXT, "seed": 2**64 - 1, "guidance_scale": 4.5}

@@ -19,9 +19,10 @@ from mlx_flux_krea import presets
 from mlx_flux_krea.errors import UsageError
 from mlx_flux_krea.files import sha256_if_exists
 from mlx_flux_krea.home import NANO, installed_models
+from mlx_flux_krea.inputs.image import open_image
 from mlx_flux_krea.prompts import tokenize
 from mlx_flux_krea.provenance import read_record
-from mlx_flux_krea.request import Request, ResolvedRequest, check_text, open_image, random_seed
+from mlx_flux_krea.request import Request, ResolvedRequest, check_text, random_seed
 from mlx_flux_krea.sampling.sampler import fixed_shift
 from mlx_flux_krea.weights import ModelFolder
 

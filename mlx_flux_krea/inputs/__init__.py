@@ -1,0 +1,1 @@
+"""Inputs: what a picture is made of besides its prompt."""

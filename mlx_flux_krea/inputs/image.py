@@ -1,0 +1,158 @@
+"""Input images: any file, PIL image or array, as the autoencoder's encoder needs it."""
+
+import io
+import logging
+import os
+from collections.abc import Callable
+from typing import Any, TypeGuard
+
+import mlx.core as mx
+import numpy as np
+from PIL import ExifTags, Image, ImageCms
+
+from ..errors import UsageError, amount, printable
+from ..provenance import opened
+
+logger = logging.getLogger("mlx_flux_krea")
+
+_STRIP = 256  # lines of an image that are converted at a time
+_TURNS = {  # by EXIF orientation
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_PROFILE_MODES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}  # Pillow's modes by the colour space of a profile
+
+
+def open_image(image: Any) -> Image.Image | None:
+    """Opens an image as the autoencoder's encoder needs it: upright by its EXIF orientation, RGB, whole in memory.
+
+    Colours are converted to sRGB by the ICC profile, transparency is flattened on white, 16-bit grey becomes 8-bit.
+
+    Args:
+        image: a PIL image, which stays as it is; a path; an array, `_image_from_array`; or a list of one of these.
+
+    Raises:
+        UsageError: not an image, broken, far too large, or of a mode whose white is not known.
+    """
+    if image is None or _is_open(image):
+        return image
+    if isinstance(image, list | tuple):
+        if len(image) != 1:
+            raise UsageError(f"`image` holds {amount(len(image), 'image')}", "one for a call", "make a call for each")
+        return open_image(image[0])
+    if isinstance(image, str) and image.lower().startswith(("http://", "https://")):
+        raise UsageError(
+            f"`image` is an address, {printable(image)}", "a file", "nothing is fetched: download it first"
+        )
+    if (hasattr(image, "__array__") and not isinstance(image, Image.Image)) or isinstance(image, mx.array):
+        image = _image_from_array(image)
+    if not isinstance(image, str | os.PathLike | Image.Image):
+        raise UsageError(f"`image` is {type(image).__name__}", "a PIL image, a path or an array (H, W, 3)")
+    image = os.path.expanduser(image) if isinstance(image, str | os.PathLike) else image
+    name = printable(image) if isinstance(image, str) else "the image"
+    with opened(image) as file:
+        if file.mode in ("I", "F"):
+            raise UsageError(f"{name} has mode {file.mode}, whose white is not known", "8 or 16 bits, grey or RGB")
+        if 0 in file.size:
+            raise UsageError(f"{name} is {file.width} x {file.height}", "at least one pixel")
+        file.load()
+        flat, to_srgb = Image.new("RGB", file.size), _conversion_to_srgb(file.info.get("icc_profile"), name)
+        for top in range(0, file.height, _STRIP):  # copies of a part at a time, not of the whole
+            part = file.crop((0, top, file.width, min(top + _STRIP, file.height)))
+            flat.paste(_flattened(part, to_srgb), (0, top))
+        turn = _TURNS.get(file.getexif().get(ExifTags.Base.Orientation, 1))
+    return flat if turn is None else flat.transpose(turn)
+
+
+def _image_from_array(given: Any) -> Image.Image:
+    """Returns the image in an array: (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), or one of these in a batch.
+
+    Raises:
+        UsageError: another shape, no pixels, or values other than uint8, uint16 and floats in [0, 1].
+    """
+    try:
+        array = np.asarray(
+            given.astype(mx.float32) if isinstance(given, mx.array) and given.dtype == mx.bfloat16 else given
+        )
+    except Exception as error:  # of any class, from the library that made the array
+        raise UsageError(f"`image` is {type(given).__name__}, which cannot be read: {error}", "a numpy array") from None
+    array = array[0] if array.ndim == 4 and len(array) == 1 else array
+    array = array[..., 0] if array.ndim == 3 and array.shape[-1] == 1 else array
+    if 0 in array.shape or not (array.ndim == 2 or (array.ndim == 3 and array.shape[-1] in (3, 4))):
+        todo = "move the channels to the end" if array.ndim == 3 and array.shape[0] in (1, 3, 4) else ""
+        raise UsageError(f"`image` has shape {np.shape(given)}", "(H, W), (H, W, 3) or (H, W, 4)", todo)
+    if np.issubdtype(array.dtype, np.floating):
+        if not (np.isfinite(array).all() and array.min() >= 0 and array.max() <= 1):
+            raise UsageError(f"`image` holds floats from {array.min():g} to {array.max():g}", "0 to 1")
+        array = np.round(array * 255).astype(np.uint8)
+    elif array.dtype == np.bool_:
+        array = array.astype(np.uint8) * 255
+    elif array.dtype == np.uint16:
+        array = np.round(array / 257).astype(np.uint8)
+    elif array.dtype != np.uint8:
+        raise UsageError(f"`image` holds {array.dtype}", "uint8, uint16, or floats from 0 to 1")
+    return Image.fromarray(array)
+
+
+def _flattened(part: Image.Image, to_srgb: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    """Returns a part of an image as RGB on white, with 8 bits."""
+    if part.mode.startswith("I;16"):
+        part = Image.fromarray(np.round(np.asarray(part) / 257).astype(np.uint8))
+    if part.mode not in ("RGBA", "RGBa", "LA", "La", "PA") and "transparency" not in part.info:
+        return to_srgb(part)
+    grey = part.mode in ("LA", "La")
+    part = part.convert("LA") if grey else part.convert("RGBA")
+    colours = to_srgb(part.getchannel("L") if grey else part.convert("RGB")).convert("RGBA")
+    colours.putalpha(part.getchannel("A"))
+    return Image.alpha_composite(Image.new("RGBA", part.size, "white"), colours).convert("RGB")
+
+
+def _conversion_to_srgb(profile: bytes | None, name: str) -> Callable[[Image.Image], Image.Image]:
+    """Returns the conversion of an image's colours to sRGB, by its ICC profile if it has one.
+
+    Relative colorimetric with black point compensation, as browsers and photo programs show pictures. A profile that
+    cannot be read is said and passed over.
+    """
+
+    def plain(part: Image.Image) -> Image.Image:
+        return part.convert("RGB")
+
+    if not profile:
+        return plain
+    try:
+        given = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if "sRGB" in ImageCms.getProfileDescription(given):
+            return plain
+        inner: Any = given.profile
+        mode = _PROFILE_MODES[inner.xcolor_space.strip()]
+        how = ImageCms.Intent.RELATIVE_COLORIMETRIC, ImageCms.Flags.BLACKPOINTCOMPENSATION
+        transform = ImageCms.buildTransform(given, ImageCms.createProfile("sRGB"), mode, "RGB", *how)
+    except (ImageCms.PyCMSError, OSError, KeyError):
+        logger.warning("the colour profile of %s cannot be used: its colours are taken for sRGB", name)
+        return plain
+
+    def managed(part: Image.Image) -> Image.Image:
+        if mode == "RGB" and part.mode not in ("L", "CMYK"):
+            part = part.convert("RGB")
+        if part.mode != mode:  # such as grey pixels with a profile of colours
+            return plain(part)
+        converted = ImageCms.applyTransform(part, transform)
+        return plain(part) if converted is None else converted
+
+    return managed
+
+
+def _is_open(image: object) -> TypeGuard[Image.Image]:
+    """Recognises an image that `open_image` has returned, or one that is like it."""
+    return (
+        type(image) is Image.Image  # in memory, unlike a file's
+        and image.mode == "RGB"
+        and 0 not in image.size
+        and not image.info.keys() & {"transparency", "icc_profile"}
+        and image.getexif().get(ExifTags.Base.Orientation, 1) == 1
+    )
