@@ -6,9 +6,10 @@ made: `pipeline.py` does. All of it happens in the worker's thread.
 """
 
 import contextlib
+import logging
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -33,7 +34,10 @@ from .sampling import sampler
 from .weights import ModelFolder
 from .worker import Worker, evaluated
 
+logger = logging.getLogger("mlx_flux_krea")
+
 Progress = Callable[[str, float, int], None]
+Velocity = Callable[[mx.array, int], mx.array]  # of latents and the number of the step
 
 
 @dataclass(frozen=True)
@@ -251,6 +255,8 @@ class Generator:
             return latents
         flux = self._flux(plan.resident_bytes, uses)
         with self._velocity(flux, request, conditions, steps) as velocity:
+            if self._dtype == mx.float16:
+                velocity = self._repeating_overflows(velocity, request, conditions, steps, uses)
             run = sampler.euler(velocity, latents, sigmas, start + steps.done)
             replaced = None
             for step in range(steps.done, steps.count):
@@ -314,7 +320,7 @@ class Generator:
     @contextlib.contextmanager
     def _velocity(
         self, flux: Flux, request: ResolvedRequest, conditions: Conditions, steps: _Steps
-    ) -> Iterator[Callable[[mx.array, int], mx.array]]:
+    ) -> Iterator[Velocity]:
         """Gives the model that the sampler integrates. Whatever does not depend on the latents is computed here, once.
 
         A resumed run computes all modulations again too: a product of fewer rows may round otherwise.
@@ -350,6 +356,30 @@ class Generator:
         with self._streaming(self.blocks, rounds) as run:
             run = self.runner("denoise", rounds * (len(flux.blocks) + 2), run=run, total=steps.count - steps.done)
             yield velocity
+
+    def _repeating_overflows(
+        self, velocity: Velocity, request: ResolvedRequest, conditions: Conditions, steps: _Steps, uses: Uses
+    ) -> Velocity:
+        """Returns a velocity in float16 whose steps are computed again in bfloat16 where a number leaves the range."""
+        others: list[tuple[Generator, Flux]] = []  # made once, when it is needed
+
+        def repeating(latents: mx.array, step: int) -> mx.array:
+            v = velocity(latents, step)
+            if mx.isfinite(v).all().item():
+                return v
+            if not others:
+                logger.warning(
+                    "step %d exceeds the range of float16: it is computed in bfloat16, and so is any other that does",
+                    step + 1 - steps.start,
+                )
+                other = Generator(self._folder, mx.bfloat16, self._worker)
+                others.append((other, other._flux(0, uses)))
+            other, flux = others[0]
+            one = replace(steps, sigmas=steps.sigmas[step : step + 2], start=0, done=0)
+            with other._velocity(flux, request, conditions, one) as in_bfloat16:
+                return in_bfloat16(latents, 0)
+
+        return repeating
 
     def _flux(self, resident_bytes: int, uses: Uses) -> Flux:
         """Returns the transformer with adapters. Its blocks are read when they run, and so many bytes of them stay."""
@@ -505,6 +535,8 @@ def _check_finite(source: str, *arrays: mx.array) -> None:
 def _check_varied(source: str, *arrays: mx.array) -> None:
     """Refuses results that hold the same numbers at every position: failed GPU commands leave zeros, without an error.
 
+    NaN and infinities are not what this looks for.
+
     Args:
         source: the network.
         arrays: (1, ..., C); those with one position must hold different numbers.
@@ -513,7 +545,7 @@ def _check_varied(source: str, *arrays: mx.array) -> None:
         ResourceError: one of them has no variance.
     """
     rows = [array.reshape(-1, array.shape[-1]) for array in arrays]
-    varied = [(row != (row[:1] if len(row) > 1 else row[:, :1])).any() for row in rows]
+    varied = [(row != (row[:1] if len(row) > 1 else row[:, :1])).any() | ~mx.isfinite(row).all() for row in rows]
     mx.eval(varied, arrays)
     if not all(flag.item() for flag in varied):
         todo = "a GPU command may have failed: try again; if that fails too, convert the model again"

@@ -292,6 +292,9 @@ def make_plan(
         "decode": weights.decoder,
     }
 
+    if dtype == mx.float16:  # a step that exceeds its range is repeated by another network, in bfloat16
+        stages["denoise"] += weights.rest + _slots(blocks.stored, blocks.cast)
+
     def needs_with(coder_memory: Callable[..., int]) -> dict[str, int]:
         coders = {coder: coder_memory(sizes.vae, coder, width=width, height=height) for coder in ("image", "decode")}
         return {stage: always + need + coders.get(stage, 0) for stage, need in stages.items()}

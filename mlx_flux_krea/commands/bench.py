@@ -8,6 +8,7 @@ from statistics import median
 from typing import Any
 
 import click
+import mlx.core as mx
 
 from mlx_flux_krea import FluxPipeline, Result, __version__
 from mlx_flux_krea.memory import step_flops
@@ -17,6 +18,8 @@ from .shared.estimates import device, this_chip
 from .shared.options import DTYPE, MODEL_DEFAULT, MODEL_HELP, SIDE
 from .shared.terminal import Console, PipelineProgress
 from .shared.text import json_text, size, stage_times
+
+_WORTH = 0.03  # share of the time by which float16 must be faster to be recommended
 
 
 @click.command()
@@ -36,7 +39,8 @@ from .shared.text import json_text, size, stage_times
 def bench(model, width, height, steps, memory, dtype, as_json):
     """Measure the speed of this machine.
 
-    The picture is discarded, so that no filter is needed.
+    The picture is discarded, so that no filter is needed. On a GPU a model in bfloat16 is measured in float16 too, and
+    the better type for this machine is recommended.
 
     \b
     Example:
@@ -44,14 +48,44 @@ def bench(model, width, height, steps, memory, dtype, as_json):
     """
     console = Console()
     with console.library_notes():
-        pipe = FluxPipeline.from_pretrained(model, dtype=dtype, memory=memory)
-        index = pipe.folder.index
-        shape = width or index.defaults.width, height or index.defaults.height
-        result, seconds = _measure(pipe, shape, steps=steps, console=console)
-    facts = _facts(pipe, shape, result=result, seconds=seconds)
+        facts = _bench(model, dtype, memory=memory, width=width, height=height, steps=steps, console=console)
+        compared = None
+        if dtype is None and facts["dtype"] == "bfloat16" and _has_fast_halves():
+            compared = _bench(model, "float16", memory=memory, width=width, height=height, steps=steps, console=console)
     if facts["wanting"]:
         console.say(f"note: {facts['wanting']}")
-    click.echo(json_text(facts) if as_json else _line(facts))
+    if as_json:
+        click.echo(json_text(facts | ({} if compared is None else {"float16": compared})))
+        return
+    click.echo(_line(facts))
+    if compared:
+        click.echo(_line(compared))
+        console.say(recommendation(facts["seconds_per_step"], compared["seconds_per_step"]))
+
+
+def _has_fast_halves() -> bool:
+    """Tells if both types of 16 bits may be the faster one: on a GPU, where a CPU computes either in float32."""
+    return mx.default_device().type.name == "gpu"
+
+
+def recommendation(bfloat16: float, float16: float) -> str:
+    """Recommends a compute type from the seconds that the same work takes in both."""
+    saved = 1 - float16 / bfloat16
+    if saved < _WORTH:
+        return f"bfloat16 is the type to use here: float16 takes {float16 / bfloat16:.2f} times as long"
+    return f"float16 takes {saved:.0%} less time here, and rounds less: flux-krea config dtype float16"
+
+
+def _bench(
+    model: str | None, dtype: str | None, *, memory: str, width: int | None, height: int | None, steps: int,
+    console: Console,
+) -> dict[str, Any]:  # fmt: skip
+    """Measures a model in one compute type. Returns the facts."""
+    pipe = FluxPipeline.from_pretrained(model, dtype=dtype, memory=memory)
+    index = pipe.folder.index
+    shape = width or index.defaults.width, height or index.defaults.height
+    result, seconds = _measure(pipe, shape, steps=steps, console=console)
+    return _facts(pipe, shape, result=result, seconds=seconds)
 
 
 def _measure(pipe: FluxPipeline, shape: tuple[int, int], *, steps: int, console: Console) -> tuple[Result, float]:
