@@ -1,6 +1,7 @@
 """Sources on the hub: the real command against a hub on this machine, with everything that can go wrong on the way."""
 
 import http.server
+import json
 import os
 import random
 import re
@@ -50,7 +51,9 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def expected(folder, tmp_path_factory):
     """The folder that conversion from the disk makes."""
-    return contents(convert([folder], tmp_path_factory.mktemp("models") / "model", dtype="float32").path)
+    target = tmp_path_factory.mktemp("models")
+    convert([folder], target / "model", dtype="float32")
+    return made(target, repository="")
 
 
 @pytest.fixture
@@ -61,6 +64,15 @@ def served(folder):
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def made(folder: Path, repository: str = REPO) -> dict[str, bytes]:
+    """Every file of the model in a folder, without the repository that it records, which must be this one."""
+    files = contents(folder / "model")
+    index, manifest = (json.loads(files.pop(name)) for name in ("model_index.json", "manifest.json"))
+    assert index.pop("repository") == repository
+    assert manifest.pop("model_index.json")["sha256"]
+    return files | {"model_index.json": json.dumps(index).encode(), "manifest.json": json.dumps(manifest).encode()}
 
 
 def weights(folder: Path) -> dict[str, int]:
@@ -109,7 +121,7 @@ def test_a_repository_becomes_what_its_folder_becomes_and_nothing_is_fetched_twi
     """Then again, by the hub's cache alone; then offline, with nobody there."""
     ran = run(served, tmp_path)
     assert (ran.returncode, ran.stdout) == (0, "model\n"), ran.stderr
-    assert contents(tmp_path / "model") == expected
+    assert made(tmp_path) == expected
     asked = set(served.fetched())
     assert asked.isdisjoint(NOT_NEEDED)
     assert asked == set(contents(folder)) - set(NOT_NEEDED)
@@ -123,7 +135,7 @@ def test_a_repository_becomes_what_its_folder_becomes_and_nothing_is_fetched_twi
     served.stop()
     ran = run(served, tmp_path, "--force", "--offline")
     assert ran.returncode == 0, ran.stderr
-    assert contents(tmp_path / "model") == expected
+    assert made(tmp_path) == expected
 
 
 @pytest.mark.slow
@@ -192,7 +204,7 @@ def test_what_is_cut_goes_on_where_it_ended(served, folder, expected, tmp_path):
     served.cut_after = [*cuts[:2], *[10**9] * 4, *cuts[2:]]  # a header, then the files themselves
     ran = run(served, tmp_path)
     assert ran.returncode == 0, ran.stderr
-    assert contents(tmp_path / "model") == expected
+    assert made(tmp_path) == expected
     begun = [start for name in weights(folder) for start in served.begun_at(name)]
     assert len([start for start in begun if start]) >= 3, f"cut at {cuts}"
     assert served.sent < sum(weights(folder).values()) + 8 * 2**18  # nothing came twice but headers
@@ -221,7 +233,7 @@ def test_pieces_are_written_while_others_come_and_whatever_ends_it_the_next_star
     served.rate = None
     ran = run(served, tmp_path)
     assert ran.returncode == 0, ran.stderr
-    assert contents(tmp_path / "model") == expected
+    assert made(tmp_path) == expected
     assert here.isdisjoint(served.fetched())
     assert any(start for name in weights(folder) for start in served.begun_at(name)), "one was in the middle"
     assert leftovers(tmp_path) == []
@@ -289,7 +301,7 @@ def test_a_pause_that_the_hub_asks_for_is_kept(served, expected, tmp_path):
     begun = time.monotonic()
     ran = run(served, tmp_path)
     assert ran.returncode == 0, ran.stderr
-    assert contents(tmp_path / "model") == expected
+    assert made(tmp_path) == expected
     assert time.monotonic() - begun > 4
 
 
@@ -346,7 +358,7 @@ def test_a_file_with_another_hash_is_refused_and_deleted(served, folder, expecte
     assert not (tmp_path / "model").exists()
     served.spoiled.clear()
     assert run(served, tmp_path).returncode == 0
-    assert contents(tmp_path / "model") == expected
+    assert made(tmp_path) == expected
 
 
 @pytest.mark.slow
@@ -393,7 +405,7 @@ def test_a_hub_that_goes_away_half_way_leaves_what_came(served, folder, expected
         ran = run(back, tmp_path)
         assert ran.returncode == 0, ran.stderr
         assert back.sent < 0.7 * total + 2**18 * len(weights(folder))
-    assert contents(tmp_path / "model") == expected
+    assert made(tmp_path) == expected
 
 
 @pytest.mark.slow
@@ -436,7 +448,7 @@ def test_what_is_fetched_is_deleted_once_it_is_converted(served, folder, expecte
     served.rate = None
     ran = run(served, tmp_path, "--discard-source")
     assert ran.returncode == 0, ran.stderr
-    assert contents(tmp_path / "model") == expected
+    assert made(tmp_path) == expected
     assert leftovers(tmp_path) == []
     assert [n for n in in_cache(tmp_path) if n.endswith(WEIGHTS)] == [name]
     large = [p for p in (tmp_path / "hub").rglob("blobs/*") if p.stat().st_size == weights(folder)[name]]

@@ -166,7 +166,7 @@ def test_a_hub_id_is_sent_to_the_converter_and_a_wrong_name_with_a_folder():
 
 
 def test_a_user_that_does_not_exist_is_a_name_like_others(monkeypatch):
-    with pytest.raises(ModelError, match="there is no model '~nosuchuser/tiny'"):
+    with pytest.raises(ModelError, match="there is nothing at ~nosuchuser/tiny"):
         find_model("~nosuchuser/tiny")
     monkeypatch.setenv("FLUX_KREA_HOME", "~nosuchuser")
     with pytest.raises(ModelError, match="no model is installed in ~nosuchuser/models"):
