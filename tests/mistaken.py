@@ -278,6 +278,13 @@ ROWS = [
     ("setup --bits 4", 2, "write -q 4", "mflux"),
     ("setup -q 7", 2, "--quantize is '7'", "none, 8, 6, 5 or 4"),
     ("setup --check nobody", 2, "filters or review"),
+    ("bench nano", 2, "an argument too many: 'nano'", "flux-krea bench -m nano"),
+    ("shell nano", 2, "flux-krea shell -m nano"),
+    ("inspect nno", 3, "there is nothing at nno", "did you mean nano?"),
+    (G + '--seed "1 - 4" -m nano', 2, "write 1+4 (4 seeds from 1)"),
+    (G + "--seed 4-1 -m nano", 2, "write 1+4 (4 seeds from 1)"),
+    (G + "--preview x.bmp -m nano", 2, "--preview x.bmp ends in '.bmp'", "one of .png"),
+    (G + "-m nano -o pictures/", 2, "is a folder, not a file", "write pictures/out.png"),
     ("setup krea", 2, "there is an argument too many: 'krea'"),
     ("review --yse", 2, "there is no option --yse"),
 ]

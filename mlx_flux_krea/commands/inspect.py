@@ -6,14 +6,15 @@ from typing import Any
 
 import click
 
+from mlx_flux_krea import home
 from mlx_flux_krea.convert.layouts import identify
 from mlx_flux_krea.convert.sources import is_model_folder, open_sources
 from mlx_flux_krea.errors import ModelError, amount, printable
-from mlx_flux_krea.home import named
 from mlx_flux_krea.models.config import quantization_to_json, to_json
 from mlx_flux_krea.provenance import FORMATS, read_picture
 from mlx_flux_krea.weights import ModelFolder, count_parameters, open_folder
 
+from .shared.answers import nearest
 from .shared.options import FILE
 from .shared.text import flattened, json_text, number, size, table
 
@@ -31,9 +32,11 @@ def inspect(path, as_json):
       flux-krea inspect flux1-krea-dev.safetensors
       flux-krea inspect out.png
     """
-    path = named(path)
+    path = home.named(path)
     if not path.exists():
-        raise ModelError(f"there is nothing at {path}", "a file or a folder")
+        beside = [at.name for at in path.parent.glob("*")] if path.parent.is_dir() else []
+        near = nearest(path.name, [home.NANO_NAME, *home.installed_models(), *beside])
+        raise ModelError(f"there is nothing at {path}", "a file or a folder", f"did you mean {near}?" if near else "")
     if path.suffix.lower() in FORMATS:
         facts, lines = _picture(path)
     elif is_model_folder(path):

@@ -3,6 +3,7 @@
 import difflib
 import itertools
 import re
+import shlex
 from collections.abc import Iterable, Sequence
 
 import click
@@ -180,7 +181,9 @@ def _too_many(context: click.Context, text: str) -> str:
         return f'{extra!r} follows the prompt; expected a prompt in quotes: {context.command_path} "a frog on a log"'
     count = sum(isinstance(parameter, click.Argument) for parameter in context.command.params)
     taken = ("no argument", "one argument")[count] if count < 2 else f"{count} arguments"
-    return f"there is an argument too many: {extra!r}; expected {taken}"
+    by_option = any("-m" in parameter.opts for parameter in context.command.params)
+    named = f"; a model is named with -m: {context.command_path} -m {shlex.quote(extra)}" if by_option else ""
+    return f"there is an argument too many: {extra!r}; expected {taken}{named}"
 
 
 def _label(parameter: click.Parameter) -> str:

@@ -1,6 +1,8 @@
 """Options of `generate`, declared once: for the command line, rows of a prompt file, the config file and tools."""
 
+import os
 import re
+import shlex
 from pathlib import Path
 
 import click
@@ -12,7 +14,7 @@ from . import peers
 from .answers import NEVER, bad_value, nearest
 
 _SEED = re.compile(r"(-?\d+)(?:\+(\d+))?")
-_SPAN = re.compile(r"(\d+)(?:-|:|\.\.+|to)(\d+)")  # from one seed to another, as in other tools
+_SPAN = re.compile(r"(\d+) *(?:-|:|\.\.+|to) *(\d+)")  # from one seed to another, as in other tools
 _RANDOM = ("-1", "random", "rand", "auto")  # other tools' words for no seed
 
 
@@ -25,6 +27,8 @@ class Seeds(click.ParamType):
         """Returns the seeds in a text, which spaces or commas separate."""
         if isinstance(value, tuple):
             return value
+        if spelt := _span(value):
+            self.fail(f"{value!r} is neither a seed nor a range such as 7+4{spelt}.", param, ctx)
         seeds: list[int] = []
         for part in value.replace(",", " ").split():
             if part in _RANDOM:
@@ -44,14 +48,14 @@ class Seeds(click.ParamType):
 
 def _span(part: str) -> str:
     """Returns how a range of seeds is written that somebody wrote as its two ends; "" where it is none."""
-    if not (match := _SPAN.fullmatch(part)) or int(match[2]) < int(match[1]):
+    if not (match := _SPAN.fullmatch(part.strip())):
         return ""
-    count = int(match[2]) - int(match[1]) + 1
-    return f"; write {match[1]}+{count} ({count} seeds from {match[1]})"
+    first, last = sorted((int(match[1]), int(match[2])))
+    return f"; write {first}+{last - first + 1} ({last - first + 1} seeds from {first})"
 
 
 IN_TERMINAL = "terminal"  # value of --preview without a file
-_PICTURE_FILE = re.compile(rf".+\.(png|jpe?g|webp)|{IN_TERMINAL}", re.I)
+_PICTURE_FILE = re.compile(rf".+\.(png|jpe?g|webp|avif|bmp|gif|hei[cf]|jxl|mp4|tiff?)|{IN_TERMINAL}", re.I)
 
 
 class GeneratingCommand(click.Command):
@@ -100,6 +104,8 @@ class _File(click.Path):
             self.fail("'' is no path.", param, ctx)
         if isinstance(param, click.Option) and re.match(r"\w+://", str(value)):
             self.fail(f"{value!r} is an address, not a file; download it first.", param, ctx)
+        if isinstance(param, click.Option) and param.name == "output" and str(value).endswith(os.sep):
+            self.fail(f"{value!r} is a folder, not a file; write {shlex.quote(f'{value}out.png')}.", param, ctx)
         return super().convert(value, param, ctx)
 
 
