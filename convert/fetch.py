@@ -26,7 +26,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from mlx_flux_krea.errors import ModelError, UsageError
-from mlx_flux_krea.files import chunks, sha256, try_lock
+from mlx_flux_krea.files import chunks, sha256, sync_path, try_lock
 
 from .hub import INCOMPLETE, WEIGHTS, HubFile, Listing, explained, folder_of, is_repo_id, look, patiently, place_of
 
@@ -218,7 +218,7 @@ def _outline(listing: Listing, file: HubFile, path: Path) -> None:
 
 def _read_header(listing: Listing, file: HubFile) -> bytes:
     """Returns the header of a weight file, perhaps with some bytes after it."""
-    with explained(listing.repo, file.name):
+    with explained(listing.repo, file.name, listing.gated):
         first = min(file.size, _GGUF_HEADER if file.name.endswith(".gguf") else _HEADER)
         header = patiently(lambda: _read(listing, file, 0, first)) if first else b""
         if file.name.endswith(".safetensors") and first >= 8:
@@ -233,7 +233,7 @@ def _fetch(
 ) -> Path:
     """Fetches a file unless it is in the cache, compares its hash, and returns its place: in the cache if `keep`."""
     place, hashed = place_of(listing.repo, listing.commit, file.name, file.digest), _Hashed(file)
-    with explained(listing.repo, file.name):
+    with explained(listing.repo, file.name, listing.gated):
         if place.suffix == INCOMPLETE:
             place.parent.mkdir(parents=True, exist_ok=True)
             if place.exists() and place.stat().st_size > file.size:
@@ -260,6 +260,7 @@ def _keep(listing: Listing, file: HubFile, place: Path) -> Path:
     blob, ref = folder / "blobs" / file.digest, folder / "refs" / "main"
     snapshot = folder / "snapshots" / listing.commit / file.name
     if place.suffix == INCOMPLETE:
+        sync_path(place)
         place.replace(blob)
     if not snapshot.exists():
         snapshot.parent.mkdir(parents=True, exist_ok=True)

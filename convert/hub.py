@@ -157,7 +157,7 @@ def check_access(repo: str) -> None:
     """
     from huggingface_hub import auth_check
 
-    with explained(repo):
+    with explained(repo, gated=True):
         patiently(lambda: auth_check(repo), once=True)
 
 
@@ -328,8 +328,14 @@ def _failures() -> tuple[type[Exception], ...]:
 
 
 @contextlib.contextmanager
-def explained(repo: str, name: str = "") -> Iterator[None]:
-    """Turns errors of the hub's client, and of the disk, into errors for the user."""
+def explained(repo: str, name: str = "", gated: bool = False) -> Iterator[None]:
+    """Turns errors of the hub's client, and of the disk, into errors for the user.
+
+    Args:
+        repo: the repository.
+        name: the file, if there is one.
+        gated: the hub has said that its licence must be accepted, and need not say so again when it refuses.
+    """
     from huggingface_hub import constants
 
     try:
@@ -339,7 +345,7 @@ def explained(repo: str, name: str = "") -> Iterator[None]:
     except _failures() as error:
         response = getattr(error, "response", None)
         if response is not None:
-            raise _refused(error, response, repo, name) from None
+            raise _refused(error, response, repo, name, gated) from None
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
             raise ResourceError(
                 f"the disk of the hub's cache {cache_folder()} is full", todo="make room, and start again"
@@ -364,7 +370,7 @@ def explained(repo: str, name: str = "") -> Iterator[None]:
         ) from None
 
 
-def _refused(error: Exception, response, repo: str, name: str) -> ModelError:
+def _refused(error: Exception, response, repo: str, name: str, gated: bool) -> ModelError:
     """Returns the error for a status of the hub."""
     from huggingface_hub import constants, get_token
     from huggingface_hub.errors import EntryNotFoundError, GatedRepoError
@@ -377,7 +383,8 @@ def _refused(error: Exception, response, repo: str, name: str) -> ModelError:
         later = f"in {seconds} s" if seconds else "later"
         found = "the hub has had too many requests from here (429)"
         return ModelError(found, todo=f"fetched files are kept: start again {later}")
-    if isinstance(error, GatedRepoError) and not known:
+    is_gated = isinstance(error, GatedRepoError) or (gated and status == 401)
+    if is_gated and not known:
         return ModelError(f"{repo} is gated, and nobody is logged in", accepted, f"accept it at {page}, then {log_in}")
     if status == 401 and known:
         return ModelError("the hub does not know this login: it is wrong, expired or withdrawn", "a valid one", log_in)
@@ -388,6 +395,9 @@ def _refused(error: Exception, response, repo: str, name: str) -> ModelError:
         )
     if isinstance(error, EntryNotFoundError):
         return ModelError(f"{repo} has no {name} any more", "the file that was listed a moment ago", "start again")
+    if status == 401 and "x-error-code" not in response.headers:
+        found = f"the hub shows {repo} to nobody who is not logged in: it is gated, private, or not there"
+        return ModelError(found, accepted, f"accept it at {page}, then {log_in}")
     if status in (401, 404):
         todo = f"look at {page}" if known else f"look at {page}; if it is private, {log_in}"
         return ModelError(

@@ -257,6 +257,15 @@ REFUSED = {
     "gated, not accepted": (
         {"refusals": [(403, GATED)]}, {"HF_TOKEN": "hf_good"}, ["not in the authorized list", f"/{REPO}", "accept it"],
     ),
+    "gated, and refused without a code": (
+        {"gated": "auto", "refusals": [(401, {})]}, {}, [f"{REPO} is gated", "nobody is logged in", "hf auth login"],
+    ),
+    "refused without a code": (
+        {"refuse_all": (401, {})}, {}, ["gated, private, or not there", "accept it", f"/{REPO}", "hf auth login"],
+    ),
+    "refused without a code, with a login": (
+        {"refuse_all": (401, {})}, {"HF_TOKEN": "hf_good"}, ["this login", "HF_TOKEN"],
+    ),
     "an expired login": ({}, {"HF_TOKEN": "hf_old"}, ["expired", "HF_TOKEN"]),
     "not the name of a repository": (
         {"refuse_all": (404, {"X-Error-Code": "RepoNotFound"})}, {}, ["neither a file or folder", "OWNER/NAME"],
