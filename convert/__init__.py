@@ -35,6 +35,7 @@ from mlx_flux_krea.errors import UsageError, printable
 from mlx_flux_krea.models import config as configs
 from mlx_flux_krea.models.filter_config import FilterIndex
 from mlx_flux_krea.weights import CLASS_NAMES, DTYPES
+from mlx_flux_krea.worker import limit_cache
 
 from . import quantize as quantizing
 from .evidence import confirm
@@ -167,6 +168,7 @@ def _write(
     Returns:
         The index with its sources, and the losses of quantization.
     """
+    limit_cache()
     target = _resolved(job.path)
     total = sum(map(job.bytes, job.plans))
     files = {name: component.source.files for name, component in job.components.items()}

@@ -20,8 +20,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
+from mlx_flux_krea import macos
 from mlx_flux_krea.errors import ModelError, ResourceError, UsageError
-from mlx_flux_krea.files import bypass, chunks, forget, read_json, sha256, sync_folder, try_lock
+from mlx_flux_krea.files import bypass, chunks, forget, read_json, sha256, sync, sync_path, try_lock
 from mlx_flux_krea.models.filter_config import SELF_TEST
 from mlx_flux_krea.weights import open_folder
 
@@ -34,7 +35,7 @@ _UNLISTED = ("manifest.json", SELF_TEST)  # the manifest lists the others; the s
 _OF_THE_SYSTEM = {
     ".DS_Store",
     ".localized",
-    ".metadata_never_index",
+    macos.NEVER_INDEX,
     "Thumbs.db",
     "desktop.ini",
 }  # which systems create by themselves
@@ -61,6 +62,7 @@ class NewFile:
         with self._file:
             if kind is None:
                 self._to_disk()
+                sync(self._file.fileno())
 
     @property
     def size(self) -> int:
@@ -163,7 +165,7 @@ class NewFolder:
         self._read_back(_LAST, lambda *_: None)
         open_folder(self.path).check()
         for folder in {file.path.parent for file in self._files.values()}:
-            sync_folder(folder)
+            sync_path(folder)
 
     def _read_back(self, names: Sequence[str], progress: Callable[[int, int], None]) -> dict[str, str]:
         """Reads files back and returns their hashes."""
@@ -199,6 +201,7 @@ def new_folder(
             check_target(target, force)
             try:
                 partial.mkdir()
+                macos.exclude(partial)  # before it is filled; the folder keeps this with its final name
                 yield NewFolder(partial)
                 with placing():
                     _place(partial, target, force)
@@ -246,11 +249,30 @@ def check_apart(target: Path, sources: Iterable[Path]) -> None:
     Raises:
         UsageError: one contains the other.
     """
+    above = _identities(target)
     for source in {Path(os.path.realpath(source)) for source in sources}:
-        if target == source or target in source.parents or source in target.parents:
+        if (
+            source in (target, *target.parents)
+            or _identity(source) in above
+            or _identity(target) in _identities(source)
+        ):
             raise UsageError(
                 f"the target {target} overlaps the source {source}", "a folder apart", "choose it with `out`"
             )
+
+
+def _identities(path: Path) -> set[tuple[int, int]]:
+    """Returns what a disk knows a path and the folders above it by: one folder may have names in several spellings."""
+    return {found for place in (path, *path.parents) if (found := _identity(place))}
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Returns the disk and the number of a file or folder; None: there is none, or none that may be seen."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def check_target(target: Path, force: bool) -> None:
@@ -370,7 +392,7 @@ def _place(partial: Path, target: Path, force: bool) -> None:
         if isinstance(error, OSError) and error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
             raise UsageError(f"{target} appeared meanwhile", "a free name", "choose another with `out`") from None
         raise
-    sync_folder(target.parent)
+    sync_path(target.parent)
     if old.exists():
         old.rename(partial)  # it is deleted under this name, by the next run at the latest
 

@@ -25,9 +25,9 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.numpy import save
 
-from . import home
+from . import home, macos
 from .errors import FluxKreaError, UsageError
-from .files import parse_json, try_lock
+from .files import parse_json, sync, try_lock
 from .weights import read_header
 
 logger = logging.getLogger("mlx_flux_krea")
@@ -191,12 +191,14 @@ class Checkpoint:
         encoded = save({name: array for name, array in tensors.items() if array is not None}, {_KEY: text})
         self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.path.parent.chmod(0o700)
+        macos.exclude(self.path.parent)
         partial = self.path.with_name(f".{self.path.stem}.partial")
         descriptor = os.open(partial, os.O_CREAT | os.O_TRUNC | os.O_RDWR | os.O_NOFOLLOW, 0o600)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             with open(descriptor, "wb", closefd=False) as file:
                 file.write(encoded)
+            sync(descriptor)
             os.replace(partial, self.path)
         except BaseException:
             os.close(descriptor)

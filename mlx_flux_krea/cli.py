@@ -38,9 +38,8 @@ from dataclasses import dataclass
 import click
 from click.shell_completion import CompletionItem
 
-from mlx_flux_krea import __version__
+from mlx_flux_krea import __version__, macos
 from mlx_flux_krea.commands import completion
-from mlx_flux_krea.commands.shared import macos
 from mlx_flux_krea.errors import FluxKreaError, gpu_error, printable, shortened
 
 

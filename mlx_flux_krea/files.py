@@ -62,6 +62,17 @@ def open_descriptor(path: str | os.PathLike, flags: int = 0) -> int:
     raise OSError(errno.ENODEV, "it is a device or a pipe, not a file", str(path))
 
 
+def may_exist(path: str | os.PathLike) -> bool:
+    """Looks for a file or folder. Where the system does not let us see, it may: opening it will say so."""
+    try:
+        os.stat(path)
+    except PermissionError:
+        return True
+    except (OSError, ValueError):
+        return False
+    return True
+
+
 def read_small(path: Path, most: int = MOST_BYTES) -> bytes:
     """Reads a whole file that has no reason to be large: JSON, a tokenizer, a licence, prompts.
 
@@ -309,8 +320,8 @@ def sync(descriptor: int) -> None:
     os.fsync(descriptor)
 
 
-def sync_folder(path: Path) -> None:
-    """Writes the names in a folder to disk."""
+def sync_path(path: Path) -> None:
+    """Does the same for a file that others have written, or for the names in a folder."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         sync(descriptor)

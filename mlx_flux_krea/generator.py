@@ -21,7 +21,7 @@ from PIL import Image
 from .adapters.formulas import Attached, Base, Uses
 from .checkpoint import Checkpoint
 from .errors import ModelError, ResourceError, UsageError
-from .memory import GB, MemoryPlan
+from .memory import MemoryPlan
 from .models import tiles
 from .models.transformer import Flux, rope
 from .models.vae import VAE, pixels_from_image, pixels_to_bytes
@@ -32,7 +32,7 @@ from .sampling import noise as noises
 from .sampling import preview as previews
 from .sampling import sampler
 from .weights import ModelFolder
-from .worker import Worker, evaluated
+from .worker import Worker, evaluated, limit_cache
 
 logger = logging.getLogger("mlx_flux_krea")
 
@@ -180,8 +180,7 @@ class Generator:
             UsageError: the checkpoint is of another picture.
             Interrupted: the run was stopped.
         """
-        if mx.default_device().type == mx.gpu:
-            mx.set_cache_limit(min(max(plan.budget - plan.peak, 2**26), GB))
+        limit_cache(max(plan.budget - plan.peak, 2**26))
         seconds: dict[str, float] = {}
         peaks: dict[str, int] = {}
         conditions = Conditions([], [])

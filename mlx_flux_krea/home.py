@@ -80,7 +80,7 @@ def default_model() -> str | None:
 def named(model: str | os.PathLike) -> Path:
     """Returns the folder of an installed model, or of `nano`, if nothing lies at a path of that name; else the path."""
     at = Path(os.path.expanduser(model))
-    return at if at.exists() else ({NANO_NAME: NANO} | installed_models()).get(str(model), at)
+    return at if os.path.exists(at) else ({NANO_NAME: NANO} | installed_models()).get(str(model), at)
 
 
 def is_hub_id(model: str | os.PathLike) -> bool:

@@ -5,6 +5,8 @@ Weights are counted exactly, from sizes and precisions alone. Other needs were m
 they are computed from the arrays that a block holds at one time, and were not measured.
 """
 
+import contextlib
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -149,13 +151,24 @@ def parse_memory(text: str | int) -> int | None:
 
 
 def machine_memory() -> int:
-    """Returns the default budget on this machine: four fifths of the memory that the GPU, or Linux, offers."""
-    device = mx.device_info()
-    offered = device.get("max_recommended_working_set_size", 0)
-    if not offered:
-        with open("/proc/meminfo") as file:
-            offered = next(1024 * int(line.split()[1]) for line in file if line.startswith("MemAvailable"))
-    return int(offered) * 4 // 5
+    """Returns the default budget on this machine: four fifths of the memory that the GPU, or the system, offers."""
+    return int(mx.device_info().get("max_recommended_working_set_size", 0) or _system_memory()) * 4 // 5
+
+
+def physical_memory() -> int:
+    """Returns the bytes of memory that are built in."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _system_memory() -> int:
+    """Returns what a system offers a program that has no GPU.
+
+    Linux says what is free. macOS, which compresses the memory of others and takes it from caches, does not: there it
+    is the share that it recommends for a GPU.
+    """
+    with contextlib.suppress(OSError, ValueError, StopIteration), open("/proc/meminfo") as file:
+        return next(1024 * int(line.split()[1]) for line in file if line.startswith("MemAvailable"))
+    return physical_memory() * 3 // 4
 
 
 def weigh(

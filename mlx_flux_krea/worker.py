@@ -23,6 +23,7 @@ import mlx.core as mx
 from .errors import Interrupted, UsageError, gpu_error
 from .models.layers import smaller
 
+_CACHED = 10**9  # bytes of freed memory, at most
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -156,6 +157,17 @@ class Worker:
         return run_stoppable
 
 
+def limit_cache(most: int | None = None) -> None:
+    """Limits the freed memory that MLX keeps on a GPU for its next arrays; its own limit is all of a small Mac's.
+
+    Args:
+        most: bytes; None: a sixteenth of what the GPU offers. A gigabyte at most.
+    """
+    if mx.default_device().type == mx.gpu:
+        offered = int(mx.device_info().get("max_recommended_working_set_size", 0))
+        mx.set_cache_limit(min(offered // 16 if most is None else most, _CACHED))
+
+
 def evaluated(part: Callable, *args):
     """The `run` of networks whose weights are in memory: evaluates one part after the other.
 
@@ -206,6 +218,7 @@ def _thread() -> threading.Thread:
 
 
 def _work() -> None:
+    limit_cache()
     while True:
         job = _waiting.get()
         job.call()

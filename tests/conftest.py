@@ -1,15 +1,17 @@
 """Model folders of the reference's tiny pipeline, made once a session by the converter."""
 
 import os
+import resource
 import signal
 import subprocess
 from pathlib import Path
 
 import pytest
 from helpers import PIPELINE, TOKENIZERS
-from mlx_flux_krea.convert import convert
+from mac import FILES, PAGE, Mac
+from mlx_flux_krea.convert import convert, reading
 
-from mlx_flux_krea import FluxPipeline
+from mlx_flux_krea import FluxPipeline, files
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -53,6 +55,22 @@ def published():
         pytest.skip("needs the published vocabularies, and FLUX_KREA_TOKENIZERS is not set (see CONTRIBUTING.md)")
     assert (Path(named) / "golden.json").exists(), f"{named} holds no golden.json"
     return Path(named)
+
+
+@pytest.fixture(scope="session")
+def no_viewers(tmp_path_factory):
+    """Programs that open no picture on the screen of whoever runs the tests."""
+    folder = tmp_path_factory.mktemp("viewers")
+    for name in ("open", "xdg-open"):
+        (folder / name).write_text("#!/bin/sh\nexit 1\n")
+        (folder / name).chmod(0o755)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def viewers(no_viewers, monkeypatch):
+    """Comes first, so that a test may put its own before them."""
+    monkeypatch.setenv("PATH", f"{no_viewers}{os.pathsep}{os.environ['PATH']}")
 
 
 @pytest.fixture(autouse=True)
@@ -100,3 +118,16 @@ def command(tmp_path, monkeypatch, capsys):
     yield run
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture
+def mac(tmp_path_factory, monkeypatch):
+    """A Mac (see mac.py), on which every test that uses it has called what it replaces."""
+    machine = Mac(tmp_path_factory.mktemp("mac"), monkeypatch)
+    for module in (files, reading):  # which have read the size of a page
+        monkeypatch.setattr(module, "PAGE", PAGE)
+    monkeypatch.setattr(reading, "_BUFFER", 2**23 + 2 * PAGE)
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (FILES, before[1]))
+    yield machine
+    resource.setrlimit(resource.RLIMIT_NOFILE, before)

@@ -11,7 +11,7 @@ import struct
 import subprocess
 import sys
 import termios
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import mlx.core as mx
@@ -98,7 +98,12 @@ SHOWS_PICTURES += ("TMUX", "STY", "SSH_CONNECTION", "SSH_CLIENT", "SSH_TTY")
 
 
 def at_terminal(
-    *args, cwd: Path, answer: Callable[[str], str] = lambda shown: "", size: tuple[int, int] = (24, 80), **env
+    *args,
+    cwd: Path,
+    answer: Callable[[str], str] = lambda shown: "",
+    size: tuple[int, int] = (24, 80),
+    program: Sequence[str] = (str(Path(sys.executable).parent / "flux-krea"),),
+    **env,
 ) -> tuple[int, str, str]:
     """Runs the installed `flux-krea` at a terminal of its own, which shows no pictures if `env` does not say so.
 
@@ -107,6 +112,7 @@ def at_terminal(
         cwd: the folder at hand.
         answer: called with the text shown since the last answer, whenever there is more; returns the text to type.
         size: lines and columns.
+        program: the command itself, or another program that runs it.
         env: variables.
 
     Returns:
@@ -114,7 +120,7 @@ def at_terminal(
     """
     screen, end = pty.openpty()
     fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("HHHH", *size, 0, 0))
-    command = [str(Path(sys.executable).parent / "flux-krea"), *map(str, args)]
+    command = [*program, *map(str, args)]
     environment = {name: value for name, value in os.environ.items() if name not in SHOWS_PICTURES} | env
     process = subprocess.Popen(
         command, cwd=cwd, env=environment, stdin=end, stdout=subprocess.PIPE, stderr=end, text=True

@@ -221,9 +221,7 @@ pipeline.FluxPipeline.generate = call"""
     assert err[1:] == ["flux-krea: terminated"]
 
 
-@pytest.mark.parametrize(
-    "moment", ["write_component", "write_component again", "sync_folder", "_place", "after _place"]
-)
+@pytest.mark.parametrize("moment", ["write_component", "write_component again", "sync_path", "_place", "after _place"])
 def test_a_signal_ends_converting_and_leaves_nothing_or_the_whole(tmp_path, moment):
     name = moment.split()[1 if moment.startswith("after") else 0]
     count = 2 if moment.endswith("again") else 1

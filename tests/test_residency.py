@@ -15,6 +15,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from helpers import rel
+from mac import path_of
 from mlx_flux_krea.convert import convert
 
 from mlx_flux_krea import FluxPipeline, residency
@@ -248,7 +249,7 @@ def test_a_disk_that_fails_is_an_error_with_file_and_tensor(copy, monkeypatch):
     original = os.preadv
 
     def preadv(file, buffers, offset):
-        if os.readlink(f"/proc/self/fd/{file}").endswith(shard.name) and offset > shard.stat().st_size // 2:
+        if path_of(file).endswith(shard.name) and offset > shard.stat().st_size // 2:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         return original(file, buffers, offset)
 
@@ -287,7 +288,7 @@ def test_a_slow_disk_is_waited_for_and_the_wait_can_be_ended(copy, monkeypatch):
 @pytest.mark.slow
 def test_no_file_stays_open_and_no_thread_stays_behind(copy):
     def state():
-        return len(os.listdir("/proc/self/fd")), threading.active_count()
+        return len(os.listdir("/dev/fd")), threading.active_count()
 
     pipe = pipe_with_resident(copy, 0)
     pipe(CAT, seed=1, **SMALL)

@@ -20,6 +20,7 @@ import pytest
 from fitted import LICENCE, PICTURE, write_published
 from helpers import ROOT, SHOWS_PICTURES, TOKENIZERS
 from hub import Hub
+from mac import Mac
 from mlx_flux_krea.convert import convert, examine
 from mlx_flux_krea.convert.job import Outline, _may_be_schnell
 from mlx_flux_krea.convert.room import SMALL_FILES, Room, needs_in_turn
@@ -37,6 +38,9 @@ from mlx_flux_krea.provenance import read_record
 
 PROGRAM = f"""
 import dataclasses, json, os, socket, sys
+if "MAC" in os.environ:
+    import mac
+    mac.install(os.environ["MAC"])
 from pathlib import Path
 from mlx_flux_krea import licence
 from mlx_flux_krea.models import config
@@ -140,7 +144,7 @@ def at_terminal(place: Path, *args: str, stop_at: str | None = None, answers: di
 def piped(place: Path, *args: str, **environment) -> subprocess.CompletedProcess:
     """The command without a terminal."""
     command = [sys.executable, "-c", PROGRAM, *args]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)} | environment
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"} | environment
     return subprocess.run(
         command, cwd=place, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
     )
@@ -177,6 +181,28 @@ def test_from_an_empty_home_to_a_picture_at_a_terminal_and_then_without_a_networ
         ran = piped(place, *verb, NO_SOCKETS="1")
         assert ran.returncode == 0, ran.stderr + ran.stdout
         assert verb[0] in ("log", "verify") or str(place) not in ran.stdout
+
+
+@pytest.mark.slow
+def test_on_a_mac_it_calls_what_a_mac_has(published_folders, place, tmp_path):
+    """All of it in one process that may open 256 files, in a locale without letters beyond ASCII."""
+    home, machine = home_of(place), Mac(tmp_path, pytest.MonkeyPatch())
+    machine.undo()
+    digest = hashlib.sha256(LICENCE.encode()).hexdigest()
+    arguments = ["--allow-unknown-filter", *named(published_folders), "--accept-licence", digest, "--json"]
+    ran = piped(place, "setup", *arguments, MAC=str(tmp_path), LC_ALL="C")
+    assert ran.returncode == 0, ran.stderr
+    assert (home / "pictures" / "FLUX.1-Krea-dev-bf16.png").exists()
+    names = (f"models/.{'FLUX.1-Krea-dev-bf16'}", "filters/.nsfw", "filters/.pixtral")
+    excluded = [f"addexclusion {home / name}.flux-krea.partial" for name in names]
+    excluded += [f"addexclusion {home / name}" for name in ("quarantine", "log")]
+    assert sorted(machine.calls("tmutil")) == sorted(excluded)
+    assert set(machine.calls("held")) == {"0"}
+    assert len(machine.calls("caffeinate")) == 4  # each conversion, and the picture
+    synced = machine.calls("F_FULLFSYNC")
+    files = ("licences.json", "config.json", "log/log.jsonl", "log/.head", "models/", "filters/nsfw", "pictures/")
+    assert [name for name in files if not any(str(home / name).rpartition("/")[2] in path for path in synced)] == []
+    assert machine.calls("F_NOCACHE")
 
 
 STOPS = [

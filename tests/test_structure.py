@@ -21,7 +21,7 @@ LEVELS = {
     4: "generator filters",
     3: "request memory residency adapters checkpoint inputs prompts",
     2: "weights provenance credentials home files",
-    1: "models sampling tokenizers worker progress",
+    1: "models sampling tokenizers worker progress macos",
     0: "errors presets licence compat",
 }
 LEVEL = {room: level for level, rooms in LEVELS.items() for room in rooms.split()}

@@ -20,9 +20,9 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from .. import home, licence
+from .. import home, licence, macos
 from ..errors import ModelError, UsageError
-from ..files import read_json, read_small, sha256, written_whole
+from ..files import read_json, read_small, sha256, sync_path, written_whole
 from ..licence import Architecture, Evidence
 from ..models.config import ModelSizes, to_json
 from .parts import Adapter, Facts, open_parts, read_facts, tensors_of
@@ -180,7 +180,9 @@ def install(adapter: Adapter) -> Facts:
     partial = place / f".{folder.name}.{secrets.token_hex(8)}"
     partial.mkdir()
     try:
+        macos.exclude(partial)
         mx.save_safetensors(str(partial / TENSORS), tensors_of(adapter))
+        sync_path(partial / TENSORS)
         with written_whole(partial / FACTS) as file:
             file.write(json.dumps(to_json(facts), indent=1).encode())
         files = {name: {"sha256": sha256(partial / name), "bytes": (partial / name).stat().st_size}
@@ -190,6 +192,7 @@ def install(adapter: Adapter) -> Facts:
         if folder.exists():  # of the same file, for a model of other sizes
             shutil.rmtree(folder)
         partial.rename(folder)
+        sync_path(place)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise

@@ -3,29 +3,32 @@
 Each examination imports its own libraries, so that one that cannot be imported becomes a finding.
 """
 
-import contextlib
+import mmap
 import os
 import platform
 import random
+import re
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
 import click
 
-from mlx_flux_krea import __version__, home
+from mlx_flux_krea import __version__, home, macos
 from mlx_flux_krea.errors import FiltersError, FluxKreaError, ModelError, ResourceError, UsageError, amount
-from mlx_flux_krea.files import bypass, forget
+from mlx_flux_krea.files import bypass, forget, may_exist, sync
 
-from .shared import macos
 from .shared.text import json_text, size, table
 
-_ENOUGH = 2**26  # bytes of a file that shows the speed of a disk
+_SAMPLE = 2**26  # bytes of a file that shows the speed of a disk
 _SECONDS = 1.0  # of reading it, at most
+_ACCELERATED = 5  # number of the first chip with accelerators for matrix products: M5
+_ACCELERATORS_NEED = (26, 2)  # version of macOS
 
 
 class Finding(NamedTuple):
@@ -82,21 +85,15 @@ def without_paths(text: str) -> str:
 
 
 def read_speed(place: Path) -> float:
-    """Measures the bytes per second that a disk reads, from its largest file of weights or from a new file.
+    """Measures the bytes per second that a disk reads, from a new file that never was in the system's cache.
 
     Raises:
-        OSError: the disk cannot be read, or the new file cannot be written.
+        OSError: the file cannot be written or read.
     """
-    files = [path for path in place.rglob("*.safetensors") if path.is_file()] if (place / "models").is_dir() else []
-    largest = max(files, key=lambda path: path.stat().st_size, default=None)
-    with contextlib.ExitStack() as stack:
-        if largest and largest.stat().st_size >= _ENOUGH:
-            file = stack.enter_context(open(largest, "rb", buffering=0))
-        else:
-            file = stack.enter_context(tempfile.TemporaryFile(dir=place, buffering=0))
-            file.write(random.Random(0).randbytes(2**20) * (_ENOUGH // 2**20))
-            os.fsync(file.fileno())
-        bypass(file.fileno())  # cached pages would show the speed of memory
+    with tempfile.TemporaryFile(dir=place, buffering=0) as file:
+        bypass(file.fileno())  # before it is written: macOS takes no page back
+        file.write(random.Random(0).randbytes(2**20) * (_SAMPLE // 2**20))
+        sync(file.fileno())
         forget(file.fileno())
         buffer, count, start = bytearray(2**23), 0, time.perf_counter()
         file.seek(0)
@@ -113,22 +110,76 @@ def _program(full: bool) -> list[Finding]:
     return [Finding("flux-krea", f"{__version__}, with {libraries}"), Finding("Python", built)]
 
 
+def _mlx(full: bool) -> list[Finding]:
+    """Reads MLX's libraries on a Mac as files, for the faults of an installation that no import shows."""
+    spec = find_spec("mlx") if sys.platform == "darwin" else None
+    for place in (spec and spec.submodule_search_locations) or ():
+        library, kernels = Path(place, "lib", "libmlx.dylib"), Path(place, "lib", "mlx.metallib")
+        if not library.is_file():
+            continue
+        known = _holds(library, b"MLX_CONV_WINOGRAD")
+        problem = None if known else UsageError(
+            "this mlx does not know MLX_CONV_WINOGRAD, and decodes pictures with errors of several percent",
+            "a library of mlx 0.32.4 or later", "install it again: pip install --force-reinstall mlx",
+        )  # fmt: skip
+        problem = problem or _wrong_wheel(kernels)
+        return [Finding("mlx's library", "fits this chip and this macOS", problem)]
+    return []
+
+
+def _wrong_wheel(kernels: Path) -> UsageError | None:
+    """Returns the error for a library that was made for another macOS than an M5 or a later chip needs.
+
+    Wheels for macOS 26 hold kernels (named *_nax) for the accelerators in these chips. They need macOS 26.2, and are
+    used on 26.0 and 26.1 too (ml-explore/mlx#4525).
+    """
+    chip = re.match(r"Apple M(\d+)", macos.sysctl("machdep.cpu.brand_string") or "")
+    if not chip or int(chip[1]) < _ACCELERATED or not kernels.is_file():
+        return None
+    found, has_kernels = _macos_version(), _holds(kernels, b"_nax")
+    is_enough = _numbers(found) >= _ACCELERATORS_NEED
+    if has_kernels and not is_enough:
+        ahead = f"this mlx uses the accelerators of the {chip[0]}, which macOS {found} cannot do"
+        return UsageError(ahead, "macOS 26.2 or later", "update macOS")
+    if is_enough and not has_kernels:
+        slow = (
+            "this mlx was made for an older macOS: without the chip's accelerators its products take 2.7 times as long"
+        )
+        todo = "make a new environment with a newer Python, which asks for it: uv venv --python 3.13"
+        return UsageError(slow, "the wheel of mlx-metal for macOS 26", todo)
+    return None
+
+
+def _macos_version() -> str:
+    """Returns the version of macOS; a Python made for an older one is told 16.0 for 26."""
+    return macos.sysctl("kern.osproductversion") or platform.mac_ver()[0]
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", text))
+
+
+def _holds(path: Path, text: bytes) -> bool:
+    """Returns True where a file holds these bytes."""
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        return mapped.find(text) >= 0
+
+
 def _machine(full: bool) -> list[Finding]:
     import mlx.core as mx
 
-    from mlx_flux_krea.memory import machine_memory
+    from mlx_flux_krea.memory import machine_memory, physical_memory
 
     from .shared.estimates import device
 
-    system = f"macOS {platform.mac_ver()[0]}" if sys.platform == "darwin" else platform.system()
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    system = f"macOS {_macos_version()}" if sys.platform == "darwin" else platform.system()
     wired = macos.sysctl("iogpu.wired_limit_mb")
     limit = "" if wired is None else f", wired limit {'the default' if wired == '0' else f'{wired} MB'}"
     backend = "Metal" if mx.default_device().type == mx.DeviceType.gpu else "CPU"
     return [
         Finding("system", f"{system}, {platform.release()}"),
         Finding("chip", f"{device()}, {amount(os.cpu_count() or 1, 'core')}, MLX on {backend}"),
-        Finding("memory", f"{size(memory)}, of which {size(machine_memory())} may be used{limit}"),
+        Finding("memory", f"{size(physical_memory())}, of which {size(machine_memory())} may be used{limit}"),
     ]
 
 
@@ -160,7 +211,7 @@ def _filter(name: str, required: bool, full: bool) -> Finding:
     from .shared.terminal import Console
 
     label, path = f"filter {name}", home.path(home.FILTERS, name)
-    if not path.is_dir():
+    if not may_exist(path):
         missing = FiltersError("not installed, and a model here requires it", "", "flux-krea setup")
         return Finding(label, "not installed", missing if required else None)
     if problem := trials.problem(name):
@@ -207,6 +258,7 @@ def _models(full: bool) -> list[Finding]:
 
 _EXAMINATIONS: dict[str, Callable[[bool], list[Finding]]] = {
     "program": _program,
+    "mlx's library": _mlx,
     "machine": _machine,
     "disk": _disk,
     "hub login": _hub,

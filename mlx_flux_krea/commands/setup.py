@@ -10,14 +10,14 @@ from typing import Any
 
 import click
 
-from mlx_flux_krea import FluxPipeline, Request, home
+from mlx_flux_krea import FluxPipeline, Request, home, macos
 from mlx_flux_krea.convert import Report, examine, hub
 from mlx_flux_krea.convert.folder import check_disk
 from mlx_flux_krea.convert.job import Outline
 from mlx_flux_krea.convert.room import needs_in_turn, shares_disk
 from mlx_flux_krea.convert.sources import is_model_folder
 from mlx_flux_krea.errors import FiltersError, FluxKreaError, ModelError, ResourceError, UsageError, printable
-from mlx_flux_krea.files import sha256_if_exists
+from mlx_flux_krea.files import may_exist, sha256_if_exists
 from mlx_flux_krea.filters import acknowledgement
 from mlx_flux_krea.filters.ledger import Ledger
 from mlx_flux_krea.licence import PAGE as LICENCE_PAGE
@@ -27,7 +27,7 @@ from mlx_flux_krea.presets import CHECKS, CHIPS, FIRST_PROMPT, PROPOSED_PRECISIO
 from mlx_flux_krea.provenance import read_record
 from mlx_flux_krea.weights import ModelFolder, open_model
 
-from .shared import estimates, macos, settings, signals, trials
+from .shared import estimates, settings, signals, trials
 from .shared.conversion import convert_sources
 from .shared.installed import find_installed, missing_parts
 from .shared.on_disk import REPOSITORIES, PartSource, Search, find_sources
@@ -254,8 +254,8 @@ def _lacks_self_test(name: str) -> bool:
     """True where a filter is complete except for its self-test, since setup was interrupted there."""
     folder = home.path(home.FILTERS, name)
     try:
-        return not (folder / SELF_TEST).exists() and missing_parts(folder) is None
-    except ModelError:
+        return not may_exist(folder / SELF_TEST) and missing_parts(folder) is None
+    except (ModelError, PermissionError):
         return False
 
 
@@ -472,7 +472,7 @@ def _filters(it: Installation) -> str:
         return "none: you review every picture" if it.check else "this model requires none"
     for name in _FILTERS:
         if name in it.sources:
-            allowed, is_there = it.options["allow_unknown_filter"], home.path(home.FILTERS, name).exists()
+            allowed, is_there = it.options["allow_unknown_filter"], may_exist(home.path(home.FILTERS, name))
             _convert(it, name, quantize=None, force=is_there, allow_unknown_filter=allowed)
         elif _lacks_self_test(name):
             trials.record(name, home.path(home.FILTERS, name), it.console)

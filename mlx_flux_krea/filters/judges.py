@@ -20,7 +20,7 @@ from PIL import Image
 
 from .. import home
 from ..errors import FiltersError, FluxKreaError, Interrupted, ResourceError, amount, gpu_error
-from ..files import parse_json, read_small, sha256_if_exists, written_whole
+from ..files import may_exist, parse_json, read_small, sha256_if_exists, written_whole
 from ..memory import GB, machine_memory
 from ..models import pixtral, vit
 from ..models.filter_config import NSFW_SHA256, NSFW_VIT, SELF_TEST, PixtralConfig, ViTConfig
@@ -83,7 +83,7 @@ def open_judges(make_run: MakeRun = lambda parts, run: run) -> dict[str, Judge]:
         FiltersError: a filter is missing or damaged, or does not answer as it did when it was converted.
     """
     judges, folder = {}, home.path(home.FILTERS)
-    missing = [name for name in FILTERS if not (folder / name).is_dir()]
+    missing = [name for name in FILTERS if not may_exist(folder / name)]
     if missing:
         names = " and ".join(missing) + (" are" if len(missing) > 1 else " is")
         found = f"content filters are to check this run, and {names} not in {folder}"

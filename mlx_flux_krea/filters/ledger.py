@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from .. import home
+from .. import home, macos
 from ..errors import FiltersError, FluxKreaError, ResourceError, UsageError
 from ..files import read_json, read_small, remove_partials, replacing, sha256_if_exists, try_lock, written_whole
 from ..provenance import SOFTWARE, Picture, opened, read_record
@@ -109,6 +109,7 @@ class Ledger:
         self.quarantine = self.root / home.QUARANTINE
         for folder in (self.quarantine, self.root / home.LOG):
             _make_private(folder)
+            macos.exclude(folder)
         self.log = Log(self.root / home.LOG)
 
     @contextlib.contextmanager

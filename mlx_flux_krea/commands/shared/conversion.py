@@ -3,12 +3,13 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from mlx_flux_krea import macos
 from mlx_flux_krea.convert import Report
 from mlx_flux_krea.convert import convert as run_converter
 from mlx_flux_krea.home import named
 from mlx_flux_krea.weights import FILTERS
 
-from . import macos, signals, trials
+from . import signals, trials
 from .terminal import ByteProgress, Console
 
 
@@ -30,7 +31,6 @@ def convert_sources(sources: Sequence[str | Path], output: Path | None, console:
             report = run_converter([named(source) for source in sources], output, progress=progress, **options)
         finally:
             progress.close()
-        macos.exclude(report.path if output else report.path.parent)
         name = report.components[0].name
         if name in FILTERS:
             signals.let_go()  # after an interrupt here, the next `setup` runs the self-test

@@ -10,7 +10,7 @@ from typing import cast
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from mlx_flux_krea import home, memory, presets
+from mlx_flux_krea import home, macos, memory, presets
 from mlx_flux_krea.convert.folder import existing
 from mlx_flux_krea.convert.quantize import QuantizationRecipe, choose
 from mlx_flux_krea.errors import ResourceError
@@ -18,8 +18,6 @@ from mlx_flux_krea.filters.instructions import CANARIES
 from mlx_flux_krea.models.config import FluxConfig, ModelSizes
 from mlx_flux_krea.models.filter_config import NSFW_VIT, PIXTRAL_12B, PixtralConfig, ViTConfig
 from mlx_flux_krea.weights import build, layer_widths
-
-from . import macos
 
 _NETWORK = 12.5e6  # bytes per second: 100 Mbit/s
 _CONVERSION = 0.25e9  # bytes of a source per second, with a laptop's disk and memory

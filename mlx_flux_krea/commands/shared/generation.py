@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from mlx_flux_krea import FluxPipeline
+from mlx_flux_krea import FluxPipeline, macos
 from mlx_flux_krea.errors import FluxKreaError, ModelError, PartlyDone, UsageError, Withheld, amount, printable
 from mlx_flux_krea.files import sha256_if_exists
 from mlx_flux_krea.home import find_model
@@ -13,7 +13,7 @@ from mlx_flux_krea.prompts import cut_notes, tokenize
 from mlx_flux_krea.tokenizers import Tokens
 from mlx_flux_krea.weights import open_model
 
-from . import macos, signals
+from . import signals
 from .delivery import Delivery
 from .jobs import (
     PictureJob,

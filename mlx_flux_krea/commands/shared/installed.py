@@ -5,7 +5,7 @@ from pathlib import Path
 
 from mlx_flux_krea import home
 from mlx_flux_krea.errors import ModelError, amount
-from mlx_flux_krea.files import read_json
+from mlx_flux_krea.files import may_exist, read_json
 from mlx_flux_krea.filters.judges import FILTERS
 from mlx_flux_krea.weights import ModelFolder, open_folder
 
@@ -49,7 +49,7 @@ def find_installed() -> list[Installed]:
     """
     models, chosen = home.installed_models(), home.default_model()
     default = chosen or (next(iter(models)) if len(models) == 1 else None)
-    filters = {name: path for name in FILTERS if (path := home.path(home.FILTERS, name)).is_dir()}
+    filters = {name: path for name in FILTERS if may_exist(path := home.path(home.FILTERS, name))}
     return [_examine("model", path, is_default=name == default) for name, path in models.items()] + [
         _examine("filter", path) for name, path in filters.items()
     ]
@@ -68,10 +68,14 @@ def built_in(always: bool = False) -> list[Installed]:
 
 
 def disk_bytes(path: Path) -> int:
-    """Returns the bytes of a file, or of all files in a folder. Links are not followed."""
-    if path.is_symlink() or not path.is_dir():
-        return path.lstat().st_size
-    return sum(disk_bytes(child) for child in path.iterdir())
+    """Returns the bytes of a file, or of all files in a folder that may be seen. Links are not followed."""
+    try:
+        if path.is_symlink() or not path.is_dir():
+            return path.lstat().st_size
+        children = list(path.iterdir())
+    except PermissionError:
+        return 0
+    return sum(map(disk_bytes, children))
 
 
 def missing_parts(path: Path) -> str | None:
@@ -93,6 +97,9 @@ def _examine(kind: str, path: Path, *, name: str | None = None, is_default: bool
     count, name = disk_bytes(path.resolve()), name or path.name
     try:
         folder, problem = open_folder(path), missing_parts(path)
+    except PermissionError as error:
+        problem = f"{error.filename or path} cannot be read: {error.strerror}"
+        return Installed(name=name, kind=kind, path=path, bytes=count, default=is_default, problem=problem)
     except ModelError as error:
         return Installed(name=name, kind=kind, path=path, bytes=count, default=is_default, problem=str(error))
     network, filters = next(iter(folder.networks.values())), ""

@@ -105,7 +105,7 @@ class Search:
         others = ", ".join(program for program, places in self.looked.items() if not places)
         lines = [f"looked in {'; '.join(f'{program}: {places}' for program, places in short.items())}"] if short else []
         lines += [f"found no folder of {others}"] if others else []
-        for folder in self.refused:
+        for folder in (one for one in self.refused if not set(one.parents) & set(self.refused)):
             allow = "allow it in System Settings, Privacy & Security" if sys.platform == "darwin" else "change its mode"
             lines.append(f"the system refuses to show {_short(folder)}: {allow}, or name the files with --model")
         return lines + self.notes

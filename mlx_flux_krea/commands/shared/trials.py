@@ -44,6 +44,8 @@ def problem(name: str) -> str | None:
             return missing
         folder.check()
         read_json(folder.path / SELF_TEST)
+    except PermissionError as error:
+        return f"{error.filename or name} cannot be read: {error.strerror}"
     except FluxKreaError as error:
         return str(error)
     return None

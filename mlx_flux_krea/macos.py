@@ -1,4 +1,4 @@
-"""Services of macOS: the machine stays awake, model folders stay out of indexes and backups, the system is identified.
+"""Services of macOS: the machine stays awake, folders stay out of indexes and backups, the system is identified.
 
 On other systems these functions do nothing. Failures are ignored, since no run depends on them.
 """
@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from mlx_flux_krea.errors import UsageError
+from .errors import UsageError
 
 _PATIENCE = 5  # seconds for a killed program to end
 NEVER_INDEX = ".metadata_never_index"  # Spotlight ignores a folder that holds a file of this name
@@ -37,12 +37,16 @@ def awake() -> Iterator[None]:
 
 
 def exclude(folder: Path) -> None:
-    """Keeps a folder of weights, which can be made again, out of Spotlight and Time Machine."""
-    if sys.platform != "darwin":
+    """Keeps a folder out of Spotlight and Time Machine, from before it is filled.
+
+    It holds weights, which can be made again, or what nobody but its owner shall see. Its mark stays when the folder is
+    renamed; a folder with the mark is left as it is, so that this costs time once.
+    """
+    if sys.platform != "darwin" or os.path.lexists(folder / NEVER_INDEX):
         return
+    run("tmutil", "addexclusion", str(folder))  # sets com.apple.metadata:com_apple_backup_excludeItem on the folder
     with contextlib.suppress(OSError):
         (folder / NEVER_INDEX).touch()
-    run("tmutil", "addexclusion", str(folder))  # sets com.apple.metadata:com_apple_backup_excludeItem on the folder
 
 
 def sysctl(name: str) -> str | None:
