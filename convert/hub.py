@@ -71,12 +71,13 @@ def is_repo_id(source: str | Path) -> bool:
     return bool(_REPO_ID.fullmatch(str(source))) and not os.path.lexists(source)
 
 
-def look(repo: str, offline: bool = False) -> Listing:
+def look(repo: str, offline: bool = False, wanted: Callable[[list[str]], list[str]] | None = None) -> Listing:
     """Lists the files of a repository that a conversion needs, with their bytes in the cache.
 
     Args:
         repo: OWNER/NAME.
         offline: use only the cache; $HF_HUB_OFFLINE means the same.
+        wanted: selects other files among all names.
 
     Raises:
         ModelError: no such repository, access denied, hub not reachable, not in the cache, or nothing to convert.
@@ -90,7 +91,7 @@ def look(repo: str, offline: bool = False) -> Listing:
         info = _info(repo)
         commit, gated, licences = info.sha, bool(info.gated), _licences(info)
         known = _files(info)
-    names = _needed(known)
+    names = wanted(sorted(known)) if wanted else _needed(known)
     if not any(name.endswith(WEIGHTS) for name in names):
         raise ModelError(f"{repo} holds no weights that can be converted", *_ONE_BY_ONE)
     for name in names:

@@ -14,9 +14,11 @@ import mlx.core as mx
 from foreign import published
 from helpers import DATA
 
+from mlx_flux_krea import home
 from mlx_flux_krea.adapters.parts import Adapter, Facts
 from mlx_flux_krea.adapters.reading import read
 from mlx_flux_krea.models.config import ModelSizes
+from mlx_flux_krea.weights import layer_shapes, open_model
 
 BYTES = {"F32": 4, "F64": 8, "I32": 4}
 
@@ -83,3 +85,15 @@ def turbo_keys() -> dict[str, tuple[str, Sequence[int]]]:
 def save(path: Path, arrays: dict[str, mx.array], **metadata: str) -> Path:
     mx.save_safetensors(str(path), arrays, metadata)
     return path
+
+
+def small(path: Path, seed: int = 1, **metadata: str) -> Path:
+    """A LoRA for the model that comes with the package: random, and strong enough to be seen."""
+    sizes = open_model(home.NANO).flux.sizes
+    keys, arrays = mx.random.split(mx.random.key(seed), 1000), {}
+    for n, (layer, (rows, width)) in enumerate(layer_shapes("transformer", sizes).items()):
+        if "blocks" in layer:
+            name = f"lora_unet_{layer.replace('.', '_')}"
+            arrays[f"{name}.lora_down.weight"] = mx.random.normal((2, width), key=keys[2 * n]) / 8
+            arrays[f"{name}.lora_up.weight"] = mx.random.normal((rows, 2), key=keys[2 * n + 1]) / 8
+    return save(path, {name: array.astype(mx.float16) for name, array in arrays.items()}, **metadata)

@@ -5,7 +5,7 @@ Files that the commands name are made by the test: see `test_mistaken.FILES`.
 
 from mlx_flux_krea.presets import MAX_SIDE
 
-LORA = "adapters (LoRA) are not supported yet"
+LORA = "write --lora FILE=0.8"
 G = 'generate "a frog" -m nano '
 Q = 'generate "a frog" -m nano --steps 1 --seed 1 '
 
@@ -78,7 +78,7 @@ ROWS = [
     (G + "--auto-seeds 4", 2, "write -n 4"),
     (G + "--output-path a.png", 2, "write -o FILE"),
     (G + "--outdir pictures", 2, "write -o FOLDER"),
-    (G + "--lora x.safetensors", 2, LORA),
+    (G + "--lora x.safetensors", 3, "no adapter 'x.safetensors'"),
     (G + "--lora-paths x", 2, LORA, "mflux"),
     (G + "--lora-scales 0.8", 2, LORA),
     (G + "--lora_scale 0.8", 2, LORA),
@@ -213,7 +213,7 @@ ROWS = [
     ("generate a frog on a log -m nano", 2, "follows the prompt", 'flux-krea generate "a frog on a log"'),
     ("demo a frog", 2, "follows the prompt", 'flux-krea demo "a frog on a log"'),
     ("generate '   ' -m nano", 2, "the prompt is blank"),
-    ("generate 'a frog <lora:x:0.8>' -m nano", 2, "<lora:x:0.8>", LORA),
+    ("generate 'a frog <lora:x:0.8>' -m nano", 2, "'x', which is not installed", "models add FILE"),
     ("generate '{a|b' -m nano", 2, "alternatives are not closed"),
     (G + "--prompts a.txt", 2, "PROMPT and --prompts are both given"),
     ("generate -m nano --prompts missing.txt", 2, "missing.txt cannot be read: No such file or directory"),

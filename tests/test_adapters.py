@@ -576,6 +576,7 @@ def test_the_record_names_hash_weight_and_count(pipe, tmp_path):
 # --- installed ones ---
 
 
+@pytest.mark.slow
 def test_a_file_is_installed_when_it_is_first_used_and_found_by_its_hash(pipe, home, tmp_path):
     copy = tmp_path / "my adapter!.safetensors"
     copy.write_bytes(files.reference("dora_peft").read_bytes())

@@ -13,6 +13,7 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
+import adapters
 import judges
 import mlx.core as mx
 import nano as judging
@@ -498,6 +499,24 @@ def test_what_a_shell_may_not_draw_it_does_not_draw_whenever_that_is_said(run, f
         lines += [*(f"/{name}" for name in options), "/width 32", "/height 32", CROSS]
         code, out, err = run("shell", "-m", "nano", *QUICK, "--force", reads="\n".join(lines))
         assert (code, out, says in err) == (7, "out.png\n", True), err
+
+
+@shows("generate", "--lora")
+def test_an_adapter_changes_what_is_drawn(draw, tmp_path):
+    path = adapters.small(tmp_path / "style.safetensors")
+    plain, half, whole = (data(draw(*more, how=QUICK))[0] for more in ([], ["--lora", f"{path}=0.5"], ["--lora", path]))
+    assert len({plain, half, whole}) == 3
+
+
+@shows("shell", "--lora")
+@pytest.mark.slow
+def test_a_shell_takes_adapters_in_its_options_and_in_lines(run, tmp_path):
+    path = adapters.small(tmp_path / "style.safetensors")
+    _, out, err = run("shell", "-m", "nano", *QUICK, "--lora", path, reads="\n".join([CROSS, "/lora", CROSS]))
+    assert len(out.split()) == 2, err
+    _, again, err = run("shell", "-m", "nano", *QUICK, reads="\n".join([f"/lora {path}", CROSS]))
+    first, second, third = data(tmp_path / name for name in (*out.split(), *again.split()))
+    assert first == third != second
 
 
 # --- all of them ---

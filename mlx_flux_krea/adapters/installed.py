@@ -127,6 +127,8 @@ def missing(text: str) -> ModelError:
     if is_hub_source(text):
         return ModelError(f"the adapter {text} was not fetched", names, f"fetch it: flux-krea models add {text}")
     todo = "install a file: flux-krea models add FILE, or OWNER/NAME:FILE on the hub"
+    if text.partition("=")[0] in installed():
+        todo = "a weight is a number: NAME=0.8"
     return ModelError(f"there is no adapter {text!r}", f"a file, or an installed one ({names})", todo)
 
 

@@ -82,6 +82,15 @@ def outline(path: Path, sizes: ModelSizes) -> AdapterOutline:
     return found
 
 
+def looks_like_adapter(path: Path) -> bool:
+    """True where a safetensors file names the parts of an adapter's formula."""
+    if path.suffix.lower() != ".safetensors" or not path.is_file():
+        return False
+    infos, _ = read_header(path)
+    split = (names.split(name) for name in infos)
+    return any(found and found[1] in ("down", "up", "hada_w1_a", "lokr_w1", "lokr_w1_a", "diff") for found in split)
+
+
 def read(path: Path, sizes: ModelSizes, facts: Facts) -> Adapter:
     """Reads an adapter file for a model.
 
@@ -109,8 +118,8 @@ def read(path: Path, sizes: ModelSizes, facts: Facts) -> Adapter:
 def described(found: AdapterOutline, facts: Facts, parts: Iterable[Part] = ()) -> Facts:
     """Returns an adapter's facts with what its file says: kinds, ranks, words, licence, the preset for few steps."""
     parts = list(parts)
-    kinds = Counter(part.kind for part in parts)
-    ranks = {part.rank for part in parts if part.rank is not None}
+    kinds = Counter(part.kind for part in parts) or _kinds_of(found)
+    ranks = {part.rank for part in parts if part.rank is not None} or _ranks_of(found)
     metadata = found.metadata
     stated = [str(value) for key, value in metadata.items() if _LICENCES.search(key) and isinstance(value, str)]
     words = dict.fromkeys(text for key in _TRIGGERS if (text := str(metadata.get(key) or "").strip()))
@@ -132,6 +141,23 @@ def described(found: AdapterOutline, facts: Facts, parts: Iterable[Part] = ()) -
         preset=preset[0],
         published=preset[1],
     )
+
+
+def _kinds_of(found: AdapterOutline) -> Counter[str]:
+    """Counts the formulas by the names of a header."""
+    kinds: Counter[str] = Counter()
+    for _, fields in found.groups.values():
+        signs = (("down", "LoRA"), ("hada_w1_a", "LoHa"), ("lokr_w1", "LoKr"), ("lokr_w1_a", "LoKr"), ("set", "norm"))
+        kind = next((kind for sign, kind in signs if sign in fields), "full")
+        lengths = fields.keys() & {"magnitude", "dora_scale"}
+        kinds["DoRA" if lengths and kind == "LoRA" else f"DoRA ({kind})" if lengths else kind] += 1
+    return kinds
+
+
+def _ranks_of(found: AdapterOutline) -> set[int]:
+    fields = (fields for _, fields in found.groups.values())
+    factors = (one.get("down") or one.get("hada_w1_b") for one in fields)
+    return {found.infos[name].shape[0] for name in factors if name}
 
 
 # --- scales ---

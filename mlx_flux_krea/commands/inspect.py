@@ -7,14 +7,20 @@ from typing import Any
 import click
 
 from mlx_flux_krea import home
+from mlx_flux_krea.adapters.installed import FACTS, Origin, installed, with_licence
+from mlx_flux_krea.adapters.parts import Facts, read_facts
+from mlx_flux_krea.adapters.reading import described, looks_like_adapter, outline
 from mlx_flux_krea.convert.layouts import identify
 from mlx_flux_krea.convert.sources import is_model_folder, open_sources
 from mlx_flux_krea.errors import ModelError, amount, printable
-from mlx_flux_krea.models.config import quantization_to_json, to_json
+from mlx_flux_krea.files import sha256
+from mlx_flux_krea.models.config import FLUX_DEV_MODEL, quantization_to_json, to_json
 from mlx_flux_krea.provenance import FORMATS, read_picture
-from mlx_flux_krea.weights import ModelFolder, count_parameters, open_folder
+from mlx_flux_krea.weights import ModelFolder, count_parameters, open_folder, open_model
 
 from .shared.answers import nearest
+from .shared.installed import formulas
+from .shared.loras import known_models
 from .shared.options import FILE
 from .shared.text import flattened, json_text, number, size, table
 
@@ -23,9 +29,9 @@ from .shared.text import flattened, json_text, number, size, table
 @click.argument("path", type=FILE)
 @click.option("--json", "as_json", is_flag=True, help="Print all facts as JSON.")
 def inspect(path, as_json):
-    """Describe a model, other weights, or a picture made here.
+    """Describe a model, an adapter, other weights, or a picture made here.
 
-    PATH is a file or folder, or the name of an installed model.
+    PATH is a file or folder, or the name of an installed model or adapter.
 
     \b
     Examples:
@@ -34,15 +40,19 @@ def inspect(path, as_json):
     """
     path = home.named(path)
     if not path.exists():
+        path = installed().get(str(path), path)
+    if not path.exists():
         beside = [at.name for at in path.parent.glob("*")] if path.parent.is_dir() else []
-        near = nearest(path.name, [home.NANO_NAME, *home.installed_models(), *beside])
+        near = nearest(path.name, [home.NANO_NAME, *home.installed_models(), *installed(), *beside])
         raise ModelError(f"there is nothing at {path}", "a file or a folder", f"did you mean {near}?" if near else "")
     if path.suffix.lower() in FORMATS:
         facts, lines = _picture(path)
     elif is_model_folder(path):
         facts, lines = _model(path)
+    elif (path / FACTS).is_file():
+        facts, lines = _adapter(read_facts(path / FACTS), path)
     else:
-        facts, lines = _foreign(path)
+        facts, lines = _foreign_adapter(path) if looks_like_adapter(path) else _foreign(path)
     click.echo(json_text(facts) if as_json else "\n".join(map(printable, lines.split("\n"))))
 
 
@@ -91,6 +101,51 @@ def _model(path: Path) -> tuple[dict[str, Any], str]:
         for n, c in components.items()
     ]
     return facts, table(about) + "\n\n" + table(rows, right=(2, 3, 4))
+
+
+def _foreign_adapter(path: Path) -> tuple[dict[str, Any], str]:
+    """Describes an adapter file; of one that fits no model, its tensors and the reason."""
+    try:
+        return _adapter(_outlined(path), path)
+    except ModelError as error:
+        facts, lines = _foreign(path)
+        return facts | {"problem": str(error)}, f"{lines}\nas an adapter: {error}"
+
+
+def _outlined(path: Path) -> Facts:
+    """Returns what an adapter's header says, for the first of the known models that it fits.
+
+    Raises:
+        ModelError: it fits none: the error of FLUX.1.
+    """
+    first = None
+    for sizes in (FLUX_DEV_MODEL, *(open_model(folder).sizes for folder in known_models())):
+        try:
+            found = outline(path, sizes)
+        except ModelError as error:
+            first = first or error
+            continue
+        facts = described(found, Facts(name=path.stem, source=str(path.absolute()), sha256=sha256(path)))
+        return with_licence(facts, path, Origin(facts.source), sizes.flux.architecture)
+    raise first or ModelError(f"{path} fits no model")
+
+
+def _adapter(facts: Facts, path: Path) -> tuple[dict[str, Any], str]:
+    """Describes an adapter."""
+    steps, guidance, weight = facts.preset or (0, 0, 0)
+    about = [
+        ("adapter", facts.name),
+        ("source", facts.source),
+        ("sha256", facts.sha256),
+        ("formulas", formulas(facts.kinds, facts.ranks)),
+        ("fits", f"{facts.count} modules" + (" (control: needs a control image)" if facts.control else "")),
+        ("does not fit", ", ".join(facts.dropped)),
+        ("words", ", ".join(facts.triggers)),
+        ("published for", f"{steps:g} steps, guidance {guidance:g}, weight {weight:g}" if facts.preset else ""),
+        ("licence", ", ".join(facts.license) or "not stated"),
+        ("filters", f"required: {facts.dev}" if facts.dev else "it adds no requirement"),
+    ]
+    return {"kind": "adapter", "path": str(path), **to_json(facts)}, table([row for row in about if row[1]])
 
 
 def _foreign(path: Path) -> tuple[dict[str, Any], str]:

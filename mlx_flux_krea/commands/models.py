@@ -1,6 +1,7 @@
-"""flux-krea models: lists, removes and chooses the default model."""
+"""flux-krea models: lists and removes models and adapters, adds adapters, and chooses the default model."""
 
 import difflib
+import shlex
 from dataclasses import asdict
 
 import click
@@ -10,8 +11,8 @@ from mlx_flux_krea.convert.folder import remove_folder
 from mlx_flux_krea.errors import ModelError
 from mlx_flux_krea.weights import open_model
 
-from .shared import settings
-from .shared.installed import BUILT_IN, Installed, built_in, find_installed
+from .shared import loras, settings
+from .shared.installed import BUILT_IN, Installed, built_in, find_installed, formulas
 from .shared.terminal import Console, confirmed
 from .shared.text import json_text, size, table
 
@@ -20,7 +21,7 @@ from .shared.text import json_text, size, table
 @click.option("--json", "as_json", is_flag=True, help="Print the list as JSON.")
 @click.pass_context
 def models(context, as_json):
-    """List the installed models and filters.
+    """List the installed models, adapters and filters.
 
     Files are checked by size; `flux-krea verify` checks every byte.
 
@@ -28,6 +29,7 @@ def models(context, as_json):
     Examples:
       flux-krea models
       flux-krea models default FLUX.1-Krea-dev-8bit
+      flux-krea models add alimama-creative/FLUX.1-Turbo-Alpha
       flux-krea models rm FLUX.1-Krea-dev-4bit
     """
     if context.invoked_subcommand:
@@ -38,7 +40,8 @@ def models(context, as_json):
     else:
         rows = [("name", "", "size", "precision", "licence", "")]
         for one in installed:
-            state = one.problem or ("default" if one.default else "")
+            words = f"words: {', '.join(one.triggers)}" if one.triggers else ""
+            state = one.problem or ("default" if one.default else words)
             rows.append((one.name, one.kind, size(one.bytes), one.precision, one.license, state))
         click.echo(table(rows, right=(2,)))
         if not any(one.kind == "model" for one in installed):
@@ -55,11 +58,24 @@ def default(name):
 
 
 @models.command()
+@click.argument("source")
+@click.option("--name", help="Name for --lora and <lora:NAME:WEIGHT>.  [default: the file's]")
+def add(source, name):
+    """Install the adapter SOURCE (LoRA, LoKr, LoHa, DoRA): a file, or OWNER/NAME[:FILE] on the hub."""
+    console = Console()
+    with console.library_notes():
+        facts = loras.add(source, name)
+    words = f"; its prompt needs: {', '.join(facts.triggers)}" if facts.triggers else ""
+    console.say(f"{facts.name} is installed: {formulas(facts.kinds, facts.ranks)}, fits {facts.count}{words}")
+    console.say(f"use it: flux-krea generate PROMPT --lora {shlex.quote(facts.name)}=1")
+
+
+@models.command()
 @click.argument("name")
 @click.option("--yes", is_flag=True, help="Delete without asking.")
 def rm(name, yes):
-    """Delete the model or filter NAME."""
-    console, one = Console(), _find(name, ("model", "filter"))
+    """Delete the model, adapter or filter NAME."""
+    console, one = Console(), _find(name, ("model", "adapter", "filter"))
     if not confirmed(f"delete {one.path}, {size(one.bytes)}", yes):
         console.say("nothing was deleted")
         return
@@ -71,7 +87,7 @@ def rm(name, yes):
 
 
 def _find(name: str, kinds: tuple[str, ...]) -> Installed:
-    """Finds a model or filter by name; a model comes before a filter of the same name.
+    """Finds a model, adapter or filter by name; a model comes before others of the same name.
 
     Raises:
         ModelError: there is none, or none of these kinds.

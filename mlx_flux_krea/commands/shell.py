@@ -1,7 +1,6 @@
 """flux-krea shell: prompts line by line, with the model in memory."""
 
 import contextlib
-import difflib
 import os
 import shutil
 import sys
@@ -17,6 +16,7 @@ from mlx_flux_krea import FluxPipeline, home
 from mlx_flux_krea.errors import FluxKreaError, PartlyDone, UsageError, amount, printable
 
 from .shared import settings, signals
+from .shared.answers import nearest
 from .shared.generation import OF_THE_PIPELINE, Generation, open_pipeline, over_config
 from .shared.jobs import merge
 from .shared.options import LASTING, OPTIONS, GeneratingCommand, cast, given_options, with_option_names
@@ -129,9 +129,9 @@ class _Session:
             return
         name = command.lstrip("-").replace("-", "_").lower()
         if name not in self._given:
-            near = difflib.get_close_matches(name, (*WORDS, *LASTING), 1)
-            if near and near[0] != name:
-                raise UsageError(f"there is no command /{command}", "", f"did you mean /{near[0].replace('_', '-')}?")
+            near = nearest(name, (*WORDS, *LASTING))
+            if near and near != name:
+                raise UsageError(f"there is no command /{command}", "", f"did you mean /{near.replace('_', '-')}?")
             raise UsageError(f"/{command} has no value, and is not set", "/NAME VALUE", "see /help")
         self._given = {n: v for n, v in self._given.items() if n != name}
 

@@ -26,6 +26,7 @@ from .jobs import (
     sheet_name,
     tool_notes,
 )
+from .loras import Loras, announce, with_adapters
 from .options import POLICY, with_option_names
 from .output import check_outcomes, check_output, meant_for
 from .preview import Preview, make_preview
@@ -125,7 +126,15 @@ class Generation:
             check_output(sheet)
 
         pipe = self._pipe or open_pipeline(base)
-        prepared = _usable(jobs, lambda job: prepare(job, pipe.folder, run.images), skipped)
+        loras, adapters = Loras(pipe), []
+
+        def prepared_job(job: PictureJob) -> PreparedJob:
+            own = loras.of(job)
+            ready = prepare(job, pipe.folder, run.images, adapters=own.weights, preset=own.preset)
+            adapters.append(own)
+            return with_adapters(ready, own)
+
+        prepared = _usable(jobs, prepared_job, skipped)
         if not prepared and not run.done:
             where, error = skipped[0]
             raise UsageError(f"no row can be used; {where}: {error}")
@@ -138,6 +147,7 @@ class Generation:
             run.skipped[where] = reason
         run.jobs[len(run.done) :] = [p.job for p in prepared]
         if prepared:
+            announce(adapters, self._console)
             _announce(pipe, base, prepared=prepared, console=self._console)
         with resumable(run, pipe.folder, self._console), macos.awake():
             self._generate(pipe, run, prepared=prepared, sheet=sheet, preview=preview)

@@ -1,9 +1,12 @@
-"""Models and filters in the home folder, read from JSON and file sizes; no file of weights is opened."""
+"""Models, adapters and filters in the home folder, read from JSON and file sizes; no file of weights is opened."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from mlx_flux_krea import home
+from mlx_flux_krea.adapters.installed import FACTS, installed
+from mlx_flux_krea.adapters.parts import read_facts
 from mlx_flux_krea.errors import ModelError, amount
 from mlx_flux_krea.files import may_exist, read_json
 from mlx_flux_krea.filters.judges import FILTERS
@@ -14,17 +17,18 @@ BUILT_IN = "built in"  # kind of the small model, which cannot be removed
 
 @dataclass(frozen=True, kw_only=True)
 class Installed:
-    """An installed model or filter. Of a damaged one, texts read from its files are empty.
+    """An installed model, adapter or filter. Of a damaged one, texts read from its files are empty.
 
     Attributes:
         name: of its folder.
-        kind: "model", "filter", or `BUILT_IN`.
+        kind: "model", "adapter", "filter", or `BUILT_IN`.
         path: its folder.
         bytes: on disk.
-        precision: of most layers of its largest network.
+        precision: of most layers of its largest network; of an adapter, its formulas and ranks.
         license: from its model_index.json.
         base: the model that it was converted from.
         filters: "required" or "none"; empty for a filter.
+        triggers: words that the file of an adapter says the prompt needs.
         default: the model that is used where none is named.
         problem: why it cannot be used, or None.
     """
@@ -37,12 +41,13 @@ class Installed:
     license: str = ""
     base: str = ""
     filters: str = ""
+    triggers: tuple[str, ...] = ()
     default: bool = False
     problem: str | None = None
 
 
 def find_installed() -> list[Installed]:
-    """Lists the models by name, then the filters.
+    """Lists the models by name, then the adapters and the filters.
 
     Raises:
         ModelError: config.json is damaged.
@@ -50,8 +55,10 @@ def find_installed() -> list[Installed]:
     models, chosen = home.installed_models(), home.default_model()
     default = chosen or (next(iter(models)) if len(models) == 1 else None)
     filters = {name: path for name in FILTERS if may_exist(path := home.path(home.FILTERS, name))}
-    return [_examine("model", path, is_default=name == default) for name, path in models.items()] + [
-        _examine("filter", path) for name, path in filters.items()
+    return [
+        *(_examine("model", path, is_default=name == default) for name, path in models.items()),
+        *(_examine_adapter(path) for path in installed().values()),
+        *(_examine("filter", path) for path in filters.values()),
     ]
 
 
@@ -91,6 +98,32 @@ def missing_parts(path: Path) -> str | None:
         if file.stat().st_size != size:
             return f"{name} has {amount(file.stat().st_size, 'byte')}, not {size}"
     return None
+
+
+def formulas(kinds: Sequence[str], ranks: Sequence[int]) -> str:
+    """Returns a phrase about an adapter: its formulas with their counts, and its ranks."""
+    several = f", rank {ranks[0]}" if len(ranks) == 1 else f", ranks {ranks[0]} to {ranks[-1]}" if ranks else ""
+    return " and ".join(kinds) + several
+
+
+def _examine_adapter(path: Path) -> Installed:
+    count = disk_bytes(path.resolve())
+    try:
+        facts, problem = read_facts(path / FACTS), missing_parts(path)
+    except ModelError as error:
+        return Installed(name=path.name, kind="adapter", path=path, bytes=count, problem=str(error))
+    return Installed(
+        name=path.name,
+        kind="adapter",
+        path=path,
+        bytes=count,
+        precision=formulas(facts.kinds, facts.ranks),
+        license=", ".join(facts.license),
+        base=facts.source,
+        filters="required" if facts.dev else "none",
+        triggers=facts.triggers,
+        problem=problem,
+    )
 
 
 def _examine(kind: str, path: Path, *, name: str | None = None, is_default: bool = False) -> Installed:

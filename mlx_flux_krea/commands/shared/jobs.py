@@ -9,6 +9,7 @@ import math
 import os
 import re
 import shlex
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from typing import Any
 from PIL import Image
 
 from mlx_flux_krea import presets
+from mlx_flux_krea.adapters.installed import installed
+from mlx_flux_krea.adapters.loaded import take_tags
 from mlx_flux_krea.errors import UsageError
 from mlx_flux_krea.files import sha256_if_exists
 from mlx_flux_krea.home import NANO, installed_models
@@ -106,9 +109,28 @@ def record_options(path: Path) -> dict:
     names = {name: option for option, name in _REQUEST.items()} | {"seed": "seed", "dtype": "dtype"}
     options = dict(cast(option, record[name], tuple(BY_NAME)) for name, option in names.items() if name in record)
     options |= {name: record[name] for name in UNTYPED if name in record}
+    if adapters := record.get("adapters"):
+        options["lora"] = _recorded_adapters(adapters, path)
     if isinstance(image := record.get("image"), dict):
         options["image_sha256"] = image.get("rgb_sha256")
     return options
+
+
+def _recorded_adapters(adapters: Any, path: Path) -> tuple[str, ...]:
+    """Returns the adapters of a record, which anybody may have written, as texts that find them by their hash.
+
+    Raises:
+        UsageError: they are no such list.
+    """
+    texts = []
+    for one in adapters if isinstance(adapters, list) else [None]:
+        facts = one if isinstance(one, dict) else {}
+        source, digest, weight = (facts.get(name) for name in ("source", "sha256", "weight"))
+        good = isinstance(source, str) and re.fullmatch("[0-9a-f]{64}", str(digest))
+        if not good or isinstance(weight, bool) or not isinstance(weight, int | float):
+            raise UsageError(f"the record of {path} names adapters that cannot be read", "source, sha256 and weight")
+        texts.append(f"{source}@sha256:{digest}={weight!r}")
+    return cast("lora", texts, ("lora",))[1]  # type: ignore[return-value]  # texts, as that option has them
 
 
 def make_jobs(base: dict, given: dict) -> tuple[list[PictureJob], list[tuple[str, UsageError]]]:
@@ -153,6 +175,7 @@ def _jobs_of_row(
     jobs = []
     first_row, number = (before[-1].row + 1 if before else 0), len(before)
     for i, (text, chosen) in enumerate(prompts):
+        text, loras = _with_loras(text, options) if typed else (text, options.get("lora", ()))
         for seed in _seeds(options, random):
             number += 1
             output = output_name(options.get("output", default_output()), prompt=text, seed=seed, number=number)
@@ -161,7 +184,7 @@ def _jobs_of_row(
             jobs.append(
                 PictureJob(
                     where=where,
-                    options=options | {"prompt": text},
+                    options=options | {"prompt": text} | ({"lora": loras} if loras else {}),
                     seed=seed,
                     label=chosen or text,
                     row=first_row + i,
@@ -170,6 +193,21 @@ def _jobs_of_row(
                 )
             )
     return jobs
+
+
+def _with_loras(text: str, options: dict) -> tuple[str, tuple[str, ...]]:
+    """Takes <lora:NAME:WEIGHT> out of a prompt. Returns it, and all adapters of the picture.
+
+    Raises:
+        UsageError: an adapter that is not installed.
+    """
+    text, tags = take_tags(text)
+    for name, _ in tags:
+        if name not in installed():
+            known = ", ".join(installed()) or "none is installed"
+            found = f"the prompt names the adapter {name!r}, which is not installed"
+            raise UsageError(found, known, "install it: flux-krea models add FILE")
+    return text, (*options.get("lora", ()), *(f"{name}={weight!r}" for name, weight in tags))
 
 
 def _below(template: Path, output: Path) -> Path:
@@ -195,13 +233,22 @@ def _seeds(options: dict, random: int) -> list[int]:
     return list(range(given[0], given[0] + count))
 
 
-def prepare(job: PictureJob, folder: ModelFolder, images: dict[Path, Image.Image | None]) -> PreparedJob:
+def prepare(
+    job: PictureJob,
+    folder: ModelFolder,
+    images: dict[Path, Image.Image | None],
+    *,
+    adapters: Sequence[tuple[str, float]] = (),
+    preset: Mapping[str, Any] | None = None,
+) -> PreparedJob:
     """Checks a job against its model.
 
     Args:
         job: the picture to generate.
         folder: the model.
         images: input images by path; those that this opens are added.
+        adapters: names under which its adapters are loaded, with their weights.
+        preset: arguments of the pipeline that these were published with.
 
     Raises:
         UsageError: an option that cannot be used, or an input image that is missing or cannot be opened.
@@ -214,7 +261,7 @@ def prepare(job: PictureJob, folder: ModelFolder, images: dict[Path, Image.Image
     image = None if path is None else images[path]
     if "image_sha256" in options:
         notes += _check_image(options, image)
-    arguments = _pipeline_arguments(options, folder, image=image, tool=tool)
+    arguments = _pipeline_arguments(options, folder, image=image, tool=tool) | dict(preset or {})
     batch, pick = options.get("batch"), 0
     seed: int | list[int] = job.seed
     if batch is not None:
@@ -222,7 +269,7 @@ def prepare(job: PictureJob, folder: ModelFolder, images: dict[Path, Image.Image
         notes.append(f"this picture is one of {batch[1]} from one random stream: all are generated, one is saved")
     elif options.get("image_seed") is not None:
         pick, seed, arguments["num_images_per_prompt"] = 1, [options["image_seed"], job.seed], 2
-    arguments |= {"seed": seed, "image": image}
+    arguments |= {"seed": seed, "image": image, "adapters": tuple(adapters)}
     given = Request(**arguments)
     request = given.resolve(folder)
     if tool and tool.mu:

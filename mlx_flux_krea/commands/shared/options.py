@@ -18,6 +18,31 @@ _SPAN = re.compile(r"(\d+) *(?:-|:|\.\.+|to) *(\d+)")  # from one seed to anothe
 _RANDOM = ("-1", "random", "rand", "auto")  # other tools' words for no seed
 
 
+class Lora(click.ParamType):
+    """Type of --lora: an adapter and its weight, FILE=0.8."""
+
+    name = "lora"
+
+    def convert(self, value, param, ctx) -> str:
+        """Returns the text, once its weight is known to be a number."""
+        text = str(value).strip()
+        source, weight = split_lora(text)
+        if not source:
+            self.fail(f"{value!r} names no adapter.", param, ctx)
+        if weight is not None and not abs(weight) <= presets.MAX_WEIGHT:
+            self.fail(f"{weight!r} is not in the range {-presets.MAX_WEIGHT:g}<=x<={presets.MAX_WEIGHT:g}.", param, ctx)
+        return text
+
+
+def split_lora(text: str) -> tuple[str, float | None]:
+    """Splits SOURCE=WEIGHT; a text whose end is no number is all source."""
+    source, equals, weight = text.rpartition("=")
+    try:
+        return (source.strip(), float(weight)) if equals else (text, None)
+    except ValueError:
+        return text, None
+
+
 class Seeds(click.ParamType):
     """Type of --seed: whole numbers, and ranges such as 7+4 (four seeds from 7)."""
 
@@ -143,6 +168,8 @@ OPTIONS = [
     _option("--negative-prompt", help="Text to avoid; needs --true-cfg-scale."),
     _option("--true-cfg-scale", type=_SCALE, help="Scale of the negative prompt; above 1, steps take twice the time.",
             default=1),
+    _option("--lora", type=Lora(), multiple=True, metavar="FILE[=W]",
+            help="Adapter and its weight: a file, an installed one, OWNER/NAME[:FILE]; repeatable; none: no adapter."),
     _option("--image", type=FILE, help="Image to start from."),
     _option("--strength", type=click.FloatRange(0, 1), help="Share of the steps that change the image.",
             default=presets.STRENGTH),
@@ -230,7 +257,9 @@ def given_options(options: dict) -> tuple[dict, bool, bool]:
     Raises:
         UsageError: two options exclude each other.
     """
-    given = {name: value for name, value in options.items() if value is not None and value is not False}
+    given = {name: value for name, value in options.items() if value not in (None, False, ())}
+    if given.get("lora") == ("none",):
+        given["lora"] = ()
     for name in ("model", "memory", "noise"):
         if given.get(name) == "":
             raise UsageError(f"{spelled(name)} is empty", "a value", "leave it out for the default")
@@ -279,6 +308,8 @@ def cast(name: str, value, allowed: tuple[str, ...]) -> tuple[str, object]:
     label = known.strip("_").replace("_", "-")
     if known == "seed" and isinstance(value, list):
         value = " ".join(map(str, value))
+    if known == "lora":
+        return known, _cast_loras(value)
     if not isinstance(value, str | int | float):
         raise UsageError(f"{label} is {type(value).__name__}", "a text or a number")
     option = BY_NAME[known]
@@ -286,6 +317,17 @@ def cast(name: str, value, allowed: tuple[str, ...]) -> tuple[str, object]:
         return known, option.type.convert(str(value), option, None)
     except click.BadParameter as error:
         raise UsageError(bad_value(label, option, error.message)) from None
+
+
+def _cast_loras(value) -> tuple[str, ...]:
+    """Reads the adapters of a row: a list of texts, or one text, in which a semicolon separates them."""
+    texts = value if isinstance(value, list | tuple) else str(value).split(";")
+    option = BY_NAME["lora"]
+    try:
+        given = tuple(option.type.convert(text, option, None) for text in texts)
+    except click.BadParameter as error:
+        raise UsageError(bad_value("lora", option, error.message)) from None
+    return () if given == ("none",) else given
 
 
 def _not_allowed(name: str, plain: str, allowed: tuple[str, ...]) -> UsageError:

@@ -5,7 +5,8 @@ Draw Things (its app and draw-things-cli), fal, InvokeAI, krea (krea-ai/flux-kre
 Replicate, sd.cpp.
 """
 
-_LORA = "adapters (LoRA) are not supported yet"
+_LORA = "write --lora FILE=0.8, once for each adapter"
+_ADAPTER_APART = "leave it out: adapters are never merged; write --lora NAME=0.8 when you generate"
 _CONTROL = "control pictures are not supported yet"
 _REFERENCE = "reference pictures are not supported yet"
 _SHORTCUT = "shortcuts that change pictures are not supported yet"
@@ -90,7 +91,7 @@ OPTIONS = (
     ("controlnet_image_path controlnet_strength controlnet_save_canny depth_image_path", "mflux", _CONTROL),
     ("canny depth pose control", "sd.cpp, BFL", _CONTROL),
     # adapters
-    ("lora loras", "mflux, Draw Things, InvokeAI", _LORA),
+    ("loras", "Draw Things, InvokeAI", _LORA),
     ("lora_paths lora_scales lora_style lora_name lora_repo_id lora_scale lora_weight", "mflux, BFL", _LORA),
     ("lora_model_dir lora_apply_mode lora_dir lora_weights", "sd.cpp", _LORA),
     ("adapter adapters fuse_adapter adapter_path adapter_name", "mlx-examples, diffusers", _LORA),
@@ -136,7 +137,7 @@ CONVERTING = (
     ("q_group_size group", "mlx-lm", "write --group-size 64"),
     ("upload_repo push_to_hub", "mlx-lm", "leave it out: nothing is uploaded"),
     ("token hf_token", "diffusers", "log in once: hf auth login"),
-    ("lora lora_paths adapter", "mflux", _LORA),
+    ("lora lora_paths adapter", "mflux", _ADAPTER_APART),
 )
 
 # Verbs of other tools, and ours.
@@ -194,7 +195,7 @@ MISSING_VERBS = {
     "train": "training is not supported",
     "upscale": _ENLARGING,
     "inpaint": _MASK,
-    "lora": _LORA,
+    "lora": "write flux-krea models add FILE, then generate --lora NAME=0.8",
     "help": "write flux-krea --help",
     "version": "write flux-krea --version",
     "update": "update it as it was installed: uv tool upgrade, pipx upgrade or pip install -U mlx-flux-krea",

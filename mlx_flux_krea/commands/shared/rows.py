@@ -76,7 +76,7 @@ _MARKS = (
     (re.compile(r"(?<!\S)--(?:ar|aspect|no|v|niji|s|stylize|style|seed|chaos|q|steps|cfg|width|height)\s+\S+"),
      "is read as text: options stand outside the quotes of the prompt"),
 )  # fmt: skip
-_ADAPTER = re.compile(r"<(?:lora|lyco|loha|hypernet)\s*:[^<>]*>", re.I)
+_OTHER_ADAPTER = re.compile(r"<(?:loha|hypernet)\s*:[^<>]*>|<(?:lora|lyco)\s+:[^<>]*>", re.I)
 
 
 def prompt_notes(options: dict, *, typed: bool) -> tuple[str, ...]:
@@ -87,15 +87,15 @@ def prompt_notes(options: dict, *, typed: bool) -> tuple[str, ...]:
         typed: the prompt was typed, not taken from a picture's record.
 
     Raises:
-        UsageError: a prompt of blanks alone, or an adapter in it.
+        UsageError: a prompt of blanks alone, or an adapter in another form.
     """
     names = [name for name in ("prompt", "negative_prompt") if isinstance(options.get(name), str)]
     texts = [options[name] for name in names if typed or name != "prompt"]
     if typed and options["prompt"] and not options["prompt"].strip():
         raise UsageError("the prompt is blank", "a text")
     for text in texts:
-        if match := _ADAPTER.search(text):
-            raise UsageError(f"the prompt names {match[0]!r}", "a text", "adapters (LoRA) are not supported yet")
+        if match := _OTHER_ADAPTER.search(text):
+            raise UsageError(f"the prompt names {match[0]!r}", "a text", "an adapter is written <lora:NAME:WEIGHT>")
     found = dict.fromkeys(
         (match[0], effect) for text in texts for mark, effect in _MARKS for match in mark.finditer(text)
     )
