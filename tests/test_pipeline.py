@@ -583,7 +583,8 @@ def test_a_call_inside_a_callback_is_stopped_without_the_call_around_it(model):
     assert stopped == [True, True]
 
 
-def test_a_plan_takes_a_request_or_its_arguments(pipe):
+def test_a_plan_takes_a_request_or_its_arguments(model):
+    pipe = FluxPipeline.from_pretrained(model, dtype="float32", memory="2GB")  # what is free changes all the time
     plan = pipe.plan(Request(prompt=CAT, **SMALL))
     assert plan == pipe.plan(prompt=CAT, **SMALL) == pipe(CAT, seed=1, **SMALL).plan
     assert pipe.plan(prompt=CAT, width=512, height=512).peak > plan.peak
