@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zipfile
 from collections import Counter
 from pathlib import Path
 
@@ -123,7 +124,7 @@ class Cases:
         folder: samples are made in it once; they are read only afterwards.
     """
 
-    KINDS = ("weights", "gguf", "json", "home", "tokenizer", "resume", "picture", "prompts", "hub")
+    KINDS = ("weights", "gguf", "json", "home", "tokenizer", "resume", "picture", "prompts", "hub", "adapters")
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -145,6 +146,22 @@ class Cases:
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
+        with zipfile.ZipFile(DATA / "adapters" / "files.zip") as archive:
+            archive.extractall(self.folder / "adapters")
+        self._install(self.folder / "adapters" / "kohya.safetensors")
+
+    def _install(self, file: Path) -> None:
+        """Makes the folder of an installed adapter, as the first use of a file does."""
+        from mlx_flux_krea.adapters import installed
+        from mlx_flux_krea.weights import open_model
+
+        before = os.environ.get("FLUX_KREA_HOME")
+        os.environ["FLUX_KREA_HOME"] = str(self.folder / "home")
+        try:
+            installed.obtain(file, open_model(self.model).sizes, name="style")
+            (self.folder / "home" / "adapters" / "style").rename(self.folder / "installed")
+        finally:
+            os.environ.pop("FLUX_KREA_HOME") if before is None else os.environ.update(FLUX_KREA_HOME=before)
 
     def case(self, kind: str, rng: random.Random, inside: Path, home: Path) -> list[str]:
         """Writes the files of a case and returns its command."""
@@ -158,6 +175,32 @@ class Cases:
         if rng.random() < 0.1:
             return ["convert", str(file), "--tokenizers", str(self.tokenizers), "-o", "made"]
         return ["inspect", str(file), *(["--json"] if rng.random() < 0.5 else [])]
+
+    def _adapters(self, rng, inside, home):
+        """A damaged adapter of any trainer is described, installed or used; or one in the home folder is damaged."""
+        samples = sorted((self.folder / "adapters").glob("*.safetensors"))
+        sample, command = rng.choice(samples), rng.choice(("inspect", "add", "generate", "installed"))
+        file = inside / rng.choice(
+            ("style.safetensors", "._x.safetensors", "a=b.safetensors", "adapter_model.safetensors")
+        )
+        file.write_bytes(damaged_safetensors(sample.read_bytes(), rng))
+        if rng.random() < 0.2:
+            (inside / "adapter_config.json").write_text(rng.choice((*VALUES, DEEP, '{"r": 4, "lora_alpha": "x"}')))
+        use = ["generate", "a cat", "-m", str(self.model), *self.limit, "--lora"]
+        if command == "inspect":
+            return ["inspect", str(file), *(["--json"] if rng.random() < 0.5 else [])]
+        if command == "add":
+            return ["models", "add", str(file)]
+        if command == "generate":
+            return [*use, f"{file}={rng.choice(('0.5', '-1', 'x', '1e400', ''))}"]
+        kept = home / "adapters" / "style"
+        shutil.copytree(self.folder / "installed", kept)
+        for name in rng.sample(("adapter.json", "manifest.json"), rng.randint(0, 2)):
+            _write_json(kept / name, rng)
+        if rng.random() < 0.5:
+            path = kept / "adapter.safetensors"
+            path.write_bytes(damaged_safetensors(path.read_bytes(), rng))
+        return rng.choice((["models"], ["inspect", "style"], [*use, "style"], ["models", "rm", "style", "--yes"]))
 
     def _gguf(self, rng, inside, home):
         file = inside / "model.gguf"

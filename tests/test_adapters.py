@@ -15,7 +15,7 @@ from helpers import goldens as base_goldens
 from mlx_flux_krea.convert import convert
 
 from mlx_flux_krea import FluxPipeline
-from mlx_flux_krea.adapters import names
+from mlx_flux_krea.adapters import formulas, names
 from mlx_flux_krea.adapters.formulas import Attached, Base, branch_bytes
 from mlx_flux_krea.adapters.installed import added_duty, obtain
 from mlx_flux_krea.adapters.loaded import take_tags
@@ -620,6 +620,24 @@ def test_files_of_one_name_stand_beside_each_other(pipe, home, tmp_path):
         pipe.load_lora_weights(path)
     assert sorted(path.name for path in (home / "adapters").iterdir()) == ["style", "style-2"]
     assert pipe.get_active_adapters() == ["style", "style-2"]
+
+
+def test_lengths_of_dora_are_measured_once_and_kept_with_the_hash_of_the_base(pipe, home, monkeypatch):
+    pipe.load_lora_weights(files.reference("dora_peft"))
+    first = latents(pipe)
+    (kept,) = (home / "adapters" / "dora_peft").glob("lengths-*-float32.safetensors")
+
+    def again() -> mx.array:
+        other = FluxPipeline.from_pretrained(pipe.folder.path)
+        other.load_lora_weights("dora_peft")
+        return latents(other)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(formulas, "measure", lambda *_: pytest.fail("measured again"))
+        assert mx.array_equal(again(), first)
+    for damage in (b"x", kept.read_bytes()[:-4]):
+        kept.write_bytes(damage)
+        assert mx.array_equal(again(), first)
 
 
 # --- files that must be refused ---

@@ -11,9 +11,13 @@ DoRA at a weight s other than 1 is read in two ways, by the trainer: PEFT's scal
 terms, so that several adapters add up.
 """
 
+import contextlib
 import hashlib
+import os
+import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -21,11 +25,13 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_unflatten
 
+from .. import home
 from ..errors import ModelError
+from ..files import sha256_if_exists
 from ..models.config import ModelSizes
 from ..models.layers import Branch, Kronecker, dequantized, set_branch
-from ..weights import ModelFolder, layer_shapes, parameters
-from .parts import Adapter, Part
+from ..weights import ModelFolder, layer_shapes, parameters, read_header
+from .parts import Adapter, Part, read_facts
 
 _ROWS = 1024  # of a matrix that are in float32 at one time
 
@@ -87,6 +93,8 @@ def _dense(part: Part, start: int, stop: int) -> mx.array:
 class Base:
     """The weights of a model folder, of which DoRA measures the rows; one layer is in memory at a time.
 
+    Lengths of an installed adapter are kept beside it, by the hash of the model's manifest and the compute type.
+
     Args:
         folder: the model.
         dtype: the compute type.
@@ -97,16 +105,79 @@ class Base:
         self._known: dict[Part, Lengths] = {}
 
     def lengths(self, adapter: Adapter, part: Part) -> Lengths:
-        """Returns the lengths of a part's rows, measured once.
+        """Returns the lengths of a part's rows; those of the whole adapter are measured at once.
 
         Raises:
             ModelError: weights missing or damaged.
         """
         if part not in self._known:
-            network = self._folder.networks[part.target.component].load(self._dtype)  # lazy: one layer is read
-            layer = dict(network.named_modules())[part.target.path]
-            self._known[part] = measure(part, dequantized(layer))
+            parts = [one for one in adapter.parts if one.length]
+            kept = self._place(adapter)
+            known = _read_lengths(kept, parts) if kept else None
+            if known is None:
+                known = self._measured(parts)
+                if kept:
+                    _write_lengths(kept, known)
+            self._known |= known
         return self._known[part]
+
+    def _measured(self, parts: Sequence[Part]) -> dict[Part, Lengths]:
+        known = {}
+        for component in sorted({part.target.component for part in parts}):
+            layers = dict(self._folder.networks[component].load(self._dtype).named_modules())  # lazy
+            by_path: dict[str, list[Part]] = {}
+            for part in parts:
+                if part.target.component == component:
+                    by_path.setdefault(part.target.path, []).append(part)
+            for path, some in by_path.items():
+                weight = dequantized(layers[path])
+                known |= {part: measure(part, weight) for part in some}
+                layers[path].update({"weight": mx.zeros((0, 0))})
+        return known
+
+    def _place(self, adapter: Adapter) -> Path | None:
+        """Returns the file for an adapter's lengths; None: it is not installed, or the model has no manifest."""
+        folder = home.path(home.ADAPTERS, adapter.facts.name)
+        digest = sha256_if_exists(self._folder.path / "manifest.json")
+        with contextlib.suppress(ModelError):
+            if digest and read_facts(folder / "adapter.json").sha256 == adapter.facts.sha256:
+                return folder / f"lengths-{digest[:16]}-{str(self._dtype).rpartition('.')[2]}.safetensors"
+        return None
+
+
+_TERMS = ("base", "cross", "change")
+
+
+def _name_of(part: Part) -> str:
+    target = part.target
+    return f"{target.component}.{target.path}@{target.start}-{target.stop}"
+
+
+def _read_lengths(path: Path, parts: Sequence[Part]) -> dict[Part, Lengths] | None:
+    """Returns kept lengths; None: there are none, or not exactly those of these parts."""
+    try:
+        read_header(path)
+        arrays = mx.load(str(path))
+        assert isinstance(arrays, dict)  # of a safetensors file, without return_metadata
+        known = {part: Lengths(*(arrays[f"{_name_of(part)}.{term}"] for term in _TERMS)) for part in parts}
+        for part, lengths in known.items():
+            count = part.target.width if part.length == "intake" else part.target.rows
+            terms = [lengths.base, lengths.cross, lengths.change]
+            if any(term.shape != (count,) or not mx.isfinite(term).all().item() for term in terms):
+                return None
+    except (ModelError, KeyError, TypeError, RuntimeError):
+        return None
+    return known
+
+
+def _write_lengths(path: Path, known: Mapping[Part, Lengths]) -> None:
+    """Keeps lengths; without them they are measured again."""
+    terms = {_name_of(part): (one.base, one.cross, one.change) for part, one in known.items()}
+    arrays = {f"{name}.{term}": array for name, some in terms.items() for term, array in zip(_TERMS, some, strict=True)}
+    partial = path.with_name(f".{path.stem}.{secrets.token_hex(8)}.safetensors")
+    with contextlib.suppress(OSError, RuntimeError):
+        mx.save_safetensors(str(partial), arrays)
+        os.replace(partial, path)
 
 
 @dataclass
