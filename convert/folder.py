@@ -22,7 +22,18 @@ from pathlib import Path
 
 from mlx_flux_krea import macos
 from mlx_flux_krea.errors import ModelError, ResourceError, UsageError
-from mlx_flux_krea.files import bypass, chunks, forget, read_json, sha256, sync, sync_path, try_lock
+from mlx_flux_krea.files import (
+    bypass,
+    chunks,
+    forget,
+    identities,
+    identity,
+    read_json,
+    sha256,
+    sync,
+    sync_path,
+    try_lock,
+)
 from mlx_flux_krea.models.filter_config import SELF_TEST
 from mlx_flux_krea.weights import open_folder
 
@@ -249,30 +260,12 @@ def check_apart(target: Path, sources: Iterable[Path]) -> None:
     Raises:
         UsageError: one contains the other.
     """
-    above = _identities(target)
+    above = identities(target)
     for source in {Path(os.path.realpath(source)) for source in sources}:
-        if (
-            source in (target, *target.parents)
-            or _identity(source) in above
-            or _identity(target) in _identities(source)
-        ):
+        if source in (target, *target.parents) or identity(source) in above or identity(target) in identities(source):
             raise UsageError(
                 f"the target {target} overlaps the source {source}", "a folder apart", "choose it with `out`"
             )
-
-
-def _identities(path: Path) -> set[tuple[int, int]]:
-    """Returns what a disk knows a path and the folders above it by: one folder may have names in several spellings."""
-    return {found for place in (path, *path.parents) if (found := _identity(place))}
-
-
-def _identity(path: Path) -> tuple[int, int] | None:
-    """Returns the disk and the number of a file or folder; None: there is none, or none that may be seen."""
-    try:
-        found = os.stat(path)
-    except OSError:
-        return None
-    return found.st_dev, found.st_ino
 
 
 def check_target(target: Path, force: bool) -> None:

@@ -27,7 +27,7 @@ from safetensors.numpy import save
 
 from . import home, macos
 from .errors import FluxKreaError, UsageError
-from .files import parse_json, sync, try_lock
+from .files import identity, parse_json, sync, try_lock
 from .weights import read_header
 
 logger = logging.getLogger("mlx_flux_krea")
@@ -92,7 +92,7 @@ class Checkpoint:
         """
         facts, shapes = _header(path)
         checkpoint = cls(facts["run"])
-        if path.resolve().parent == folder().resolve():
+        if identity(path.resolve().parent) == identity(folder()):
             checkpoint.path, checkpoint.is_ours, checkpoint._lock = path.resolve(), True, _locked(path)
         checkpoint.done, checkpoint.total = facts["done"], facts["total"]
         checkpoint.filters = facts.get("filters", "")

@@ -73,6 +73,24 @@ def may_exist(path: str | os.PathLike) -> bool:
     return True
 
 
+def identity(path: str | os.PathLike) -> tuple[int, int] | None:
+    """Returns what the system knows a file or folder by; None: there is none, or none that may be seen.
+
+    One folder may have several spellings: macOS takes capitals and small letters, and accents inside and outside of
+    their letters, for the same.
+    """
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def identities(path: Path) -> set[tuple[int, int]]:
+    """Returns the identities of a path and of the folders above it."""
+    return {found for place in (path, *path.parents) if (found := identity(place))}
+
+
 def read_small(path: Path, most: int = MOST_BYTES) -> bytes:
     """Reads a whole file that has no reason to be large: JSON, a tokenizer, a licence, prompts.
 

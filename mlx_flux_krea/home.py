@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import sys
+import unicodedata
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -63,7 +64,12 @@ def path(place: str, *below: str) -> Path:
 def installed_models() -> dict[str, Path]:
     """Returns the folders of installed models by name, in order. Hidden folders are incomplete and left out."""
     indexes = path(MODELS).glob("*/model_index.json")
-    return {p.parent.name: p.parent for p in sorted(indexes) if not p.parent.name.startswith(".")}
+    return {composed(p.parent.name): p.parent for p in sorted(indexes) if not p.parent.name.startswith(".")}
+
+
+def composed(name: str) -> str:
+    """Returns a name with its accents in the letters, as they are typed: a disk of macOS may keep them apart."""
+    return unicodedata.normalize("NFC", name)
 
 
 def default_model() -> str | None:
@@ -74,13 +80,13 @@ def default_model() -> str | None:
     """
     settings = path(SETTINGS)
     model = read_json(settings).get("model") if settings.exists() else None
-    return model if isinstance(model, str) else None
+    return composed(model) if isinstance(model, str) else None
 
 
 def named(model: str | os.PathLike) -> Path:
     """Returns the folder of an installed model, or of `nano`, if nothing lies at a path of that name; else the path."""
     at = Path(os.path.expanduser(model))
-    return at if os.path.exists(at) else ({NANO_NAME: NANO} | installed_models()).get(str(model), at)
+    return at if os.path.exists(at) else ({NANO_NAME: NANO} | installed_models()).get(composed(str(model)), at)
 
 
 def is_hub_id(model: str | os.PathLike) -> bool:

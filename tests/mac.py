@@ -23,7 +23,9 @@ from functools import wraps
 from pathlib import Path
 from types import SimpleNamespace
 
+import mlx.core as mx
 import pytest
+import safetensors
 
 PAGE = 2**14  # bytes of Apple silicon's
 FILES = 256  # that a process may have open, unless it asks for more
@@ -205,7 +207,7 @@ class Mac:
             return renamed
 
         one = ("stat", "lstat", "scandir", "listdir", "open", "access", "readlink", "mkdir", "rmdir", "unlink",
-               "remove", "chmod", "utime")  # fmt: skip
+               "remove", "chmod", "utime", "statvfs")  # fmt: skip
         for name in one:
             self._patch.setattr(os, name, folding(getattr(os, name), 1))
         self._patch.setattr(os, "link", folding(os.link, 2))
@@ -213,6 +215,11 @@ class Mac:
             self._patch.setattr(os, name, renaming(getattr(os, name)))
         for place in (builtins, io):
             self._patch.setattr(place, "open", folding(place.open, 1))
+        for place, name in ((safetensors, "safe_open"), (mx, "load")):  # which are not Python's
+            self._patch.setattr(place, name, folding(getattr(place, name), 1))
+        for module in ("mlx_flux_krea.weights", "mlx_flux_krea.checkpoint"):
+            if module in sys.modules:
+                self._patch.setattr(sys.modules[module], "safe_open", safetensors.safe_open)
 
 
 def plain(name: str) -> str:
@@ -227,8 +234,15 @@ def path_of(descriptor: int) -> str:
     return os.readlink(f"/proc/self/fd/{descriptor}")
 
 
-def install(folder: str) -> Mac:
-    """Makes this whole process run on a Mac: for the first line of another program."""
+def install(folder: str, folded: str | None = None) -> Mac:
+    """Makes this whole process run on a Mac: for the first line of another program.
+
+    Args:
+        folder: as of `Mac`.
+        folded: as of `Mac.fold`.
+    """
     machine = Mac(Path(folder), pytest.MonkeyPatch())
+    if folded:
+        machine.fold(Path(folded))
     resource.setrlimit(resource.RLIMIT_NOFILE, (FILES, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
     return machine

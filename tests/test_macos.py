@@ -23,10 +23,11 @@ from huggingface_hub import constants
 from mac import path_of
 from mlx_flux_krea.convert import convert
 
+from mlx_flux_krea import checkpoint, macos, worker
 from mlx_flux_krea import convert as converter
-from mlx_flux_krea import macos, worker
 from mlx_flux_krea.commands import doctor
-from mlx_flux_krea.errors import UsageError
+from mlx_flux_krea.errors import FiltersError, UsageError
+from mlx_flux_krea.filters.ledger import Ledger
 from mlx_flux_krea.memory import machine_memory
 
 
@@ -326,6 +327,43 @@ def test_rows_whose_names_fold_into_one_all_keep_their_pictures(mac, own, model,
     code, out, err = command("generate", "--prompts", "rows.jsonl", "-m", model, *TINY)
     assert code == 0, out + err
     assert len(list(tmp_path.glob("*.png"))) == 3, out
+
+
+def test_an_installed_model_is_found_however_its_accents_are_kept(mac, own, model, tmp_path, command):
+    kept, typed = (unicodedata.normalize(form, "modèle") for form in ("NFD", "NFC"))
+    for name in (kept, "other"):
+        shutil.copytree(model, own / "models" / name)
+    assert [row["name"] for row in json.loads(command("models", "--json")[1])][:2] == [typed, "other"]
+    for spelling in (kept, typed):
+        assert command("models", "default", spelling)[0] == 0
+        assert command("generate", "a cat", *TINY)[0] == 0
+        assert command("verify", spelling)[0] == 0
+    code, _, err = command("models", "rm", typed, "--yes")
+    assert (code, [path.name for path in (own / "models").iterdir()]) == (0, ["other"]), err
+    assert "model" not in json.loads((own / "config.json").read_text())
+
+
+def test_a_checkpoint_in_our_folder_is_ours_in_any_spelling(mac, own):
+    whole = checkpoint.Checkpoint({"prompt": "a cat"})
+    whole.write()
+    whole.close()
+    mac.fold(own.parent)
+    for name in (own.name, own.name.upper()):
+        read = checkpoint.Checkpoint.read(own.parent / name / "interrupted" / whole.path.name)
+        assert read.is_ours
+        read.close()
+    assert mac.calls("folded")
+
+
+@pytest.mark.parametrize("name", ["Documents", "documents", "DESKTOP"])
+def test_a_quarantine_where_icloud_may_copy_it_is_refused_in_any_spelling(mac, tmp_path, monkeypatch, name):
+    for folder in ("Documents", "Desktop"):
+        (tmp_path / folder).mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    mac.fold(tmp_path)
+    with pytest.raises(FiltersError, match="copied to a server"):
+        Ledger(tmp_path / name / "krea")
+    Ledger(tmp_path / "Pictures" / "krea")
 
 
 # --- what the system does not let a program see ---

@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+import unicodedata
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -40,7 +41,7 @@ PROGRAM = f"""
 import dataclasses, json, os, socket, sys
 if "MAC" in os.environ:
     import mac
-    mac.install(os.environ["MAC"])
+    mac.install(os.environ["MAC"], os.environ.get("FOLDED"))
 from pathlib import Path
 from mlx_flux_krea import licence
 from mlx_flux_krea.models import config
@@ -203,6 +204,20 @@ def test_on_a_mac_it_calls_what_a_mac_has(published_folders, place, tmp_path):
     files = ("licences.json", "config.json", "log/log.jsonl", "log/.head", "models/", "filters/nsfw", "pictures/")
     assert [name for name in files if not any(str(home / name).rpartition("/")[2] in path for path in synced)] == []
     assert machine.calls("F_NOCACHE")
+
+    before = state(home)
+    other = unicodedata.normalize("NFD", str(home.with_name(home.name.upper())))
+    named_so = {"FLUX_KREA_HOME": other, "FOLDED": str(tmp_path)}
+    ran = piped(place, "setup", *arguments, MAC=str(tmp_path), **named_so)
+    assert ran.returncode == 0, ran.stderr
+    steps = json.loads(ran.stdout)["steps"]
+    assert (steps["weights"], steps["picture"]) == ("the model is installed", "already made")
+    assert state(home) == before
+    size = ["--width", "48", "--height", "32", "--steps", "1", "--seed", "1"]
+    for verb in (["doctor", "--full"], ["models"], ["log", "verify"], ["generate", FIRST_PROMPT, *size]):
+        ran = piped(place, *verb, MAC=str(tmp_path), **named_so)
+        assert ran.returncode == 0, ran.stderr + ran.stdout
+    assert machine.calls("folded")
 
 
 STOPS = [

@@ -81,7 +81,7 @@ def rm(name, yes):
         return
     linked = one.path.is_symlink()
     remove_folder(one.path)
-    if one.kind == "model" and home.default_model() == name:
+    if one.kind == "model" and home.default_model() == one.name:
         settings.set_model(None)
     console.say(f"{name} was a link: its target is still there" if linked else f"{size(one.bytes)} freed")
 
@@ -95,7 +95,7 @@ def _find(name: str, kinds: tuple[str, ...]) -> Installed:
     known = find_installed() + (built_in(always=True) if "filter" not in kinds else [])
     candidates = [one for one in known if one.kind in (*kinds, BUILT_IN)]
     for one in candidates:
-        if one.name == name:
+        if one.name == home.composed(name):
             return one
     if name == home.NANO_NAME:
         raise ModelError(f"{name} is built in, and cannot be removed")

@@ -102,7 +102,7 @@ def _draw_with(model: Path) -> str:
         return 'flux-krea generate "a frog holding a sign"'
     if model == home.NANO:
         return 'flux-krea generate "a red circle on a blue background" -m nano'
-    known = home.installed_models().get(model.name) == model
+    known = model in home.installed_models().values()
     return f'flux-krea generate "a frog holding a sign" -m {shlex.quote(model.name if known else str(model))}'
 
 

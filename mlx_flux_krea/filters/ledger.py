@@ -30,7 +30,17 @@ from PIL import Image
 
 from .. import home, macos
 from ..errors import FiltersError, FluxKreaError, ResourceError, UsageError
-from ..files import read_json, read_small, remove_partials, replacing, sha256_if_exists, try_lock, written_whole
+from ..files import (
+    identities,
+    identity,
+    read_json,
+    read_small,
+    remove_partials,
+    replacing,
+    sha256_if_exists,
+    try_lock,
+    written_whole,
+)
 from ..provenance import SOFTWARE, Picture, opened, read_record
 from .log import FOLLOWS, Log
 
@@ -445,9 +455,8 @@ def _make_private(folder: Path) -> None:
         FiltersError: that fails, or the folder lies where files are copied to a server.
     """
     own = Path.home()
-    desktop = sys.platform == "darwin" and {own / "Desktop", own / "Documents"} & set(
-        folder.parents
-    )  # which iCloud may copy
+    copied = {identity(own / "Desktop"), identity(own / "Documents")} - {None}  # by iCloud, where a person chose it
+    desktop = sys.platform == "darwin" and copied & identities(folder)
     if desktop or any(map(_SYNCHRONISED.fullmatch, folder.parts)):
         todo = "name another place in $FLUX_KREA_HOME"
         raise FiltersError(f"{folder} looks like a folder that is copied to a server", "a private place", todo)

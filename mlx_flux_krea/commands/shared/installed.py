@@ -56,7 +56,7 @@ def find_installed() -> list[Installed]:
     default = chosen or (next(iter(models)) if len(models) == 1 else None)
     filters = {name: path for name in FILTERS if may_exist(path := home.path(home.FILTERS, name))}
     return [
-        *(_examine("model", path, is_default=name == default) for name, path in models.items()),
+        *(_examine("model", path, name=name, is_default=name == default) for name, path in models.items()),
         *(_examine_adapter(path) for path in installed().values()),
         *(_examine("filter", path) for path in filters.values()),
     ]
