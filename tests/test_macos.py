@@ -206,7 +206,9 @@ def test_a_picture_is_reviewed_in_the_systems_viewer(mac, own, model, tmp_path, 
     assert len(mac.calls("open")) == 1
 
 
-def test_doctor_knows_the_machine_without_proc_and_measures_its_disk(mac, own, command):
+def test_doctor_knows_the_machine_without_proc_and_measures_its_disk(mac, own, command, monkeypatch):
+    """As in a virtual machine, where MLX has no GPU."""
+    monkeypatch.setattr(mx, "device_info", dict)
     code, out, _ = command("doctor", "--json")
     found = json.loads(out)["findings"]
     assert code == 0, out
@@ -215,6 +217,10 @@ def test_doctor_knows_the_machine_without_proc_and_measures_its_disk(mac, own, c
     assert machine_memory() == memory * 3 // 4 * 4 // 5
     assert mac.calls("/proc") == ["/proc/meminfo"] * 2
     assert "wired limit the default" in found["memory"]
+    assert found["chip"].startswith("Apple M2")
+    assert {"-n kern.osproductversion", "-n iogpu.wired_limit_mb", "-n machdep.cpu.brand_string"} <= set(
+        mac.calls("sysctl")
+    )
     assert "GB/s" in found["disk"]
     first = next(i for i, call in enumerate(mac.calls()) if call.startswith("F_NOCACHE"))
     assert mac.calls()[first + 1].startswith("F_FULLFSYNC")  # the bypass comes before the bytes
