@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import shutil
 
 import mlx.core as mx
@@ -10,7 +11,7 @@ from helpers import PIPELINE, TOKENIZERS, edit_tensors, rel
 from mlx_flux_krea.convert import convert
 
 from mlx_flux_krea import FluxPipeline
-from mlx_flux_krea.commands import bench
+from mlx_flux_krea.commands.shared import estimates
 from mlx_flux_krea.models import transformer
 
 CALL = {"prompt": "a cat", "seed": 3, "width": 48, "height": 32, "num_inference_steps": 3, "output_type": "latent"}
@@ -78,7 +79,7 @@ def test_within_the_range_nothing_is_computed_twice(tmp_path, caplog, monkeypatc
 
 @pytest.mark.parametrize(("seconds", "says"), [((1.0, 0.8), "20% less time"), ((1.0, 0.99), "bfloat16 is the type")])
 def test_bench_recommends_the_type_that_is_worth_it(seconds, says):
-    assert says in bench.recommendation(*seconds)
+    assert says in estimates.recommendation(*seconds)
 
 
 @pytest.mark.slow
@@ -87,10 +88,16 @@ def test_bench_measures_both_types_where_either_may_be_the_faster(command, tmp_p
     call = ["bench", "-m", folder, "--width", "32", "--height", "32", "--steps", "2"]
     code, out, err = command(*call)
     assert (code, [line.count(" float16 ") for line in out.splitlines()]) == (0, [0]), err
-    monkeypatch.setattr(bench, "_has_fast_halves", lambda: True)
+    monkeypatch.setattr(estimates, "has_fast_halves", lambda: True)
     code, out, err = command(*call)
     assert (code, [line.count(", float16 ") for line in out.splitlines()]) == (0, [0, 1]), err
     assert "float16 takes" in err
     facts = json.loads(command(*call, "--json")[1])
     assert (facts["dtype"], facts["float16"]["dtype"]) == ("bfloat16", "float16")
     assert len(command(*call, "--dtype", "bfloat16")[1].splitlines()) == 1
+
+
+def test_doctor_compares_the_types_where_either_may_be_the_faster(command, monkeypatch):
+    assert "16 bits" not in command("doctor")[1]
+    monkeypatch.setattr(estimates, "has_fast_halves", lambda: True)
+    assert re.search(r"16 bits +.*float16 takes", command("doctor")[1])

@@ -8,18 +8,16 @@ from statistics import median
 from typing import Any
 
 import click
-import mlx.core as mx
 
 from mlx_flux_krea import FluxPipeline, Result, __version__
 from mlx_flux_krea.memory import step_flops
 from mlx_flux_krea.presets import CHIPS, FIRST_PROMPT
 
+from .shared import estimates
 from .shared.estimates import device, this_chip
 from .shared.options import DTYPE, MODEL_DEFAULT, MODEL_HELP, SIDE
 from .shared.terminal import Console, PipelineProgress
 from .shared.text import json_text, size, stage_times
-
-_WORTH = 0.03  # share of the time by which float16 must be faster to be recommended
 
 
 @click.command()
@@ -50,7 +48,7 @@ def bench(model, width, height, steps, memory, dtype, as_json):
     with console.library_notes():
         facts = _bench(model, dtype, memory=memory, width=width, height=height, steps=steps, console=console)
         compared = None
-        if dtype is None and facts["dtype"] == "bfloat16" and _has_fast_halves():
+        if dtype is None and facts["dtype"] == "bfloat16" and estimates.has_fast_halves():
             compared = _bench(model, "float16", memory=memory, width=width, height=height, steps=steps, console=console)
     if facts["wanting"]:
         console.say(f"note: {facts['wanting']}")
@@ -60,20 +58,7 @@ def bench(model, width, height, steps, memory, dtype, as_json):
     click.echo(_line(facts))
     if compared:
         click.echo(_line(compared))
-        console.say(recommendation(facts["seconds_per_step"], compared["seconds_per_step"]))
-
-
-def _has_fast_halves() -> bool:
-    """Tells if both types of 16 bits may be the faster one: on a GPU, where a CPU computes either in float32."""
-    return mx.default_device().type.name == "gpu"
-
-
-def recommendation(bfloat16: float, float16: float) -> str:
-    """Recommends a compute type from the seconds that the same work takes in both."""
-    saved = 1 - float16 / bfloat16
-    if saved < _WORTH:
-        return f"bfloat16 is the type to use here: float16 takes {float16 / bfloat16:.2f} times as long"
-    return f"float16 takes {saved:.0%} less time here, and rounds less: flux-krea config dtype float16"
+        console.say(estimates.recommendation(facts["seconds_per_step"], compared["seconds_per_step"]))
 
 
 def _bench(

@@ -165,6 +165,19 @@ def _holds(path: Path, text: bytes) -> bool:
         return mapped.find(text) >= 0
 
 
+def _types(full: bool) -> list[Finding]:
+    """Compares the two types of 16 bits by one product, on a GPU."""
+    import mlx.core as mx
+
+    from mlx_flux_krea.models.layers import seconds_of_product
+
+    from .shared import estimates
+
+    if not estimates.has_fast_halves():
+        return []
+    return [Finding("16 bits", estimates.recommendation(*map(seconds_of_product, (mx.bfloat16, mx.float16))))]
+
+
 def _machine(full: bool) -> list[Finding]:
     import mlx.core as mx
 
@@ -260,6 +273,7 @@ _EXAMINATIONS: dict[str, Callable[[bool], list[Finding]]] = {
     "program": _program,
     "mlx's library": _mlx,
     "machine": _machine,
+    "types of 16 bits": _types,
     "disk": _disk,
     "hub login": _hub,
     "filters": _filters,

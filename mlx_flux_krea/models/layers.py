@@ -291,6 +291,14 @@ def _is_dense_faster(kind: Kind, dtype: mx.Dtype, many: bool) -> bool:
     return _seconds(dense) < _seconds(quantized)
 
 
+def seconds_of_product(dtype: mx.Dtype) -> float:
+    """Returns the seconds of one product of many rows, of the size that is timed on this device, in a type."""
+    rows, outputs, inputs = _SHAPES[mx.default_device().type.name][True]
+    x, weight = mx.ones((rows, inputs), dtype), mx.ones((inputs, outputs), dtype)
+    mx.eval(x, weight)
+    return _seconds(lambda: x @ weight)
+
+
 def _dequantized(weight: mx.array, scales: mx.array, biases: mx.array | None, kind: Kind, dtype: mx.Dtype) -> mx.array:
     group_size, bits, mode = kind
     return mx.dequantize(weight, scales, biases, group_size, bits, mode, dtype=dtype)

@@ -23,6 +23,7 @@ _NETWORK = 12.5e6  # bytes per second: 100 Mbit/s
 _CONVERSION = 0.25e9  # bytes of a source per second, with a laptop's disk and memory
 SHARE_IN_WORDS = "half of the chip's peak"
 ASSUMED = f"100 Mbit/s to fetch, 0.25 GB/s to convert, {SHARE_IN_WORDS} to generate"
+_WORTH = 0.03  # share of the time by which float16 must be faster to be recommended
 _PROMPT_TOKENS = 300  # of Pixtral's question about a prompt of a hundred words
 _SEEN = 512 * 512  # pixels of a picture as Pixtral sees it
 _SELF_TEST = (1, len(CANARIES))  # pictures and prompts that Pixtral is asked about once in a process
@@ -196,3 +197,16 @@ def device() -> str:
     """Returns the name of MLX's device, or of the processor."""
     name = mx.device_info().get("device_name") or macos.sysctl("machdep.cpu.brand_string")
     return str(name or platform.processor() or platform.machine())
+
+
+def has_fast_halves() -> bool:
+    """Tells if both types of 16 bits may be the faster one: on a GPU, where a CPU computes either in float32."""
+    return mx.default_device().type.name == "gpu"
+
+
+def recommendation(bfloat16: float, float16: float) -> str:
+    """Recommends a compute type from the seconds that the same work takes in both."""
+    saved = 1 - float16 / bfloat16
+    if saved < _WORTH:
+        return f"bfloat16 is the type to use here: float16 takes {float16 / bfloat16:.2f} times as long"
+    return f"float16 takes {saved:.0%} less time here, and rounds less: flux-krea config dtype float16"
