@@ -228,3 +228,9 @@ def run_elsewhere(tmp_path, home, monkeypatch):
         return ran.returncode, ran.stdout, ran.stderr
 
     return run
+
+
+def test_purge_deletes_adapters(command, style):
+    command("models", "add", style)
+    assert command("purge", "--adapters", "--yes")[0] == 0
+    assert installed() == {}

@@ -29,7 +29,7 @@ from .shared.text import flattened, json_text, number, size, table
 @click.argument("path", type=FILE)
 @click.option("--json", "as_json", is_flag=True, help="Print all facts as JSON.")
 def inspect(path, as_json):
-    """Describe a model, an adapter, other weights, or a picture made here.
+    """Describe a model, an adapter, weights, or a picture made here.
 
     PATH is a file or folder, or the name of an installed model or adapter.
 

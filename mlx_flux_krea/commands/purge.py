@@ -18,6 +18,7 @@ from .shared.text import json_text, size
 
 KINDS = {  # in the order in which they are deleted: folder and description
     "weights": (home.MODELS, "all installed models"),
+    "adapters": (home.ADAPTERS, "all installed adapters"),
     "filters": (home.FILTERS, "both content filters"),
     "logs": (home.LOG, "the log of checks and releases, your evidence of keeping the licence"),
     "quarantine": (home.QUARANTINE, "all pictures that wait for review"),
@@ -27,6 +28,7 @@ KINDS = {  # in the order in which they are deleted: folder and description
 
 @click.command()
 @click.option("--weights", is_flag=True, help="Delete the installed models.")
+@click.option("--adapters", is_flag=True, help="Delete the installed adapters.")
 @click.option("--filters", is_flag=True, help="Delete the installed filters.")
 @click.option("--logs", is_flag=True, help="Delete the log of checks and releases: your evidence, with no other copy.")
 @click.option("--quarantine", is_flag=True, help="Delete the pictures that wait for review.")
@@ -34,7 +36,7 @@ KINDS = {  # in the order in which they are deleted: folder and description
 @click.option("--yes", is_flag=True, help="Delete without asking.")
 @click.option("--json", "as_json", is_flag=True, help="Print the bytes freed as JSON.")
 def purge(yes, as_json, **kinds):
-    """Delete models, filters, logs, pictures or unfinished runs.
+    """Delete models, adapters, filters, logs, pictures or runs.
 
     Without an option, each kind is asked about. If you breach the licence it ends, and weights and filters must be
     deleted. Links are deleted, but not their targets. Released pictures stay.
@@ -102,6 +104,7 @@ def _delete_runs(folder: Path) -> tuple[int, list[Path]]:
 
 _DELETE = {
     "weights": _delete_models,
+    "adapters": _delete,
     "filters": _delete,
     "logs": _delete,
     "quarantine": _delete_pictures,

@@ -12,6 +12,7 @@ from mlx_flux_krea.pipeline import check_free
 
 from .shared import settings
 from .shared.generation import Generation, open_pipeline
+from .shared.loras import load_all
 from .shared.options import FILE
 from .shared.runs import Run, made_by
 from .shared.terminal import Console
@@ -73,6 +74,8 @@ def _continue(run: Run, output: Path | None, *, console: Console, as_json: bool)
     if before != now:
         versions = (f"{versions.get('software')} with mlx {versions.get('mlx')}" for versions in (before, now))
         console.note("this run was started by {} and is continued by {}: the picture may differ".format(*versions))
+    if not pipe.policy:
+        load_all(pipe, run.remaining)  # adapters can add the duty that the run started with
     if not pipe.policy:
         check_free(run.checkpoint, pipe.folder)
     run.take_over(is_filtered=bool(pipe.policy))

@@ -5,6 +5,7 @@ Runs and records write SOURCE@sha256:HASH=WEIGHT, which is found by its hash whe
 """
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,17 @@ class Loras:
             path, origin = fetched(source)
             return self._pipe.load_adapter(path, origin=origin)
         return self._pipe.load_adapter(source)
+
+
+def load_all(pipe: FluxPipeline, jobs: Iterable[PictureJob]) -> None:
+    """Loads the adapters of these pictures.
+
+    Raises:
+        ModelError: one is missing, damaged, or for another model.
+    """
+    loras = Loras(pipe)
+    for job in jobs:
+        loras.of(job)
 
 
 def _by_hash(source: str, digest: str) -> str | Path:
