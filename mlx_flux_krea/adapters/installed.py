@@ -53,7 +53,9 @@ class Origin:
 def installed() -> dict[str, Path]:
     """Returns the folders of installed adapters by name. Hidden folders are incomplete and left out."""
     found = home.path(home.ADAPTERS).glob(f"*/{FACTS}")
-    return {path.parent.name: path.parent for path in sorted(found) if not path.parent.name.startswith(".")}
+    return {
+        home.composed(path.parent.name): path.parent for path in sorted(found) if not path.parent.name.startswith(".")
+    }
 
 
 def find_hash(digest: str) -> Path | None:
@@ -102,9 +104,9 @@ def obtain(
     """
     path = Path(os.path.expanduser(source))
     known = installed()
-    if not path.exists():
+    if not os.path.exists(path):
         text = f"{source}:{weight_name}" if weight_name and is_hub_source(source) else str(source)
-        if folder := known.get(text) or find_source(text):
+        if folder := known.get(home.composed(text)) or find_source(text):
             return opened(folder, sizes)
         raise missing(text)
     path = _file_in(path, weight_name)

@@ -110,8 +110,8 @@ def _examine_adapter(path: Path) -> Installed:
     count = disk_bytes(path.resolve())
     try:
         facts, problem = read_facts(path / FACTS), missing_parts(path)
-    except ModelError as error:
-        return Installed(name=path.name, kind="adapter", path=path, bytes=count, problem=str(error))
+    except (ModelError, PermissionError) as error:
+        return Installed(name=path.name, kind="adapter", path=path, bytes=count, problem=_reason(error, path))
     return Installed(
         name=path.name,
         kind="adapter",
@@ -126,15 +126,20 @@ def _examine_adapter(path: Path) -> Installed:
     )
 
 
+def _reason(error: ModelError | PermissionError, path: Path) -> str:
+    """Returns why something installed cannot be used, with the file that the system refuses."""
+    if isinstance(error, ModelError):
+        return str(error)
+    return f"{error.filename or path} cannot be read: {error.strerror}"
+
+
 def _examine(kind: str, path: Path, *, name: str | None = None, is_default: bool = False) -> Installed:
     count, name = disk_bytes(path.resolve()), name or path.name
     try:
         folder, problem = open_folder(path), missing_parts(path)
-    except PermissionError as error:
-        problem = f"{error.filename or path} cannot be read: {error.strerror}"
+    except (ModelError, PermissionError) as error:
+        problem = _reason(error, path)
         return Installed(name=name, kind=kind, path=path, bytes=count, default=is_default, problem=problem)
-    except ModelError as error:
-        return Installed(name=name, kind=kind, path=path, bytes=count, default=is_default, problem=str(error))
     network, filters = next(iter(folder.networks.values())), ""
     if isinstance(folder, ModelFolder):
         filters = "required" if folder.requires_filters else "none"
