@@ -287,6 +287,7 @@ def test_conversion_and_the_thread_that_computes_set_it_first(monkeypatch, tmp_p
         monkeypatch.setattr(place, "limit_cache", lambda: begun.append(1) or (_ for _ in ()).throw(InterruptedError))
     with pytest.raises(InterruptedError):
         convert([PIPELINE], tmp_path / "out", tokenizers=TOKENIZERS)
+    monkeypatch.setattr(worker, "_waiting", SimpleNamespace(get=lambda: pytest.fail("a job came before the limit")))
     with pytest.raises(InterruptedError):
         worker._work()
     assert len(begun) == 2
