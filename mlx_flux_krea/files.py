@@ -26,6 +26,7 @@ from .errors import ModelError, ResourceError, UsageError
 PAGE = mmap.PAGESIZE
 MOST_BYTES = 2**25  # of a small file; the largest published one, a tokenizer.json, has 17 MB
 MOST_NESTING = 100  # of JSON; ours has 5
+_NO_PROCESS = 9_999_999  # a number that no process has, in the name of a file that only tries a folder
 _CHUNK = 2**22  # bytes of one read of a file that is hashed
 _BRACKETS = re.compile(r"[\[\]{}]")
 
@@ -280,6 +281,24 @@ def remove_partials(path: Path, process: int) -> None:
     for partial in path.parent.glob(_partial(glob.escape(path.name), process, "*")):
         with contextlib.suppress(OSError):
             partial.unlink()
+
+
+def try_writing(path: Path) -> None:
+    """Makes an empty file beside a path and deletes it, and any that a killed process left there in doing so.
+
+    Its name is a little longer than that of any temporary file that `written_whole` makes for this path, or for the
+    same with a number.
+
+    Raises:
+        OSError: the folder does not take it.
+    """
+    numbered = path.with_stem(f"{path.stem}-000000")
+    remove_partials(numbered, _NO_PROCESS)
+    probe = path.with_name(_partial(numbered.name, _NO_PROCESS, secrets.token_hex(8)))
+    try:
+        os.close(os.open(probe, os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_WRONLY, 0o600))
+    finally:
+        probe.unlink(missing_ok=True)
 
 
 def _partial(name: str, process: int, random: str) -> str:

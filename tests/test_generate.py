@@ -14,9 +14,10 @@ import pytest
 from helpers import MADE_FOR, REFERENCE, edit_json, facts, image, levels
 from PIL import Image
 
-from mlx_flux_krea import presets
+from mlx_flux_krea import files, presets
 from mlx_flux_krea.commands.shared import jobs as planning
 from mlx_flux_krea.commands.shared import rows
+from mlx_flux_krea.commands.shared.output import check_output
 from mlx_flux_krea.errors import UsageError
 from mlx_flux_krea.files import sha256_if_exists
 from mlx_flux_krea.home import NANO
@@ -647,3 +648,12 @@ def test_a_damaged_config_file_stops_generating_and_is_named(tiny, home, tmp_pat
     assert (code, out) == (2, "")
     assert "config.json" in err
     assert list(tmp_path.glob("*.png")) == []
+
+
+def test_a_file_that_tried_a_folder_and_was_left_by_a_kill_goes_with_the_next_check(tmp_path):
+    stray = tmp_path / files._partial("a[1]-000000.png", files._NO_PROCESS, "0" * 16)
+    others = [tmp_path / ".another.partial", tmp_path / files._partial("a[1].png", 17, "0" * 16)]
+    for path in (stray, *others):
+        path.touch()
+    check_output(tmp_path / "a[1].png")
+    assert sorted(tmp_path.iterdir()) == sorted(others)

@@ -3,12 +3,12 @@
 import itertools
 import os
 import shlex
-import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
 from mlx_flux_krea.errors import UsageError, Waiting, Withheld, amount
+from mlx_flux_krea.files import try_writing
 from mlx_flux_krea.presets import METADATA
 from mlx_flux_krea.provenance import FORMATS, Picture, check_quality
 
@@ -35,11 +35,9 @@ def check_output(output: Path, quality: int | None = None) -> None:
     folder = output.parent
     if not os.path.isdir(folder):  # as the system sees it: a/../b needs a folder a, too
         raise _no_folder(folder)
-    try:  # with a name a little longer than any that will be needed
+    try:
         with signals.held():
-            tempfile.NamedTemporaryFile(
-                prefix=f".{output.name}-", suffix=".0000000-0000000000000000.partial", dir=folder
-            ).close()
+            try_writing(output)
     except OSError as error:
         raise UsageError(f"{output} cannot be written: {error.strerror}", "", "choose another place with -o") from None
 
