@@ -4,6 +4,7 @@ import logging
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from .. import compat
@@ -67,7 +68,7 @@ class LoadedAdapters:
         """Returns everything about these adapters that decides a picture, as JSON."""
         facts = [(self.all[name].facts, name, weight) for name, weight in weights]
         return [
-            {"name": name, "weight": weight, "sha256": one.sha256, "source": one.source, "applied": one.count}
+            {"name": name, "weight": weight, "sha256": one.sha256, "source": _shared(one.source), "applied": one.count}
             | ({"license": list(one.license)} if one.license else {})
             for one, name, weight in facts
         ]
@@ -75,6 +76,11 @@ class LoadedAdapters:
     def duty(self, folder: ModelFolder) -> str:
         """Returns why loaded adapters require filters of a model, or ""."""
         return added_duty((adapter.facts for adapter in self.all.values()), folder.flux.sizes.architecture)
+
+
+def _shared(source: str) -> str:
+    """Returns the source of an adapter as pictures that are passed on name it: without a folder of this disk."""
+    return Path(source).name if Path(source).is_absolute() else source
 
 
 def known_names(names: Iterable[str]) -> str:
