@@ -25,6 +25,8 @@ from mac import Mac
 from mlx_flux_krea.convert import convert, examine
 from mlx_flux_krea.convert.job import Outline, _may_be_schnell
 from mlx_flux_krea.convert.room import SMALL_FILES, Room, needs_in_turn
+from pictures import is_right
+from PIL import Image
 
 from mlx_flux_krea import convert as convert_module
 from mlx_flux_krea import memory as plan
@@ -441,6 +443,23 @@ def test_until_then_no_filter_is_fetched_and_no_licence_shown(home, capsys):
     assert setup_verb._checks(it) == "known after conversion"
     assert "after conversion" in setup_verb._licence(it)
     assert (it.check, it.sources) == ("", {})
+
+
+def test_the_first_picture_is_one_that_the_model_can_draw():
+    small, large = (SimpleNamespace(flux=SimpleNamespace(sizes=SimpleNamespace(hidden_size=n))) for n in (256, 3072))
+    assert setup_verb._first_request(small).prompt == "a red circle on a blue background"
+    assert setup_verb._first_request(small).width is None  # the model's own size and steps
+    assert (setup_verb._first_request(large).prompt, setup_verb._first_request(large).width) == (FIRST_PROMPT, 512)
+
+
+@pytest.mark.slow
+def test_setup_of_the_small_model_draws_a_shape_and_says_where(command, home):
+    code, out, err = command("setup", "--model", "nano")
+    path = home / "pictures" / "nano.png"
+    assert (code, out) == (0, f"{path}\n"), err
+    assert '"a red circle on a blue background", in' in err
+    assert err.count(str(path)) == 1
+    assert is_right(Image.open(path), [("circle", "red")], "blue")
 
 
 def test_the_next_command_names_the_model_where_another_would_be_taken(home, model):

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from mlx_flux_krea import FluxPipeline, Request, home, macos
+from mlx_flux_krea import FluxPipeline, Request, home, licence, macos
 from mlx_flux_krea.convert import hub
 from mlx_flux_krea.convert.folder import check_disk
 from mlx_flux_krea.errors import FiltersError, ModelError, ResourceError, UsageError, printable
@@ -18,7 +18,7 @@ from mlx_flux_krea.filters.ledger import Ledger
 from mlx_flux_krea.licence import PAGE as LICENCE_PAGE
 from mlx_flux_krea.presets import CHECKS, CHIPS, FIRST_PROMPT, PROPOSED_PRECISIONS
 from mlx_flux_krea.provenance import read_record
-from mlx_flux_krea.weights import open_model
+from mlx_flux_krea.weights import ModelFolder, open_model
 
 from .shared import estimates, settings, signals, trials
 from .shared.installation import (
@@ -39,6 +39,7 @@ from .shared.terminal import Console, PipelineProgress, is_interactive, say_path
 from .shared.text import duration, json_text, size, table
 
 PICTURE: dict[str, Any] = {"width": 512, "height": 512, "num_inference_steps": 20, "seed": 1}
+SMALL_PROMPT = "a red circle on a blue background"  # of a small model, which knows coloured shapes
 AGREED = "I agree"
 
 
@@ -98,12 +99,20 @@ def _draw_with(model: Path) -> str:
     usual = None
     with contextlib.suppress(ModelError):  # none is installed, or several and no default
         usual = home.find_model(None)
+    prompt = SMALL_PROMPT if _is_small(open_model(model)) else "a frog holding a sign"
+    draw = f'flux-krea generate "{prompt}"'
     if usual == model:
-        return 'flux-krea generate "a frog holding a sign"'
-    if model == home.NANO:
-        return 'flux-krea generate "a red circle on a blue background" -m nano'
-    known = model in home.installed_models().values()
-    return f'flux-krea generate "a frog holding a sign" -m {shlex.quote(model.name if known else str(model))}'
+        return draw
+    known = model in (home.NANO, *home.installed_models().values())
+    return f"{draw} -m {shlex.quote(_name(model) if known else str(model))}"
+
+
+def _name(model: Path) -> str:
+    return home.NANO_NAME if model == home.NANO else model.name
+
+
+def _is_small(folder: ModelFolder) -> bool:
+    return folder.flux.sizes.hidden_size < licence.SMALLEST
 
 
 def _weights(it: Installation) -> str:
@@ -244,7 +253,7 @@ def _room(it: Installation) -> str:
 def _model(it: Installation) -> str:
     """Converts the model."""
     if it.folder:
-        return f"{it.folder.path.name} is installed"
+        return f"{_name(it.folder.path)} is installed"
     target = it.outlines["model"].target(it.precision)
     broken = target.is_dir() and (not (target / "manifest.json").exists() or missing_parts(target) is not None)
     report = convert_part(it, "model", quantize=it.precision, tokenizers=it.options["tokenizers"], force=broken)
@@ -285,7 +294,7 @@ def _check(it: Installation) -> str:
 def _picture(it: Installation) -> str:
     """Generates the first picture, which filters or a person check."""
     manifest = sha256_if_exists(it.model.path / "manifest.json")
-    it.picture = home.path(home.PICTURES, f"{it.model.path.name}.png")
+    it.picture = home.path(home.PICTURES, f"{_name(it.model.path)}.png")
     try:
         if it.picture.exists() and (read_record(it.picture) or {}).get("manifest_sha256") == manifest:
             return "already made"
@@ -301,11 +310,11 @@ def _picture(it: Installation) -> str:
     progress = PipelineProgress(it.console)
     try:
         with macos.awake():
-            request = Request(prompt=FIRST_PROMPT, **PICTURE)
+            request = _first_request(it.model)
             result = pipe.generate(request, progress=progress, before_release=signals.hold, meant_for=meant)
         if it.check == "review":
             it.is_waiting = True
-            return f'"{FIRST_PROMPT}", in {sum(result.seconds.values()):.0f} s; it waits for your review'
+            return f'"{request.prompt}", in {sum(result.seconds.values()):.0f} s; it waits for your review'
         check_outcomes(list(result.outcomes))
         save(result.images[0], iter([it.picture]), force=True)
     finally:
@@ -313,7 +322,12 @@ def _picture(it: Installation) -> str:
         progress.close()
     if is_interactive():
         show_picture(it.picture, it.console)
-    return f'"{FIRST_PROMPT}", in {sum(result.seconds.values()):.0f} s'
+    return f'"{request.prompt}", in {sum(result.seconds.values()):.0f} s: {it.picture}'
+
+
+def _first_request(model: ModelFolder) -> Request:
+    """Returns the first picture of a model: a small one draws shapes in its own size and steps."""
+    return Request(prompt=SMALL_PROMPT, seed=7) if _is_small(model) else Request(prompt=FIRST_PROMPT, **PICTURE)
 
 
 STEPS = {
