@@ -17,7 +17,7 @@ import logging
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from html import escape, unescape  # those of xml.sax bring all of urllib
 from pathlib import Path
 from typing import Any, BinaryIO, Self
@@ -30,6 +30,7 @@ from .files import open_regular, parse_json, replacing
 from .presets import MAX_PIXELS, METADATA, QUALITY
 
 logger = logging.getLogger("mlx_flux_krea")
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # else its errors go to standard error beside ours
 
 SOFTWARE = f"mlx-flux-krea {__version__}"
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
@@ -37,6 +38,19 @@ PngImagePlugin.MAX_TEXT_CHUNK = 2**24  # bytes of a text or a colour profile; Pi
 READ = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF")  # Pillow's names of the formats that are read
 _EXPECTED = "a PNG, JPEG, WebP, TIFF, BMP or GIF"
 _HEIF = {b"heic", b"heix", b"hevc", b"heim", b"heis", b"hevm", b"mif1", b"msf1", b"avif", b"avis"}  # brands
+_RAW = {".3fr", ".arw", ".cr2", ".cr3", ".crw", ".dcr", ".dng", ".erf", ".fff", ".iiq", ".kdc", ".mef", ".mos", ".mrw"}
+_RAW |= {".nef", ".nrw", ".orf", ".pef", ".raf", ".raw", ".rw2", ".rwl", ".sr2", ".srf", ".srw", ".x3f"}  # of cameras
+_RAW_STARTS = (
+    b"FUJIFILMCCD-RAW",
+    b"IIU\0",
+    b"IIRO",
+    b"IIRS",
+    b"MMOR",
+    b"\0MRM",
+    b"FOVb",
+)  # of RAW files that are no TIFF
+_NO_RAW_STARTS = (b"\x89PNG", b"\xff\xd8", b"RIFF", b"BM", b"GIF8")  # of what may have a RAW file's name
+_DNG_VERSION, _SUBFILE_TYPE, _SUB_IFDS, _CFA_PATTERN = 0xC612, 0x00FE, 0x014A, 0x828E  # tags of TIFF
 _SIPS = "convert it first; on a Mac: sips -s format jpeg IN --out OUT.jpg"
 _KEY = "flux-krea"  # of the JSON text in a PNG
 _A1111_KEY = "parameters"  # of A1111's text in a PNG
@@ -176,7 +190,7 @@ def opened(image: Image.Image | str | os.PathLike | BinaryIO, most: int | None =
     name = printable(os.fspath(image)) if isinstance(image, str | os.PathLike) else "the image"
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # twice as many pixels are an error
+            warnings.simplefilter("ignore")  # of broken files, and of large ones: twice as many pixels are an error
             if isinstance(image, Image.Image):
                 yield image
                 return
@@ -196,17 +210,40 @@ def opened(image: Image.Image | str | os.PathLike | BinaryIO, most: int | None =
 @contextlib.contextmanager
 def _open_file(image: str | os.PathLike | BinaryIO, name: str) -> Iterator[Image.Image]:
     with open_regular(image) if isinstance(image, str | os.PathLike) else contextlib.nullcontext(image) as file:
+        start = file.read(16)
+        if _is_raw(image if isinstance(image, str | os.PathLike) else getattr(image, "name", ""), start):
+            raise _raw_error(name)
         try:
             picture = Image.open(file, formats=READ)
         except UnidentifiedImageError:
-            file.seek(0)
-            start = file.read(12)
             if start[4:8] == b"ftyp" and start[8:12] in _HEIF:
                 picture = _open_heic(file, name)
             else:
                 raise UsageError(f"{name} cannot be opened: it has another format", _EXPECTED) from None
+        if _holds_raw(getattr(picture, "tag_v2", {})):
+            raise _raw_error(name)
         with picture:
             yield picture
+
+
+def _is_raw(path: Any, start: bytes) -> bool:
+    """Recognises a camera's RAW file by its first bytes, or by its name where they are of no other format."""
+    named = isinstance(path, str | os.PathLike) and Path(os.fspath(path)).suffix.lower() in _RAW
+    marked = start.startswith(_RAW_STARTS) or start[4:12] == b"ftypcrx " or start[:2] + start[8:10] == b"IICR"
+    return marked or (named and not start.startswith(_NO_RAW_STARTS))
+
+
+def _holds_raw(tags: Mapping) -> bool:
+    """Recognises a RAW file by its TIFF tags: Adobe's version, a sensor's pattern, or a preview before the others.
+
+    Pillow would read the preview, which is small.
+    """
+    is_preview = tags.get(_SUBFILE_TYPE) == 1 and _SUB_IFDS in tags
+    return _DNG_VERSION in tags or _CFA_PATTERN in tags or is_preview
+
+
+def _raw_error(name: str) -> UsageError:
+    return UsageError(f"{name} cannot be opened: it is a RAW file of a camera", _EXPECTED, _SIPS)
 
 
 def _open_heic(file: BinaryIO, name: str) -> Image.Image:

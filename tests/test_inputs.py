@@ -1,13 +1,15 @@
 """Input images: colours by their profile, photos of telephones, texts and profiles of any size within a bound."""
 
+import io
 import struct
 import sys
+import warnings
 import zlib
 
 import numpy as np
 import pytest
 from helpers import ROOT
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, TiffImagePlugin
 
 from mlx_flux_krea.errors import UsageError
 from mlx_flux_krea.inputs.image import open_image
@@ -156,3 +158,68 @@ def test_a_broken_heic_is_one_error(tmp_path):
     (tmp_path / "a.heic").write_bytes(HEIC.read_bytes()[:600])
     with pytest.raises(UsageError, match="cannot be opened"):
         open_image(tmp_path / "a.heic")
+
+
+# --- RAW files of cameras ---
+
+
+def tiff(**tags) -> bytes:
+    """A TIFF file of one page, with more tags."""
+    info, file = TiffImagePlugin.ImageFileDirectory_v2(), io.BytesIO()
+    for tag, value in tags.items():
+        info[int(tag.lstrip("t"))] = value
+    Image.fromarray(COLOURS).save(file, "TIFF", tiffinfo=info)
+    return file.getvalue()
+
+
+CR2 = b"II*\0\x10\0\0\0CR\x02\0" + bytes(60)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        *((f"DSC_1{ending}", tiff()) for ending in (".NEF", ".nef", ".cr2", ".Dng", ".arw", ".raf", ".orf", ".rw2")),
+        *((f"a{ending}", tiff()) for ending in (".pef", ".srw", ".3fr", ".nrw", ".raw")),
+        ("a.cr3", b"\0\0\0\x18ftypcrx " + bytes(60)),
+        ("a.nef", b""),
+        ("a.nef", tiff()[:90]),
+        ("a.rw2", b"MM\0*" + bytes(60)),
+        ("a.tif", CR2),
+        ("a.jpg", b"\0\0\0\x18ftypcrx " + bytes(60)),
+        *(("a.tif", start + bytes(60)) for start in (b"FUJIFILMCCD-RAW ", b"IIU\0", b"IIRO", b"IIRS", b"MMOR")),
+        ("a.tif", tiff(t50706=b"\1\4\0\0")),
+        ("a.tiff", tiff(t254=1, t330=(8,))),
+        ("a.png", tiff(t33422=b"\0\1\1\2")),
+    ],
+)
+def test_a_raw_file_is_named_and_never_read_as_its_preview(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UsageError, match=r"it is a RAW file of a camera; expected a PNG.*sips -s format jpeg"):
+        open_image(tmp_path / name)
+
+
+def test_other_formats_are_read_whatever_their_names_and_tiff_pages_too(tmp_path):
+    for kind in ("PNG", "JPEG", "WEBP", "BMP", "GIF"):
+        Image.fromarray(COLOURS).save(tmp_path / "a.nef", kind)
+        assert open_image(tmp_path / "a.nef").size == (5, 1)
+    for content in (tiff(), tiff(t254=0), tiff(t254=2)):
+        (tmp_path / "a.tif").write_bytes(content)
+        assert np.array_equal(np.asarray(open_image(tmp_path / "a.tif")), COLOURS)
+
+
+def test_broken_files_give_one_error_and_no_warning_of_another_library(tmp_path, recwarn, capfd):
+    exif = Image.Exif()
+    exif[271] = "maker"
+    Image.fromarray(COLOURS).save(tmp_path / "whole.jpg", exif=exif)
+    jpeg, page = (tmp_path / "whole.jpg").read_bytes(), tiff(t271="maker")
+    warnings.simplefilter("always")
+    for name, content in (("a.tif", page), ("a.nef", page), ("a.jpg", jpeg), ("a.png", page)):
+        for end in range(8, len(content), 7):
+            for part in (content[:end], content[:end] + bytes(len(content) - end)):
+                (tmp_path / name).write_bytes(part)
+                try:
+                    open_image(tmp_path / name)
+                except UsageError:
+                    continue
+    assert [str(one.message) for one in recwarn.list] == []
+    assert capfd.readouterr().err == ""
