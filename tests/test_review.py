@@ -62,7 +62,9 @@ def answered(out: Path, answers: list[str], *options, **environment) -> tuple[in
     todo = iter([f"{one}\n" for one in answers])
 
     def answer(shown: str) -> str:
-        return next(todo, "\x04") if re.search(r"(later\): |\]: |releasing it: |none\): )$", shown) else ""
+        return (
+            next(todo, "\x04") if re.search(r"(later\): |\]: |releasing it: |none\): |lets it wait: )$", shown) else ""
+        )
 
     return at_terminal("review", *options, cwd=out, answer=answer, **environment)
 
@@ -91,18 +93,30 @@ def test_two_times_no_and_a_name_release_a_picture(out, home):
     assert files(home / "quarantine") == []
 
 
-@pytest.mark.parametrize("answers", [["yes"], ["no", "yes"]])
+@pytest.mark.parametrize("answers", [["yes", "delete"], ["no", "yes", " Delete"]])
 def test_one_yes_rejects_and_deletes(out, home, answers):
     keep()
     code, stdout, seen = answered(out, answers, "--reviewer", "Ada", **SHOWN)
     assert (code, stdout, files(out), files(home / "quarantine")) == (0, "", [], [])
     assert "rejected and deleted" in seen
+    assert r'its prompt and seed can make it again: "a secret frog\x1b[31m", 7' in seen
     assert (log(home)[-1]["event"], log(home)[-1]["reviewer"]) == ("rejected", "Ada")
 
 
 @pytest.mark.parametrize(
     "answers",
-    [[], ["later"], ["no"], ["no", "later"], ["maybe", "yess", "", "l"], ["nn", "not", "N", "Later"], ["n", "ye", "0"]],
+    [
+        [],
+        ["later"],
+        ["no"],
+        ["no", "later"],
+        ["y", "y"],  # a reflex
+        ["no", "y", ""],
+        ["yes"],
+        ["maybe", "yess", "", "l"],
+        ["nn", "not", "N", "Later"],
+        ["n", "ye", "0"],
+    ],
 )
 def test_whoever_does_not_answer_both_releases_nothing(out, home, answers):
     keep()
@@ -159,7 +173,7 @@ def test_y_and_n_are_answers_the_choices_stand_once_and_the_release_is_said(out,
     assert seen.count("(yes, no, later)") == 2
     assert "released out.png" in seen
     keep()
-    code, stdout, seen = answered(out, ["n", "Y"], "--reviewer", "Ada", **SHOWN)
+    code, stdout, seen = answered(out, ["n", "Y", "delete"], "--reviewer", "Ada", **SHOWN)
     assert (code, stdout, log(home)[-1]["event"]) == (0, "", "rejected"), seen
 
 
@@ -170,7 +184,7 @@ def test_a_contact_sheet_numbers_what_waits_and_each_chosen_picture_is_shown_and
     names = [one.image for one in Ledger().waiting()]
     code, stdout, seen = answered(out, ["none"], "--contact-sheet", "--reviewer", "Ada", **SHOWN)
     assert (code, stdout, files(out)) == (5, "", []), seen
-    chosen = ["5", "1 x", "3, 1 3", "n", "n", "n", "y"]
+    chosen = ["5", "1 x", "3, 1 3", "n", "n", "n", "y", "delete"]
     code, stdout, seen = answered(out, chosen, "--contact-sheet", "--reviewer", "Ada", **SHOWN)
     assert (code, stdout) == (5, "out.png\n"), seen
     assert "'5' is no number from 1 to 4" in seen

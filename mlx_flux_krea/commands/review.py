@@ -20,6 +20,7 @@ from .shared.terminal import Console, say_path, show_picture
 
 _SHEET = 120  # pictures of a contact sheet
 ANSWERS = ("yes", "no", "later")
+DELETE = "delete"  # typed in full: a reflex does not reject
 QUESTIONS = {
     "unlawful": "Does it show anything unlawful?",
     "infringing": "Does it show somebody's work or brand, or a real person, without the right to?",
@@ -50,6 +51,7 @@ def review(output, reviewer, quality, metadata, contact_sheet):
 
     Where a picture cannot be shown (tmux, screen, ssh, no display), open its file: you are asked whether you did.
     A contact sheet is for finding pictures: each that you choose from it is shown and asked about by itself.
+    A picture is rejected and deleted once you type "delete".
 
     \b
     Example:
@@ -144,6 +146,8 @@ def _ask(picture: QuarantinedImage, reviewer: str, console: Console) -> Verdict 
         if answer == "later":
             return None
         answers[name] = answer == "yes"
+        if answers[name] and not _confirm(picture, console):
+            return None
         if answers[name]:
             return Verdict("rejected", pixels, (question,), reviewer=reviewer, answers=answers)
     reasons = ()
@@ -152,6 +156,20 @@ def _ask(picture: QuarantinedImage, reviewer: str, console: Console) -> Verdict 
         if not reasons[0]:
             return None
     return Verdict("approved", pixels, reasons, reviewer=reviewer, answers=answers)
+
+
+def _confirm(picture: QuarantinedImage, console: Console) -> bool:
+    """Says how the picture could be made again, and asks whether to reject and delete it."""
+    record = _record(picture)
+    if {"prompt", "seed"} <= record.keys():
+        prompt, seed = (printable(str(record[name])) for name in ("prompt", "seed"))
+        console.say(f'its prompt and seed can make it again: "{prompt}", {seed}')
+    question = f"Type {DELETE} to reject and delete it; anything else lets it wait"
+    answer = click.prompt(question, default="", show_default=False, err=True)
+    is_meant = answer.strip().lower() == DELETE
+    if not is_meant:
+        console.say("it waits on")
+    return is_meant
 
 
 def _answer(question: str) -> str:
