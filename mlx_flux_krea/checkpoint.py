@@ -36,6 +36,7 @@ EVERY = 1.0  # seconds: steps that follow each other faster are not all written
 KEEP_DAYS = 30  # then a file that nobody resumed is deleted
 _FORMAT = 2
 _KEY = "flux-krea"
+_LISTED = "flux-krea resume --list lists them"
 _LONGEST = 2**26  # characters of JSON
 _KINDS = {"latents": ("F32", 3), "image": ("U8", 3)}  # types and dimensions
 
@@ -235,10 +236,14 @@ def find(name: str | None) -> Path:
     """
     if name is None:
         if not (paths := unfinished()):
-            raise UsageError(f"there is no unfinished run in {folder()}", "", "give the path of a file")
+            raise UsageError(f"there is no unfinished run in {folder()}", "", "there is nothing to resume")
         return paths[0]
-    inside = folder() / f"{name}.safetensors"
-    return inside if os.sep not in name and inside.exists() else Path(os.path.expanduser(name))
+    inside, path = folder() / f"{name}.safetensors", Path(os.path.expanduser(name))
+    if os.sep not in name and inside.exists():
+        return inside
+    if not os.path.exists(path):
+        raise UsageError(f"there is no unfinished run {name}", "an ID or a checkpoint file", _LISTED)
+    return path
 
 
 def _locked(path: Path) -> int:
@@ -265,9 +270,9 @@ def _header(path: Path) -> tuple[dict, dict[str, tuple[int, ...]]]:
             raise ValueError
         facts = parse_json(metadata[_KEY])
     except FluxKreaError as error:
-        raise UsageError(error.found, whole) from None
+        raise UsageError(error.found, whole, _LISTED) from None
     except (KeyError, ValueError, RecursionError):
-        raise UsageError(f"{path} has no description of a run", whole) from None
+        raise UsageError(f"{path} has no description of a run", whole, _LISTED) from None
     shapes = {name: info.shape for name, info in infos.items()}
     kinds = {name: (info.dtype, len(info.shape)) for name, info in infos.items()}
     facts = facts if isinstance(facts, dict) else {}

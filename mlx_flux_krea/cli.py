@@ -42,6 +42,8 @@ from mlx_flux_krea import __version__, macos
 from mlx_flux_krea.commands import completion
 from mlx_flux_krea.errors import FluxKreaError, gpu_error, printable, shortened
 
+_ODD = re.compile(r"[‐-―−“„‟«]|-[A-Za-z]=|--memory$")  # begins a word that `typed.check` may refuse
+
 
 @dataclass(frozen=True)
 class Verb:
@@ -142,12 +144,26 @@ def _run(argv: list[str]) -> int:
     try:
         if instruction := os.environ.get(completion.VARIABLE):
             return completion.answer(cli, instruction)
+        _check_words(argv)
         with cli.make_context("flux-krea", list(argv) or ["--help"]) as context:
             cli.invoke(context)
         return 0
     except Exception as error:
         signals.check()
         return _report(error, argv)
+
+
+def _check_words(argv: list[str]) -> None:
+    """Checks words that click would take for something else.
+
+    Raises:
+        UsageError: one of them.
+    """
+    if not argv or argv[0] not in VERBS or not any(_ODD.match(word) for word in argv):
+        return
+    from mlx_flux_krea.commands.shared import typed
+
+    typed.check(_context(argv).command, argv[1:])
 
 
 def _report(error: Exception, argv: list[str]) -> int:

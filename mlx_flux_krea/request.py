@@ -207,7 +207,8 @@ class Request:
             todo = "set `true_cfg_scale` (it doubles the time of a step)"
             raise UsageError(f"a negative prompt does nothing at {scale}", "above 1", todo)
         if self._scale > 1 and not negative:
-            raise UsageError(f"{scale} needs a negative prompt", "one, even an empty one")
+            todo = '`negative_prompt` "" is enough'
+            raise UsageError(f"{scale} needs a negative prompt", "one, even an empty one", todo)
         for name in _TEXTS:
             texts = getattr(self, name)
             if isinstance(texts, tuple) and len(texts) != self._prompts:

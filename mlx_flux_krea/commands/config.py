@@ -1,5 +1,7 @@
 """flux-krea config: generate's default options, kept in a file."""
 
+import shlex
+
 import click
 
 from mlx_flux_krea.errors import UsageError, printable
@@ -28,6 +30,10 @@ def config(option, value, unset, as_json):
       flux-krea config steps --unset
     """
     console, options = Console(), settings.read()
+    if option and "=" in option and not value:
+        name, _, value = option.partition("=")
+        found = f"{option} joins an option and its value"
+        raise UsageError(found, "two words", f"write flux-krea config {name.lstrip('-')} {shlex.quote(value)}")
     if option and (value or unset):
         options = _changed(options, option, value=" ".join(value), unset=unset)
         settings.write(options)

@@ -2,19 +2,25 @@
 
 import difflib
 import itertools
+import os
 import re
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import click
 
-from . import peers
+from mlx_flux_krea.errors import FluxKreaError
+
+from . import peers, typed
 
 # Options and verbs that remove things or skip a question: nobody is led to them by a typing error.
 NEVER = {"--force", "--yes", "--discard-source", "--allow-nonfinite", "--allow-unknown-filter", "purge", "rm"}
 _LIKENESS = 0.7  # of two names, from 0 to 1
 _VALUE = re.compile(r"(?P<value>.+) is (?:not a valid|not in the range)", re.DOTALL)
-_CONVERTING = ("convert", "setup")
+_TABLES = {"convert": peers.CONVERTING, "setup": peers.CONVERTING, "plan": peers.PLANNING}  # by verb
+_ANY = {"-V": "--version", "-v": "--version", "--ver": "--version", "-?": "--help", "-help": "--help"}
+_EXAMPLE = re.compile(r"(?P<option>--?[A-Za-z][\w-]*) \{(?P<example>[^{}]*)\}")  # in an answer of `peers`
+_LONGEST = 200  # characters of a command that is proposed
 
 
 def answer(error: click.ClickException, context: click.Context, argv: Sequence[str]) -> str:
@@ -30,7 +36,7 @@ def answer(error: click.ClickException, context: click.Context, argv: Sequence[s
     if is_misread and (found := _one_dash(context, argv)):
         return found
     if isinstance(error, click.NoSuchOption):
-        return _no_option(error.option_name, context)
+        return _no_option(error.option_name, context, argv)
     if isinstance(error, click.BadOptionUsage):
         return _no_value(error.option_name, context) or text
     if isinstance(error, click.MissingParameter) and error.param:
@@ -38,10 +44,10 @@ def answer(error: click.ClickException, context: click.Context, argv: Sequence[s
     if isinstance(error, click.BadParameter) and error.param:
         return bad_value(_label(error.param), error.param, error.message, context)
     if text.startswith("Got unexpected extra argument"):
-        return _too_many(context, text)
+        return _too_many(context, text, argv)
     match = re.match(r"No such command (['\"])(?P<name>.*)\1$", error.message.rstrip("."), re.DOTALL)
     if match and isinstance(context.command, click.Group):
-        return _unknown_verb(match["name"], context.command.list_commands(context), context.command_path)
+        return _unknown_verb(match["name"], context, argv)
     return text
 
 
@@ -59,25 +65,54 @@ def nearest(word: str, names: Iterable[str]) -> str | None:
     return plain[near[0]] if near else None
 
 
-def _unknown_verb(word: str, names: list[str], command: str) -> str:
-    """Returns the answer to a verb that does not exist.
-
-    Args:
-        word: the verb.
-        names: those that do.
-        command: in front of it.
-    """
-    others = peers.VERBS if command == "flux-krea" else peers.SUBVERBS
-    if re.search(r"\s", word.strip()):
-        return f'{word!r} is no command; for a picture of it: {command} generate "{word[:40]}"'
-    found = f"there is no command {word!r}"
-    if (near := others.get(word.lower())) in names:
-        return f"{found}; write {command} {near}"
-    if command == "flux-krea" and (text := peers.MISSING_VERBS.get(word.lower())):
+def _unknown_verb(word: str, context: click.Context, argv: Sequence[str]) -> str:
+    """Returns the answer to a verb that a group does not have."""
+    group, command = context.command, context.command_path
+    names = group.list_commands(context) if isinstance(group, click.Group) else []
+    top = not context.parent
+    rest = list(argv)[list(argv).index(word) + 1 :] if word in argv else []
+    if re.search(r"\s", word.strip()) or typed.has_curly_quotes([word]):
+        line = _line("generate", context, [word[:40], *rest]) or f"{command} generate {typed.quoted(word[:40])}"
+        return f"{word!r} is no command; for a picture of it: {line}"
+    found, lower = f"there is no command {word!r}", word.lower()
+    near = (peers.VERBS if top else peers.SUBVERBS).get(lower)
+    if near == "" and getattr(group, "invoke_without_command", False):
+        return f"{found}; write {command}"
+    if near and near.split()[0] in names:
+        return f"{found}; write {_line(near, context, rest) or f'{command} {near}'}"
+    if top and lower == "help" and rest and rest[0] in names:
+        return f"{found}; write {command} {rest[0]} --help"
+    if top and (text := peers.MISSING_VERBS.get(lower)):
         return f"{found}; {text}"
     if near := nearest(word, names):
-        return f"{found}; did you mean {command} {near}?"
+        return f"{found}; did you mean {_line(near, context, rest) or f'{command} {near}'}?"
     return f"{found}; expected {', '.join(name for name in names if name not in NEVER)}"
+
+
+def _line(verb: str, context: click.Context, words: Sequence[str]) -> str:
+    """Returns a command line with another verb and the words that were typed; "": the verb does not take them.
+
+    Args:
+        verb: of the group, or a verb and one below it.
+        context: of the group.
+        words: after the verb.
+    """
+    command: click.Command | None = context.command
+    for name in verb.split():
+        command = command.get_command(context, name) if isinstance(command, click.Group) else None
+    if command is None or not words:
+        return ""
+    line = typed.read(command, words)
+    most = sum(99 if one.nargs < 0 else one.nargs for one in command.params if isinstance(one, click.Argument))
+    prompt = _takes_prompt(command)
+    text = line.meant(f"{context.command_path} {verb}", prompt)
+    fits = not line.unknown and (prompt or len(line.arguments) <= most) and len(text) <= _LONGEST
+    removes = {word for words in line.options for word in words} & NEVER
+    return text if fits and not removes else ""
+
+
+def _takes_prompt(command: click.Command) -> bool:
+    return any(parameter.name == "prompt" for parameter in command.params)
 
 
 def number_wanted(kind: click.ParamType) -> str:
@@ -105,22 +140,29 @@ def _one_dash(context: click.Context, argv: Sequence[str]) -> str | None:
     return None
 
 
-def _no_option(name: str, context: click.Context) -> str:
+def _no_option(name: str, context: click.Context, argv: Sequence[str]) -> str:
     """Returns the answer to an option that the command does not have."""
     found = f"there is no option {name}"
     command, verb = context.command, context.info_name or ""
     if isinstance(command, click.Group) and not context.parent:
-        return f"{found} before a command; expected one first: flux-krea generate"
-    ours = [option for parameter in command.params for option in parameter.opts if isinstance(parameter, click.Option)]
+        return _before_verb(name, context, argv)
+    ours = typed.options_of(command)
+    text = next((word for word in argv if word.startswith(name) and re.search(r"\s", word.partition("=")[0])), "")
+    if text and _takes_prompt(command):
+        line = f"{context.command_path} -- {typed.quoted(text)}"
+        return f"{found}; a prompt that begins with a hyphen comes last, after --: {line}"
     if len(name) == 3 and name[1:] in ours:
         return f"{found}; did you mean {name[1:]}?"
+    if (option := name.lstrip("-").replace("-", "_").lower()) and (given := _setting(option, context, argv)):
+        return f"{found}; write {given}"
+    table = _TABLES.get(verb, peers.OPTIONS)
     if known := nearest(name, [option for option in ours if option.startswith("--")]):
         exact = known.lstrip("-") == name.lstrip("-").replace("_", "-").lower()
-        if exact or not peers.find(name):
+        if exact or not peers.find(name, table):
             return f"{found}; did you mean {known}?"
-    table = peers.CONVERTING if verb in _CONVERTING else peers.OPTIONS
-    if row := peers.find(name, table):
+    if row := peers.find(name, table) or peers.find(name):
         tools, text = row
+        text = with_values(text, typed.values_after(name, argv), _options_of("generate", context) | ours)
         elsewhere = set(re.findall(r"write (-[\w-]+)", text)) - set(ours)
         return f"{found} (of {tools}); {'with flux-krea generate, ' * bool(elsewhere)}{text}"
     if name not in NEVER and name in _options_of("generate", context):
@@ -128,11 +170,70 @@ def _no_option(name: str, context: click.Context) -> str:
     return found
 
 
-def _options_of(verb: str, context: click.Context) -> set[str]:
-    """Returns the options of a verb of the group that a context belongs to."""
+def _before_verb(name: str, context: click.Context, argv: Sequence[str]) -> str:
+    """Returns the answer to an option in front of the verb."""
+    if name in _ANY:
+        return f"there is no option {name}; write {context.command_path} {_ANY[name]}"
+    found = f"there is no option {name} before a command"
+    names = context.command.list_commands(context) if isinstance(context.command, click.Group) else []
+    at = next((i for i, word in enumerate(argv) if word in names), None)
+    line = _line(argv[at], context, [*argv[at + 1 :], *argv[:at]]) if at is not None else ""
+    return f"{found}; {f'write {line}' if line else f'expected one first: {context.command_path} generate'}"
+
+
+def _setting(name: str, context: click.Context, argv: Sequence[str]) -> str:
+    """Returns how `config` sets an option that was given to it as an option; "": the command is another."""
+    if context.info_name != "config" or f"--{name.replace('_', '-')}" not in _options_of("generate", context):
+        return ""
+    option = name.replace("_", "-")
+    value = " ".join(typed.values_after(f"--{option}", argv))
+    return " ".join([context.command_path, option, *([shlex.quote(value)] if value else [])])
+
+
+def with_values(text: str, values: Sequence[str], options: Mapping[str, click.Option]) -> str:
+    """Returns an answer with the typed values in the place of its examples, where our options take them.
+
+    Args:
+        text: of `peers`, with examples in braces.
+        values: words that were typed after the option.
+        options: ours, by their spellings.
+    """
+    slots = list(_EXAMPLE.finditer(text))
+    sides = " ".join(itertools.takewhile(lambda value: re.fullmatch(r"[\d.x×*,:/ ]+", value, re.I), values))
+    parts = [part for part in re.split(r"[x×*,:/ ]+", sides, flags=re.I) if part]
+    together = " ".join(itertools.takewhile(lambda value: re.fullmatch(r"[\d+,]+", value), values))
+    in_turn = len({slot["option"] for slot in slots}) == len(parts) > 1
+    filled = []
+    for i, slot in enumerate(slots):
+        option = options.get(slot["option"])
+        value = parts[i] if in_turn else together if option and option.name == "seed" else "".join(values[:1])
+        filled.append(value if value and option and _is_taken(value, option) else "")
+    if not all(filled) and len(slots) > 1:
+        filled = [""] * len(slots)
+    typed_values = iter(filled)
+
+    def shown(match: re.Match) -> str:
+        value = next(typed_values)
+        words = value if re.fullmatch(r"[\d+, ]+", value) else shlex.quote(value)
+        return f"{match['option']} {words if value else match['example']}"
+
+    return _EXAMPLE.sub(shown, text)
+
+
+def _is_taken(value: str, option: click.Option) -> bool:
+    """Returns True where an option takes a value, as far as its type knows."""
+    try:
+        option.type.convert(value, option, None)
+    except (click.BadParameter, FluxKreaError):
+        return False
+    return True
+
+
+def _options_of(verb: str, context: click.Context) -> dict[str, click.Option]:
+    """Returns the options of a verb of the group that a context belongs to, by their spellings."""
     group = context.find_root().command
     command = group.get_command(context, verb) if isinstance(group, click.Group) else None
-    return {option for parameter in command.params for option in parameter.opts} if command else set()
+    return typed.options_of(command) if command else {}
 
 
 def _no_value(name: str, context: click.Context) -> str | None:
@@ -173,16 +274,27 @@ def _found(label: str, value: str, wanted: str, context: click.Context | None) -
     return f"{label} is {value!r}; expected {wanted}"
 
 
-def _too_many(context: click.Context, text: str) -> str:
+def _too_many(context: click.Context, text: str, argv: Sequence[str]) -> str:
     """Returns the answer to arguments after the last that a command takes: mostly a prompt without quotes."""
     match = re.search(r"\((.*)\)$", text, re.DOTALL)
-    extra = match[1] if match else ""
-    if any(parameter.name == "prompt" for parameter in context.command.params):
-        return f'{extra!r} follows the prompt; expected a prompt in quotes: {context.command_path} "a frog on a log"'
+    extra, path = match[1] if match else "", context.command_path
+    words = list(argv)[list(argv).index(context.info_name or "") + 1 :] if context.info_name in argv else []
+    line = typed.read(context.command, words)
+    if line.spaced:
+        option, file = line.spaced
+        return f"{extra!r} is left over; expected a path with spaces in quotes: {option} {shlex.quote(file)}"
+    if _takes_prompt(context.command):
+        meant = line.meant(path, prompt=True)
+        meant = meant if len(meant) <= _LONGEST else f'{path} "..."'
+        if typed.has_curly_quotes(words):
+            return f"the shell knows no curly quotes; expected straight ones: {meant}"
+        return f"{extra!r} follows the prompt; expected a prompt in quotes: {meant}"
+    if len(line.arguments) > 1 and os.path.exists(whole := " ".join(line.arguments)):
+        return f"{extra!r} is left over; expected a path with spaces in quotes: {path} {shlex.quote(whole)}"
     count = sum(isinstance(parameter, click.Argument) for parameter in context.command.params)
     taken = ("no argument", "one argument")[count] if count < 2 else f"{count} arguments"
     by_option = any("-m" in parameter.opts for parameter in context.command.params)
-    named = f"; a model is named with -m: {context.command_path} -m {shlex.quote(extra)}" if by_option else ""
+    named = f"; a model is named with -m: {path} -m {shlex.quote(extra)}" if by_option else ""
     return f"there is an argument too many: {extra!r}; expected {taken}{named}"
 
 

@@ -131,6 +131,8 @@ class _File(click.Path):
             self.fail(f"{value!r} is an address, not a file; download it first.", param, ctx)
         if isinstance(param, click.Option) and param.name == "output" and str(value).endswith(os.sep):
             self.fail(f"{value!r} is a folder, not a file; write {shlex.quote(f'{value}out.png')}.", param, ctx)
+        if isinstance(param, click.Option) and str(value).startswith("~"):
+            value = os.path.expanduser(value)  # no shell does, after = and in quotes
         return super().convert(value, param, ctx)
 
 

@@ -46,8 +46,6 @@ def _no_folder(folder: Path) -> UsageError:
     """Returns the error for a folder that cannot hold an output."""
     if os.path.lexists(folder) and not os.path.islink(folder):
         return UsageError(f"{folder} is a file", "a folder", "choose another place with -o")
-    if folder.parts and folder.parts[0] == "~":
-        return UsageError(f"there is no folder {folder}", "one that exists", "write ~ outside quotes")
     todo = f"make it: mkdir -p {shlex.quote(str(folder))}"
     return UsageError(f"there is no folder {folder}", "one that exists", todo)
 

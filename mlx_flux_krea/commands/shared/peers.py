@@ -3,6 +3,9 @@
 The tools: A1111 (AUTOMATIC1111's page, and Forge's), BFL (black-forest-labs/flux), ComfyUI, diffusers, DiffusionKit,
 Draw Things (its app and draw-things-cli), fal, InvokeAI, krea (krea-ai/flux-krea), mflux, mlx-examples, mlx-lm,
 Replicate, sd.cpp.
+
+An example in braces, --steps {28}, stands for the value that was typed, where our option takes it in the same sense.
+Guidance of tools whose scale has another meaning, and names of models, are not carried over.
 """
 
 _LORA = "write --lora FILE=0.8, once for each adapter"
@@ -14,12 +17,12 @@ _ENLARGING = "enlarging is not supported yet"
 _T5 = "leave it out: the model's own length is used; --like comfy has 256"
 _MASK = "masks are not supported yet"
 _AUTOMATIC = "leave it out: memory is planned, and --memory 8GB sets a limit"
-_SIZE = "write --width 1024 --height 768, or --aspect 4:3"
+_SIZE = "write --width {1024} --height {768}, or --aspect 4:3"
 _SAMPLER = "leave it out: FLUX.1 has one sampler here, Euler; --like comfy has the schedule of another tool"
 _GUIDANCE = "write --guidance 4.5 (for a scale of --negative-prompt: --true-cfg-scale)"
 _QUANTIZE = "weights are quantized once, by flux-krea convert SOURCE -q 8"
-_COUNT = "write -n 4"
-_IMAGE = "write --image FILE"
+_COUNT = "write -n {4}"
+_IMAGE = "write --image {FILE}"
 _OUTPUT = "write -o FOLDER/{n}.png"
 _MODEL = "write -m NAME, of flux-krea models"
 _FILES = "files are named once, for flux-krea convert; then -m NAME"
@@ -29,34 +32,34 @@ _HERE = "leave it out: everything runs on this machine's GPU"
 # Names of options without dashes, with _ for -; the tools that have them; the answer.
 OPTIONS = (
     # size
-    ("W", "sd.cpp, A1111, InvokeAI", "write --width 1024"),
-    ("w", "krea, BFL", "write --width 1024"),
-    ("H", "sd.cpp, A1111, InvokeAI", "write --height 1024"),
+    ("W", "sd.cpp, A1111, InvokeAI", "write --width {1024}"),
+    ("w", "krea, BFL", "write --width {1024}"),
+    ("H", "sd.cpp, A1111, InvokeAI", "write --height {1024}"),
     ("size image_size", "mlx-examples, fal", _SIZE),
     ("resolution res", "ComfyUI, BFL", _SIZE),
-    ("aspect_ratio ar", "Replicate, BFL, Midjourney", "write --aspect 3:2"),
+    ("aspect_ratio ar", "Replicate, BFL, Midjourney", "write --aspect {3:2}"),
     # steps, guidance and sampler
-    ("num_inference_steps inference_steps", "diffusers, Replicate", "write --steps 28"),
-    ("num_steps", "BFL, krea", "write --steps 28"),
-    ("step sampling_steps ddim_steps", "A1111", "write --steps 28"),
-    ("s", "sd.cpp, draw-things-cli; steps in InvokeAI and krea", "write --seed 7, or --steps 28"),
-    ("guidance_scale", "diffusers, fal, Draw Things", "write --guidance 4.5"),
-    ("g", "krea, BFL", "write --guidance 4.5"),
+    ("num_inference_steps inference_steps", "diffusers, Replicate", "write --steps {28}"),
+    ("num_steps", "BFL, krea", "write --steps {28}"),
+    ("step sampling_steps ddim_steps", "A1111", "write --steps {28}"),
+    ("s", "sd.cpp, draw-things-cli; steps in InvokeAI and krea", "write --seed {7}, or --steps {28}"),
+    ("guidance_scale", "diffusers, fal, Draw Things", "write --guidance {4.5}"),
+    ("g", "krea, BFL", "write --guidance {4.5}"),
     ("cfg", "ComfyUI, DiffusionKit, draw-things-cli", _GUIDANCE),
     ("cfg_scale C", "sd.cpp, A1111, InvokeAI", _GUIDANCE),
     ("scale distilled_guidance distilled_cfg_scale distilled_cfg", "A1111, Forge", _GUIDANCE),
-    ("true_cfg", "diffusers", "write --true-cfg-scale 2 with --negative-prompt"),
+    ("true_cfg", "diffusers", "write --true-cfg-scale {2} with --negative-prompt TEXT"),
     ("scheduler schedule", "mflux, ComfyUI, InvokeAI, sd.cpp", _SAMPLER),
     ("sampler sampler_name sampling_method A", "ComfyUI, A1111, sd.cpp, InvokeAI, Draw Things", _SAMPLER),
     ("solver", "diffusers", _SAMPLER),
     ("sigmas shift flow_shift base_shift max_shift", "diffusers, sd.cpp, Draw Things", _SAMPLER),
     ("clip_skip", "A1111, sd.cpp, Draw Things", "leave it out: FLUX.1 reads CLIP's last layer"),
     ("max_sequence_length t5_length", "diffusers", _T5),
-    ("prompt_strength", "Replicate", "write --strength 0.6"),
+    ("prompt_strength", "Replicate", "write --strength {0.6}"),
     # seeds and numbers
-    ("S", "InvokeAI", "write --seed 7"),
-    ("generator noise_seed manual_seed seeds", "diffusers, ComfyUI", "write --seed 7"),
-    ("auto_seeds", "mflux", "write -n 4: consecutive seeds, from a random one"),
+    ("S", "InvokeAI", "write --seed {7}"),
+    ("generator noise_seed manual_seed seeds", "diffusers, ComfyUI", "write --seed {7}"),
+    ("auto_seeds", "mflux", "write -n {4}: consecutive seeds, from a random one"),
     ("rng", "sd.cpp", "write --noise diffusers, or another tool's name"),
     ("n_iter n_samples iterations", "A1111, InvokeAI", _COUNT),
     ("batch_size batch_count b batch", "ComfyUI, A1111, Draw Things, sd.cpp", _COUNT),
@@ -64,10 +67,10 @@ OPTIONS = (
     ("n_rows grid", "mlx-examples, A1111", "write --contact-sheet"),
     # prompts
     ("p prompt text", "mflux, sd.cpp, krea, draw-things-cli", 'the prompt has no option: flux-krea generate "a frog"'),
-    ("negative neg negative_text uc", "A1111, InvokeAI", "write --negative-prompt TEXT --true-cfg-scale 2"),
-    ("no", "Midjourney", "write --negative-prompt TEXT --true-cfg-scale 2"),
+    ("negative neg negative_text uc", "A1111, InvokeAI", "write --negative-prompt {TEXT} --true-cfg-scale 2"),
+    ("no", "Midjourney", "write --negative-prompt {TEXT} --true-cfg-scale 2"),
     ("prompt_2 prompt2 clip_l_prompt", "diffusers, Draw Things", "leave it out: both encoders read the one prompt"),
-    ("prompt_file prompts_file from_file", "mflux, draw-things-cli, InvokeAI", "write --prompts FILE"),
+    ("prompt_file prompts_file from_file", "mflux, draw-things-cli, InvokeAI", "write --prompts {FILE}"),
     # models
     ("model_path model_name ckpt checkpoint ckpt_name", "A1111, mflux, ComfyUI", _MODEL),
     ("name base_model model_version model_id", "BFL, mflux, DiffusionKit", _MODEL),
@@ -76,14 +79,14 @@ OPTIONS = (
     ("clip_l t5xxl clip t5 clip_name text_encoder text_encoder_2", "sd.cpp, ComfyUI", _FILES),
     ("ckpt_dir models_dir models_path", "A1111", "set FLUX_KREA_HOME, or name the folder: -m FOLDER"),
     ("q quantize quantization bits q_bits w16 a16 fp8 type", "mflux, mlx-examples, sd.cpp", _QUANTIZE),
-    ("torch_dtype precision no_half half fp16 bf16 fp32", "diffusers, A1111, ComfyUI", "write --dtype bfloat16"),
+    ("torch_dtype precision no_half half fp16 bf16 fp32", "diffusers, A1111, ComfyUI", "write --dtype {bfloat16}"),
     ("token hf_token hf_api_key api_key", "diffusers, mflux", "log in once: hf auth login"),
     ("offline no_download_missing", "draw-things-cli", "leave it out: generate never uses the network"),
     # pictures to start from
     ("image_path init_image_path", "mflux, DiffusionKit", _IMAGE),
     ("init_img init_image i I img input_image input init", "sd.cpp, InvokeAI, A1111", _IMAGE),
     ("image_strength", "mflux", "write --strength: 1 minus mflux's, whose 0.4 is --strength 0.6"),
-    ("denoise denoising_strength", "ComfyUI, A1111, DiffusionKit", "write --strength 0.6, in the same sense"),
+    ("denoise denoising_strength", "ComfyUI, A1111, DiffusionKit", "write --strength {0.6}, in the same sense"),
     ("mask mask_image masked_image_path inpaint", "sd.cpp, diffusers, mflux", _MASK),
     ("ref_image r image_paths redux_image_paths redux_image_strengths", "sd.cpp, mflux", _REFERENCE),
     ("ip_adapter ip_adapter_image style_image", "diffusers, InvokeAI", _REFERENCE),
@@ -106,15 +109,15 @@ OPTIONS = (
     ("device gpu cpu mps cuda threads t", "BFL, sd.cpp, ComfyUI", _HERE),
     ("battery_percentage_stop_limit B", "mflux", "leave it out; Ctrl-C stops a run, and flux-krea resume continues it"),
     # files
-    ("out outfile output_path output_file save save_path", "mflux, sd.cpp, InvokeAI", "write -o FILE"),
+    ("out outfile output_path output_file save save_path", "mflux, sd.cpp, InvokeAI", "write -o {FILE}"),
     ("outdir output_dir output_directory out_dir output_folder", "A1111, BFL, ComfyUI", _OUTPUT),
     ("filename_prefix prefix filename", "ComfyUI", "write -o NAME-{seed}.png"),
     ("output_format format", "Replicate, fal", "the name decides: -o out.webp"),
-    ("output_quality jpeg_quality", "Replicate", "write --quality 95"),
+    ("output_quality jpeg_quality", "Replicate", "write --quality {95}"),
     ("output_type return_dict", "diffusers", "leave it out: pictures are saved as files; --json prints a report"),
     ("overwrite replace clobber", "ffmpeg and others", "delete the file first, or take the next free name as proposed"),
-    ("config_from_metadata", "mflux", "write --from PICTURE"),
-    ("stepwise_image_output_dir stepwise preview_path preview_interval", "mflux, sd.cpp", "write --preview FILE"),
+    ("config_from_metadata", "mflux", "write --from {PICTURE}"),
+    ("stepwise_image_output_dir stepwise preview_path preview_interval", "mflux, sd.cpp", "write --preview {FILE}"),
     ("terminal_image show open", "draw-things-cli", "write --preview; the picture's path is printed"),
     ("add_sampling_metadata exif", "BFL", "write --metadata full, or minimal"),
     # other stages
@@ -131,14 +134,24 @@ OPTIONS = (
 
 # Options of `convert` and `setup`, in the same form.
 CONVERTING = (
-    ("bits q_bits quantize_bits nbits quantization precision type outtype", "mlx-lm, mflux, llama.cpp", "write -q 4"),
+    ("bits q_bits quantize_bits nbits quantization precision type outtype", "mlx-lm, mflux, llama.cpp", "write -q {4}"),
     ("hf_path model path m source input", "mlx-lm, mflux", "name sources without an option: flux-krea convert SOURCE"),
-    ("mlx_path out outfile out_dir output_dir save_path", "mlx-lm, llama.cpp", "write -o FOLDER"),
-    ("q_group_size group", "mlx-lm", "write --group-size 64"),
+    ("mlx_path out outfile out_dir output_dir save_path", "mlx-lm, llama.cpp", "write -o {FOLDER}"),
+    ("q_group_size group", "mlx-lm", "write --group-size {64}"),
     ("upload_repo push_to_hub", "mlx-lm", "leave it out: nothing is uploaded"),
     ("token hf_token", "diffusers", "log in once: hf auth login"),
     ("lora lora_paths adapter", "mflux", _ADAPTER_APART),
 )
+
+# Options of `plan`, in the same form.
+PLANNING = (
+    ("q quantize quantization bits q_bits precision", "convert", "leave it out: flux-krea plan lists every precision"),
+    ("steps num_inference_steps num_steps n num_images guidance seed", "generate",
+     "leave it out: memory is the same for any, and times are those of a picture with the model's own steps"),
+    ("m model", "generate", "name the model without an option: flux-krea plan NAME"),
+    ("ram mem", "others", "write --memory {8GB}"),
+    ("aspect megapixels size resolution", "generate", "write --width {1024} --height {768}"),
+)  # fmt: skip
 
 # Verbs of other tools, and ours.
 VERBS = {
@@ -158,13 +171,11 @@ VERBS = {
     "download": "setup",
     "pull": "setup",
     "init": "setup",
-    "login": "setup",
     "list": "models",
     "ls": "models",
-    "remove": "models",
-    "rm": "models",
-    "delete": "models",
-    "uninstall": "models",
+    "remove": "models rm",
+    "rm": "models rm",
+    "delete": "models rm",
     "quantize": "convert",
     "import": "convert",
     "save": "convert",
@@ -197,13 +208,31 @@ MISSING_VERBS = {
     "inpaint": _MASK,
     "lora": "write flux-krea models add FILE, then generate --lora NAME=0.8",
     "help": "write flux-krea --help",
+    "login": "log in to the hub with its own tool: hf auth login",
+    "logout": "log out of the hub with its own tool: hf auth logout",
+    "uninstall": "flux-krea purge deletes models and filters; then uv tool uninstall, pipx uninstall or pip uninstall, "
+    "as it was installed: mlx-flux-krea",
+    "edit": "editing is not supported yet; to start from a picture: flux-krea generate TEXT --image FILE",
+    "fill": _MASK,
+    "kontext": "editing is not supported yet; to start from a picture: flux-krea generate TEXT --image FILE",
     "version": "write flux-krea --version",
     "update": "update it as it was installed: uv tool upgrade, pipx upgrade or pip install -U mlx-flux-krea",
     "upgrade": "update it as it was installed: uv tool upgrade, pipx upgrade or pip install -U mlx-flux-krea",
 }
 
 # Verbs below `models`, as others name them.
-SUBVERBS = {"remove": "rm", "delete": "rm", "uninstall": "rm", "use": "default", "select": "default", "set": "default"}
+SUBVERBS = {
+    "list": "",
+    "ls": "",
+    "show": "",
+    "all": "",
+    "remove": "rm",
+    "delete": "rm",
+    "uninstall": "rm",
+    "use": "default",
+    "select": "default",
+    "set": "default",
+}
 
 
 def find(name: str, table: tuple[tuple[str, str, str], ...] = OPTIONS) -> tuple[str, str] | None:

@@ -71,6 +71,7 @@ _MARKS = (
      "is read as text: alternatives are written {a|b}, other values are not filled in"),
     (re.compile(r"\[[^\[\]]*:[^\[\]]*:\s*[\d.]+\s*\]"), "is read as text: words do not change between steps"),
     (re.compile(r"\bBREAK\b"), "is read as text: a prompt has one part"),
+    (re.compile(r"\A\s*[“„«][^“”]*[”“»]\s*\Z"), "is read with its curly quotes: the shell knows straight ones alone"),
     (re.compile(r"__[\w/*-]+__"), "is read as text: alternatives are written {a|b}, or rows of a --prompts file"),
     (re.compile(r"\bembedding:\S+"), "is read as text: embeddings are made for other models than FLUX.1"),
     (re.compile(r"(?<!\S)--(?:ar|aspect|no|v|niji|s|stylize|style|seed|chaos|q|steps|cfg|width|height)\s+\S+"),
