@@ -82,10 +82,8 @@ def look(repo: str, offline: bool = False, wanted: Callable[[list[str]], list[st
     Raises:
         ModelError: no such repository, access denied, hub not reachable, not in the cache, or nothing to convert.
     """
-    from huggingface_hub import constants
-
-    if offline or constants.HF_HUB_OFFLINE:
-        commit, known = _in_cache(repo)
+    if offline or is_offline():
+        commit, known = _in_cache(repo, "leave out `offline`" if offline else "unset HF_HUB_OFFLINE")
         gated, licences = False, ()
     else:
         info = _info(repo)
@@ -216,14 +214,21 @@ def _count_here(repo: str, commit: str, name: str, size: int, digest: str) -> in
     return min(size, place.stat().st_size) if place.exists() else 0
 
 
-def _in_cache(repo: str) -> tuple[str, dict[str, tuple[int, str]]]:
+def is_offline() -> bool:
+    """Returns True where the hub's client is told by $HF_HUB_OFFLINE to leave the network alone."""
+    from huggingface_hub import constants
+
+    return bool(constants.HF_HUB_OFFLINE)
+
+
+def _in_cache(repo: str, to_fetch: str) -> tuple[str, dict[str, tuple[int, str]]]:
     """Returns the last fetched commit, with size and digest of its files in the cache."""
     snapshot = cached(repo)
     if snapshot is None:
         raise ModelError(
             f"there is no file or folder {repo}, and nothing of such a repository in the hub's cache",
             "a path, or a repository that was fetched before",
-            "to fetch it, leave out `offline` or unset HF_HUB_OFFLINE",
+            f"to fetch it, {to_fetch}",
         )
     paths = [path for path in snapshot.rglob("*") if path.is_file()]
     names = {path.relative_to(snapshot).as_posix(): Path(os.path.realpath(path)) for path in paths}
@@ -362,7 +367,8 @@ def explained(repo: str, name: str = "", gated: bool = False) -> Iterator[None]:
         raise ModelError(
             f"{failed} ({_short(error)})",
             f"a connection to {constants.ENDPOINT}",
-            "fetched files are kept: start again with a network, or with `offline` if all files are in the cache",
+            "fetched files are kept: connect, and start again"
+            + ", or use them with `offline`" * (cached(repo) is not None),
         ) from None
     except (ValueError, KeyError) as error:  # not the hub's JSON
         raise ModelError(

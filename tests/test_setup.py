@@ -235,7 +235,7 @@ def test_interrupted_at_any_step_it_goes_on(published_folders, place):
     for number, stop in enumerate(STOPS):
         code, shown, asked = at_terminal(place, *named(published_folders), stop_at=stop)
         assert code == 130, shown
-        assert "interrupted" in shown
+        assert "interrupted; flux-krea setup continues where it stopped" in shown
         assert ("anything else ends setup" in asked) == (number == 1)
         assert not list(home.rglob("*.partial"))
         now = {path.name for path in (home / "models", home / "filters") if path.exists() for path in path.iterdir()}
@@ -291,9 +291,12 @@ def test_a_home_that_cannot_be_written_is_named(published_folders, place, monkey
     assert "Traceback" not in ran.stderr
 
 
-def test_without_weights_or_network_it_says_what_is_wanted(place):
-    ran = piped(place, "setup", "--allow-unknown-filter", "--offline")
+@pytest.mark.parametrize("how", [["--offline"], []], ids=["option", "variable"])
+def test_without_weights_or_network_it_says_what_is_wanted(place, how):
+    ran = piped(place, "setup", "--allow-unknown-filter", *how, HF_HUB_OFFLINE="0" if how else "1")
     assert ran.returncode == 3
+    assert "there is no folder of " in ran.stderr
+    assert "or name a folder: flux-krea setup --model /path/to/FLUX.1-Krea-dev" in ran.stderr
     assert "no source of the model is on this disk; expected black-forest-labs/FLUX.1-Krea-dev" in ran.stderr
 
 
@@ -489,7 +492,10 @@ def test_a_network_that_is_down_is_said_once(place, tmp_path):
     ran = piped(place, "setup", NO_PROXY="*", **environment)
     assert (ran.returncode, ran.stdout) == (3, "")
     assert ran.stderr.count("out of reach") == 1
-    assert ran.stderr.startswith("found no folder of the hub's cache, ComfyUI, mflux, InvokeAI, Draw Things\n")
+    assert ran.stderr.startswith(f"there is no folder of the hub's cache ({tmp_path / 'hub' / 'hub'}), ComfyUI (")
+    assert all(f"{program} (" in ran.stderr for program in ("mflux", "InvokeAI", "Draw Things"))
+    assert "connect, and start again; or from a folder: flux-krea setup --model /path/to/FLUX.1-Krea-dev" in ran.stderr
+    assert "--offline" not in ran.stderr  # which would lead back
 
 
 # --- what fits ---

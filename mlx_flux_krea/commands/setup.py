@@ -74,8 +74,9 @@ def setup(as_json, **options):
       flux-krea setup --model FLUX.1-Krea-dev --nsfw nsfw_image_detection --pixtral pixtral-12b --offline
     """
     console = Console()
+    options["offline"] = options["offline"] or hub.is_offline()
     it, done, start = Installation(options, console), {}, time.perf_counter()
-    with console.library_notes():
+    with console.library_notes(), signals.continued("flux-krea setup continues where it stopped"):
         for name, step in STEPS.items():
             done[name] = step(it)
             console.say(f"{name + ':':10} {printable(done[name])}")

@@ -130,7 +130,9 @@ def choose_source(it: Installation, part: str, given: tuple[str, ...]) -> None:
     usable = _usable(it, part, found)
     if not usable:
         missing = f"no source of the {part} is on this disk"
-        raise ModelError(missing, REPOSITORIES[part][0], f"name one with --{part}")
+        asked = "unset HF_HUB_OFFLINE" if hub.is_offline() else "leave out --offline"
+        todo = f"connect, {asked} and start again, or name a folder: {_from_disk(part)}"
+        raise ModelError(missing, REPOSITORIES[part][0], todo)
     answer = 1
     if len(usable) > 1 and is_interactive():
         for number, (source, outline) in enumerate(usable, 1):
@@ -160,8 +162,14 @@ def _usable(it: Installation, part: str, found: list[PartSource]) -> list[tuple[
             if source.is_here and len(found) > 1:
                 it.console.say(f"{source.where} cannot be used: {printable(str(error))}")
     if errors and not usable:
-        raise list(errors.values())[-1]
+        error = list(errors.values())[-1]
+        raise error if it.options[part] else error.with_next_step(f"or from a folder: {_from_disk(part)}")
     return usable
+
+
+def _from_disk(part: str) -> str:
+    """Returns the command that installs a part from a folder."""
+    return f"flux-krea setup --{part} /path/to/{REPOSITORIES[part][0].rpartition('/')[2]}"
 
 
 def _check_login(source: PartSource, offline: bool, console: Console) -> None:

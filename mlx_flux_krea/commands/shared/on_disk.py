@@ -58,11 +58,13 @@ class Search:
 
     Attributes:
         looked: the places that exist, by program.
+        absent: the places that do not, by program.
         refused: folders that the system does not show.
         notes: sentences about files that were found and cannot be used.
     """
 
     looked: dict[str, list[Path]] = field(default_factory=dict)
+    absent: dict[str, list[Path]] = field(default_factory=dict)
     refused: list[Path] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -95,6 +97,7 @@ class Search:
         places = self.looked.setdefault(program, [])
         if folder in places or not os.path.isdir(folder):
             self.entries(folder)  # notes a refusal
+            self.absent.setdefault(program, []).extend([] if folder in places else [folder])
             return False
         places.append(folder)
         return True
@@ -102,9 +105,12 @@ class Search:
     def told(self) -> list[str]:
         """Returns sentences that say where the search looked, and where it was refused."""
         short = {program: ", ".join(map(_short, places)) for program, places in self.looked.items() if places}
-        others = ", ".join(program for program, places in self.looked.items() if not places)
+        none = {
+            program: ", ".join(map(_short, self.absent[program])) for program in self.looked if program not in short
+        }
+        others = ", ".join(f"{program} ({places})" for program, places in none.items())
         lines = [f"looked in {'; '.join(f'{program}: {places}' for program, places in short.items())}"] if short else []
-        lines += [f"found no folder of {others}"] if others else []
+        lines += [f"there is no folder of {others}"] if others else []
         for folder in (one for one in self.refused if not set(one.parents) & set(self.refused)):
             allow = "allow it in System Settings, Privacy & Security" if sys.platform == "darwin" else "change its mode"
             lines.append(f"the system refuses to show {_short(folder)}: {allow}, or name the files with --model")

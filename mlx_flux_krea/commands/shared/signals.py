@@ -23,6 +23,20 @@ class Stopped(BaseException):
         self.message, self.exit_code = ("interrupted", 130) if number == signal.SIGINT else ("terminated", 143)
 
 
+@contextlib.contextmanager
+def continued(how: str):
+    """Adds to the message of a signal that stops the block how the work is continued.
+
+    Args:
+        how: a command, and that it continues.
+    """
+    try:
+        yield
+    except Stopped as stopped:
+        stopped.message = f"{stopped.message}; {how}"
+        raise
+
+
 def install() -> None:
     """Takes the signals and keeps them pending until `listen`. Ignored signals (nohup) stay ignored."""
     for number in _STOPPING:
