@@ -10,16 +10,34 @@ Importing this package is cheap: MLX and the networks are imported when a name b
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # type checkers see these names here; at run time `__getattr__` imports them
+    from .inputs.image import open_image as load_image
     from .pipeline import FluxPipeline
+    from .pipeline import FluxPipeline as FluxImg2ImgPipeline
     from .request import Request, ResolvedRequest, Result
 
 __version__ = "0.1.0"
-__all__ = ["FluxPipeline", "Request", "ResolvedRequest", "Result", "__version__"]
+__all__ = [
+    "FluxImg2ImgPipeline", "FluxPipeline", "Request", "ResolvedRequest", "Result", "__version__", "load_image",
+]  # fmt: skip
+_OWN_NAMES = {"FluxImg2ImgPipeline": "FluxPipeline"}  # of diffusers' names, for which one class is enough
 
 
 def __getattr__(name: str) -> Any:
+    if name == "load_image":
+        from .inputs.image import open_image
+
+        return open_image
     if name in __all__:
         from . import pipeline
 
-        return getattr(pipeline, name)
+        return getattr(pipeline, _OWN_NAMES.get(name, name))
+    if name[:1].isupper():  # of a class; modules are asked for here too
+        from .compat import absent_class
+
+        if sentence := absent_class(name, __all__):  # Python would replace the text of an AttributeError
+            raise ImportError(f"cannot import name {name!r} from {__name__!r}: {sentence}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

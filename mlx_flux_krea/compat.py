@@ -1,13 +1,15 @@
 """Names of diffusers that mean nothing here: accepted with one log line, or refused with the next step.
 
-Tables of arguments and attributes, and classes of methods, each name with its sentence. A name that is in none of them
-stays an error of Python's, TypeError or AttributeError.
+Tables of arguments, attributes and classes, and classes of methods, each name with its sentence. A name that is in none
+of them stays an error of Python's, TypeError or AttributeError, with the name that may have been meant.
 """
 
+import inspect
 import logging
 import numbers
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Self
 
@@ -146,12 +148,83 @@ ABSENT = {
     "_pack_latents": "`mlx_flux_krea.sampling.sampler.pack` does it",
 }
 
+_CLASSES = {
+    "DiffusionPipeline AutoPipelineForText2Image AutoPipelineForImage2Image": "FluxPipeline is for texts and images",
+    "FluxKontextPipeline FluxKontextInpaintPipeline FluxFillPipeline FluxInpaintPipeline FluxControlPipeline "
+    "FluxControlImg2ImgPipeline FluxControlInpaintPipeline FluxControlNetPipeline FluxControlNetImg2ImgPipeline "
+    "FluxControlNetInpaintPipeline FluxControlNetModel FluxMultiControlNetModel FluxPriorReduxPipeline "
+    "AutoPipelineForInpainting CannyDetector DepthPreprocessor": _NO_EDITING,
+    "FluxTransformer2DModel AutoencoderKL T5EncoderModel T5TokenizerFast CLIPTextModel CLIPTokenizer": _COMPONENT,
+    "FlowMatchEulerDiscreteScheduler": LOADING["scheduler"].sentence,
+    "BitsAndBytesConfig TorchAoConfig QuantoConfig GGUFQuantizationConfig PipelineQuantizationConfig": _QUANTIZE,
+}
+CLASSES = {name: sentence for names, sentence in _CLASSES.items() for name in names.split()}
 
-def take_known(where: str, given: Mapping[str, Any], table: Mapping[str, Argument]) -> None:
+
+def absent_class(name: str, own: list[str]) -> str | None:
+    """Returns a sentence about a class of diffusers that is not here, or a misspelt one of ours; None: it is neither.
+
+    Args:
+        name: of the class.
+        own: ours.
+    """
+    if near := [] if name in CLASSES else get_close_matches(name, own, 1, 0.85):
+        return f"did you mean {near[0]}?"
+    family = "FluxPipeline is the pipeline, for models of the FLUX.1 family" if name.endswith("Pipeline") else None
+    return CLASSES.get(name, family)
+
+
+# Arguments of other tools, and what they are here: an argument, or a sentence.
+_OPENING, _CALLING = "it is an argument of from_pretrained()", "it is an argument of the call: pipe(prompt, ...)"
+_OTHERS = {
+    "guidance cfg cfg_scale cfg_weight distilled_guidance": "guidance_scale",
+    "steps n_steps sample_steps sampling_steps inference_steps num_steps": "num_inference_steps",
+    "n n_images num_images num_outputs batch_size batch_count": "num_images_per_prompt",
+    "seeds random_seed manual_seed": "seed",
+    "neg negative neg_prompt uncond": "negative_prompt",
+    "init_image input_image image_path init_img img image_url": "image",
+    "denoise denoising_strength": "strength",
+    "image_strength": "`strength` is 1 minus it",
+    "size resolution aspect_ratio": "give `width` and `height`",
+    "max_tokens t5_length": "max_sequence_length",
+    "callback callback_steps on_step": "callback_on_step_end",
+    "quantize quantization bits nbits load_in_4bit load_in_8bit precision": _QUANTIZE,
+    "lora loras lora_path lora_paths lora_scale lora_scales lora_weights": "pipe.load_lora_weights(FILE) loads one",
+    "output output_path filename out": "save the picture: result.images[0].save(FILE)",
+    "sampler solver": LOADING["scheduler"].sentence,
+    "low_ram": "memory",
+    "path name folder repo_id": "model",
+}
+OTHERS = {name: meant for names, meant in _OTHERS.items() for name in names.split()}
+ELSEWHERE = {
+    **dict.fromkeys(("model", "dtype", "memory", "check", "torch_dtype"), _OPENING),
+    **dict.fromkeys(("prompt", "width", "height", "seed", "num_inference_steps", "guidance_scale", "image"), _CALLING),
+}
+
+
+def meant_argument(name: str, own: list[str]) -> str:
+    """Returns a sentence about an argument that does not exist, or "".
+
+    Args:
+        name: the argument.
+        own: those of the function that was called.
+    """
+    lower = name.lower()
+    words, other = set(lower.split("_")), OTHERS.get(lower, "")
+    if other and not other.isidentifier():
+        return other
+    near = [other] if other in own else get_close_matches(lower, own, 1, 0.8)
+    near = near or [one for one in own if words <= set(one.split("_"))][:1] or [one for one in own if one in words][:1]
+    if near:
+        return f"did you mean `{near[0]}`?"
+    return ELSEWHERE.get(other or lower, "")
+
+
+def take_known(where: Callable, given: Mapping[str, Any], table: Mapping[str, Argument]) -> None:
     """Accepts arguments of diffusers, each with one log line, or refuses them.
 
     Args:
-        where: the function, for Python's own error.
+        where: the function.
         given: arguments that it does not have, by name.
         table: those that diffusers has.
 
@@ -161,7 +234,10 @@ def take_known(where: str, given: Mapping[str, Any], table: Mapping[str, Argumen
     """
     for name, value in given.items():
         if name not in table:
-            raise TypeError(f"{where}() got an unexpected keyword argument {name!r}")
+            own = [one for one in inspect.signature(where).parameters if one not in ("self", "others")]
+            meant = meant_argument(name, own)
+            found = f"{where.__qualname__}() got an unexpected keyword argument {name!r}"
+            raise TypeError(f"{found}: {meant}" if meant else found)
         known = table[name]
         if value is None:
             continue

@@ -70,7 +70,20 @@ class FluxPipeline(AdapterMethods, compat.DiffusersMethods):
         memory: bytes that a run may use; None: as many as the machine offers when it begins.
     """
 
-    def __init__(self, folder: ModelFolder, dtype: str, memory: int | None = None, policy: Policy | None = None):
+    def __init__(
+        self,
+        folder: ModelFolder | None = None,
+        dtype: str | None = None,
+        memory: int | None = None,
+        policy: Policy | None = None,
+        **others: Any,
+    ):
+        if others or not isinstance(folder, ModelFolder):
+            given = next(iter(others.values()), None) if folder is None else folder
+            shown = repr(str(given)) if isinstance(given, str | os.PathLike) else '"path or name"'
+            found = f"{type(self).__name__}() opens no model"
+            raise UsageError(found, "an open model folder", f"write {type(self).__name__}.from_pretrained({shown})")
+        dtype = dtype or folder.flux.dtype
         self.dtype = dtype
         self.memory = memory
         self._policy = policy
@@ -123,7 +136,7 @@ class FluxPipeline(AdapterMethods, compat.DiffusersMethods):
         """
         if "pretrained_model_name_or_path" in others and model is None:
             model = others.pop("pretrained_model_name_or_path")
-        compat.take_known("from_pretrained", others, compat.LOADING)
+        compat.take_known(cls.from_pretrained, others, compat.LOADING)
         chosen = _chosen_dtype(dtype, torch_dtype)
         folder = open_model(find_model(model))
         dtype = chosen or folder.flux.dtype
@@ -227,7 +240,7 @@ class FluxPipeline(AdapterMethods, compat.DiffusersMethods):
             Withheld: a filter flagged a prompt or the input image. For pictures, see `Result.outcomes`.
             Interrupted: `interrupt` was called.
         """
-        compat.take_known("FluxPipeline.__call__", others, compat.CALL)
+        compat.take_known(FluxPipeline.__call__, others, compat.CALL)
         request = Request(
             prompt=prompt,
             prompt_2=prompt_2,
@@ -372,7 +385,7 @@ class FluxPipeline(AdapterMethods, compat.DiffusersMethods):
             UsageError: not texts, or a length that the model does not take.
             ModelError: encoders or tokenizers missing or damaged.
         """
-        compat.take_known("FluxPipeline.encode_prompt", others, compat.ENCODING)
+        compat.take_known(FluxPipeline.encode_prompt, others, compat.ENCODING)
         adapters = self._with_scale(lora_scale)
         request = Request(prompt=prompt, prompt_2=prompt_2, max_sequence_length=max_sequence_length, adapters=adapters)
         request = self._without_tags(request)

@@ -5,6 +5,7 @@ import logging
 import shutil
 import sys
 import types
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -14,6 +15,7 @@ from mlx_flux_krea.convert import convert
 from PIL import Image
 from test_parity import clip_tokenizer, t5_tokenizer
 
+import mlx_flux_krea
 from mlx_flux_krea import FluxPipeline, Request, compat
 from mlx_flux_krea.errors import ModelError, UsageError
 from mlx_flux_krea.home import NANO
@@ -244,6 +246,79 @@ def test_names_that_diffusers_does_not_have_are_errors_of_python(model, pipe):
         with pytest.raises(AttributeError, match=name):
             getattr(pipe, name)
     assert not hasattr(pipe, "text_encoder")
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        *((name, "`num_inference_steps`") for name in ("steps", "num_inference_step", "Steps", "inference_steps")),
+        *((name, "`guidance_scale`") for name in ("guidance", "cfg", "guidance_scal", "cfg_scale")),
+        *((name, "`num_images_per_prompt`") for name in ("n", "batch_size", "num_images")),
+        *((name, f"`{name[:-1]}`") for name in ("seeds", "widths", "heigth", "images")),
+        *((name, "`negative_prompt`") for name in ("negative", "neg_prompt", "negative_promt")),
+        *((name, "`image`") for name in ("init_image", "image_path")),
+        ("true_cfg", "`true_cfg_scale`"),
+        ("max_length", "`max_sequence_length`"),
+        ("image_strength", "`strength` is 1 minus it"),
+        ("size", "`width` and `height`"),
+        ("quantize", "flux-krea convert MODEL -q 4"),
+        ("loras", "load_lora_weights"),
+        ("memory", "from_pretrained()"),
+        ("dtype", "from_pretrained()"),
+    ],
+)
+def test_a_name_of_another_tool_or_a_misspelt_one_is_answered(pipe, name, meant):
+    with pytest.raises(TypeError, match="unexpected keyword argument") as caught:
+        pipe("a", **{name: 4})
+    assert meant.replace("heigt", "height") in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("quantize", "convert MODEL -q 4"), ("torch_dtyp", "`torch_dtype`"), ("dtyp", "`dtype`"), ("steps", "the call"),
+        ("memory_limit", "`memory`"), ("seed", "the call"), ("path", "`model`"), ("checks", "`check`"),
+    ],
+)  # fmt: skip
+def test_misspelt_arguments_of_loading_are_answered_too(model, name, meant):
+    with pytest.raises(TypeError, match="unexpected keyword argument") as caught:
+        FluxPipeline.from_pretrained(model, **{name: "x"})
+    assert meant in str(caught.value)
+
+
+def test_names_that_mean_nothing_get_no_answer(pipe):
+    for name in ("foo", "xyzzy", "other"):
+        with pytest.raises(TypeError, match=f"argument '{name}'$"):
+            pipe("a", **{name: 1})
+
+
+@pytest.mark.parametrize("arguments", [{"folder": "nano"}, {"model": "nano"}, {"folder": Path("nano")}])
+def test_the_class_itself_opens_no_model_and_says_what_does(arguments):
+    with pytest.raises(UsageError, match=r"write FluxPipeline.from_pretrained\('nano'\)"):
+        FluxPipeline(**arguments)
+    with pytest.raises(UsageError, match=r'from_pretrained\("path or name"\)'):
+        FluxPipeline()
+
+
+def test_one_class_has_the_names_of_two_and_other_classes_are_answered(tmp_path):
+    assert mlx_flux_krea.FluxImg2ImgPipeline is FluxPipeline
+    Image.new("RGBA", (3, 2)).save(tmp_path / "a.png")
+    assert mlx_flux_krea.load_image(str(tmp_path / "a.png")).mode == "RGB"
+    with pytest.raises(UsageError, match="download it first"):
+        mlx_flux_krea.load_image("https://example.com/a.png")
+    for name, says in (
+        ("FluxKontextPipeline", "a later version"), ("FluxFillPipeline", "a later version"),
+        ("FluxControlPipeline", "a later version"), ("FluxPriorReduxPipeline", "a later version"),
+        ("CannyDetector", "a later version"), ("DiffusionPipeline", "FluxPipeline is for texts and images"),
+        ("AutoPipelineForText2Image", "FluxPipeline is for"), ("FluxTransformer2DModel", "flux-krea convert"),
+        ("BitsAndBytesConfig", "convert MODEL -q 4"), ("StableDiffusionXLPipeline", "FLUX.1 family"),
+    ):  # fmt: skip
+        with pytest.raises(ImportError, match=says):
+            exec(f"from mlx_flux_krea import {name}")
+    with pytest.raises(ImportError, match=r"name 'FluxPipline' .*: did you mean FluxPipeline\?"):
+        exec("from mlx_flux_krea import FluxPipline")
+    assert "FluxPipeline" in dir(mlx_flux_krea)
+    assert not hasattr(mlx_flux_krea, "nothing")
 
 
 @pytest.mark.parametrize(

@@ -160,7 +160,7 @@ class AdapterMethods:
             raise UsageError(f"`adapter_name` is {adapter_name!r}", "a text")
         if subfolder := others.pop("subfolder", None):
             weight_name = f"{subfolder}/{weight_name}" if weight_name else str(subfolder)
-        compat.take_known("load_lora_weights", others, compat.ADAPTERS)
+        compat.take_known(AdapterMethods.load_lora_weights, others, compat.ADAPTERS)
         self.load_adapter(path_or_name, adapter_name, weight_name=weight_name, active=True)
 
     def load_adapter(
