@@ -394,6 +394,21 @@ def test_a_random_seed_is_chosen_once_for_all_prompts(tiny, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("options", "noted"),
+    [
+        (("a {cat|dog}", "--seed", "1", "2", "-o", "x_{seed}.png"), "x_{seed}.png makes 2 names for 4 pictures"),
+        ((CAT, "--seed", "1", "2", "-o", "{prompt}.png"), "{prompt}.png makes 1 name for 2 pictures"),
+        (("a {cat|dog}", "--seed", "1", "2", "-o", "x_{n}.png"), None),
+        (("a {cat|dog}", "--seed", "1", "-o", "x.png"), None),  # no field: numbers are what is wanted
+    ],
+)
+def test_names_that_do_not_tell_pictures_apart_are_noted(tiny, options, noted):
+    code, out, err = tiny(*options)
+    assert (code, len(set(out.split()))) == (0, len(out.split())), err
+    assert ("tells them apart" in err, (noted or "") in err) == (bool(noted), True)
+
+
+@pytest.mark.parametrize(
     ("options", "says"),
     [
         (["--seed", "1", "2", "-n", "2"], "--num-images is given with 2 seeds"),

@@ -262,10 +262,20 @@ def _announce(pipe: FluxPipeline, base: dict, *, prepared: list[PreparedJob], co
     for text in (
         *(text for tool in tools for text in tool_notes(tool)),
         *(text for p in prepared for text in p.notes),
+        *_name_notes(base, prepared),
         *(text for tokens in prompts for text in cut_notes(tokens)),
         *_differences(pipe, base, prepared),
     ):
         console.note(text)
+
+
+def _name_notes(base: dict, prepared: list[PreparedJob]) -> list[str]:
+    """Returns a note where the fields of -o do not tell the pictures of a run apart."""
+    names = {p.job.output for p in prepared}
+    if "{" not in str(base.get("output", "")) or len(names) == len(prepared):
+        return []
+    found = f"{base['output']} makes {amount(len(names), 'name')} for {amount(len(prepared), 'picture')}"
+    return [f"{found}: others get -2, -3, ...; {{n}} or {{prompt}} tells them apart"]
 
 
 def _token_counts(prompts: Sequence[tuple[Tokens, Tokens]]) -> list[str]:
