@@ -178,7 +178,7 @@ def absent_class(name: str, own: list[str]) -> str | None:
 _OPENING, _CALLING = "it is an argument of from_pretrained()", "it is an argument of the call: pipe(prompt, ...)"
 _OTHERS = {
     "guidance cfg cfg_scale cfg_weight distilled_guidance": "guidance_scale",
-    "steps n_steps sample_steps sampling_steps inference_steps num_steps": "num_inference_steps",
+    "steps step n_steps sample_steps sampling_steps inference_steps num_steps": "num_inference_steps",
     "n n_images num_images num_outputs batch_size batch_count": "num_images_per_prompt",
     "seeds random_seed manual_seed": "seed",
     "neg negative neg_prompt uncond": "negative_prompt",
@@ -186,11 +186,15 @@ _OTHERS = {
     "denoise denoising_strength": "strength",
     "image_strength": "`strength` is 1 minus it",
     "size resolution aspect_ratio": "give `width` and `height`",
+    "w": "width",
+    "h": "height",
     "max_tokens t5_length": "max_sequence_length",
     "callback callback_steps on_step": "callback_on_step_end",
     "quantize quantization bits nbits load_in_4bit load_in_8bit precision": _QUANTIZE,
-    "lora loras lora_path lora_paths lora_scale lora_scales lora_weights": "pipe.load_lora_weights(FILE) loads one",
-    "output output_path filename out": "save the picture: result.images[0].save(FILE)",
+    "lora loras lora_path lora_paths lora_weights": "pipe.load_lora_weights(FILE) loads one",
+    "weight weights lora_scale lora_scales adapter_weights": "pipe.set_adapters(names, weights) sets an adapter's",
+    "device device_id": "there is one device, the GPU that shares the memory: leave it out",
+    "output output_path filename out format": "save the picture: result.images[0].save(FILE)",
     "sampler solver": LOADING["scheduler"].sentence,
     "low_ram": "memory",
     "path name folder repo_id": "model",
@@ -198,7 +202,20 @@ _OTHERS = {
 OTHERS = {name: meant for names, meant in _OTHERS.items() for name in names.split()}
 ELSEWHERE = {
     **dict.fromkeys(("model", "dtype", "memory", "check", "torch_dtype"), _OPENING),
-    **dict.fromkeys(("prompt", "width", "height", "seed", "num_inference_steps", "guidance_scale", "image"), _CALLING),
+    **dict.fromkeys(
+        (
+            "prompt",
+            "negative_prompt",
+            "width",
+            "height",
+            "seed",
+            "num_inference_steps",
+            "guidance_scale",
+            "image",
+            "strength",
+        ),
+        _CALLING,
+    ),
 }
 
 
@@ -214,10 +231,11 @@ def meant_argument(name: str, own: list[str]) -> str:
     if other and not other.isidentifier():
         return other
     near = [other] if other in own else get_close_matches(lower, own, 1, 0.8)
-    near = near or [one for one in own if words <= set(one.split("_"))][:1] or [one for one in own if one in words][:1]
-    if near:
-        return f"did you mean `{near[0]}`?"
-    return ELSEWHERE.get(other or lower, "")
+    if not near and (elsewhere := ELSEWHERE.get(other or lower)):
+        return elsewhere
+    for several in ([one for one in own if words <= set(one.split("_"))], [one for one in own if one in words]):
+        near = near or (several if len(several) == 1 else [])
+    return f"did you mean `{near[0]}`?" if near else ""
 
 
 def take_known(where: Callable, given: Mapping[str, Any], table: Mapping[str, Argument]) -> None:
@@ -236,7 +254,7 @@ def take_known(where: Callable, given: Mapping[str, Any], table: Mapping[str, Ar
         if name not in table:
             own = [one for one in inspect.signature(where).parameters if one not in ("self", "others")]
             meant = meant_argument(name, own)
-            found = f"{where.__qualname__}() got an unexpected keyword argument {name!r}"
+            found = f"FluxPipeline.{where.__name__}() got an unexpected keyword argument {name!r}"
             raise TypeError(f"{found}: {meant}" if meant else found)
         known = table[name]
         if value is None:

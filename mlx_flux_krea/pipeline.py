@@ -305,6 +305,9 @@ class FluxPipeline(AdapterMethods, compat.DiffusersMethods):
         Raises:
             FluxKreaError: as a call does.
         """
+        if not isinstance(request, Request | ResolvedRequest):
+            found = f"`request` is {type(request).__name__}"
+            raise UsageError(found, "a Request", "or call the pipeline: pipe(prompt, ...)")
         request = self._without_tags(request)
         if callback_on_step_end is not None and not callable(callback_on_step_end):
             raise UsageError(f"`callback_on_step_end` is {type(callback_on_step_end).__name__}", "a function")

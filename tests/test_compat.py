@@ -263,6 +263,9 @@ def test_names_that_diffusers_does_not_have_are_errors_of_python(model, pipe):
         ("size", "`width` and `height`"),
         ("quantize", "flux-krea convert MODEL -q 4"),
         ("loras", "load_lora_weights"),
+        ("lora_scale", "set_adapters(names, weights)"),
+        ("device", "leave it out"),
+        ("w", "`width`"),
         ("memory", "from_pretrained()"),
         ("dtype", "from_pretrained()"),
     ],
@@ -286,7 +289,13 @@ def test_misspelt_arguments_of_loading_are_answered_too(model, name, meant):
     assert meant in str(caught.value)
 
 
-def test_names_that_mean_nothing_get_no_answer(pipe):
+def test_other_methods_answer_too_and_names_that_mean_nothing_get_no_answer(pipe):
+    with pytest.raises(TypeError, match=r"load_lora_weights\(\) .*set_adapters\(names, weights\)"):
+        pipe.load_lora_weights("x", weight=0.5)
+    with pytest.raises(TypeError, match=r"encode_prompt\(\) .*it is an argument of the call"):
+        pipe.encode_prompt("x", negative_prompt="y")
+    with pytest.raises(UsageError, match=r"`request` is str; expected a Request; or call the pipeline"):
+        pipe.generate("a red circle")
     for name in ("foo", "xyzzy", "other"):
         with pytest.raises(TypeError, match=f"argument '{name}'$"):
             pipe("a", **{name: 1})
