@@ -248,9 +248,7 @@ def written_whole(path: Path, force: bool = True, mode: int | None = None) -> It
             yield file
             file.flush()
             sync(file.fileno())
-        if not force:
-            _claim(partial, path)
-        os.replace(partial, path)
+        give_name(partial, path, force)
     finally:
         with contextlib.suppress(OSError):
             partial.unlink()
@@ -276,9 +274,14 @@ def replacing(path: Path, force: bool = True, mode: int | None = None) -> Iterat
         raise UsageError(f"{path} cannot be written: {error.strerror or error}", "", "choose another place") from None
 
 
+def partials(path: Path, process: int) -> list[Path]:
+    """Returns the files that `replacing` left beside a path in a killed process."""
+    return list(path.parent.glob(_partial(glob.escape(path.name), process, "*")))
+
+
 def remove_partials(path: Path, process: int) -> None:
     """Deletes files that `replacing` left beside a path in a killed process."""
-    for partial in path.parent.glob(_partial(glob.escape(path.name), process, "*")):
+    for partial in partials(path, process):
         with contextlib.suppress(OSError):
             partial.unlink()
 
@@ -303,6 +306,17 @@ def try_writing(path: Path) -> None:
 
 def _partial(name: str, process: int, random: str) -> str:
     return f".{name}.{process}-{random}.partial"
+
+
+def give_name(partial: Path, path: Path, force: bool) -> None:
+    """Gives a complete file its name, at once.
+
+    Raises:
+        FileExistsError: without `force`, the name is taken.
+    """
+    if not force:
+        _claim(partial, path)
+    os.replace(partial, path)
 
 
 def _claim(partial: Path, path: Path) -> None:

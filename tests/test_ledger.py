@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mlx_flux_krea.errors import FiltersError, ResourceError, UsageError
+from mlx_flux_krea.errors import FiltersError, FluxKreaError, ResourceError, UsageError
 from mlx_flux_krea.filters import ledger as ledgers
 from mlx_flux_krea.filters.ledger import Ledger, Verdict, pixel_hash
 from mlx_flux_krea.filters.log import FOLLOWS, Log
@@ -189,7 +189,7 @@ def test_a_full_disk_of_the_output_is_said_and_leaves_nothing(ledger, out, monke
     monkeypatch.setattr(ledgers, "replacing", lambda path, force: fails(28)())
     with pytest.raises(OSError, match="No space"):
         picture.save(out / "a.png")
-    assert (files(out), events(ledger)[-1]) == ([], "unwritten")
+    assert (files(out), events(ledger)[-1]) == ([], "released")
 
 
 @pytest.mark.parametrize(("number", "error"), [(28, ResourceError), (30, FiltersError)])
@@ -219,7 +219,7 @@ def test_a_log_that_cannot_be_written_releases_nothing(ledger, out, monkeypatch,
     monkeypatch.setattr(f"mlx_flux_krea.filters.log.{place}", fails(number))
     with pytest.raises(FiltersError, match=r"the log .* cannot be written"):
         ledger.hand_over(one)
-    with pytest.raises(FiltersError, match=r"the log .* cannot be written"):
+    with pytest.raises(FluxKreaError, match=r"the log .* cannot be written|a\.png (is full|cannot be written)"):
         picture.save(out / "a.png")
     monkeypatch.undo()
     assert files(out) == []
@@ -433,6 +433,32 @@ def test_a_picture_whose_file_was_placed_is_not_written_twice(ledger, out):
     assert Ledger().waiting() == []
     assert (files(out), one.path.exists()) == (["a.png"], False)
     assert events(ledger).count("written") == 1
+
+
+@pytest.mark.parametrize(
+    ("dies_in", "written", "waits"), [("files.give_name", 1, 0), ("ledger.sync", 0, 1), ("ledger._compare", 0, 1)]
+)
+def test_a_picture_is_written_once_whenever_the_review_is_killed(ledger, out, dies_in, written, waits):
+    """Killed once the log says it, the next start gives the file its name; before, the picture waits again."""
+    kept(ledger, "waiting")
+    script = f"""
+import os, sys
+from pathlib import Path
+from mlx_flux_krea import files
+from mlx_flux_krea.filters import ledger
+it = ledger.Ledger(Path({str(ledger.root)!r}))
+(one,) = it.waiting()
+with it.claimed(one):
+    settled = it.settle(one, ledger.Verdict("approved", one.facts["pixels"], reviewer="somebody"))
+    picture = it.hand_over(settled)
+    real = {dies_in}
+    {dies_in} = lambda *given: real(*given) if "head" in str(given) or ".json" in str(given) else os._exit(9)
+    picture.save({str(out / "a.png")!r}, force=False)
+"""
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 9
+    assert [one.facts["event"] for one in Ledger(ledger.root).waiting()] == ["waiting"] * waits
+    assert [path.name for path in out.iterdir()] == ["a.png"] * written
+    assert events(ledger).count("written") == written
 
 
 def test_a_picture_whose_file_was_not_placed_waits_again(ledger, out):

@@ -31,13 +31,15 @@ from PIL import Image
 from .. import home, macos
 from ..errors import FiltersError, FluxKreaError, ResourceError, UsageError
 from ..files import (
+    give_name,
     identities,
     identity,
+    partials,
     read_json,
     read_small,
-    remove_partials,
     replacing,
     sha256_if_exists,
+    sync,
     try_lock,
     written_whole,
 )
@@ -184,7 +186,8 @@ class Ledger:
     def _recover(self, path: Path) -> None:
         facts = self.log.picture(path.stem)
         event = facts.get("event")
-        if event in ("rejected", "purged") or (event == "written" and self._is_placed(path)):
+        is_placed = self._finish(path, facts)
+        if event in ("rejected", "purged") or is_placed:
             _delete(path)
         elif event is None:  # the run died between writing picture and log, or the log is new
             try:
@@ -197,7 +200,9 @@ class Ledger:
             self.log.append("error", image=path.stem, reasons=["never judged: its run died"], **known)
         elif event == "generated":
             self.log.append("error", image=path.stem, reasons=["never judged: its run died"])
-        elif event not in ("waiting", "flagged", "error"):  # approved, and perhaps never written
+        elif event not in ("waiting", "flagged", "error"):  # approved, and never written, or no longer there
+            if event == "written":
+                self.log.append("unwritten", image=path.stem)
             self.log.append("waiting", image=path.stem, reasons=["its run died before it was written"])
 
     def waiting(self) -> list[QuarantinedImage]:
@@ -282,8 +287,9 @@ class Ledger:
     def release(self, picture: Released, encoded: bytes, fp, force: bool) -> None:
         """Writes a released picture; pictures of a model that requires filters are written by no other function.
 
-        Order: the log confirms the release of these pixels; the encoded file is decoded and compared; the file's hash
-        is written to the log; a temporary file beside the target is written, read back and renamed.
+        Order: the log confirms the release of these pixels; the encoded file is decoded and compared; a temporary file
+        beside the target is written and read back; the file's hash is written to the log; the file gets its name. After
+        a kill before the last step, `recover` takes it: a picture is written once, in the log and on the disk.
 
         Args:
             picture: from `hand_over`.
@@ -306,14 +312,18 @@ class Ledger:
         _compare(pixels, encoded)
         digest = hashlib.sha256(encoded).hexdigest()
         try:
-            self._note_target(picture.image, fp, digest)
-            self.log.append("written", image=picture.image, pixels=facts["pixels"], file_sha256=digest)
-            with contextlib.nullcontext(fp) if hasattr(fp, "write") else replacing(Path(fp), force) as file:
-                file.write(encoded)
-                if not hasattr(fp, "write"):
+            if not hasattr(fp, "write"):
+                self._note_target(picture.image, Path(fp), force)
+            with contextlib.nullcontext() if hasattr(fp, "write") else replacing(Path(fp), force) as file:
+                if file:
+                    file.write(encoded)
                     file.flush()
+                    sync(file.fileno())
                     if hashlib.sha256(Path(file.name).read_bytes()).hexdigest() != digest:
                         raise FiltersError(f"{fp} was changed while it was written", "", "write it elsewhere")
+                self.log.append("written", image=picture.image, pixels=facts["pixels"], file_sha256=digest)
+            if not file:
+                fp.write(encoded)
         except BaseException:
             with contextlib.suppress(FluxKreaError):
                 self.log.append("unwritten", image=picture.image)
@@ -335,24 +345,35 @@ class Ledger:
             raise FiltersError(f"{path} cannot be read: {error.strerror}", "a private file") from None
         return hmac.new(salt, text.encode("utf-8", "surrogatepass"), "sha256").hexdigest()
 
-    def _note_target(self, image: str, fp, digest: str) -> None:
-        """Keeps beside a picture in quarantine which file it is about to become, for `_is_placed`."""
-        path = next(self.quarantine.glob(f"*/{image}.png"), None)
-        if path and not hasattr(fp, "write"):
-            target = {"path": os.path.abspath(fp), "sha256": digest, "process": os.getpid()}
-            _note(path, _about(path) | target)
+    def _note_target(self, image: str, target: Path, force: bool) -> None:
+        """Keeps beside a picture in quarantine which file it is about to become, for `_finish`."""
+        if path := next(self.quarantine.glob(f"*/{image}.png"), None):
+            names = {"path": os.path.abspath(target), "force": force, "process": os.getpid()}
+            _note(path, _about(path) | names)
 
-    def _is_placed(self, path: Path) -> bool:
-        """Returns True where the file that a picture in quarantine was to become exists with its content.
+    def _finish(self, path: Path, facts: dict) -> bool:
+        """Ends what a dead process began: gives the file of a picture its name, if the log says that it was written.
 
-        A temporary file that the dead process left beside it is deleted.
+        What the process left beside the target otherwise is deleted.
+
+        Args:
+            path: of the picture in quarantine.
+            facts: from the log.
+
+        Returns:
+            True where the file is in its place.
         """
+        about, digest = _about(path), facts.get("file_sha256")
+        is_logged = facts.get("event") == "written"
         try:
-            target = read_json(path.with_suffix(".json"))
-            if type(target.get("process")) is int:
-                remove_partials(Path(target["path"]), target["process"])
-            return sha256_if_exists(Path(target["path"])) == target["sha256"]
-        except (FluxKreaError, OSError, KeyError, TypeError, ValueError):
+            target, process = Path(about["path"]), about.get("process")
+            for partial in partials(target, process) if type(process) is int else ():
+                if is_logged and sha256_if_exists(partial) == digest:
+                    with contextlib.suppress(FileExistsError):
+                        give_name(partial, target, about.get("force") is True)
+                partial.unlink(missing_ok=True)
+            return is_logged and sha256_if_exists(target) == digest
+        except (OSError, KeyError, TypeError, ValueError):
             return False
 
     def _folders(self) -> list[Path]:

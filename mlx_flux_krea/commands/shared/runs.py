@@ -97,6 +97,8 @@ class Run:
         """
         if not self.claimed:
             return
+        if is_filtered:
+            Ledger().recover()  # which may give the file its name
         path, digest = Path(self.claimed["path"]), self.claimed["sha256"]
         remove_partials(path, self.claimed["process"])
         if not path.is_file() or sha256_if_exists(path) != digest:
