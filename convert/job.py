@@ -20,6 +20,7 @@ from mlx_flux_krea.weights import COMPONENTS, FILTERS, Sizes, layer_widths
 from . import quantize as quantizing
 from .evidence import gather
 from .fetch import Remote, outlined
+from .hub import is_repo_id
 from .index import make_filter_index, make_index
 from .layouts import SourceComponent, identify, make_plan
 from .licence import licence_files
@@ -266,6 +267,9 @@ def _own(paths: list[Path]) -> OwnFolder | None:
     ours = next(filter(is_model_folder, folders), None)
     if ours is None:
         return None
+    if not os.path.exists(paths[-1]) and not is_repo_id(paths[-1]):
+        todo = f"the folder to make is named with `out`: `out` {shlex.quote(str(paths[-1]))}"
+        raise ModelError(f"there is nothing at {paths[-1]}", "the model alone", todo)
     if paths != [ours]:
         name = shlex.quote(str(ours))
         raise ModelError(

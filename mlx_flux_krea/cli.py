@@ -184,7 +184,7 @@ def _report(error: Exception, argv: list[str]) -> int:
 
         context = getattr(error, "ctx", None) or _context(argv)
         message = re.sub(r"\s*[\n\t]\s*", " ", answer(error, context, argv))  # of lists, a line for each item
-        return _fail(f"{message.rstrip('?')}; try {context.command_path} --help", 2)
+        return _fail(f"{message}{' Try' if message.endswith('?') else '; try'} {context.command_path} --help", 2)
     if isinstance(error, OSError):
         return _os_error(error)
     traceback.print_exception(error)

@@ -150,6 +150,11 @@ def parse_memory(text: str | int) -> int | None:
     return int(count)
 
 
+def _size(count: int) -> str:
+    """Formats bytes for a comparison: 1.27 GB, 23.4 MB."""
+    return f"{count / GB:.2f} GB" if count >= GB else f"{count / 1e6:.1f} MB"
+
+
 def machine_memory() -> int:
     """Returns the default budget on this machine: four fifths of the memory that the GPU, or the system, offers."""
     return int(mx.device_info().get("max_recommended_working_set_size", 0) or _system_memory()) * 4 // 5
@@ -322,8 +327,8 @@ def make_plan(
         worst = max(least, key=lambda stage: least[stage])
         smaller_one = "input image or picture" if input_pixels else "picture"
         raise ResourceError(
-            f"{width} x {height} needs {least[worst] / GB:.2f} GB of memory to {_VERBS[worst]}, "
-            f"and {budget / GB:.2f} GB may be used",
+            f"{width} x {height} needs {_size(least[worst])} of memory to {_VERBS[worst]}, "
+            f"and {_size(budget)} may be used",
             todo=f"a smaller {smaller_one} needs less; `memory` sets the limit",
         )
     room = max(budget - max(max(needs.values()), needs["denoise"] + _slots(blocks.stored, blocks.cast)), 0)

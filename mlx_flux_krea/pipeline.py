@@ -28,7 +28,7 @@ from .filters.acknowledgement import check_acknowledged
 from .filters.gate import Gate, OpenGate, Policy, open_gate
 from .generator import Generator, Observers, Progress
 from .home import find_model
-from .memory import MemoryPlan, WeightSizes, make_plan, parse_memory, weigh_folder
+from .memory import MemoryPlan, WeightSizes, make_plan, parse_memory, physical_memory, weigh_folder
 from .models.config import to_json
 from .models.transformer import Flux
 from .models.vae import VAE, pixels_from_image, pixels_to_bytes
@@ -153,7 +153,10 @@ class FluxPipeline(AdapterMethods, compat.DiffusersMethods):
                 nsfw=policy.nsfw if nsfw_threshold is None else nsfw_threshold,
                 integrity=policy.integrity if integrity_margin is None else integrity_margin,
             )
-        return cls(folder, dtype, parse_memory(memory), policy)
+        budget = parse_memory(memory)
+        if budget and budget > (built_in := physical_memory()):
+            logger.warning("`memory` %s is more than this machine has, %.1f GB", memory, built_in / 1e9)
+        return cls(folder, dtype, budget, policy)
 
     def __call__(
         self,

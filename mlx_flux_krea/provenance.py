@@ -204,7 +204,9 @@ def opened(image: Image.Image | str | os.PathLike | BinaryIO, most: int | None =
         reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
         if "MAX_TEXT" in reason:  # of Pillow's PNG reader
             reason = f"a text or colour profile in it is larger than {PngImagePlugin.MAX_TEXT_CHUNK >> 20} MiB"
-        raise UsageError(f"{name} cannot be opened: {printable(reason)}", _EXPECTED) from None
+        of_system = isinstance(error, OSError) and error.errno is not None
+        expected, todo = ("", "check the path") if of_system else (_EXPECTED, "")
+        raise UsageError(f"{name} cannot be opened: {printable(reason)}", expected, todo) from None
 
 
 @contextlib.contextmanager

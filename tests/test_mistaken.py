@@ -24,6 +24,10 @@ FILES = {  # by name: its bytes
     "sampler.jsonl": b'{"prompt": "a", "sampler": "euler"}',
     "model.jsonl": b'{"prompt": "a", "model": "nano"}',
     "a.txt": b"a frog\n",
+    "README.md": b"# A frog on a log, and what it does\n",
+    "page.safetensors": b"<!DOCTYPE html><html></html>",
+    "pointer.safetensors": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
+    "cfg.csv": b"prompt,cfg\na frog,4\n",
     "weights.safetensors": b"\x02\0\0\0\0\0\0\0{}",
 }
 NEVER = re.compile(

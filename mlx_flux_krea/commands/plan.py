@@ -1,5 +1,7 @@
 """flux-krea plan: predicts memory, disk and bandwidth of a picture, before anything is loaded or downloaded."""
 
+import os
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -7,7 +9,7 @@ import click
 import mlx.core as mx
 
 from mlx_flux_krea import memory as planning
-from mlx_flux_krea.errors import ModelError
+from mlx_flux_krea.errors import ModelError, UsageError
 from mlx_flux_krea.home import find_model, is_krea
 from mlx_flux_krea.models import config
 from mlx_flux_krea.presets import CHIPS, KREA, MAX_SEQUENCE_LENGTH, MAX_SIDE, PRECISIONS
@@ -16,22 +18,27 @@ from mlx_flux_krea.weights import open_model
 from .shared.estimates import SHARE_IN_WORDS, filter_seconds, step_seconds, this_chip, weigh_recipe
 from .shared.installed import disk_bytes
 from .shared.options import DTYPE
+from .shared.terminal import Console
 from .shared.text import duration, json_text, size, table
 
 _BACKEND = {
     "gpu": "peaks on Metal: computed, not measured",
-    "cpu": "peaks on MLX's CPU backend, as measured",
+    "cpu": "peaks as measured on MLX's CPU backend, which this machine has; times are computed for Macs",
 }
 _MULTIPLE = 16  # pixels; sides are multiples of it
 _SIDE = click.IntRange(_MULTIPLE, MAX_SIDE)
-_SHOWN = ("M1", "M1 Max", "M2", "M3 Max", "M4", "M4 Pro", "M4 Max", "M5")
+_AMOUNT = re.compile(r"\d+(\.\d+)? *[kmgt]i?b?", re.I)
+_SIZE = re.compile(r"(\d+) *[x×*] *(\d+)", re.I)
+_SHARE = "that is the share of this program: by default a Mac's programs take half to three fifths of its memory"
 
 
 @click.command()
 @click.argument("model", required=False)
 @click.option("--width", type=_SIDE, help="Width in pixels.  [default: the model's]")
 @click.option("--height", type=_SIDE, help="Height in pixels.  [default: the model's]")
-@click.option("--memory", default="auto", show_default=True, help="Memory budget, such as 8GB.")
+@click.option(
+    "--memory", default="auto", show_default=True, help="Memory for this program (not the Mac's), such as 6GB."
+)
 @click.option("--dtype", type=DTYPE, help="Compute type.  [default: the model's]")
 @click.option("--json", "as_json", is_flag=True, help="Print the prediction as JSON.")
 def plan(model, width, height, memory, dtype, as_json):
@@ -46,12 +53,34 @@ def plan(model, width, height, memory, dtype, as_json):
       flux-krea plan krea --width 1536 --memory 8GB
     """
     width, height = (side and side // _MULTIPLE * _MULTIPLE for side in (width, height))
+    _check_model(model)
     budget = planning.parse_memory(memory) or planning.machine_memory()
+    if budget > (built_in := planning.physical_memory()):
+        Console().note(f"{size(budget)} is more than this machine has, {size(built_in)}: the plan is one for another")
     if model is None or (is_krea(model) and not _is_installed(model)):
         facts, text = _published(width or 1024, height or 1024, budget=budget, dtype=dtype or "bfloat16")
     else:
         facts, text = _model(model, width, height, budget=budget, dtype=dtype)
+    if planning.parse_memory(memory):
+        first, _, rest = text.partition("\n")
+        text = f"{first}\n{_SHARE}\n{rest}"
     click.echo(json_text(facts) if as_json else text)
+
+
+def _check_model(name: str | None) -> None:
+    """Checks that a name is no amount of memory and no size.
+
+    Raises:
+        UsageError: it is one.
+    """
+    if name is None or os.path.exists(name):
+        return
+    if _AMOUNT.fullmatch(name):
+        raise UsageError(
+            f"{name} is an amount of memory", "a model", f"write flux-krea plan --memory {''.join(name.split())}"
+        )
+    if match := _SIZE.fullmatch(name):
+        raise UsageError(f"{name} is a size", "a model", f"write flux-krea plan --width {match[1]} --height {match[2]}")
 
 
 def _is_installed(model: str) -> bool:
@@ -88,7 +117,7 @@ def _model(
         table([("stage", "peak"), *((name, size(count)) for name, count in plan.stages.items())], right=(1,)),
         f"{plan.resident_blocks} of {plan.total_blocks} transformer blocks are resident in memory; {reads}",
         *(["the picture is decoded in tiles, since memory is too small for the whole"] if plan.tiled else []),
-        *_streaming(bandwidth),
+        *_streaming(bandwidth, folder.index.name),
     ]
     times = _times(
         folder.flux.sizes,
@@ -106,7 +135,7 @@ def _published(width: int, height: int, *, budget: int, dtype: str) -> tuple[dic
     rows: list[tuple] = [
         ("precision", "disk", "all in memory", "all streamed", "here", "resident blocks", "streamed per step")
     ]
-    by_precision, reads = {}, 0
+    by_precision, reads, streamed = {}, 0, ""
 
     def predict(weights: planning.WeightSizes, budget: int) -> planning.MemoryPlan:
         return planning.make_plan(
@@ -121,6 +150,7 @@ def _published(width: int, height: int, *, budget: int, dtype: str) -> tuple[dic
             plan = predict(weights, budget)
             read = size(plan.read_per_step) if plan.read_per_step else "nothing"
             here = size(plan.peak), f"{plan.resident_blocks} of {plan.total_blocks}", read
+            streamed = streamed or (precision if plan.read_per_step else "")
             reads = reads or plan.read_per_step
         rows.append((precision, size(weights.disk), size(plan.most), size(plan.least), *here))
         by_precision[precision] = {"disk": weights.disk, "fits": plan.least <= budget, **plan.to_json()}
@@ -131,7 +161,7 @@ def _published(width: int, height: int, *, budget: int, dtype: str) -> tuple[dic
         f"FLUX.1 Krea [dev] at {width} x {height}, {dtype}, in {size(budget)} of memory",
         _BACKEND[mx.default_device().type.name],
         table(rows, right=tuple(range(1, 7))),
-        *_streaming(bandwidth),
+        *_streaming(bandwidth, f"precision {streamed}"),
         *_shown_times(times),
     ]
     facts = {"width": width, "height": height, "dtype": dtype, "precisions": by_precision}
@@ -147,12 +177,12 @@ def _bandwidth(read: int, flux: config.FluxConfig, *, width: int, height: int, l
     return {chip: read / planning.GB / seconds[chip] for chip in chips}
 
 
-def _streaming(bandwidth: Mapping[str, float]) -> list[str]:
-    """Formats the speed of a disk from which streaming costs no time."""
+def _streaming(bandwidth: Mapping[str, float], what: str) -> list[str]:
+    """Formats the speed of a disk from which streaming costs no time: of a model, or of one precision."""
     if not bandwidth:
         return []
-    shown = [f"{chip} {gb:.1f}" for chip, gb in bandwidth.items() if len(bandwidth) == 1 or chip in _SHOWN]
-    return [f"streaming costs no time if the disk reads at least (GB/s, computed): {', '.join(shown)}"]
+    shown = [f"{chip} {gb:.2g}" for chip, gb in bandwidth.items()]
+    return [f"streaming {what} costs no time if the disk reads at least (GB/s, computed): {', '.join(shown)}"]
 
 
 def _times(flux: config.FluxConfig, *, steps: int, is_filtered: bool, **shape: int) -> dict[str, dict[str, float]]:
@@ -176,8 +206,7 @@ def _shown_times(times: Mapping[str, Mapping[str, float]]) -> list[str]:
     """Formats the times of each chip, and how to measure them."""
     rows: list[tuple[str, ...]] = [("chip", "a picture", "its filters", "at a program's start")]
     for chip, seconds in times.items():
-        if len(times) == 1 or chip in _SHOWN:
-            filters = (duration(seconds[name]) for name in ("filters", "filters_at_start") if name in seconds)
-            rows.append((chip, duration(seconds["picture"]), *(tuple(filters) or ("none", "none"))))
+        filters = (duration(seconds[name]) for name in ("filters", "filters_at_start") if name in seconds)
+        rows.append((chip, duration(seconds["picture"]), *(tuple(filters) or ("none", "none"))))
     assumed = f"times are computed for {SHARE_IN_WORDS}; measure yours: flux-krea bench"
     return [table(rows, right=(1, 2, 3)), assumed]

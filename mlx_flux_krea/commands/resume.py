@@ -23,7 +23,7 @@ from .shared.text import table
 @click.argument("file", required=False)
 @click.option("-m", "--model", help="Folder or name of the run's model.  [default: the same as before]")
 @click.option("-o", "--output", type=FILE, help="Output of the remaining pictures.  [default: the run's]")
-@click.option("--memory", help="Memory budget, such as 8GB.  [default: the run's]")
+@click.option("--memory", help="Memory for this program, such as 6GB.  [default: the run's]")
 @click.option("--list", "listed", is_flag=True, help="List unfinished runs, newest first.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON report, as generate does.")
 def resume(file, model, output, memory, listed, as_json):

@@ -33,7 +33,7 @@ from .shared.installation import (
     precision_of,
 )
 from .shared.installed import missing_parts
-from .shared.options import FILE
+from .shared.options import FILE, SOURCE
 from .shared.output import check_outcomes, meant_for, save
 from .shared.terminal import Console, PipelineProgress, is_interactive, say_path, show_picture
 from .shared.text import duration, json_text, size, table
@@ -44,9 +44,11 @@ AGREED = "I agree"
 
 
 @click.command()
-@click.option("--model", multiple=True, help="Sources of the model, as for convert, or an installed model.")
-@click.option("--nsfw", help="Path or hub id of the picture classifier.")
-@click.option("--pixtral", help="Path or hub id of the Pixtral model.")
+@click.option(
+    "--model", multiple=True, type=SOURCE, help="Sources of the model, as for convert, or an installed model."
+)
+@click.option("--nsfw", type=SOURCE, help="Path or hub id of the picture classifier.")
+@click.option("--pixtral", type=SOURCE, help="Path or hub id of the Pixtral model.")
 @click.option("--tokenizers", type=FILE, help="Folder with tokenizer/ and tokenizer_2/.")
 @click.option(
     "-q",

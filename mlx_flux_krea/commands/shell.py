@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import shutil
 import sys
 import textwrap
@@ -75,6 +76,24 @@ def shell(**options):
         raise kind(f"{amount(session.failed, 'line')} failed")
 
 
+def in_shell(text: str) -> str:
+    """Replaces options in a message by the shell's form: --steps 3 by /steps 3, -n 4 by /n 4."""
+    ours = {spelling for option in OPTIONS if option.name in LASTING for spelling in option.opts}
+
+    def replaced(match: re.Match) -> str:
+        return f"/{match[0].lstrip('-')}" if match[0] in ours else match[0]
+
+    return re.sub(r"(?<![\w/-])--?[A-Za-z][\w-]*", replaced, with_option_names(text))
+
+
+class _Console(Console):
+    """Console whose notes name options as the shell has them."""
+
+    def note(self, text: str) -> None:
+        """Writes a note."""
+        super().note(in_shell(text))
+
+
 class _Session:
     """Options, model and last prompt of a shell.
 
@@ -86,7 +105,7 @@ class _Session:
 
     def __init__(self, given: dict[str, Any], force: bool, as_json: bool):
         self._given, self._force, self._as_json = given, force, as_json
-        self._console = Console(as_events=as_json)
+        self._console = _Console(as_events=as_json)
         self._config = settings.read_options()
         self._base = over_config(self._config, given)
         self._pipe: FluxPipeline | None = open_pipeline(self._base)
@@ -125,7 +144,9 @@ class _Session:
         """Sets an option, or removes it where no value is given."""
         command = SHORT.get(command.lower(), command)
         if value:
-            self._given = merge(self._given, dict([cast(command, value, LASTING)]))
+            name, taken = cast(command, "" if value in ('""', "''") else value, LASTING)
+            self._given = merge(self._given, {name: taken})
+            self._console.say(f"{name.replace('_', '-')} is {value}")
             return
         name = command.lstrip("-").replace("-", "_").lower()
         if name not in self._given:
@@ -134,6 +155,7 @@ class _Session:
                 raise UsageError(f"there is no command /{command}", "", f"did you mean /{near.replace('_', '-')}?")
             raise UsageError(f"/{command} has no value, and is not set", "/NAME VALUE", "see /help")
         self._given = {n: v for n, v in self._given.items() if n != name}
+        self._console.say(f"{name.replace('_', '-')} is the default again")
 
     def _generate(self, line: str) -> None:
         """Generates a prompt; an empty line repeats the last prompt with its seeds."""
@@ -154,7 +176,7 @@ class _Session:
 
     def _fail(self, message: str) -> None:
         self.failed += 1
-        self._console.say(f"flux-krea: {printable(with_option_names(message))}")
+        self._console.say(f"flux-krea: {printable(in_shell(message))}")
 
 
 def _is_typed() -> bool:

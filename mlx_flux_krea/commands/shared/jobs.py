@@ -286,7 +286,8 @@ def _size_notes(request: ResolvedRequest, folder: ModelFolder) -> list[str]:
     share = request.width * request.height / (own.width * own.height)
     if least <= share <= most:
         return []
-    found = f"{request.width} x {request.height} has {share:.2g} times the area that this model was made for"
+    times = f"{share:.2g}" if share < 99 else f"{share:.0f}"
+    found = f"{request.width} x {request.height} has {times} times the area that this model was made for"
     effect = "it repeats objects and adds stripes" if share > most else "shapes get lost"
     return [f"{found}, {own.width} x {own.height}: {effect}"]
 

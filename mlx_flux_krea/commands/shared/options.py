@@ -11,7 +11,7 @@ from mlx_flux_krea import home, presets
 from mlx_flux_krea.errors import UsageError
 
 from . import peers
-from .answers import NEVER, bad_value, nearest
+from .answers import NEVER, bad_value, nearest, with_values
 
 _SEED = re.compile(r"(-?\d+)(?:\+(\d+))?")
 _SPAN = re.compile(r"(\d+) *(?:-|:|\.\.+|to) *(\d+)")  # from one seed to another, as in other tools
@@ -120,6 +120,31 @@ def _installed(context: click.Context, parameter: click.Parameter, incomplete: s
     return [name for name in home.installed_models() if name.startswith(incomplete)]
 
 
+_PAGE = re.compile(r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+)(?:/.*)?", re.I)
+
+
+def _check_address(kind: click.ParamType, value, param, ctx) -> None:
+    """Checks that a path is no address of the web.
+
+    Raises:
+        BadParameter: it is.
+    """
+    takes_hub = not isinstance(param, click.Option) or kind is SOURCE
+    if takes_hub and (page := _PAGE.fullmatch(str(value))):
+        kind.fail(f"{value!r} is a page of the hub; write its name alone, {page[1]}.", param, ctx)
+    if re.match(r"\w+://", str(value)):
+        kind.fail(f"{value!r} is an address, not a file; download it first.", param, ctx)
+
+
+class _Source(click.types.StringParamType):
+    """Type of a source of weights: a path, OWNER/NAME on the hub, or the name of an installed model."""
+
+    def convert(self, value, param, ctx):
+        """Returns the text."""
+        _check_address(self, value, param, ctx)
+        return super().convert(value, param, ctx)
+
+
 class _File(click.Path):
     """Type of a path, which is not empty: no text would mean the current folder."""
 
@@ -127,8 +152,7 @@ class _File(click.Path):
         """Returns the path."""
         if value == "":
             self.fail("'' is no path.", param, ctx)
-        if isinstance(param, click.Option) and re.match(r"\w+://", str(value)):
-            self.fail(f"{value!r} is an address, not a file; download it first.", param, ctx)
+        _check_address(self, value, param, ctx)
         if isinstance(param, click.Option) and param.name == "output" and str(value).endswith(os.sep):
             self.fail(f"{value!r} is a folder, not a file; write {shlex.quote(f'{value}out.png')}.", param, ctx)
         if isinstance(param, click.Option) and str(value).startswith("~"):
@@ -137,6 +161,7 @@ class _File(click.Path):
 
 
 FILE = _File(path_type=Path)
+SOURCE = _Source()
 SIDE = click.IntRange(1, presets.MAX_SIDE)
 DTYPE = click.Choice(presets.COMPUTE_TYPES)
 METADATA = click.Choice(presets.METADATA)
@@ -176,7 +201,8 @@ OPTIONS = [
     _option("--strength", type=click.FloatRange(0, 1), help="Share of the steps that change the image.",
             default=presets.STRENGTH),
     _option("--dtype", type=DTYPE, help="Compute type.", default=_OF_MODEL),
-    _option("--memory", help="Memory budget, such as 8GB; blocks beyond it are streamed from disk.", default="auto"),
+    _option("--memory", default="auto",
+            help="Memory for this program (not the Mac's), such as 6GB; blocks beyond it are streamed from disk."),
     _option("--quality", type=QUALITY, help="Quality of JPEG and WebP.", default=presets.QUALITY),
     _option("--metadata", type=METADATA, help="Record in the file: all settings, or only that an AI made it.",
             default="full"),
@@ -332,6 +358,17 @@ def _cast_loras(value) -> tuple[str, ...]:
     return () if given == ("none",) else given
 
 
+def _renamed(text: str, allowed: tuple[str, ...]) -> str:
+    """Returns an answer of `peers` for a place where options have no dashes: a column, the config file, the shell."""
+    text = with_values(text, (), {})
+    names = []
+    for option in re.findall(r"(?<![\w-])--?[A-Za-z][\w-]*", re.split(r" \(|: |, ", text)[0]):
+        names += [known for known, one in BY_NAME.items() if option in one.opts and known in allowed]
+    if not names or not text.startswith("write "):
+        return text
+    return f"write {', '.join(name.strip('_').replace('_', '-') for name in dict.fromkeys(names))}"
+
+
 def _not_allowed(name: str, plain: str, allowed: tuple[str, ...]) -> UsageError:
     """Returns the error for a name in a file, and its plain form, that is no option there."""
     found = f"there is no option {name!r} here"
@@ -341,5 +378,5 @@ def _not_allowed(name: str, plain: str, allowed: tuple[str, ...]) -> UsageError:
     if plain in BY_NAME and plain != "prompt" and spelled(plain) not in NEVER:
         return UsageError(found, "", f"it is an option of the command line, {spelled(plain)}")
     if row := peers.find(plain):
-        return UsageError(f"{found} (of {row[0]})", "", row[1])
+        return UsageError(f"{found} (of {row[0]})", "", _renamed(row[1], allowed))
     return UsageError(found, f"one of {', '.join(names)}")

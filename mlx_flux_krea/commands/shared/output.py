@@ -28,7 +28,7 @@ def check_output(output: Path, quality: int | None = None) -> None:
     if os.path.exists(output) and not os.path.isfile(output):
         raise UsageError(f"{output} is a device or a pipe", "a file")
     if output.suffix.lower() not in FORMATS:
-        found = f"{output} ends in {output.suffix or 'nothing'!r}"
+        found = f"{output} ends in {output.suffix!r}" if output.suffix else f"{output} has no ending"
         todo = f"write -o {shlex.quote(str(output.with_suffix('.png') if output.name else 'out.png'))}"
         raise UsageError(found, f"one of {', '.join(FORMATS)}", todo)
     check_quality(quality, FORMATS[output.suffix.lower()])

@@ -3,17 +3,21 @@
 import csv
 import io
 import itertools
+import os
 import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from mlx_flux_krea.errors import UsageError, amount
 from mlx_flux_krea.files import MOST_BYTES, parse_json, read_small
+from mlx_flux_krea.provenance import FORMATS
 
 from .options import PER_PICTURE, cast, check_together
 
 _MOST_TEXT = 2 * 10**7  # characters of all prompts that one expands to
+_LONGEST_NAME = 255  # bytes of a file's name
 _ESCAPED = {r"\{": "\ue000", r"\}": "\ue001", r"\|": "\ue002"}  # stand-ins while alternatives are parsed
 _GROUP = re.compile(r"\{([^{}]*\|[^{}]*)\}")
 _OPEN = re.compile(r"\{[^{}]*\||\|[^{}]*\}")  # a bar whose brace is not closed
@@ -97,10 +101,23 @@ def prompt_notes(options: dict, *, typed: bool) -> tuple[str, ...]:
     for text in texts:
         if match := _OTHER_ADAPTER.search(text):
             raise UsageError(f"the prompt names {match[0]!r}", "a text", "an adapter is written <lora:NAME:WEIGHT>")
-    found = dict.fromkeys(
+    found = dict.fromkeys(_file_notes(options["prompt"]) if typed else ())
+    found |= dict.fromkeys(
         (match[0], effect) for text in texts for mark, effect in _MARKS for match in mark.finditer(text)
     )
     return tuple(f"{text!r} {effect}" for text, effect in found)
+
+
+def _file_notes(prompt: str) -> list[tuple[str, str]]:
+    """Returns a note where a prompt is empty, or is the name of a file."""
+    if not prompt:
+        return [("", "is the prompt, an empty one: the picture shows anything")]
+    path = Path(prompt)
+    if len(prompt) > _LONGEST_NAME or not os.path.isfile(path):
+        return []
+    kind, name = path.suffix.lower(), shlex.quote(prompt)
+    option = f"--prompts {name}" if kind in _READERS else f"--image {name} or --from {name}" if kind in FORMATS else ""
+    return [(prompt, f"is painted as a text; the file of this name is meant by {option}")] if option else []
 
 
 def read_rows(path: Path) -> Iterator[tuple[str, dict | UsageError]]:
