@@ -374,7 +374,10 @@ ROWS = [
     ("plan 1024x768", 2, "flux-krea plan --width 1024 --height 768"),
     ("generate -m nano --prompts cfg.csv", 2, "no row can be used", "write guidance"),
     ("config cfg 4", 2, "write guidance"),
-    ("config num-inference-steps 4", 2, "write steps"),
+    ("config num-inference-steps 4", 2, "write steps 4"),
+    ("config num-inference-steps many", 2, "write steps"),
+    ("generate --prompt='a red circle' -m nano", 2, 'generate "a red circle" -m nano'),
+    ("generate -m nano -p a red circle", 2, 'generate "a red circle" -m nano'),
     ("review --yse", 2, "there is no option --yse"),
 ]
 

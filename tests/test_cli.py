@@ -420,7 +420,7 @@ def refused(result, code, says):
         (["--colour", "red"], 2, "there is no option --colour; try"),
         (["-o", "."], 2, "is a folder"),
         (["-o", "a.gif"], 2, "ends in '.gif'"),
-        (["-o", "a"], 2, "ends in 'nothing'"),
+        (["-o", "a"], 2, "a has no ending; expected one of .png"),
         (["-o", "nowhere/a.png"], 2, "there is no folder nowhere"),
         (["-o", "/dev/null"], 2, "/dev/null is a device or a pipe"),
         (["-o", "a" * 300 + ".png"], 2, "cannot be written: File name too long"),
@@ -428,7 +428,7 @@ def refused(result, code, says):
         (["--image", "a" * 300], 2, "File name too long"),
         (["-m", "a" * 300], 3, "File name too long"),
         (["-m", "red\x1b[31m\nred\udce9"], 3, r"'red\x1b[31m\nred\udce9'"),
-        (["--widht", "3"], 2, "did you mean --width; try flux-krea generate --help"),
+        (["--widht", "3"], 2, "did you mean --width? Try flux-krea generate --help"),
         (["extra"], 2, "'extra' follows the prompt; expected a prompt in quotes"),
     ],
 )
@@ -515,7 +515,7 @@ def test_results_are_written_even_when_nobody_reads_what_is_said(model, tmp_path
 def test_without_arguments_the_command_shows_its_help(command):
     code, out, _ = command()
     assert (code, out) == (0, command("--help")[1])
-    refused(command("genrate"), 2, "there is no command 'genrate'; did you mean flux-krea generate; try")
+    refused(command("genrate"), 2, "there is no command 'genrate'; did you mean flux-krea generate? Try")
 
 
 def test_what_does_not_print_is_spelled_out():

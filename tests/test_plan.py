@@ -13,9 +13,11 @@ from mlx_flux_krea.convert.quantize import QuantizationRecipe, choose
 from PIL import Image
 
 from mlx_flux_krea import FluxPipeline, nano
+from mlx_flux_krea.commands import plan as plan_verb
 from mlx_flux_krea.errors import ResourceError, UsageError
 from mlx_flux_krea.memory import GB, machine_memory, make_plan, parse_memory, step_flops, weigh, weigh_folder
 from mlx_flux_krea.models import config
+from mlx_flux_krea.presets import CHIPS
 from mlx_flux_krea.weights import layer_widths, open_model
 
 CAT = "A cat holding a sign that says hello world"
@@ -253,3 +255,13 @@ def test_the_bench_measures_a_run_and_releases_nothing(command, model, tmp_path)
     length = open_model(model).index.max_sequence_length
     assert facts["tflops"] * facts["seconds_per_step"] * 1e12 == pytest.approx(step_flops(sizes, 64, 64, length))
     assert facts["peaks"].keys() == {"text", "denoise", "decode"}
+
+
+def test_the_plan_says_whose_memory_it_is_and_shows_every_chip(command, monkeypatch):
+    monkeypatch.setattr(plan_verb, "this_chip", lambda: None)
+    code, text, err = command("plan", "--memory", "9999GB")
+    assert code == 0
+    assert "is more than this machine has" in err
+    assert "that is the share of this program" in text
+    assert all(f"\n{chip} " in text for chip in CHIPS)
+    assert re.search("streaming precision none costs no time .*: M1 0[.]", command("plan", "--memory", "6GB")[1])

@@ -119,3 +119,17 @@ def test_ctrl_c_takes_back_a_line_or_stops_a_picture_and_the_lines_are_kept(mode
     history = home / "history"
     assert "a toad" in history.read_text()
     assert history.stat().st_mode & 0o077 == 0
+
+
+def test_hints_have_the_form_of_the_shell_and_options_are_told(model, tmp_path):
+    lines = ["/w 48", "/true-cfg-scale 2", "a frog", "/true-cfg-scale", "/num-inference-steps 3", "exit"]
+    err = piped(model, tmp_path, *lines)[2]
+    for said in (
+        "width is 48",
+        "/true-cfg-scale 2 needs",
+        '/negative-prompt "" is enough',
+        "the default again",
+        "steps 3",
+    ):
+        assert said in err, err
+    assert "--" not in err

@@ -162,12 +162,22 @@ def _no_option(name: str, context: click.Context, argv: Sequence[str]) -> str:
             return f"{found}; did you mean {known}?"
     if row := peers.find(name, table) or peers.find(name):
         tools, text = row
+        if text == peers.NO_PROMPT and (meant := _with_prompt(name, context, argv)):
+            return f"{found} (of {tools}); the prompt has none: {meant}"
         text = with_values(text, typed.values_after(name, argv), _options_of("generate", context) | ours)
         elsewhere = set(re.findall(r"write (-[\w-]+)", text)) - set(ours)
         return f"{found} (of {tools}); {'with flux-krea generate, ' * bool(elsewhere)}{text}"
     if name not in NEVER and name in _options_of("generate", context):
         return f"{found} of {context.command_path}; flux-krea generate has it"
     return found
+
+
+def _with_prompt(name: str, context: click.Context, argv: Sequence[str]) -> str:
+    """Returns the command line without the name of an option in front of the prompt; "": it is not to be had."""
+    words = list(argv)[list(argv).index(context.info_name or "") + 1 :] if context.info_name in argv else []
+    line = typed.read(context.command, [word.removeprefix(f"{name}=") for word in words if word != name])
+    meant = line.meant(context.command_path, prompt=True)
+    return meant if line.arguments and not line.unknown and len(meant) <= _LONGEST else ""
 
 
 def _before_verb(name: str, context: click.Context, argv: Sequence[str]) -> str:

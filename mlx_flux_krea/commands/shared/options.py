@@ -309,15 +309,20 @@ def check_together(options: dict) -> None:
         raise UsageError(f"--num-images is given with {len(options['seed'])} seeds", "one of them")
 
 
-def find_name(name: str, allowed: tuple[str, ...]) -> str:
+def find_name(name: str, allowed: tuple[str, ...], value: object = "") -> str:
     """Returns the name in the code of an option, which may be written with dashes.
+
+    Args:
+        name: as it is written.
+        allowed: names that the place takes.
+        value: that was typed with it, for the answer.
 
     Raises:
         UsageError: an unknown option.
     """
     known = str(name).strip().lstrip("-").replace("-", "_").lower()
     if known not in allowed:
-        raise _not_allowed(name, known, allowed)
+        raise _not_allowed(name, known, allowed, str(value))
     return known
 
 
@@ -332,7 +337,7 @@ def cast(name: str, value, allowed: tuple[str, ...]) -> tuple[str, object]:
     Raises:
         UsageError: an unknown option, or a value that it does not take.
     """
-    known = find_name(name, allowed)
+    known = find_name(name, allowed, "" if "prompt" in allowed else value)
     label = known.strip("_").replace("_", "-")
     if known == "seed" and isinstance(value, list):
         value = " ".join(map(str, value))
@@ -358,18 +363,25 @@ def _cast_loras(value) -> tuple[str, ...]:
     return () if given == ("none",) else given
 
 
-def _renamed(text: str, allowed: tuple[str, ...]) -> str:
-    """Returns an answer of `peers` for a place where options have no dashes: a column, the config file, the shell."""
-    text = with_values(text, (), {})
+def _renamed(text: str, allowed: tuple[str, ...], value: str) -> str:
+    """Returns an answer of `peers` for a place where options have no dashes: a column, the config file, the shell.
+
+    Args:
+        text: the answer.
+        allowed: names that the place takes.
+        value: that was typed; "": none, or the place is a column, whose cells have values of their own.
+    """
+    text = with_values(text, [value] * bool(value), {spelling: one for one in OPTIONS for spelling in one.opts})
     names = []
-    for option in re.findall(r"(?<![\w-])--?[A-Za-z][\w-]*", re.split(r" \(|: |, ", text)[0]):
-        names += [known for known, one in BY_NAME.items() if option in one.opts and known in allowed]
+    for option, said in re.findall(r"(?<![\w-])(--?[A-Za-z][\w-]*)(?: (\S+))?", re.split(r" \(|: |, ", text)[0]):
+        kept = f" {said}" if said == value else ""
+        names += [f"{known}{kept}" for known, one in BY_NAME.items() if option in one.opts and known in allowed]
     if not names or not text.startswith("write "):
         return text
     return f"write {', '.join(name.strip('_').replace('_', '-') for name in dict.fromkeys(names))}"
 
 
-def _not_allowed(name: str, plain: str, allowed: tuple[str, ...]) -> UsageError:
+def _not_allowed(name: str, plain: str, allowed: tuple[str, ...], value: str) -> UsageError:
     """Returns the error for a name in a file, and its plain form, that is no option there."""
     found = f"there is no option {name!r} here"
     names = [known.strip("_").replace("_", "-") for known in allowed]
@@ -378,5 +390,5 @@ def _not_allowed(name: str, plain: str, allowed: tuple[str, ...]) -> UsageError:
     if plain in BY_NAME and plain != "prompt" and spelled(plain) not in NEVER:
         return UsageError(found, "", f"it is an option of the command line, {spelled(plain)}")
     if row := peers.find(plain):
-        return UsageError(f"{found} (of {row[0]})", "", _renamed(row[1], allowed))
+        return UsageError(f"{found} (of {row[0]})", "", _renamed(row[1], allowed, value))
     return UsageError(found, f"one of {', '.join(names)}")

@@ -8,6 +8,7 @@ An example in braces, --steps {28}, stands for the value that was typed, where o
 Guidance of tools whose scale has another meaning, and names of models, are not carried over.
 """
 
+NO_PROMPT = 'the prompt has no option: flux-krea generate "a frog"'
 _LORA = "write --lora FILE=0.8, once for each adapter"
 _ADAPTER_APART = "leave it out: adapters are never merged; write --lora NAME=0.8 when you generate"
 _CONTROL = "control pictures are not supported yet"
@@ -66,7 +67,7 @@ OPTIONS = (
     ("num_images_per_prompt num_outputs n_images count number", "diffusers, Replicate, mlx-examples", _COUNT),
     ("n_rows grid", "mlx-examples, A1111", "write --contact-sheet"),
     # prompts
-    ("p prompt text", "mflux, sd.cpp, krea, draw-things-cli", 'the prompt has no option: flux-krea generate "a frog"'),
+    ("p prompt text", "mflux, sd.cpp, krea, draw-things-cli", NO_PROMPT),
     ("negative neg negative_text uc", "A1111, InvokeAI", "write --negative-prompt {TEXT} --true-cfg-scale 2"),
     ("no", "Midjourney", "write --negative-prompt {TEXT} --true-cfg-scale 2"),
     ("prompt_2 prompt2 clip_l_prompt", "diffusers, Draw Things", "leave it out: both encoders read the one prompt"),
