@@ -42,7 +42,7 @@ from mlx_flux_krea import __version__, macos
 from mlx_flux_krea.commands import completion
 from mlx_flux_krea.errors import FluxKreaError, gpu_error, printable, shortened
 
-_ODD = re.compile(r"[‐-―−“„‟«]|-[A-Za-z]=|--memory$")  # begins a word that `typed.check` may refuse
+_ODD = re.compile(r"[‐-―−“„‟«‘]|-[A-Za-z]=|--memory$")  # begins a word that `typed.check` may refuse
 
 
 @dataclass(frozen=True)

@@ -137,6 +137,9 @@ ROWS = [
     # quotes, dashes and paths as text programs write them, and the words of the person
     ("generate “a red circle” -m nano", 2, "no curly quotes", 'flux-krea generate "a red circle" -m nano;'),
     ("generate a red circle on “blue” --steps 2", 2, 'generate "a red circle on blue" --steps 2'),
+    ("generate ‘a red circle’ -m nano", 2, 'generate "a red circle" -m nano'),
+    (G + "-o=~/x.png", 2, "expected -o ~/x.png"),
+    (G + "--lora=~/missing.safetensors", 3, "no adapter '/"),
     ("generate «a frog» —steps 3", 2, "—steps begins with a long dash", "write --steps 3"),
     ("“a frog” -m nano", 2, 'flux-krea generate "a frog" -m nano'),
     (G + "—seed 3", 2, "—seed begins with a long dash", "write --seed 3"),

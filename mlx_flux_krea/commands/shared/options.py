@@ -26,6 +26,7 @@ class Lora(click.ParamType):
     def convert(self, value, param, ctx) -> str:
         """Returns the text, once its weight is known to be a number."""
         text = str(value).strip()
+        text = os.path.expanduser(text) if text.startswith("~") else text  # no shell does, after = and in quotes
         source, weight = split_lora(text)
         if not source:
             self.fail(f"{value!r} names no adapter.", param, ctx)

@@ -12,7 +12,7 @@ import click
 from mlx_flux_krea.errors import UsageError
 
 _DASHES = "‐‑‒–—―−"  # as text programs write hyphens
-_OPEN, _CLOSED = "“„‟«", "”“‟»"  # as text programs write quotation marks
+_OPEN, _CLOSED = "“„‟«‘", "”“‟»’"  # as text programs write quotation marks
 _LONG_DASH = re.compile(rf"[{_DASHES}]+-?([A-Za-z][\w-]*)((?:=.*)?)", re.DOTALL)
 _CURLY = re.compile(rf"[{_OPEN}]([^{_OPEN}{_CLOSED}]*)[{_CLOSED}]")
 _JOINED = re.compile(r"(-[A-Za-z])=(.*)", re.DOTALL)
@@ -38,7 +38,8 @@ def check(command: click.Command, argv: Sequence[str]) -> None:
             typed = f"{option}{match[2]} {value}".rstrip()
             raise UsageError(f"{word} begins with a long dash", "a hyphen or two", f"write {typed}")
         if (match := _JOINED.match(word)) and (option := ours.get(match[1])) and takes_value(option):
-            raise UsageError(f"in {word} the value begins with =", f"{match[1]} {shlex.quote(match[2])}")
+            value = match[2] if re.fullmatch(r"~/[\w./-]+", match[2]) else shlex.quote(match[2])
+            raise UsageError(f"in {word} the value begins with =", f"{match[1]} {value}")
         if word == "--memory" and re.fullmatch(r"\d+(\.\d+)?", after):
             unit = "".join(words[words.index(word) + 2 :][:1])
             if _UNIT.fullmatch(unit):
