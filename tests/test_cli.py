@@ -262,6 +262,7 @@ PipelineProgress.__call__ = lambda *progress: print("moment", file=sys.stderr, f
     assert (process.returncode, out) == (0, "out.png\n")
 
 
+@pytest.mark.slow
 def test_a_picture_that_has_its_name_is_reported_whatever_arrives(model, tmp_path):
     for count, code, names in ((1, 130, ["out.png"]), (2, 0, ["out-2.png", "out-3.png"])):
         patch = f"""

@@ -68,6 +68,7 @@ def test_a_step_beyond_the_range_is_computed_in_bfloat16_and_said_once(tmp_path,
     assert rel(made, exact) < max(0.02, 1.5 * rel(other, exact))
 
 
+@pytest.mark.slow
 def test_within_the_range_nothing_is_computed_twice(tmp_path, caplog, monkeypatch):
     folder = scaled(tmp_path, "transformer_blocks.0.attn.to_q", 1)
     exact, _ = latents(folder, "float32", caplog)

@@ -666,6 +666,7 @@ def assert_told(home: Path, out: Path) -> None:
     assert {one["event"] for one in last.values()} <= {"written", "waiting", "error"}
 
 
+@pytest.mark.core("2-judged-left6", "9-handing over-left9")
 @pytest.mark.parametrize(
     ("number", "moment", "left"),
     [
@@ -686,6 +687,7 @@ def test_a_signal_before_the_release_leaves_nothing_but_what_waits(strict, filte
     assert_told(home, out)
 
 
+@pytest.mark.core("saving-15", "written-15")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("moment", ["handing over", "released", "saving", "written", "placed"])
 def test_a_signal_once_the_release_has_begun_comes_after_it(strict, filters, out, home, number, moment):

@@ -72,6 +72,7 @@ def places(count: int) -> list[int]:
     return sorted({0, count // 4, count // 2, 3 * count // 4, count - 1})
 
 
+@pytest.mark.slow
 def test_a_part_that_fails_once_is_repeated_and_the_picture_is_the_same(model, whole, monkeypatch):
     pixels, count, _ = whole
     for place in places(count):

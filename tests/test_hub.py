@@ -117,6 +117,7 @@ def leftovers(tmp_path: Path) -> list[str]:
 # --- all is well ---
 
 
+@pytest.mark.slow
 def test_a_repository_becomes_what_its_folder_becomes_and_nothing_is_fetched_twice(served, folder, expected, tmp_path):
     """Then again, by the hub's cache alone; then offline, with nobody there."""
     ran = run(served, tmp_path)

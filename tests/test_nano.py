@@ -48,6 +48,7 @@ def test_they_are_right_after_conversion_to_fewer_bits(bits, tmp_path):
     assert right(FluxPipeline.from_pretrained(report.path, dtype="float32")) >= BAR
 
 
+@pytest.mark.slow
 def test_a_seed_repeats_its_picture_and_another_gives_another(pipe):
     one, again, other = (pipe(THINGS[0][0], seed=s, num_inference_steps=2).images[0] for s in (1, 1, 2))
     assert np.array_equal(one, again)

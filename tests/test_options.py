@@ -115,6 +115,7 @@ def test_the_model_is_the_one_that_is_named(run, model):
         assert (read_record(path)["model"], right(path)) == (name, fits)
 
 
+@pytest.mark.slow
 @shows("generate", "--prompts")
 def test_a_file_of_prompts_makes_the_pictures_that_single_runs_make(draw, tmp_path):
     one, two = draw("--seed", "5", how=QUICK), draw("--guidance", "2", prompt="a star", how=QUICK)
@@ -147,6 +148,7 @@ def test_an_aspect_at_a_quarter_of_a_megapixel_is_replicates(draw):
     assert Image.open(path).size == (672, 384)
 
 
+@pytest.mark.slow
 @shows("generate", "--steps")
 def test_the_more_steps_the_nearer_the_picture_is_to_that_of_many(draw):
     made = [draw("--steps", steps, how=["--seed", "1"])[0] for steps in ("1", "4", "12")]
@@ -236,6 +238,7 @@ def test_a_negative_prompt_moves_the_picture_away_from_it(draw):
     assert redness("--negative-prompt", red, "--true-cfg-scale", "3") < redness() - 20  # measured: -86 and -51
 
 
+@pytest.mark.slow
 @shows("generate", "--image", "--strength")
 def test_image_to_image_keeps_the_layout_at_low_strength(draw, tmp_path):
     scene = scenes.Scene(

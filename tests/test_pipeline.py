@@ -132,6 +132,7 @@ def test_image_to_image_equals_diffusers(pipe):
     assert levels(result.images[0], image("images/img2img_8.sample.0.png")) <= 1
 
 
+@pytest.mark.slow
 def test_image_to_image_from_the_mean_equals_the_reference(pipe):
     """`comfy` takes the posterior's mean, draws the golden's float32 noise, and truncates bytes."""
     result, latents = latents_of(pipe, **arguments("img2img_8.mean"), noise="comfy")
@@ -412,6 +413,7 @@ def test_numbers_and_sequences_of_any_library_are_taken(pipe):
     assert type(by_numpy.seeds[0]) is int
 
 
+@pytest.mark.slow
 def test_the_record_says_everything_that_decides_the_picture(model):
     picture = image("images/input_other_size.png").convert("RGB")
     call = {
@@ -948,6 +950,7 @@ ZEROS = {
 }
 
 
+@pytest.mark.core("a picture")
 @pytest.mark.parametrize("what", ZEROS)
 def test_results_without_variance_are_errors_that_say_to_try_again(model, monkeypatch, what):
     patch, source = ZEROS[what]

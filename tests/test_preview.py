@@ -83,6 +83,7 @@ def test_a_map_fitted_to_the_autoencoder_shows_pictures_better_than_their_mean_c
     assert np.square(shown - small).mean() < 0.67 * np.square(small - small.mean((0, 1, 2))).mean()
 
 
+@pytest.mark.slow
 def test_the_pipeline_shows_every_step_of_every_picture(mapped, seen):
     """It equals the one from the latents that a callback sees; the last one is of the decoded latents."""
     pipe, latents = FluxPipeline.from_pretrained(mapped), []

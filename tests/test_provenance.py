@@ -67,6 +67,7 @@ def test_every_field_comes_back_from_every_place(tmp_path, name):
     assert comment == b"UNICODE\0" + read["parameters"].encode("utf-16-be")
 
 
+@pytest.mark.slow
 def test_every_field_that_a_picture_has_is_among_them_and_comes_back(pipe, tmp_path):
     size = {"width": 48, "height": 32, "num_inference_steps": 1}
     texts = {"prompt_2": "кот", "negative_prompt": "猫", "negative_prompt_2": "x", "true_cfg_scale": 1.5}

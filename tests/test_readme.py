@@ -171,6 +171,7 @@ def test_links_lead_to_files_and_headings():
 HEADINGS = re.compile(r"^#+ (.*)$", re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_commands_that_need_the_real_weights_are_only_shown():
     for line in "".join(blocks("bash")).splitlines():
         ran = run(f"{line.split()[0]} {line.split()[1]} --help", ROOT)

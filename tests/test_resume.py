@@ -251,6 +251,7 @@ def two(model, tmp_path_factory):
     return call, contents_of(folder)
 
 
+@pytest.mark.core("named-1-told0-1")
 @pytest.mark.parametrize(
     ("moment", "of", "told", "drawn"),
     [
@@ -282,6 +283,7 @@ def test_a_file_that_had_its_name_when_the_process_was_killed_is_not_made_again(
     assert (contents_of(tmp_path) == whole, files()) == (True, [])
 
 
+@pytest.mark.slow
 def test_another_file_that_took_the_name_is_not_taken_for_the_picture(command, two, tmp_path):
     call, whole = two
     struck("saved", 1, signal.SIGKILL, *call, cwd=tmp_path)
@@ -306,6 +308,7 @@ def test_rows_of_a_prompt_file_follow_though_the_file_is_gone(command, model, tm
     assert files() == []
 
 
+@pytest.mark.slow
 def test_an_input_image_that_was_replaced_meanwhile_is_remembered(command, model, tmp_path, monkeypatch):
     shutil.copy(REFERENCE / "images" / "input.png", tmp_path / "a.png")
     call = ["generate", CAT, "-m", model, *TINY, "--image", "a.png", "--strength", "1"]
@@ -528,6 +531,7 @@ def events(home: Path) -> list[str]:
     return [entry["event"] for entry in Log(home / "log").read()]
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_is_checked_like_a_new_one(command, strict, home, tmp_path):
     call = ["generate", CAT, "-m", strict, *TINY]
     with failing("denoise", 2.1):
@@ -542,6 +546,7 @@ def test_a_run_that_goes_on_is_checked_like_a_new_one(command, strict, home, tmp
     assert (tmp_path / "out.png").read_bytes() == (tmp_path / "whole.png").read_bytes()
 
 
+@pytest.mark.core("True")
 @pytest.mark.parametrize("is_logged", [True, False])
 def test_a_file_that_had_its_name_counts_as_released_when_the_log_says_so(command, strict, home, tmp_path, is_logged):
     ran = struck("saved", 1, signal.SIGKILL, "generate", CAT, "-m", strict, *TINY, cwd=tmp_path)
@@ -621,6 +626,7 @@ def red_in_quarantine(tmp_path: Path, home: Path, record: dict) -> Path:
     return kept.path
 
 
+@pytest.mark.core("filtered-red")
 @pytest.mark.parametrize("foreign", [red, red_with_record, red_in_quarantine])
 @pytest.mark.parametrize("kind", ["filtered", "free"])
 def test_a_finished_picture_counts_only_as_the_file_that_was_released(
@@ -639,6 +645,7 @@ def test_a_finished_picture_counts_only_as_the_file_that_was_released(
     assert not (sheet == [255, 0, 0]).all(-1).any()
 
 
+@pytest.mark.slow
 def test_a_picture_that_was_changed_since_counts_no_more(command, strict, home, tmp_path):
     with failing("denoise", 2.1, picture=2):
         assert command("generate", CAT, "-m", strict, *TINY, "8", "--contact-sheet")[0] == 1

@@ -144,6 +144,7 @@ def test_what_a_filter_flagged_needs_a_reason_too(out, home):
     assert approved["reasons"] == ["a statue in a museum"]
 
 
+@pytest.mark.core("variables1")
 @pytest.mark.parametrize("variables", [{}, HIDDEN[0], HIDDEN[2]])
 def test_a_picture_that_cannot_be_shown_is_named_and_the_reviewer_says_that_it_was_opened(out, home, variables):
     keep()

@@ -91,6 +91,7 @@ def test_a_blurred_or_noisy_picture_is_still_seen_and_noise_alone_is_not():
     assert judging.judge(noise.integers(0, 256, (96, 96, 3), dtype=np.uint8), RED_LEFT_OF_WHITE) != []
 
 
+@pytest.mark.slow
 def test_held_out_combinations_are_never_drawn_for_training():
     rng = random.Random(0)
     for held_out in (True, False):

@@ -255,6 +255,7 @@ def test_a_person_who_does_not_agree_installs_nothing(published_folders, place):
     assert not home_of(place).exists()
 
 
+@pytest.mark.slow
 def test_a_script_agrees_by_the_hash_of_the_text_alone(published_folders, place):
     digest = hashlib.sha256(LICENCE.encode()).hexdigest()
     arguments = ["setup", "--allow-unknown-filter", *named(published_folders)]

@@ -112,6 +112,7 @@ def test_a_picture_in_tiles_that_is_repeated_as_a_whole_says_that_it_is_a_little
     assert (code, "tiles" in err) == (0, False)  # another picture anyway
 
 
+@pytest.mark.slow
 def test_a_picture_in_tiles_says_so_and_takes_what_was_planned(model, monkeypatch, caplog):
     monkeypatch.setattr(tiles, "SIDE", 12)
     monkeypatch.setattr(plan, "SIDE", 12)
