@@ -64,7 +64,7 @@ def converted(source: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(("layout", "types"), **names(LOSSLESS))
-@pytest.mark.core("BFL-BF16", "mflux-F32")
+@pytest.mark.core("mflux-F32")
 def test_every_layout_without_loss_gives_the_same_bits_and_so_the_same_right_picture(asked, tmp_path, layout, types):
     path = converted(foreign.write(nano.FOLDER, tmp_path / "source", layout, **types), tmp_path)
     foreign.assert_same(path, foreign.arrays_of(nano.FOLDER))
@@ -73,7 +73,7 @@ def test_every_layout_without_loss_gives_the_same_bits_and_so_the_same_right_pic
 
 
 @pytest.mark.parametrize(("layout", "types"), **names(ROUNDED))
-@pytest.mark.core("GGUF-Q4_K", "ComfyUI-scaled")
+@pytest.mark.core("GGUF-Q4_K")
 def test_what_a_file_lost_is_read_as_an_independent_decoder_reads_it(asked, tmp_path, layout, types):
     """And the picture stays right. Of 2 and 3 bits only its distance is judged: rounding so coarse may cost a thing."""
     source = foreign.write(nano.FOLDER, tmp_path / "source", layout, **types)

@@ -129,6 +129,7 @@ def torch_alike() -> types.ModuleType:
     return torch
 
 
+@pytest.mark.core("FLUX.1-Krea-dev")
 @pytest.mark.parametrize("name", CARDS)
 def test_the_cards_programs_run_with_the_changed_lines(published, tmp_path, monkeypatch, name):
     """Without torch three lines change, with torch the import alone; the pictures are the same."""
@@ -344,6 +345,7 @@ def test_a_generator_is_its_seed(generator, seed):
     assert compat.seed_of(generator) == seed
 
 
+@pytest.mark.slow
 def test_a_generator_draws_the_picture_of_its_seed_and_is_told_once(pipe, caplog, fresh):
     expected = pipe("a", seed=7, **SMALL).images[0]
     for _ in range(2):
@@ -560,6 +562,7 @@ def test_bars_are_shown_on_request_and_not_in_a_log(pipe, capsys):
     assert "denoising" in capsys.readouterr().err or SMALL["num_inference_steps"] == 1
 
 
+@pytest.mark.slow
 def test_bars_take_tqdms_arguments(model, capsys):
     pipe, shown = FluxPipeline.from_pretrained(model), io.StringIO()
     pipe.set_progress_bar_config(disable=False, file=shown, delay=0, desc="mine", leave=True)

@@ -64,6 +64,7 @@ def hidden(folder: Path) -> list[str]:
 # --- the same content from every layout ---
 
 
+@pytest.mark.slow
 def test_single_files_and_the_diffusers_folder_give_the_same_bytes_and_picture(model, singles, tmp_path):
     other = run(*sorted(singles.glob("*.safetensors")), out=tmp_path / "other").path
     assert weight_files(model) == weight_files(other)

@@ -46,7 +46,7 @@ def latents(folder, dtype: str, caplog) -> tuple[mx.array, list[str]]:
     return made, [text for text in caplog.messages if "float16" in text]
 
 
-@pytest.mark.core("a single block")
+@pytest.mark.slow
 @pytest.mark.parametrize("layer", GUARDED.values(), ids=GUARDED)
 def test_a_guard_keeps_sums_within_the_range_and_without_it_they_leave_it(tmp_path, caplog, monkeypatch, layer):
     folder = scaled(tmp_path, layer, 1e5)

@@ -202,6 +202,7 @@ def nearly_constant(arrays):
     arrays["classifier.weight"] *= 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("edit", [constant, nearly_constant])
 def test_a_classifier_that_says_the_same_of_everything_is_not_installed(sources, home, tmp_path, edit):
     source = shutil.copytree(sources[0], tmp_path / "constant")

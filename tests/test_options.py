@@ -94,6 +94,7 @@ def right(path: Path) -> bool:
 # --- what is drawn ---
 
 
+@pytest.mark.slow
 @shows("generate", "prompt")
 def test_the_picture_shows_what_the_prompt_asks_for(draw):
     """Each of alternatives, and what standard input says."""

@@ -144,6 +144,7 @@ def test_a_budget_too_small_for_one_block_is_refused_with_the_numbers():
     assert no.value.exit_code == 8
 
 
+@pytest.mark.slow
 def test_times_assume_half_of_a_chips_peak_and_count_the_filters(command):
     """28 steps of 60 TFLOP, and 36 TFLOP of two questions to Pixtral, on an M1 of 2.6 TFLOP/s."""
     facts = json.loads(command("plan", "--json")[1])["seconds"]["M1"]
@@ -185,7 +186,7 @@ def second_picture(path, memory):
 
 @pytest.mark.skipif(mx.default_device().type == mx.gpu, reason="what a GPU takes is computed, and was not measured")
 @pytest.mark.parametrize("quantize", ["none", "8", "4"])
-@pytest.mark.core("8")
+@pytest.mark.slow
 def test_every_stage_takes_what_was_predicted(quantize, tmp_path, monkeypatch):
     """On the small model, whose layers are dequantized in as many chunks as those of the real one."""
     for module in ("memory", "models.layers"):

@@ -125,7 +125,7 @@ def drawn(path: Path, dtype: str | None = None) -> tuple:
 
 
 @pytest.mark.parametrize(("bits", "group"), MODES)
-@pytest.mark.core("8-32", "4-64", "nvfp4-None")
+@pytest.mark.core("4-64", "nvfp4-None")
 def test_a_quantized_folder_draws_what_its_dequantized_weights_draw(make, tmp_path, bits, group):
     """The other folder holds what mlx's own dequantize makes of these weights."""
     path = make(bits, group).path

@@ -106,6 +106,7 @@ def test_every_prompt_for_the_small_model_is_one_that_is_judged():
     assert len(prompts) >= 8
 
 
+@pytest.mark.slow
 def test_the_python_example_works(workplace):
     (example,) = blocks("python")
     run(f"{sys.executable} -c '{example}'", workplace)

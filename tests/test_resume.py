@@ -153,7 +153,7 @@ def test_a_run_that_was_stopped_makes_the_same_file(command, model, whole, tmp_p
     ],
     ids=lambda options: " ".join(map(str, options[:2])),
 )
-@pytest.mark.core("--noise bfl")
+@pytest.mark.slow
 def test_every_kind_of_picture_goes_on_from_the_middle(command, generate, tmp_path, options):
     with failing("denoise", 2.1):
         code, out, err = generate(*options)
@@ -219,7 +219,7 @@ def test_of_several_pictures_the_one_at_hand_and_the_others_follow(command, mode
     assert list(elsewhere.iterdir()) == files() == []
 
 
-@pytest.mark.core(".jpg")
+@pytest.mark.slow
 @pytest.mark.parametrize("ending", [".jpg", ".webp"])
 def test_a_sheet_of_files_that_lose_something_is_the_same_after_an_interruption(command, model, tmp_path, ending):
     """Its thumbnails are those of the files, whether this process wrote them or an earlier one."""

@@ -293,6 +293,7 @@ def test_a_file_that_was_swapped_is_not_released_whatever_the_reviewer_says(out,
     assert "changed after it was judged" in seen
 
 
+@pytest.mark.slow
 def test_generate_in_review_mode_ends_with_5_and_review_releases_the_very_picture(model, out, tmp_path):
     size = ["--width", "48", "--height", "32", "--steps", "1", "--seed", "1"]
     assert run_command("generate", "a cat", "-m", model, *size, "-o", "free.png", cwd=tmp_path).returncode == 0

@@ -28,6 +28,7 @@ def piped(model, folder, *lines, options=()):
     return ran.returncode, ran.stdout.split(), ran.stderr
 
 
+@pytest.mark.slow
 def test_lines_are_prompts_and_options_change_what_follows(model, tmp_path):
     lines = [
         "a {cat|dog}",

@@ -171,6 +171,7 @@ def test_near_commands_are_suggested(command, monkeypatch, line, says):
     assert says in in_shell(command, monkeypatch, line)[2]
 
 
+@pytest.mark.slow
 def test_n_is_the_number_of_pictures_as_for_generate(command, monkeypatch):
     options = {option.name: option.opts for option in shell_command.params}
     for letter, name in SHORT.items():
