@@ -116,7 +116,7 @@ def cli():
     Examples:
       flux-krea demo
       flux-krea setup
-      flux-krea generate "a large red cross on a white background" -m nano --seed 1
+      flux-krea generate "a red circle on a blue background" -m nano --seed 7
     """
 
 

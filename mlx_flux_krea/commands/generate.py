@@ -25,7 +25,7 @@ def generate(**options):
     \b
     Examples:
       flux-krea generate "a frog holding a sign" --seed 7 -o frog.png
-      flux-krea generate "a {red|green} star on a blue background" -m nano --seed 1 2 3 --contact-sheet
+      flux-krea generate "a {red|green} ring" -m nano --seed 1 2 --contact-sheet
     """
     given, force, as_json = given_options(options)
     if given.get("prompt") == "-":
