@@ -26,6 +26,7 @@ from PIL import Image
 from mlx_flux_krea import presets
 from mlx_flux_krea.cli import VERBS
 from mlx_flux_krea.commands import demo
+from mlx_flux_krea.commands.shared.options import given_options
 from mlx_flux_krea.commands.shared.preview import Preview
 from mlx_flux_krea.filters import judges as filters_judges
 from mlx_flux_krea.filters.log import Log
@@ -529,3 +530,10 @@ def test_a_shell_takes_adapters_in_its_options_and_in_lines(run, tmp_path):
 @pytest.mark.parametrize("verb", ["generate", "demo", "shell"])
 def test_no_option_of_a_verb_is_without_a_test_of_what_it_does(verb):
     assert {parameter.opts[-1] for parameter in VERBS[verb].load().params} == SHOWN[verb]
+
+
+@pytest.mark.parametrize("option", ["guidance", "nsfw_threshold", "integrity_margin", "true_cfg_scale"])
+def test_zero_is_a_value_that_was_given(option):
+    """It equals False, and is none."""
+    given, *_ = given_options({option: 0.0, "force": False, "image": None, "lora": ()})
+    assert given == {option: 0.0}

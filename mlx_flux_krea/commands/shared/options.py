@@ -286,7 +286,7 @@ def given_options(options: dict) -> tuple[dict, bool, bool]:
     Raises:
         UsageError: two options exclude each other.
     """
-    given = {name: value for name, value in options.items() if value not in (None, False, ())}
+    given = {name: value for name, value in options.items() if value is not None and value is not False and value != ()}
     if given.get("lora") == ("none",):
         given["lora"] = ()
     for name in ("model", "memory", "noise"):
