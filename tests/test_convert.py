@@ -937,7 +937,7 @@ def test_a_killed_conversion_leaves_no_model_and_the_next_one_clears_up(source, 
 
 
 @pytest.mark.slow
-def test_fifty_kills_at_random_moments_leave_a_whole_model_or_none(source, tmp_path):
+def test_kills_at_random_moments_leave_a_whole_model_or_none(source, tmp_path):
     """The next conversion removes the files that a kill left, and no file lies elsewhere."""
     command = [
         sys.executable,
@@ -954,7 +954,7 @@ def test_fifty_kills_at_random_moments_leave_a_whole_model_or_none(source, tmp_p
     begin = time.monotonic()
     assert subprocess.run(command, cwd=ROOT, capture_output=True, check=False).returncode == 0
     alone = time.monotonic() - begin
-    for _ in range(50):
+    for _ in range(20):
         process = subprocess.Popen(
             [*command, "--force"], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
@@ -968,7 +968,7 @@ def test_fifty_kills_at_random_moments_leave_a_whole_model_or_none(source, tmp_p
         if (tmp_path / "out").exists():
             whole += 1
             assert not any(folders.check_manifest(tmp_path / "out", lambda *_: None)[1].values())
-    assert whole > 25
+    assert whole > 10
     run(source, out=tmp_path / "out", force=True)
     assert hidden(tmp_path) == []
 
