@@ -106,9 +106,7 @@ def stated_hashes(repo: str) -> set[str]:
     Raises:
         ModelError: the hub cannot be reached, is not to be asked, or denies access.
     """
-    from huggingface_hub import constants
-
-    if constants.HF_HUB_OFFLINE:
+    if is_offline():
         raise ModelError("the hub is not to be asked (HF_HUB_OFFLINE)")
     files = _files(_info(repo))
     return {str(digest) for name, (_, digest) in files.items() if name.endswith(WEIGHTS)}

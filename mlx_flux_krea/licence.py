@@ -99,15 +99,13 @@ def decide(evidence: Evidence) -> Decision:
         return Decision(False, f"its hidden size, {sizes.hidden_size}, is below {SMALLEST}")
     if is_schnell(evidence):
         return Decision(False, "its transformer is a published FLUX.1 [schnell] file, by sha256")
-    if any(map(_DEV_TEXT.search, evidence.texts)):
-        return Decision(True, "the FLUX.1 [dev] licence lies beside the weights")
-    if stated := next(filter(_DEV_ID.search, evidence.ids), None):
-        return Decision(True, f"its licence is stated as {stated}")
+    if stated := _stated(evidence, "the weights"):
+        return Decision(True, stated)
     if (sizes.hidden_size, sizes.num_heads) == (HIDDEN_SIZE, NUM_HEADS):
         unproven = "" if sizes.guidance_embed else ", and its file is no published FLUX.1 [schnell] file"
         return Decision(True, f"it has FLUX.1's width{unproven}")
-    if name := next(filter(_DEV_NAME.search, evidence.names), None):
-        return Decision(True, f"it is called {name}")
+    if named := _named(evidence):
+        return Decision(True, named)
     return Decision(False, "nothing known of it demands them")
 
 
@@ -118,10 +116,19 @@ def is_dev(evidence: Evidence) -> bool:
 
 def dev_reason(evidence: Evidence) -> str:
     """Returns what says that weights are FLUX.1 [dev]'s, or made from it: a text, an id or a name; "" if nothing."""
+    return _stated(evidence, "it") or _named(evidence)
+
+
+def _stated(evidence: Evidence, beside: str) -> str:
+    """Returns the text or id that says so, as the end of a sentence; "" where none does."""
     if any(map(_DEV_TEXT.search, evidence.texts)):
-        return "the FLUX.1 [dev] licence lies beside it"
-    if stated := next(filter(_DEV_ID.search, evidence.ids), None):
-        return f"its licence is stated as {stated}"
+        return f"the FLUX.1 [dev] licence lies beside {beside}"
+    stated = next(filter(_DEV_ID.search, evidence.ids), None)
+    return f"its licence is stated as {stated}" if stated else ""
+
+
+def _named(evidence: Evidence) -> str:
+    """Returns the name that says so, as the end of a sentence; "" where none does."""
     named = next(filter(_DEV_NAME.search, evidence.names), None)
     return f"it is called {named}" if named else ""
 

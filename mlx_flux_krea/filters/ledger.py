@@ -46,7 +46,7 @@ from ..files import (
 from ..provenance import SOFTWARE, Picture, opened, read_record
 from .log import FOLLOWS, Log
 
-_TEMPORARY = ".temporary.noindex"  # ending of folders of `Ledger.temporary`
+_RUN, _TEMPORARY = ".noindex", ".temporary.noindex"  # endings of folders of `Ledger.run` and `Ledger.temporary`
 _SYNCHRONISED = re.compile(
     "(mobile documents|cloudstorage|icloud drive|dropbox|onedrive|google ?drive)( ?[-(].*)?", re.I
 )
@@ -128,7 +128,7 @@ class Ledger:
     def run(self, check: str, *, unknown: Sequence[str] = (), **about) -> Iterator["LedgerRun"]:
         """Starts a run of the pipeline, whose pictures are kept under its lock.
 
-        Pictures of runs that died are recovered first, and pictures that are too old are deleted.
+        Pictures of runs that died are recovered first.
 
         Args:
             check: "filters", "review" or "both".
@@ -137,12 +137,7 @@ class Ledger:
         """
         self.recover()
         with contextlib.ExitStack() as stack:
-            while True:
-                name = secrets.token_hex(16)
-                folder = self.quarantine / f"{name}.noindex"
-                _make_private(folder)
-                if stack.enter_context(_locked(folder)):
-                    break  # else another process took the new folder for one of a dead run
+            name, folder = self._new_folder(stack, _RUN)
             common: dict[str, Any] = {"unknown_filters": list(unknown)} if unknown else {}
             self.log.append("run", run=name, check=check, software=SOFTWARE, **about, **common)
             try:
@@ -167,15 +162,24 @@ class Ledger:
     def temporary(self, name: str) -> Iterator[Path]:
         """Gives the path of a file that may show waiting pictures. It is deleted with the block, however that ends."""
         with contextlib.ExitStack() as stack:
-            while True:  # as in `run`
-                folder = self.quarantine / f"{secrets.token_hex(16)}{_TEMPORARY}"
-                _make_private(folder)
-                if stack.enter_context(_locked(folder)):
-                    break
+            _, folder = self._new_folder(stack, _TEMPORARY)
             try:
                 yield folder / name
             finally:
                 shutil.rmtree(folder, ignore_errors=True)
+
+    def _new_folder(self, stack: contextlib.ExitStack, ending: str) -> tuple[str, Path]:
+        """Makes a folder in the quarantine with a random name, and holds its lock until the stack is closed.
+
+        Returns:
+            The name without its ending, and the folder.
+        """
+        while True:
+            name = secrets.token_hex(16)
+            folder = self.quarantine / f"{name}{ending}"
+            _make_private(folder)
+            if stack.enter_context(_locked(folder)):
+                return name, folder  # else another process took the new folder for one of a dead run
 
     def _recover_all(self, folder: Path) -> None:
         for partial in folder.glob(".*.partial"):
@@ -377,7 +381,7 @@ class Ledger:
             return False
 
     def _folders(self) -> list[Path]:
-        return sorted(set(self.quarantine.glob("*.noindex")) - set(self.quarantine.glob(f"*{_TEMPORARY}")))
+        return sorted(set(self.quarantine.glob(f"*{_RUN}")) - set(self.quarantine.glob(f"*{_TEMPORARY}")))
 
 
 class LedgerRun:

@@ -48,8 +48,14 @@ def open_pipeline(options: dict) -> FluxPipeline:
     Raises:
         FluxKreaError: as `FluxPipeline.from_pretrained`.
     """
-    model = options.get("model") or recorded_model(options.get("manifest_sha256"))
-    return FluxPipeline.from_pretrained(model, **{name: options[name] for name in OF_THE_PIPELINE if name in options})
+    return FluxPipeline.from_pretrained(
+        _model_of(options), **{name: options[name] for name in OF_THE_PIPELINE if name in options}
+    )
+
+
+def _model_of(options: dict) -> str | Path | None:
+    """Returns the model that the options name, or the one that made the picture of --from; None: the usual one."""
+    return options.get("model") or recorded_model(options.get("manifest_sha256"))
 
 
 def over_config(config: dict, given: dict) -> dict:
@@ -63,9 +69,8 @@ def over_config(config: dict, given: dict) -> dict:
     """
     options = merge(config, given)
     usual = [name for name in POLICY if name in config and name not in given]
-    model = options.get("model") or recorded_model(options.get("manifest_sha256"))
     with contextlib.suppress(FluxKreaError):  # of a model that cannot be opened: the pipeline says so
-        if usual and not open_model(find_model(model)).requires_filters:
+        if usual and not open_model(find_model(_model_of(options))).requires_filters:
             return {name: value for name, value in options.items() if name not in usual}
     return options
 
