@@ -304,10 +304,11 @@ def _picture(it: Installation) -> str:
     except UsageError:  # a damaged file is replaced
         pass
     meant = meant_for(it.picture, {})
-    waiting = Ledger().waiting() if it.check == "review" else []
-    if any(Ledger().meant_for(one).get("output") == str(it.picture) for one in waiting):
-        it.is_waiting = True
-        return "it waits for your review"
+    if it.check == "review":
+        ledger = Ledger()
+        if any(ledger.meant_for(one).get("output") == str(it.picture) for one in ledger.waiting()):
+            it.is_waiting = True
+            return "it waits for your review"
     settings.make_folder(it.picture.parent)
     pipe = FluxPipeline.from_pretrained(it.model.path, check=it.check or None)
     progress = PipelineProgress(it.console)

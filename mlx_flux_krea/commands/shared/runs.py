@@ -5,6 +5,7 @@ may say where pictures are written and whether they replace files.
 """
 
 import contextlib
+import functools
 import hashlib
 import io
 import os
@@ -55,6 +56,11 @@ class Run:
     _small: dict[int, Picture] = field(default_factory=dict)  # thumbnails for a contact sheet
     _claimed_small: Picture | None = None  # of the file about to get its name
 
+    @functools.cached_property
+    def _ledger(self) -> Ledger:
+        """The log is read once, however many pictures are looked up in it."""
+        return Ledger()
+
     @property
     def remaining(self) -> list[PictureJob]:
         """Jobs that are not done."""
@@ -98,14 +104,14 @@ class Run:
         if not self.claimed:
             return
         if is_filtered:
-            Ledger().recover()  # which may give the file its name
+            self._ledger.recover()  # which may give the file its name
         path, digest = Path(self.claimed["path"]), self.claimed["sha256"]
         remove_partials(path, self.claimed["process"])
         if not path.is_file() or sha256_if_exists(path) != digest:
             return
         if not self.remaining:
             self.options.pop("contact_sheet", None)
-        elif is_filtered and not Ledger().log.has_written(digest):
+        elif is_filtered and not self._ledger.log.has_written(digest):
             return
         else:
             self.add("released", path)
@@ -139,7 +145,7 @@ class Run:
             UsageError: it is not, or nothing shows it.
         """
         if is_filtered:
-            if not Ledger().log.has_written(hashlib.sha256(data).hexdigest()):
+            if not self._ledger.log.has_written(hashlib.sha256(data).hexdigest()):
                 raise UsageError("the log does not say that this file was released")
             return
         facts = read_picture(io.BytesIO(data))
@@ -155,7 +161,7 @@ class Run:
         with opened(io.BytesIO(data)) as image:
             pixels = pixel_hash(np.asarray(image.convert("RGB")))
         with contextlib.suppress(FiltersError):  # a model without filters runs without a log too
-            if Ledger().log.is_withheld(pixels):
+            if self._ledger.log.is_withheld(pixels):
                 raise UsageError("the log does not say that this picture was released")
 
     def sheet(self) -> Picture | None:
