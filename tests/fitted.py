@@ -11,7 +11,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
-from helpers import PIPELINE, REFERENCE, TOKENIZERS, edit_json, edit_tensors, pixtral_source
+from helpers import PIPELINE, REFERENCE, TOKENIZERS, edit_json, edit_tensors, pack_as_mlx_vlm, pixtral_source
 from mlx_flux_krea.convert import convert
 from PIL import Image
 
@@ -73,19 +73,7 @@ def write_published(root: Path) -> dict:
 def ready_copy(root: Path, wide: Path, texts: dict[str, bool], pictures: list[np.ndarray]) -> Path:
     """Writes Pixtral as mlx-vlm's ready copy has it, with 4 bits and other names; its last layer is fitted to it."""
     folder = shutil.copytree(wide, root / "ready")
-
-    def pack(arrays):
-        for name in list(arrays):
-            array = arrays.pop(name)
-            new = name.replace("vision_tower.", "vision_tower.vision_model.")
-            if array.ndim == 2 and "lm_head" not in name:
-                packed = mx.quantize(array, group_size=64, bits=4)
-                arrays |= dict(zip((new, new[:-6] + "scales", new[:-6] + "biases"), packed, strict=True))
-            else:
-                arrays[new] = array.transpose(0, 2, 3, 1) if array.ndim == 4 else array
-
-    edit_tensors(folder / "model.safetensors", pack)
-    edit_json(folder / "config.json", quantization={"group_size": 64, "bits": 4}, model_type="pixtral")
+    pack_as_mlx_vlm(folder, but="lm_head")
     fit_answers(folder, root / "ready-first", texts, pictures)
     return folder
 

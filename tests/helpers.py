@@ -155,6 +155,28 @@ def edit_tensors(path: Path, edit) -> None:
     mx.save_safetensors(str(path), arrays)
 
 
+def pack_as_mlx_vlm(folder: Path, but: str = "") -> None:
+    """Writes a Pixtral again as mlx-vlm has it: matrices in 4 bits, convolutions in MLX's axes, and its names.
+
+    Args:
+        folder: with one file of weights.
+        but: a part of the names of matrices that stay as they are; "": none.
+    """
+
+    def pack(arrays):
+        for name in list(arrays):
+            array = arrays.pop(name)
+            new = name.replace("vision_tower.", "vision_tower.vision_model.")
+            if array.ndim == 2 and not (but and but in name):
+                packed = mx.quantize(array, group_size=64, bits=4)
+                arrays |= dict(zip((new, new[:-6] + "scales", new[:-6] + "biases"), packed, strict=True))
+            else:
+                arrays[new] = array.transpose(0, 2, 3, 1) if array.ndim == 4 else array
+
+    edit_tensors(folder / "model.safetensors", pack)
+    edit_json(folder / "config.json", quantization={"group_size": 64, "bits": 4}, model_type="pixtral")
+
+
 CONTROL = ["<unk>", "<s>", "</s>", "[INST]", "[/INST]", *(f"[TOOL_{i}]" for i in range(5)), "[IMG]", "<pad>"]
 CONTROL += ["[IMG_BREAK]", "[IMG_END]"]
 

@@ -9,7 +9,7 @@ import mlx.core as mx
 import pytest
 from click.testing import CliRunner
 from fitted import write_wide
-from helpers import CONTROL, REFERENCE, assert_close, edit_json, edit_tensors, pixtral_source
+from helpers import CONTROL, REFERENCE, assert_close, edit_json, edit_tensors, pack_as_mlx_vlm, pixtral_source
 from mlx_flux_krea.convert import convert as run_converter
 from mlx_flux_krea.convert import layouts
 from mlx_flux_krea.convert.folder import check_manifest
@@ -152,19 +152,7 @@ def test_shards_of_either_naming_give_the_same_folder(wide, tmp_path, changes):
 def ready(wide, tmp_path):
     """Pixtral in 4 bits, as mlx-vlm writes it: all matrices, and convolutions in MLX's axes."""
     folder = shutil.copytree(wide, tmp_path / "mlx-vlm")
-
-    def pack(arrays):
-        for name in list(arrays):
-            array = arrays.pop(name)
-            new = name.replace("vision_tower.", "vision_tower.vision_model.")
-            if array.ndim == 2:
-                packed = mx.quantize(array, group_size=64, bits=4)
-                arrays |= dict(zip((new, new[:-6] + "scales", new[:-6] + "biases"), packed, strict=True))
-            else:
-                arrays[new] = array.transpose(0, 2, 3, 1) if array.ndim == 4 else array
-
-    edit_tensors(folder / "model.safetensors", pack)
-    edit_json(folder / "config.json", quantization={"group_size": 64, "bits": 4}, model_type="pixtral")
+    pack_as_mlx_vlm(folder)
     return folder
 
 
