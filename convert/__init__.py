@@ -3,7 +3,8 @@
     from mlx_flux_krea.convert import convert
     convert(["black-forest-labs/FLUX.1-Krea-dev"], "models/krea-8bit", quantize="8")
 
-The two networks of the content filters are converted in the same way, into folders of the same form.
+The two networks of the content filters are converted in the same way, into folders of the same form, and so are those
+of Redux.
 
     sources, gguf_header     open files and read their headers
     decode                   the types in which files store numbers
@@ -104,13 +105,15 @@ def convert(
 
     Args:
         sources: a folder (diffusers', ComfyUI's, mflux's, or a model folder of ours), an all-in-one file, or the
-            files of the components one by one; or a filter: the classifier ViT or Pixtral, as published. Each may also
-            be a repository on the Hugging Face hub, OWNER/NAME.
-        out: the new model folder; None: in the home folder (`home.root`), models/NAME-RECIPE or filters/NAME.
+            files of the components one by one; or a filter: the classifier ViT or Pixtral, as published; or FLUX.1
+            Redux, a pipeline folder or its file and SigLIP's. Each may also be a repository on the Hugging Face hub,
+            OWNER/NAME.
+        out: the new model folder; None: in the home folder (`home.root`), models/NAME-RECIPE, filters/NAME or
+            components/redux.
         dtype: type of arrays that are not packed, and of scales: "bfloat16", "float16" or "float32"; None: bfloat16.
             The classifier is always stored in float32.
         quantize: a row of `quantize.RECIPES`; None: "8", and "4" for Pixtral. The classifier is never quantized, nor is
-            Pixtral's vision tower.
+            Pixtral's vision tower, nor Redux.
         group_size: how many numbers share a scale, if the recipe leaves the choice: 32, 64 or 128; None: 64.
         tokenizers: a folder with `tokenizer` and `tokenizer_2` (or `clip` and `t5`), if the sources have none.
         force: replace an existing model folder once the new one is complete. Other folders are never replaced, nor a
@@ -162,7 +165,7 @@ def _write(
     offline: bool,
     progress: Callable,
     placing,
-) -> tuple[configs.ModelIndex | FilterIndex, Losses]:
+) -> tuple[configs.ModelIndex | configs.ComponentIndex, Losses]:
     """Writes the folder, the smallest component first, while files of later ones may still be fetched.
 
     Returns:
@@ -221,7 +224,7 @@ def _write_rest(
     sizes: dict[Path, int],
     allow_unknown: bool,
     offline: bool,
-) -> configs.ModelIndex | FilterIndex:
+) -> configs.ModelIndex | configs.ComponentIndex:
     """Writes tokenizers and licence; returns the index, with the records of all sources, for `NewFolder.finish`."""
     for name, data in job.tokens.items():
         folder.write(name, data)
@@ -248,7 +251,7 @@ def _write_rest(
     return index
 
 
-def _report(job: Conversion, index: configs.ModelIndex | FilterIndex, losses: Losses) -> Report:
+def _report(job: Conversion, index: configs.ModelIndex | configs.ComponentIndex, losses: Losses) -> Report:
     """Returns the report of a conversion."""
     components = tuple(
         Component(

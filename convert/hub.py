@@ -19,7 +19,7 @@ from pathlib import Path
 
 from mlx_flux_krea.errors import FluxKreaError, ModelError, ResourceError, UsageError, printable
 from mlx_flux_krea.files import read_small, sha256
-from mlx_flux_krea.weights import NETWORKS
+from mlx_flux_krea.weights import COMPONENTS, NETWORKS
 
 from .licence import LICENCE_NAMES
 
@@ -248,6 +248,8 @@ def _needed(names: Iterable[str]) -> list[str]:
     """
     names = sorted(names)
     folders = {folder for name in names if name.endswith(WEIGHTS) and (folder := _parent(name)) in NETWORKS}
+    if "transformer" in folders:  # such a model may have an encoder of pictures, which it does not read itself
+        folders &= COMPONENTS.keys()
     if not {"transformer", "model_index.json"} & {*folders, *names}:
         folders = {""}
     shards = tuple(name.removesuffix(_INDEX) + "-" for name in names if name.endswith(_INDEX))
@@ -262,6 +264,7 @@ def _needed(names: Iterable[str]) -> list[str]:
             (folder in folders and (file.endswith(_INDEX) or file in _SIZES))
             or (folder in {"tokenizer", "tokenizer_2", *folders} and file in TOKENIZER_FILES)
             or name in ("model_index.json", "manifest.json", "scheduler/scheduler_config.json", *LICENCE_NAMES)
+            or (name == "feature_extractor/preprocessor_config.json" and "image_encoder" in folders)
         )
 
     return [name for name in names if is_needed(name)]

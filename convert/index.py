@@ -78,6 +78,20 @@ def make_filter_index(component: SourceComponent, config) -> FilterIndex:
     return FilterIndex(name, "a network of other sizes", "unknown", converter=__version__)
 
 
+_BESIDE = {"redux": ("FLUX.1 Redux [dev]", DEV)}  # base and licence of each component
+
+
+def make_component_index(components: dict[str, SourceComponent], kind: str) -> configs.ComponentIndex:
+    """Returns the index of a component's folder, without the records of its sources.
+
+    Redux is Black Forest Labs', under the licence of FLUX.1 [dev], whatever lies beside a copy of it.
+    """
+    source = list(components.values())[-1].source
+    root = source.folder.resolve().parent if source.component else source.path
+    base, licence = _BESIDE[kind]
+    return configs.ComponentIndex(_names(root)[0], base, licence, converter=__version__)
+
+
 def _names(root: Path) -> tuple[str, list[str], str]:
     """Returns the name of a source, every name of it that may tell the family, and its repository on the hub.
 

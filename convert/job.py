@@ -13,15 +13,14 @@ from mlx_flux_krea.errors import ModelError, UsageError
 from mlx_flux_krea.licence import FLUX_1_SCHNELL, Evidence
 from mlx_flux_krea.licence import decide as decide_filters
 from mlx_flux_krea.models import config as configs
-from mlx_flux_krea.models.filter_config import FilterIndex
 from mlx_flux_krea.presets import SCHNELL_FILES
-from mlx_flux_krea.weights import COMPONENTS, FILTERS, Sizes, layer_widths
+from mlx_flux_krea.weights import BESIDE, COMPONENTS, FILTERS, KIND_OF, Sizes, check_redux, layer_widths
 
 from . import quantize as quantizing
 from .evidence import gather
 from .fetch import Remote, outlined
 from .hub import is_repo_id
-from .index import make_filter_index, make_index
+from .index import make_component_index, make_filter_index, make_index
 from .layouts import SourceComponent, identify, make_plan
 from .licence import licence_files
 from .own import OwnFolder, open_own
@@ -31,10 +30,15 @@ from .room import Room
 from .sources import is_model_folder, open_sources
 from .tokenizers import find_tokenizers
 
-Index = configs.ModelIndex | FilterIndex
+Index = configs.ModelIndex | configs.ComponentIndex
 _SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 # default type and recipe of each kind
-_DEFAULTS = {"model": ("bfloat16", "8"), "nsfw": ("float32", "none"), "pixtral": ("bfloat16", "4")}
+_DEFAULTS = {
+    "model": ("bfloat16", "8"),
+    "nsfw": ("float32", "none"),
+    "pixtral": ("bfloat16", "4"),
+    "redux": ("bfloat16", "none"),
+}
 _AS_IT_IS = "layers that have as few bits or fewer in the source stay as they are"
 
 
@@ -54,11 +58,11 @@ class Group:
 class Conversion:
     """All decisions of a conversion, taken before a weight is read; by component where a field is a dict."""
 
-    kind: str  # "model", "nsfw" or "pixtral"
+    kind: str  # "model", "nsfw", "pixtral" or "redux"
     own: OwnFolder | None
     components: dict[str, SourceComponent]
     plans: dict[str, tuple[Sizes, ComponentPlan]]  # sizes, and how each tensor is made
-    index: configs.ModelIndex | FilterIndex
+    index: configs.ModelIndex | configs.ComponentIndex
     path: Path
     dtype: str
     recipe: quantizing.QuantizationRecipe
@@ -67,11 +71,11 @@ class Conversion:
     left: dict[str, dict[str, str]]  # layers not quantized although the recipe has them, and why
     groups: dict[str, list[Group]]
     notes: tuple[str, ...]
-    evidence: Evidence | None  # of the model's licence; None: a filter, or a folder of ours
+    evidence: Evidence | None  # of the model's licence; None: a filter, a component, or a folder of ours
 
     @property
     def flux(self) -> configs.FluxConfig | None:
-        """Sizes of the transformer; None: a filter."""
+        """Sizes of the transformer; None: a filter or a component."""
         sizes = _model_sizes(self.plans)
         return sizes.flux if sizes else None
 
@@ -89,7 +93,7 @@ def decide(
 ) -> Conversion:
     """Reads the headers of sources and decides the whole conversion; arguments are those of `convert`."""
     own, components, plans, index, evidence = _understand(remote)
-    kind = next((name for name in components if name in FILTERS), "model")
+    kind = _kind(components)
     dtype, quantize = dtype or _DEFAULTS[kind][0], quantize or _DEFAULTS[kind][1]
     if kind == "nsfw" and (dtype, quantize) != _DEFAULTS[kind]:
         raise UsageError(
@@ -97,8 +101,12 @@ def decide(
             "float32, `quantize` none",
             "leave `dtype` and `quantize` out",
         )
+    if kind in BESIDE and quantize != "none":
+        raise UsageError(f"{kind} with `quantize` {quantize}", "none: it is small", "leave `quantize` out")
     recipe = quantizing.find_recipe(quantize, group_size)
-    place = (home.MODELS, f"{index.name}-{_label(recipe, dtype)}") if kind == "model" else (home.FILTERS, kind)
+    place = (home.COMPONENTS if kind in BESIDE else home.FILTERS, kind)
+    if kind == "model":
+        place = (home.MODELS, f"{index.name}-{_label(recipe, dtype)}")
     path = Path(os.path.expanduser(out)) if out else home.path(*place)
     tokens = find_tokenizers(components, plans, tokenizers)
     layers, left, notes = {}, {}, ()
@@ -122,6 +130,12 @@ def decide(
         notes=notes,
         evidence=evidence,
     )
+
+
+def _kind(components: dict[str, SourceComponent]) -> str:
+    """Returns "model", the name of a filter, or a key of `BESIDE`."""
+    first = next(iter(components))
+    return KIND_OF.get(first, first if first in FILTERS else "model")
 
 
 def _choose_layers(
@@ -151,7 +165,7 @@ class Outline:
 
     Attributes:
         index: the facts of the model folder, without the records of its sources.
-        sizes: of the four networks of a model; None: a filter.
+        sizes: of the four networks of a model; None: a filter or a component.
         licence: the LICENSE.md of the new folder; None: it would have none.
         bytes: size of all weight files.
         rooms: disk space in each precision.
@@ -159,7 +173,7 @@ class Outline:
             may be FLUX.1 [schnell], and nothing states its sha256.
     """
 
-    index: configs.ModelIndex | FilterIndex
+    index: configs.ModelIndex | configs.ComponentIndex
     sizes: configs.ModelSizes | None
     licence: bytes | None
     bytes: int
@@ -226,7 +240,7 @@ def _may_be_schnell(evidence: Evidence) -> bool:
 def _converted_bytes(name: str, plans: dict[str, tuple[Sizes, ComponentPlan]], quantize: str) -> int:
     """Returns the bytes of a component's weights in a precision, in the usual type."""
     layers, _, _ = _choose_layers(name, plans, quantizing.QuantizationRecipe(quantize))
-    dtype = _DEFAULTS.get(name, _DEFAULTS["model"])[0]
+    dtype = _DEFAULTS.get(KIND_OF.get(name, name), _DEFAULTS["model"])[0]
     return sum(quantizing.count_bytes(t, dtype, quantizing.layer_of(t, layers)) for t in plans[name][1].targets)
 
 
@@ -241,6 +255,13 @@ def _understand(
     components = _components(remote.paths)
     plans = {name: make_plan(component) for name, component in components.items()}
     sizes = _model_sizes(plans)
+    if (kind := _kind(components)) in BESIDE:
+        if kind == "redux":
+            encoder, embedder = (plans[name][0] for name in BESIDE[kind])
+            assert isinstance(encoder, configs.SiglipConfig)
+            assert isinstance(embedder, configs.ReduxConfig)
+            check_redux(encoder, embedder)
+        return None, components, plans, make_component_index(components, kind), None
     if sizes is None:
         (name,) = components
         return None, components, plans, make_filter_index(components[name], plans[name][0]), None
@@ -250,7 +271,7 @@ def _understand(
 
 
 def _model_sizes(plans: dict[str, tuple[Sizes, ComponentPlan]]) -> configs.ModelSizes | None:
-    """Returns the sizes of a model's networks; None: the plans are of a filter."""
+    """Returns the sizes of a model's networks; None: the plans are of a filter or a component."""
     if "transformer" not in plans:
         return None
     flux, clip, t5, vae = (plans[component][0] for component in COMPONENTS)
@@ -291,11 +312,15 @@ def _components(paths: list[Path]) -> dict[str, SourceComponent]:
         if len(components) > 1:
             raise ModelError(f"the sources hold {', '.join(components)}", "a model, or one filter alone")
         return components
-    missing = [c for c in COMPONENTS if c not in components]
+    kinds = {KIND_OF.get(name, "model") for name in components}
+    if len(kinds) > 1:
+        raise ModelError(f"the sources hold {', '.join(components)}", "a model, or a component alone")
+    wanted = BESIDE.get(next(iter(kinds), ""), COMPONENTS)
+    missing = [c for c in wanted if c not in components]
     if missing:
         have = ", ".join(components) or "nothing"
         raise ModelError(f"the sources hold {have}", f"also {', '.join(missing)}", "name the missing files too")
-    return {c: components[c] for c in COMPONENTS}
+    return {c: components[c] for c in wanted}
 
 
 def _label(recipe: quantizing.QuantizationRecipe, dtype: str) -> str:
@@ -330,6 +355,6 @@ def stored_as(dtype: str, layers: Layers) -> str:
 
 
 def roots(components: dict[str, SourceComponent]) -> list[Path]:
-    """Returns the folders in which the licence of the transformer, or of a filter, may lie."""
-    source = next(iter(components.values())).source
+    """Returns the folders in which the licence of the transformer, of a filter or of a component may lie."""
+    source = list(components.values())[-1 if "image_embedder" in components else 0].source
     return [source.folder.parent, source.folder] if source.component else [source.folder]

@@ -15,7 +15,7 @@ from mlx_flux_krea.files import read_json
 from mlx_flux_krea.models import config as configs
 from mlx_flux_krea.models.config import VAEConfig
 from mlx_flux_krea.models.filter_config import NSFW_VIT, PIXTRAL_12B, PixtralConfig
-from mlx_flux_krea.weights import FILTERS, NETWORKS, Sizes, build, parameters
+from mlx_flux_krea.weights import COMPONENTS, NETWORKS, Sizes, build, parameters
 
 from . import decode, maps, sizes
 from .remap import ComponentPlan, Misfit, plan
@@ -44,6 +44,7 @@ class Layout:
     convert_config: Callable[[dict, str], dict] | None = None  # (config.json, its path) to our sizes
     config_kinds: tuple[str, ...] = ()  # `_class_name` or `model_type` of such a config.json
     preprocessing: Callable[..., dict] | None = None  # our sizes to the expected preprocessor_config.json
+    told: Callable[[dict[str, tuple[int, ...]]], dict] | None = None  # shapes to our sizes, where they tell all
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,22 @@ LAYOUTS = (
         "VAE, mflux", "vae",
         ("encoder.conv_in.conv2d.weight", "decoder.mid_block.attentions.0.to_q.weight"),
         maps.VAE_MFLUX,
+    ),
+    Layout(
+        "SigLIP", "image_encoder",
+        ("vision_model.embeddings.patch_embedding.bias", "vision_model.post_layernorm.weight"),
+        maps.SIGLIP, maps.SIGLIP_DROPPED, (), sizes.transformers_siglip, ("siglip_vision_model", "siglip"),
+        sizes.siglip_preprocessing,
+    ),
+    Layout(
+        "SigLIP, transformers 5", "image_encoder",
+        ("embeddings.patch_embedding.bias", "post_layernorm.weight", "encoder.layers.0.self_attn.q_proj.weight"),
+        maps.SIGLIP_TRANSFORMERS_5, maps.SIGLIP_TRANSFORMERS_5_DROPPED, (), sizes.transformers_siglip,
+        ("siglip_vision_model", "siglip"), sizes.siglip_preprocessing,
+    ),
+    Layout(
+        "Redux", "image_embedder", ("redux_up.weight", "redux_down.weight"), maps.REDUX,
+        convert_config=sizes.diffusers_redux, config_kinds=("ReduxImageEncoder",), told=sizes.told_redux,
     ),
     Layout(
         "CLIP text model", "text_encoder",
@@ -157,14 +174,13 @@ LOOK_ALIKES = (
     ("double_stream_modulation_img.", "FLUX.2"),
     ("txtfusion.", "Krea 2"),  # as Krea names it
     ("text_fusion.", "Krea 2"),  # as diffusers does
-    ("redux_up.", "FLUX.1 Redux"),
     ("joint_blocks.0.", "Stable Diffusion 3"),
     ("pos_embed.proj.", "Stable Diffusion 3"),
     ("input_blocks.0.", "Stable Diffusion 1, 2 or XL"),
     ("add_embedding.linear_1.", "Stable Diffusion XL"),
     ("conditioner.embedders.", "Stable Diffusion XL"),
     ("controlnet_blocks.", "a ControlNet"),
-    ("vision_model.encoder.", "an encoder of pictures (SigLIP or CLIP)"),
+    ("vision_model.pre_layrnorm.", "CLIP's encoder of pictures"),
     ("vision_language_adapter.", "Pixtral in Mistral's own names, whose rows are in another order"),
     ("bitsandbytes__", "a bitsandbytes NF4 or FP4 file"),
     (".absmax", "a bitsandbytes NF4 or FP4 file"),
@@ -249,6 +265,10 @@ def make_plan(component: SourceComponent) -> tuple[Sizes, ComponentPlan]:
 
 def _fit(component: SourceComponent) -> tuple[Sizes, ComponentPlan]:
     name, layout, source = component.layout.component, component.layout, component.source
+    if layout.told and not source.component:
+        told = layout.told({name: tensor.shape for name, tensor in component.tensors.items()})
+        config = configs.from_json(NETWORKS[name][0], told, str(source.path))
+        return config, _plan(component, config)
     beside, file = source.config(), f"{source.folder / 'config.json'}"
     if beside is None:
         return _fit_published(component)
@@ -261,8 +281,8 @@ def _fit(component: SourceComponent) -> tuple[Sizes, ComponentPlan]:
         return fitted
     obj = theirs(beside, file) if theirs else _beside(beside, name, file)
     config = configs.from_json(NETWORKS[name][0], obj, file)
-    if name in FILTERS:
-        _check_filter(component, config, file)
+    if name not in COMPONENTS:
+        _check_published(component, config, file)
     return config, _plan(component, config)
 
 
@@ -293,13 +313,13 @@ def _first_fit(component: SourceComponent, refused: list[Misfit]) -> tuple[Sizes
     return None
 
 
-def _check_filter(component: SourceComponent, config: Sizes, where: str) -> None:
-    """Checks a filter's config: with the published shapes it must have the published numbers.
+def _check_published(component: SourceComponent, config: Sizes, where: str) -> None:
+    """Checks the config of a filter or of Redux: with the published shapes it must have the published numbers.
 
     Raises:
         ModelError: naming the first number that differs, or a preprocessing for another network.
     """
-    name, layout = component.layout.component, component.layout
+    name = component.layout.component
     for published in _PUBLISHED[name]:
         told, expected = (dict(tree_flatten(configs.to_json(c))) for c in (config, published))
         differ = sorted(field for field in told.keys() | expected if told.get(field) != expected.get(field))
@@ -308,9 +328,19 @@ def _check_filter(component: SourceComponent, config: Sizes, where: str) -> None
             field = differ[0]
             found = f"{where}: {field} is {short(told.get(field))}"
             raise ModelError(found, f"{expected.get(field)}", "take the original")
-    file = component.source.folder / "preprocessor_config.json"
-    if layout.preprocessing and file.exists():
-        require(read_json(file), str(file), **layout.preprocessing(config))
+    _check_preprocessing(component, config)
+
+
+def _check_preprocessing(component: SourceComponent, config: Sizes) -> None:
+    """Checks the preprocessor_config.json of an encoder of pictures, where there is one.
+
+    Raises:
+        ModelError: it describes another preprocessing than ours.
+    """
+    folder, layout = component.source.folder, component.layout
+    for file in (folder / "preprocessor_config.json", folder.parent / "feature_extractor" / "preprocessor_config.json"):
+        if layout.preprocessing and file.exists() and (file.parent == folder or component.source.component):
+            require(read_json(file), str(file), **layout.preprocessing(config))
 
 
 _PUBLISHED: dict[str, tuple[Sizes, ...]] = {
@@ -320,6 +350,8 @@ _PUBLISHED: dict[str, tuple[Sizes, ...]] = {
     "vae": (configs.FLUX_VAE,),
     "nsfw": (NSFW_VIT,),
     "pixtral": (PIXTRAL_12B,),
+    "image_encoder": (configs.SIGLIP_SO400M,),
+    "image_embedder": (configs.REDUX_DEV,),
 }
 # sections of a config.json in BFL's form, and their fields that must have these values
 _BFL_SECTIONS = {"transformer": "flux", "text_encoder": "clip", "text_encoder_2": "t5", "vae": "ae"}

@@ -5,8 +5,7 @@ from pathlib import Path
 
 from mlx_flux_krea.errors import printable
 from mlx_flux_krea.files import open_regular
-from mlx_flux_krea.models.config import ModelIndex
-from mlx_flux_krea.models.filter_config import FilterIndex
+from mlx_flux_krea.models.config import ComponentIndex, ModelIndex
 
 # Section 3(b) of the FLUX.1 [dev] Non-Commercial License prescribes these two sentences. Not ours; not to be reworded.
 ATTRIBUTION_NOTICE = (
@@ -51,7 +50,7 @@ BESIDE = "LICENSE.source.txt"  # a text that lay beside the weights and is not t
 _MOST = 2**20  # bytes of a licence file
 
 
-def licence_files(index: ModelIndex | FilterIndex, folders: list[Path], stored: list[str]) -> dict[str, bytes]:
+def licence_files(index: ModelIndex | ComponentIndex, folders: list[Path], stored: list[str]) -> dict[str, bytes]:
     """Returns the files about rights and duties by name.
 
     Args:
@@ -90,7 +89,7 @@ def _find(folder: Path, licence: Licence | None) -> bytes | None:
     return None
 
 
-def _changes(index: ModelIndex | FilterIndex, stored: list[str]) -> str:
+def _changes(index: ModelIndex | ComponentIndex, stored: list[str]) -> str:
     lines = [
         f"The weights in this folder were modified: flux-krea convert {index.converter} changed their names, order and "
         "precision, for MLX.",
@@ -103,7 +102,7 @@ def _changes(index: ModelIndex | FilterIndex, stored: list[str]) -> str:
 
 
 def _readme(
-    index: ModelIndex | FilterIndex, licence: Licence | None, changed: str, has_text: bool, has_other: bool
+    index: ModelIndex | ComponentIndex, licence: Licence | None, changed: str, has_text: bool, has_other: bool
 ) -> str:
     if licence:
         rights = f"These weights are under the {licence.title} (LICENSE.md). {licence.duties}"

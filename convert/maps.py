@@ -218,3 +218,25 @@ PIXTRAL_TRANSFORMERS_5 = _renamed(
     ("vision_tower.", "model.vision_tower."), ("multi_modal_projector.", "model.multi_modal_projector."),
 )  # fmt: skip
 PIXTRAL_MLX = _renamed(PIXTRAL, ("vision_tower.", "vision_tower.vision_model."))
+
+# --- Redux ---
+
+_E = "vision_model.encoder.layers.{n}"
+SIGLIP = (
+    ("patch_embedding.*", "vision_model.embeddings.patch_embedding.*"),
+    ("position_embedding", "vision_model.embeddings.position_embedding.weight"),
+    ("layers.{n}.{x}_proj.*", f"{_E}.self_attn.{{x}}_proj.*"),
+    ("layers.{n}.fc{m}.*", f"{_E}.mlp.fc{{m}}.*"),
+    ("layers.{n}.{x}.*", f"{_E}.{{x}}.*"),
+    ("post_layernorm.*", "vision_model.post_layernorm.*"),
+)
+SIGLIP_DROPPED = (
+    ("vision_model.head.{rest}", "Redux reads the vectors of all patches, before this pooling"),
+    ("{rest}.position_ids", "positions are counted, not stored"),
+    ("text_model.{rest}", "belongs to SigLIP's encoder of texts"),
+    ("logit_scale", "belongs to SigLIP's training"),
+    ("logit_bias", "belongs to SigLIP's training"),
+)
+SIGLIP_TRANSFORMERS_5 = _renamed(SIGLIP, ("vision_model.", ""))
+SIGLIP_TRANSFORMERS_5_DROPPED = (("head.{rest}", SIGLIP_DROPPED[0][1]), *SIGLIP_DROPPED[1:2])
+REDUX = SAME

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from mlx_flux_krea.errors import ModelError
 from mlx_flux_krea.files import read_json
-from mlx_flux_krea.models.config import ModelIndex
-from mlx_flux_krea.models.filter_config import OWN_LAYOUT, FilterIndex
-from mlx_flux_krea.weights import FilterFolder, ModelFolder, Sizes, open_folder
+from mlx_flux_krea.models.config import ComponentIndex, ModelIndex
+from mlx_flux_krea.models.filter_config import OWN_LAYOUT
+from mlx_flux_krea.weights import ComponentFolder, FilterFolder, ModelFolder, Sizes, open_folder
 
 from .layouts import Layout, SourceComponent, target_shapes
 from .quantize import Layers
@@ -19,18 +19,18 @@ from .sources import open_sources
 class OwnFolder:
     """A folder of ours, with the plan to copy its tensors."""
 
-    folder: ModelFolder | FilterFolder
+    folder: ModelFolder | FilterFolder | ComponentFolder
     components: dict[str, SourceComponent]
     plans: dict[str, tuple[Sizes, ComponentPlan]]
     layers: dict[str, Layers]
 
     @property
-    def index(self) -> ModelIndex | FilterIndex:
+    def index(self) -> ModelIndex | ComponentIndex:
         """The folder's index; its records of sources are continued in the new folder."""
         return self.folder.index
 
     @property
-    def decided_index(self) -> ModelIndex | FilterIndex:
+    def decided_index(self) -> ModelIndex | ComponentIndex:
         """The folder's index with the requirement of filters as it is decided today; the new folder inherits it."""
         if isinstance(self.folder, ModelFolder):
             return replace(self.folder.index, filters="required" if self.folder.requires_filters else "none")

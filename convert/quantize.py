@@ -43,6 +43,8 @@ GROUPS = (
     ("pixtral", "decoder embeddings", "embed_tokens.*"),
     ("pixtral", "decoder head and norms", "[ln]*"),
     ("pixtral", "vision tower and projector", "*"),
+    ("image_encoder", "SigLIP", "*"),
+    ("image_embedder", "Redux", "*"),
 )
 _BLOCKS = tuple(dict.fromkeys(group for _, group, _ in GROUPS if "blocks, " in group))
 _T5 = ("T5 attention", "T5 feed-forward")

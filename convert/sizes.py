@@ -6,7 +6,7 @@ Fields that would change the computation must have the values that our networks 
 from dataclasses import fields
 
 from mlx_flux_krea.errors import ModelError
-from mlx_flux_krea.models.config import CLIPConfig, T5Config
+from mlx_flux_krea.models.config import CLIPConfig, SiglipConfig, T5Config
 from mlx_flux_krea.models.filter_config import PIXTRAL_12B, MistralConfig, PixtralVisionConfig, ViTConfig
 
 
@@ -187,6 +187,31 @@ def pixtral_preprocessing(config) -> dict:
         "image_mean": [0.48145466, 0.4578275, 0.40821073],
         "image_std": [0.26862954, 0.26130258, 0.27577711],
     }
+
+
+def transformers_siglip(obj: dict, where: str) -> dict:
+    """Returns the sizes of SigLIP's encoder of pictures from transformers' config; absent fields get its defaults."""
+    if isinstance(vision := obj.get("vision_config"), dict):  # of the whole model, with its encoder of texts
+        obj, where = vision, f"{where}: vision_config"
+    require(obj, where, hidden_act=_TANH_GELU, num_channels=3)
+    obj = {"layer_norm_eps": 1e-6} | obj
+    return {f.name: obj[f.name] for f in fields(SiglipConfig) if f.name in obj}
+
+
+def siglip_preprocessing(config) -> dict:
+    """Returns the fields of a preprocessor_config.json that describes `models.siglip.preprocess`."""
+    return vit_preprocessing(config) | {"resample": 3}
+
+
+def diffusers_redux(obj: dict, where: str) -> dict:
+    """Returns Redux' sizes from diffusers' config; absent fields get its defaults."""
+    return {"redux_dim": obj.get("redux_dim", 1152), "txt_in_features": obj.get("txt_in_features", 4096)}
+
+
+def told_redux(shapes: dict[str, tuple[int, ...]]) -> dict:
+    """Returns Redux' sizes from the shapes of its two matrices."""
+    up, down = shapes["redux_up.weight"], shapes["redux_down.weight"]
+    return {"redux_dim": up[-1] if up else 0, "txt_in_features": down[0] if down else 0}
 
 
 _PREPROCESSING = {

@@ -107,7 +107,8 @@ def _open(path: Path) -> list[Source]:
         return [_open_file(path)]
     pipeline = (path / "model_index.json").exists()
     if pipeline or (path / "transformer").is_dir():  # one folder for each component; mflux writes no model_index.json
-        folders = [path / name for name in NETWORKS if (path / name).is_dir()]
+        names = COMPONENTS if (path / "transformer").is_dir() else NETWORKS  # a model may have an encoder of pictures
+        folders = [path / name for name in names if (path / name).is_dir()]
         if not folders:
             raise ModelError(f"{path} has a model_index.json and no component folder", f"{', '.join(COMPONENTS)}")
         return [source for folder in folders for source in _open_folder(folder, component=folder.name)]

@@ -73,7 +73,7 @@ VERBS = {
     "generate": Verb("generate", "generate", "Generate pictures from PROMPT."),
     "inspect": Verb("inspect", "inspect", "Describe a model, an adapter, weights, or a picture made here."),
     "log": Verb("log", "log", "Verify or export the log of checks and releases."),
-    "models": Verb("models", "models", "List the installed models, adapters and filters."),
+    "models": Verb("models", "models", "List installed models, adapters, components, filters."),
     "plan": Verb("plan", "plan", "Predict memory and disk of a picture, without loading."),
     "purge": Verb("purge", "purge", "Delete models, adapters, filters, logs, pictures or runs."),
     "resume": Verb("resume", "resume", "Continue a run that was interrupted, killed, or failed."),

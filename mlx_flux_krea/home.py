@@ -16,6 +16,7 @@ from .files import read_json
 
 MODELS = "models"  # converted models, a folder each
 FILTERS = "filters"  # nsfw/ and pixtral/
+COMPONENTS = "components"  # what any model can use beside its own networks: redux/
 ADAPTERS = "adapters"  # a folder each
 QUARANTINE = "quarantine"  # pictures that wait for review
 LOG = "log"  # the chained log of checks and releases
@@ -65,6 +66,12 @@ def installed_models() -> dict[str, Path]:
     """Returns the folders of installed models by name, in order. Hidden folders are incomplete and left out."""
     indexes = path(MODELS).glob("*/model_index.json")
     return {composed(p.parent.name): p.parent for p in sorted(indexes) if not p.parent.name.startswith(".")}
+
+
+def installed_components() -> dict[str, Path]:
+    """Returns the folders of installed components by name, in order. Hidden folders are incomplete and left out."""
+    indexes = path(COMPONENTS).glob("*/model_index.json")
+    return {p.parent.name: p.parent for p in sorted(indexes) if not p.parent.name.startswith(".")}
 
 
 def composed(name: str) -> str:

@@ -12,7 +12,8 @@
       manifest.json             sha256 and size of every other file
 
 A filter's folder has the same form with one network, nsfw/ or pixtral/, Pixtral's tokenizer in tokenizer/, and a
-shorter model_index.json (`filter_config.FilterIndex`).
+shorter model_index.json (`filter_config.FilterIndex`). A component's folder has its own networks: that of Redux has
+image_encoder/ (SigLIP) and image_embedder/, and a `config.ComponentIndex`.
 
 "dtype" is the type of every array that is not quantized, and of scales and biases. "quantization" has mlx-lm's form:
 bits, group_size and mode of most layers, then exceptions by path: an object of the same three fields, or false for a
@@ -47,10 +48,22 @@ from .errors import ModelError, amount, short_repr
 from .files import open_regular, read_json, read_small, written_whole
 from .models import config as configs
 from .models.clip import CLIPText
-from .models.config import CLIPConfig, FluxConfig, ModelIndex, ModelSizes, Quantization, T5Config, VAEConfig
+from .models.config import (
+    CLIPConfig,
+    ComponentIndex,
+    FluxConfig,
+    ModelIndex,
+    ModelSizes,
+    Quantization,
+    ReduxConfig,
+    SiglipConfig,
+    T5Config,
+    VAEConfig,
+)
 from .models.filter_config import FilterIndex, PixtralConfig, ViTConfig
 from .models.layers import adopt, choose_products, machine
 from .models.pixtral import Pixtral
+from .models.siglip import Redux, SigLIP
 from .models.t5 import T5Encoder
 from .models.transformer import Flux
 from .models.vae import VAE
@@ -65,7 +78,7 @@ os.environ.setdefault("MLX_ENABLE_TF32", "0")
 # percent for each (benchmarks/winograd.py). MLX reads this variable at every convolution (ml-explore/mlx#4639).
 os.environ.setdefault("MLX_CONV_WINOGRAD", "0")
 
-Sizes = FluxConfig | CLIPConfig | T5Config | VAEConfig | ViTConfig | PixtralConfig
+Sizes = FluxConfig | CLIPConfig | T5Config | VAEConfig | ViTConfig | PixtralConfig | SiglipConfig | ReduxConfig
 S = TypeVar("S", bound=Sizes)
 N = TypeVar("N", bound=nn.Module)
 
@@ -79,8 +92,18 @@ FILTERS: dict[str, tuple[type[Sizes], type[nn.Module]]] = {
     "nsfw": (ViTConfig, ViT),
     "pixtral": (PixtralConfig, Pixtral),
 }
-NETWORKS = COMPONENTS | FILTERS
-CLASS_NAMES = {"model": "FluxPipeline", "nsfw": "NSFWFilter", "pixtral": "PixtralFilter"}  # in model_index.json
+# by the name of a folder below components/ in the home folder
+BESIDE: dict[str, dict[str, tuple[type[Sizes], type[nn.Module]]]] = {
+    "redux": {"image_encoder": (SiglipConfig, SigLIP), "image_embedder": (ReduxConfig, Redux)},
+}
+KIND_OF = {network: kind for kind, networks in BESIDE.items() for network in networks}
+NETWORKS = COMPONENTS | FILTERS | {name: both for networks in BESIDE.values() for name, both in networks.items()}
+CLASS_NAMES = {  # in model_index.json
+    "model": "FluxPipeline",
+    "nsfw": "NSFWFilter",
+    "pixtral": "PixtralFilter",
+    "redux": "FluxPriorReduxPipeline",
+}
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # MLX's names, and those of safetensors
 PACKED = {mx.uint32: "U32", mx.uint8: "U8"}  # of quantized layers, whatever the folder's type
 INDEX = "model.safetensors.index.json"
@@ -426,11 +449,36 @@ class FilterFolder(Generic[S, N]):
         self.network.check()
 
 
-def open_folder(path: Path) -> ModelFolder | FilterFolder:
-    """Reads and checks the JSON of a model's or a filter's folder.
+@dataclass(frozen=True, repr=False)
+class ComponentFolder:
+    """A component beside the models, whose JSON was read and checked; no weights yet.
+
+    Attributes:
+        path: the folder.
+        kind: a key of `BESIDE`.
+        index: its facts.
+        networks: by the names of their folders.
+    """
+
+    path: Path
+    kind: str
+    index: ComponentIndex
+    networks: dict[str, NetworkFolder]
+
+    def __repr__(self) -> str:
+        return short_repr("ComponentFolder", self.index.name, base=self.index.base, path=str(self.path))
+
+    def check(self) -> None:
+        """Checks every network: `NetworkFolder.check`."""
+        for network in self.networks.values():
+            network.check()
+
+
+def open_folder(path: Path) -> ModelFolder | FilterFolder | ComponentFolder:
+    """Reads and checks the JSON of a model's, a filter's or a component's folder.
 
     Raises:
-        ModelError: neither of them, a component or a field missing or wrong, or components that do not fit.
+        ModelError: none of them, a component or a field missing or wrong, or components that do not fit.
     """
     index_path = path / "model_index.json"
     convert = f"convert it first: flux-krea convert {shlex.quote(str(path))}"
@@ -447,6 +495,11 @@ def open_folder(path: Path) -> ModelFolder | FilterFolder:
     kind = next((kind for kind, name in CLASS_NAMES.items() if name == class_name), None)
     if kind is None:
         raise ModelError(f"{index_path} is not of a FluxPipeline", '"_class_name": "FluxPipeline"')
+    if kind in BESIDE:
+        index = configs.from_json(ComponentIndex, obj, str(index_path))
+        folder = ComponentFolder(path, kind, index, {n: _open_network(path, n, BESIDE[kind]) for n in BESIDE[kind]})
+        _check_fit(folder)
+        return folder
     if kind != "model":
         index = configs.from_json(FilterIndex, obj, str(index_path))
         return FilterFolder(path, index, _open_network(path, kind, FILTERS))
@@ -495,6 +548,44 @@ def open_filter(name: str, path: Path | None = None) -> FilterFolder:
     if folder.network.component != name:
         raise ModelError(f"{path} is of a {CLASS_NAMES[folder.network.component]}", f"the filter {name}")
     return folder
+
+
+_TO_CONVERT = {"redux": "black-forest-labs/FLUX.1-Redux-dev"}  # the repository of each component
+
+
+def open_component(kind: str) -> ComponentFolder:
+    """Reads and checks the JSON of an installed component.
+
+    Args:
+        kind: a key of `BESIDE`.
+
+    Raises:
+        ModelError: not there (with the command that installs it), not such a folder, or a field missing or wrong.
+    """
+    path = home.path(home.COMPONENTS, kind)
+    todo = f"flux-krea convert {_TO_CONVERT[kind]}"
+    if not path.exists():
+        raise ModelError(f"{kind} is not installed in {path.parent}", CLASS_NAMES[kind], f"install it: {todo}")
+    folder = open_folder(path)
+    if not isinstance(folder, ComponentFolder) or folder.kind != kind:
+        raise ModelError(f"{path} is no {kind}", CLASS_NAMES[kind], f"move it away, and install it: {todo}")
+    return folder
+
+
+def check_redux(siglip: SiglipConfig, redux: ReduxConfig) -> None:
+    """Checks that the two networks of Redux fit together.
+
+    Raises:
+        ModelError: they do not.
+    """
+    if siglip.hidden_size != redux.redux_dim:
+        found = f"image_encoder and image_embedder do not fit: its vectors are {siglip.hidden_size} wide"
+        raise ModelError(found, f"{redux.redux_dim} (redux_dim)", "take both from one model")
+
+
+def _check_fit(folder: ComponentFolder) -> None:
+    if folder.kind == "redux":
+        check_redux(folder.networks["image_encoder"].sizes, folder.networks["image_embedder"].sizes)
 
 
 def _open_network(folder: Path, component: str, components: Iterable[str]) -> NetworkFolder[Any, Any]:

@@ -297,7 +297,8 @@ def test_what_is_named_goes_and_nothing_else(command, two, options, stay):
 def test_nothing_goes_that_nobody_named(command, two):
     for options in ([], ["--yes"]):
         code, _, err = command("purge", *options)
-        assert (code, "--weights, --adapters, --filters, --logs, --quarantine, --unfinished" in err) == (2, True)
+        named = "--weights, --adapters, --components, --filters, --logs, --quarantine, --unfinished"
+        assert (code, named in err) == (2, True)
     assert left(two / "models")
 
 

@@ -39,6 +39,8 @@ PARAMETERS = {
     "vae": 83_819_683,
     "nsfw": 85_800_194,
     "pixtral": 12_682_739_712 - (131_072 - 2) * 5120,  # of the head only two rows are kept
+    "image_encoder": 428_225_600 - 15_238_352,  # without the head
+    "image_embedder": 64_503_808,
 }
 GUIDANCE = (256 + 1) * 3072 + (3072 + 1) * 3072  # of those; schnell has none
 PUBLISHED = {
@@ -48,6 +50,8 @@ PUBLISHED = {
     "vae": configs.FLUX_VAE,
     "nsfw": NSFW_VIT,
     "pixtral": PIXTRAL_12B,
+    "image_encoder": configs.SIGLIP_SO400M,
+    "image_embedder": configs.REDUX_DEV,
 }
 
 
@@ -84,6 +88,8 @@ LAYOUTS = {
         "gguf-t5xxl": ("text_encoder_2", "T5 v1.1 encoder, llama.cpp"),
         "hf-nsfw_image_detection-vit": ("nsfw", "classifier ViT"),
         "hf-pixtral-12b-llava": ("pixtral", "Pixtral"),
+        "comfy-sigclip_vision_patch14_384": ("image_encoder", "SigLIP"),
+        "bfl-redux": ("image_embedder", "Redux"),
     }.items()
     if name.startswith(start)
 }
@@ -101,8 +107,6 @@ REFUSED = {
     "diffusers-transformer-fill": "FLUX.1 Fill",
     "bfl-transformer-control": "FLUX.1 Canny or Depth",
     "diffusers-transformer-control": "FLUX.1 Canny or Depth",
-    "bfl-redux": "FLUX.1 Redux",
-    "comfy-sigclip_vision_patch14_384-fp16": "an encoder of pictures",
     **{name: "a LoRA" for name in foreign.layouts() if name.startswith("lora-")},
 }
 

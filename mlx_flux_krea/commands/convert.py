@@ -38,7 +38,8 @@ def convert(sources: tuple[Path, ...], output: Path | None, as_json: bool, **opt
 
     SOURCES is a folder (of diffusers, ComfyUI or mflux, or a model folder or its name), an all-in-one file, or the
     files of transformer, CLIP, T5 and VAE, as safetensors or GGUF. A content filter is converted from the folder of
-    Falconsai/nsfw_image_detection or of Pixtral 12B. OWNER/NAME names a repository of the Hugging Face hub with any of
+    Falconsai/nsfw_image_detection or of Pixtral 12B, and Redux (for --style) from that of FLUX.1 Redux or from its file
+    and SigLIP's. OWNER/NAME names a repository of the Hugging Face hub with any of
     these: the files needed are downloaded into the hub's cache, and an interrupted download is continued.
 
     \b

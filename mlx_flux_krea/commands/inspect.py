@@ -16,7 +16,7 @@ from mlx_flux_krea.errors import ModelError, amount, printable
 from mlx_flux_krea.files import sha256
 from mlx_flux_krea.models.config import FLUX_DEV_MODEL, quantization_to_json, to_json
 from mlx_flux_krea.provenance import FORMATS, read_picture
-from mlx_flux_krea.weights import ModelFolder, count_parameters, open_folder, open_model
+from mlx_flux_krea.weights import ComponentFolder, ModelFolder, count_parameters, open_folder, open_model
 
 from .shared.answers import nearest
 from .shared.installed import formulas
@@ -31,7 +31,7 @@ from .shared.text import flattened, json_text, number, size, table
 def inspect(path, as_json):
     """Describe a model, an adapter, weights, or a picture made here.
 
-    PATH is a file or folder, or the name of an installed model or adapter.
+    PATH is a file or folder, or the name of an installed model, adapter or component.
 
     \b
     Examples:
@@ -40,7 +40,7 @@ def inspect(path, as_json):
     """
     path = home.named(path)
     if not path.exists():
-        path = installed().get(str(path), path)
+        path = (home.installed_components() | installed()).get(str(path), path)
     if not path.exists():
         beside = [at.name for at in path.parent.glob("*")] if path.parent.is_dir() else []
         near = nearest(path.name, [home.NANO_NAME, *home.installed_models(), *installed(), *beside])
@@ -92,6 +92,8 @@ def _model(path: Path) -> tuple[dict[str, Any], str]:
             ("defaults", f"{default.width} x {default.height}, {steps}"),
             ("shift", index["schedule"]["shift"]),
         ]
+    if isinstance(folder, ComponentFolder):
+        about.append(("filters", f"required: its licence is {index['license']}"))
     about.append(("converted from", ", ".join(source["file"] for source in index["source"])))
     facts = {"kind": "model folder", **index, "components": components}
     rows: list[tuple] = [("component", "stored", "tensors", "parameters", "size")]

@@ -1,4 +1,4 @@
-"""flux-krea models: lists and removes models and adapters, adds adapters, and chooses the default model."""
+"""flux-krea models: lists and removes what is installed, adds adapters, and chooses the default model."""
 
 import difflib
 import shlex
@@ -21,7 +21,7 @@ from .shared.text import json_text, size, table
 @click.option("--json", "as_json", is_flag=True, help="Print the list as JSON.")
 @click.pass_context
 def models(context, as_json):
-    """List the installed models, adapters and filters.
+    """List installed models, adapters, components, filters.
 
     Files are checked by size; `flux-krea verify` checks every byte.
 
@@ -74,8 +74,8 @@ def add(source, name):
 @click.argument("name")
 @click.option("--yes", is_flag=True, help="Delete without asking.")
 def rm(name, yes):
-    """Delete the model, adapter or filter NAME."""
-    console, one = Console(), _find(name, ("model", "adapter", "filter"))
+    """Delete the model, adapter, component or filter NAME."""
+    console, one = Console(), _find(name, ("model", "adapter", "component", "filter"))
     if not confirmed(f"delete {one.path}, {size(one.bytes)}", yes):
         console.say("nothing was deleted")
         return
@@ -87,7 +87,7 @@ def rm(name, yes):
 
 
 def _find(name: str, kinds: tuple[str, ...]) -> Installed:
-    """Finds a model, adapter or filter by name; a model comes before others of the same name.
+    """Finds an installed folder by name; a model comes before others of the same name.
 
     Raises:
         ModelError: there is none, or none of these kinds.

@@ -6,7 +6,7 @@ import click
 
 from mlx_flux_krea.convert.folder import check_manifest
 from mlx_flux_krea.errors import ModelError, amount
-from mlx_flux_krea.home import find_model
+from mlx_flux_krea.home import find_model, installed_components
 
 from .shared.terminal import ByteProgress, Console, say_path
 from .shared.text import json_text, size
@@ -18,13 +18,14 @@ from .shared.text import json_text, size
 def verify(model, as_json):
     """Compare every file of a model with its manifest.
 
-    MODEL is a model folder, or the name of an installed model.
+    MODEL is a model folder, or the name of an installed model or component.
 
     \b
     Example:
       flux-krea verify krea
     """
-    start, path, progress = time.perf_counter(), find_model(model), ByteProgress()
+    start, progress = time.perf_counter(), ByteProgress()
+    path = installed_components().get(model) or find_model(model)
     try:
         files, problems = check_manifest(path, progress)
     finally:

@@ -155,6 +155,45 @@ class VAEConfig:
 
 
 @dataclass(frozen=True)
+class SiglipConfig:
+    """Sizes of SigLIP's encoder of pictures (transformers' SiglipVisionConfig; tanh GELU, biases everywhere)."""
+
+    hidden_size: Width
+    intermediate_size: Width
+    num_hidden_layers: Count
+    num_attention_heads: Count
+    image_size: Annotated[int, 1, 4096]  # pixels of each side
+    patch_size: Annotated[int, 1, 1024]
+    layer_norm_eps: Epsilon
+
+    @property
+    def side(self) -> int:
+        """Patches along each side of a picture; pixels that fill no patch are not read."""
+        return self.image_size // self.patch_size
+
+    @property
+    def positions(self) -> int:
+        """Number of patches."""
+        return self.side**2
+
+    def problem(self) -> str | None:
+        """Returns a contradiction between these numbers, or None."""
+        if self.hidden_size % self.num_attention_heads:
+            return f"hidden_size {self.hidden_size} is not divisible by {self.num_attention_heads} heads"
+        if not self.side:
+            return f"image_size {self.image_size} is below patch_size {self.patch_size}"
+        return None
+
+
+@dataclass(frozen=True)
+class ReduxConfig:
+    """Sizes of FLUX.1 Redux (diffusers' ReduxImageEncoder)."""
+
+    redux_dim: Width  # width of SigLIP
+    txt_in_features: Width  # width of T5
+
+
+@dataclass(frozen=True)
 class ModelSizes:
     """Sizes of the four networks of a text-to-image model."""
 
@@ -204,6 +243,11 @@ FLUX_VAE = VAEConfig(
     in_channels=3, out_ch=3, ch=128, ch_mult=(1, 2, 4, 4), num_res_blocks=2, z_channels=16, norm_num_groups=32,
     scale_factor=0.3611, shift_factor=0.1159,
 )  # fmt: skip
+SIGLIP_SO400M = SiglipConfig(
+    hidden_size=1152, intermediate_size=4304, num_hidden_layers=27, num_attention_heads=16, image_size=384,
+    patch_size=14, layer_norm_eps=1e-6,
+)  # fmt: skip
+REDUX_DEV = ReduxConfig(redux_dim=1152, txt_in_features=4096)
 FLUX_DEV_MODEL = ModelSizes(flux=FLUX_DEV, t5=T5_XXL, clip=CLIP_L, vae=FLUX_VAE)
 
 
@@ -312,6 +356,22 @@ class ModelIndex:
         if any(len(row) != 3 for row in self.latent_rgb):
             return "latent_rgb has rows that are not red, green and blue"
         return None
+
+
+@dataclass(frozen=True)
+class ComponentIndex:
+    """Contents of `model_index.json` in a folder that is no model, but works with one: name, licence and sources."""
+
+    name: str
+    base: str
+    license: str
+    source: tuple[SourceFile, ...] = ()
+    converter: str = ""
+    format: Annotated[int, 1, 2**30] = 1
+
+    def problem(self) -> str | None:
+        """Returns a contradiction between these facts, or None."""
+        return None if self.format == 1 else f"format is {self.format}, and this program reads format 1"
 
 
 def to_json(config) -> dict:

@@ -7,7 +7,7 @@ token ids) are checked when it is converted: the networks are written for those 
 from dataclasses import dataclass
 from typing import Annotated
 
-from .config import Count, Epsilon, SourceFile, Width
+from .config import ComponentIndex, Count, Epsilon, Width
 
 Vocabulary = Annotated[int, 1, 2**22]
 TokenId = Annotated[int, 0, 2**22]
@@ -135,15 +135,9 @@ OWN_LAYOUT = "flux-krea model folder"  # of sources that are folders of ours
 
 
 @dataclass(frozen=True)
-class FilterIndex:
+class FilterIndex(ComponentIndex):
     """Contents of `model_index.json` in a filter's folder: name, licence and sources."""
 
-    name: str
-    base: str
-    license: str
-    source: tuple[SourceFile, ...] = ()
-    converter: str = ""
-    format: Annotated[int, 1, 2**30] = 1
     weights: str = ""  # "published", or "unknown": --allow-unknown-filter was given; "": by an earlier version
 
     def is_published(self, name: str) -> bool:
@@ -160,4 +154,4 @@ class FilterIndex:
         """Returns a contradiction between these facts, or None."""
         if self.weights not in ("", "published", "unknown"):
             return f'weights is "{self.weights[:60]}" and not "published" or "unknown"'
-        return None if self.format == 1 else f"format is {self.format}, and this program reads format 1"
+        return super().problem()

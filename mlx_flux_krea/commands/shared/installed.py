@@ -1,4 +1,4 @@
-"""Models, adapters and filters in the home folder, read from JSON and file sizes; no file of weights is opened."""
+"""Everything installed in the home folder, read from JSON and file sizes; no file of weights is opened."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,17 +17,17 @@ BUILT_IN = "built in"  # kind of the small model, which cannot be removed
 
 @dataclass(frozen=True, kw_only=True)
 class Installed:
-    """An installed model, adapter or filter. Of a damaged one, texts read from its files are empty.
+    """An installed model, adapter, component or filter. Of a damaged one, texts read from its files are empty.
 
     Attributes:
         name: of its folder.
-        kind: "model", "adapter", "filter", or `BUILT_IN`.
+        kind: "model", "adapter", "component", "filter", or `BUILT_IN`.
         path: its folder.
         bytes: on disk.
         precision: of most layers of its largest network; of an adapter, its formulas and ranks.
         license: from its model_index.json.
         base: the model that it was converted from.
-        filters: "required" or "none"; empty for a filter.
+        filters: "required" or "none"; empty for a filter and a component.
         triggers: words that the file of an adapter says the prompt needs.
         default: the model that is used where none is named.
         problem: why it cannot be used, or None.
@@ -47,7 +47,7 @@ class Installed:
 
 
 def find_installed() -> list[Installed]:
-    """Lists the models by name, then the adapters and the filters.
+    """Lists the models by name, then the adapters, the components and the filters.
 
     Raises:
         ModelError: config.json is damaged.
@@ -58,6 +58,7 @@ def find_installed() -> list[Installed]:
     return [
         *(_examine("model", path, name=name, is_default=name == default) for name, path in models.items()),
         *(_examine_adapter(path) for path in installed().values()),
+        *(_examine("component", path) for path in home.installed_components().values()),
         *(_examine("filter", path) for path in filters.values()),
     ]
 
