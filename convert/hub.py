@@ -17,11 +17,10 @@ from concurrent.futures import CancelledError
 from dataclasses import dataclass
 from pathlib import Path
 
+from mlx_flux_krea.beside import is_licence, of_json
 from mlx_flux_krea.errors import FluxKreaError, ModelError, ResourceError, UsageError, printable
 from mlx_flux_krea.files import read_small, sha256
 from mlx_flux_krea.weights import COMPONENTS, NETWORKS
-
-from .licence import LICENCE_NAMES
 
 TOKENIZER_FILES = (
     "vocab.json", "merges.txt", "tokenizer.json", "spiece.model", "tokenizer_config.json", "special_tokens_map.json",
@@ -29,6 +28,8 @@ TOKENIZER_FILES = (
 INCOMPLETE = ".incomplete"
 WEIGHTS = (".safetensors", ".gguf")
 _INDEX = ".safetensors.index.json"
+_STATED = ("license", "license_name", "license_link", "base_model")  # fields of a page, and below tags of it
+_TAGS = ("license:", "base_model:")
 _SIZES = ("config.json", "preprocessor_config.json")
 _REPO_ID = re.compile(r"(?!.*(?:--|\.\.))[A-Za-z0-9][\w.-]{0,94}/[A-Za-z0-9_][\w.-]{0,95}(?<![.-])", re.ASCII)
 _COMMIT, _DIGEST = re.compile("[0-9a-f]{40}"), re.compile("[0-9a-f]{40}|[0-9a-f]{64}")
@@ -141,9 +142,10 @@ def _files(info) -> dict[str, tuple[int, str]]:
 
 def _licences(info) -> tuple[str, ...]:
     """Returns the licence ids that a repository's page states."""
-    card = info.card_data
-    stated = [card.get(key) for key in ("license", "license_name", "base_model")] if hasattr(card, "get") else []
-    return tuple(text for text in stated if isinstance(text, str))
+    card, tags = info.card_data, info.tags if isinstance(info.tags, list) else []
+    stated = [card.get(key) for key in _STATED] if hasattr(card, "get") else []
+    stated += [tag.partition(":")[2] for tag in tags if isinstance(tag, str) and tag.startswith(_TAGS)]
+    return tuple(dict.fromkeys(text for _, text in of_json(stated)))
 
 
 def check_access(repo: str) -> None:
@@ -263,8 +265,9 @@ def _needed(names: Iterable[str]) -> list[str]:
         return (
             (folder in folders and (file.endswith(_INDEX) or file in _SIZES))
             or (folder in {"tokenizer", "tokenizer_2", *folders} and file in TOKENIZER_FILES)
-            or name in ("model_index.json", "manifest.json", "scheduler/scheduler_config.json", *LICENCE_NAMES)
+            or name in ("model_index.json", "manifest.json", "scheduler/scheduler_config.json")
             or (name == "feature_extractor/preprocessor_config.json" and "image_encoder" in folders)
+            or is_licence(name)
         )
 
     return [name for name in names if is_needed(name)]

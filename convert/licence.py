@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from mlx_flux_krea.beside import licence_names
 from mlx_flux_krea.errors import printable
 from mlx_flux_krea.files import open_regular
 from mlx_flux_krea.models.config import ComponentIndex, ModelIndex
@@ -45,7 +46,6 @@ LICENCES = {
         "Whoever gets a copy of this folder must get LICENSE.md and this page with it.",
     ),
 }
-LICENCE_NAMES = ("LICENSE.md", "LICENSE", "LICENSE.txt", "LICENCE.md", "LICENCE", "LICENCE.txt")
 BESIDE = "LICENSE.source.txt"  # a text that lay beside the weights and is not the licence that they are known to have
 _MOST = 2**20  # bytes of a licence file
 
@@ -78,7 +78,7 @@ def licence_files(index: ModelIndex | ComponentIndex, folders: list[Path], store
 
 
 def _find(folder: Path, licence: Licence | None) -> bytes | None:
-    for name in LICENCE_NAMES:
+    for name in licence_names(folder):
         try:
             with open_regular(folder / name) as file:
                 text = file.read(_MOST + 1)

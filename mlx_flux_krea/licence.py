@@ -20,11 +20,10 @@ DEV = "flux-1-dev-non-commercial"  # licence id of our own folders
 PAGE = "https://github.com/mlx-flux-krea/mlx-flux-krea/blob/main/docs/licence.md"  # the licence in practice
 
 # The licence's own words, which a text beside weights is recognised by, whatever its file is called.
-_DEV_TEXT = re.compile(
-    r"flux(\.1)?\s*\[dev\]\s+non-commercial\s+license|"
-    r"flux(\.1)?\s*(krea|kontext|fill|canny|depth|redux|tools)?\s*\[dev\].{0,200}non-commercial",
-    re.I | re.S,
-)
+_KINDS = "(?:krea|kontext|fill|canny|depth|redux|tools)"
+_DEV_TITLE = re.compile(rf"flux(?:\.?1)?[\s-]*{_KINDS}?[\s-]*\[?\bdev\]?[\s-]+non-? ?commercial(?: licen[cs]e)?", re.I)
+_DEV_TEXT = re.compile(rf"{_DEV_TITLE.pattern}|flux(?:\.1)? ?{_KINDS}? ?\[dev\].{{0,200}}non-? ?commercial", re.I)
+_HYPHENS = re.compile("[\u2010-\u2015\u2212\ufe58\ufe63\uff0d]")
 _DEV_ID = re.compile(r"flux[-_.]?1?[-_.]?dev[-_.]non[-_.]?commercial|flux[-_. ]?1?[-_. ]?dev[-_. ]license", re.I)
 _DEV_NAME = re.compile(r"flux[-_.\s]?1?[-_.\s]*(?:\[)?(?:krea|kontext|fill|canny|depth|redux|dev)(?![a-z])", re.I)
 
@@ -121,10 +120,20 @@ def dev_reason(evidence: Evidence) -> str:
 
 def _stated(evidence: Evidence, beside: str) -> str:
     """Returns the text or id that says so, as the end of a sentence; "" where none does."""
-    if any(map(_DEV_TEXT.search, evidence.texts)):
+    if any(_DEV_TEXT.search(_folded(text)) for text in evidence.texts):
         return f"the FLUX.1 [dev] licence lies beside {beside}"
-    stated = next(filter(_DEV_ID.search, evidence.ids), None)
+    stated = next((id for id in evidence.ids if _DEV_ID.search(id) or _DEV_NAME.search(id) or dev_titles(id)), None)
     return f"its licence is stated as {stated}" if stated else ""
+
+
+def dev_titles(text: str) -> list[str]:
+    """Returns where a text names the FLUX.1 [dev] Non-Commercial License, in its own words."""
+    return [match[0] for match in _DEV_TITLE.finditer(_folded(text))]
+
+
+def _folded(text: str) -> str:
+    """Returns a text on one line, with plain hyphens, and without the backslashes of Markdown."""
+    return " ".join(_HYPHENS.sub("-", text.replace("\\", "")).split())
 
 
 def _named(evidence: Evidence) -> str:

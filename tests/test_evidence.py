@@ -6,8 +6,10 @@ import shutil
 import pytest
 from helpers import PIPELINE, TOKENIZERS, edit_json, full_size_folder
 from hub import Hub
+from huggingface_hub import ModelInfo
 from mlx_flux_krea.convert import convert, evidence
 from mlx_flux_krea.convert.fetch import outlined
+from mlx_flux_krea.convert.hub import look
 from mlx_flux_krea.convert.index import make_index
 from mlx_flux_krea.convert.job import _components
 
@@ -83,17 +85,51 @@ def gathered(folder, architecture=WIDE):
         ("README.md", "---\nbase_model: black-forest-labs/FLUX.1-dev\n---\n"),
         ("transformer/LICENSE", DEV_TEXT),
         ("vae/LICENSE.md", DEV_TEXT),
+        # other names, ends of lines, encodings and spellings
+        *((name, DEV_TEXT) for name in ("license.MD", "LICENSE-FLUX1-dev", "flux_licence.rst", "COPYING", "NOTICE")),
+        ("LICENSE", "FLUX.1 [dev] Non\u2011\nCommercial License"),
+        ("LICENSE", "\ufeffthe FLUX.1 Krea\n[dev]  weights are non-\ncommercial".encode("utf-16")),
+        ("README.md", "# About\n\nUnder the [FLUX.1 \\[dev\\] Non-Commercial License](LICENSE)."),
+        ("Readme.md", "\ufeff---\r\nbase_model:\r\n- black-forest-labs/FLUX.1-dev\r\n---"),
+        ("README.md", "---\ntags:\n  - base_model:adapter:black-forest-labs/FLUX.1-dev\n---\n"),
+        (
+            "README.md",
+            "---\nlicense_link: https://huggingface.co/black-forest-labs/FLUX.1-dev/blob/main/LICENSE.md\n---\n",
+        ),
     ],
 )
 def test_texts_and_cards_beside_any_source_are_evidence(checkpoint, name, text):
     assert not decide(gathered(checkpoint)).required
-    (checkpoint / name).write_text(text)
+    (checkpoint / name).write_bytes(text if isinstance(text, bytes) else text.encode())
     assert decide(gathered(checkpoint)).required
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("LICENSE", APACHE_TEXT),
+        ("README.md", "---\nlicense: apache-2.0\nbase_model:\n- black-forest-labs/FLUX.1-schnell\n---\nFor devices."),
+        ("license.py", DEV_TEXT),
+        ("LICENSE.md/text", DEV_TEXT),
+    ],
+)
+def test_other_texts_are_no_evidence(checkpoint, name, text):
+    (checkpoint / name).parent.mkdir(exist_ok=True)
+    (checkpoint / name).write_text(text)
+    assert not decide(gathered(checkpoint)).required
+
+
 @pytest.mark.parametrize("file", ["model_index.json", "transformer/config.json"])
-def test_an_id_in_json_is_evidence(checkpoint, file):
-    edit_json(checkpoint / file, _name_or_path="black-forest-labs/FLUX.1-Krea-dev")
+@pytest.mark.parametrize(
+    "facts",
+    [
+        {"_name_or_path": "black-forest-labs/FLUX.1-Krea-dev"},
+        {"license": "FLUX.1 [dev] Non-Commercial License"},
+        {"metadata": {"base_model": ["black-forest-labs/FLUX.1-dev"]}},
+    ],
+)
+def test_an_id_in_json_is_evidence(checkpoint, file, facts):
+    edit_json(checkpoint / file, **facts)
     assert decide(gathered(checkpoint)).required
 
 
@@ -101,18 +137,31 @@ def test_a_folder_called_dev_is_evidence(tmp_path):
     assert decide(gathered(shutil.copytree(PIPELINE, tmp_path / "my-flux.1-dev-finetune"))).required
 
 
-def test_the_hubs_licence_field_is_evidence(checkpoint, tmp_path, monkeypatch):
-    with Hub(checkpoint, "somebody/finetune") as served:
-        info = served.info
-        card = {"license": "other", "license_name": "flux-1-dev-non-commercial-license"}
-        served.info = lambda: info() | {"cardData": card}
-        for name, value in served.env(tmp_path).items():
-            monkeypatch.setenv(name, value)
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", served.url)
-        from mlx_flux_krea.convert.hub import _info, _licences
+DEV_REPOSITORY = "black-forest-labs/FLUX.1-dev"
 
-        assert "flux-1-dev-non-commercial-license" in _licences(_info("somebody/finetune"))
+
+@pytest.mark.parametrize(
+    ("page", "required"),
+    [
+        ({"cardData": {"license": "other", "license_name": "flux-1-dev-non-commercial-license"}}, True),
+        ({"cardData": {"base_model": [DEV_REPOSITORY]}}, True),
+        ({"tags": ["diffusers", f"base_model:finetune:{DEV_REPOSITORY}"]}, True),
+        ({"cardData": {"license": "apache-2.0", "base_model": "a/b"}, "tags": ["license:apache-2.0"]}, False),
+        ({}, False),
+    ],
+)
+def test_the_hubs_licence_field_is_evidence(checkpoint, monkeypatch, page, required):
+    (checkpoint / "LICENSE-of-flux").write_text(APACHE_TEXT)
+    served = Hub(checkpoint, "somebody/finetune").info() | page
+    monkeypatch.setattr("huggingface_hub.model_info", lambda repo, **_: ModelInfo(**served))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    listing = look("somebody/finetune")
+    assert "LICENSE-of-flux" in {file.name for file in listing.files}
+    with outlined([checkpoint], offline=True) as remote:
+        for file in listing.files:
+            remote.files[checkpoint / file.name] = listing, file
+        given = evidence.gather(_components(remote.paths), WIDE, remote)
+    assert decide(given).required is required
 
 
 @pytest.mark.parametrize(

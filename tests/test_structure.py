@@ -20,7 +20,7 @@ LEVELS = {
     5: "pipeline",
     4: "generator filters",
     3: "request memory residency adapters checkpoint inputs prompts",
-    2: "weights provenance credentials home files",
+    2: "weights provenance credentials home files beside",
     1: "models sampling tokenizers worker progress macos",
     0: "errors presets licence compat",
 }

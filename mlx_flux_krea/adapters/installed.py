@@ -21,20 +21,16 @@ from pathlib import Path
 import mlx.core as mx
 
 from .. import home, licence, macos
+from ..beside import read_beside
 from ..errors import ModelError, UsageError
-from ..files import read_json, read_small, sha256, sync_path, written_whole
+from ..files import read_json, sha256, sync_path, written_whole
 from ..licence import Architecture, Evidence
 from ..models.config import ModelSizes, to_json
 from .parts import Adapter, Facts, open_parts, read_facts, tensors_of
 from .reading import read
 
 TENSORS, FACTS, MANIFEST = "adapter.safetensors", "adapter.json", "manifest.json"
-_LICENCES = ("LICENSE", "LICENSE.md", "LICENSE.txt", "LICENCE", "LICENCE.md", "LICENCE.txt", "license.txt")
-_CARD = re.compile(r"\A---\n(.*?)\n---\n", re.S)  # the facts that a model card begins with
-_STATED = re.compile("licen[cs]e", re.I)
-_NAMED = re.compile("name|title|base_?model|architecture", re.I)
 _HUB = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(?::.+)?")
-_MOST = 2**20  # bytes of a text that may be a licence or a model card
 
 
 @dataclass(frozen=True)
@@ -227,25 +223,13 @@ def with_licence(facts: Facts, path: Path, origin: Origin, architecture: Archite
 
 
 def _evidence(facts: Facts, path: Path, origin: Origin, architecture: Architecture) -> Evidence:
-    folder = path.parent
-    texts = tuple(text for name in _LICENCES if (text := _text(folder / name)))
-    card = _CARD.match(_text(folder / "README.md"))
-    pairs = [line.partition(":")[::2] for line in card[1].split("\n")] if card else []
-    stated = [(key.strip(), value.strip()) for key, value in pairs]
+    found = read_beside(path.parent)
     return Evidence(
         architecture=architecture,
-        texts=texts,
-        ids=(*facts.license, *origin.ids, *(value for key, value in stated if _STATED.search(key) and value)),
-        names=(path.name, folder.resolve().name, origin.source, *facts.origins,
-               *(value for key, value in stated if _NAMED.search(key) and not _STATED.search(key))),
-    )  # fmt: skip
-
-
-def _text(path: Path) -> str:
-    try:
-        return read_small(path, most=_MOST).decode(errors="replace")
-    except OSError:
-        return ""
+        texts=found.texts,
+        ids=(*facts.license, *origin.ids, *found.ids),
+        names=(path.name, path.parent.resolve().name, origin.source, *facts.origins, *found.names),
+    )
 
 
 def added_duty(adapters: Iterable[Facts], architecture: Architecture) -> str:

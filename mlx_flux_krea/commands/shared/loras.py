@@ -14,9 +14,9 @@ from mlx_flux_krea import FluxPipeline, home
 from mlx_flux_krea.adapters.installed import Origin, find_hash, find_source, installed, is_hub_source, obtain
 from mlx_flux_krea.adapters.loaded import Weights
 from mlx_flux_krea.adapters.parts import Facts
+from mlx_flux_krea.beside import is_licence
 from mlx_flux_krea.convert import hub
 from mlx_flux_krea.convert.fetch import fetch
-from mlx_flux_krea.convert.licence import LICENCE_NAMES
 from mlx_flux_krea.errors import ModelError, UsageError
 from mlx_flux_krea.files import sha256
 from mlx_flux_krea.models.config import FLUX_DEV_MODEL
@@ -168,7 +168,7 @@ def _wanted(repo: str, name: str, names: list[str]) -> list[str]:
         found = f"{repo} has no file {name!r}" if name else f"{repo} holds {len(files)} safetensors files"
         listed = ", ".join(files[:8]) + (", ..." if len(files) > 8 else "")
         raise ModelError(found, listed or "an adapter as .safetensors", f"name one: {repo}:FILE" if files else "")
-    return [*chosen, *(one for one in names if one in ("README.md", *LICENCE_NAMES))]
+    return [*chosen, *(one for one in names if one == "README.md" or is_licence(one))]
 
 
 def with_adapters(ready: PreparedJob, adapters: JobAdapters) -> PreparedJob:
