@@ -21,6 +21,7 @@ from PIL import Image
 from .adapters.formulas import Attached, Base, Uses
 from .checkpoint import Checkpoint
 from .errors import ModelError, ResourceError, UsageError
+from .inputs import style as styles
 from .memory import MemoryPlan
 from .models import tiles
 from .models.transformer import Flux, rope
@@ -31,7 +32,7 @@ from .residency import Blocks
 from .sampling import noise as noises
 from .sampling import preview as previews
 from .sampling import sampler
-from .weights import ModelFolder
+from .weights import ComponentFolder, ModelFolder
 from .worker import Worker, evaluated, limit_cache
 
 logger = logging.getLogger("mlx_flux_krea")
@@ -126,6 +127,7 @@ class Generator:
         self._dtype = dtype
         self._worker = worker
         self._encoder = PromptEncoder(folder, dtype, worker.check)
+        self._styles = styles.StyleEncoder(dtype, worker.check)
         self._streamed: _StreamedFlux | None = None
         self._whole_flux: Flux | None = None
         self._whole_vae: VAE | None = None
@@ -163,6 +165,7 @@ class Generator:
         observers: Observers,
         *,
         uses: Uses = (),
+        redux: ComponentFolder | None = None,
         as_floats: bool = False,
     ) -> Generated:
         """Makes all pictures of a request.
@@ -172,6 +175,7 @@ class Generator:
             plan: says how much of the transformer may be resident.
             observers: called after each step.
             uses: adapters with their weights.
+            redux: where the request has style images.
             as_floats: pixels in [0, 1] instead of bytes.
 
         Raises:
@@ -188,6 +192,9 @@ class Generator:
             if observers.checkpoint is None or not observers.checkpoint.is_denoised:
                 with _measured("text", seconds, peaks):
                     conditions = self._conditions(request, uses)
+                if request.style and redux:
+                    with _measured("style", seconds, peaks):
+                        conditions = self._styled(request, request.style, conditions, redux)
             with _measured("denoise", seconds, peaks):
                 latents = self._denoise(request, conditions, plan, observers, uses)
             with _measured("decode", seconds, peaks):
@@ -224,6 +231,7 @@ class Generator:
             yield
         except (ModelError, ResourceError):
             self._encoder.forget()
+            self._styles.forget()
             self._modulations = self._streamed = self._attached = None
             raise
 
@@ -235,6 +243,30 @@ class Generator:
             request.negative_prompt_embeds, request.negative_pooled_prompt_embeds
         )
         return Conditions(positive, negative * request.prompts if len(negative) == 1 else negative)
+
+    def encode_style(self, style: styles.Style, redux: ComponentFolder) -> list[mx.array]:
+        """Returns the tokens (1, N, T) of each style image.
+
+        Raises:
+            ModelError: Redux is missing or damaged, or gave NaN.
+            ResourceError: it gave the same numbers everywhere.
+        """
+        with self._distrusting():
+            tokens = self._styles.encode(style, redux, partial(self.runner, "style"))
+            _check_finite("Redux", *tokens)
+            _check_varied("Redux", *tokens)
+        return tokens
+
+    def _styled(
+        self, request: ResolvedRequest, style: styles.Style, conditions: Conditions, redux: ComponentFolder
+    ) -> Conditions:
+        """Returns the conditions with the tokens of style images beside those of the positive prompts."""
+        tokens = self.encode_style(style, redux)
+        no_text = styles.without_text(request.max_sequence_length, self.folder.flux.sizes, self._dtype)
+        positive = [styles.styled(style, prompt, tokens) for prompt in conditions.positive or [no_text]]
+        for prompt in positive:
+            mx.eval(prompt.embeds, prompt.pooled)
+        return Conditions(positive, conditions.negative)
 
     def _denoise(
         self, request: ResolvedRequest, conditions: Conditions, plan: MemoryPlan, observers: Observers, uses: Uses

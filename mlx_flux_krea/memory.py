@@ -21,7 +21,7 @@ from .models.layers import CHUNK
 from .models.tiles import SIDE
 from .models.vae import STRIP
 from .residency import SLOTS, matrices, resident_places
-from .weights import PACKED, ModelFolder, build, parameters
+from .weights import PACKED, ModelFolder, NetworkFolder, build, parameters
 
 GB = 10**9
 INDEXABLE = 2**31  # elements of an array, from which on kernels of Metal that count in 32 bits go wrong
@@ -81,6 +81,37 @@ class WeightSizes:
         """Bytes of a folder that holds them, where the compute type is the stored one."""
         blocks = (sum(sizes.stored) for sizes in (self.blocks, self.modulation, self.t5))
         return sum(blocks) + self.rest + self.t5_rest + self.clip + self.encoder + self.decoder
+
+
+@dataclass(frozen=True)
+class StyleNeeds:
+    """Style images of a run, and the weights of the networks that read them.
+
+    Attributes:
+        encoder: sizes of SigLIP.
+        embedder: sizes of Redux.
+        layers: bytes of SigLIP's layers.
+        rest: bytes of everything else of SigLIP.
+        last: bytes of Redux.
+        images: number of style images.
+        pixels: of all of them.
+        tokens: that stand beside those of each prompt.
+        prompts: number of prompts.
+    """
+
+    encoder: configs.SiglipConfig
+    embedder: configs.ReduxConfig
+    layers: BlockSizes
+    rest: int
+    last: int
+    images: int
+    pixels: int
+    tokens: int
+    prompts: int
+
+    def kept(self, size: int) -> int:
+        """Returns the bytes of the tokens of all images, which stay in memory, in numbers of this size."""
+        return self.images * self.encoder.positions * self.embedder.txt_in_features * size
 
 
 @dataclass(frozen=True)
@@ -254,6 +285,28 @@ def weigh_folder(folder: ModelFolder, dtype: mx.Dtype) -> WeightSizes:
     return weigh(folder.sizes, layers, stored, dtype)
 
 
+def style_needs(
+    networks: Mapping[str, NetworkFolder], dtype: mx.Dtype, *, images: int, pixels: int, tokens: int, prompts: int
+) -> StyleNeeds:
+    """Counts what style images need: arguments are the fields of `StyleNeeds`, with the two networks of Redux."""
+    encoder, embedder = (
+        _Scales(build(name, network.sizes), getattr(mx, network.dtype).size, dtype.size)
+        for name, network in networks.items()
+    )
+    layers = encoder.weigh_blocks(encoder.network.layers)
+    return StyleNeeds(
+        encoder=encoder.network.config,
+        embedder=embedder.network.config,
+        layers=layers,
+        rest=encoder.all - sum(layers.computed),
+        last=embedder.all,
+        images=images,
+        pixels=pixels,
+        tokens=tokens,
+        prompts=prompts,
+    )
+
+
 def make_plan(
     weights: WeightSizes,
     sizes: configs.ModelSizes,
@@ -265,6 +318,7 @@ def make_plan(
     steps: int = 28,
     conditions: int = 1,
     input_pixels: int = 0,
+    style: StyleNeeds | None = None,
     adapters: int = 0,
     budget: int | None = None,
     device: str | None = None,
@@ -281,6 +335,7 @@ def make_plan(
         steps: n.
         conditions: prompts and negative prompts of the run.
         input_pixels: of the image that the run starts from; 0: none.
+        style: style images; None: there are none.
         adapters: bytes of their branches, which are in memory all the time.
         budget: bytes; None: as many as the machine offers.
         device: "cpu" or "gpu"; None: the one in use.
@@ -291,18 +346,23 @@ def make_plan(
     budget = budget or machine_memory()
     working = WorkingMemory(dtype, device or mx.default_device().type.name)
     flux, blocks = sizes.flux, weights.blocks
-    tokens = text_length + width * height // (2 * sizes.vae.downsampling) ** 2
+    more = style.tokens if style else 0
+    tokens = text_length + more + width * height // (2 * sizes.vae.downsampling) ** 2
     modulations = 12 * flux.depth + 3 * flux.depth_single_blocks + 2
     rows = steps * conditions * modulations * flux.hidden_size * dtype.size
     always = weights.rest + rows  # of the transformer, from one picture to the next
     always += _HELD * input_pixels + adapters
     texts = conditions * text_length * flux.hidden_size * dtype.size
+    if style:
+        always += _HELD * style.pixels + style.kept(dtype.size)
+        texts += style.prompts * style.tokens * flux.hidden_size * dtype.size
     stages = {
         "text": weights.t5_rest
         + weights.clip
         + _slots(weights.t5.stored, weights.t5.cast)
         + working.dense(weights.t5.dense)
         + working.text(sizes.t5, text_length),
+        **({"style": working.style(style)} if style else {}),
         **({"image": weights.encoder + _COPIED * input_pixels} if input_pixels else {}),
         "modulation": _slots(weights.modulation.stored, weights.modulation.cast)
         + working.dense(weights.modulation.dense),
@@ -357,6 +417,7 @@ def largest_array(vae: configs.VAEConfig, *, width: int, height: int) -> int:
 
 _VERBS = {
     "text": "read the prompt",
+    "style": "read the style images",
     "image": "read the image",
     "modulation": "prepare",
     "denoise": "denoise",
@@ -387,6 +448,15 @@ class WorkingMemory:
         """Returns the bytes of a block of T5."""
         scores = t5.num_heads * length**2 * self.dtype.size * (3 if self.device == "cpu" else 1)
         return scores + length * (4 * t5.d_ff * 4 + 4 * t5.d_model * self.dtype.size)
+
+    def style(self, style: StyleNeeds) -> int:
+        """Returns the bytes of SigLIP, layer by layer, and of Redux after it, with their weights."""
+        encoder, count, size = style.encoder, style.encoder.positions, self.dtype.size
+        scores = encoder.num_attention_heads * count**2 * size * (3 if self.device == "cpu" else 1)
+        layer = scores + count * 4 * (encoder.intermediate_size * 4 + encoder.hidden_size * size)
+        last = count * 3 * style.embedder.txt_in_features * (4 + 2 * size)
+        weights = style.rest + style.last + _slots(style.layers.stored, style.layers.cast)
+        return weights + max(layer, last) + _COPIED * style.pixels
 
     def dense(self, matrices: int) -> int:
         """Returns the bytes of dequantized weights at one time.

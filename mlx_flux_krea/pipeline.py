@@ -28,14 +28,24 @@ from .filters.acknowledgement import check_acknowledged
 from .filters.gate import Gate, OpenGate, Policy, open_gate
 from .generator import Generator, Observers, Progress
 from .home import find_model
-from .memory import MemoryPlan, WeightSizes, make_plan, parse_memory, physical_memory, weigh_folder
+from .inputs import style as styles
+from .memory import (
+    MemoryPlan,
+    StyleNeeds,
+    WeightSizes,
+    make_plan,
+    parse_memory,
+    physical_memory,
+    style_needs,
+    weigh_folder,
+)
 from .models.config import to_json
 from .models.transformer import Flux
 from .models.vae import VAE, pixels_from_image, pixels_to_bytes
 from .progress import ProgressBars, check_options
 from .provenance import SOFTWARE
 from .request import Request, ResolvedRequest, Result, as_array, check_values
-from .weights import DTYPES, ModelFolder, open_model
+from .weights import DTYPES, ComponentFolder, ModelFolder, open_model
 from .worker import Worker
 
 __all__ = ["FluxPipeline", "Request", "ResolvedRequest", "Result"]
@@ -92,6 +102,7 @@ class FluxPipeline(AdapterMethods, compat.DiffusersMethods):
         self._generator = Generator(folder, self._dtype, self._worker)
         self._loaded = LoadedAdapters(folder.sizes)
         self._requires_filters = folder.requires_filters  # decided once, from the folder that was opened
+        self._redux: ComponentFolder | None = None
         self._weights: WeightSizes | None = None
         self._margins: dict[tuple, float] = {}  # the filter's answers about texts
         self._bar_options: dict[str, Any] = {}  # of `set_progress_bar_config`
@@ -181,6 +192,9 @@ class FluxPipeline(AdapterMethods, compat.DiffusersMethods):
         negative_pooled_prompt_embeds: mx.array | None = None,
         image: Image.Image | str | os.PathLike | None = None,
         strength: float | None = None,
+        style_images: Any = None,
+        style_weights: float | Sequence[float] | None = None,
+        style_rule: str | None = None,
         output_type: str = "pil",
         callback_on_step_end: Callable | None = None,
         max_sequence_length: int | None = None,
@@ -217,6 +231,11 @@ class FluxPipeline(AdapterMethods, compat.DiffusersMethods):
             negative_pooled_prompt_embeds: as `pooled_prompt_embeds`.
             image: an image to start from: a PIL image, a path, or an array (H, W, 3), uint8 or floats in [0, 1].
             strength: 0 to 1, the share of the schedule that the image goes through; 0.6 where an image is given.
+            style_images: images whose style, and content, the picture takes up: one or a list. Needs Redux, which
+                `flux-krea convert black-forest-labs/FLUX.1-Redux-dev` installs. A `prompt` may be left out.
+            style_weights: a number for all of them, or one for each; None: 1.
+            style_rule: "grid" (the default: weights from 0 to 1 let the prompt count the more, the lower they are),
+                "concat" or "sum" (`inputs/style.py`).
             output_type: "pil", "np" ((B, H, W, 3) float32 in [0, 1]) or "latent" ((B, L, 64) packed).
             callback_on_step_end: called as (pipe, step, timestep, {"latents": ...}) in the worker's thread. If it
                 returns {"latents": ...}, arrays of any library, they replace those of the run.
@@ -265,6 +284,9 @@ class FluxPipeline(AdapterMethods, compat.DiffusersMethods):
             negative_pooled_prompt_embeds=negative_pooled_prompt_embeds,
             image=image,
             strength=strength,
+            style_images=style_images,
+            style_weights=style_weights,
+            style_rule=style_rule,
             output_type=output_type,
             max_sequence_length=max_sequence_length,
             adapters=self._with_scale(_scale(joint_attention_kwargs)),
@@ -312,6 +334,7 @@ class FluxPipeline(AdapterMethods, compat.DiffusersMethods):
             found = f"`request` is {type(request).__name__}"
             raise UsageError(found, "a Request", "or call the pipeline: pipe(prompt, ...)")
         request = self._without_tags(request)
+        self._load_components(request)
         if callback_on_step_end is not None and not callable(callback_on_step_end):
             raise UsageError(f"`callback_on_step_end` is {type(callback_on_step_end).__name__}", "a function")
         if checkpoint is not None and type(checkpoint) is not Checkpoint:  # another class would see latents
@@ -364,7 +387,23 @@ class FluxPipeline(AdapterMethods, compat.DiffusersMethods):
     def policy(self) -> Policy | None:
         """Checks that pictures must pass; None only where the model's licence asks for nothing."""
         required = self._requires_filters or self.folder.requires_filters or self._loaded.duty(self.folder)
+        required = required or (self._redux and styles.adds_duty(self.folder.flux.sizes))
         return self._policy or (Policy() if required else None)
+
+    def load_redux(self) -> ComponentFolder:
+        """Opens Redux for this pipeline, as a call with style images does. Its licence adds the duty of filters.
+
+        Raises:
+            ModelError: it is not installed, damaged, or does not fit the model.
+        """
+        if self._redux is None:
+            self._redux = styles.open_redux(self.folder.flux.sizes)
+        return self._redux
+
+    def _load_components(self, *requests: Request | ResolvedRequest) -> None:
+        """Opens what these requests need beside the model, before anything is checked or loaded."""
+        if any((r.style if isinstance(r, ResolvedRequest) else r.style_images) is not None for r in requests):
+            self.load_redux()
 
     def encode_prompt(
         self,
@@ -440,6 +479,8 @@ class FluxPipeline(AdapterMethods, compat.DiffusersMethods):
                 has acknowledged that licence.
         """
 
+        self._load_components(*requests)
+
         def run() -> None:
             passed = [self._resolve(request) for request in requests]
             with self._generator.reporting(progress):
@@ -471,11 +512,12 @@ class FluxPipeline(AdapterMethods, compat.DiffusersMethods):
 
         def run() -> Result:
             request = self._resolve(Request(prompt=prompt, **arguments))
+            self._load_components(request)
             plan = self.plan(request)
             with self._generator.reporting(progress):
                 self._generator.check_folder()
                 uses = self._loaded.uses(request.adapters or ())
-                made = self._generator.generate(request, plan, Observers(), uses=uses)
+                made = self._generator.generate(request, plan, Observers(), uses=uses, redux=self._redux)
             return Result([], (), (), notes=request.notes, seconds=made.seconds, plan=plan, peaks=made.peaks)
 
         return self._worker.run(run)
@@ -504,9 +546,24 @@ class FluxPipeline(AdapterMethods, compat.DiffusersMethods):
             text_length=resolved.max_sequence_length,
             steps=resolved.num_inference_steps,
             conditions=resolved.prompts * (2 if resolved.true_cfg else 1),
+            style=self._style_needs(resolved),
             input_pixels=resolved.image.width * resolved.image.height if resolved.image else 0,
             adapters=branch_bytes(self._loaded.uses(resolved.adapters or ()), self.folder.sizes, self._dtype),
             budget=self.memory,
+        )
+
+    def _style_needs(self, request: ResolvedRequest) -> StyleNeeds | None:
+        """Returns what the style images of a request need; None: it has none."""
+        if request.style is None:
+            return None
+        networks = (self._redux or styles.open_redux(self.folder.flux.sizes)).networks
+        return style_needs(
+            networks,
+            self._dtype,
+            images=len(request.style.images),
+            pixels=sum(image.width * image.height for image in request.style.images),
+            tokens=request.style.tokens(networks["image_encoder"].sizes.side),
+            prompts=request.prompts,
         )
 
     def interrupt(self) -> None:
@@ -554,6 +611,8 @@ class FluxPipeline(AdapterMethods, compat.DiffusersMethods):
         plan, record, notes = self.plan(resolved), self._record(), list(resolved.notes)
         if adapters := self._loaded.records(resolved.adapters or ()):
             record |= {"adapters": adapters}
+        if resolved.style:
+            record |= {"redux_sha256": sha256_if_exists(self.load_redux().path / "manifest.json")}
         if plan.tiled:
             record |= {"tiled": True}
             reason = f"memory is too little to decode {resolved.width} x {resolved.height} as a whole"
@@ -593,12 +652,14 @@ class FluxPipeline(AdapterMethods, compat.DiffusersMethods):
         gate.check_prompts(request.texts())
         if request.image is not None:
             gate.check_input(partial(_encoder_input, request.image, request.width, request.height))
+        for image in request.style.images if request.style else ():
+            gate.check_input(partial(styles.seen, image, self.load_redux()))
         notes += gate.notes
         for note in notes:
             logger.warning(note)
         as_floats = request.output_type == "np" and not self.policy  # else from the bytes that are judged
         uses = self._loaded.uses(request.adapters or ())
-        made = self._generator.generate(request, plan, observers, uses=uses, as_floats=as_floats)
+        made = self._generator.generate(request, plan, observers, uses=uses, redux=self._redux, as_floats=as_floats)
         images: Any = made.images
         records = tuple(record | request.record(i) for i in range(request.batch))
         outcomes = ("released",) * request.batch

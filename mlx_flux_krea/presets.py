@@ -154,6 +154,7 @@ MAX_SIDE = 4096  # pixels; far above the sizes at which the model is good
 MAX_BATCH = 1000  # images of one call
 MAX_STEPS = 1000
 MAX_SCALE = 1000.0  # largest guidance scale and true CFG scale
+MAX_STYLES = 16  # style images of a picture; at FLUX.1's size each adds up to 729 tokens
 MAX_WEIGHT = 100.0  # of an adapter, either way; published ones are between 0.1 and 1.5
 MAX_PICTURES = 10000  # pictures of one run of the command
 
@@ -219,6 +220,7 @@ STRENGTH = 0.6  # default distance of image-to-image from its image (FluxImg2Img
 # Choices of options, the usual one first.
 COMPUTE_TYPES = ("bfloat16", "float16", "float32")
 METADATA = ("full", "minimal")  # everything that decides the picture, or only that an AI made it
+STYLE_RULES = ("grid", "concat", "sum")  # how the tokens of style images stand beside the text's: inputs/style.py
 CHECKS = ("filters", "review", "both")  # who checks pictures before release
 PRECISIONS = ("none", "8", "6", "5", "4", "3", "mxfp4", "nvfp4")  # of the large layers; rows of convert's RECIPES
 PROPOSED_PRECISIONS = PRECISIONS[:5]  # those that `setup` offers, the best first
@@ -244,6 +246,7 @@ class Stage:
 STAGES = {
     "check": Stage("checking", "layer", "check"),
     "text": Stage("reading the prompt", "layer", "read the prompt"),
+    "style": Stage("reading the style images", "layer", "read the style images"),
     "image": Stage("reading the image", "stage", "read the image"),
     "modulation": Stage("preparing", "layer", "prepare"),
     "denoise": Stage("denoising", "step", "denoise"),

@@ -19,6 +19,7 @@ from PIL import Image
 
 from . import presets
 from .errors import UsageError, amount, short_repr
+from .inputs import style as styles
 from .inputs.image import open_image
 from .memory import MemoryPlan
 from .models.config import FluxConfig, ModelIndex
@@ -65,14 +66,22 @@ class Request:
     negative_pooled_prompt_embeds: mx.array | None = None
     image: Any = None  # a PIL image, a path, or an array: `open_image`
     strength: float | None = None  # share of the schedule that an input image goes through
+    style_images: Any = None  # one or several, as `image`; tokens of Redux stand beside the prompt's
+    style_weights: float | Sequence[float] | None = None  # a number for all, or one for each
+    style_rule: str | None = None  # one of presets.STYLE_RULES
+    style_pooled_weights: float | Sequence[float] | None = None  # of the pooled vector, by the rule sum
     output_type: str = "pil"  # one of OUTPUT_TYPES
     max_sequence_length: int | None = None  # of T5
     adapters: Sequence[tuple[str, float]] | None = None  # names and weights; None: those that the pipeline has set
 
     def __post_init__(self):
+        for name, value in styles.remembered(self.prompt_embeds, self.pooled_prompt_embeds, vars(self)).items():
+            object.__setattr__(self, name, value)
         for name, value in vars(self).items():
             if name == "image":
                 object.__setattr__(self, name, open_image(value))
+            elif name == "style_images":
+                object.__setattr__(self, name, styles.open_images(value))
             elif name in _SECOND and isinstance(value, str | list | tuple) and not value:
                 object.__setattr__(self, name, None)
             elif name == "num_images_per_prompt" and value is None:
@@ -106,6 +115,8 @@ class Request:
         strength = presets.STRENGTH if self.strength is None else self.strength
         if self.image is not None and first_step(steps, strength) >= steps:
             raise UsageError(f"`strength` {strength:g} of {amount(steps, 'step')} runs no step", "more of either")
+        style = styles.make_style(self.style_images, self.style_weights, self.style_rule, self.style_pooled_weights)
+        has_text = self.prompt is not None or self.prompt_embeds is not None
         guidance = index.defaults.guidance_scale if self.guidance_scale is None else self.guidance_scale
         return ResolvedRequest(
             prompt=self._texts(self.prompt),
@@ -129,7 +140,9 @@ class Request:
             image=open_image(self.image),
             strength=strength,
             output_type=self.output_type,
-            max_sequence_length=self.max_sequence_length or index.max_sequence_length,
+            max_sequence_length=self.max_sequence_length
+            or (index.max_sequence_length if has_text else presets.MAX_SEQUENCE_LENGTH),
+            style=style,
             adapters=self.adapters if self.adapters is None else tuple(self.adapters),
             notes=notes,
         )
@@ -199,7 +212,7 @@ class Request:
                 raise UsageError(f"`{text}` and `{embeds}` are both given", "one of them")
             if not has_text and getattr(self, f"{text}_2") is not None:
                 raise UsageError(f"`{text}_2` is given without `{text}`", "both")
-        if self.prompt is None and self.prompt_embeds is None:
+        if self.prompt is None and self.prompt_embeds is None and self.style_images is None:
             raise UsageError("there is no prompt", "a text; an empty one is allowed")
         negative = self.negative_prompt is not None or self.negative_prompt_embeds is not None
         scale = f"`true_cfg_scale` {self._scale:g}"
@@ -279,7 +292,7 @@ class ResolvedRequest:
     P prompts, n images of each, B = P n images in all, L image tokens, S text tokens.
     """
 
-    prompt: tuple[str, ...]  # P texts; none where embeds are given
+    prompt: tuple[str, ...]  # P texts; none where embeds, or style images alone, are given
     prompt_2: tuple[str, ...]  # P texts for T5; none: those of `prompt`
     negative_prompt: tuple[str, ...]
     negative_prompt_2: tuple[str, ...]
@@ -299,6 +312,7 @@ class ResolvedRequest:
     negative_pooled_prompt_embeds: mx.array | None
     image: Image.Image | None  # upright RGB
     strength: float  # without effect where there is no image
+    style: styles.Style | None
     output_type: str
     max_sequence_length: int  # S
     adapters: tuple[tuple[str, float], ...] | None  # names and weights; None: those that the pipeline has set
@@ -310,7 +324,7 @@ class ResolvedRequest:
     @property
     def prompts(self) -> int:
         """P, the number of prompts."""
-        return len(self.prompt) if self.prompt_embeds is None else self.prompt_embeds.shape[0]
+        return len(self.prompt) or 1 if self.prompt_embeds is None else self.prompt_embeds.shape[0]
 
     @property
     def batch(self) -> int:
@@ -355,6 +369,8 @@ class ResolvedRequest:
             "max_sequence_length": self.max_sequence_length,
             "given": [name for name in ("latents", *_EMBEDS) if getattr(self, name) is not None] or None,
         }
+        if self.style is not None:
+            record["style"] = self.style.record()
         if self.image is not None:
             size, pixels = self.image.size, hashlib.sha256(self.image.tobytes()).hexdigest()
             record["image"] = {"width": size[0], "height": size[1], "rgb_sha256": pixels}  # upright, before resizing

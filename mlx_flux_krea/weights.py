@@ -550,7 +550,7 @@ def open_filter(name: str, path: Path | None = None) -> FilterFolder:
     return folder
 
 
-_TO_CONVERT = {"redux": "black-forest-labs/FLUX.1-Redux-dev"}  # the repository of each component
+_PUBLISHED = {"redux": ("FLUX.1 Redux", "black-forest-labs/FLUX.1-Redux-dev")}  # name and repository of each component
 
 
 def open_component(kind: str) -> ComponentFolder:
@@ -563,12 +563,13 @@ def open_component(kind: str) -> ComponentFolder:
         ModelError: not there (with the command that installs it), not such a folder, or a field missing or wrong.
     """
     path = home.path(home.COMPONENTS, kind)
-    todo = f"flux-krea convert {_TO_CONVERT[kind]}"
+    name, repository = _PUBLISHED[kind]
+    install = f"install it: flux-krea convert {repository}"
     if not path.exists():
-        raise ModelError(f"{kind} is not installed in {path.parent}", CLASS_NAMES[kind], f"install it: {todo}")
+        raise ModelError(f"{name} is not installed", f"its folder, {path}", install)
     folder = open_folder(path)
     if not isinstance(folder, ComponentFolder) or folder.kind != kind:
-        raise ModelError(f"{path} is no {kind}", CLASS_NAMES[kind], f"move it away, and install it: {todo}")
+        raise ModelError(f"{path} is another kind of folder", name, f"move it away, and {install}")
     return folder
 
 
