@@ -116,7 +116,9 @@ def test_what_passes_is_released_and_the_log_tells_how(command, strict, filters,
     pixels = np.asarray(Image.open(out / "out.png"))
     assert {e["pixels"] for e in entries if "pixels" in e} == {pixel_hash(pixels)}
     assert files(home / "quarantine") == []
-    assert CAT not in (home / "log" / "log.jsonl").read_text()
+    assert not {CAT, hashlib.sha256(CAT.encode()).hexdigest()} & set(
+        (home / "log" / "log.jsonl").read_text().split('"')
+    )
 
 
 def test_filters_change_no_pixel_and_a_model_without_need_runs_without_and_the_log_says_so(
@@ -359,7 +361,20 @@ def test_the_judge_reads_a_prompt_as_it_is_and_normalised(strict, filters, monke
 
 @pytest.mark.parametrize(
     "text",
-    ["кошка и собака", "un chien à la plage", "猫と犬", "Straße", "naïve 🐈‍⬛", "a frog", "1girl, 3 cats", "a b"],
+    [
+        "кошка и собака",
+        "un chien à la plage",
+        "猫と犬",
+        "Straße",
+        "naïve 🐈‍⬛",
+        "a frog",
+        "1girl, 3 cats",
+        "a b",
+        "4k, 8k, 3d, mp3, covid19, f/1.8, 16x9, the 90s, b2b",
+        "बिल्ली",
+        "แมว",
+        "قطة",
+    ],
 )
 def test_honest_languages_are_read_as_they_are(text):
     assert set(lookalikes.forms(text)) <= {text, lookalikes.normalised(text)}
@@ -373,6 +388,11 @@ def test_honest_languages_are_read_as_they_are(text):
         "🅼🅸🅲🅺🅴🆈 mouse", "ⓜⓘⓒⓚⓔⓨ mouse",
         "mi\u200bckey mouse",
         "мickey mouse", "Μickey mouse", "m\u0336i\u0336ckey mouse", "m_i_c_k_e_y mouse", "𝔐𝔦𝔠𝔨𝔢𝔶 mouse",
+        "mіcқey mouse", "mιϲκеу mouse", "ⲙickey mouse",  # small letters whose capitals are in the table
+        "m⃞i⃞ckey mouse", "m⃝ickey mouse",  # frames
+        "m----i----c----k  --  e . . . y mouse",
+        "m1ckey mouse", "M!ck3y m0u5e", "ｍ１ckey mouse",
+        "ǝsnoɯ ʎǝʞɔᴉɯ", "ɯᴉɔʞǝʎ ɯonsǝ",
     ],
 )  # fmt: skip
 def test_a_word_is_judged_as_it_looks(text):

@@ -627,6 +627,19 @@ def test_a_licence_beside_the_source_is_copied_and_that_of_something_else_is_not
     assert b"Read it at" in licence_files(index_of(presets.KREA), [tmp_path], [])["LICENSE.md"]
 
 
+def test_a_licence_is_copied_whatever_its_file_is_called(tmp_path):
+    text = b"FLUX.1 [dev] Non-Commercial License"
+    (tmp_path / "LICENSE-FLUX1-dev").write_bytes(text)
+    (tmp_path / "LICENSE").write_bytes(b"Apache License")
+    assert licence_files(index_of(presets.DEV), [tmp_path], [])["LICENSE.md"] == text
+
+
+def test_defaults_that_double_the_time_are_said_in_the_readme(tmp_path):
+    said = "this model follows a prompt by true CFG, with a scale of 3.5"
+    for family, is_said in ((presets.DE_DISTILLED, True), (presets.DEV, False)):
+        assert (said in licence_files(index_of(family), [tmp_path], [])["README.md"].decode()) is is_said
+
+
 def test_other_models_carry_no_notice_of_flux_dev(tmp_path):
     files = licence_files(index_of(presets.SCHNELL), [tmp_path], [])
     assert files.keys() == {"README.md", "LICENSE.md"}

@@ -1,8 +1,8 @@
 """The forms in which a prompt is judged: as it stands, as it looks, joined and turned round.
 
 A filter that reads letters sees nothing in a word that is spelled with letters of other alphabets, with strokes through
-it, with its letters set apart, or backwards. Each such spelling becomes one more text to judge. Forms only add to the
-text as it stands: a prompt is withheld if any of them is.
+it, with digits for letters, with its letters set apart, backwards or upside down. Each such spelling becomes one more
+text to judge. Forms only add to the text as it stands: a prompt is withheld if any of them is.
 """
 
 import re
@@ -143,6 +143,15 @@ _LETTERS = {
 }  # fmt: skip
 # --- end ---
 _LOOKALIKES = str.maketrans({character: letter for letter, some in _LETTERS.items() for character in some})
+# The table has some letters in one case alone: a small letter is taken for its capital. Not of the Russian alphabet,
+# whose small letters the table has where they are alike
+_CAPITALS = {c.lower(): letter for letter, some in _LETTERS.items() for c in some}
+_SMALL = {c: letter for c, letter in _CAPITALS.items() if len(c) == 1 and not "\u0430" <= c <= "\u044f"}
+_LOOKALIKES = str.maketrans(_SMALL) | _LOOKALIKES
+_DIGITS = str.maketrans("013457@$!|", "oieastasil")  # and others that stand for letters
+_AMONG = re.compile(r"[^\W\d_][013457@$!|]+[^\W\d_]")  # such a sign between two letters
+_TURNED = str.maketrans("ɐɔǝɟƃɥᴉıɾʞɯɹʇʌʍʎundpbq", "acefghiijkmrtvwynupdqb")  # half round
+_ONLY_TURNED = re.compile("[ɐɔǝɟƃɥᴉɾʞɯɹʇʌʍʎ]")
 _FILLERS = "\u034f\u115f\u1160\u17b4\u17b5\u3164\uffa0"  # take room and show nothing
 # LATIN SMALL LETTER O WITH STROKE, LATIN LETTER SMALL CAPITAL R: the letter in the name
 _NAME = re.compile(
@@ -150,7 +159,7 @@ _NAME = re.compile(
     r"(?:LETTER|SYMBOL LETTER)(?: SMALL| CAPITAL)*(?: DOTLESS| OPEN| SCRIPT| INSULAR)?"
     r" ([A-Z])(?: WITH .*)?"
 )
-_APART = re.compile(r"(?<![^\W_])[^\W\d_](?:[\W_]{1,3}[^\W\d_](?![^\W_])){2,}")  # three or more single letters in a row
+_APART = re.compile(r"(?<![^\W_])[^\W\d_](?:[\W_]+[^\W\d_](?![^\W_])){2,}")  # three or more single letters in a row
 # Pairs of letters that are common in English; a text backwards has fewer of them than the text
 _PAIRS = re.compile(
     "(?=he|in|er|an|re|on|at|en|nd|ti|or|te|of|ed|it|al|ar|st|nt|ng|ha|as|ou|io|le|ve|co|me|de|hi|ri|ro|ic|ne|ea|ra|ce|"
@@ -161,18 +170,25 @@ _PAIRS = re.compile(
 def forms(text: str) -> list[str]:
     """Returns the different texts that a filter is asked about, the text itself first; no form is empty."""
     plain = normalised(text)
-    folded = as_it_looks(plain)
-    found = [text, plain, *([folded] if folded != plain.casefold() else []), *_joined(folded)]
+    folded = as_it_looks(_shown(unicodedata.normalize("NFC", text)))  # NFKC makes another letter of some
+    found = [text, plain, *([folded] if folded != plain.casefold() else []), *_joined(folded), *_spelled(folded)]
     backwards = folded[::-1]
     if "\u202e" in text or _english(backwards) > _english(folded) + 1:
         found.append(backwards)
+    if len(_ONLY_TURNED.findall(plain)) > 1:
+        turned = plain.lower().translate(_TURNED)
+        found += [turned, turned[::-1]]
     return [form for form in dict.fromkeys(found) if form.strip()]
 
 
 def normalised(text: str) -> str:
     """Returns NFKC of a text, without invisible characters: zero-width ones, controls, variation selectors."""
-    shown = (c for c in unicodedata.normalize("NFKC", text) if not _is_hidden(c))
-    return " ".join(unicodedata.normalize("NFKC", "".join(shown)).split())
+    return unicodedata.normalize("NFKC", _shown(unicodedata.normalize("NFKC", text)))
+
+
+def _shown(text: str) -> str:
+    """Returns a text without its invisible characters, with single spaces."""
+    return " ".join("".join(c for c in text if not _is_hidden(c)).split())
 
 
 def as_it_looks(text: str) -> str:
@@ -185,7 +201,7 @@ def as_it_looks(text: str) -> str:
 
 def _as_latin(word: str) -> str:
     looks = word.translate(_LOOKALIKES).casefold()  # capitals first: small ones may look like another letter
-    bare = "".join(c for c in unicodedata.normalize("NFKD", looks) if not unicodedata.combining(c))
+    bare = "".join(c for c in unicodedata.normalize("NFKD", looks) if not _is_mark(c))
     latin = "".join(letter(c) for c in bare.translate(_LOOKALIKES))
     is_latin = all(c.isascii() or not c.isalpha() for c in latin)
     return word.casefold() if not is_latin or all(map(_is_plain, word)) else latin
@@ -195,7 +211,7 @@ def _is_plain(c: str) -> bool:
     """Returns True for ASCII, and for letters as European languages write them: a base letter with a mark, sharp s."""
     if c.isalpha() and not c.isascii():
         return c == "\u00df" or ("\u00c0" <= c <= "\u017f" and unicodedata.normalize("NFD", c)[0].isascii())
-    return not unicodedata.combining(c) and letter(c) == c
+    return not _is_mark(c) and letter(c) == c
 
 
 def letter(c: str) -> str:
@@ -208,8 +224,28 @@ def letter(c: str) -> str:
 
 def _joined(text: str) -> list[str]:
     """The text with letters that stand apart put together, where there are any."""
-    joined = _APART.sub(lambda match: re.sub(r"[\W_]+", "", match[0]), text)
+
+    def join(match: re.Match) -> str:
+        if any(map(_is_mark, match[0])):  # vowels of Indian scripts
+            return match[0]
+        return re.sub(r"[\W_]+", "", match[0])
+
+    joined = _APART.sub(join, text)
     return [joined] if joined != text else []
+
+
+def _spelled(text: str) -> list[str]:
+    """The text with digits and signs inside of words as the letters that they stand for: m1ckey. 1 is i, or l."""
+    if not _AMONG.search(text):
+        return []
+    both = (_DIGITS, _DIGITS | str.maketrans("1!", "ll"))
+    words = text.split(" ")
+    return [" ".join(word.translate(one) if _AMONG.search(word) else word for word in words) for one in both]
+
+
+def _is_mark(c: str) -> bool:
+    """True for accents, strokes and frames that are put over the letter before them."""
+    return unicodedata.category(c).startswith("M")
 
 
 def _english(text: str) -> int:
