@@ -19,7 +19,7 @@ from pathlib import Path
 
 from mlx_flux_krea.beside import is_licence, of_json
 from mlx_flux_krea.errors import FluxKreaError, ModelError, ResourceError, UsageError, printable
-from mlx_flux_krea.files import read_small, sha256
+from mlx_flux_krea.files import MOST_BYTES, read_small, sha256
 from mlx_flux_krea.weights import COMPONENTS, NETWORKS
 
 TOKENIZER_FILES = (
@@ -38,6 +38,7 @@ _TIMEOUT = 30  # seconds without an answer
 # Errors of the hub's client that no further attempt heals; their modules have other names in other versions.
 _LASTING = ("DecodingError", "InvalidURL", "LocalProtocolError", "TooManyRedirects", "UnsupportedProtocol")
 _TRIES = 6  # attempts in a row without a byte; half a minute
+_LARGEST = 2**43  # bytes of a file of weights
 _LONGEST = 300  # longest wait in seconds that the hub may ask for: the length of its rate-limit windows
 
 
@@ -97,6 +98,10 @@ def look(repo: str, offline: bool = False, wanted: Callable[[list[str]], list[st
         size, digest = known[name]
         if type(size) is not int or not _DIGEST.fullmatch(str(digest)) or not _COMMIT.fullmatch(str(commit)):
             raise ModelError(f"the hub gives no size or no hash of {name} in {repo}", "both", "try again later")
+        if not 0 <= size <= (_LARGEST if name.endswith(WEIGHTS) else MOST_BYTES):
+            raise ModelError(
+                f"the hub gives a size of {name} in {repo} that it cannot have", "bytes", "try again later"
+            )
     files = tuple(HubFile(name, *known[name], _count_here(repo, commit, name, *known[name])) for name in names)
     return Listing(repo, commit, files, gated, licences)
 

@@ -19,11 +19,11 @@ from pathlib import Path
 import pytest
 from helpers import PIPELINE, REFERENCE, TOKENIZERS, at_terminal, run_command
 from hub import WEIGHTS, Hub
-from huggingface_hub import get_session
+from huggingface_hub import ModelInfo, get_session
 from mlx_flux_krea.convert import _check_disk, convert, hub
 from mlx_flux_krea.convert.room import Room
 
-from mlx_flux_krea.errors import ResourceError, UsageError
+from mlx_flux_krea.errors import ModelError, ResourceError, UsageError
 
 REPO = "black-forest-labs/FLUX.1-Krea-dev"
 OPTIONS = ("-o", "model", "--dtype", "float32", "-q", "none")
@@ -293,6 +293,37 @@ def test_a_refusal_is_explained(served, tmp_path, orders, env, words):
     assert "hf_" not in ran.stderr
     assert [p.name for p in tmp_path.iterdir() if p.name != "hub"] == []
     assert served.sent == 0, "no weights were fetched"
+
+
+LIES = {
+    **{f"weights of {size}": ("safetensors", {"size": size}) for size in (2**70, 2**44, -7, True, "7", 1.5, None)},
+    **{f"JSON of {size}": ("json", {"size": size}) for size in (2**70, 10**10, -7)},
+    "no hash": ("safetensors", {"lfs": {"sha256": "../../x", "size": 5, "pointerSize": 1}}),
+    "a hash of 7": ("json", {"blobId": 7}),
+    "a number as LFS": ("safetensors", {"lfs": 7}),
+    "a number as a name": ("", {"rfilename": 7}),
+    "no name": ("", {"rfilename": None}),
+    "one name outside": ("", {"rfilename": "../../evil.safetensors"}),
+    "an absolute name": ("", {"rfilename": "/evil.safetensors"}),
+}
+ANSWERS = {
+    **{f"siblings {value}": {"siblings": value} for value in ("abc", 7, [7], {}, None)},
+    **{f"commit {value}": {"sha": value} for value in ("../../x", 7, None, "a" * 100_000)},
+}
+
+
+@pytest.mark.parametrize("lie", [*LIES, *ANSWERS])
+def test_an_answer_that_cannot_be_true_is_refused(folder, monkeypatch, lie):
+    info = Hub(folder, REPO).info()
+    if lie in ANSWERS:
+        info |= ANSWERS[lie]
+    for entry in info["siblings"] if lie in LIES else ():
+        if entry["rfilename"].endswith(LIES[lie][0]):
+            entry |= LIES[lie][1]
+    monkeypatch.setattr("huggingface_hub.model_info", lambda repo, **_: ModelInfo(**info))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    with pytest.raises(ModelError, match=r"the hub gives|the hub's answer|holds no weights"):
+        hub.look(REPO)
 
 
 def test_what_cannot_be_converted_is_refused_before_its_weights_come(folder, tmp_path):
