@@ -325,13 +325,14 @@ def existing(target: Path) -> Path:
 
 
 def check_manifest(
-    folder: Path, progress: Callable[[str, int, int], None]
+    folder: Path, progress: Callable[[str, int, int], None], derived: str = ""
 ) -> tuple[dict[str, int], dict[str, list[str]]]:
     """Compares every file of a model folder with its manifest.json.
 
     Args:
         folder: a folder of ours.
         progress: called with a label, the bytes hashed so far, and all bytes.
+        derived: a pattern of names of files that are made later and can be made again; they are left out.
 
     Returns:
         The size of every existing file, and the names of files that differ, are missing or are not listed.
@@ -342,6 +343,7 @@ def check_manifest(
     listed = read_json(folder / "manifest.json")
     paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     paths = {name: path for name, path in paths.items() if not _of_the_system(path) and name not in _UNLISTED}
+    paths = {name: path for name, path in paths.items() if not derived or not path.match(derived)}
     files = {name: path.stat().st_size for name, path in paths.items()}
     done = _counting(sum(files.values()), partial(progress, "verifying"))
     with hashing({name: partial(sha256, path) for name, path in paths.items()}, done) as hashes:

@@ -3,7 +3,6 @@
 import functools
 import json
 import math
-import re
 import struct
 import tempfile
 import zipfile
@@ -58,12 +57,12 @@ def header(path: Path, tensors: Mapping[str, tuple[str, Sequence[int]]], metadat
     return path
 
 
-def turbo_keys() -> dict[str, tuple[str, Sequence[int]]]:
+def turbo_keys(rank: int = 64, outside: bool = True) -> dict[str, tuple[str, Sequence[int]]]:
     """The 504 modules of Turbo-Alpha and of Hyper-SD: every linear layer of diffusers' transformer.
 
     The ten outside the blocks are those that SceneWorks/mlx-gen lists (hyper_flux_real_weights.rs).
     """
-    outside = {
+    modules = {
         "x_embedder": (3072, 64),
         "context_embedder": (3072, 4096),
         "proj_out": (64, 3072),
@@ -75,10 +74,13 @@ def turbo_keys() -> dict[str, tuple[str, Sequence[int]]]:
         "time_text_embed.text_embedder.linear_1": (3072, 768),
         "time_text_embed.text_embedder.linear_2": (3072, 3072),
     }
-    tensors = {name: shape for name, shape in published("lora-ai-toolkit").items() if re.search("blocks", name)}
-    for name, (rows, width) in outside.items():
-        tensors[f"transformer.{name}.lora_A.weight"] = ("BF16", [64, width])
-        tensors[f"transformer.{name}.lora_B.weight"] = ("BF16", [rows, 64])
+    tensors: dict[str, tuple[str, Sequence[int]]] = {}
+    for name, (_, shape) in published("lora-ai-toolkit").items():
+        if "blocks" in name:
+            tensors[name] = ("BF16", [rank, shape[1]] if "lora_A" in name else [shape[0], rank])
+    for name, (rows, width) in modules.items() if outside else ():
+        tensors[f"transformer.{name}.lora_A.weight"] = ("BF16", [rank, width])
+        tensors[f"transformer.{name}.lora_B.weight"] = ("BF16", [rows, rank])
     return tensors
 
 
@@ -87,13 +89,21 @@ def save(path: Path, arrays: dict[str, mx.array], **metadata: str) -> Path:
     return path
 
 
-def small(path: Path, seed: int = 1, **metadata: str) -> Path:
-    """A LoRA for the model that comes with the package: random, and strong enough to be seen."""
+def small(path: Path, seed: int = 1, only: str = "blocks", rank: int = 2, **metadata: str) -> Path:
+    """A LoRA for the model that comes with the package: random, and strong enough to be seen.
+
+    Args:
+        path: the file.
+        seed: of its numbers.
+        only: a part of the names of the layers that it changes.
+        rank: of each.
+        metadata: of its header.
+    """
     sizes = open_model(home.NANO).flux.sizes
     keys, arrays = mx.random.split(mx.random.key(seed), 1000), {}
     for n, (layer, (rows, width)) in enumerate(layer_shapes("transformer", sizes).items()):
-        if "blocks" in layer:
+        if only in layer:
             name = f"lora_unet_{layer.replace('.', '_')}"
-            arrays[f"{name}.lora_down.weight"] = mx.random.normal((2, width), key=keys[2 * n]) / 8
-            arrays[f"{name}.lora_up.weight"] = mx.random.normal((rows, 2), key=keys[2 * n + 1]) / 8
+            arrays[f"{name}.lora_down.weight"] = mx.random.normal((rank, width), key=keys[2 * n]) / 8
+            arrays[f"{name}.lora_up.weight"] = mx.random.normal((rows, rank), key=keys[2 * n + 1]) / 8
     return save(path, {name: array.astype(mx.float16) for name, array in arrays.items()}, **metadata)

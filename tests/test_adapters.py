@@ -9,7 +9,7 @@ import adapters as files
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
-from foreign import published
+from foreign import layouts, published
 from helpers import PIPELINE, TOKENIZERS, assert_close, rel
 from helpers import goldens as base_goldens
 from mlx_flux_krea.convert import convert
@@ -19,11 +19,11 @@ from mlx_flux_krea.adapters import formulas, names
 from mlx_flux_krea.adapters.formulas import Attached, Base, branch_bytes
 from mlx_flux_krea.adapters.installed import added_duty, obtain
 from mlx_flux_krea.adapters.loaded import take_tags
-from mlx_flux_krea.adapters.parts import Facts, open_parts, tensors_of
-from mlx_flux_krea.adapters.reading import outline
+from mlx_flux_krea.adapters.parts import Adapter, Facts, open_parts, tensors_of
+from mlx_flux_krea.adapters.reading import described, looks_like_adapter, outline, shapes_of
 from mlx_flux_krea.errors import ModelError, UsageError
 from mlx_flux_krea.models import config as configs
-from mlx_flux_krea.models.layers import constant
+from mlx_flux_krea.models.layers import constant, dequantized
 from mlx_flux_krea.models.transformer import guarded
 from mlx_flux_krea.residency import matrices
 from mlx_flux_krea.weights import open_model, parameters
@@ -100,19 +100,42 @@ def test_a_control_adapter_widens_the_input_and_replaces_norms(folder, flux, wei
     assert_close(called(flux, "clora.forward"), files.goldens()[f"clora.forward.output.{weight}"], 3e-5)
 
 
+def is_packed(path: str, layer: nn.Module) -> bool:
+    inside = path.startswith(("double_blocks", "single_blocks", "final_layer.adaLN"))
+    return isinstance(layer, nn.Linear) and inside
+
+
 def test_an_adapter_beside_8_bits_equals_the_reference(folder, flux):
     """Neither merged into the packed weights nor without them: the README's distances tell these apart."""
-
-    def packed(path: str, layer: nn.Module) -> bool:
-        inside = path.startswith(("double_blocks", "single_blocks", "final_layer.adaLN"))
-        return isinstance(layer, nn.Linear) and inside
-
-    nn.quantize(flux, 64, 8, class_predicate=packed)
+    nn.quantize(flux, 64, 8, class_predicate=is_packed)
     golden = files.goldens()
     assert_close(called(flux), golden["lora.q8.float32.base_output"], 1e-4)
     used(folder, flux, ("q8_kohya", 0.8))
     assert_close(called(flux), golden["lora.q8.float32.output"], 1e-4)
     assert rel(called(flux), golden["lora.q8.float32.merged_then_packed_output"]) > 5e-3
+
+
+def merged(folder, name: str, weight: float, base: nn.Module) -> nn.Module:
+    """The transformer whose matrices are those of `base`, dequantized, with a LoRA added to them."""
+    flux, layers = folder.flux.load(mx.float32), dict(base.named_modules())
+    for path, layer in flux.named_modules():
+        if isinstance(layer, nn.Linear):
+            layer.weight = mx.array(dequantized(layers[path]))
+    for part in files.opened(files.reference(name), folder.sizes).parts:
+        layer, target = dict(flux.named_modules())[part.target.path], part.target
+        down, up = (part.arrays[name].astype(mx.float32) for name in ("down", "up"))
+        layer.weight[target.start : target.stop] += weight * up @ down
+    return flux
+
+
+def test_an_adapter_beside_4_bits_equals_the_sum_and_merging_it_does_not(folder, flux):
+    plain = merged(folder, "q8_kohya", 0.8, flux)
+    nn.quantize(flux, 64, 4, class_predicate=is_packed)
+    expected = called(merged(folder, "q8_kohya", 0.8, flux))
+    used(folder, flux, ("q8_kohya", 0.8))
+    assert_close(called(flux), expected, 1e-5)
+    nn.quantize(plain, 64, 4, class_predicate=is_packed)  # as mflux does
+    assert rel(called(plain), expected) > 0.03
 
 
 @pytest.mark.slow
@@ -361,6 +384,27 @@ def test_twenty_adapters_are_one_branch_and_their_sum(folder, flux):
     assert flux.double_blocks[0].img_attn.qkv._branch.down.shape == (64, 4), "equal factors share their place"
 
 
+def test_twenty_different_adapters_are_one_branch_and_their_sum(folder, flux, tmp_path, weight):
+    expected, uses = weight, []
+    for n in range(20):
+        rank, scale = 1 + n % 3, 0.1 * (n - 9.5)
+        if n % 5 == 4:
+            a, b = numbers(3, 2), numbers(64, 32)
+            arrays, change = {"lokr_w1": a, "lokr_w2": b}, mx.kron(a, b)
+        else:
+            a, b = numbers(ROWS, rank), numbers(rank, WIDTH)
+            arrays, change = {"lora_up.weight": a, "lora_down.weight": b}, a @ b
+        path = files.save(tmp_path / f"{n}.safetensors", {f"{PATH}.{name}": array for name, array in arrays.items()})
+        uses.append((files.opened(path, folder.sizes), scale))
+        expected = expected + scale * change
+    Attached(flux, "transformer", mx.float32).use(uses, lambda *_: None)
+    layer = flux.double_blocks[0].img_attn.qkv
+    assert_close((layer(mx.eye(WIDTH)) - layer.bias).T, expected, 1e-5)
+    ranks = sum(1 + n % 3 for n in range(20) if n % 5 != 4)
+    assert (layer._branch.down.shape, layer._branch.up.shape) == ((WIDTH, ranks), (ranks, ROWS))
+    assert len(layer._branch.products) == 4
+
+
 # --- beside weights that are streamed, and taken away again ---
 
 
@@ -457,6 +501,19 @@ def test_the_plan_counts_the_branches(pipe):
     counted = with_one.stages["denoise"] - without.stages["denoise"]
     assert branches <= counted <= 2 * branches
     assert counted == branch_bytes([(pipe._loaded.all["kohya"], 1.0)], pipe.folder.sizes, mx.float32)
+
+
+EVERY = sorted(path.stem for path in files.folder().iterdir())
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_a_plan_from_the_header_alone_counts_the_same_bytes(folder, tmp_path, name):
+    path = files.reference(name)
+    read = files.opened(path, folder.sizes)
+    unread = Adapter(read.facts, shapes_of(outline(path, folder.sizes)))
+    wanted, got = (branch_bytes([(one, 0.5)], folder.sizes, mx.bfloat16) for one in (read, unread))
+    assert got == wanted > 0
+    assert branch_bytes([(unread, 0.0)], folder.sizes, mx.bfloat16) == 0
 
 
 def _branched(pipe):
@@ -681,9 +738,6 @@ HOSTILE = {
     "LoKr of another size": (lambda: kron((3, 4), (64, 15)), "[192, 60]"),
     "LoHa without a factor": (lambda: {f"{PATH}.hada_w1_a": numbers(192, 2)}, "hada_w1_b"),
     "integers": (lambda: layer() | {f"{PATH}.alpha": mx.array(4)}, "I32"),
-    "OFT": (lambda: layer() | {f"{PATH}.oft_blocks": numbers(2, 2)}, "OFT, which is not read yet"),
-    "GLoRA": (lambda: layer() | {f"{PATH}.a1.weight": numbers(2, 2)}, "GLoRA, which is not read yet"),
-    "Tucker": (lambda: layer() | {f"{PATH}.lora_mid.weight": numbers(2, 2)}, "Tucker decomposition"),
     "no adapter": (lambda: {f"{PATH}.weight": numbers(192, 64)}, "none of its 1 tensor fits"),
     "empty": (dict, "none of its 0 tensors fits"),
     "DoRA of another length": (lambda: layer() | {f"{PATH}.dora_scale": numbers(191, 1)}, "[192, 1] or [1, 64]"),
@@ -696,6 +750,40 @@ def test_a_file_that_cannot_be_meant_is_refused_with_its_tensor(folder, tmp_path
     path = files.save(tmp_path / "a.safetensors", make())
     with pytest.raises(ModelError, match=re.escape(word)):
         files.opened(path, folder.sizes)
+
+
+def test_no_published_tensor_is_taken_for_a_style_that_is_not_read():
+    tensors = [name for layout in layouts() for name in published(layout)]
+    assert len(tensors) > 10_000
+    assert [name for name in tensors if names.unread_style(name)] == []
+
+
+LYCORIS, PEFT = "lycoris_transformer_blocks_0_attn_to_q", "base_model.model.transformer_blocks.0.attn.to_q"
+UNREAD = {  # names as LyCORIS (modules/), PEFT (tuners/), kohya and diffusers (textual inversion) write them
+    "OFT": (f"{LYCORIS}.oft_diag", f"{PEFT}.oft_r.default"),
+    "OFT or BOFT": (f"{LYCORIS}.oft_blocks", f"{PEFT}.oft_R.weight"),
+    "BOFT": (f"{PEFT}.boft_R", f"{PEFT}.boft_s"),
+    "GLoRA": (f"{LYCORIS}.a1.weight", f"{LYCORIS}.b2.weight", f"{LYCORIS}.bm.weight"),
+    "(IA)3": (f"{PEFT}.ia3_l", f"{LYCORIS}.on_input"),
+    "VeRA": (f"{PEFT}.vera_lambda_b", f"{PEFT}.vera_lambda_d.default", "base_model.vera_A"),
+    "Tucker decomposition": (f"{LYCORIS}.hada_t1", f"{LYCORIS}.lokr_t2", f"{PATH}.lora_mid.weight"),
+    "embeddings of tokens": ("text_encoder.text_model.embeddings.token_embedding.lora_embedding_A",),
+    "textual inversion": ("emb_params", "clip_l", "t5", "bundle_emb.cat.clip_l", "string_to_param.*", "<cat-toy>"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("style", UNREAD)
+@pytest.mark.parametrize("beside", [layer, dict], ids=["beside a LoRA", "alone"])
+def test_styles_that_are_not_read_are_refused_by_name_with_a_next_step(folder, tmp_path, style, beside):
+    for name in UNREAD[style]:
+        path = files.save(tmp_path / "a.safetensors", beside() | {name: numbers(2, 2)})
+        with pytest.raises(ModelError) as refused:
+            outline(path, folder.sizes)
+        error = refused.value
+        assert f"{name} is of the style {style}, which is not read yet" in error.found
+        assert "LoRA, LoKr, LoHa, DoRA" in error.expected
+        assert re.search("ask its maker|use its words", error.todo)
+        assert looks_like_adapter(path), "inspect names the style, too"
 
 
 @pytest.mark.parametrize(
@@ -795,17 +883,32 @@ def test_a_control_adapter_is_always_bfls(folder):
     assert "control" in obtain(files.reference("control_bfl"), folder.sizes).facts.dev
 
 
-@pytest.mark.parametrize(
-    ("name", "preset"),
-    [
-        ("flux.1-turbo-alpha-lora", (8, 3.5, 1.0)),
-        ("Hyper-FLUX.1-dev-8steps-lora", (8, 3.5, 0.125)),
-        ("Hyper-FLUX.1-dev-16steps-lora", (16, 3.5, 0.125)),
-        ("hyper-realism", ()),
-    ],
-)
-def test_adapters_for_few_steps_are_recognised_by_their_names(folder, tmp_path, name, preset):
-    assert files.opened(files.save(tmp_path / f"{name}.safetensors", layer()), folder.sizes).facts.preset == preset
+TURBO, HYPER = (8, 3.5, 1.0), (8, 3.5, 0.125)
+WHOLE, BLOCKS, STYLE = {}, {"outside": False}, {"rank": 16}
+TURBO_PLACE = "alimama-creative/FLUX.1-Turbo-Alpha:diffusion_pytorch_model.safetensors"
+FEW_STEPS = {  # name, place and title of a file, and its layers: the preset, and whether a note says that it may be one
+    "Turbo's file": (("flux.1-turbo-alpha-lora", "", "", WHOLE), TURBO, False),
+    "Turbo's place": (("diffusion_pytorch_model", TURBO_PLACE, "", WHOLE), TURBO, False),
+    "Turbo's title": (("a", "", "FLUX.1-Turbo-Alpha", WHOLE), TURBO, False),
+    "Hyper, 8": (("Hyper-FLUX.1-dev-8steps-lora", "", "", WHOLE), HYPER, False),
+    "Hyper, 16": (("Hyper-FLUX.1-dev-16steps-lora", "", "", WHOLE), (16, 3.5, 0.125), False),
+    "Hyper's place": (("a", "ByteDance/Hyper-SD:Hyper-FLUX.1-dev-8steps-lora.safetensors", "", WHOLE), HYPER, False),
+    "no name": (("a", "", "", WHOLE), (), True),
+    "all layers of a style": (("a", "", "", STYLE), (), False),
+    "a style trained beside Turbo": (("anime-for-turbo-alpha", "", "", BLOCKS), (), False),
+    "a style trained beside Hyper": (("Hyper-FLUX.1-dev-8steps-anime", "", "Hyper-FLUX.1", BLOCKS), (), False),
+    "a word": (("hyper-realism", "", "", STYLE), (), False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", FEW_STEPS)
+def test_adapters_for_few_steps_are_recognised_by_name_and_layers(tmp_path, case):
+    (name, source, title, layers), preset, perhaps = FEW_STEPS[case]
+    metadata = {"modelspec.title": title, "ss_sd_model_name": "Hyper-FLUX.1-dev-8steps.safetensors"}
+    path = files.header(tmp_path / "a.safetensors", files.turbo_keys(**layers), metadata)
+    sizes = configs.FLUX_DEV_MODEL
+    facts = described(outline(path, sizes), Facts(name, source or name, "0"), sizes)
+    assert (facts.preset, facts.few_steps) == (preset, perhaps)
 
 
 def test_words_that_the_prompt_needs_are_read(folder, tmp_path):

@@ -154,6 +154,53 @@ def test_adapters_are_listed_described_and_removed(command, style):
     assert command("models", "rm", "style", "--yes")[0] == 3
 
 
+def test_a_plan_counts_adapters_and_installs_none(command, style):
+    plain = json.loads(command("plan", "nano", "--json")[1])
+    code, out, err = command("plan", "nano", "--lora", f"{style}=0.5", "--json")
+    assert code == 0, err
+    planned = json.loads(out)
+    (one,) = planned["adapters"]
+    assert (one["name"], one["weight"], one["applied"]) == ("style", 0.5, "58 of 58")
+    assert planned["stages"]["denoise"] - plain["stages"]["denoise"] == one["bytes"] > 0
+    assert installed() == {}
+    command("models", "add", style)
+    again = json.loads(command("plan", "nano", "--lora", "style=0.5", "--json")[1])
+    assert (again["adapters"], again["stages"]) == (planned["adapters"], planned["stages"])
+    assert "adapter style, weight 1: 58 of 58 modules, " in command("plan", "nano", "--lora", "style")[1]
+    assert command("plan", "nano", "--lora", "nowhere")[0] == 3
+
+
+def test_the_plan_of_flux_counts_adapters_at_every_precision(command, tmp_path):
+    path = files.header(tmp_path / "Hyper-FLUX.1-dev-8steps-lora.safetensors", files.turbo_keys())
+    plain, planned = (json.loads(command("plan", *lora, "--json")[1]) for lora in ([], ["--lora", path]))
+    (one,) = planned["adapters"]
+    assert (one["weight"], one["applied"]) == (0.125, "504 of 504")
+    assert 1.0e9 < one["bytes"] < 1.2e9, "q, k and v of their own make a branch of three times the rank"
+    for precision, stages in plain["precisions"].items():
+        assert planned["precisions"][precision]["most"] - stages["most"] in (0, one["bytes"]), precision
+
+
+def test_every_byte_of_an_installed_adapter_is_verified(command, style, home):
+    command("models", "add", style)
+    assert "2 files" in command("verify", "style")[2]
+    place = home / "adapters" / "style"
+    (place / "lengths-0123456789abcdef-float32.safetensors").write_bytes(b"made again when it is damaged")
+    assert command("verify", "style")[0] == 0
+    (place / "adapter.safetensors").write_bytes((place / "adapter.safetensors").read_bytes()[:-1] + b"x")
+    code, out, err = command("verify", "style", "--json")
+    assert (code, json.loads(out)["differs"]) == (3, ["adapter.safetensors"])
+    assert "flux-krea models rm style" in err
+
+
+def test_inspect_shows_the_adapters_of_a_picture(command, draw, style):
+    draw("--lora", f"{style}=0.5")
+    facts = json.loads(command("inspect", "out.png", "--json")[1])
+    (one,) = facts["record"]["adapters"]
+    shown = " ".join(command("inspect", "out.png")[1].split())
+    for key in ("name", "weight", "sha256", "source", "applied"):
+        assert f"adapters.1.{key} {one[key]}" in shown
+
+
 def test_a_file_for_flux_is_described_without_a_model(command, tmp_path):
     path = files.header(tmp_path / "Hyper-FLUX.1-dev-8steps-lora.safetensors", files.turbo_keys())
     facts = json.loads(command("inspect", path, "--json")[1])
@@ -166,7 +213,7 @@ def test_a_file_for_flux_is_described_without_a_model(command, tmp_path):
 
 @pytest.mark.slow
 def test_an_adapter_for_few_steps_sets_what_it_was_published_with(command, tmp_path):
-    path = files.small(tmp_path / "flux.1-turbo-alpha-lora.safetensors")
+    path = files.small(tmp_path / "flux.1-turbo-alpha-lora.safetensors", only="")
     size = ["-m", "nano", "--width", "32", "--height", "32", "--seed", "1"]
     code, _, err = command("generate", FRAME, *size, "--lora", path)
     assert code == 0, err

@@ -4,6 +4,7 @@
       adapter.safetensors   the parts, by names that `parts.tensors_of` makes
       adapter.json          `parts.Facts`
       manifest.json         sha256 and size of both
+      lengths-*.safetensors lengths of DoRA by the hash of a model, made when they are first needed
 
 A file is translated when it is first used, and found again by its hash, wherever it lies then.
 """
@@ -27,9 +28,10 @@ from ..files import read_json, sha256, sync_path, written_whole
 from ..licence import Architecture, Evidence
 from ..models.config import ModelSizes, to_json
 from .parts import Adapter, Facts, open_parts, read_facts, tensors_of
-from .reading import read
+from .reading import described, outline, read, shapes_of
 
 TENSORS, FACTS, MANIFEST = "adapter.safetensors", "adapter.json", "manifest.json"
+DERIVED = "lengths-*.safetensors"  # of DoRA, which `formulas.Base` measures
 _HUB = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(?::.+)?")
 
 
@@ -119,6 +121,27 @@ def obtain(
     return adapter
 
 
+def outlined(source: str | os.PathLike, sizes: ModelSizes) -> Adapter:
+    """Returns an adapter of which the headers alone are read: its facts, and parts whose arrays have only shapes.
+
+    Args:
+        source: as in `obtain`; nothing is installed.
+        sizes: of the model.
+
+    Raises:
+        ModelError: as in `obtain`.
+    """
+    path = Path(os.path.expanduser(source))
+    if not os.path.exists(path):
+        if folder := installed().get(home.composed(str(source))) or find_source(str(source)):
+            return opened(folder, sizes, read=False)
+        raise missing(str(source))
+    path = _file_in(path, None)
+    found = outline(path, sizes)
+    facts = Facts(name=path.stem, source=str(path.absolute()), sha256="")
+    return Adapter(described(found, facts, sizes), shapes_of(found))
+
+
 def missing(text: str) -> ModelError:
     """Returns the error for an adapter that is not here."""
     names = ", ".join(installed()) or "none is installed"
@@ -152,8 +175,8 @@ def _file_in(path: Path, weight_name: str | None) -> Path:
     return files[0]
 
 
-def opened(folder: Path, sizes: ModelSizes) -> Adapter:
-    """Opens an installed adapter.
+def opened(folder: Path, sizes: ModelSizes, read: bool = True) -> Adapter:
+    """Opens an installed adapter; without `read`, its arrays are lazy.
 
     Raises:
         ModelError: it is damaged, or was made for a model of other sizes.
@@ -164,7 +187,7 @@ def opened(folder: Path, sizes: ModelSizes) -> Adapter:
         if not isinstance(entry, dict) or not path.is_file() or path.stat().st_size != entry.get("bytes"):
             raise ModelError(f"{path} is damaged", "as manifest.json says", f"flux-krea models rm {folder.name}")
     facts = replace(read_facts(folder / FACTS), name=folder.name)
-    return Adapter(facts, open_parts(folder / TENSORS, sizes))
+    return Adapter(facts, open_parts(folder / TENSORS, sizes, read=read))
 
 
 def install(adapter: Adapter) -> Facts:

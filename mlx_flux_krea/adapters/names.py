@@ -54,16 +54,21 @@ FIELDS = (
 )
 _FIELDS = tuple((re.compile(rf"(.+?)(?:{pattern})"), field) for pattern, field in FIELDS)
 
-# Styles that are known and not read: the ending of their names, and the name of the style.
+# Styles that are known and not read: the names of their tensors, the name of the style, and the next step.
+_ASK = "ask its maker for a LoRA of it, or merge it into a model with the tool that made it and convert that"
+_WORDS = "use its words with a tool that reads them, or train a LoRA of the text encoders instead"
 NOT_READ = (
-    (r"\.(?:oft_blocks|oft_diag|oft_R|oft_r)(?:\..*)?|\.oft_.*", "OFT"),
-    (r"\.boft_.*", "BOFT"),
-    (r"\.(?:hada_t1|hada_t2|lokr_t2|lora_mid)(?:\.weight)?", "Tucker decomposition"),
-    (r"\.(?:a1|a2|b1|b2|c1|c2)\.weight", "GLoRA"),
-    (r"\.(?:ia3_l|on_input)(?:\..*)?", "(IA)3"),
-    (r"\.vera_lambda_[bd](?:\..*)?", "VeRA"),
-    (r"\.lora_embedding_[AB](?:\..*)?", "embeddings of tokens"),
-)
+    (r".+\.oft_(?:diag|r)(?:\..+)?", "OFT", _ASK),
+    (r".+\.oft_(?:blocks|R)(?:\..+)?", "OFT or BOFT", _ASK),  # LyCORIS has one name for both
+    (r".+\.boft_.+", "BOFT", _ASK),
+    (r".+\.(?:hada_t[12]|lokr_t2|lora_mid|cp_mid|t[12])(?:\.(?:default|weight))*", "Tucker decomposition", _ASK),
+    (r".+\.(?:[abc][12]|bm)\.weight", "GLoRA", _ASK),
+    (r".+\.(?:ia3_l|on_input)(?:\..+)?", "(IA)3", _ASK),
+    (r"(?:.+\.)?vera_(?:lambda_[bd]|[AB])(?:\..+)?", "VeRA", _ASK),
+    (r".+\.lora_embedding_[AB](?:\..+)?", "embeddings of tokens", _WORDS),
+    (r"emb_params|clip_[lg]|t5(?:xxl)?|text_encoders_\d|bundle_emb\..+|string_to_param\..+|<[^<>]+>",
+     "textual inversion", _WORDS),
+)  # fmt: skip
 
 # Modules of diffusers' transformer that have other names here. Several names are row ranges of one fused layer.
 _D, _S = "transformer_blocks.{n}", "single_transformer_blocks.{n}"
@@ -223,9 +228,9 @@ def bare(module: str) -> str:
     return module
 
 
-def unread_style(name: str) -> str | None:
-    """Returns the name of the style that a tensor belongs to, if that style is known and not read."""
-    return next((style for pattern, style in NOT_READ if re.search(rf"(?:{pattern})$", name)), None)
+def unread_style(name: str) -> tuple[str, str] | None:
+    """Returns the style of a tensor that is known and not read, and the next step; None: it is of no such style."""
+    return next(((style, todo) for pattern, style, todo in NOT_READ if re.fullmatch(pattern, name)), None)
 
 
 def other_model(names: Iterable[str]) -> str | None:

@@ -18,6 +18,8 @@ from ..weights import read_header
 from . import names
 from .names import AdapterTarget
 
+LENGTHS = ("magnitude", "gain", "intake")  # arrays of DoRA
+
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Part:
@@ -47,7 +49,7 @@ class Part:
     @property
     def length(self) -> str | None:
         """The name of the array that holds DoRA's lengths."""
-        return next((name for name in ("magnitude", "gain", "intake") if name in self.arrays), None)
+        return next((name for name in LENGTHS if name in self.arrays), None)
 
     @property
     def rank(self) -> int | None:
@@ -77,6 +79,7 @@ class Facts:
         control: it widens the transformer's input, as BFL's control adapters do.
         preset: steps, guidance and weight as published, where it is an adapter for few steps.
         published: who published them.
+        few_steps: its layers and rank are those of adapters for few steps, but no name says which one it is.
     """
 
     name: str
@@ -94,6 +97,7 @@ class Facts:
     control: bool = False
     preset: tuple[float, ...] = ()
     published: str = ""
+    few_steps: bool = False
 
     @property
     def count(self) -> str:
@@ -131,8 +135,8 @@ def tensors_of(adapter: Adapter) -> dict[str, mx.array]:
     return tensors
 
 
-def open_parts(path: Path, sizes: ModelSizes) -> tuple[Part, ...]:
-    """Reads what `tensors_of` made.
+def open_parts(path: Path, sizes: ModelSizes, read: bool = True) -> tuple[Part, ...]:
+    """Opens what `tensors_of` made; without `read`, the arrays are lazy.
 
     Raises:
         ModelError: damaged, or for a model of other sizes.
@@ -154,7 +158,8 @@ def open_parts(path: Path, sizes: ModelSizes) -> tuple[Part, ...]:
     for part in parts:
         if not _fits(part):
             raise _unfit(path, f"{part.target.path} in another shape")
-    mx.eval(list(groups.values()))
+    if read:
+        mx.eval(list(groups.values()))
     return parts
 
 

@@ -15,21 +15,17 @@ from ..errors import ModelError
 from ..files import parse_json, read_json
 from ..models.config import ModelSizes
 from ..weights import TensorInfo, read_header
-from . import names
+from . import few_steps, names
 from .checks import check_group, check_model, check_overlaps, is_widened, refused, shown
 from .names import AdapterTarget
-from .parts import Adapter, Facts, Part
+from .parts import LENGTHS, Adapter, Facts, Part
 
 CONFIG = "adapter_config.json"  # of PEFT, beside its file
 _MOST_RANKS = 16  # ranks that a description lists
 _TRIGGERS = ("modelspec.trigger_phrase", "trigger_phrase", "trigger_words", "trigger_word", "activation_text")
 _LICENCES = re.compile("licen[cs]e", re.I)
+_TITLES = re.compile(r"modelspec\.title|ss_output_name", re.I)
 _ORIGINS = re.compile("modelspec.(?:architecture|title)|base_?model|sd_model_name|_name_or_path", re.I)
-_TURBO = (  # names of published adapters for few steps: steps, guidance, weight, and who published them so
-    (re.compile(r"flux\.?1?[-_.]?turbo[-_.]?alpha", re.I), (8, 3.5, 1.0), "alimama-creative/FLUX.1-Turbo-Alpha"),
-    (re.compile(r"hyper[-_.]?flux.*8[-_.]?steps?", re.I), (8, 3.5, 0.125), "ByteDance/Hyper-SD"),
-    (re.compile(r"hyper[-_.]?flux.*16[-_.]?steps?", re.I), (16, 3.5, 0.125), "ByteDance/Hyper-SD"),
-)
 
 
 @dataclass(frozen=True)
@@ -63,8 +59,10 @@ def outline(path: Path, sizes: ModelSizes) -> AdapterOutline:
     infos, metadata = read_header(path)
     known, groups, unmatched = names.targets(sizes), {}, {}
     for name in infos:
-        if style := names.unread_style(name):
-            raise refused(path, f"{shown(name)} is of the style {style}, which is not read yet")
+        if unread := names.unread_style(name):
+            style, todo = unread
+            found = f"{shown(name)} is of the style {style}, which is not read yet"
+            raise refused(path, found, "LoRA, LoKr, LoHa, DoRA or full differences", todo)
         module, what = names.split(name) or (names.bare(name), "")
         target = known.get(module)
         if not what or target is None:
@@ -83,12 +81,13 @@ def outline(path: Path, sizes: ModelSizes) -> AdapterOutline:
 
 
 def looks_like_adapter(path: Path) -> bool:
-    """True where a safetensors file names the parts of an adapter's formula."""
+    """True where a safetensors file names the parts of an adapter's formula, or those of a style that is not read."""
     if path.suffix.lower() != ".safetensors" or not path.is_file():
         return False
     infos, _ = read_header(path)
     split = (names.split(name) for name in infos)
-    return any(found and found[1] in ("down", "up", "hada_w1_a", "lokr_w1", "lokr_w1_a", "diff") for found in split)
+    factors = ("down", "up", "hada_w1_a", "lokr_w1", "lokr_w1_a", "diff")
+    return any(found and found[1] in factors for found in split) or any(map(names.unread_style, infos))
 
 
 def read(path: Path, sizes: ModelSizes, facts: Facts) -> Adapter:
@@ -112,10 +111,33 @@ def read(path: Path, sizes: ModelSizes, facts: Facts) -> Adapter:
             if not mx.isfinite(array).all().item():
                 raise refused(path, f"{shown(fields[what])} holds NaN or infinities", "finite numbers")
         parts += _parts(path, target, fields, arrays, _Scaling.of(found.metadata, fields))
-    return Adapter(described(found, facts, parts), tuple(parts))
+    return Adapter(described(found, facts, sizes, parts), tuple(parts))
 
 
-def described(found: AdapterOutline, facts: Facts, parts: Iterable[Part] = ()) -> Facts:
+def shapes_of(found: AdapterOutline) -> tuple[Part, ...]:
+    """Returns the parts of an outline. Their arrays have shapes and were never evaluated: a plan needs no more."""
+    parts = []
+    for target, fields in found.groups.values():
+        shapes = {what: found.infos[name].shape for what, name in fields.items()}
+        made = {what.replace("hada_w", "h"): shape for what, shape in shapes.items()}
+        for number in "12" if any(what.startswith("lokr") for what in shapes) else "":
+            whole, a, b = (f"lokr_w{number}{end}" for end in ("", "_a", "_b"))
+            made[f"w{number}"] = shapes[whole] if whole in shapes else (shapes[a][0], shapes[b][1])
+        if "diff_b" in shapes and target.width:
+            made["bias"] = shapes["diff_b"]
+        elif "diff_b" in shapes:
+            bias = replace(target, path=f"{target.path.rpartition('.')[0]}.bias")
+            parts.append(Part(bias, {"diff": mx.zeros(shapes["diff_b"])}))
+        if "dora_scale" in shapes:
+            over_columns = shapes["dora_scale"] == (1, target.width) and target.rows > 1
+            made["intake" if over_columns else "gain"] = (math.prod(shapes["dora_scale"]),)
+        names_of_parts = ("down", "up", "h1_a", "h1_b", "h2_a", "h2_b", "w1", "w2", "diff", "set", "bias", *LENGTHS)
+        if arrays := {what: mx.zeros(shape) for what, shape in made.items() if what in names_of_parts}:
+            parts.insert(0, Part(replace(target, swapped=False), arrays))
+    return tuple(parts)
+
+
+def described(found: AdapterOutline, facts: Facts, sizes: ModelSizes, parts: Iterable[Part] = ()) -> Facts:
     """Returns an adapter's facts with what its file says: kinds, ranks, words, licence, the preset for few steps."""
     parts = list(parts)
     kinds = Counter(part.kind for part in parts) or _kinds_of(found)
@@ -125,8 +147,9 @@ def described(found: AdapterOutline, facts: Facts, parts: Iterable[Part] = ()) -
     words = dict.fromkeys(text for key in _TRIGGERS if (text := str(metadata.get(key) or "").strip()))
     control = any(is_widened(target, fields, found.infos) for target, fields in found.groups.values())
     named = [str(value) for key, value in metadata.items() if _ORIGINS.search(key) and isinstance(value, str)]
-    names_of = (facts.name, facts.source, *named)
-    preset = next(((row, who) for pattern, row, who in _TURBO if any(map(pattern.search, names_of))), ((), ""))
+    titles = [str(value) for key, value in metadata.items() if _TITLES.search(key)]
+    changed = [target for target, _ in found.groups.values()]
+    preset = few_steps.recognised((facts.name, facts.source, *titles), changed, sizes)
     return replace(
         facts,
         modules=found.modules,
@@ -138,8 +161,9 @@ def described(found: AdapterOutline, facts: Facts, parts: Iterable[Part] = ()) -
         license=(*facts.license, *(text[:200] for text in stated)),
         origins=(*facts.origins, *(text[:200] for text in named)),
         control=control,
-        preset=preset[0],
-        published=preset[1],
+        preset=(preset.steps, preset.guidance, preset.weight) if preset else (),
+        published=preset.publisher if preset else "",
+        few_steps=preset is None and few_steps.looks_like_one(changed, ranks, sizes),
     )
 
 

@@ -20,7 +20,7 @@ from mlx_flux_krea.weights import ComponentFolder, ModelFolder, count_parameters
 
 from .shared.answers import nearest
 from .shared.installed import formulas
-from .shared.loras import known_models
+from .shared.loras import FEW_STEPS, known_models
 from .shared.options import FILE
 from .shared.text import flattened, json_text, number, size, table
 
@@ -127,7 +127,7 @@ def _outlined(path: Path) -> Facts:
         except ModelError as error:
             first = first or error
             continue
-        facts = described(found, Facts(name=path.stem, source=str(path.absolute()), sha256=sha256(path)))
+        facts = described(found, Facts(name=path.stem, source=str(path.absolute()), sha256=sha256(path)), sizes)
         return with_licence(facts, path, Origin(facts.source), sizes.flux.architecture)
     raise first or ModelError(f"{path} fits no model")
 
@@ -144,6 +144,7 @@ def _adapter(facts: Facts, path: Path) -> tuple[dict[str, Any], str]:
         ("does not fit", ", ".join(facts.dropped)),
         ("words", ", ".join(facts.triggers)),
         ("published for", f"{steps:g} steps, guidance {guidance:g}, weight {weight:g}" if facts.preset else ""),
+        ("perhaps", FEW_STEPS if facts.few_steps else ""),
         ("licence", ", ".join(facts.license) or "not stated"),
         ("filters", f"required: {facts.dev}" if facts.dev else "it adds no requirement"),
     ]

@@ -2,13 +2,14 @@
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import click
 import mlx.core as mx
 
 from mlx_flux_krea import memory as planning
+from mlx_flux_krea.adapters.formulas import branch_bytes
 from mlx_flux_krea.errors import ModelError, UsageError
 from mlx_flux_krea.home import find_model, is_krea
 from mlx_flux_krea.models import config
@@ -17,7 +18,8 @@ from mlx_flux_krea.weights import open_model
 
 from .shared.estimates import SHARE_IN_WORDS, filter_seconds, step_seconds, this_chip, weigh_recipe
 from .shared.installed import disk_bytes
-from .shared.options import DTYPE
+from .shared.loras import planned
+from .shared.options import DTYPE, Lora
 from .shared.terminal import Console
 from .shared.text import duration, json_text, size, table
 
@@ -40,8 +42,15 @@ _SHARE = "that is the share of this program: by default a Mac's programs take ha
     "--memory", default="auto", show_default=True, help="Memory for this program (not the Mac's), such as 6GB."
 )
 @click.option("--dtype", type=DTYPE, help="Compute type.  [default: the model's]")
+@click.option(
+    "--lora",
+    type=Lora(),
+    multiple=True,
+    metavar="FILE[=W]",
+    help="Adapter of the picture: a file, or an installed one; repeatable.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the prediction as JSON.")
-def plan(model, width, height, memory, dtype, as_json):
+def plan(model, width, height, memory, dtype, lora, as_json):
     """Predict memory and disk of a picture, without loading.
 
     With MODEL, a folder or an installed name: each stage of a run. Without, or with krea where none of that name is
@@ -58,9 +67,9 @@ def plan(model, width, height, memory, dtype, as_json):
     if budget > (built_in := planning.physical_memory()):
         Console().note(f"{size(budget)} is more than this machine has, {size(built_in)}: the plan is one for another")
     if model is None or (is_krea(model) and not _is_installed(model)):
-        facts, text = _published(width or 1024, height or 1024, budget=budget, dtype=dtype or "bfloat16")
+        facts, text = _published(width or 1024, height or 1024, budget=budget, dtype=dtype or "bfloat16", lora=lora)
     else:
-        facts, text = _model(model, width, height, budget=budget, dtype=dtype)
+        facts, text = _model(model, width, height, budget=budget, dtype=dtype, lora=lora)
     if planning.parse_memory(memory):
         first, _, rest = text.partition("\n")
         text = f"{first}\n{_SHARE}\n{rest}"
@@ -91,7 +100,7 @@ def _is_installed(model: str) -> bool:
 
 
 def _model(
-    name: str, width: int | None, height: int | None, *, budget: int, dtype: str | None
+    name: str, width: int | None, height: int | None, *, budget: int, dtype: str | None, lora: Sequence[str]
 ) -> tuple[dict[str, Any], str]:
     """Predicts the stages of a run with one model folder."""
     folder = open_model(find_model(name))
@@ -99,8 +108,16 @@ def _model(
     width, height = width or folder.index.defaults.width, height or folder.index.defaults.height
     length, compute = folder.index.max_sequence_length, getattr(mx, dtype)
     weights = planning.weigh_folder(folder, compute)
+    adapters = _adapters(lora, folder.sizes, compute)
     plan = planning.make_plan(
-        weights, folder.sizes, compute, width=width, height=height, text_length=length, budget=budget
+        weights,
+        folder.sizes,
+        compute,
+        width=width,
+        height=height,
+        text_length=length,
+        adapters=sum(one["bytes"] for one in adapters),
+        budget=budget,
     )
     disk = disk_bytes(folder.path.resolve())
     shape = {"width": width, "height": height, "length": length}
@@ -117,6 +134,7 @@ def _model(
         table([("stage", "peak"), *((name, size(count)) for name, count in plan.stages.items())], right=(1,)),
         f"{plan.resident_blocks} of {plan.total_blocks} transformer blocks are resident in memory; {reads}",
         *(["the picture is decoded in tiles, since memory is too small for the whole"] if plan.tiled else []),
+        *_shown_adapters(adapters),
         *_streaming(bandwidth, folder.index.name),
     ]
     times = _times(
@@ -125,21 +143,30 @@ def _model(
         is_filtered=folder.requires_filters,
         **shape,
     )
-    facts |= plan.to_json() | {"bandwidth": bandwidth, "seconds": times}
+    facts |= plan.to_json() | {"adapters": adapters, "bandwidth": bandwidth, "seconds": times}
     return facts, "\n".join([*lines, *_shown_times(times)])
 
 
-def _published(width: int, height: int, *, budget: int, dtype: str) -> tuple[dict[str, Any], str]:
+def _published(width: int, height: int, *, budget: int, dtype: str, lora: Sequence[str]) -> tuple[dict[str, Any], str]:
     """Predicts FLUX.1 Krea [dev] at every precision of `convert`."""
     sizes, compute = config.FLUX_DEV_MODEL, getattr(mx, dtype)
     rows: list[tuple] = [
         ("precision", "disk", "all in memory", "all streamed", "here", "resident blocks", "streamed per step")
     ]
     by_precision, reads, streamed = {}, 0, ""
+    adapters = _adapters(lora, sizes, compute)
+    branches = sum(one["bytes"] for one in adapters)
 
     def predict(weights: planning.WeightSizes, budget: int) -> planning.MemoryPlan:
         return planning.make_plan(
-            weights, sizes, compute, width=width, height=height, text_length=MAX_SEQUENCE_LENGTH, budget=budget
+            weights,
+            sizes,
+            compute,
+            width=width,
+            height=height,
+            text_length=MAX_SEQUENCE_LENGTH,
+            adapters=branches,
+            budget=budget,
         )
 
     for precision in PRECISIONS:
@@ -161,12 +188,30 @@ def _published(width: int, height: int, *, budget: int, dtype: str) -> tuple[dic
         f"FLUX.1 Krea [dev] at {width} x {height}, {dtype}, in {size(budget)} of memory",
         _BACKEND[mx.default_device().type.name],
         table(rows, right=tuple(range(1, 7))),
+        *_shown_adapters(adapters),
         *_streaming(bandwidth, f"precision {streamed}"),
         *_shown_times(times),
     ]
     facts = {"width": width, "height": height, "dtype": dtype, "precisions": by_precision}
-    facts |= {"bandwidth": bandwidth, "seconds": times}
+    facts |= {"adapters": adapters, "bandwidth": bandwidth, "seconds": times}
     return facts, "\n".join(lines)
+
+
+def _adapters(texts: Sequence[str], sizes: config.ModelSizes, compute: mx.Dtype) -> list[dict[str, Any]]:
+    """Returns the name, weight, count and bytes of each adapter, by its header."""
+    return [
+        {"name": one.facts.name, "weight": weight, "applied": one.facts.count,
+         "bytes": branch_bytes([(one, weight)], sizes, compute)}
+        for one, weight in planned(texts, sizes)
+    ]  # fmt: skip
+
+
+def _shown_adapters(adapters: list[dict[str, Any]]) -> list[str]:
+    """Formats the memory of adapters, which the stages above contain."""
+    return [
+        f"adapter {one['name']}, weight {one['weight']:g}: {one['applied']} modules, {size(one['bytes'])} in memory"
+        for one in adapters
+    ]
 
 
 def _bandwidth(read: int, flux: config.FluxConfig, *, width: int, height: int, length: int) -> dict[str, float]:

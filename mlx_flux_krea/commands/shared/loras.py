@@ -11,7 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from mlx_flux_krea import FluxPipeline, home
-from mlx_flux_krea.adapters.installed import Origin, find_hash, find_source, installed, is_hub_source, obtain
+from mlx_flux_krea.adapters.formulas import Uses
+from mlx_flux_krea.adapters.installed import (
+    Origin,
+    find_hash,
+    find_source,
+    installed,
+    is_hub_source,
+    obtain,
+    outlined,
+)
 from mlx_flux_krea.adapters.loaded import Weights
 from mlx_flux_krea.adapters.parts import Facts
 from mlx_flux_krea.beside import is_licence
@@ -19,13 +28,14 @@ from mlx_flux_krea.convert import hub
 from mlx_flux_krea.convert.fetch import fetch
 from mlx_flux_krea.errors import ModelError, UsageError
 from mlx_flux_krea.files import sha256
-from mlx_flux_krea.models.config import FLUX_DEV_MODEL
+from mlx_flux_krea.models.config import FLUX_DEV_MODEL, ModelSizes
 from mlx_flux_krea.weights import open_model
 
 from .jobs import PictureJob, PreparedJob
 from .options import split_lora
 from .terminal import ByteProgress, Console
 
+FEW_STEPS = "for few steps: it has the layers of Turbo-Alpha (8 steps, guidance 3.5) and Hyper-SD (weight 0.125, too)"
 _HASH = re.compile(r"(.*)@sha256:([0-9a-f]{64})")
 
 
@@ -71,6 +81,8 @@ class Loras:
                 raise UsageError(f"the adapter {one.name} is given twice", "each once, with one weight")
             if weight is None and one.preset:
                 notes.append(f"{one.name} has weight {one.preset[2]:g}, as {one.published} publishes it")
+            if one.few_steps and "steps" not in job.options:
+                notes.append(f"{one.name} is perhaps {FEW_STEPS}; if so, give --steps, --guidance and its weight")
             weight = weight if weight is not None else one.preset[2] if one.preset else 1.0
             weights[one.name] = weight
             facts.append(one)
@@ -93,6 +105,25 @@ class Loras:
             path, origin = fetched(source)
             return self._pipe.load_adapter(path, origin=origin)
         return self._pipe.load_adapter(source)
+
+
+def planned(texts: Iterable[str], sizes: ModelSizes) -> Uses:
+    """Returns the adapters of a plan with their weights; their headers alone are read, and nothing is installed.
+
+    Args:
+        texts: values of --lora.
+        sizes: of the model.
+
+    Raises:
+        ModelError: one is missing, damaged, or for another model.
+    """
+    uses = []
+    for text in texts:
+        source, weight = split_lora(text)
+        adapter = outlined(source, sizes)
+        default = adapter.facts.preset[2] if adapter.facts.preset else 1.0
+        uses.append((adapter, default if weight is None else weight))
+    return uses
 
 
 def load_all(pipe: FluxPipeline, jobs: Iterable[PictureJob]) -> None:
