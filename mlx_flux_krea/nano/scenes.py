@@ -8,6 +8,7 @@ benchmark asks for nothing else (`is_held_out`).
 
 import random
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,6 +27,7 @@ COLOURS = {
     "black": (24, 24, 24),
 }
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
+ADDED = ("heart",)  # shapes that the small model does not know: an adapter adds them
 SIZES = {"small": 13, "medium": 18, "large": 23}  # half of the side, in pixels
 PLACES = {  # of a single thing: fractions of the free width and height
     "in the middle": (0.5, 0.5),
@@ -83,6 +85,7 @@ def sample(
     canvas: tuple[int, int] = CANVASES[0],
     held_out: bool = False,
     unsaid: tuple[str, ...] = (),
+    shapes: Sequence[str] = SHAPES,
 ) -> Scene:
     """A scene by chance.
 
@@ -92,13 +95,14 @@ def sample(
         canvas: width and height.
         held_out: every combination is held out, or none is.
         unsaid: what its sentences leave out, of UNSAID.
+        shapes: of its things, of SHAPES and ADDED.
     """
     while True:
         background = _background(rng)
-        looks = [(rng.choice(SHAPES), rng.choice(list(COLOURS))) for _ in range(things)]
+        looks = [(rng.choice(shapes), rng.choice(list(COLOURS))) for _ in range(things)]
         if "background" in unsaid:
             background = _unsaid_background([colour for _, colour in looks])
-        clear = all(_stands_out(colour, background) for _, colour in looks) and len(set(looks)) == things
+        clear = all(stands_out(colour, background) for _, colour in looks) and len(set(looks)) == things
         if clear and all(is_held_out(s, c, background) is held_out for s, c in looks):
             break
     places = {1: (None, *PLACES), 2: RELATIONS, 3: THIRDS}[things]
@@ -122,7 +126,7 @@ def _unsaid_background(colours: list[str]) -> tuple[str, str]:
     return (free, free)
 
 
-def _stands_out(colour: str, background: tuple[str, str]) -> bool:
+def stands_out(colour: str, background: tuple[str, str]) -> bool:
     """True for a colour that the background does not pass through."""
     c, top, bottom = (np.array(COLOURS[name], float) for name in (colour, *background))
     span = bottom - top
@@ -209,8 +213,13 @@ def outline(pen: ImageDraw.ImageDraw, shape: str, x: float, y: float, r: float) 
     elif shape == "cross":
         pen.rectangle((x - r, y - 0.34 * r, x + r, y + 0.34 * r), fill=255)
         pen.rectangle((x - 0.34 * r, y - r, x + 0.34 * r, y + r), fill=255)
+    elif shape == "heart":
+        turns = np.linspace(0, 2 * np.pi, 60, endpoint=False)
+        across = 16 * np.sin(turns) ** 3
+        down = -13 * np.cos(turns) + 5 * np.cos(2 * turns) + 2 * np.cos(3 * turns) + np.cos(4 * turns) - 2.5
+        pen.polygon([(x + a * r / 16, y + d * r / 16) for a, d in zip(across, down, strict=True)], fill=255)
     else:
-        raise ValueError(f"[outline] shape {shape!r} is not one of {SHAPES}.")
+        raise ValueError(f"[outline] shape {shape!r} is not one of {(*SHAPES, *ADDED)}.")
 
 
 # --- sentences ---
