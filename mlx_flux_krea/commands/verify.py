@@ -28,8 +28,8 @@ def verify(model, as_json):
       flux-krea verify paper
     """
     start, progress = time.perf_counter(), ByteProgress()
-    named = {**installed(), **installed_components()}
-    path = find_model(model) if home.named(model).exists() or model not in named else named[model]
+    apart = (installed() | installed_components()).get(home.composed(model))  # from models: adapters and components
+    path = apart if apart and not home.named(model).exists() else find_model(model)
     try:
         files, problems = check_manifest(path, progress, derived=DERIVED if (path / FACTS).is_file() else "")
     finally:
