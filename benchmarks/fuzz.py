@@ -168,7 +168,7 @@ class Cases:
         return getattr(self, f"_{kind}")(rng, inside, home)
 
     def _weights(self, rng, inside, home):
-        samples = [*(DATA / "reference" / "bfl").glob("*.safetensors"), *self.model.glob("*/*.safetensors")]
+        samples = [*(DATA / "reference" / "edit" / "bfl").glob("*.safetensors"), *self.model.glob("*/*.safetensors")]
         sample = rng.choice(sorted(samples))
         file = inside / rng.choice(("model.safetensors", "._x.safetensors", "M.SAFETENSORS"))
         file.write_bytes(damaged_safetensors(sample.read_bytes(), rng))

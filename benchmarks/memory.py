@@ -52,7 +52,10 @@ def sources(folder: Path) -> list[Path]:
         }
         mx.save_safetensors(str(folder / component / "random.safetensors"), arrays)
         (folder / component / "config.json").write_text(json.dumps(config.to_json(sizes)))
-    return [*(folder / component / "random.safetensors" for component in SIZES), REFERENCE / "bfl" / "ae.safetensors"]
+    return [
+        *(folder / component / "random.safetensors" for component in SIZES),
+        REFERENCE / "pipeline" / "vae" / "diffusion_pytorch_model.safetensors",
+    ]
 
 
 def drawn(path: Path, memory: int | str, args) -> dict:

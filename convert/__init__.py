@@ -13,6 +13,7 @@ of Redux.
     hub, fetch               files on the Hugging Face hub
     quantize                 the recipes
     filters                  whether a filter is the published one
+    tasks                    what a transformer reads besides a prompt
     index, tokenizers, licence     facts and files that weights do not contain
     job                      all decisions, taken before a weight is read
     room                     disk space that conversions take
@@ -98,6 +99,7 @@ def convert(
     offline: bool = False,
     discard_source: bool = False,
     allow_unknown_filter: bool = False,
+    task: str | None = None,
     progress: Callable[[str, int, int], None] | None = None,
     placing: Callable[[], AbstractContextManager] = nullcontext,
 ) -> Report:
@@ -123,6 +125,8 @@ def convert(
         discard_source: delete weights that were fetched from the hub as soon as they are converted.
         allow_unknown_filter: accept a filter that is not one of the published files; its folder says so, and so does
             the log of every run with it.
+        task: what the transformer reads besides a prompt, where its files do not say it: "text-to-image", "kontext",
+            "fill", "control", or "canny" or "depth" for a control model of that kind; None: found out.
         progress: called with a label, the bytes done and all bytes. The label is the name of the component being
             written, "fetching" or "checking" (files from the hub), or at last "reading back" (the folder). Calls come
             from several threads, one at a time.
@@ -145,7 +149,7 @@ def convert(
     if discard_source and offline:
         raise UsageError("`offline` fetches nothing that `discard_source` could delete", "one of both")
     with outlined(sources, offline, progress) as remote:
-        job = decide(remote, out, dtype, quantize, group_size, tokenizers)
+        job = decide(remote, out, dtype, quantize, group_size, tokenizers, task)
         if not allow_unknown_filter:
             check_sizes(job)
         progress = progress or (lambda *_: None)
@@ -231,10 +235,12 @@ def _write_rest(
     if job.own:
         job.own.check(hashes)
     index, published = job.index, {}
-    if job.evidence and job.flux:  # the hashes are known now, and may prove that the transformer is [schnell]
+    if (
+        job.evidence and job.flux and job.task
+    ):  # the hashes are known now, and may prove that the transformer is [schnell]
         files = job.components["transformer"].source.files
         evidence, published = confirm(job.evidence, [hashes[file] for file in files], offline)
-        index = make_index(job.components, job.flux, evidence)
+        index = make_index(job.components, job.flux, evidence, job.task)
     if job.kind == "pixtral" and not job.own:
         published = published_by(hashes.values(), remote, offline)
     records = tuple(

@@ -67,16 +67,21 @@ def confirm(evidence: Evidence, hashes: Iterable[str], offline: bool) -> tuple[E
 
 def _beside(source: Source, architecture: Architecture) -> Evidence:
     """Returns the evidence in and beside one source: its names, its metadata, and the small files of its folders."""
-    folders: list[Path] = [source.folder, source.folder.parent] if source.component else [source.folder]
+    folders = _folders(source)
     found = read_beside(*folders)
-    ids, stated = sorted_facts(list(source.metadata.items()))
-    names = [source.path.name, *(folder.resolve().name for folder in folders), *_on_hub(source.folder)]
-    return Evidence(
-        architecture=architecture,
-        texts=found.texts,
-        ids=ids + found.ids,
-        names=(*names, *stated, *found.names),
-    )
+    ids, _ = sorted_facts(list(source.metadata.items()))
+    names = (source.path.name, *(folder.resolve().name for folder in folders), *stated_names(source))
+    return Evidence(architecture=architecture, texts=found.texts, ids=ids + found.ids, names=names)
+
+
+def stated_names(source: Source) -> tuple[str, ...]:
+    """Returns the names that a source states, and its repository; not those of its files and folders."""
+    _, names = sorted_facts(list(source.metadata.items()))
+    return (*_on_hub(source.folder), *names, *read_beside(*_folders(source)).names)
+
+
+def _folders(source: Source) -> list[Path]:
+    return [source.folder, source.folder.parent] if source.component else [source.folder]
 
 
 def _on_hub(folder: Path) -> list[str]:

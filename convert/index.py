@@ -1,5 +1,6 @@
 """Makes `model_index.json`: family, licence, schedule and defaults, from sizes and names."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from mlx_flux_krea import __version__, presets
@@ -11,6 +12,7 @@ from mlx_flux_krea.models.filter_config import NSFW_VIT, PIXTRAL_12B, FilterInde
 
 from .layouts import SourceComponent
 from .sizes import require
+from .tasks import Task
 
 # Fields of diffusers' scheduler_config.json that would change the picture, with the values that our sampler implements.
 _SCHEDULER = {
@@ -28,7 +30,7 @@ _SCHEDULER = {
 
 
 def make_index(
-    components: dict[str, SourceComponent], config: configs.FluxConfig, evidence: Evidence
+    components: dict[str, SourceComponent], config: configs.FluxConfig, evidence: Evidence, task: Task
 ) -> configs.ModelIndex:
     """Returns the index of a model folder, without the records of its sources.
 
@@ -36,6 +38,7 @@ def make_index(
         components: the layout of every component.
         config: sizes of the transformer.
         evidence: everything known of the model's licence.
+        task: of the transformer.
 
     Raises:
         ModelError: the scheduler is not one that our sampler implements.
@@ -44,7 +47,7 @@ def make_index(
     inside = source.component or source.folder.name == "transformer"
     root = source.folder.resolve().parent if inside else source.path
     name, names, repository = _names(root)
-    family = _family(config, names, evidence)
+    family = _family(config, names, evidence, task)
     is_fast = family.hint == presets.SCHNELL.hint or not (config.guidance_embed or family == presets.DE_DISTILLED)
     scheduler = root / "scheduler" / "scheduler_config.json"
     if scheduler.exists():
@@ -61,6 +64,8 @@ def make_index(
         defaults=family.defaults,
         converter=__version__,
         repository=repository,
+        task=family.task,
+        kind=family.kind,
     )
 
 
@@ -106,17 +111,24 @@ def _names(root: Path) -> tuple[str, list[str], str]:
     return name.lstrip(".") or "model", names, repository
 
 
-def _family(config: configs.FluxConfig, names: list[str], evidence: Evidence) -> presets.Family:
+def editing_family(task: str, kind: str | None) -> presets.Family | None:
+    """Returns the published model of a task and kind; None: it is text-to-image, which has several."""
+    return next((family for family in presets.EDITING if (family.task, family.kind) == (task, kind)), None)
+
+
+def _family(config: configs.FluxConfig, names: list[str], evidence: Evidence, task: Task) -> presets.Family:
     """Returns the family. A name chooses defaults and never a licence: only its hash shows a file to be [schnell]."""
     if is_schnell(evidence):
         return presets.SCHNELL
-    if config.architecture == FLUX_1_SCHNELL:
+    if config.architecture == FLUX_1_SCHNELL and task.name == presets.TASKS[0]:
         by_name = any(presets.SCHNELL.hint in name for name in names)
         return presets.UNPROVEN_SCHNELL if by_name else presets.DE_DISTILLED
+    if editing := editing_family(task.name, task.kind):
+        is_published = replace(config, in_channels=configs.FLUX_DEV.in_channels) == configs.FLUX_DEV
+        return editing if is_published else replace(editing, base=presets.OTHER.base, license=presets.OTHER.license)
     if config != configs.FLUX_DEV:
         return presets.OTHER
-    kin = (presets.KREA, presets.KONTEXT)
-    return next((f for f in kin if any(f.hint in name for name in names)), presets.DEV)
+    return presets.KREA if any(presets.KREA.hint in name for name in names) else presets.DEV
 
 
 def _schedule(obj: dict, where: str) -> configs.Schedule:

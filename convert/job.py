@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from mlx_flux_krea import home
 from mlx_flux_krea.errors import ModelError, UsageError
@@ -14,13 +15,13 @@ from mlx_flux_krea.licence import FLUX_1_SCHNELL, Evidence
 from mlx_flux_krea.licence import decide as decide_filters
 from mlx_flux_krea.models import config as configs
 from mlx_flux_krea.presets import SCHNELL_FILES
-from mlx_flux_krea.weights import BESIDE, COMPONENTS, FILTERS, KIND_OF, Sizes, check_redux, layer_widths
+from mlx_flux_krea.weights import BESIDE, COMPONENTS, FILTERS, KIND_OF, ModelFolder, Sizes, check_redux, layer_widths
 
 from . import quantize as quantizing
 from .evidence import gather
 from .fetch import Remote, outlined
 from .hub import is_repo_id
-from .index import make_component_index, make_filter_index, make_index
+from .index import editing_family, make_component_index, make_filter_index, make_index
 from .layouts import SourceComponent, identify, make_plan
 from .licence import licence_files
 from .own import OwnFolder, open_own
@@ -28,6 +29,7 @@ from .quantize import Layers
 from .remap import ComponentPlan
 from .room import Room
 from .sources import is_model_folder, open_sources
+from .tasks import Task, check_task, find_task
 from .tokenizers import find_tokenizers
 
 Index = configs.ModelIndex | configs.ComponentIndex
@@ -72,6 +74,7 @@ class Conversion:
     groups: dict[str, list[Group]]
     notes: tuple[str, ...]
     evidence: Evidence | None  # of the model's licence; None: a filter, a component, or a folder of ours
+    task: Task | None  # of a foreign transformer
 
     @property
     def flux(self) -> configs.FluxConfig | None:
@@ -89,10 +92,16 @@ class Conversion:
 
 
 def decide(
-    remote: Remote, out, dtype: str | None, quantize: str | None, group_size: int | None, tokenizers
+    remote: Remote,
+    out,
+    dtype: str | None,
+    quantize: str | None,
+    group_size: int | None,
+    tokenizers,
+    task: str | None = None,
 ) -> Conversion:
     """Reads the headers of sources and decides the whole conversion; arguments are those of `convert`."""
-    own, components, plans, index, evidence = _understand(remote)
+    own, components, plans, index, evidence, found = _understand(remote, task)
     kind = _kind(components)
     dtype, quantize = dtype or _DEFAULTS[kind][0], quantize or _DEFAULTS[kind][1]
     if kind == "nsfw" and (dtype, quantize) != _DEFAULTS[kind]:
@@ -109,7 +118,7 @@ def decide(
         place = (home.MODELS, f"{index.name}-{_label(recipe, dtype)}")
     path = Path(os.path.expanduser(out)) if out else home.path(*place)
     tokens = find_tokenizers(components, plans, tokenizers)
-    layers, left, notes = {}, {}, ()
+    layers, left, notes = {}, {}, (found.note,) if found and found.note else ()
     for name in plans:
         layers[name], left[name], is_kept = _choose_layers(name, plans, recipe)
         notes += (f"`quantize` {quantize}: {_AS_IT_IS}",) if is_kept else ()
@@ -129,6 +138,7 @@ def decide(
         groups=groups,
         notes=notes,
         evidence=evidence,
+        task=found,
     )
 
 
@@ -200,13 +210,19 @@ class Outline:
         return home.path(home.MODELS, f"{self.index.name}-{_label(quantizing.find_recipe(quantize, None), 'bfloat16')}")
 
 
-def examine(sources: Sequence[str | Path], *, tokenizers: str | Path | None = None, offline: bool = False) -> Outline:
+def examine(
+    sources: Sequence[str | Path],
+    *,
+    tokenizers: str | Path | None = None,
+    offline: bool = False,
+    task: str | None = None,
+) -> Outline:
     """Checks if sources can be converted, and previews the conversion. Reads no weights.
 
     Arguments and errors are those of `convert`.
     """
     with outlined(sources, offline) as remote:
-        own, components, plans, index, evidence = _understand(remote)
+        own, components, plans, index, evidence, _ = _understand(remote, task)
         find_tokenizers(components, plans, tokenizers)
         files = {file for component in components.values() for file in component.source.files}
         order, last = writing_order(components)
@@ -244,14 +260,26 @@ def _converted_bytes(name: str, plans: dict[str, tuple[Sizes, ComponentPlan]], q
     return sum(quantizing.count_bytes(t, dtype, quantizing.layer_of(t, layers)) for t in plans[name][1].targets)
 
 
-def _understand(
-    remote: Remote,
-) -> tuple[
-    OwnFolder | None, dict[str, SourceComponent], dict[str, tuple[Sizes, ComponentPlan]], Index, Evidence | None
-]:
-    """Returns the folder of ours (None: foreign sources), layout and plan of every component, index and evidence."""
+class _Understood(NamedTuple):
+    """Sources as they were identified."""
+
+    own: OwnFolder | None  # None: foreign sources
+    components: dict[str, SourceComponent]
+    plans: dict[str, tuple[Sizes, ComponentPlan]]
+    index: Index
+    evidence: Evidence | None  # of a foreign model's licence
+    task: Task | None  # of a foreign transformer
+
+
+def _understand(remote: Remote, task: str | None) -> _Understood:
+    """Identifies sources: layout and plan of every component, index, evidence and task.
+
+    Raises:
+        ModelError: sources that cannot be converted.
+        UsageError: the task that was asked for is not the transformer's, or has to be asked for.
+    """
     if own := _own(remote.paths):
-        return own, own.components, own.plans, own.decided_index, None
+        return _Understood(own, own.components, own.plans, _as_asked(own, task), None, None)
     components = _components(remote.paths)
     plans = {name: make_plan(component) for name, component in components.items()}
     sizes = _model_sizes(plans)
@@ -261,13 +289,36 @@ def _understand(
             assert isinstance(encoder, configs.SiglipConfig)
             assert isinstance(embedder, configs.ReduxConfig)
             check_redux(encoder, embedder)
-        return None, components, plans, make_component_index(components, kind), None
+        _refuse_task(kind, task)
+        return _Understood(None, components, plans, make_component_index(components, kind), None, None)
     if sizes is None:
         (name,) = components
-        return None, components, plans, make_filter_index(components[name], plans[name][0]), None
+        _refuse_task(name, task)
+        return _Understood(None, components, plans, make_filter_index(components[name], plans[name][0]), None, None)
     sizes.check()
+    found = find_task(components["transformer"].source, sizes.flux, task)
     evidence = gather(components, sizes.flux.architecture, remote)
-    return None, components, plans, make_index(components, sizes.flux, evidence), evidence
+    return _Understood(None, components, plans, make_index(components, sizes.flux, evidence, found), evidence, found)
+
+
+def _as_asked(own: OwnFolder, task: str | None) -> Index:
+    """Returns the index of a folder of ours, with another task and its defaults if one is asked for."""
+    index, folder = own.decided_index, own.folder
+    if task is None:
+        return index
+    if not isinstance(index, configs.ModelIndex) or not isinstance(folder, ModelFolder):
+        _refuse_task(next(iter(own.components)), task)
+        return index
+    name, kind, _ = check_task(folder.flux.sizes, task)
+    family = editing_family(name, kind)
+    if (name, kind) == (index.task, index.kind) or (name == index.task and kind is None):
+        return index
+    return replace(index, task=name, kind=kind, defaults=family.defaults if family else index.defaults)
+
+
+def _refuse_task(name: str, task: str | None) -> None:
+    if task is not None:
+        raise UsageError(f"`task` {task}, and the source is of {name}", "a model", "leave `task` out")
 
 
 def _model_sizes(plans: dict[str, tuple[Sizes, ComponentPlan]]) -> configs.ModelSizes | None:

@@ -189,9 +189,6 @@ LOOK_ALIKES = (
 )
 # the same, by the type of a tensor
 _REFUSED_TYPES = {"F8_E5M2": "an fp8 file of the kind e5m2, whose weights have two bits of precision"}
-# the same, by the shape of the first layer, which also reads a picture or a mask: not supported here
-_WIDER: dict[tuple[int, ...], str] = {(3072, 384): "FLUX.1 Fill", (3072, 128): "FLUX.1 Canny or Depth"}
-
 
 _WANTED = "FLUX.1 Krea [dev] or one of its kin, in e4m3, GGUF, MLX's quantization, or 16 or 32 bits"
 
@@ -229,12 +226,9 @@ def identify(source: Source) -> tuple[SourceComponent, ...]:
             identified = f"a {known[0][1].name}" if len(known) == 1 else "the components of FLUX.1"
             other = next(iter(tensors.values())).name
             raise ModelError(f"{source.path} holds more than {identified} ({other})", "one model, and nothing else")
-    for _, layout, tensors in known:
+    for _, layout, _ in known:
         if source.component not in (None, layout.component):
             raise ModelError(f"{source.path} holds a {layout.name}", f"a {source.component}")
-        for name in ("img_in.weight", "x_embedder.weight"):
-            if name in tensors and tensors[name].shape in _WIDER:
-                raise ModelError(f"{source.path} is {_WIDER[tensors[name].shape]}", _WANTED)
     return tuple(SourceComponent(source, layout, tensors) for _, layout, tensors in known)
 
 
@@ -344,7 +338,7 @@ def _check_preprocessing(component: SourceComponent, config: Sizes) -> None:
 
 
 _PUBLISHED: dict[str, tuple[Sizes, ...]] = {
-    "transformer": (configs.FLUX_DEV, configs.FLUX_SCHNELL),
+    "transformer": (configs.FLUX_DEV, configs.FLUX_SCHNELL, configs.FLUX_FILL, configs.FLUX_CONTROL),
     "text_encoder": (configs.CLIP_L,),
     "text_encoder_2": (configs.T5_XXL,),
     "vae": (configs.FLUX_VAE,),

@@ -277,7 +277,7 @@ class Generator:
         length = height * width // 4
         sigmas = sampler.make_sigmas(self.folder.index.schedule, length, n, request.sigmas)
         start = 0 if request.image is None else sampler.first_step(n, request.strength)
-        shape, checkpoint = (request.batch, length, self.folder.flux.sizes.in_channels), observers.checkpoint
+        shape, checkpoint = (request.batch, length, self.folder.flux.sizes.out_channels), observers.checkpoint
         saved = checkpoint.latents(shape, n - start) if checkpoint else None
         done = checkpoint.done if checkpoint and saved is not None else 0
         steps = _Steps(width=width, height=height, sigmas=sigmas, start=start, done=done)

@@ -167,11 +167,23 @@ class Family:
     hint: str  # found in the name of a file, folder or repository, lower case
     license: str
     defaults: Defaults
+    task: str = "text-to-image"  # one of TASKS
+    kind: str | None = None  # one of KINDS, of a control model where it is known
 
 
-KREA = Family("FLUX.1 Krea [dev]", "krea", "flux-1-dev-non-commercial", Defaults(1024, 1024, 28, 4.5))
-KONTEXT = Family("FLUX.1 Kontext [dev]", "kontext", "flux-1-dev-non-commercial", Defaults(1024, 1024, 28, 2.5))
-DEV = Family("FLUX.1 [dev]", "dev", "flux-1-dev-non-commercial", Defaults(1024, 1024, 28, 3.5))
+TASKS = ("text-to-image", "kontext", "fill", "control")  # of a transformer, by what it reads besides a prompt
+KINDS = ("canny", "depth")  # of the maps of a control model: edges, or distances
+_DEV = "flux-1-dev-non-commercial"
+
+KREA = Family("FLUX.1 Krea [dev]", "krea", _DEV, Defaults(1024, 1024, 28, 4.5))
+DEV = Family("FLUX.1 [dev]", "dev", _DEV, Defaults(1024, 1024, 28, 3.5))
+KONTEXT = Family("FLUX.1 Kontext [dev]", "", _DEV, Defaults(1024, 1024, 28, 2.5), "kontext")
+# Steps and guidance of these: black-forest-labs/flux 802fb47, src/flux/cli_fill.py and cli_control.py.
+FILL = Family("FLUX.1 Fill [dev]", "", _DEV, Defaults(1024, 1024, 50, 30.0), "fill")
+CANNY = Family("FLUX.1 Canny [dev]", "", _DEV, Defaults(1024, 1024, 50, 30.0), "control", "canny")
+DEPTH = Family("FLUX.1 Depth [dev]", "", _DEV, Defaults(1024, 1024, 50, 10.0), "control", "depth")
+CONTROL = Family("FLUX.1 Canny or Depth [dev]", "", _DEV, Defaults(1024, 1024, 50, 10.0), "control")  # the milder one
+EDITING = (KONTEXT, FILL, CANNY, DEPTH, CONTROL)
 SCHNELL = Family("FLUX.1 [schnell]", "schnell", "apache-2.0", Defaults(1024, 1024, 4, 0.0))
 # Without a guidance embedding, and no published [schnell] file: made from [dev] by undoing its guidance distillation
 # (nyanko7/flux-dev-de-distill), or from [schnell] by somebody.

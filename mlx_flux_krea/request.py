@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from . import presets
-from .errors import UsageError, amount, short_repr
+from .errors import ModelError, UsageError, amount, short_repr
 from .inputs import style as styles
 from .inputs.image import open_image
 from .memory import MemoryPlan
@@ -28,6 +28,7 @@ from .sampling.noise import find_recipe
 from .sampling.sampler import first_step
 from .weights import ModelFolder
 
+SERVED_TASKS = (presets.TASKS[0],)
 OUTPUT_TYPES = ("pil", "np", "latent")
 _SECOND = ("prompt_2", "negative_prompt_2")
 _TEXTS = ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2")
@@ -99,8 +100,12 @@ class Request:
 
         Raises:
             UsageError: an option that cannot be used, or options that do not go together.
+            ModelError: a model for a task that cannot be run.
         """
         index, flux = folder.index, folder.flux.sizes
+        if index.task not in SERVED_TASKS:
+            found = f"{index.name} is a model for {index.task}"
+            raise ModelError(found, f"one for {' or '.join(SERVED_TASKS)}", "this version cannot run others yet")
         if self.true_cfg_scale is None:
             return self._with_true_cfg(index.defaults.true_cfg_scale).resolve(folder)
         multiple = 2 * folder.vae.sizes.downsampling  # a token is a patch of 2 x 2 latents
@@ -249,7 +254,7 @@ class Request:
 
     def _check_arrays(self, flux: FluxConfig, tokens: int) -> None:
         """Checks shapes, types and values of arrays; NaN here would later look like damaged weights."""
-        shapes: dict[str, tuple[int, ...]] = {"latents": (self._batch, tokens, flux.in_channels)}
+        shapes: dict[str, tuple[int, ...]] = {"latents": (self._batch, tokens, flux.out_channels)}
         for embeds, pooled in _EMBEDS.items():
             if getattr(self, embeds) is None:
                 continue

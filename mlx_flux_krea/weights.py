@@ -1,7 +1,7 @@
 """The folder of a model or filter: the one format that the library reads, and how its weights become modules.
 
     NAME/
-      model_index.json          name, schedule, defaults and sources (`config.ModelIndex`)
+      model_index.json          name, task, schedule, defaults and sources (`config.ModelIndex`)
       transformer/              config.json: sizes, "dtype" and "quantization" (below)
       text_encoder/    (CLIP)   model-0000k-of-0000n.safetensors: tensors in a fixed order, each block contiguous, the
       text_encoder_2/  (T5)         modulation layers of the transformer in shards of their own
@@ -34,7 +34,7 @@ import re
 import shlex
 import struct
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar, overload
 
@@ -354,7 +354,7 @@ class NetworkFolder(Generic[S, N]):
 
 @dataclass(frozen=True, repr=False)
 class ModelFolder:
-    """A text-to-image model whose JSON was read and checked; no weights yet."""
+    """A model whose JSON was read and checked; no weights yet."""
 
     path: Path
     index: ModelIndex
@@ -503,8 +503,12 @@ def open_folder(path: Path) -> ModelFolder | FilterFolder | ComponentFolder:
     if kind != "model":
         index = configs.from_json(FilterIndex, obj, str(index_path))
         return FilterFolder(path, index, _open_network(path, kind, FILTERS))
-    index = configs.from_json(ModelIndex, obj, str(index_path))
+    given = configs.from_json(ModelIndex, obj, str(index_path))
     flux, clip, t5, vae = (_open_network(path, component, COMPONENTS) for component in COMPONENTS)
+    index = given if "task" in obj else replace(given, task=flux.sizes.tasks[0])  # one written before there were others
+    if index.task not in flux.sizes.tasks:
+        found = f'{index_path}: task is "{index.task}", and the transformer has in_channels {flux.sizes.in_channels}'
+        raise ModelError(found, " or ".join(flux.sizes.tasks), "convert the model again")
     folder = ModelFolder(path, index, flux=flux, t5=t5, clip=clip, vae=vae)
     folder.sizes.check()
     return folder

@@ -6,6 +6,7 @@ import signal
 import subprocess
 from pathlib import Path
 
+import derived
 import pytest
 from helpers import PIPELINE, TOKENIZERS
 from mac import FILES, PAGE, Mac
@@ -35,6 +36,29 @@ def signals():
 def model(tmp_path_factory):
     """The tiny pipeline in float32."""
     return convert([PIPELINE], tmp_path_factory.mktemp("models") / "tiny", dtype="float32", tokenizers=TOKENIZERS).path
+
+
+def _editing(name, folder):
+    source = derived.editing_source(name, folder / "source")
+    return convert([source], folder / name, dtype="float32", tokenizers=TOKENIZERS).path
+
+
+@pytest.fixture(scope="session")
+def kontext(tmp_path_factory):
+    """The reference's tiny FLUX.1 Kontext in float32."""
+    return _editing("kontext", tmp_path_factory.mktemp("editing"))
+
+
+@pytest.fixture(scope="session")
+def fill(tmp_path_factory):
+    """The reference's tiny FLUX.1 Fill in float32."""
+    return _editing("fill", tmp_path_factory.mktemp("editing"))
+
+
+@pytest.fixture(scope="session")
+def control(tmp_path_factory):
+    """The reference's tiny FLUX.1 Canny or Depth in float32; which of the two, nothing says."""
+    return _editing("control", tmp_path_factory.mktemp("editing"))
 
 
 @pytest.fixture(scope="session")

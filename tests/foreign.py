@@ -201,7 +201,8 @@ def save(path: Path, tensors: dict[str, tuple[str, tuple[int, ...], bytes]], met
     for name, (dtype, shape, data) in tensors.items():
         entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + len(data)]}
         offset += len(data)
-    header = json.dumps(entries).encode()
+    header = json.dumps(entries, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)  # as the safetensors library pads it
     path.write_bytes(struct.pack("<Q", len(header)) + header + b"".join(data for *_, data in tensors.values()))
 
 

@@ -27,7 +27,6 @@ DATA = ROOT / "tests" / "data"
 REFERENCE = DATA / "reference"
 TOKENIZERS = DATA / "tokenizers"
 PIPELINE = REFERENCE / "pipeline"
-SINGLE_FILES = [REFERENCE / "bfl" / f"{name}.safetensors" for name in ("flux1-tiny", "ae", "clip_l", "t5xxl")]
 
 
 MADE_FOR = "times the area that this model was made for"  # in a note about the small pictures of tests

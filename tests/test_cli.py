@@ -10,12 +10,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import derived
 import numpy as np
 import pytest
 from helpers import (
     MADE_FOR,
     PIPELINE,
-    REFERENCE,
     ROOT,
     TOKENIZERS,
     acknowledge,
@@ -404,7 +404,7 @@ def refused(result, code, says):
         (["-m", "nothing"], 3, "there is no model 'nothing'"),
         ([], 3, "no model is installed"),
         (["-m", PIPELINE], 3, "flux-krea convert"),
-        (["-m", REFERENCE / "bfl" / "ae.safetensors"], 3, "flux-krea convert"),
+        (["-m", PIPELINE / "vae" / "diffusion_pytorch_model.safetensors"], 3, "flux-krea convert"),
         (["--width", "0"], 2, "--width is '0'; expected a whole number from 1 to "),
         (["--height", "-5"], 2, "--height is '-5'; expected a whole number"),
         (["--steps", "0"], 2, "--steps is '0'; expected a whole number from 1 to 1000"),
@@ -588,7 +588,7 @@ def test_inspect_names_foreign_files_without_reading_tensors(command, monkeypatc
     from mlx_flux_krea.convert.sources import Tensor
 
     monkeypatch.setattr(Tensor, "read", None)
-    code, out, _ = command("inspect", REFERENCE / "bfl")
+    code, out, _ = command("inspect", derived.single_files())
     assert code == 0
     assert re.search(r"flux1-tiny.safetensors +transformer, Black Forest Labs +92 F32 +92 +549.70 k", out)
     assert re.search(r"t5xxl.safetensors +T5 v1.1 encoder +21 F16", out)

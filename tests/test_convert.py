@@ -16,13 +16,15 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import derived
 import mlx.core as mx
 import numpy as np
 import pytest
-from helpers import PIPELINE, ROOT, SINGLE_FILES, TOKENIZERS, edit_json, edit_tensors, levels, without_guidance
+from helpers import PIPELINE, ROOT, TOKENIZERS, edit_json, edit_tensors, levels, without_guidance
 from mlx_flux_krea.convert import convert, index, layouts, maps, remap, write
 from mlx_flux_krea.convert import folder as folders
 from mlx_flux_krea.convert.sources import open_sources
+from mlx_flux_krea.convert.tasks import TEXT_TO_IMAGE
 from safetensors import safe_open
 
 from mlx_flux_krea import FluxPipeline
@@ -43,7 +45,7 @@ def source(tmp_path):
 def singles(tmp_path):
     """A copy of the single files with their config.json."""
     folder = tmp_path / "files"
-    shutil.copytree(SINGLE_FILES[0].parent, folder)
+    shutil.copytree(derived.single_files(), folder)
     return folder
 
 
@@ -209,13 +211,12 @@ def test_the_index_says_what_the_model_was_made_from(model):
             4.5,
             "flux-1-dev-non-commercial",
         ),
-        (["flux1-kontext-dev-q4_k_s.gguf"], configs.FLUX_DEV, "FLUX.1 Kontext [dev]", 2.5, "flux-1-dev-non-commercial"),
         (["flux1-dev.safetensors"], configs.FLUX_DEV, "FLUX.1 [dev]", 3.5, "flux-1-dev-non-commercial"),
         (["flux1-krea-lookalike"], configs.FLUX_SCHNELL, "FLUX.1 without guidance embedding", 0.0, "unknown"),
     ],
 )
 def test_the_family_follows_from_sizes_and_names(names, config, base, guidance, license):
-    family = index._family(config, names, Evidence(config.architecture))
+    family = index._family(config, names, Evidence(config.architecture), TEXT_TO_IMAGE)
     assert (family.base, family.defaults.guidance_scale, family.license) == (base, guidance, license)
 
 
@@ -267,7 +268,7 @@ def test_the_family_is_known_by_the_name_in_the_hubs_cache(tmp_path):
 
     def base(path: Path) -> str:
         evidence = Evidence(configs.FLUX_DEV.architecture)
-        return index._family(configs.FLUX_DEV, index._names(path)[1], evidence).base
+        return index._family(configs.FLUX_DEV, index._names(path)[1], evidence, TEXT_TO_IMAGE).base
 
     for path in (file, file.parent, tmp_path / "link.safetensors", tmp_path / "flux1-krea-dev.safetensors"):
         assert base(path) == "FLUX.1 Krea [dev]"

@@ -7,13 +7,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import derived
 import mlx.core as mx
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from helpers import DATA, PIPELINE, SINGLE_FILES, TOKENIZERS, edit_json, edit_tensors
+from helpers import DATA, PIPELINE, TOKENIZERS, edit_json, edit_tensors
 from mlx_flux_krea.convert import convert, index, layouts
 from mlx_flux_krea.convert.sources import open_sources
+from mlx_flux_krea.convert.tasks import TEXT_TO_IMAGE
 
 from mlx_flux_krea import cli
 from mlx_flux_krea.errors import ModelError
@@ -44,7 +46,7 @@ def source(tmp_path):
 
 @pytest.fixture
 def singles(tmp_path):
-    return Path(shutil.copytree(SINGLE_FILES[0].parent, tmp_path / "files"))
+    return Path(shutil.copytree(derived.single_files(), tmp_path / "files"))
 
 
 def run(*sources, **options):
@@ -141,7 +143,7 @@ def test_any_value_in_the_scheduler_is_taken_or_refused_by_name(source):
         for value in BAD:
             path.write_text(json.dumps(good | {field: value}))
             refused += refused_in_one_line(
-                lambda: index.make_index(found, configs.FLUX_DEV, known), "scheduler_config.json"
+                lambda: index.make_index(found, configs.FLUX_DEV, known, TEXT_TO_IMAGE), "scheduler_config.json"
             )
     assert refused > 10 * len(BAD)
 
@@ -291,29 +293,16 @@ def test_a_gguf_that_is_none_is_named(tmp_path):
         run(tmp_path, out=tmp_path / "out")
 
 
-@pytest.mark.parametrize(("columns", "says"), [(384, "FLUX.1 Fill"), (128, "FLUX.1 Canny or Depth")])
-def test_fill_and_control_are_refused_by_name(tmp_path, columns, says):
-    names = {
-        "img_in.weight": (3072, columns),
-        "double_blocks.0.img_attn.norm.query_norm.scale": (128,),
-        "single_blocks.0.linear1.weight": (1, 1),
-    }
-    file = tmp_path / "flux1.safetensors"
-    mx.save_safetensors(str(file), {n: mx.zeros(shape, mx.bfloat16) for n, shape in names.items()})
-    with pytest.raises(ModelError, match=rf"is {says}; expected FLUX.1 Krea"):
-        run(file, out=tmp_path / "out")
-
-
 def test_components_that_do_not_fit_are_refused_before_anything_is_written(source, tmp_path):
-    """More input channels than the VAE gives: what Fill and Control are, at other sizes than the published."""
+    """More input channels than latents and a mask have."""
     for shard in sorted((source / "transformer").glob("*.safetensors")):
         edit_tensors(
             shard,
-            lambda a: a.update({n: mx.zeros((64, 384)) for n in a if n == "x_embedder.weight"}),
+            lambda a: a.update({n: mx.zeros((64, 400)) for n in a if n == "x_embedder.weight"}),
         )
-    edit_json(source / "transformer" / "config.json", in_channels=384, out_channels=64)
+    edit_json(source / "transformer" / "config.json", in_channels=400, out_channels=64)
     progress = []
-    with pytest.raises(ModelError, match=r"transformer and vae do not fit: in_channels is 384"):
+    with pytest.raises(ModelError, match=r"in_channels 400 with out_channels 64 is none of 64 .*, 384 .*, 128 "):
         run(source, out=tmp_path / "out", progress=lambda *step: progress.append(step))
     assert progress == []
     assert [p.name for p in tmp_path.iterdir()] == ["source"]

@@ -12,6 +12,7 @@ from mlx_flux_krea.convert.fetch import outlined
 from mlx_flux_krea.convert.hub import look
 from mlx_flux_krea.convert.index import make_index
 from mlx_flux_krea.convert.job import _components
+from mlx_flux_krea.convert.tasks import TEXT_TO_IMAGE
 
 from mlx_flux_krea import presets
 from mlx_flux_krea.licence import FLUX_1_DEV, FLUX_1_SCHNELL, Evidence, decide
@@ -182,7 +183,7 @@ def test_without_guidance_a_name_chooses_defaults_and_a_hash_the_licence(
         components = _components(remote.paths)
         given = evidence.gather(components, FLUX_1_SCHNELL, remote)
         given, _ = evidence.confirm(given, hashes, offline=True)
-        index = make_index(components, configs.FLUX_SCHNELL, given)
+        index = make_index(components, configs.FLUX_SCHNELL, given, TEXT_TO_IMAGE)
     assert (index.base, index.license, index.schedule.shift) == (base, license, shift)
     assert (index.defaults.num_inference_steps, index.defaults.true_cfg_scale) == (steps, true_cfg)
     assert index.filters == ("none" if hashes == {PINNED} else "required")

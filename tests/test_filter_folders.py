@@ -9,7 +9,7 @@ import mlx.core as mx
 import pytest
 from click.testing import CliRunner
 from fitted import write_wide
-from helpers import CONTROL, REFERENCE, assert_close, edit_json, edit_tensors, pack_as_mlx_vlm, pixtral_source
+from helpers import CONTROL, PIPELINE, REFERENCE, assert_close, edit_json, edit_tensors, pack_as_mlx_vlm, pixtral_source
 from mlx_flux_krea.convert import convert as run_converter
 from mlx_flux_krea.convert import layouts
 from mlx_flux_krea.convert.folder import check_manifest
@@ -380,7 +380,7 @@ def test_one_filter_at_a_time_and_nothing_beside_it(wide, tmp_path):
     with pytest.raises(ModelError, match=r"the sources hold nsfw, pixtral; expected a model, or one filter alone"):
         convert([REFERENCE / "vit", wide], tmp_path / "out")
     with pytest.raises(ModelError, match=r"expected a model, or one filter alone"):
-        convert([REFERENCE / "vit", REFERENCE / "bfl" / "ae.safetensors"], tmp_path / "out")
+        convert([REFERENCE / "vit", PIPELINE / "vae" / "diffusion_pytorch_model.safetensors"], tmp_path / "out")
 
 
 def test_pixtral_in_mistrals_own_names_is_refused(tmp_path):

@@ -43,6 +43,11 @@ PARAMETERS = {
     "image_embedder": 64_503_808,
 }
 GUIDANCE = (256 + 1) * 3072 + (3072 + 1) * 3072  # of those; schnell has none
+SPECIAL = {  # transformers of other sizes, and by how many parameters they differ
+    "schnell": (configs.FLUX_SCHNELL, -GUIDANCE),
+    "fill": (configs.FLUX_FILL, 3072 * (384 - 64)),
+    "control": (configs.FLUX_CONTROL, 3072 * (128 - 64)),
+}
 PUBLISHED = {
     "transformer": configs.FLUX_DEV,
     "text_encoder": configs.CLIP_L,
@@ -73,12 +78,10 @@ LAYOUTS = {
     name: row
     for name in foreign.layouts()
     for start, row in {
-        "bfl-transformer-dev": ("transformer", "transformer, Black Forest Labs"),
-        "bfl-transformer-schnell": ("transformer", "transformer, Black Forest Labs"),
+        "bfl-transformer": ("transformer", "transformer, Black Forest Labs"),
         "comfy-transformer": ("transformer", "transformer, Black Forest Labs"),
         "gguf-flux": ("transformer", "transformer, Black Forest Labs"),
-        "diffusers-transformer-dev": ("transformer", "transformer, diffusers"),
-        "diffusers-transformer-schnell": ("transformer", "transformer, diffusers"),
+        "diffusers-transformer": ("transformer", "transformer, diffusers"),
         "bfl-ae": ("vae", "VAE, Black Forest Labs"),
         "diffusers-vae": ("vae", "VAE, diffusers"),
         "comfy-clip_l": ("text_encoder", "CLIP text model"),
@@ -103,10 +106,6 @@ for kind in ("unquantized", "q4", "q8"):
     }
 LAYOUTS["hf-text_encoder-clip_l-transformers5"] = ("text_encoder", "CLIP text model, transformers 5")
 REFUSED = {
-    "bfl-transformer-fill": "FLUX.1 Fill",
-    "diffusers-transformer-fill": "FLUX.1 Fill",
-    "bfl-transformer-control": "FLUX.1 Canny or Depth",
-    "diffusers-transformer-control": "FLUX.1 Canny or Depth",
     **{name: "a LoRA" for name in foreign.layouts() if name.startswith("lora-")},
 }
 
@@ -127,9 +126,10 @@ def test_every_tensor_of_a_published_layout_is_mapped_or_left_out_for_a_reason(n
     assert set(foreign.published(name)) == names_in(plan) | dropped
     assert all(len(reason) > 5 for _, reason in plan.dropped)
     assert {t.name: t.shape for t in plan.targets} == layouts.target_shapes(component, config)
-    schnell = "schnell" in name
-    assert plan.parameters == PARAMETERS[component] - GUIDANCE * schnell
-    assert config == (configs.FLUX_SCHNELL if schnell else PUBLISHED[component])
+    special = next((kind for kind in SPECIAL if component == "transformer" and kind in name), None)
+    expected, more = SPECIAL[special] if special else (PUBLISHED[component], 0)
+    assert plan.parameters == PARAMETERS[component] + more
+    assert config == expected
     lost = [name for name, _ in plan.lost]
     assert lost == (["final_layer.adaLN_modulation.1.bias"] if "v016" in name else [])
 

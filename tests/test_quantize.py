@@ -16,7 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 from click.testing import CliRunner
-from helpers import PIPELINE, REFERENCE, TOKENIZERS, edit_json, edit_tensors, full_size_folder, levels, rel, run_command
+from helpers import PIPELINE, TOKENIZERS, edit_json, edit_tensors, full_size_folder, levels, rel, run_command
 from mlx.utils import tree_flatten
 from mlx_flux_krea.convert import convert, quantize, write
 from mlx_flux_krea.convert.folder import check_manifest
@@ -66,7 +66,10 @@ def small(tmp_path_factory):
         arrays = dict(tree_flatten(COMPONENTS[component][1](sizes).parameters()))
         mx.save_safetensors(str(folder / component / "random.safetensors"), arrays)
         (folder / component / "config.json").write_text(json.dumps(configs.to_json(sizes)))
-    return [*(folder / component / "random.safetensors" for component in SMALL), REFERENCE / "bfl" / "ae.safetensors"]
+    return [
+        *(folder / component / "random.safetensors" for component in SMALL),
+        PIPELINE / "vae" / "diffusion_pytorch_model.safetensors",
+    ]
 
 
 @pytest.fixture(scope="session")
@@ -546,7 +549,7 @@ def test_fewer_bits_are_made_of_what_is_there(make, tmp_path):
     assert report.notes == ()
     assert [g.error for g in report.groups if g.name == "modulation"] == [0]
     index = open_model(report.path).index
-    assert {s.layout for s in index.source} > {"flux-krea model folder", "VAE, Black Forest Labs"}
+    assert {s.layout for s in index.source} > {"flux-krea model folder", "VAE, diffusers"}
     assert FluxPipeline.from_pretrained(report.path)(**CALL).images
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from helpers import PIPELINE, REFERENCE, edit_json, edit_tensors, full_size_folder
+from helpers import PIPELINE, edit_json, edit_tensors, full_size_folder
 
 from mlx_flux_krea import FluxPipeline
 from mlx_flux_krea.errors import ModelError
@@ -112,7 +112,12 @@ def test_a_damaged_folder_is_refused_by_name_before_any_weight_is_read(folder, h
         ("model_index.json", {"_class_name": "Other"}, "is not of a FluxPipeline"),
         ("vae/config.json", {"dtype": "int8"}, "dtype is 'int8'"),
         ("vae/config.json", {"dtype": []}, r"dtype is \[\]"),
-        ("transformer/config.json", {"in_channels": 384}, "transformer and vae do not fit: in_channels is 384"),
+        ("transformer/config.json", {"in_channels": 96}, r"in_channels 96 .* is none of 64 \(text-to-image\), 384 "),
+        (
+            "transformer/config.json",
+            {"in_channels": 384},
+            'task is "text-to-image", and the transformer has in_channels 384; expected fill',
+        ),
         ("transformer/config.json", {"vec_in_dim": 17}, "transformer and text_encoder do not fit: vec_in_dim is 17"),
         ("transformer/config.json", {"context_in_dim": 17}, "transformer and text_encoder_2 do not fit: context"),
         ("vae/config.json", {"ch": "16"}, "ch is str '16'; expected int"),
@@ -146,7 +151,7 @@ def test_json_that_is_none_is_refused(folder, name, text):
         open_model(folder)
 
 
-@pytest.mark.parametrize("path", [PIPELINE, PIPELINE / "vae", REFERENCE / "bfl" / "ae.safetensors"])
+@pytest.mark.parametrize("path", [PIPELINE, PIPELINE / "vae", PIPELINE / "vae" / "diffusion_pytorch_model.safetensors"])
 def test_foreign_weights_are_sent_to_the_converter(path):
     with pytest.raises(ModelError, match="convert it first: flux-krea convert"):
         FluxPipeline.from_pretrained(path)

@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from mlx_flux_krea.convert import Report
-from mlx_flux_krea.presets import PRECISIONS
+from mlx_flux_krea.presets import KINDS, PRECISIONS, TASKS
 
 from .shared import signals
 from .shared.conversion import convert_sources
@@ -27,6 +27,11 @@ from .shared.text import json_text, number, size, table
 @click.option("--group-size", type=int, help="Weights that share a scale: 32, 64 or 128.  [default: 64]")
 @click.option("--dtype", type=DTYPE, help="Type of scales and unquantized layers.  [default: bfloat16]")
 @click.option("--tokenizers", type=FILE, help="Folder with tokenizer/ and tokenizer_2/.")
+@click.option(
+    "--task",
+    type=click.Choice(TASKS + KINDS),
+    help="What the model reads besides a prompt, if its files do not say it.",
+)
 @click.option("--force", is_flag=True, help="Replace an existing model folder.")
 @click.option("--allow-nonfinite", is_flag=True, help="Accept weights with NaN or infinities.")
 @click.option("--allow-unknown-filter", is_flag=True, help="Accept a content filter that is not the published one.")

@@ -89,13 +89,16 @@ def _model(path: Path) -> tuple[dict[str, Any], str]:
         steps = f"{amount(default.num_inference_steps, 'step')}, guidance {default.guidance_scale:g}"
         about += [
             ("filters", f"{'required' if folder.requires_filters else 'not required'}: {folder.filters.why}"),
+            ("task", folder.index.task_and_kind),
             ("defaults", f"{default.width} x {default.height}, {steps}"),
             ("shift", index["schedule"]["shift"]),
         ]
     if isinstance(folder, ComponentFolder):
         about.append(("filters", f"required: its licence is {index['license']}"))
     about.append(("converted from", ", ".join(source["file"] for source in index["source"])))
-    facts = {"kind": "model folder", **index, "components": components}
+    if isinstance(folder, ModelFolder):
+        index["control_kind"] = index.pop("kind")  # "kind" is of the thing inspected
+    facts = {**index, "kind": "model folder", "components": components}
     rows: list[tuple] = [("component", "stored", "tensors", "parameters", "size")]
     most = {name: f"{n.quantization}, " for name, n in folder.networks.items() if n.quantization}
     rows += [

@@ -15,12 +15,14 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 from ..errors import ModelError
 from ..licence import Architecture
-from ..presets import Defaults, Schedule
+from ..presets import KINDS, TASKS, Defaults, Schedule
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 T = TypeVar("T", bound="DataclassInstance")
+
+MASK_CHANNELS = 256  # of FLUX.1 Fill's packed mask: 8 x 8 pixels of a latent position, 2 x 2 positions of a token
 
 # Types with the least and the largest value that a file may hold.
 Width = Annotated[int, 1, 2**16]  # of a layer: channels, positions, buckets
@@ -32,8 +34,8 @@ Epsilon = Annotated[float, 1e-12, 0.1]
 class FluxConfig:
     """Sizes of the flow transformer (FluxParams in black-forest-labs/flux, src/flux/model.py)."""
 
-    in_channels: Width  # of a packed latent: 16 latent channels of a patch of 2 x 2
-    out_channels: Width
+    in_channels: Width  # of a token: its packed latents, then those of its condition (`tasks`)
+    out_channels: Width  # of a packed latent: 16 latent channels of a patch of 2 x 2
     vec_in_dim: Width  # width of CLIP's pooled vector
     context_in_dim: Width  # width of T5
     hidden_size: Width
@@ -56,6 +58,21 @@ class FluxConfig:
         return int(self.hidden_size * self.mlp_ratio)
 
     @property
+    def tasks(self) -> tuple[str, ...]:
+        """The tasks of `presets.TASKS` that read in_channels, the usual one first; () where none does."""
+        return tuple(task for task, count in self._channels().items() if count == self.in_channels)
+
+    def _channels(self) -> dict[str, int]:
+        """Returns in_channels of each task, from the width of a packed latent."""
+        latents = self.out_channels
+        return {
+            "text-to-image": latents,
+            "kontext": latents,  # its condition is further tokens
+            "fill": 2 * latents + MASK_CHANNELS,  # latents, those of the image without its hole, the mask
+            "control": 2 * latents,  # latents, those of the map
+        }
+
+    @property
     def architecture(self) -> Architecture:
         """The sizes that tell FLUX.1 from other models of its form (`licence.decide`)."""
         return Architecture(
@@ -76,6 +93,9 @@ class FluxConfig:
             )
         if not self.mlp_size:
             return f"mlp_ratio {self.mlp_ratio} of hidden_size {self.hidden_size} is nothing"
+        if not self.tasks:
+            known = ", ".join(f"{count} ({task})" for task, count in self._channels().items() if task != "kontext")
+            return f"in_channels {self.in_channels} with out_channels {self.out_channels} is none of {known}"
         return None
 
 
@@ -212,11 +232,9 @@ class ModelSizes:
         Raises:
             ModelError: naming the first two that do not, with their numbers.
         """
-        kin = {384: "FLUX.1 Fill", 128: "FLUX.1 Canny and Depth"}.get(self.flux.in_channels)
-        todo = f"{kin} has these, and is not supported yet" if kin else "take the components of one model"
+        todo = "take the components of one model"
         rows = (
-            ("in_channels", "vae", "4 * z_channels", 4 * self.vae.z_channels),  # a patch of 2 x 2
-            ("out_channels", "vae", "4 * z_channels", 4 * self.vae.z_channels),
+            ("out_channels", "vae", "4 * z_channels", 4 * self.vae.z_channels),  # a patch of 2 x 2
             ("context_in_dim", "text_encoder_2", "d_model", self.t5.d_model),
             ("vec_in_dim", "text_encoder", "hidden_size", self.clip.hidden_size),
         )
@@ -224,6 +242,9 @@ class ModelSizes:
             if getattr(self.flux, name) != expected:
                 found = f"transformer and {other} do not fit: {name} is {getattr(self.flux, name)}"
                 raise ModelError(found, f"{expected} ({theirs} of the {other})", todo)
+        if "fill" in self.flux.tasks and 4 * self.vae.downsampling**2 != MASK_CHANNELS:
+            found = f"transformer and vae do not fit: the vae makes one latent of {self.vae.downsampling} pixels a side"
+            raise ModelError(found, f"8, as the mask's {MASK_CHANNELS} channels have them", todo)
 
 
 FLUX_DEV = FluxConfig(
@@ -231,6 +252,8 @@ FLUX_DEV = FluxConfig(
     num_heads=24, depth=19, depth_single_blocks=38, axes_dim=(16, 56, 56), theta=10_000, guidance_embed=True,
 )  # fmt: skip
 FLUX_SCHNELL = dataclasses.replace(FLUX_DEV, guidance_embed=False)
+FLUX_FILL = dataclasses.replace(FLUX_DEV, in_channels=384)
+FLUX_CONTROL = dataclasses.replace(FLUX_DEV, in_channels=128)
 T5_XXL = T5Config(
     d_model=4096, d_kv=64, d_ff=10240, num_heads=64, num_layers=24, vocab_size=32128,
     relative_attention_num_buckets=32, relative_attention_max_distance=128, layer_norm_epsilon=1e-6,
@@ -345,7 +368,16 @@ class ModelIndex:
     converter: str = ""
     latent_rgb: tuple[tuple[float, ...], ...] = ()  # colours of its latents, for previews: `preview.py`
     repository: str = ""  # ORG/NAME on the hub that the transformer came from, where the source shows it
+    task: str = TASKS[0]  # of a folder without it: the usual one of its in_channels (`weights.open_folder`)
+    kind: str | None = None  # of the maps that a control model reads, where that is known: one of `presets.KINDS`
     format: Annotated[int, 1, 2**30] = 1
+
+    @property
+    def task_and_kind(self) -> str:
+        """The task in words, with the kind of a control model's maps."""
+        if self.task != "control":
+            return self.task
+        return f"control ({self.kind or 'canny or depth'})"
 
     def problem(self) -> str | None:
         """Returns a contradiction between these facts, or None."""
@@ -355,6 +387,12 @@ class ModelIndex:
             return f"format is {self.format}, and this program reads format 1"
         if any(len(row) != 3 for row in self.latent_rgb):
             return "latent_rgb has rows that are not red, green and blue"
+        if self.task not in TASKS:
+            return f'task is "{_short(self.task)}" and not one of {", ".join(TASKS)}'
+        if self.kind is not None and self.kind not in KINDS:
+            return f'kind is "{_short(self.kind)}" and not one of {", ".join(KINDS)}'
+        if self.kind is not None and self.task != "control":
+            return f'kind is "{self.kind}" and task "{self.task}", and only control has kinds'
         return None
 
 
@@ -414,6 +452,8 @@ def _checked(hint, value, where: str):
         if not isinstance(value, list | tuple):
             raise ModelError(f"{where} is {_kind(value)}", "a list")
         return tuple(_checked(hint.__args__[0], v, where) for v in value)
+    if isinstance(hint, types.UnionType):  # X | None
+        return None if value is None else _checked(hint.__args__[0], value, where)
     limits = getattr(hint, "__metadata__", None)
     hint = hint.__origin__ if limits else hint
     if type(value) is not hint and not (hint is float and type(value) is int):

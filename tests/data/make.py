@@ -2,16 +2,18 @@
 
     python tests/data/make.py REFERENCE TOKENIZERS MANIFESTS
 
-REFERENCE holds `pipeline`, `bfl`, `vit`, `llava`, `images`, `lora`, `goldens.json` and `goldens.safetensors`, and in
-`edit` another `lora` with goldens. TOKENIZERS holds `clip` and `t5`, MANIFESTS the names, types and shapes of published
-files and the rules between their layouts.
+REFERENCE holds `pipeline`, `bfl`, `vit`, `llava`, `images`, `lora`, `goldens.json` and `goldens.safetensors`, and
+`edit`, a set of the same form about editing and adapters. TOKENIZERS holds `clip` and `t5`, MANIFESTS the names, types
+and shapes of published files and the rules between their layouts.
 
-Weights and images are copied. Goldens are the keys that the tests read. The tokenizers are our own: byte-pair merges
-made here, which give the reference's ids for the prompts of the goldens, and single characters for any other text, so
-that whole runs can be compared without the published vocabularies.
+Weights and images are copied, but for those that tests/derived.py makes from others. Goldens are the keys that the
+tests read. The tokenizers are our own: byte-pair merges made here, which give the reference's ids for the prompts of
+the goldens, and single characters for any other text, so that whole runs can be compared without the published
+vocabularies.
 """
 
 import gzip
+import hashlib
 import json
 import random
 import re
@@ -28,6 +30,7 @@ from mlx_flux_krea.tokenizers import CLIPTokenizer, _clean
 HERE = Path(__file__).parent
 ADAPTERS = ("lora",)  # goldens of adapters, which stand in a folder of their own
 RUNS = ("lora_lokr", "lora_two", "lora_te")
+NOT_EDITING = ("lora", "clora.forward.", "cache.")  # goldens in `edit` of adapters and of step caches
 ASCII = [chr(c) for c in range(33, 127)]
 
 
@@ -36,13 +39,18 @@ def main(reference: Path, tokenizers: Path, manifests: Path) -> None:
     shutil.rmtree(target, ignore_errors=True)
     skip = shutil.ignore_patterns("tokenizer", "tokenizer_2")
     shutil.copytree(reference / "pipeline", target / "pipeline", ignore=skip)
-    for name in ("bfl", "vit", "llava"):
+    for name in ("vit", "llava"):
         shutil.copytree(reference / name, target / name)
+    (target / "bfl").mkdir()
+    shutil.copy(reference / "bfl" / "config.json", target / "bfl")
+    digests = {p.stem: hashlib.sha256(p.read_bytes()).hexdigest() for p in reference.glob("bfl/*.safetensors")}
+    (target / "bfl" / "sha256.json").write_text(json.dumps(digests, indent=1, sort_keys=True) + "\n")
     shutil.copytree(reference / "images", target / "images", ignore=shutil.ignore_patterns("lora*"))
     arrays = mx.load(str(reference / "goldens.safetensors"))
     facts = json.loads((reference / "goldens.json").read_text())
     edit = json.loads((reference / "edit" / "goldens.json").read_text())
     mx.save_safetensors(str(target / "goldens.safetensors"), {k: v for k, v in arrays.items() if not _of_adapters(k)})
+    make_editing(reference / "edit", edit, target / "edit")
     for path in target.rglob("*"):
         path.chmod(0o755 if path.is_dir() else 0o644)
     kept = {k: v for k, v in facts.items() if k not in ADAPTERS and k != "keys"}
@@ -51,7 +59,8 @@ def main(reference: Path, tokenizers: Path, manifests: Path) -> None:
     prompts = sorted(
         {text["prompt"] for text in facts["text"]}
         | {p for run in kept["runs"].values() for p in _prompts(run)}
-        | {p for run in RUNS for p in edit["runs"][run]["prompts"]}
+        | {p for run in edit["runs"].values() for p in _prompts(run)}
+        | {*edit["prompts"], edit["negative_prompt"]}
     )
     make_clip(prompts, CLIPTokenizer(tokenizers / "clip"), HERE / "tokenizers" / "tokenizer")
     make_t5(
@@ -91,12 +100,26 @@ def make_adapters(reference: Path, target: Path) -> None:
     mx.save_safetensors(str(target / "goldens.safetensors"), arrays)
 
 
+def make_editing(reference: Path, facts: dict, target: Path) -> None:
+    """Transformers in BFL's names, Redux, pictures, and goldens but for those of adapters and of step caches."""
+    ignore = shutil.ignore_patterns("lora*")
+    for name in ("bfl", "redux", "images"):
+        shutil.copytree(reference / name, target / name, ignore=ignore)
+    arrays = mx.load(str(reference / "goldens.safetensors"))
+    mx.save_safetensors(
+        str(target / "goldens.safetensors"), {k: v for k, v in arrays.items() if not k.startswith(NOT_EDITING)}
+    )
+    kept = {k: v for k, v in facts.items() if k not in ("keys", "lora", "cache")}
+    kept["runs"] = {k: v for k, v in kept["runs"].items() if not k.startswith(NOT_EDITING)}
+    (target / "goldens.json").write_text(json.dumps(kept))
+
+
 def _of_adapters(key: str) -> bool:
     return key.startswith(ADAPTERS)
 
 
 def _prompts(run: dict) -> list[str]:
-    return [*run["prompts"], *(run.get(key) for key in ("prompt_2", "negative_prompt") if run.get(key))]
+    return [*(run["prompts"] or ()), *(run.get(key) for key in ("prompt_2", "negative_prompt") if run.get(key))]
 
 
 def make_clip(prompts: list[str], real: CLIPTokenizer, folder: Path) -> None:
