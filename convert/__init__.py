@@ -4,7 +4,7 @@
     convert(["black-forest-labs/FLUX.1-Krea-dev"], "models/krea-8bit", quantize="8")
 
 The two networks of the content filters are converted in the same way, into folders of the same form, and so are those
-of Redux.
+of Redux and the depth network.
 
     sources, gguf_header     open files and read their headers
     decode                   the types in which files store numbers
@@ -108,14 +108,14 @@ def convert(
     Args:
         sources: a folder (diffusers', ComfyUI's, mflux's, or a model folder of ours), an all-in-one file, or the
             files of the components one by one; or a filter: the classifier ViT or Pixtral, as published; or FLUX.1
-            Redux, a pipeline folder or its file and SigLIP's. Each may also be a repository on the Hugging Face hub,
-            OWNER/NAME.
+            Redux, a pipeline folder or its file and SigLIP's; or the depth network, Depth Anything V2 Small. Each may
+            also be a repository on the Hugging Face hub, OWNER/NAME.
         out: the new model folder; None: in the home folder (`home.root`), models/NAME-RECIPE, filters/NAME or
-            components/redux.
+            components/redux or components/depth.
         dtype: type of arrays that are not packed, and of scales: "bfloat16", "float16" or "float32"; None: bfloat16.
-            The classifier is always stored in float32.
+            The classifier and the depth network are always stored in float32.
         quantize: a row of `quantize.RECIPES`; None: "8", and "4" for Pixtral. The classifier is never quantized, nor is
-            Pixtral's vision tower, nor Redux.
+            Pixtral's vision tower, nor Redux, nor the depth network.
         group_size: how many numbers share a scale, if the recipe leaves the choice: 32, 64 or 128; None: 64.
         tokenizers: a folder with `tokenizer` and `tokenizer_2` (or `clip` and `t5`), if the sources have none.
         force: replace an existing model folder once the new one is complete. Other folders are never replaced, nor a

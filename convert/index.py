@@ -8,6 +8,7 @@ from mlx_flux_krea.errors import ModelError
 from mlx_flux_krea.files import read_json
 from mlx_flux_krea.licence import DEV, FLUX_1_SCHNELL, Evidence, decide, is_dev, is_schnell
 from mlx_flux_krea.models import config as configs
+from mlx_flux_krea.models.depth_config import DEPTH_ANYTHING_V2_SMALL
 from mlx_flux_krea.models.filter_config import NSFW_VIT, PIXTRAL_12B, FilterIndex
 
 from .layouts import SourceComponent
@@ -83,17 +84,24 @@ def make_filter_index(component: SourceComponent, config) -> FilterIndex:
     return FilterIndex(name, "a network of other sizes", "unknown", converter=__version__)
 
 
-_BESIDE = {"redux": ("FLUX.1 Redux [dev]", DEV)}  # base and licence of each component
-
-
-def make_component_index(components: dict[str, SourceComponent], kind: str) -> configs.ComponentIndex:
+def make_component_index(components: dict[str, SourceComponent], kind: str, config) -> configs.ComponentIndex:
     """Returns the index of a component's folder, without the records of its sources.
 
-    Redux is Black Forest Labs', under the licence of FLUX.1 [dev], whatever lies beside a copy of it.
+    Redux is Black Forest Labs', under the licence of FLUX.1 [dev], whatever lies beside a copy of it. Of the depth
+    networks only the small one is free; others have other sizes.
+
+    Args:
+        components: the layout of each of its networks.
+        kind: a key of `BESIDE`.
+        config: sizes of the last of its networks.
     """
     source = list(components.values())[-1].source
-    root = source.folder.resolve().parent if source.component else source.path
-    base, licence = _BESIDE[kind]
+    root = source.folder.resolve()
+    if kind == "redux":
+        root = root.parent if source.component else source.path
+    base, licence = ("FLUX.1 Redux [dev]", DEV) if kind == "redux" else ("a depth network of other sizes", "unknown")
+    if config == DEPTH_ANYTHING_V2_SMALL:
+        base, licence = "Depth Anything V2 Small", "apache-2.0"
     return configs.ComponentIndex(_names(root)[0], base, licence, converter=__version__)
 
 

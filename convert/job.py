@@ -40,7 +40,9 @@ _DEFAULTS = {
     "nsfw": ("float32", "none"),
     "pixtral": ("bfloat16", "4"),
     "redux": ("bfloat16", "none"),
+    "depth": ("float32", "none"),
 }
+_FIXED = {"nsfw": "the classifier", "depth": "the depth network"}  # stored in one way; bfloat16 bands a map
 _AS_IT_IS = "layers that have as few bits or fewer in the source stay as they are"
 
 
@@ -60,7 +62,7 @@ class Group:
 class Conversion:
     """All decisions of a conversion, taken before a weight is read; by component where a field is a dict."""
 
-    kind: str  # "model", "nsfw", "pixtral" or "redux"
+    kind: str  # "model", "nsfw", "pixtral", "redux" or "depth"
     own: OwnFolder | None
     components: dict[str, SourceComponent]
     plans: dict[str, tuple[Sizes, ComponentPlan]]  # sizes, and how each tensor is made
@@ -104,9 +106,9 @@ def decide(
     own, components, plans, index, evidence, found = _understand(remote, task)
     kind = _kind(components)
     dtype, quantize = dtype or _DEFAULTS[kind][0], quantize or _DEFAULTS[kind][1]
-    if kind == "nsfw" and (dtype, quantize) != _DEFAULTS[kind]:
+    if kind in _FIXED and (dtype, quantize) != _DEFAULTS[kind]:
         raise UsageError(
-            f"the classifier in {dtype}, `quantize` {quantize}",
+            f"{_FIXED[kind]} in {dtype}, `quantize` {quantize}",
             "float32, `quantize` none",
             "leave `dtype` and `quantize` out",
         )
@@ -290,7 +292,8 @@ def _understand(remote: Remote, task: str | None) -> _Understood:
             assert isinstance(embedder, configs.ReduxConfig)
             check_redux(encoder, embedder)
         _refuse_task(kind, task)
-        return _Understood(None, components, plans, make_component_index(components, kind), None, None)
+        config = list(plans.values())[-1][0]
+        return _Understood(None, components, plans, make_component_index(components, kind, config), None, None)
     if sizes is None:
         (name,) = components
         _refuse_task(name, task)

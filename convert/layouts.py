@@ -14,6 +14,7 @@ from mlx_flux_krea.errors import ModelError
 from mlx_flux_krea.files import read_json
 from mlx_flux_krea.models import config as configs
 from mlx_flux_krea.models.config import VAEConfig
+from mlx_flux_krea.models.depth_config import DEPTH_ANYTHING_V2_SMALL
 from mlx_flux_krea.models.filter_config import NSFW_VIT, PIXTRAL_12B, PixtralConfig
 from mlx_flux_krea.weights import COMPONENTS, NETWORKS, Sizes, build, parameters
 
@@ -159,6 +160,17 @@ LAYOUTS = (
         "Pixtral, mlx-vlm", "pixtral",
         ("language_model.model.embed_tokens.weight", "vision_tower.vision_model.patch_conv.weight"),
         maps.PIXTRAL_MLX, (), (), sizes.transformers_pixtral, ("llava", "pixtral"), sizes.pixtral_preprocessing,
+    ),
+    Layout(
+        "Depth Anything", "depth",
+        ("backbone.encoder.layer.0.attention.attention.query.weight", "neck.fusion_stage.layers.0.projection.weight"),
+        maps.DEPTH, maps.DEPTH_DROPPED, (), sizes.transformers_depth, ("depth_anything",), sizes.depth_preprocessing,
+    ),
+    Layout(
+        "Depth Anything, transformers 5", "depth",
+        ("backbone.encoder.layer.0.attention.q_proj.weight", "neck.fusion_stage.layers.0.projection.weight"),
+        maps.DEPTH_TRANSFORMERS_5, maps.DEPTH_DROPPED, (), sizes.transformers_depth, ("depth_anything",),
+        sizes.depth_preprocessing,
     ),
 )  # fmt: skip
 
@@ -308,7 +320,7 @@ def _first_fit(component: SourceComponent, refused: list[Misfit]) -> tuple[Sizes
 
 
 def _check_published(component: SourceComponent, config: Sizes, where: str) -> None:
-    """Checks the config of a filter or of Redux: with the published shapes it must have the published numbers.
+    """Checks the config of a filter or of a component: with the published shapes it must have the published numbers.
 
     Raises:
         ModelError: naming the first number that differs, or a preprocessing for another network.
@@ -346,6 +358,7 @@ _PUBLISHED: dict[str, tuple[Sizes, ...]] = {
     "pixtral": (PIXTRAL_12B,),
     "image_encoder": (configs.SIGLIP_SO400M,),
     "image_embedder": (configs.REDUX_DEV,),
+    "depth": (DEPTH_ANYTHING_V2_SMALL,),
 }
 # sections of a config.json in BFL's form, and their fields that must have these values
 _BFL_SECTIONS = {"transformer": "flux", "text_encoder": "clip", "text_encoder_2": "t5", "vae": "ae"}

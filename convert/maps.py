@@ -240,3 +240,33 @@ SIGLIP_DROPPED = (
 SIGLIP_TRANSFORMERS_5 = _renamed(SIGLIP, ("vision_model.", ""))
 SIGLIP_TRANSFORMERS_5_DROPPED = (("head.{rest}", SIGLIP_DROPPED[0][1]), *SIGLIP_DROPPED[1:2])
 REDUX = SAME
+# --- networks beside models ---
+
+_B = "backbone.encoder.layer.{n}"
+DEPTH = (
+    ("cls_token", "backbone.embeddings.cls_token"),
+    ("position_embeddings", "backbone.embeddings.position_embeddings"),
+    ("patch_embeddings.*", "backbone.embeddings.patch_embeddings.projection.*"),
+    ("layers.{n}.query.*", f"{_B}.attention.attention.query.*"),
+    ("layers.{n}.key.*", f"{_B}.attention.attention.key.*"),
+    ("layers.{n}.value.*", f"{_B}.attention.attention.value.*"),
+    ("layers.{n}.projection.*", f"{_B}.attention.output.dense.*"),
+    ("layers.{n}.layer_scale1", f"{_B}.layer_scale1.lambda1"),
+    ("layers.{n}.layer_scale2", f"{_B}.layer_scale2.lambda1"),
+    ("layers.{n}.fc1.*", f"{_B}.mlp.fc1.*"),
+    ("layers.{n}.fc2.*", f"{_B}.mlp.fc2.*"),
+    ("layers.{n}.{rest}", f"{_B}.{{rest}}"),  # norm1, norm2
+    ("layernorm.*", "backbone.layernorm.*"),
+    ("reassemble.{rest}", "neck.reassemble_stage.layers.{rest}"),
+    ("fusion.{rest}", "neck.fusion_stage.layers.{rest}"),
+    ("convs.{rest}", "neck.convs.{rest}"),
+    ("{x}.*", "head.{x}.*"),
+)
+DEPTH_TRANSFORMERS_5 = _renamed(
+    DEPTH, (".attention.attention.query.", ".attention.q_proj."), (".attention.attention.key.", ".attention.k_proj."),
+    (".attention.attention.value.", ".attention.v_proj."), (".attention.output.dense.", ".attention.o_proj."),
+)  # fmt: skip
+DEPTH_DROPPED = (
+    ("backbone.embeddings.mask_token", "belongs to the backbone's training"),
+    ("neck.fusion_stage.layers.0.residual_layer1.{rest}", "the first fusion has nothing to add to"),
+)

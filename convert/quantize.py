@@ -45,6 +45,7 @@ GROUPS = (
     ("pixtral", "vision tower and projector", "*"),
     ("image_encoder", "SigLIP", "*"),
     ("image_embedder", "Redux", "*"),
+    ("depth", "depth of pictures", "*"),
 )
 _BLOCKS = tuple(dict.fromkeys(group for _, group, _ in GROUPS if "blocks, " in group))
 _T5 = ("T5 attention", "T5 feed-forward")

@@ -7,6 +7,7 @@ from dataclasses import fields
 
 from mlx_flux_krea.errors import ModelError
 from mlx_flux_krea.models.config import CLIPConfig, SiglipConfig, T5Config
+from mlx_flux_krea.models.depth_config import DepthConfig
 from mlx_flux_krea.models.filter_config import PIXTRAL_12B, MistralConfig, PixtralVisionConfig, ViTConfig
 
 
@@ -212,6 +213,50 @@ def told_redux(shapes: dict[str, tuple[int, ...]]) -> dict:
     """Returns Redux' sizes from the shapes of its two matrices."""
     up, down = shapes["redux_up.weight"], shapes["redux_down.weight"]
     return {"redux_dim": up[-1] if up else 0, "txt_in_features": down[0] if down else 0}
+
+
+_DINOV2 = {
+    "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "mlp_ratio": 4, "layer_norm_eps": 1e-6,
+    "image_size": 224, "patch_size": 14, "reshape_hidden_states": True,
+}  # fmt: skip
+_DPT = {
+    "patch_size": 14, "reassemble_hidden_size": 384, "reassemble_factors": [4, 2, 1, 0.5],
+    "neck_hidden_sizes": [48, 96, 192, 384], "fusion_hidden_size": 64, "head_hidden_size": 32,
+}  # fmt: skip
+
+
+def transformers_depth(obj: dict, where: str) -> dict:
+    """Returns the sizes of a Depth Anything from transformers' config; absent fields get transformers' defaults."""
+    require(
+        obj, where, head_in_index=-1, depth_estimation_type="relative", max_depth=(1, None), backbone=None,
+        use_timm_backbone=False,
+    )  # fmt: skip
+    backbone = obj.get("backbone_config")
+    if not isinstance(backbone, dict):
+        raise ModelError(f"{where} lacks backbone_config", "the sizes of DINOv2")
+    obj, backbone = _DPT | obj, _DINOV2 | backbone
+    require(
+        backbone, f"{where}: backbone_config", model_type="dinov2", hidden_act="gelu", qkv_bias=True, num_channels=3,
+        use_swiglu_ffn=False, apply_layernorm=True, reshape_hidden_states=False, patch_size=obj["patch_size"],
+        hidden_size=obj["reassemble_hidden_size"],
+    )  # fmt: skip
+    own = {f.name: (backbone | obj)[f.name] for f in fields(DepthConfig) if f.name in backbone | obj}
+    if isinstance(own["reassemble_factors"], list):
+        own["reassemble_factors"] = [float(f) if type(f) is int else f for f in own["reassemble_factors"]]
+    return own
+
+
+def depth_preprocessing(config) -> dict:
+    """Returns the fields of a preprocessor_config.json that describes `models.depth.preprocess`."""
+    return _PREPROCESSING | {
+        "resample": 3,
+        "size": {"height": config.image_size, "width": config.image_size},
+        "keep_aspect_ratio": True,
+        "ensure_multiple_of": config.patch_size,
+        "do_pad": (False, None),
+        "image_mean": [0.485, 0.456, 0.406],
+        "image_std": [0.229, 0.224, 0.225],
+    }
 
 
 _PREPROCESSING = {

@@ -10,6 +10,8 @@ Importing this package is cheap: MLX and the networks are imported when a name b
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # type checkers see these names here; at run time `__getattr__` imports them
+    from .inputs.canny import CannyDetector
+    from .inputs.depth import DepthPreprocessor
     from .inputs.image import open_image as load_image
     from .pipeline import FluxPipeline
     from .pipeline import FluxPipeline as FluxImg2ImgPipeline
@@ -17,16 +19,24 @@ if TYPE_CHECKING:  # type checkers see these names here; at run time `__getattr_
 
 __version__ = "0.1.0"
 __all__ = [
-    "FluxImg2ImgPipeline", "FluxPipeline", "Request", "ResolvedRequest", "Result", "__version__", "load_image",
+    "CannyDetector", "DepthPreprocessor", "FluxImg2ImgPipeline", "FluxPipeline", "Request", "ResolvedRequest",
+    "Result", "__version__", "load_image",
 ]  # fmt: skip
 _OWN_NAMES = {"FluxImg2ImgPipeline": "FluxPipeline"}  # of diffusers' names, for which one class is enough
 
+_INPUTS = {  # modules in `inputs`, and names there
+    "load_image": ("image", "open_image"),
+    "CannyDetector": ("canny", "CannyDetector"),
+    "DepthPreprocessor": ("depth", "DepthPreprocessor"),
+}
+
 
 def __getattr__(name: str) -> Any:
-    if name == "load_image":
-        from .inputs.image import open_image
+    if name in _INPUTS:
+        from importlib import import_module
 
-        return open_image
+        module, function = _INPUTS[name]
+        return getattr(import_module(f"{__name__}.inputs.{module}"), function)
     if name in __all__:
         from . import pipeline
 

@@ -16,7 +16,7 @@ from .files import read_json
 
 MODELS = "models"  # converted models, a folder each
 FILTERS = "filters"  # nsfw/ and pixtral/
-COMPONENTS = "components"  # what any model can use beside its own networks: redux/
+COMPONENTS = "components"  # what any model can use beside its own networks: redux/ and depth/
 ADAPTERS = "adapters"  # a folder each
 QUARANTINE = "quarantine"  # pictures that wait for review
 LOG = "log"  # the chained log of checks and releases

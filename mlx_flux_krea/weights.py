@@ -12,8 +12,8 @@
       manifest.json             sha256 and size of every other file
 
 A filter's folder has the same form with one network, nsfw/ or pixtral/, Pixtral's tokenizer in tokenizer/, and a
-shorter model_index.json (`filter_config.FilterIndex`). A component's folder has its own networks: that of Redux has
-image_encoder/ (SigLIP) and image_embedder/, and a `config.ComponentIndex`.
+shorter model_index.json (`filter_config.FilterIndex`). A component's folder has its own networks and a
+`config.ComponentIndex`: redux has image_encoder/ (SigLIP) and image_embedder/, depth has depth/.
 
 "dtype" is the type of every array that is not quantized, and of scales and biases. "quantization" has mlx-lm's form:
 bits, group_size and mode of most layers, then exceptions by path: an object of the same three fields, or false for a
@@ -60,6 +60,8 @@ from .models.config import (
     T5Config,
     VAEConfig,
 )
+from .models.depth import DepthAnything
+from .models.depth_config import DepthConfig
 from .models.filter_config import FilterIndex, PixtralConfig, ViTConfig
 from .models.layers import adopt, choose_products, machine
 from .models.pixtral import Pixtral
@@ -78,7 +80,17 @@ os.environ.setdefault("MLX_ENABLE_TF32", "0")
 # percent for each (benchmarks/winograd.py). MLX reads this variable at every convolution (ml-explore/mlx#4639).
 os.environ.setdefault("MLX_CONV_WINOGRAD", "0")
 
-Sizes = FluxConfig | CLIPConfig | T5Config | VAEConfig | ViTConfig | PixtralConfig | SiglipConfig | ReduxConfig
+Sizes = (
+    FluxConfig
+    | CLIPConfig
+    | T5Config
+    | VAEConfig
+    | ViTConfig
+    | PixtralConfig
+    | SiglipConfig
+    | ReduxConfig
+    | DepthConfig
+)
 S = TypeVar("S", bound=Sizes)
 N = TypeVar("N", bound=nn.Module)
 
@@ -95,6 +107,7 @@ FILTERS: dict[str, tuple[type[Sizes], type[nn.Module]]] = {
 # by the name of a folder below components/ in the home folder
 BESIDE: dict[str, dict[str, tuple[type[Sizes], type[nn.Module]]]] = {
     "redux": {"image_encoder": (SiglipConfig, SigLIP), "image_embedder": (ReduxConfig, Redux)},
+    "depth": {"depth": (DepthConfig, DepthAnything)},
 }
 KIND_OF = {network: kind for kind, networks in BESIDE.items() for network in networks}
 NETWORKS = COMPONENTS | FILTERS | {name: both for networks in BESIDE.values() for name, both in networks.items()}
@@ -103,6 +116,7 @@ CLASS_NAMES = {  # in model_index.json
     "nsfw": "NSFWFilter",
     "pixtral": "PixtralFilter",
     "redux": "FluxPriorReduxPipeline",
+    "depth": "DepthPreprocessor",
 }
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # MLX's names, and those of safetensors
 PACKED = {mx.uint32: "U32", mx.uint8: "U8"}  # of quantized layers, whatever the folder's type
@@ -322,7 +336,7 @@ class NetworkFolder(Generic[S, N]):
 
         Args:
             dtype: the compute type. With float16, T5, the VAE and Pixtral compute in bfloat16, since their values
-                overflow. The classifier always computes in float32.
+                overflow. The classifier and the depth network always compute in float32.
 
         Raises:
             ModelError: a tensor is missing, not expected, or of another shape or type than the sizes say.
@@ -330,7 +344,7 @@ class NetworkFolder(Generic[S, N]):
         module, tensors = self._skeleton()
         if dtype == mx.float16 and self.component not in ("transformer", "text_encoder"):
             dtype = mx.bfloat16
-        dtype = mx.float32 if self.component == "nsfw" else dtype
+        dtype = mx.float32 if self.component in ("nsfw", "depth") else dtype
         arrays = []
         for shard in sorted({path for path, _ in tensors.values()}):
             for name, array in _load(shard).items():
@@ -554,7 +568,10 @@ def open_filter(name: str, path: Path | None = None) -> FilterFolder:
     return folder
 
 
-_PUBLISHED = {"redux": ("FLUX.1 Redux", "black-forest-labs/FLUX.1-Redux-dev")}  # name and repository of each component
+_PUBLISHED = {  # name and repository of each component
+    "redux": ("FLUX.1 Redux", "black-forest-labs/FLUX.1-Redux-dev"),
+    "depth": ("the depth network", "depth-anything/Depth-Anything-V2-Small-hf"),
+}
 
 
 def open_component(kind: str) -> ComponentFolder:

@@ -43,9 +43,10 @@ def convert(sources: tuple[Path, ...], output: Path | None, as_json: bool, **opt
 
     SOURCES is a folder (of diffusers, ComfyUI or mflux, or a model folder or its name), an all-in-one file, or the
     files of transformer, CLIP, T5 and VAE, as safetensors or GGUF. A content filter is converted from the folder of
-    Falconsai/nsfw_image_detection or of Pixtral 12B, and Redux (for --style) from that of FLUX.1 Redux or from its file
-    and SigLIP's. OWNER/NAME names a repository of the Hugging Face hub with any of
-    these: the files needed are downloaded into the hub's cache, and an interrupted download is continued.
+    Falconsai/nsfw_image_detection or of Pixtral 12B, Redux (for --style) from that of FLUX.1 Redux or from its file and
+    SigLIP's, the network for depth maps from that of depth-anything/Depth-Anything-V2-Small-hf. OWNER/NAME names a
+    repository of the Hugging Face hub with any of these: the files needed are downloaded into the hub's cache, and an
+    interrupted download is continued.
 
     \b
     Examples:

@@ -94,7 +94,8 @@ def _model(path: Path) -> tuple[dict[str, Any], str]:
             ("shift", index["schedule"]["shift"]),
         ]
     if isinstance(folder, ComponentFolder):
-        about.append(("filters", f"required: its licence is {index['license']}"))
+        required = folder.kind == "redux"
+        about.append(("filters", f"{'required' if required else 'not required'}: its licence is {index['license']}"))
     about.append(("converted from", ", ".join(source["file"] for source in index["source"])))
     if isinstance(folder, ModelFolder):
         index["control_kind"] = index.pop("kind")  # "kind" is of the thing inspected

@@ -19,7 +19,7 @@ from .shared.text import json_text, size
 KINDS = {  # in the order in which they are deleted: folder and description
     "weights": (home.MODELS, "all installed models"),
     "adapters": (home.ADAPTERS, "all installed adapters"),
-    "components": (home.COMPONENTS, "all installed components, such as Redux"),
+    "components": (home.COMPONENTS, "all installed components: Redux, the depth network"),
     "filters": (home.FILTERS, "both content filters"),
     "logs": (home.LOG, "the log of checks and releases, your evidence of keeping the licence"),
     "quarantine": (home.QUARANTINE, "all pictures that wait for review"),
@@ -30,7 +30,7 @@ KINDS = {  # in the order in which they are deleted: folder and description
 @click.command()
 @click.option("--weights", is_flag=True, help="Delete the installed models.")
 @click.option("--adapters", is_flag=True, help="Delete the installed adapters.")
-@click.option("--components", is_flag=True, help="Delete the installed components, such as Redux.")
+@click.option("--components", is_flag=True, help="Delete Redux and the depth network.")
 @click.option("--filters", is_flag=True, help="Delete the installed filters.")
 @click.option("--logs", is_flag=True, help="Delete the log of checks and releases: your evidence, with no other copy.")
 @click.option("--quarantine", is_flag=True, help="Delete the pictures that wait for review.")
