@@ -17,6 +17,7 @@ from PIL import Image
 
 from mlx_flux_krea import provenance
 from mlx_flux_krea.commands.shared import rows
+from mlx_flux_krea.commands.shared.terminal import Console
 from mlx_flux_krea.errors import ModelError, UsageError, shortened
 from mlx_flux_krea.filters import gate
 from mlx_flux_krea.inputs.image import open_image
@@ -204,6 +205,27 @@ def test_messages_with_long_names_are_shortened():
     assert "[... 69640 characters ...]" in text
     assert len(shortened("a b " * 10_000)) <= 4000
     assert shortened("as it is " * 40) == "as it is " * 40
+
+
+STEERING = "a\x1b[31m\x07\x9b2J\u202e\u2028.png"
+
+
+def test_no_name_steers_a_terminal(command, model, tmp_path, capsys):
+    """Escapes of 7 and 8 bits, a change of direction, another end of line: in errors, notes, tables and JSON."""
+    (tmp_path / STEERING).write_bytes(b"x")
+    folder = shutil.copytree(model, tmp_path / f"{STEERING}.d")
+    said = [command(*args) for args in (
+        ("inspect", STEERING), ("inspect", folder), ("plan", folder), ("convert", STEERING),
+        ("generate", "a", "-m", STEERING), ("generate", "a", "-m", model, "--image", STEERING),
+        ("generate", "-m", model, "--prompts", STEERING), ("resume", STEERING), ("models", "default", STEERING),
+        ("config", STEERING), (STEERING,), ("generate", f"--{STEERING}"), ("inspect", "--json", folder),
+    )]  # fmt: skip
+    Console().say(f"a note about {STEERING}")
+    Console(as_events=True).say(f"an event about {STEERING}")
+    Console().note(f"another note about {STEERING}")
+    text = "".join(out + err for _, out, err in [*said, (0, *capsys.readouterr())])
+    assert text.count("x1b[31m") + text.count("u001b[31m") >= len(said)
+    assert not {c for c in text if not c.isprintable()} - {"\n"}
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ from PIL import Image
 
 from mlx_flux_krea.errors import FiltersError, FluxKreaError, ResourceError, UsageError
 from mlx_flux_krea.filters import ledger as ledgers
+from mlx_flux_krea.filters import log
 from mlx_flux_krea.filters.ledger import Ledger, Verdict, pixel_hash
 from mlx_flux_krea.filters.log import FOLLOWS, Log
 from mlx_flux_krea.provenance import SOFTWARE, read_record
@@ -310,6 +311,40 @@ def test_processes_write_one_chain(home):
     started = [subprocess.Popen([sys.executable, "-c", script]) for _ in range(2)]
     assert [process.wait(60) for process in started] == [0, 0]
     assert [entry["n"] for entry in Log(home / "log").read()] == list(range(1, 81))
+
+
+@pytest.mark.parametrize(("what", "says"), [("pipe", "device or a pipe"), ("/dev/zero", "device"), ("hole", "larger")])
+def test_a_log_that_is_no_file_or_has_no_end_is_refused_unread(ledger, what, says):
+    kept(ledger)
+    path = ledger.log.path
+    path.unlink()
+    if what == "pipe":
+        os.mkfifo(path)
+    elif what == "hole":
+        path.touch()
+        os.truncate(path, 2**40)  # with nothing on the disk
+    else:
+        path.symlink_to(what)
+    with pytest.raises(FiltersError, match=says) as caught:
+        Ledger(ledger.root).waiting()
+    assert caught.value.exit_code == 6
+
+
+def test_a_line_of_the_log_is_read_once_however_much_is_asked(ledger, monkeypatch):
+    """A long log takes as long as its lines, not as long as its lines times the pictures of a run."""
+    for _ in range(5):
+        released(ledger)
+    read, real = [], log._parse
+    monkeypatch.setattr(log, "_parse", lambda line: read.append(line) or real(line))
+    again = Ledger(ledger.root)
+    images = again.log.images()
+    for image in images:
+        assert again.log.picture(image)["event"] == "released"
+        assert not again.log.has_written(image)
+        assert again.log.is_withheld(image) is False
+    again.log.append("note")
+    assert len(images) == 5
+    assert read == [line.rstrip() for line in lines(ledger)]
 
 
 # --- quarantine ---

@@ -423,6 +423,20 @@ DAMAGED = {
     "a value": (lambda f, a: job(f)["options"].update(steps="many"), "steps is 'many'; expected a whole number"),
     "a sampler": (lambda f, a: job(f)["options"].update(sigmas=[0.5, 0.9]), "sigmas are not falling"),
     "a name": (lambda f, a: job(f).update(output="a.gif"), "ends in '.gif'"),
+    **{
+        f"{field} {value!r}": (
+            lambda f, a, field=field, value=value: job(f).update({field: value}),
+            "list of pictures is damaged",
+        )
+        for field, value in (("output", None), ("output", ["a.png"]), ("label", None), ("seed", "7"), ("options", []))
+    },
+    **{
+        f"half a character in {field}": (
+            lambda f, a, field=field: job(f).update({field: "a\ud800.png"}),
+            "has no description of a run",
+        )
+        for field in ("output", "label")
+    },
     "no checks": (
         lambda f, a: f["run"]["options"].update(check="none"),
         "check is 'none'; expected filters, review or both",

@@ -115,6 +115,9 @@ def test_nothing_is_cut_off_where_everything_fits():
         ({"vocab.json": "{}", "merges.txt": ""}, "is damaged"),
         ({"vocab.json": '{"a": 0}', "merges.txt": "a b"}, "is damaged"),
         ({"tokenizer.json": '{"model": {}}'}, "cannot be read"),
+        ({"vocab.json": "[" * 100_000, "merges.txt": ""}, "cannot be read"),
+        ({"tokenizer.json": '{"model":' * 100_000}, "cannot be read"),
+        ({"vocab.json": '{"\\ud800": 0}', "merges.txt": ""}, "is damaged"),
     ],
 )
 def test_a_damaged_clip_tokenizer_is_named(tmp_path, files, says):
@@ -129,6 +132,7 @@ def test_a_damaged_clip_tokenizer_is_named(tmp_path, files, says):
     [
         ({}, "holds no T5 tokenizer"),
         ({"tokenizer.json": "{"}, "is damaged"),
+        ({"tokenizer.json": "[" * 100_000}, "is damaged"),
         ({"spiece.model": "not a model"}, "is damaged"),
         ({"tokenizer.json": '{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}'}, "has no <pad>"),
     ],

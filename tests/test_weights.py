@@ -16,6 +16,7 @@ from helpers import PIPELINE, edit_json, edit_tensors, full_size_folder
 
 from mlx_flux_krea import FluxPipeline
 from mlx_flux_krea.errors import ModelError
+from mlx_flux_krea.files import read_json
 from mlx_flux_krea.home import NANO, find_model
 from mlx_flux_krea.home import root as home
 from mlx_flux_krea.models import config as configs
@@ -149,6 +150,19 @@ def test_json_that_is_none_is_refused(folder, name, text):
     (folder / name).write_bytes(text.encode("latin-1"))
     with pytest.raises(ModelError, match=r"cannot be read|holds a list"):
         open_model(folder)
+
+
+@pytest.mark.parametrize("name", ["model_index.json", "vae/config.json", "manifest.json"])
+@pytest.mark.parametrize("what", ["a terabyte", "/dev/zero"])
+def test_json_without_end_is_refused_unread(folder, name, what):
+    (folder / name).unlink()
+    if what.startswith("/"):
+        (folder / name).symlink_to(what)
+    else:
+        with open(folder / name, "wb") as file:
+            file.truncate(2**40)  # with nothing on the disk
+    with pytest.raises(ModelError, match=r"cannot be read: it is (larger than|a device)"):
+        read_json(folder / name)
 
 
 @pytest.mark.parametrize("path", [PIPELINE, PIPELINE / "vae", PIPELINE / "vae" / "diffusion_pytorch_model.safetensors"])

@@ -10,6 +10,7 @@ import errno
 import hashlib
 import json
 import os
+import stat
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,6 +35,7 @@ FOLLOWS = {
 _OF_THE_LINE = ("n", "previous", "image")  # and not about the picture
 _KEPT = ("unknown_filters",)  # facts that every later entry about the same picture has too
 _JSON = json.JSONDecoder()
+_MOST = 2**30  # bytes of a log, which are held in memory: some two million events
 _START = "0" * 64  # stands in the first line for the hash of the line before
 
 
@@ -137,10 +139,15 @@ class Log:
     def _open(self) -> Iterator:
         """Opens and locks the file; reads and verifies new lines."""
         try:
-            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
+            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK, 0o600)
         except OSError as error:
             raise self._unusable(f"cannot be opened: {error.strerror}") from None
         with open(descriptor, "r+b", buffering=0) as file:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise self._unusable("is a device or a pipe")
+            if status.st_size > _MOST:
+                raise self._unusable(f"is larger than {_MOST / 1e9:.1f} GB")
             wait_for_lock(file.fileno())
             self._read(file)
             yield file
