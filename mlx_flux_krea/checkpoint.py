@@ -33,7 +33,8 @@ from .weights import read_header
 logger = logging.getLogger("mlx_flux_krea")
 
 EVERY = 1.0  # seconds: steps that follow each other faster are not all written
-KEEP_DAYS = 30  # then a file that nobody resumed is deleted
+KEEP_DAYS = 30  # then a file that nobody resumed is deleted,
+KEEP = 20  # unless it is one of so many newest: a clock that jumps makes every file old
 _FORMAT = 2
 _KEY = "flux-krea"
 _LISTED = "flux-krea resume --list lists them"
@@ -216,16 +217,21 @@ def folder() -> Path:
 
 def unfinished() -> list[Path]:
     """Returns the files that can be resumed, newest first. Deletes files that are too old or half-written."""
-    found: dict[Path, float] = {}
-    for path in [*folder().glob(".*.partial"), *folder().glob("*.safetensors")]:
+    seconds: dict[Path, float] = {}
+    for path in folder().glob("*.safetensors"):
+        with contextlib.suppress(OSError):
+            seconds[path] = path.stat().st_mtime
+    newest, found = sorted(seconds, key=lambda path: seconds[path], reverse=True), []
+    old = [path for path in newest[KEEP:] if time.time() - seconds[path] > KEEP_DAYS * 86400]
+    for path in [*folder().glob(".*.partial"), *newest]:
         with contextlib.suppress(OSError, UsageError):
-            lock, seconds = _locked(path), path.stat().st_mtime
-            if path.suffix == ".partial" or time.time() - seconds > KEEP_DAYS * 86400:
+            lock = _locked(path)
+            if path in old or path.suffix == ".partial":
                 path.unlink(missing_ok=True)
             else:
-                found[path] = seconds
+                found.append(path)
             os.close(lock)
-    return sorted(found, key=lambda path: found[path], reverse=True)
+    return found
 
 
 def find(name: str | None) -> Path:

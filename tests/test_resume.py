@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import judges
@@ -334,7 +335,23 @@ def test_nothing_is_kept_of_a_run_that_ended_or_never_began(command, generate, m
     assert command("resume", "--list")[1:] == ("", "there is no unfinished run\n")
 
 
-def test_what_is_old_is_deleted_and_what_still_runs_is_left_to_its_process(command, generate, home):
+@pytest.mark.parametrize("jump", [31, -31])
+def test_a_clock_that_jumps_deletes_no_run(home, monkeypatch, jump):
+    """Every file is old then. Beyond a number, those that are old go, the oldest first."""
+    for _ in range(interrupted.KEEP + 2):
+        checkpoint = interrupted.Checkpoint({})
+        checkpoint.write()
+        checkpoint.close()
+    oldest = files()[0]
+    os.utime(oldest, (0, 0))
+    now = time.time() + jump * 86400
+    monkeypatch.setattr(interrupted.time, "time", lambda: now)
+    assert len(interrupted.unfinished()) == len(files()) == interrupted.KEEP + (0 if jump > 0 else 1)
+    assert not oldest.exists()
+
+
+def test_what_is_old_is_deleted_and_what_still_runs_is_left_to_its_process(command, generate, home, monkeypatch):
+    monkeypatch.setattr(interrupted, "KEEP", 1)
     for _ in range(2):
         with failing("decode", 1):
             generate()

@@ -30,7 +30,7 @@ def resume(file, model, output, memory, listed, as_json):
     """Continue a run that was interrupted, killed, or failed.
 
     FILE: the run's ID or checkpoint file; default: the newest. The result is the same as without the interruption.
-    Unfinished runs are deleted after 30 days.
+    Unfinished runs are deleted after 30 days, except the 20 newest.
 
     \b
     Examples:
