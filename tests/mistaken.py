@@ -102,7 +102,7 @@ ROWS = [
     (G + "--controlnet-image-path a.png", 2, "control pictures are not supported yet"),
     (G + "--control-image a.png", 2, "control pictures are not supported yet"),
     (G + "--mask a.png", 2, "masks are not supported yet"),
-    (G + "--ip-adapter x", 2, "reference pictures are not supported yet"),
+    (G + "--ip-adapter x", 2, "--style FILE=0.5"),
     (G + "--upscale 2", 2, "enlarging is not supported yet"),
     (G + "--model-path x", 2, "write -m NAME"),
     (G + "--ckpt x", 2, "write -m NAME"),

@@ -19,6 +19,7 @@ import mlx.core as mx
 import nano as judging
 import numpy as np
 import pytest
+import redux
 from helpers import psnr
 from pictures import THINGS, is_right
 from PIL import Image
@@ -86,6 +87,10 @@ def filters(home, monkeypatch):
 
 def data(paths) -> list[bytes]:
     return [path.read_bytes() for path in paths]
+
+
+def pixels(path: Path) -> bytes:
+    return Image.open(path).tobytes()
 
 
 def right(path: Path) -> bool:
@@ -522,6 +527,35 @@ def test_a_shell_takes_adapters_in_its_options_and_in_lines(run, tmp_path):
     _, again, err = run("shell", "-m", "nano", *QUICK, reads="\n".join([f"/lora {path}", CROSS]))
     first, second, third = data(tmp_path / name for name in (*out.split(), *again.split()))
     assert first == third != second
+
+
+@shows("generate", "--style", "--style-rule")
+def test_style_images_change_what_is_drawn_by_their_weights_and_rule(draw, tmp_path):
+    redux.install(tmp_path, width=128, side=5)
+    Image.effect_mandelbrot((40, 30), (-2, -1, 1, 1), 60).save(tmp_path / "a.png")
+    ways = [("none", "concat"), ("a.png", "concat"), ("a.png=0.6", "concat"), ("a.png=0.6", "sum")]
+    ways += [("a.png=0.6", "grid"), (["a.png", "a.png=0.6"], "grid"), ("a.png", "grid")]
+    rows = [
+        {"prompt": CROSS} | ({"style": image, "style-rule": rule} if image != "none" else {}) for image, rule in ways
+    ]
+    rows[0] |= {"style": "none"}
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, [{"prompt": CROSS}, *rows])))
+    given = ("--prompts", "rows.jsonl", "--style", "a.png=0.8", "--style-rule", "concat")
+    *made, whole = map(pixels, draw(*given, prompt="", how=QUICK))
+    assert len(set(made)) == len(made)
+    assert whole == made[2], "grid at weight 1 is concat"
+
+
+@shows("shell", "--style", "--style-rule")
+@pytest.mark.slow
+def test_a_shell_takes_style_images_in_its_options_and_in_lines(run, tmp_path):
+    redux.install(tmp_path, width=128, side=5)
+    Image.effect_mandelbrot((40, 30), (-2, -1, 1, 1), 60).save(tmp_path / "a.png")
+    given = ("--style", "a.png=0.6", "--style-rule", "concat")
+    lines = [CROSS, "/style", "/style-rule", CROSS, "/style a.png=0.6", "/style-rule concat", CROSS]
+    _, out, err = run("shell", "-m", "nano", *QUICK, *given, reads="\n".join(lines))
+    first, second, third = data(tmp_path / name for name in out.split())
+    assert first == third != second, err
 
 
 # --- all of them ---

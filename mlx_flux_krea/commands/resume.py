@@ -75,7 +75,9 @@ def _continue(run: Run, output: Path | None, *, console: Console, as_json: bool)
         versions = (f"{versions.get('software')} with mlx {versions.get('mlx')}" for versions in (before, now))
         console.note("this run was started by {} and is continued by {}: the picture may differ".format(*versions))
     if not pipe.policy:
-        load_all(pipe, run.remaining)  # adapters can add the duty that the run started with
+        load_all(pipe, run.remaining)  # adapters and Redux can add the duty that the run started with
+        if any(job.options.get("style") for job in run.remaining):
+            pipe.load_redux()
     if not pipe.policy:
         check_free(run.checkpoint, pipe.folder)
     run.take_over(is_filtered=bool(pipe.policy))

@@ -13,7 +13,7 @@ from .shared.text import json_text
 
 NAMES = (
     "prompt", "negative_prompt", "true_cfg_scale", "aspect", "megapixels", "width", "height", "steps", "guidance",
-    "seed", "num_images", "noise", "lora",
+    "seed", "num_images", "noise", "lora", "style", "style_rule",
 )  # fmt: skip
 # Names that language models know; other bases are remarks about a model's origin.
 _BASES = {family.base for family in (presets.KREA, presets.KONTEXT, presets.DEV, presets.SCHNELL)}
@@ -47,11 +47,12 @@ def tool_schema(model):
         text = (BY_NAME[name].help or "").partition("  [default")[0]
         text = text.replace("--true-cfg-scale", "true_cfg_scale above 1")
         properties[name] = {**_type(BY_NAME[name].type), "description": text}
-        if name == "lora":
+        if BY_NAME[name].multiple:
             properties[name] = {"type": "array", "items": _type(BY_NAME[name].type), "description": text}
         if name in values:
             properties[name]["default"] = values[name]
     properties["seed"]["description"] = "Seed: the same seed repeats a picture."
+    properties["style_rule"]["description"] += " Only with style."
     properties["noise"]["enum"] = list(presets.RECIPES)
     schema = {
         "name": "generate_image",

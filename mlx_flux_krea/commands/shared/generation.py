@@ -137,6 +137,8 @@ class Generation:
             own = loras.of(job)
             ready = prepare(job, pipe.folder, run.images, adapters=own.weights, preset=own.preset)
             adapters.append(own)
+            if ready.request.style:
+                pipe.load_redux()
             return with_adapters(ready, own)
 
         prepared = _usable(jobs, prepared_job, skipped)

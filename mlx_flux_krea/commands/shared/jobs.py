@@ -31,12 +31,14 @@ from mlx_flux_krea.weights import ModelFolder
 
 from .options import ARGUMENTS, BY_NAME, DEFAULTS, PER_PICTURE, REPLACES, cast
 from .rows import alternatives, prompt_notes, read_rows
+from .styles import RECORDED, recorded_style, style_arguments
 
 # Options that are arguments of the pipeline, by the arguments' names.
 _SAME = ("prompt", "negative_prompt", "true_cfg_scale", "width", "height", "noise", "strength")
 _REQUEST = {"steps": ARGUMENTS["steps"], "guidance": ARGUMENTS["guidance"], **{name: name for name in _SAME}}
 _FROM_RECORD = ("prompt_2", "negative_prompt_2", "sigmas", "max_sequence_length")  # arguments that only a record sets
 _CIRCUMSTANCES = ("batch", "image_seed", "image_sha256", "manifest_sha256", "tiled")  # how a recorded picture was made
+_CIRCUMSTANCES += (RECORDED,)
 UNTYPED = (*_FROM_RECORD, *_CIRCUMSTANCES)  # options that `options.py` does not declare, checked where they are used
 _FILE_OPTIONS = ("output", "quality", "metadata")  # per picture, but not in its record
 _PICTURE = (*PER_PICTURE, *UNTYPED, "dtype")
@@ -109,6 +111,10 @@ def record_options(path: Path) -> dict:
     names = {name: option for option, name in _REQUEST.items()} | {"seed": "seed", "dtype": "dtype"}
     options = dict(cast(option, record[name], tuple(BY_NAME)) for name, option in names.items() if name in record)
     options |= {name: record[name] for name in UNTYPED if name in record}
+    options |= dict(
+        (name, value) if name == RECORDED else cast(name, value, tuple(BY_NAME))
+        for name, value in recorded_style(record, path).items()
+    )
     if adapters := record.get("adapters"):
         options["lora"] = _recorded_adapters(adapters, path)
     if isinstance(image := record.get("image"), dict):
@@ -262,6 +268,9 @@ def prepare(
     if "image_sha256" in options:
         notes += _check_image(options, image)
     arguments = _pipeline_arguments(options, folder, image=image, tool=tool) | dict(preset or {})
+    style, said = style_arguments(options, images)
+    arguments |= style
+    notes += said
     batch, pick = options.get("batch"), 0
     seed: int | list[int] = job.seed
     if batch is not None:

@@ -44,6 +44,29 @@ def split_lora(text: str) -> tuple[str, float | None]:
         return text, None
 
 
+class StyleImage(click.ParamType):
+    """Type of --style: an image and its weight, FILE=0.5."""
+
+    name = "style"
+
+    def convert(self, value, param, ctx) -> str:
+        """Returns the text, once its weight is known to be a number."""
+        text = str(value).strip()
+        _check_address(self, text, param, ctx)
+        text = os.path.expanduser(text) if text.startswith("~") else text  # no shell does, after = and in quotes
+        source, weight = split_style(text)
+        if not source:
+            self.fail(f"{value!r} names no image.", param, ctx)
+        if weight is not None and not abs(weight) <= presets.MAX_WEIGHT:
+            self.fail(f"{weight!r} is not in the range {-presets.MAX_WEIGHT:g}<=x<={presets.MAX_WEIGHT:g}.", param, ctx)
+        return text
+
+
+def split_style(text: str) -> tuple[str, float | None]:
+    """Splits FILE=WEIGHT. The name of an existing file may hold a =, and a text whose end is no number is all file."""
+    return (text, None) if os.path.exists(text) else split_lora(text)
+
+
 class Seeds(click.ParamType):
     """Type of --seed: whole numbers, and ranges such as 7+4 (four seeds from 7)."""
 
@@ -198,6 +221,10 @@ OPTIONS = [
             default=1),
     _option("--lora", type=Lora(), multiple=True, metavar="FILE[=W]",
             help="Adapter and its weight: a file, an installed one, OWNER/NAME[:FILE]; repeatable; none: no adapter."),
+    _option("--style", type=StyleImage(), multiple=True, metavar="FILE[=W]",
+            help="Image whose style the picture takes up, and its weight; repeatable; none: no image."),
+    _option("--style-rule", type=click.Choice(presets.STYLE_RULES),
+            help="How style images stand beside the prompt.", default=presets.STYLE_RULES[0]),
     _option("--image", type=FILE, help="Image to start from."),
     _option("--strength", type=click.FloatRange(0, 1), help="Share of the steps that change the image.",
             default=presets.STRENGTH),
@@ -222,6 +249,7 @@ BY_NAME = {str(option.name): option for option in OPTIONS} | {"prompt": _option(
 # Options that the library's arguments name differently.
 ARGUMENTS = {"steps": "num_inference_steps", "guidance": "guidance_scale", "num_images": "num_images_per_prompt"}
 _OPTION_OF = {argument: option for option, argument in ARGUMENTS.items()}
+_OPTION_OF |= {"style_images": "style", "style_weights": "style"}
 _CONVERTING = {  # arguments of `convert`, which has options of its own
     "out": "-o",
     "quantize": "-q",
@@ -287,8 +315,9 @@ def given_options(options: dict) -> tuple[dict, bool, bool]:
         UsageError: two options exclude each other.
     """
     given = {name: value for name, value in options.items() if value is not None and value is not False and value != ()}
-    if given.get("lora") == ("none",):
-        given["lora"] = ()
+    for name in ("lora", "style"):
+        if given.get(name) == ("none",):
+            given[name] = ()
     for name in ("model", "memory", "noise"):
         if given.get(name) == "":
             raise UsageError(f"{spelled(name)} is empty", "a value", "leave it out for the default")
@@ -342,8 +371,8 @@ def cast(name: str, value, allowed: tuple[str, ...]) -> tuple[str, object]:
     label = known.strip("_").replace("_", "-")
     if known == "seed" and isinstance(value, list):
         value = " ".join(map(str, value))
-    if known == "lora":
-        return known, _cast_loras(value)
+    if BY_NAME[known].multiple:
+        return known, _cast_several(known, value)
     if not isinstance(value, str | int | float):
         raise UsageError(f"{label} is {type(value).__name__}", "a text or a number")
     option = BY_NAME[known]
@@ -353,14 +382,14 @@ def cast(name: str, value, allowed: tuple[str, ...]) -> tuple[str, object]:
         raise UsageError(bad_value(label, option, error.message)) from None
 
 
-def _cast_loras(value) -> tuple[str, ...]:
-    """Reads the adapters of a row: a list of texts, or one text, in which a semicolon separates them."""
+def _cast_several(name: str, value) -> tuple:
+    """Reads an option that may be given several times: a list of texts, or one text, in which a semicolon separates."""
     texts = value if isinstance(value, list | tuple) else str(value).split(";")
-    option = BY_NAME["lora"]
+    option = BY_NAME[name]
     try:
-        given = tuple(option.type.convert(text, option, None) for text in texts)
+        given = tuple(option.type.convert(str(text), option, None) for text in texts)
     except click.BadParameter as error:
-        raise UsageError(bad_value("lora", option, error.message)) from None
+        raise UsageError(bad_value(name, option, error.message)) from None
     return () if given == ("none",) else given
 
 

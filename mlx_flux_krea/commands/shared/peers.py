@@ -12,6 +12,7 @@ NO_PROMPT = 'the prompt has no option: flux-krea generate "a frog"'
 _LORA = "write --lora FILE=0.8, once for each adapter"
 _ADAPTER_APART = "leave it out: adapters are never merged; write --lora NAME=0.8 when you generate"
 _CONTROL = "control pictures are not supported yet"
+_STYLE = "write --style FILE=0.5, once for each image; it needs FLUX.1 Redux, and takes no IP-Adapter"
 _REFERENCE = "reference pictures are not supported yet"
 _SHORTCUT = "shortcuts that change pictures are not supported yet"
 _ENLARGING = "enlarging is not supported yet"
@@ -89,8 +90,9 @@ OPTIONS = (
     ("image_strength", "mflux", "write --strength: 1 minus mflux's, whose 0.4 is --strength 0.6"),
     ("denoise denoising_strength", "ComfyUI, A1111, DiffusionKit", "write --strength {0.6}, in the same sense"),
     ("mask mask_image masked_image_path inpaint", "sd.cpp, diffusers, mflux", _MASK),
-    ("ref_image r image_paths redux_image_paths redux_image_strengths", "sd.cpp, mflux", _REFERENCE),
-    ("ip_adapter ip_adapter_image style_image", "diffusers, InvokeAI", _REFERENCE),
+    ("ref_image r image_paths", "sd.cpp, mflux", _REFERENCE),
+    ("redux_image_paths redux_image_strengths redux style_image style_images", "mflux, InvokeAI", _STYLE),
+    ("ip_adapter ip_adapter_image", "diffusers, InvokeAI", _STYLE),
     ("controlnet control_net control_image controlnet_model control_strength", "sd.cpp, diffusers", _CONTROL),
     ("controlnet_image_path controlnet_strength controlnet_save_canny depth_image_path", "mflux", _CONTROL),
     ("canny depth pose control", "sd.cpp, BFL", _CONTROL),

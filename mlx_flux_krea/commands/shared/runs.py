@@ -31,6 +31,7 @@ from . import signals
 from .jobs import UNTYPED, PictureJob, default_output, output_name
 from .options import BY_NAME, cast
 from .sheet import sheet_of, thumbnail
+from .styles import absolute_style
 from .terminal import Console
 
 _LARGEST = 2**30  # bytes of a picture's file
@@ -350,7 +351,8 @@ def _plain(options: dict) -> dict:
     paths = {name for name, value in options.items() if isinstance(value, Path)}
     if os.path.isdir(options.get("model", "")):  # else the name of an installed one
         paths.add("model")
-    return {name: os.path.abspath(value) if name in paths else value for name, value in options.items()}
+    plain = {name: os.path.abspath(value) if name in paths else value for name, value in options.items()}
+    return plain | ({"style": tuple(map(absolute_style, options["style"]))} if "style" in options else {})
 
 
 def _typed(options: dict) -> dict:
