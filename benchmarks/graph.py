@@ -26,8 +26,9 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map
 from numpy.lib.stride_tricks import as_strided
 
-from mlx_flux_krea.models import clip, pixtral, t5, transformer, vae, vit
+from mlx_flux_krea.models import clip, depth, pixtral, t5, transformer, vae, vit
 from mlx_flux_krea.models.config import CLIP_L, FLUX_DEV, FLUX_VAE, T5_XXL
+from mlx_flux_krea.models.depth_config import DEPTH_ANYTHING_V2_SMALL
 from mlx_flux_krea.models.filter_config import NSFW_VIT, PIXTRAL_12B
 from mlx_flux_krea.sampling import sampler
 
@@ -282,6 +283,12 @@ def filter_graphs(dtype: mx.Dtype, rows: int = 32, columns: int = 32, text: int 
     }
 
 
+def map_graphs() -> dict[str, Count]:
+    """The depth network, which computes in float32, on a wide photo."""
+    network = weightless(depth.DepthAnything(DEPTH_ANYTHING_V2_SMALL), mx.float32)
+    return {"depth": count(network, zeros((1, 518, 686, 3), mx.float32))}
+
+
 def kernel_graphs(dtype: mx.Dtype) -> dict[str, Count]:
     """The contents of the kernels behind the markers, except for MLX's own."""
     x, wide, row = zeros((1, 1, 8, 128), dtype), zeros((1, 1, 8, 128), mx.float32), zeros((128,), mx.float32)
@@ -345,7 +352,7 @@ def main():
     args = parser.parse_args()
     dtype = getattr(mx, args.dtype)
     graphs = transformer_graphs(args.width, args.height, dtype) | vae_graphs(args.width, args.height, dtype)
-    graphs |= text_graphs(dtype) | filter_graphs(dtype)
+    graphs |= text_graphs(dtype) | filter_graphs(dtype) | map_graphs()
     print("| graph | primitives | products (float32) | passes | traffic, GB | small kernels |")
     print("|---|---|---|---|---|---|")
     for name, c in graphs.items():

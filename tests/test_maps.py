@@ -2,6 +2,7 @@
 
 import json
 import logging
+import time
 
 import mlx.core as mx
 import numpy as np
@@ -9,11 +10,13 @@ import pytest
 from helpers import ROOT, assert_close, edit_json
 from mlx_flux_krea.convert import convert
 from mlx_flux_krea.convert.folder import check_manifest
-from PIL import Image
+from PIL import ExifTags, Image
+from test_inputs import profile
 
-from mlx_flux_krea import CannyDetector, DepthPreprocessor
+from mlx_flux_krea import CannyDetector, DepthPreprocessor, load_image
 from mlx_flux_krea.errors import ModelError, UsageError
 from mlx_flux_krea.inputs import canny as edges
+from mlx_flux_krea.inputs.depth import _levels as levels_of
 from mlx_flux_krea.inputs.depth import depth_map
 from mlx_flux_krea.inputs.resample import resize
 from mlx_flux_krea.models import depth
@@ -250,6 +253,81 @@ def test_a_folder_can_be_named_and_must_be_of_a_depth_network(network, model):
 def test_without_a_depth_network_the_command_is_named(home):
     with pytest.raises(ModelError, match="flux-krea convert depth-anything/Depth-Anything-V2-Small-hf"):
         DepthPreprocessor.from_pretrained("LiheYoung/depth-anything-large-hf")
+
+
+# --- photos of every kind ---
+
+SMALL = Image.fromarray(EDGES["shapes"]).resize((48, 36))
+
+
+def _saved(path, image, **options):
+    image.save(path, **options)
+    return path
+
+
+def _turned(path):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    return _saved(path.with_suffix(".jpg"), SMALL, exif=exif, quality=95)
+
+
+KINDS = {  # makes a file or image, and the size of its map
+    "alpha": (lambda path: _saved(path, SMALL.convert("RGBA").rotate(30)), (48, 36)),
+    "grey and alpha": (lambda path: _saved(path, SMALL.convert("LA")), (48, 36)),
+    "grey": (lambda path: SMALL.convert("L"), (48, 36)),
+    "two colours": (lambda path: _saved(path, SMALL.convert("1")), (48, 36)),
+    "16 bits": (
+        lambda path: _saved(path, Image.fromarray(np.asarray(SMALL.convert("L")).astype(np.uint16) * 257)),
+        (48, 36),
+    ),
+    "CMYK": (lambda path: _saved(path.with_suffix(".tif"), SMALL.convert("CMYK")), (48, 36)),
+    "palette": (lambda path: _saved(path, SMALL.quantize(16)), (48, 36)),
+    "wide colours": (lambda path: _saved(path, SMALL, icc_profile=profile()), (48, 36)),
+    "turned": (_turned, (36, 48)),
+    "floats": (lambda path: np.asarray(SMALL, np.float32) / 255, (48, 36)),
+    "one pixel": (lambda path: SMALL.crop((0, 0, 1, 1)), (1, 1)),
+    "a strip": (lambda path: SMALL.resize((20_000, 20)), (20_000, 20)),
+    "a column": (lambda path: SMALL.resize((20, 20_000)), (20, 20_000)),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_photos_of_every_kind_get_a_map_of_their_upright_size(network, kind, tmp_path):
+    make, size = KINDS[kind]
+    given = make(tmp_path / "photo.png")
+    (made,) = DepthPreprocessor()(given)
+    assert made.size == size
+    photo = load_image(given)
+    assert edges.edge_map(photo).size == size
+    if max(size) < 1000:
+        detected = CannyDetector()(given, 50, 200, detect_resolution=64, image_resolution=64, output_type="pil")
+        assert detected.size == ((64, 64) if min(size) == max(size) else tuple(64 * round(s / 36) for s in size))
+
+
+def test_one_colour_has_no_edges_and_no_depth():
+    flat = np.full((30, 40, 3), 127, np.uint8)
+    assert not edges.canny(flat, 50, 200).any()
+    assert not levels_of(np.full((30, 40), 3.5, np.float32)).any()
+
+
+def test_what_is_no_image_is_refused_by_both(network, tmp_path):
+    (tmp_path / "text.png").write_text("no image")
+    for make in (CannyDetector(), DepthPreprocessor()):
+        for given in (tmp_path / "text.png", tmp_path / "none.png", 7, np.zeros((3, 4, 5, 6))):
+            with pytest.raises(UsageError):
+                make(given)
+
+
+@pytest.mark.slow
+def test_a_huge_photo_gets_its_maps(network):
+    """50 megapixels, noise: as many edges as there can be."""
+    photo = Image.fromarray(np.random.default_rng(1).integers(0, 256, (1400, 1800, 3), dtype=np.uint8))
+    photo = photo.resize((8660, 5773))
+    assert DepthPreprocessor()(photo)[0].size == photo.size
+    assert CannyDetector()(photo, 50, 200, 1024, 1024).size == (1536, 1024)
+    start = time.perf_counter()
+    assert np.asarray(edges.edge_map(photo.resize((4096, 2731)))).any()
+    assert time.perf_counter() - start < 60
 
 
 # --- conversion ---

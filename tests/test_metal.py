@@ -41,15 +41,16 @@ BUDGET = {
     "Pixtral tower block": (45, 2, 0.03),
     "Pixtral block": (25, 7, 0.3),
     "Pixtral": (2000, 280, 11.5),
+    "depth": (800, 28, 0.75),
 }
-FLOAT32 = {"ViT", "Pixtral"}  # the one all through, the other where it becomes logits
+FLOAT32 = {"ViT", "depth", "Pixtral"}  # all through, but for Pixtral, where it becomes logits
 
 
 @pytest.fixture(scope="module")
 def graphs():
     full = (1024, 1024, mx.bfloat16)
     graphs = graph.transformer_graphs(*full) | graph.vae_graphs(*full) | graph.text_graphs(mx.bfloat16)
-    return graphs | graph.filter_graphs(mx.bfloat16)
+    return graphs | graph.filter_graphs(mx.bfloat16) | graph.map_graphs()
 
 
 @pytest.mark.parametrize("name", BUDGET)
@@ -86,8 +87,8 @@ def test_only_the_rope_tables_of_the_conditioning_are_float32(graphs):
     assert cos == sin == mx.float32
 
 
-def test_the_classifier_is_float32_and_of_pixtral_the_head_alone(graphs):
-    assert set(graphs["ViT"].dtypes) == {"float32"}
+def test_the_classifier_and_the_depth_network_are_float32_and_of_pixtral_the_head_alone(graphs):
+    assert set(graphs["ViT"].dtypes) == set(graphs["depth"].dtypes) == {"float32"}
     assert graphs["ViT"].products == graphs["ViT"].float32_products == 12 * 6 + 2
     assert graphs["Pixtral"].results == [mx.float32]
     assert graphs["Pixtral"].float32_products == 1
