@@ -343,6 +343,7 @@ class Generator:
         encode = partial(tiles.encode, vae) if tiled else vae.encode
         posterior = encode(pixels, self.runner("image", _count(encode, pixels)))
         _check_finite("the image encoder", *posterior)
+        _check_varied("the image encoder", posterior[0])
         mean, logvar = (moment.transpose(0, 3, 1, 2).astype(mx.float32) for moment in posterior)
         if noises.find_recipe(request.noise).posterior == "sample":
             mean = mean + mx.exp(0.5 * logvar) * stream.normal(mean.shape)

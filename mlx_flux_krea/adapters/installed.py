@@ -27,6 +27,7 @@ from ..errors import ModelError, UsageError
 from ..files import read_json, sha256, sync_path, written_whole
 from ..licence import Architecture, Evidence
 from ..models.config import ModelSizes, to_json
+from ..weights import read_header
 from .parts import Adapter, Facts, open_parts, read_facts, tensors_of
 from .reading import described, outline, read, shapes_of
 
@@ -108,6 +109,7 @@ def obtain(
             return opened(folder, sizes)
         raise missing(text)
     path = _file_in(path, weight_name)
+    read_header(path)  # what is no such file need not be hashed, which takes as long as it is large
     digest = sha256(path)
     if folder := find_hash(digest):
         with contextlib.suppress(ModelError):  # of a model of other sizes, or damaged
