@@ -84,6 +84,7 @@ class Report:
     components: tuple[Component, ...]
     groups: tuple[Group, ...]  # the largest loss first
     notes: tuple[str, ...]
+    task: str = ""  # of a model, with the kind of a control model's maps
 
 
 def convert(
@@ -279,7 +280,16 @@ def _report(job: Conversion, index: configs.ModelIndex | configs.ComponentIndex,
     notes += tuple(f"{g.name}: {g.stored} lost {g.error:.0%} of it; take more bits" for g in measured if _is_bad(g))
     if isinstance(index, FilterIndex) and index.weights == "unknown":
         notes += (f"{index.name}: an unknown filter, and not {describe(job.kind)}; the log of every run will say so",)
-    return Report(job.path, index.base, job.dtype, job.recipe.quantize, components, tuple(measured), notes)
+    return Report(
+        path=job.path,
+        base=index.base,
+        dtype=job.dtype,
+        quantize=job.recipe.quantize,
+        components=components,
+        groups=tuple(measured),
+        notes=notes,
+        task=index.task_and_kind if isinstance(index, configs.ModelIndex) else "",
+    )
 
 
 def _check_disk(target: Path, room: Room, discard: bool) -> None:

@@ -7,6 +7,7 @@ from mlx_flux_krea.beside import licence_names
 from mlx_flux_krea.errors import printable
 from mlx_flux_krea.files import open_regular
 from mlx_flux_krea.models.config import ComponentIndex, ModelIndex
+from mlx_flux_krea.presets import TASKS
 
 # Section 3(b) of the FLUX.1 [dev] Non-Commercial License prescribes these two sentences. Not ours; not to be reworded.
 ATTRIBUTION_NOTICE = (
@@ -45,6 +46,11 @@ LICENCES = {
         "",
         "Whoever gets a copy of this folder must get LICENSE.md and this page with it.",
     ),
+}
+_READS = {  # what a model of a task reads besides a prompt
+    "kontext": "a picture to change",
+    "fill": "a picture with a mask of the part to fill",
+    "control": "a map of edges or of depth",
 }
 BESIDE = "LICENSE.source.txt"  # a text that lay beside the weights and is not the licence that they are known to have
 _MOST = 2**20  # bytes of a licence file
@@ -123,6 +129,8 @@ def _readme(
         f"{base}, as a model folder of mlx-flux-krea. Neither the program nor this folder is a product of whoever "
         "trained the model, or endorsed by them."
     )
+    if isinstance(index, ModelIndex) and index.task != TASKS[0]:
+        about += f" Its task is {index.task_and_kind}: it makes pictures from a prompt and {_READS[index.task]}."
     use = "    flux-krea verify FOLDER"
     if isinstance(index, ModelIndex):
         use = f'    flux-krea generate "a frog" -m FOLDER\n{use}'

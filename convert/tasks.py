@@ -40,7 +40,7 @@ def find_task(source: Source, config: FluxConfig, asked: str | None) -> Task:
     Raises:
         UsageError: the task asked for has other channels, or only a person can tell.
     """
-    if asked:
+    if asked is not None:
         return check_task(config, asked)
     stated, named = stated_names(source), (source.path.name, source.folder.name)
     if config.tasks[0] == "control":

@@ -39,7 +39,10 @@ _KINDS = {
         "text_encoder_2", ("tokenizer_2", "t5"), ("spiece.model",), T5Tokenizer, "T5's spiece.model or tokenizer.json"
     ),
 }  # fmt: skip
-_HUB = ("black-forest-labs/FLUX.1-Krea-dev", "black-forest-labs/FLUX.1-dev", "black-forest-labs/FLUX.1-schnell")
+_HUB = tuple(
+    f"black-forest-labs/FLUX.1-{name}"
+    for name in ("Krea-dev", "dev", "Kontext-dev", "Fill-dev", "Canny-dev", "Depth-dev", "schnell")
+)
 
 
 def find_tokenizers(

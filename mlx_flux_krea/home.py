@@ -34,6 +34,12 @@ _PUBLISHED = {
     ),
     **dict.fromkeys(("dev", "flux1dev", "fluxdev"), "convert black-forest-labs/FLUX.1-dev"),
     **dict.fromkeys(("schnell", "flux1schnell", "fluxschnell"), "convert black-forest-labs/FLUX.1-schnell"),
+    **{
+        name: f"convert black-forest-labs/FLUX.1-{model}-dev"
+        for model in ("Kontext", "Fill", "Canny", "Depth")
+        for known in (model.lower(), f"{model.lower()}dev", f"dev{model.lower()}")
+        for name in (known, f"flux1{known}", f"flux{known}")
+    },
 }
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".heic", ".tif", ".tiff", ".bmp", ".avif")
 _WEIGHTS = (".safetensors", ".gguf", ".sft", ".ckpt", ".pt", ".pth", ".bin", ".npz")

@@ -94,5 +94,24 @@ def editing_file(name: str) -> Path:
     return EDIT / "bfl" / f"flux1-{name}-tiny.safetensors"
 
 
+def single_source(name: str, file: Path, metadata: dict[str, str] | None = None) -> list[Path]:
+    """Puts the transformer of an editing model into a file, with the config.json that it needs beside it.
+
+    Args:
+        name: "kontext", "fill" or "control".
+        file: to make.
+        metadata: of the file.
+
+    Returns:
+        The sources of a whole model: the file, and encoders and VAE of the base.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    sizes = json.loads((EDIT / "bfl" / "config.json").read_text())[name]
+    (file.parent / "config.json").write_text(json.dumps({"flux": sizes}))
+    arrays = mx.load(str(editing_file(name)))
+    foreign.save(file, {n: foreign.plain(a, "BF16") for n, a in arrays.items()}, metadata)
+    return [file, *(PIPELINE / component for component in ("text_encoder", "text_encoder_2", "vae"))]
+
+
 def _link(source: str, target: str) -> None:
     Path(target).symlink_to(source)

@@ -60,7 +60,8 @@ def convert(sources: tuple[Path, ...], output: Path | None, as_json: bool, **opt
     report = convert_sources(sources, output, console, placing=_placing, **options)
     signals.finish()
     _tell(report, console)
-    console.say(f"{report.base}, in {time.perf_counter() - start:.1f} s")
+    task = f", {report.task}" if report.task not in ("", TASKS[0]) else ""
+    console.say(f"{report.base}{task}, in {time.perf_counter() - start:.1f} s")
     if as_json:
         click.echo(json_text({**dataclasses.asdict(report), "path": str(report.path)}))
     else:

@@ -9,6 +9,7 @@ import click
 from mlx_flux_krea import home
 from mlx_flux_krea.convert.folder import remove_folder
 from mlx_flux_krea.errors import ModelError
+from mlx_flux_krea.presets import TASKS
 from mlx_flux_krea.weights import open_model
 
 from .shared import loras, settings
@@ -42,7 +43,8 @@ def models(context, as_json):
         for one in installed:
             words = f"words: {', '.join(one.triggers)}" if one.triggers else ""
             state = one.problem or ("default" if one.default else words)
-            rows.append((one.name, one.kind, size(one.bytes), one.precision, one.license, state))
+            kind = one.kind if one.task in ("", TASKS[0]) else f"{one.kind}, {one.task}"
+            rows.append((one.name, kind, size(one.bytes), one.precision, one.license, state))
         click.echo(table(rows, right=(2,)))
         if not any(one.kind == "model" for one in installed):
             Console().say(f"no other model is in {home.root()}; install one: flux-krea setup")

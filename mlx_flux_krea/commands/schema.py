@@ -16,7 +16,7 @@ NAMES = (
     "seed", "num_images", "noise", "lora", "style", "style_rule",
 )  # fmt: skip
 # Names that language models know; other bases are remarks about a model's origin.
-_BASES = {family.base for family in (presets.KREA, presets.KONTEXT, presets.DEV, presets.SCHNELL)}
+_BASES = {family.base for family in (presets.KREA, presets.DEV, presets.SCHNELL, *presets.EDITING)}
 
 
 @click.command(name="tool-schema")
@@ -31,9 +31,10 @@ def tool_schema(model):
       flux-krea tool-schema > tool.json
       flux-krea generate --prompts answer.jsonl
     """
-    base, defaults = presets.KREA.base, presets.KREA.defaults
+    base, defaults, task = presets.KREA.base, presets.KREA.defaults, ""
     if model:
         index = open_model(find_model(model)).index
+        task = "" if index.task == presets.TASKS[0] else f" The model's task is {index.task_and_kind}."
         base, defaults = index.base if index.base in _BASES else f"the model {index.name}", index.defaults
     values = DEFAULTS | {
         "width": defaults.width,
@@ -57,7 +58,7 @@ def tool_schema(model):
     schema = {
         "name": "generate_image",
         "description": f"Generates pictures from a description in words, with {base} on this machine. "
-        "width and height exclude aspect and megapixels.",
+        f"width and height exclude aspect and megapixels.{task}",
         "parameters": {
             "type": "object",
             "properties": properties,

@@ -16,7 +16,8 @@ from mlx_flux_krea.files import may_exist, sha256_if_exists
 from mlx_flux_krea.filters import acknowledgement
 from mlx_flux_krea.filters.ledger import Ledger
 from mlx_flux_krea.licence import PAGE as LICENCE_PAGE
-from mlx_flux_krea.presets import CHECKS, CHIPS, FIRST_PROMPT, PROPOSED_PRECISIONS
+from mlx_flux_krea.models.config import ModelIndex
+from mlx_flux_krea.presets import CHECKS, CHIPS, FIRST_PROMPT, PROPOSED_PRECISIONS, TASKS
 from mlx_flux_krea.provenance import read_record
 from mlx_flux_krea.weights import ModelFolder, open_model
 
@@ -126,6 +127,10 @@ def _weights(it: Installation) -> str:
         it.folder = open_model(path)
     else:
         choose_source(it, "model", it.options["model"])
+    index = it.outlines["model"].index if it.sources else it.model.index
+    if isinstance(index, ModelIndex) and index.task != TASKS[0]:
+        todo = "or give it a folder of its own: flux-krea convert SOURCE"
+        raise ModelError(f"{index.name} is a model for {index.task_and_kind}", f"one for {TASKS[0]}", todo)
     if it.is_unproven:
         it.console.say("whether its licence asks for filters is known once its file is hashed, during conversion")
     if not it.sources:

@@ -16,6 +16,7 @@ from mlx_flux_krea.errors import FluxKreaError, ModelError, ResourceError, print
 from mlx_flux_krea.files import may_exist
 from mlx_flux_krea.models.config import ModelIndex, ModelSizes
 from mlx_flux_krea.models.filter_config import SELF_TEST
+from mlx_flux_krea.presets import TASKS
 from mlx_flux_krea.weights import ModelFolder, open_model
 
 from . import estimates, signals
@@ -84,7 +85,7 @@ def installed_model(options: dict[str, Any]) -> Path | None:
         return named
     whole = [one for one in find_installed() if one.kind == "model" and not one.problem]
     for one in sorted(whole, key=lambda one: not one.default):
-        fits = _was_converted_from(one.path, sources) if sources else one.filters == "required"
+        fits = _was_converted_from(one.path, sources) if sources else one.filters == "required" and one.task == TASKS[0]
         if fits and options["quantize"] in (None, precision_name(one.path)):
             return one.path
     return None

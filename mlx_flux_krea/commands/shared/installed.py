@@ -27,6 +27,7 @@ class Installed:
         precision: of most layers of its largest network; of an adapter, its formulas and ranks.
         license: from its model_index.json.
         base: the model that it was converted from.
+        task: of a model, with the kind of a control model's maps; empty for everything else.
         filters: "required" or "none"; empty for a filter and a component.
         triggers: words that the file of an adapter says the prompt needs.
         default: the model that is used where none is named.
@@ -40,6 +41,7 @@ class Installed:
     precision: str = ""
     license: str = ""
     base: str = ""
+    task: str = ""
     filters: str = ""
     triggers: tuple[str, ...] = ()
     default: bool = False
@@ -141,9 +143,10 @@ def _examine(kind: str, path: Path, *, name: str | None = None, is_default: bool
     except (ModelError, PermissionError) as error:
         problem = _reason(error, path)
         return Installed(name=name, kind=kind, path=path, bytes=count, default=is_default, problem=problem)
-    network, filters = next(iter(folder.networks.values())), ""
+    network, filters, task = next(iter(folder.networks.values())), "", ""
     if isinstance(folder, ModelFolder):
         filters = "required" if folder.requires_filters else "none"
+        task = folder.index.task_and_kind
     return Installed(
         name=name,
         kind=kind,
@@ -152,6 +155,7 @@ def _examine(kind: str, path: Path, *, name: str | None = None, is_default: bool
         precision=f"{network.quantization}, {network.dtype}" if network.quantization else network.dtype,
         license=folder.index.license,
         base=folder.index.base,
+        task=task,
         filters=filters,
         default=is_default,
         problem=problem,

@@ -256,6 +256,7 @@ _CONVERTING = {  # arguments of `convert`, which has options of its own
     "tokenizers": "--tokenizers",
     "offline": "--offline",
     "discard_source": "--discard-source",
+    "task": "--task",
 }
 _BACKQUOTED = re.compile(
     r"""(?<!\w)(?P<text>'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")(?!\w)  # a quoted text, which is somebody's own
