@@ -7,13 +7,15 @@ import time
 import mlx.core as mx
 import numpy as np
 import pytest
-from helpers import ROOT, assert_close, edit_json
+from click.testing import CliRunner
+from helpers import ROOT, assert_close, edit_json, run_command
+from hub import Hub
 from mlx_flux_krea.convert import convert
 from mlx_flux_krea.convert.folder import check_manifest
 from PIL import ExifTags, Image
 from test_inputs import profile
 
-from mlx_flux_krea import CannyDetector, DepthPreprocessor, load_image
+from mlx_flux_krea import CannyDetector, DepthPreprocessor, cli, load_image
 from mlx_flux_krea.errors import ModelError, UsageError
 from mlx_flux_krea.inputs import canny as edges
 from mlx_flux_krea.inputs.depth import _levels as levels_of
@@ -385,3 +387,24 @@ def copied(tmp_path):
     for path in (MAPS / "depth").iterdir():
         (folder / path.name).write_bytes(path.read_bytes())
     return folder
+
+
+@pytest.mark.slow
+def test_it_is_fetched_from_the_hub(home, tmp_path):
+    repo = "depth-anything/Depth-Anything-V2-Small-hf"
+    folder = copied(tmp_path)
+    (folder / "pytorch_model.bin").write_bytes(b"not needed")
+    with Hub(folder, repo) as hub:
+        done = run_command("convert", repo, cwd=tmp_path, **hub.env(tmp_path, FLUX_KREA_HOME=str(home)))
+        assert done.returncode == 0, done.stderr
+        assert set(hub.fetched()) == {"config.json", "model.safetensors", "preprocessor_config.json"}
+    assert open_component("depth").index.name == "Depth-Anything-V2-Small-hf"
+
+
+def test_verbs_know_it(network, home):
+    runner = CliRunner()
+    assert "depth" in runner.invoke(cli.cli, ["models"]).output
+    assert "not required: its licence is unknown" in runner.invoke(cli.cli, ["inspect", "depth"]).output
+    assert runner.invoke(cli.cli, ["verify", "depth"]).exit_code == 0
+    assert runner.invoke(cli.cli, ["models", "rm", "depth", "--yes"]).exit_code == 0
+    assert not (home / "components" / "depth").exists()

@@ -96,9 +96,14 @@ def depth_map(network: DepthAnything, photo: Image.Image, run: Runner | None = N
         network: the depth network.
         photo: in mode RGB.
         run: evaluates the stages of the network; None: one by one.
+
+    Raises:
+        ModelError: the network gave NaN.
     """
-    depth = network(preprocess(photo, network.config), run or _evaluated)[0]
-    resized = Image.fromarray(np.array(depth.astype(mx.float32))).resize(photo.size, Image.Resampling.BICUBIC)
+    depth = np.array(network(preprocess(photo, network.config), run or _evaluated)[0].astype(mx.float32))
+    if not np.isfinite(depth).all():
+        raise ModelError("the depth network gave NaN or infinities", "finite numbers", "convert it again")
+    resized = Image.fromarray(depth).resize(photo.size, Image.Resampling.BICUBIC)
     return _levels(np.asarray(resized))
 
 
@@ -106,6 +111,7 @@ def _levels(depth: np.ndarray) -> np.ndarray:
     """Scales (H, W) float32 from its least to its largest value to 0 to 255."""
     low, high = float(depth.min()), float(depth.max())
     if not high > low:
+        logger.warning("the depth network found the same depth everywhere: the map is black")
         return np.zeros(depth.shape, np.uint8)
     return np.round((depth - low) * (255 / (high - low))).clip(0, 255).astype(np.uint8)
 

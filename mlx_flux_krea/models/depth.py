@@ -196,6 +196,11 @@ class DepthAnything(nn.Module):
         self.conv2 = nn.Conv2d(features // 2, config.head_hidden_size, 3, 1, 1)
         self.conv3 = nn.Linear(config.head_hidden_size, 1)
 
+    @property
+    def stages(self) -> int:
+        """Number of stages that a call runs."""
+        return 2 + self.config.out_indices[-1] + 2 * len(self.fusion)
+
     def embed(self, pixels: mx.array) -> mx.array:
         """Embeds (B, height, width, 3): the class token and all patches, row by row, with positions, (B, N, C)."""
         patches = self.patch_embeddings(pixels.astype(self.cls_token.dtype))
