@@ -17,7 +17,7 @@ from mlx_flux_krea.convert import convert
 from mlx_flux_krea import FluxPipeline
 from mlx_flux_krea.adapters import formulas, names
 from mlx_flux_krea.adapters.formulas import Attached, Base, branch_bytes
-from mlx_flux_krea.adapters.installed import added_duty, obtain
+from mlx_flux_krea.adapters.installed import Origin, added_duty, obtain, with_licence
 from mlx_flux_krea.adapters.loaded import take_tags
 from mlx_flux_krea.adapters.parts import Adapter, Facts, open_parts, tensors_of
 from mlx_flux_krea.adapters.reading import described, looks_like_adapter, outline, shapes_of
@@ -98,6 +98,44 @@ def test_a_control_adapter_widens_the_input_and_replaces_norms(folder, flux, wei
     """BFL's result; diffusers' own has rows of the last layer exchanged (the reference's README)."""
     used(folder, flux, ("control_bfl", weight))
     assert_close(called(flux, "clora.forward"), files.goldens()[f"clora.forward.output.{weight}"], 3e-5)
+
+
+@pytest.mark.parametrize("name", ["fill", "control"])
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_an_adapter_for_models_without_a_condition_reads_the_latents_alone(request, tmp_path, name, kind):
+    """As diffusers pads it (`_maybe_expand_lora_state_dict`): the condition's columns of W stay as they are."""
+    folder = open_model(request.getfixturevalue(name))
+    flux, sizes = folder.flux.load(mx.float32), folder.flux.sizes
+    keys = iter(mx.random.split(mx.random.key(3), 4))
+    rows, rank = sizes.hidden_size, 3
+    down, up = mx.random.normal((rank, 64), key=next(keys)), mx.random.normal((rows, rank), key=next(keys))
+    arrays = {"transformer.x_embedder.lora_A.weight": down, "transformer.x_embedder.lora_B.weight": up}
+    weight = flux.img_in.weight
+    changed = weight + mx.pad(0.5 * up @ down, [(0, 0), (0, sizes.in_channels - 64)])
+    if kind == "dora":
+        lengths = mx.random.uniform(0.5, 2.0, (rows,), key=next(keys))
+        arrays["transformer.x_embedder.lora_magnitude_vector"] = lengths
+        changed = lengths[:, None] * changed / mx.linalg.norm(changed, axis=1, keepdims=True)
+    adapter = files.opened(files.save(tmp_path / "a.safetensors", arrays), folder.sizes)
+    kept = files.save(tmp_path / "kept.safetensors", tensors_of(adapter))
+    assert len(open_parts(kept, folder.sizes)) == 1
+    Attached(flux, "transformer", mx.float32).use([(adapter, 0.5)], Base(folder, mx.float32).lengths)
+    x = mx.random.normal((1, 7, sizes.in_channels), key=next(keys))
+    assert_close(flux.img_in(x), x @ changed.T + flux.img_in.bias, 1e-5)
+
+
+@pytest.mark.parametrize(("name", "fits"), [("turbo", True), ("control", False), ("wide", False)])
+def test_of_adapters_for_other_inputs_fill_takes_those_that_read_latents(tmp_path, name, fits):
+    sizes = dataclasses.replace(configs.FLUX_DEV_MODEL, flux=configs.FLUX_FILL)
+    keys = {"turbo": files.turbo_keys(), "control": published("lora-bfl-control")}.get(name) or {
+        f"img_in.lora_{end}.weight": ("F32", shape) for end, shape in (("A", (4, 320)), ("B", (3072, 4)))
+    }
+    path = files.header(tmp_path / "a.safetensors", keys)
+    if fits:
+        assert outline(path, sizes).modules == 504
+    else:
+        with pytest.raises(ModelError, match=r"img_in.lora_A.weight has shape .*; expected \(rank, 384\)"):
+            outline(path, sizes)
 
 
 def is_packed(path: str, layer: nn.Module) -> bool:
@@ -888,6 +926,19 @@ def test_the_licence_of_an_adapter_is_read_from_all_that_states_it(folder, tmp_p
 
 def test_a_control_adapter_is_always_bfls(folder):
     assert "control" in obtain(files.reference("control_bfl"), folder.sizes).facts.dev
+
+
+@pytest.mark.parametrize("flux", [configs.FLUX_DEV, configs.FLUX_CONTROL])
+def test_a_published_control_adapter_is_mapped_in_full_and_is_devs(tmp_path, flux):
+    """Its file has no licence, no metadata and, here, no telling name; on Canny's and Depth's own models, too."""
+    path = files.header(tmp_path / "a.safetensors", published("lora-bfl-control"))
+    sizes = dataclasses.replace(configs.FLUX_DEV_MODEL, flux=flux)
+    found = outline(path, sizes)
+    assert (found.modules, found.unmatched) == (466, ())
+    facts = described(found, Facts(name="a", source=str(path), sha256="0"), sizes)
+    facts = with_licence(facts, path, Origin(str(path)), flux.architecture)
+    assert (facts.control, facts.applied) == (True, 466)
+    assert facts.dev == "BFL's control adapters are under FLUX.1 [dev]'s licence"
 
 
 TURBO, HYPER = (8, 3.5, 1.0), (8, 3.5, 0.125)

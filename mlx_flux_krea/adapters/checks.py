@@ -79,17 +79,16 @@ def check_group(path: Path, target: AdapterTarget, fields: dict[str, str], infos
 
 
 def is_widened(target: AdapterTarget, fields: Mapping[str, str], infos: Mapping[str, TensorInfo]) -> bool:
-    """True where the input layer takes a condition beside the latents."""
+    """True where the layer that reads tokens takes a map beside the latents, whether or not the model does."""
     down = infos[fields["down"]].shape if "down" in fields else ()
-    return target.path == "img_in" and down[-1:] == (2 * target.width,)
+    return bool(target.latents) and down[-1:] == (2 * target.latents,)
 
 
 def _lora_shapes(target: AdapterTarget, shapes: Mapping[str, tuple]) -> Wrong:
     if not target.width:
         return "down", "no matrix: it is a vector"
     down, up = shapes.get("down", ()), shapes.get("up", ())
-    widths = (target.width, 2 * target.width) if target.path == "img_in" else (target.width,)
-    if len(down) != 2 or down[1] not in widths:
+    if len(down) != 2 or down[1] not in target.widths:
         return "down", f"(rank, {target.width})"
     if not 1 <= down[0] <= max(target.rows, down[1]):
         return "down", f"a rank from 1 to {max(target.rows, down[1])}"

@@ -80,7 +80,7 @@ def _dense(part: Part, start: int, stop: int) -> mx.array:
     """Returns some rows of the matrix that a part adds, in float32."""
     arrays = {name: array.astype(mx.float32) for name, array in part.arrays.items()}
     if "down" in arrays:
-        return arrays["up"][start:stop] @ arrays["down"][:, : part.target.width]
+        return arrays["up"][start:stop] @ _padded(arrays["down"], part.target.width)[:, : part.target.width]
     if "h1_a" in arrays:
         return (arrays["h1_a"][start:stop] @ arrays["h1_b"]) * (arrays["h2_a"][start:stop] @ arrays["h2_b"])
     if "w1" in arrays:
@@ -199,7 +199,7 @@ class _Sum:
         if "h1_a" in arrays:
             arrays |= _as_low_rank(arrays)
         if "down" in arrays:
-            down, up = arrays["down"], weight * arrays["up"]
+            down, up = _padded(arrays["down"], self.width), weight * arrays["up"]
             down = down if intake is None else down * intake
             self._stack(down, up if gain is None else gain[:, None] * up, start)
         elif "w1" in arrays:
@@ -247,7 +247,7 @@ class _Sum:
         if self.stacked:
             downs = [down for down, _ in self.stacked.values()]
             widest = max(down.shape[1] for down in downs)
-            downs = [mx.pad(down, [(0, 0), (0, widest - down.shape[1])]) for down in downs]
+            downs = [_padded(down, widest) for down in downs]
             up, place = mx.zeros((sum(map(len, downs)), self.rows)), 0
             for down, ups in self.stacked.values():
                 for rows, start in ups:
@@ -269,6 +269,11 @@ class _Sum:
         branch = Branch(**arrays, products=products)
         mx.eval(branch.arrays)
         return branch
+
+
+def _padded(down: mx.array, width: int) -> mx.array:
+    """Returns (r, in) with zeros for inputs that an adapter does not read, up to so many."""
+    return mx.pad(down, [(0, 0), (0, max(width - down.shape[1], 0))])
 
 
 def _as_low_rank(arrays: Mapping[str, mx.array]) -> dict[str, mx.array]:

@@ -11,7 +11,7 @@ Facts: diffusers (loaders/lora_conversion_utils.py), ComfyUI (comfy/lora.py, com
 import functools
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..models.config import ModelSizes
 from ..weights import build, layer_shapes, parameters
@@ -135,6 +135,9 @@ OTHER_MODELS = (
 )
 
 
+_TOKENS = ("transformer", "img_in")
+
+
 @dataclass(frozen=True)
 class AdapterTarget:
     """A layer, a range of its output rows, or a vector (of a norm).
@@ -146,6 +149,7 @@ class AdapterTarget:
         stop: row after the last.
         width: inputs of the layer; 0 of a vector.
         swapped: the halves of the rows stand in the other order in the file.
+        latents: of the layer that reads tokens, the inputs that are latents, which come first; 0 of all others.
     """
 
     component: str
@@ -154,6 +158,18 @@ class AdapterTarget:
     stop: int
     width: int
     swapped: bool = False
+    latents: int = 0
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Inputs that a low-rank change may have.
+
+        Of the layer that reads tokens, a model without a condition also takes BFL's control adapters, which read a
+        map beside the latents, and a model with one takes adapters for models without: they read the latents alone.
+        """
+        if not self.latents:
+            return (self.width,)
+        return (self.width, 2 * self.latents if self.width == self.latents else self.latents)
 
     @property
     def rows(self) -> int:
@@ -177,6 +193,8 @@ def targets(sizes: ModelSizes) -> dict[str, AdapterTarget]:
             if array.ndim == 1 and owner not in shapes and leaf in ("weight", "scale"):
                 found |= dict.fromkeys((owner, path), AdapterTarget(component, path, 0, array.size, 0))
     found |= _of_transformer(sizes, layer_shapes("transformer", sizes.flux))
+    tokens = replace(found["img_in"], latents=sizes.flux.out_channels)
+    found |= {name: tokens for name, target in found.items() if (target.component, target.path) == _TOKENS}
     return found | {name.replace(".", "_"): target for name, target in found.items()}
 
 

@@ -180,7 +180,7 @@ def _fits(part: Part) -> bool:
     if any(shapes[name] != (count,) for name, count in vectors.items() if name in shapes):
         return False
     if "down" in shapes or "up" in shapes:
-        return shapes.get("up") == (rows, rank) and shapes.get("down") in ((rank, width), (rank, 2 * width))
+        return shapes.get("up") == (rows, rank) and shapes.get("down") in [(rank, one) for one in part.target.widths]
     if "w1" in shapes or "w2" in shapes:
         one, two = shapes.get("w1", ()), shapes.get("w2", ())
         return len(one) == len(two) == 2 and (one[0] * two[0], one[1] * two[1]) == (rows, width)
