@@ -5,13 +5,15 @@ import json
 import re
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import derived
 import foreign
 import gguf
 import mlx.core as mx
 import pytest
-from helpers import REFERENCE, TOKENIZERS, edit_json, full_size_folder
+from helpers import REFERENCE, TOKENIZERS, edit_json, full_size_folder, run_command
+from hub import Hub
 from mlx_flux_krea.convert import convert, examine, index
 from mlx_flux_krea.convert.fetch import outlined
 from mlx_flux_krea.convert.job import decide as decide_job
@@ -19,6 +21,8 @@ from mlx_flux_krea.convert.licence import licence_files
 from mlx_flux_krea.convert.tasks import ASKED, Task
 
 from mlx_flux_krea import FluxPipeline, presets, request
+from mlx_flux_krea.commands.shared.installation import installed_model
+from mlx_flux_krea.commands.shared.installed import find_installed
 from mlx_flux_krea.errors import ModelError, UsageError
 from mlx_flux_krea.licence import Evidence, decide
 from mlx_flux_krea.models import config as configs
@@ -105,6 +109,16 @@ def test_single_files_are_those_of_the_reference_to_the_byte():
 )
 def test_kontext_is_known_by_its_repository_and_by_what_its_file_says(tmp_path, place, metadata, expected):
     assert tell(*derived.single_source("kontext", tmp_path / "files" / place, metadata)) == (expected, None)
+
+
+def test_a_repository_on_the_hub_tells_task_and_kind_of_a_folder_that_says_neither(tmp_path):
+    folder = derived.editing_source("control", tmp_path / "published", "FluxPipeline")
+    shutil.copytree(TOKENIZERS, folder, dirs_exist_ok=True)
+    with Hub(folder, "black-forest-labs/FLUX.1-Depth-dev") as served:
+        ran = run_command("convert", served.repo, "-q", "none", cwd=tmp_path, **served.env(tmp_path))
+    assert ran.returncode == 0, ran.stderr
+    made = open_model(Path(ran.stdout.strip())).index
+    assert (made.task, made.kind, made.repository) == ("control", "depth", "black-forest-labs/FLUX.1-Depth-dev")
 
 
 def test_kontext_is_known_by_the_name_in_a_gguf_file(kontext, tmp_path):
@@ -311,6 +325,18 @@ def test_names_of_the_editing_models_are_answered_with_their_repository(command,
     code, _, err = command("generate", "a frog", "-m", name)
     assert code == 3
     assert f"install it: flux-krea convert black-forest-labs/FLUX.1-{model}-dev" in err
+
+
+def test_setup_takes_no_model_for_another_task_for_the_usual_one(home, fill):
+    """Fill alone is installed, and its licence asks for filters: setup still has to install Krea."""
+    (home / "models").mkdir(parents=True)
+    path = shutil.copytree(fill, home / "models" / "fill")
+    edit_json(path / "model_index.json", filters="required")
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["model_index.json"]["bytes"] = (path / "model_index.json").stat().st_size
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    assert [one.problem for one in find_installed()] == [None]
+    assert installed_model({"model": (), "quantize": None}) is None
 
 
 def test_setup_refuses_a_model_for_another_task(command, fill):
