@@ -15,28 +15,30 @@ if TYPE_CHECKING:  # type checkers see these names here; at run time `__getattr_
     from .inputs.image import open_image as load_image
     from .pipeline import FluxPipeline
     from .pipeline import FluxPipeline as FluxImg2ImgPipeline
+    from .prior import FluxPriorReduxPipeline
     from .request import Request, ResolvedRequest, Result
 
 __version__ = "0.1.0"
 __all__ = [
-    "CannyDetector", "DepthPreprocessor", "FluxImg2ImgPipeline", "FluxPipeline", "Request", "ResolvedRequest",
-    "Result", "__version__", "load_image",
+    "CannyDetector", "DepthPreprocessor", "FluxImg2ImgPipeline", "FluxPipeline", "FluxPriorReduxPipeline", "Request",
+    "ResolvedRequest", "Result", "__version__", "load_image",
 ]  # fmt: skip
 _OWN_NAMES = {"FluxImg2ImgPipeline": "FluxPipeline"}  # of diffusers' names, for which one class is enough
 
-_INPUTS = {  # modules in `inputs`, and names there
-    "load_image": ("image", "open_image"),
-    "CannyDetector": ("canny", "CannyDetector"),
-    "DepthPreprocessor": ("depth", "DepthPreprocessor"),
+_ELSEWHERE = {  # modules other than `pipeline`, and names there
+    "load_image": ("inputs.image", "open_image"),
+    "CannyDetector": ("inputs.canny", "CannyDetector"),
+    "DepthPreprocessor": ("inputs.depth", "DepthPreprocessor"),
+    "FluxPriorReduxPipeline": ("prior", "FluxPriorReduxPipeline"),
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name in _INPUTS:
+    if name in _ELSEWHERE:
         from importlib import import_module
 
-        module, function = _INPUTS[name]
-        return getattr(import_module(f"{__name__}.inputs.{module}"), function)
+        module, own = _ELSEWHERE[name]
+        return getattr(import_module(f"{__name__}.{module}"), own)
     if name in __all__:
         from . import pipeline
 

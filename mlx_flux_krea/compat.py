@@ -152,9 +152,10 @@ _CLASSES = {
     "DiffusionPipeline AutoPipelineForText2Image AutoPipelineForImage2Image": "FluxPipeline is for texts and images",
     "FluxKontextPipeline FluxKontextInpaintPipeline FluxFillPipeline FluxInpaintPipeline FluxControlPipeline "
     "FluxControlImg2ImgPipeline FluxControlInpaintPipeline FluxControlNetPipeline FluxControlNetImg2ImgPipeline "
-    "FluxControlNetInpaintPipeline FluxControlNetModel FluxMultiControlNetModel FluxPriorReduxPipeline "
+    "FluxControlNetInpaintPipeline FluxControlNetModel FluxMultiControlNetModel "
     "AutoPipelineForInpainting CannyDetector DepthPreprocessor": _NO_EDITING,
     "FluxTransformer2DModel AutoencoderKL T5EncoderModel T5TokenizerFast CLIPTextModel CLIPTokenizer": _COMPONENT,
+    "ReduxImageEncoder SiglipVisionModel SiglipImageProcessor": "FluxPriorReduxPipeline opens the installed Redux",
     "FlowMatchEulerDiscreteScheduler": LOADING["scheduler"].sentence,
     "BitsAndBytesConfig TorchAoConfig QuantoConfig GGUFQuantizationConfig PipelineQuantizationConfig": _QUANTIZE,
 }
@@ -238,13 +239,16 @@ def meant_argument(name: str, own: list[str]) -> str:
     return f"did you mean `{near[0]}`?" if near else ""
 
 
-def take_known(where: Callable, given: Mapping[str, Any], table: Mapping[str, Argument]) -> None:
+def take_known(
+    where: Callable, given: Mapping[str, Any], table: Mapping[str, Argument], owner: str = "FluxPipeline"
+) -> None:
     """Accepts arguments of diffusers, each with one log line, or refuses them.
 
     Args:
         where: the function.
         given: arguments that it does not have, by name.
         table: those that diffusers has.
+        owner: class of the function, for errors.
 
     Raises:
         TypeError: a name that diffusers does not have either.
@@ -254,7 +258,7 @@ def take_known(where: Callable, given: Mapping[str, Any], table: Mapping[str, Ar
         if name not in table:
             own = [one for one in inspect.signature(where).parameters if one not in ("self", "others")]
             meant = meant_argument(name, own)
-            found = f"FluxPipeline.{where.__name__}() got an unexpected keyword argument {name!r}"
+            found = f"{owner}.{where.__name__}() got an unexpected keyword argument {name!r}"
             raise TypeError(f"{found}: {meant}" if meant else found)
         known = table[name]
         if value is None:

@@ -148,7 +148,7 @@ class FluxPipeline(AdapterMethods, compat.DiffusersMethods):
         if "pretrained_model_name_or_path" in others and model is None:
             model = others.pop("pretrained_model_name_or_path")
         compat.take_known(cls.from_pretrained, others, compat.LOADING)
-        chosen = _chosen_dtype(dtype, torch_dtype)
+        chosen = chosen_dtype(dtype, torch_dtype)
         folder = open_model(find_model(model))
         dtype = chosen or folder.flux.dtype
         has_threshold = nsfw_threshold is not None or integrity_margin is not None
@@ -707,7 +707,7 @@ class FluxPipeline(AdapterMethods, compat.DiffusersMethods):
         }
 
 
-def _chosen_dtype(dtype: Any, torch_dtype: Any) -> str | None:
+def chosen_dtype(dtype: Any, torch_dtype: Any) -> str | None:
     """Returns the compute type that a caller named, under either name.
 
     Raises:

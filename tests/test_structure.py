@@ -17,7 +17,7 @@ PACKAGE = "mlx_flux_krea"
 LEVELS = {
     7: "cli commands server nano",
     6: "convert",
-    5: "pipeline",
+    5: "pipeline prior",
     4: "generator filters",
     3: "request memory residency adapters checkpoint inputs prompts",
     2: "weights provenance credentials home files beside",
