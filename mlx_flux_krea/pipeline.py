@@ -396,8 +396,7 @@ class FluxPipeline(AdapterMethods, compat.DiffusersMethods):
         Raises:
             ModelError: it is not installed, damaged, or does not fit the model.
         """
-        if self._redux is None:
-            self._redux = styles.open_redux(self.folder.flux.sizes)
+        self._redux = styles.open_redux(self.folder.flux.sizes)  # each time: it may have been converted again
         return self._redux
 
     def _load_components(self, *requests: Request | ResolvedRequest) -> None:
@@ -611,8 +610,8 @@ class FluxPipeline(AdapterMethods, compat.DiffusersMethods):
         plan, record, notes = self.plan(resolved), self._record(), list(resolved.notes)
         if adapters := self._loaded.records(resolved.adapters or ()):
             record |= {"adapters": adapters}
-        if resolved.style:
-            record |= {"redux_sha256": sha256_if_exists(self.load_redux().path / "manifest.json")}
+        if resolved.style and self._redux:
+            record |= {"redux_sha256": sha256_if_exists(self._redux.path / "manifest.json")}
         if plan.tiled:
             record |= {"tiled": True}
             reason = f"memory is too little to decode {resolved.width} x {resolved.height} as a whole"
@@ -653,7 +652,7 @@ class FluxPipeline(AdapterMethods, compat.DiffusersMethods):
         if request.image is not None:
             gate.check_input(partial(_encoder_input, request.image, request.width, request.height))
         for image in request.style.images if request.style else ():
-            gate.check_input(partial(styles.seen, image, self.load_redux()))
+            gate.check_input(partial(styles.seen, image, self._redux))
         notes += gate.notes
         for note in notes:
             logger.warning(note)

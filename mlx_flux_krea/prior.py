@@ -170,12 +170,12 @@ class FluxPriorReduxPipeline(compat.DiffusersMethods):
 
     def _encode(self, source: StyledPrompt) -> EncodedPrompt:
         """Computes the embeds of a text with style images."""
+        text = None
         if source.prompt is not None and self._pipeline is not None:
-            prompt = EncodedPrompt(*self._pipeline.encode_prompt(source.prompt, source.prompt_2))
-        else:
-            prompt = self._no_text()
+            text = EncodedPrompt(*self._pipeline.encode_prompt(source.prompt, source.prompt_2))
 
         def encode(style: Style) -> EncodedPrompt:
+            prompt = text or self._no_text()
             tokens = self._encoder.encode(style, self.folder, lambda parts, run: run)
             result = styles.styled(style, prompt, tokens)
             if not all(mx.isfinite(array).all().item() for array in (result.embeds, result.pooled)):
@@ -204,15 +204,15 @@ def _each(image: Any) -> Any:
     return image
 
 
-def _one_text(name: str, given: str | Sequence[str] | None) -> str | None:
-    """Returns the one text of all images.
+def _one_text(name: str, given: Any) -> str | None:
+    """Returns the one text of all images; None: there is none.
 
     Raises:
         UsageError: several texts that differ, or not a text.
     """
-    texts = [given] if isinstance(given, str) or given is None else list(given)
+    texts: list[Any] = list(given) if isinstance(given, list | tuple) else [given]
     if not texts or any(text is not None and not isinstance(text, str) for text in texts):
         raise UsageError(f"`{name}` is {type(given).__name__}", "a text")
     if len({*texts}) > 1:
         raise UsageError(f"`{name}` holds {len(texts)} texts that differ", "one for all images", "make a call for each")
-    return texts[0] or None if name == "prompt_2" else texts[0]
+    return None if name == "prompt_2" and not texts[0] else texts[0]

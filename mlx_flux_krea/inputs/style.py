@@ -331,8 +331,14 @@ def adds_duty(flux: FluxConfig) -> bool:
     return flux.hidden_size >= SMALLEST
 
 
-def seen(image: Image.Image, folder: ComponentFolder) -> np.ndarray:
-    """Returns a style image as SigLIP sees it: (H, W, 3) uint8."""
+def seen(image: Image.Image, folder: ComponentFolder | None) -> np.ndarray:
+    """Returns a style image as SigLIP sees it: (H, W, 3) uint8.
+
+    Raises:
+        ValueError: Redux was not opened.
+    """
+    if folder is None:
+        raise ValueError("[style.seen] Redux was not opened.")
     return np.asarray(siglip.to_square(image, folder.networks["image_encoder"].sizes.image_size))
 
 
