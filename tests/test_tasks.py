@@ -12,7 +12,7 @@ import foreign
 import gguf
 import mlx.core as mx
 import pytest
-from helpers import REFERENCE, TOKENIZERS, edit_json, full_size_folder, run_command
+from helpers import REFERENCE, TOKENIZERS, assert_close, edit_json, full_size_folder, run_command
 from hub import Hub
 from mlx_flux_krea.convert import convert, examine, index
 from mlx_flux_krea.convert.fetch import outlined
@@ -56,6 +56,22 @@ def test_the_editing_models_convert_with_their_task_and_defaults(request, name):
     theirs = mx.load(str(derived.editing_file(name)))
     assert stored.keys() == theirs.keys()
     assert all(mx.array_equal(array, theirs[n].astype(mx.float32)) for n, array in stored.items())
+
+
+@pytest.mark.parametrize(
+    ("name", "run"), [("kontext", "kontext_4"), ("fill", "fill_4.sample"), ("control", "control_4.sample")]
+)
+def test_the_first_step_of_each_equals_the_reference(request, pipe, name, run):
+    """From the stored inputs of the transformer; the bar is far below the reference's nearest mistake, 1.3e-3."""
+    known, facts = derived.goldens(), derived.facts()["runs"][run]
+    flux = open_model(request.getfixturevalue(name)).flux.load(mx.float32)
+    embeds, pooled = pipe.encode_prompt(facts["prompts"][0])
+    inputs, (sigma, following, *_) = known[f"{run}.model_input"], facts["sigmas"]
+    ids = known[f"{run}.img_ids"].astype(mx.float32)
+    v = flux(inputs, mx.array([sigma]), mx.array([facts["g"]]), pooled, embeds, ids, mx.zeros((embeds.shape[1], 3)))
+    expected = known[f"{run}.latents"][0]
+    tokens = expected.shape[1]  # those of the picture come first
+    assert_close(inputs[:, :tokens, :64] + (following - sigma) * v[:, :tokens], expected, 1e-5)
 
 
 @pytest.mark.core("kontext-GGUF", "fill-ComfyUI", "control-BFL")
