@@ -42,7 +42,7 @@ from mlx_flux_krea import __version__, macos
 from mlx_flux_krea.commands import completion
 from mlx_flux_krea.errors import FluxKreaError, gpu_error, printable, shortened
 
-_ODD = re.compile(r"[‐-―−“„‟«‘]|-[A-Za-z]=|--memory$")  # begins a word that `typed.check` may refuse
+_ODD = re.compile(r"[‐-―−“„‟«‘]|-[A-Za-z]=|--[\w-]+=[“„‟«‘]|--memory$")  # begins a word that `typed.check` may refuse
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ VERBS = {
     "setup": Verb("setup", "setup", "Install FLUX.1 Krea [dev] and make a first picture."),
     "shell": Verb("shell", "shell", "Generate pictures line by line, with the model in memory."),
     "tool-schema": Verb("schema", "tool_schema", "Print generate as a JSON tool for language models."),
-    "verify": Verb("verify", "verify", "Compare every file of a model with its manifest."),
+    "verify": Verb("verify", "verify", "Compare every file of a model or adapter with its manifest."),
 }
 
 

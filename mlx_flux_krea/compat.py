@@ -239,6 +239,18 @@ def meant_argument(name: str, own: list[str]) -> str:
     return f"did you mean `{near[0]}`?" if near else ""
 
 
+def unknown_argument(function: str, name: str, own: list[str]) -> TypeError:
+    """Returns Python's error for an argument that a function does not have, with the one that was meant.
+
+    Args:
+        function: its name, with parentheses.
+        name: the argument.
+        own: the arguments that it has.
+    """
+    meant = meant_argument(name, own)
+    return TypeError(f"{function} got an unexpected keyword argument {name!r}{f': {meant}' if meant else ''}")
+
+
 def take_known(
     where: Callable, given: Mapping[str, Any], table: Mapping[str, Argument], owner: str = "FluxPipeline"
 ) -> None:
@@ -257,9 +269,7 @@ def take_known(
     for name, value in given.items():
         if name not in table:
             own = [one for one in inspect.signature(where).parameters if one not in ("self", "others")]
-            meant = meant_argument(name, own)
-            found = f"{owner}.{where.__name__}() got an unexpected keyword argument {name!r}"
-            raise TypeError(f"{found}: {meant}" if meant else found)
+            raise unknown_argument(f"{owner}.{where.__name__}()", name, own)
         known = table[name]
         if value is None:
             continue

@@ -193,6 +193,8 @@ def _no_model(name: str) -> ModelError:
     if "/" not in name and (published := _PUBLISHED.get(_plain(name))):
         folder = "or convert a downloaded folder: flux-krea convert FOLDER"
         return ModelError(f"{name} is not installed", known, f"install it: flux-krea {published}, {folder}")
+    if re.match(r"\w+://", name):
+        return ModelError(f"{name} is an address, not a model", known, "download it, and convert it first")
     if "/" in name or Path(name).suffix.lower() in (*_WEIGHTS, *_PICTURES):
         return ModelError(f"there is nothing at {name}", known, "check the path")
     return ModelError(found, known, "convert a downloaded folder: flux-krea convert FOLDER")

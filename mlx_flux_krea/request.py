@@ -17,7 +17,7 @@ import mlx.core as mx
 import numpy as np
 from PIL import Image
 
-from . import presets
+from . import compat, presets
 from .errors import ModelError, UsageError, amount, short_repr
 from .inputs import style as styles
 from .inputs.image import open_image
@@ -74,6 +74,13 @@ class Request:
     output_type: str = "pil"  # one of OUTPUT_TYPES
     max_sequence_length: int | None = None  # of T5
     adapters: Sequence[tuple[str, float]] | None = None  # names and weights; None: those that the pipeline has set
+
+    def __new__(cls, *values: Any, **given: Any):
+        """Names the argument that was meant where one does not exist."""
+        own = [field.name for field in fields(cls)]
+        if unknown := next((name for name in given if name not in own), None):
+            raise compat.unknown_argument(f"{cls.__name__}()", unknown, own)
+        return super().__new__(cls)
 
     def __post_init__(self):
         for name, value in styles.remembered(self.prompt_embeds, self.pooled_prompt_embeds, vars(self)).items():

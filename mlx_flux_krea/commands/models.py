@@ -14,6 +14,7 @@ from mlx_flux_krea.weights import open_model
 
 from .shared import loras, settings
 from .shared.installed import BUILT_IN, Installed, built_in, find_installed, formulas
+from .shared.options import ADAPTER
 from .shared.terminal import Console, confirmed
 from .shared.text import json_text, size, table
 
@@ -60,7 +61,7 @@ def default(name):
 
 
 @models.command()
-@click.argument("source")
+@click.argument("source", type=ADAPTER)
 @click.option("--name", help="Name for --lora and <lora:NAME:WEIGHT>.  [default: the file's]")
 def add(source, name):
     """Install the adapter SOURCE (LoRA, LoKr, LoHa, DoRA): a file, or OWNER/NAME[:FILE] on the hub."""

@@ -102,13 +102,26 @@ def _line(verb: str, context: click.Context, words: Sequence[str]) -> str:
         command = command.get_command(context, name) if isinstance(command, click.Group) else None
     if command is None or not words:
         return ""
-    line = typed.read(command, words)
-    most = sum(99 if one.nargs < 0 else one.nargs for one in command.params if isinstance(one, click.Argument))
     prompt = _takes_prompt(command)
+    line = typed.read(command, _without_prompt_names(words, command) if prompt else words)
+    most = sum(99 if one.nargs < 0 else one.nargs for one in command.params if isinstance(one, click.Argument))
     text = line.meant(f"{context.command_path} {verb}", prompt)
     fits = not line.unknown and (prompt or len(line.arguments) <= most) and len(text) <= _LONGEST
     removes = {word for words in line.options for word in words} & NEVER
     return text if fits and not removes else ""
+
+
+def _without_prompt_names(words: Sequence[str], command: click.Command) -> list[str]:
+    """Returns words without the options by which other tools name the prompt: --prompt, or --prompt=."""
+    ours, left = typed.options_of(command), []
+    for word in words:
+        name, equals, value = word.partition("=")
+        row = peers.find(name) if name.startswith("-") and name not in ours else None
+        if not row or row[1] != peers.NO_PROMPT:
+            left.append(word)
+        elif equals:
+            left.append(value)
+    return left
 
 
 def _takes_prompt(command: click.Command) -> bool:

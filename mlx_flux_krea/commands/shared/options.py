@@ -26,6 +26,7 @@ class Lora(click.ParamType):
     def convert(self, value, param, ctx) -> str:
         """Returns the text, once its weight is known to be a number."""
         text = str(value).strip()
+        _check_address(self, split_lora(text)[0], param, ctx)
         text = os.path.expanduser(text) if text.startswith("~") else text  # no shell does, after = and in quotes
         source, weight = split_lora(text)
         if not source:
@@ -145,6 +146,7 @@ def _installed(context: click.Context, parameter: click.Parameter, incomplete: s
 
 
 _PAGE = re.compile(r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+)(?:/.*)?", re.I)
+_FILE_PAGE = re.compile(r".*/(?:blob|resolve)/[^/]+/([^?#]+\.safetensors)(?:[?#].*)?")
 
 
 def _check_address(kind: click.ParamType, value, param, ctx) -> None:
@@ -153,9 +155,12 @@ def _check_address(kind: click.ParamType, value, param, ctx) -> None:
     Raises:
         BadParameter: it is.
     """
-    takes_hub = not isinstance(param, click.Option) or kind is SOURCE
+    adapter = isinstance(kind, Lora | _Adapter)
+    takes_hub = not isinstance(param, click.Option) or kind is SOURCE or adapter
     if takes_hub and (page := _PAGE.fullmatch(str(value))):
-        kind.fail(f"{value!r} is a page of the hub; write its name alone, {page[1]}.", param, ctx)
+        file = _FILE_PAGE.fullmatch(str(value)) if adapter else None
+        name = f"{page[1]}:{file[1]}" if file else page[1]
+        kind.fail(f"{value!r} is a page of the hub; write its name alone, {name}.", param, ctx)
     if re.match(r"\w+://", str(value)):
         kind.fail(f"{value!r} is an address, not a file; download it first.", param, ctx)
 
@@ -167,6 +172,10 @@ class _Source(click.types.StringParamType):
         """Returns the text."""
         _check_address(self, value, param, ctx)
         return super().convert(value, param, ctx)
+
+
+class _Adapter(_Source):
+    """Type of the source of an adapter: a path, or OWNER/NAME[:FILE] on the hub."""
 
 
 class _File(click.Path):
@@ -186,6 +195,7 @@ class _File(click.Path):
 
 FILE = _File(path_type=Path)
 SOURCE = _Source()
+ADAPTER = _Adapter()
 SIDE = click.IntRange(1, presets.MAX_SIDE)
 DTYPE = click.Choice(presets.COMPUTE_TYPES)
 METADATA = click.Choice(presets.METADATA)

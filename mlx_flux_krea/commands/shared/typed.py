@@ -16,6 +16,7 @@ _OPEN, _CLOSED = "“„‟«‘", "”“‟»’"  # as text programs write qu
 _LONG_DASH = re.compile(rf"[{_DASHES}]+-?([A-Za-z][\w-]*)((?:=.*)?)", re.DOTALL)
 _CURLY = re.compile(rf"[{_OPEN}]([^{_OPEN}{_CLOSED}]*)[{_CLOSED}]")
 _JOINED = re.compile(r"(-[A-Za-z])=(.*)", re.DOTALL)
+_EQUAL = re.compile(r"(--?[A-Za-z][\w-]*)=(.*)", re.DOTALL)
 _UNIT = re.compile(r"(?:[kmgt]i?)?b|[kmgt]i?", re.I)
 _SUFFIX = re.compile(r"\.[A-Za-z][A-Za-z0-9]{1,11}$")
 
@@ -33,6 +34,9 @@ def check(command: click.Command, argv: Sequence[str]) -> None:
             raise UsageError(
                 f"{word} stands in curly quotes", "straight ones", f"write {before} {shlex.quote(match[1])}"
             )
+        if (typed := _EQUAL.fullmatch(word)) and typed[1] in ours and (match := _CURLY.fullmatch(typed[2])):
+            value = shlex.quote(match[1])
+            raise UsageError(f"{typed[2]} stands in curly quotes", "straight ones", f"write {typed[1]} {value}")
         if (match := _LONG_DASH.fullmatch(word)) and (option := _with_hyphens(match[1])) in ours:
             value = shlex.quote(after) if takes_value(ours[option]) and after and not match[2] else ""
             typed = f"{option}{match[2]} {value}".rstrip()
