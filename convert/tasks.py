@@ -2,7 +2,7 @@
 
 The number of its input channels tells fill and control. FLUX.1 Kontext [dev] has the shapes of FLUX.1 [dev], and Canny
 those of Depth: there the repository decides, or what the source says of itself, or the person who converts. The name of
-a file alone never makes a Kontext: of those who rename files, some would get a model that reads pictures otherwise.
+a file alone never makes a Kontext, since a model of another task would then read its input picture in another way.
 """
 
 from typing import NamedTuple

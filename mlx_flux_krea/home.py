@@ -187,7 +187,8 @@ def _no_model(name: str) -> ModelError:
     repository = re.sub(r"^(https?://)?(www\.)?(huggingface\.co|hf\.co)/|/(tree|blob)/.*$|/$", "", name)
     if is_hub_id(repository):
         found = f"{repository} is no folder here, and no installed model was converted from it"
-        return ModelError(found, known, f"convert it: flux-krea convert {repository} (flux-krea setup does everything)")
+        whole = " (flux-krea setup does everything)" if is_krea(repository) else ""
+        return ModelError(found, known, f"convert it: flux-krea convert {repository}{whole}")
     if near := get_close_matches(name.lower(), [known.lower() for known in names], 1, _LIKENESS):
         return ModelError(found, known, f"did you mean {next(n for n in names if n.lower() == near[0])}?")
     if "/" not in name and (published := _PUBLISHED.get(_plain(name))):

@@ -177,8 +177,8 @@ _DEV = "flux-1-dev-non-commercial"
 
 KREA = Family("FLUX.1 Krea [dev]", "krea", _DEV, Defaults(1024, 1024, 28, 4.5))
 DEV = Family("FLUX.1 [dev]", "dev", _DEV, Defaults(1024, 1024, 28, 3.5))
+# Steps and guidance of these: FluxKontextPipeline's card; black-forest-labs/flux, cli_fill.py and cli_control.py.
 KONTEXT = Family("FLUX.1 Kontext [dev]", "", _DEV, Defaults(1024, 1024, 28, 2.5), "kontext")
-# Steps and guidance of these: black-forest-labs/flux 802fb47, src/flux/cli_fill.py and cli_control.py.
 FILL = Family("FLUX.1 Fill [dev]", "", _DEV, Defaults(1024, 1024, 50, 30.0), "fill")
 CANNY = Family("FLUX.1 Canny [dev]", "", _DEV, Defaults(1024, 1024, 50, 30.0), "control", "canny")
 DEPTH = Family("FLUX.1 Depth [dev]", "", _DEV, Defaults(1024, 1024, 50, 10.0), "control", "depth")

@@ -343,6 +343,13 @@ def test_names_of_the_editing_models_are_answered_with_their_repository(command,
     assert f"install it: flux-krea convert black-forest-labs/FLUX.1-{model}-dev" in err
 
 
+@pytest.mark.parametrize("model", ["Krea", "Kontext", "Fill", "Canny", "Depth"])
+def test_setup_is_proposed_for_the_model_that_it_installs(command, model):
+    code, _, err = command("generate", "a frog", "-m", f"black-forest-labs/FLUX.1-{model}-dev")
+    assert (code, "flux-krea setup does everything" in err) == (3, model == "Krea")
+    assert f"convert it: flux-krea convert black-forest-labs/FLUX.1-{model}-dev" in err
+
+
 def test_setup_takes_no_model_for_another_task_for_the_usual_one(home, fill):
     """Fill alone is installed, and its licence asks for filters: setup still has to install Krea."""
     (home / "models").mkdir(parents=True)
