@@ -14,16 +14,22 @@ if TYPE_CHECKING:  # type checkers see these names here; at run time `__getattr_
     from .inputs.depth import DepthPreprocessor
     from .inputs.image import open_image as load_image
     from .pipeline import FluxPipeline
+    from .pipeline import FluxPipeline as FluxControlImg2ImgPipeline
+    from .pipeline import FluxPipeline as FluxControlInpaintPipeline
+    from .pipeline import FluxPipeline as FluxControlPipeline
+    from .pipeline import FluxPipeline as FluxFillPipeline
     from .pipeline import FluxPipeline as FluxImg2ImgPipeline
+    from .pipeline import FluxPipeline as FluxInpaintPipeline
+    from .pipeline import FluxPipeline as FluxKontextPipeline
     from .prior import FluxPriorReduxPipeline
     from .request import Request, ResolvedRequest, Result
 
 __version__ = "0.1.0"
 __all__ = [
-    "CannyDetector", "DepthPreprocessor", "FluxImg2ImgPipeline", "FluxPipeline", "FluxPriorReduxPipeline", "Request",
-    "ResolvedRequest", "Result", "__version__", "load_image",
+    "CannyDetector", "DepthPreprocessor", "FluxControlImg2ImgPipeline", "FluxControlInpaintPipeline",
+    "FluxControlPipeline", "FluxFillPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline", "FluxKontextPipeline",
+    "FluxPipeline", "FluxPriorReduxPipeline", "Request", "ResolvedRequest", "Result", "__version__", "load_image",
 ]  # fmt: skip
-_OWN_NAMES = {"FluxImg2ImgPipeline": "FluxPipeline"}  # of diffusers' names, for which one class is enough
 
 _ELSEWHERE = {  # modules other than `pipeline`, and names there
     "load_image": ("inputs.image", "open_image"),
@@ -42,7 +48,7 @@ def __getattr__(name: str) -> Any:
     if name in __all__:
         from . import pipeline
 
-        return getattr(pipeline, _OWN_NAMES.get(name, name))
+        return getattr(pipeline, "FluxPipeline" if name.endswith("Pipeline") else name)  # one class has all their names
     if name[:1].isupper():  # of a class; modules are asked for here too
         from .compat import absent_class
 

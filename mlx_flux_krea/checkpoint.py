@@ -2,7 +2,7 @@
 
     HOME/interrupted/NAME.safetensors
         latents    (B, L, C) float32 after `done` steps; not there before the first
-        image      (H, W, 3) uint8: the input image, where the picture has one
+        NAME       (H, W, 3) or (H, W) uint8: each input image, mask or alpha channel, of which the picture has any
         metadata   "flux-krea": {"format", "done", "total", "filters", "run"} as JSON: "filters" is "required" where the
                    pictures must be judged before anybody sees them, else "none"; the command defines "run"
 
@@ -18,6 +18,7 @@ import logging
 import os
 import secrets
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +40,9 @@ _FORMAT = 2
 _KEY = "flux-krea"
 _LISTED = "flux-krea resume --list lists them"
 _LONGEST = 2**26  # characters of JSON
-_KINDS = {"latents": ("F32", 3), "image": ("U8", 3)}  # types and dimensions
+_LATENTS = ("F32", 3)  # type and dimensions
+_IMAGES = (("U8", 2), ("U8", 3))
+_MOST_IMAGES = 32
 
 
 class Checkpoint:
@@ -50,7 +53,7 @@ class Checkpoint:
         run: the command's description of the run, as JSON.
         done: finished steps of the current picture.
         total: all its steps; 0 before the first.
-        image: its input image, (H, W, 3) uint8, or None.
+        images: its input images by name, (H, W, 3) or (H, W) uint8.
         filters: "required": its latents are pictures that must be judged; "none"; or "" in files of earlier versions,
             and before the pipeline has set it.
         is_ours: True where it was read from our own folder.
@@ -64,7 +67,7 @@ class Checkpoint:
         "_written",
         "done",
         "filters",
-        "image",
+        "images",
         "is_ours",
         "path",
         "run",
@@ -76,7 +79,7 @@ class Checkpoint:
         self.is_ours = False
         self.filters = ""
         self.done = self.total = 0
-        self.image: np.ndarray | None = None
+        self.images: dict[str, np.ndarray] = {}
         self._latents: np.ndarray | None = None
         self._source: Path | None = None  # a file that was opened, and its latents not yet read
         self._lock: int | None = None
@@ -99,7 +102,7 @@ class Checkpoint:
         checkpoint.done, checkpoint.total = facts["done"], facts["total"]
         checkpoint.filters = facts.get("filters", "")
         checkpoint._source = path if "latents" in shapes else None
-        checkpoint.image = _tensor(path, "image") if "image" in shapes else None
+        checkpoint.images = {name: _tensor(path, name) for name in shapes if name != "latents"}
         return checkpoint
 
     @property
@@ -148,14 +151,15 @@ class Checkpoint:
         if done == total or time.monotonic() - self._written >= EVERY:
             self.write()
 
-    def start_picture(self, run: dict, image: np.ndarray | None = None) -> None:
+    def start_picture(self, run: dict, images: Mapping[str, np.ndarray] | None = None) -> None:
         """Starts the next picture of the run.
 
         Args:
             run: as the attribute.
-            image: (H, W, 3) uint8.
+            images: as the attribute; None: it has none.
         """
-        self.run, self.image, self.done, self.total, self._latents, self._source = run, image, 0, 0, None, None
+        self.run, self.images, self.done, self.total = run, dict(images or {}), 0, 0
+        self._latents, self._source = None, None
         self.write()
 
     def write(self) -> None:
@@ -189,8 +193,9 @@ class Checkpoint:
         text = json.dumps(facts)
         if len(text) > _LONGEST:
             raise UsageError("the run has too much text")
-        tensors = {"latents": self._latents, "image": self.image}
-        encoded = save({name: array for name, array in tensors.items() if array is not None}, {_KEY: text})
+        latents = {} if self._latents is None else {"latents": self._latents}
+        arrays = {name: np.ascontiguousarray(array) for name, array in (latents | self.images).items()}
+        encoded = save(arrays, {_KEY: text})
         self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.path.parent.chmod(0o700)
         macos.exclude(self.path.parent)
@@ -284,15 +289,18 @@ def _header(path: Path) -> tuple[dict, dict[str, tuple[int, ...]]]:
     facts = facts if isinstance(facts, dict) else {}
     version, done, total = (_count(facts.get(name)) for name in ("format", "done", "total"))
     sound = (
-        kinds.items() <= _KINDS.items()
+        kinds.get("latents", _LATENTS) == _LATENTS
+        and len(kinds) <= _MOST_IMAGES
+        and all(kind in _IMAGES for name, kind in kinds.items() if name != "latents")
         and min(version, done, total) >= 0
         and done <= total
         and ("latents" in kinds) == (done > 0)
         and isinstance(facts.get("run"), dict)
         and facts.get("filters", "") in ("", "required", "none")
     )
-    height, width, colours = shapes.get("image", (1, 1, 3))
-    if not sound or colours != 3 or not 0 < height * width <= 2 * (Image.MAX_IMAGE_PIXELS or 2**27):
+    images = [(*shape, 3)[:3] for name, shape in shapes.items() if name != "latents"]
+    most = 2 * (Image.MAX_IMAGE_PIXELS or 2**27)
+    if not sound or any(colours != 3 or not 0 < height * width <= most for height, width, colours in images):
         raise UsageError(f"{path} is another kind of file", whole)
     if version != _FORMAT:
         raise UsageError(f"{path} has format {version}", f"format {_FORMAT}", "use the version that wrote it")

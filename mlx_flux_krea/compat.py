@@ -55,7 +55,8 @@ _MEMORY = "memory is unified and planned before each run; the limit is `memory`"
 _OPENS = "an installed model is opened as it was converted, and nothing is fetched"
 _NO_ADAPTERS = "IP-Adapter and textual inversion do not work yet; LoRA does: load_lora_weights()"
 _ADAPTERS_STAY = "adapters run beside the weights, and are never merged into them"
-_NO_EDITING = "inpainting, control and editing do not work yet; they come in a later version"
+_NO_CONTROLNET = "ControlNets do not work here; FLUX.1 Canny and Depth [dev] and their adapters do: `control_image`"
+_ENCODED = "images are given as images: `image` and `mask_image`"
 _COMPONENT = "every component comes from the model folder: flux-krea convert takes files one by one"
 _QUANTIZE = "quantize at conversion: flux-krea convert MODEL -q 4"
 
@@ -93,8 +94,7 @@ LOADING = {
 }
 
 _ADAPTER_IMAGES = ("ip_adapter_image", "ip_adapter_image_embeds")
-_EDITING = ("mask_image", "masked_image_latents", "padding_mask_crop", "control_image", "control_mode")
-_EDITING += ("controlnet_conditioning_scale", "control_guidance_start", "control_guidance_end")
+_CONTROLNET = ("control_mode", "controlnet_conditioning_scale", "control_guidance_start", "control_guidance_end")
 
 CALL = {
     "callback_on_step_end_tensor_inputs": Argument(
@@ -103,7 +103,9 @@ CALL = {
     **dict.fromkeys(
         (*_ADAPTER_IMAGES, *(f"negative_{name}" for name in _ADAPTER_IMAGES)), Argument(_NO_ADAPTERS, _never)
     ),
-    **dict.fromkeys(_EDITING, Argument(_NO_EDITING, _never)),
+    **dict.fromkeys(_CONTROLNET, Argument(_NO_CONTROLNET, _never)),
+    "masked_image_latents": Argument(_ENCODED, _never),
+    "max_area": Argument("a size that is given is kept, and the default is one of Kontext's own"),
 }
 
 ENCODING = {
@@ -149,11 +151,12 @@ ABSENT = {
 }
 
 _CLASSES = {
-    "DiffusionPipeline AutoPipelineForText2Image AutoPipelineForImage2Image": "FluxPipeline is for texts and images",
-    "FluxKontextPipeline FluxKontextInpaintPipeline FluxFillPipeline FluxInpaintPipeline FluxControlPipeline "
-    "FluxControlImg2ImgPipeline FluxControlInpaintPipeline FluxControlNetPipeline FluxControlNetImg2ImgPipeline "
-    "FluxControlNetInpaintPipeline FluxControlNetModel FluxMultiControlNetModel "
-    "AutoPipelineForInpainting CannyDetector DepthPreprocessor": _NO_EDITING,
+    "DiffusionPipeline AutoPipelineForText2Image AutoPipelineForImage2Image AutoPipelineForInpainting": (
+        "FluxPipeline is for texts and images"
+    ),
+    "FluxKontextInpaintPipeline": "FluxKontextPipeline changes the whole picture, and FluxFillPipeline fills a mask",
+    "FluxControlNetPipeline FluxControlNetImg2ImgPipeline FluxControlNetInpaintPipeline FluxControlNetModel "
+    "FluxMultiControlNetModel": _NO_CONTROLNET,
     "FluxTransformer2DModel AutoencoderKL T5EncoderModel T5TokenizerFast CLIPTextModel CLIPTokenizer": _COMPONENT,
     "ReduxImageEncoder SiglipVisionModel SiglipImageProcessor": "FluxPriorReduxPipeline opens the installed Redux",
     "FlowMatchEulerDiscreteScheduler": LOADING["scheduler"].sentence,
@@ -183,7 +186,10 @@ _OTHERS = {
     "n n_images num_images num_outputs batch_size batch_count": "num_images_per_prompt",
     "seeds random_seed manual_seed": "seed",
     "neg negative neg_prompt uncond": "negative_prompt",
-    "init_image input_image image_path init_img img image_url": "image",
+    "init_image input_image image_path init_img img image_url reference reference_image": "image",
+    "mask mask_path masked_image": "mask_image",
+    "control controlnet_image control_path": "control_image",
+    "_auto_resize": "auto_resize",
     "denoise denoising_strength": "strength",
     "image_strength": "`strength` is 1 minus it",
     "size resolution aspect_ratio": "give `width` and `height`",

@@ -16,16 +16,16 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_map
-from PIL import Image
 
 from .adapters.formulas import Attached, Base, Uses
 from .checkpoint import Checkpoint
 from .errors import ModelError, ResourceError, UsageError
 from .inputs import style as styles
+from .latents import Latents, make_latents
 from .memory import MemoryPlan
 from .models import tiles
 from .models.transformer import Flux, rope
-from .models.vae import VAE, pixels_from_image, pixels_to_bytes
+from .models.vae import VAE, pixels_to_bytes
 from .prompts import EncodedPrompt, PromptEncoder
 from .request import ResolvedRequest
 from .residency import Blocks
@@ -276,27 +276,30 @@ class Generator:
         width, height = request.width // down, request.height // down
         length = height * width // 4
         sigmas = sampler.make_sigmas(self.folder.index.schedule, length, n, request.sigmas)
-        start = 0 if request.image is None else sampler.first_step(n, request.strength)
+        start = sampler.first_step(n, request.strength) if request.inputs.canvas else 0
         shape, checkpoint = (request.batch, length, self.folder.flux.sizes.out_channels), observers.checkpoint
         saved = checkpoint.latents(shape, n - start) if checkpoint else None
         done = checkpoint.done if checkpoint and saved is not None else 0
         steps = _Steps(width=width, height=height, sigmas=sigmas, start=start, done=done)
-        latents = self._start(request, steps, tiled=plan.tiled) if saved is None else mx.array(saved)
-        if steps.done == steps.count:
-            return latents
+        if saved is not None and steps.done == steps.count:
+            return mx.array(saved)
+        made = self._latents(request, float(sigmas[start]), tiled=plan.tiled)
+        latents = made.start if saved is None else mx.array(saved)
         flux = self._flux(plan.resident_bytes, uses)
-        with self._velocity(flux, request, conditions, steps) as velocity:
+        with self._velocity(flux, request, conditions, steps, made) as velocity:
             if self._dtype == mx.float16:
-                velocity = self._repeating_overflows(velocity, request, conditions, steps, uses)
+                velocity = self._repeating_overflows(velocity, request, conditions, steps, made, uses)
             run = sampler.euler(velocity, latents, sigmas, start + steps.done)
             replaced = None
             for step in range(steps.done, steps.count):
                 before, latents = latents, run.send(replaced)
                 _check_finite(f"step {step + 1} of the transformer", latents)
                 self._show_preview(observers, steps, step, before=before, after=latents)
+                if made.kept:
+                    latents = made.kept.restore(latents, float(sigmas[start + step + 1]), 1 - (step + 1) / steps.count)
                 sigma = float(sigmas[start + step])
-                replaced = observers.callback(step, sigma, latents) if observers.callback else None
-                latents = latents if replaced is None else replaced
+                returned = observers.callback(step, sigma, latents) if observers.callback else None
+                replaced = latents = latents if returned is None else returned
                 if checkpoint:
                     if type(checkpoint) is not Checkpoint:  # its class was changed since the pipeline looked
                         raise UsageError(f"`checkpoint` is {type(checkpoint).__name__}", "a Checkpoint")
@@ -313,45 +316,25 @@ class Generator:
             unpacked = sampler.unpack(clean, width=steps.width, height=steps.height)
             observers.preview(step + 1, steps.count, previews.colours(unpacked, latent_rgb))
 
-    def _start(self, request: ResolvedRequest, steps: _Steps, *, tiled: bool) -> mx.array:
-        """Returns the packed latents (B, L, 64) of the first step: given, noise, or noise over an input image.
+    def _latents(self, request: ResolvedRequest, sigma: float, *, tiled: bool) -> Latents:
+        """Returns the latents of the first step, and of images that take part in all of them."""
+        vae: VAE | None = None
 
-        They stay in float32 through the loop, where diffusers rounds after every step: it costs nothing, and keeps a
-        bfloat16 run nearer to the float32 picture.
-        """
-        if request.latents is not None:
-            return request.latents.astype(mx.float32)
-        one_stream = isinstance(request.seed, int)
-        shape = (request.batch if one_stream else 1, self.folder.vae.sizes.z_channels, steps.height, steps.width)
-        recipe = noises.find_recipe(request.noise)
-        dtype = mx.float32 if recipe.dtype else self._dtype  # numbers that a tool draws in its own type are not rounded
-        streams = [noises.Stream(recipe, seed, dtype) for seed in request.seeds]
-        # one image is one sample of the first stream, as in diffusers, whatever the number of streams
-        clean = None
-        if request.image is not None:
-            clean = self._image_latents(request, request.image, streams[0], tiled=tiled)
-        drawn = mx.concatenate([stream.noise(shape) for stream in streams]).astype(mx.float32)
-        sigma = float(steps.sigmas[steps.start])
-        return sampler.pack(drawn if clean is None else sampler.add_noise(clean, drawn, sigma))
+        def encode(pixels: mx.array) -> tuple[mx.array, mx.array]:
+            nonlocal vae
+            vae = vae or self._vae()
+            encode = partial(tiles.encode, vae) if tiled else vae.encode
+            posterior = encode(pixels, self.runner("image", _count(encode, pixels)))
+            _check_finite("the image encoder", *posterior)
+            _check_varied("the image encoder", posterior[0])
+            mean, logvar = (moment.transpose(0, 3, 1, 2).astype(mx.float32) for moment in posterior)
+            return mean, logvar
 
-    def _image_latents(
-        self, request: ResolvedRequest, image: Image.Image, stream: noises.Stream, *, tiled: bool
-    ) -> mx.array:
-        """Returns (1, 16, h, w) float32, scaled and shifted: the posterior's mean, or a sample, drawn before noise."""
-        vae = self._vae()
-        pixels = pixels_from_image(image, request.width, request.height)
-        encode = partial(tiles.encode, vae) if tiled else vae.encode
-        posterior = encode(pixels, self.runner("image", _count(encode, pixels)))
-        _check_finite("the image encoder", *posterior)
-        _check_varied("the image encoder", posterior[0])
-        mean, logvar = (moment.transpose(0, 3, 1, 2).astype(mx.float32) for moment in posterior)
-        if noises.find_recipe(request.noise).posterior == "sample":
-            mean = mean + mx.exp(0.5 * logvar) * stream.normal(mean.shape)
-        return (mean - vae.config.shift_factor) * vae.config.scale_factor
+        return make_latents(request, sigma, self.folder.vae.sizes, self._dtype, encode)
 
     @contextlib.contextmanager
     def _velocity(
-        self, flux: Flux, request: ResolvedRequest, conditions: Conditions, steps: _Steps
+        self, flux: Flux, request: ResolvedRequest, conditions: Conditions, steps: _Steps, made: Latents
     ) -> Iterator[Velocity]:
         """Gives the model that the sampler integrates. Whatever does not depend on the latents is computed here, once.
 
@@ -362,15 +345,18 @@ class Generator:
         pooled = [c.pooled for c in conditions.both]
         modulations = self._modulate(flux, sigmas, request.guidance_scale, pooled, rounding)
         texts = [evaluated(flux.txt_in, c.embeds.astype(flux.dtype)) for c in conditions.both]
-        positions = [sampler.position_ids(text.shape[1], width=steps.width, height=steps.height) for text in texts]
+        place = partial(sampler.position_ids, width=steps.width, height=steps.height, references=made.grids)
+        positions = [place(text.shape[1]) for text in texts]
         tables = [rope(ids, flux.config.axes_dim, flux.config.theta) for ids in positions]
         mx.eval(tables)
         rounds = (steps.count - steps.done) * request.batch * (2 if conditions.negative else 1)
 
-        def forward(latents: mx.array, condition: int, step: int) -> mx.array:
+        def forward(latents: mx.array, i: int, condition: int, step: int) -> mx.array:
             row = condition * steps.count + step - steps.start
             mods: Any = tree_map(lambda m: m[row : row + 1], modulations)
-            v = flux.forward(latents, texts[condition], modulations=mods, pe=tables[condition], run=run)
+            read = made.around(latents, i)
+            v = flux.forward(read, texts[condition], modulations=mods, pe=tables[condition], run=run)
+            v = v if made.tokens is None else v[:, : latents.shape[1]]
             _check_varied(f"step {step + 1 - steps.start} of the transformer", v)
             return v.astype(mx.float32)
 
@@ -378,9 +364,9 @@ class Generator:
             velocities = []
             for i in range(request.batch):  # one by one: neither a picture nor its memory depends on its batch
                 prompt = i // request.num_images_per_prompt
-                v = forward(latents[i : i + 1], prompt, step)
+                v = forward(latents[i : i + 1], i, prompt, step)
                 if conditions.negative:
-                    negative = forward(latents[i : i + 1], request.prompts + prompt, step)
+                    negative = forward(latents[i : i + 1], i, request.prompts + prompt, step)
                     v = negative + request.true_cfg_scale * (v - negative)
                 velocities.append(v)
             return mx.concatenate(velocities)
@@ -390,7 +376,13 @@ class Generator:
             yield velocity
 
     def _repeating_overflows(
-        self, velocity: Velocity, request: ResolvedRequest, conditions: Conditions, steps: _Steps, uses: Uses
+        self,
+        velocity: Velocity,
+        request: ResolvedRequest,
+        conditions: Conditions,
+        steps: _Steps,
+        made: Latents,
+        uses: Uses,
     ) -> Velocity:
         """Returns a velocity in float16 whose steps are computed again in bfloat16 where a number leaves the range."""
         others: list[tuple[Generator, Flux]] = []  # made once, when it is needed
@@ -408,7 +400,7 @@ class Generator:
                 others.append((other, other._flux(0, uses)))
             other, flux = others[0]
             one = replace(steps, sigmas=steps.sigmas[step : step + 2], start=0, done=0)
-            with other._velocity(flux, request, conditions, one) as in_bfloat16:
+            with other._velocity(flux, request, conditions, one, made) as in_bfloat16:
                 return in_bfloat16(latents, 0)
 
         return repeating
@@ -480,7 +472,7 @@ class Generator:
         return blocks.streaming(rounds) if blocks else contextlib.nullcontext(evaluated)
 
     def _decode(self, request: ResolvedRequest, latents: mx.array, *, as_floats: bool, tiled: bool) -> list[np.ndarray]:
-        """Returns pixels (H, W, 3) of each picture: uint8, or float32 in [0, 1]."""
+        """Returns pixels (H, W, 3) of each picture, uint8 or float32 in [0, 1]; a part of an image is put back."""
         vae = self._vae()
         config = vae.config
         width, height = request.width // config.downsampling, request.height // config.downsampling
@@ -488,6 +480,7 @@ class Generator:
         stages = _count(decode, mx.zeros((1, height, width, config.z_channels)))
         run = self.runner("decode", request.batch * stages)
         rule = noises.find_recipe(request.noise).pixels
+        canvas = request.inputs.canvas if request.inputs.paste else None
         pictures = []
         for i in range(request.batch):
             z = sampler.unpack(latents[i : i + 1], width=width, height=height).transpose(0, 2, 3, 1)
@@ -495,7 +488,8 @@ class Generator:
             _check_finite("the image decoder", x)
             _check_varied("the image decoder", x)
             pixels = mx.clip(x.astype(mx.float32) / 2 + 0.5, 0, 1) if as_floats else pixels_to_bytes(x, rule)
-            pictures.append(np.array(pixels[0]))
+            picture = np.array(pixels[0])
+            pictures.append(canvas.paste(picture) if canvas else picture)
         return pictures
 
     def whole_flux(self, uses: Uses = ()) -> Flux:

@@ -319,6 +319,7 @@ def make_plan(
     conditions: int = 1,
     input_pixels: int = 0,
     style: StyleNeeds | None = None,
+    references: Sequence[tuple[int, int]] = (),
     adapters: int = 0,
     budget: int | None = None,
     device: str | None = None,
@@ -334,7 +335,8 @@ def make_plan(
         text_length: S, tokens of T5.
         steps: n.
         conditions: prompts and negative prompts of the run.
-        input_pixels: of the image that the run starts from; 0: none.
+        input_pixels: of all images that the run starts from or reads; 0: none.
+        references: width and height at which FLUX.1 Kontext reads each of its references.
         style: style images; None: there are none.
         adapters: bytes of their branches, which are in memory all the time.
         budget: bytes; None: as many as the machine offers.
@@ -347,7 +349,8 @@ def make_plan(
     working = WorkingMemory(dtype, device or mx.default_device().type.name)
     flux, blocks = sizes.flux, weights.blocks
     more = style.tokens if style else 0
-    tokens = text_length + more + width * height // (2 * sizes.vae.downsampling) ** 2
+    areas = [width * height, *(wide * high for wide, high in references)]
+    tokens = text_length + more + sum(areas) // (2 * sizes.vae.downsampling) ** 2
     modulations = 12 * flux.depth + 3 * flux.depth_single_blocks + 2
     rows = steps * conditions * modulations * flux.hidden_size * dtype.size
     always = weights.rest + rows  # of the transformer, from one picture to the next
@@ -374,11 +377,13 @@ def make_plan(
         stages["denoise"] += weights.rest + _slots(blocks.stored, blocks.cast)
 
     def needs_with(coder_memory: Callable[..., int]) -> dict[str, int]:
-        coders = {coder: coder_memory(sizes.vae, coder, width=width, height=height) for coder in ("image", "decode")}
+        coders = {"decode": coder_memory(sizes.vae, "decode", width=width, height=height)}
+        largest = max([(width, height), *references], key=lambda size: size[0] * size[1])
+        coders["image"] = coder_memory(sizes.vae, "image", width=largest[0], height=largest[1])
         return {stage: always + need + coders.get(stage, 0) for stage, need in stages.items()}
 
     strips, tiles = needs_with(working.strips), needs_with(working.tiles)
-    countable = largest_array(sizes.vae, width=width, height=height) < INDEXABLE
+    countable = max(areas) / (width * height) * largest_array(sizes.vae, width=width, height=height) < INDEXABLE
     smaller = tiles if tiles["decode"] < strips["decode"] or not countable else strips
     tiled = smaller is tiles and (not countable or max(strips.values()) > budget >= max(tiles.values()))
     needs = tiles if tiled else strips
@@ -491,9 +496,20 @@ class WorkingMemory:
         return tile + 2 * 4 * vae.out_ch * width * height
 
 
-def step_flops(flux: configs.FluxConfig, width: int, height: int, text_length: int, patch: int = 16) -> float:
-    """Counts the operations of one step's products: linear layers and attention of all blocks."""
-    tokens, c = text_length + width * height // patch**2, flux.hidden_size
+def step_flops(
+    flux: configs.FluxConfig, width: int, height: int, text_length: int, patch: int = 16, references: int = 0
+) -> float:
+    """Counts the operations of one step's products: linear layers and attention of all blocks.
+
+    Args:
+        flux: sizes of the transformer.
+        width: of the picture, pixels.
+        height: of the picture, pixels.
+        text_length: tokens.
+        patch: pixels along each side of a token.
+        references: tokens of references.
+    """
+    tokens, c = text_length + width * height // patch**2 + references, flux.hidden_size
     double = 2 * tokens * (4 * c * c + 2 * c * flux.mlp_size)
     single = 2 * tokens * (c * (3 * c + flux.mlp_size) + (c + flux.mlp_size) * c)
     attention = 4 * tokens**2 * c

@@ -16,7 +16,6 @@ from typing import Any, TypeVar
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from PIL import Image
 
 from . import compat
 from .adapters.formulas import branch_bytes
@@ -41,7 +40,7 @@ from .memory import (
 )
 from .models.config import to_json
 from .models.transformer import Flux
-from .models.vae import VAE, pixels_from_image, pixels_to_bytes
+from .models.vae import VAE
 from .progress import ProgressBars, check_options
 from .provenance import SOFTWARE
 from .request import Request, ResolvedRequest, Result, as_array, check_values
@@ -190,11 +189,19 @@ class FluxPipeline(AdapterMethods, compat.DiffusersMethods):
         pooled_prompt_embeds: mx.array | None = None,
         negative_prompt_embeds: mx.array | None = None,
         negative_pooled_prompt_embeds: mx.array | None = None,
-        image: Image.Image | str | os.PathLike | None = None,
+        image: Any = None,
         strength: float | None = None,
         style_images: Any = None,
         style_weights: float | Sequence[float] | None = None,
         style_rule: str | None = None,
+        mask_image: Any = None,
+        expand: Any = None,
+        padding_mask_crop: int | None = None,
+        soft_mask: bool = False,
+        paste: bool = True,
+        control_image: Any = None,
+        fit: str | None = None,
+        auto_resize: bool = True,
         output_type: str = "pil",
         callback_on_step_end: Callable | None = None,
         max_sequence_length: int | None = None,
@@ -229,8 +236,22 @@ class FluxPipeline(AdapterMethods, compat.DiffusersMethods):
             pooled_prompt_embeds: (P, vec_in_dim), with it.
             negative_prompt_embeds: as `prompt_embeds`.
             negative_pooled_prompt_embeds: as `pooled_prompt_embeds`.
-            image: an image to start from: a PIL image, a path, or an array (H, W, 3), uint8 or floats in [0, 1].
-            strength: 0 to 1, the share of the schedule that the image goes through; 0.6 where an image is given.
+            image: an image to start from, to repaint (`mask_image`), to fill (Fill), or to read as a reference
+                (Kontext, which takes a list too): a PIL image, a path, or an array (H, W, 3), uint8 or floats in
+                [0, 1].
+            strength: 0 to 1, the share of the schedule that the image goes through; 0.6 where an image is given, 0.85
+                with a mask, 1 where it is filled or expanded.
+            mask_image: white where the image is repainted; without it, what is transparent in the image is.
+            expand: borders to add around the image and to paint: top, right, bottom and left in pixels or percent, such
+                as "0,25%,0,25%".
+            padding_mask_crop: generates the surroundings of the mask alone, so many pixels around it, at full size.
+            soft_mask: values between black and white are repainted for that share of the last steps; else they are
+                rounded.
+            paste: brings the picture back into the image, whose pixels outside the mask stay as they are, to the bit.
+            control_image: a map, such as edges or depth, for a control model or a control adapter.
+            fit: how an image of another shape is brought to a size: "stretch" (as diffusers does), "crop" or "pad";
+                None: "crop" for Kontext's references, "stretch" for others.
+            auto_resize: False: Kontext reads references at their own size and not at one of those it was trained with.
             style_images: images whose style, and content, the picture takes up: one or a list. Needs Redux, which
                 `flux-krea convert black-forest-labs/FLUX.1-Redux-dev` installs. A `prompt` may be left out.
             style_weights: a number for all of them, or one for each; None: 1.
@@ -262,6 +283,7 @@ class FluxPipeline(AdapterMethods, compat.DiffusersMethods):
             Withheld: a filter flagged a prompt or the input image. For pictures, see `Result.outcomes`.
             Interrupted: `interrupt` was called.
         """
+        auto_resize = others.pop("_auto_resize", auto_resize)  # diffusers' name
         compat.take_known(FluxPipeline.__call__, others, compat.CALL)
         request = Request(
             prompt=prompt,
@@ -287,6 +309,14 @@ class FluxPipeline(AdapterMethods, compat.DiffusersMethods):
             style_images=style_images,
             style_weights=style_weights,
             style_rule=style_rule,
+            mask_image=mask_image,
+            expand=expand,
+            padding_mask_crop=padding_mask_crop,
+            soft_mask=soft_mask,
+            paste=paste,
+            control_image=control_image,
+            fit=fit,
+            auto_resize=auto_resize,
             output_type=output_type,
             max_sequence_length=max_sequence_length,
             adapters=self._with_scale(_scale(joint_attention_kwargs)),
@@ -545,8 +575,9 @@ class FluxPipeline(AdapterMethods, compat.DiffusersMethods):
             text_length=resolved.max_sequence_length,
             steps=resolved.num_inference_steps,
             conditions=resolved.prompts * (2 if resolved.true_cfg else 1),
+            input_pixels=resolved.inputs.pixels,
+            references=resolved.inputs.sizes,
             style=self._style_needs(resolved),
-            input_pixels=resolved.image.width * resolved.image.height if resolved.image else 0,
             adapters=branch_bytes(self._loaded.uses(resolved.adapters or ()), self.folder.sizes, self._dtype),
             budget=self.memory,
         )
@@ -577,9 +608,13 @@ class FluxPipeline(AdapterMethods, compat.DiffusersMethods):
 
     def _resolve(self, request: Request | ResolvedRequest) -> ResolvedRequest:
         """Returns the request with every default filled in, and the adapters that are set where it names none."""
-        resolved = request.resolve(self.folder) if isinstance(request, Request) else request
-        adapters = self._loaded.current() if resolved.adapters is None else resolved.adapters
-        self._loaded.uses(adapters)
+        adapters = self._loaded.current() if request.adapters is None else tuple(request.adapters)
+        has_control = any(adapter.facts.control and weight for adapter, weight in self._loaded.uses(adapters))
+        is_given = isinstance(request, Request)
+        resolved = request.resolve(self.folder, has_control=has_control) if is_given else request
+        if has_control and resolved.inputs.control is None:
+            found = "a control adapter is in use, and there is no `control_image`"
+            raise UsageError(found, "a map such as edges or depth")
         return replace(resolved, adapters=adapters)
 
     def _without_tags(self, request: Request) -> Request:
@@ -649,8 +684,9 @@ class FluxPipeline(AdapterMethods, compat.DiffusersMethods):
         """Runs the generator: prompts and input image pass the gate before it, pictures after it."""
         self._generator.check_folder()
         gate.check_prompts(request.texts())
-        if request.image is not None:
-            gate.check_input(partial(_encoder_input, request.image, request.width, request.height))
+        if isinstance(gate, Gate):
+            for _, image in request.inputs.seen(request.width, request.height):
+                gate.check_input(partial(np.asarray, image))
         for image in request.style.images if request.style else ():
             gate.check_input(partial(styles.seen, image, self._redux))
         notes += gate.notes
@@ -666,7 +702,8 @@ class FluxPipeline(AdapterMethods, compat.DiffusersMethods):
             outcomes, images = gate.release(images, records)
         if request.output_type == "np":
             pixels = [np.asarray(image, np.float32) / 255 if self.policy else image for image in images]
-            images = np.stack(pixels) if pixels else np.empty((0, request.height, request.width, 3), np.float32)
+            width, height = request.picture_size
+            images = np.stack(pixels) if pixels else np.empty((0, height, width, 3), np.float32)
         return Result(
             images,
             outcomes,
@@ -804,8 +841,3 @@ def check_free(checkpoint: Checkpoint, folder: ModelFolder) -> None:
         same = isinstance(listed, dict) and listed.get("sha256") == digest
     if not same:
         raise ModelError(f"{folder.path} is not the model that this run started with, or was changed", "", todo)
-
-
-def _encoder_input(image: Image.Image, width: int, height: int) -> np.ndarray:
-    """Returns the input image as the autoencoder sees it: (H, W, 3) uint8."""
-    return np.array(pixels_to_bytes(pixels_from_image(image, width, height), "round")[0])

@@ -228,6 +228,13 @@ FLUX_LATENT_RGB = (
 )  # fmt: skip
 
 STRENGTH = 0.6  # default distance of image-to-image from its image (FluxImg2ImgPipeline)
+MASK_STRENGTH = 0.85  # of what is repainted through a mask (the example of FluxInpaintPipeline)
+FULL_STRENGTH = 1.0  # of what is filled or added around an image, where nothing is to start from (FluxFillPipeline)
+FITS = ("stretch", "crop", "pad")  # how an image of another shape is brought to a size
+CROP_PADDING = 64  # pixels around a mask that are repainted with it (`--crop-to-mask`)
+# Width and height at which FLUX.1 Kontext was trained (PREFERED_KONTEXT_RESOLUTIONS in BFL's util.py).
+_HALF = ((672, 1568), (688, 1504), (720, 1456), (752, 1392), (800, 1328), (832, 1248), (880, 1184), (944, 1104))
+KONTEXT_SIZES = (*_HALF, (1024, 1024), *((height, width) for width, height in reversed(_HALF)))
 
 # Choices of options, the usual one first.
 COMPUTE_TYPES = ("bfloat16", "float16", "float32")

@@ -3,7 +3,6 @@
 Every check that needs no weights is here.
 """
 
-import hashlib
 import itertools
 import math
 import numbers
@@ -18,9 +17,10 @@ import numpy as np
 from PIL import Image
 
 from . import compat, presets
-from .errors import ModelError, UsageError, amount, short_repr
+from .errors import UsageError, amount, short_repr
+from .inputs import ARGUMENTS as IMAGES
+from .inputs import ImageArguments, Inputs, at_size, gather, natural_size, opened_inputs
 from .inputs import style as styles
-from .inputs.image import open_image
 from .memory import MemoryPlan
 from .models.config import FluxConfig, ModelIndex
 from .presets import MAX_BATCH, MAX_PROMPT, MAX_SCALE, MAX_SIDE, MAX_STEPS, MAX_WEIGHT
@@ -28,7 +28,6 @@ from .sampling.noise import find_recipe
 from .sampling.sampler import first_step
 from .weights import ModelFolder
 
-SERVED_TASKS = (presets.TASKS[0],)
 OUTPUT_TYPES = ("pil", "np", "latent")
 _SECOND = ("prompt_2", "negative_prompt_2")
 _TEXTS = ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2")
@@ -37,7 +36,7 @@ _ARRAYS = ("latents", *_EMBEDS, *_EMBEDS.values())
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
-class Request:
+class Request(ImageArguments):
     """The arguments of one call of the pipeline. None means: the model's default, or not used.
 
     Values are converted on the way in: numbers of any library to Python's, sequences to tuples, arrays to MLX's, an
@@ -65,8 +64,6 @@ class Request:
     pooled_prompt_embeds: mx.array | None = None  # (P, vec_in_dim)
     negative_prompt_embeds: mx.array | None = None
     negative_pooled_prompt_embeds: mx.array | None = None
-    image: Any = None  # a PIL image, a path, or an array: `open_image`
-    strength: float | None = None  # share of the schedule that an input image goes through
     style_images: Any = None  # one or several, as `image`; tokens of Redux stand beside the prompt's
     style_weights: float | Sequence[float] | None = None  # a number for all, or one for each
     style_rule: str | None = None  # one of presets.STYLE_RULES
@@ -85,10 +82,12 @@ class Request:
     def __post_init__(self):
         for name, value in styles.remembered(self.prompt_embeds, self.pooled_prompt_embeds, vars(self)).items():
             object.__setattr__(self, name, value)
+        for name, value in opened_inputs(vars(self)).items():
+            object.__setattr__(self, name, value)
         for name, value in vars(self).items():
-            if name == "image":
-                object.__setattr__(self, name, open_image(value))
-            elif name == "style_images":
+            if name in IMAGES:
+                continue
+            if name == "style_images":
                 object.__setattr__(self, name, styles.open_images(value))
             elif name in _SECOND and isinstance(value, str | list | tuple) and not value:
                 object.__setattr__(self, name, None)
@@ -102,30 +101,32 @@ class Request:
     def __repr__(self) -> str:
         return _given_only(self)
 
-    def resolve(self, folder: ModelFolder) -> "ResolvedRequest":
+    def resolve(self, folder: ModelFolder, *, has_control: bool = True) -> "ResolvedRequest":
         """Returns the request with every default filled in from a model folder, and notes for the user.
+
+        Args:
+            folder: the model.
+            has_control: False where it is known that no adapter reads a control image.
 
         Raises:
             UsageError: an option that cannot be used, or options that do not go together.
-            ModelError: a model for a task that cannot be run.
         """
         index, flux = folder.index, folder.flux.sizes
-        if index.task not in SERVED_TASKS:
-            found = f"{index.name} is a model for {index.task}"
-            raise ModelError(found, f"one for {' or '.join(SERVED_TASKS)}", "this version cannot run others yet")
         if self.true_cfg_scale is None:
-            return self._with_true_cfg(index.defaults.true_cfg_scale).resolve(folder)
+            return self._with_true_cfg(index.defaults.true_cfg_scale).resolve(folder, has_control=has_control)
         multiple = 2 * folder.vae.sizes.downsampling  # a token is a patch of 2 x 2 latents
         self._check_numbers(index)
         self._check_prompts()
-        self._check_options(flux)
+        self._check_options(flux, index.task)
         check_adapters(self.adapters)
-        width, height, notes = self._size(index, multiple)
+        inputs = gather(self, index.task, has_control=has_control)
+        width, height, notes = self._size(index, multiple, inputs)
+        inputs = at_size(inputs, self, width, height, multiple)
         self._check_arrays(flux, width * height // multiple**2)
         sigmas = tuple(self.sigmas or ())
         steps = self.num_inference_steps or len(sigmas) or index.defaults.num_inference_steps
-        strength = presets.STRENGTH if self.strength is None else self.strength
-        if self.image is not None and first_step(steps, strength) >= steps:
+        strength = inputs.usual_strength if self.strength is None else self.strength
+        if inputs.canvas and first_step(steps, strength) >= steps:
             raise UsageError(f"`strength` {strength:g} of {amount(steps, 'step')} runs no step", "more of either")
         style = styles.make_style(self.style_images, self.style_weights, self.style_rule, self.style_pooled_weights)
         has_text = self.prompt is not None or self.prompt_embeds is not None
@@ -149,14 +150,14 @@ class Request:
             pooled_prompt_embeds=self.pooled_prompt_embeds,
             negative_prompt_embeds=self.negative_prompt_embeds,
             negative_pooled_prompt_embeds=self.negative_pooled_prompt_embeds,
-            image=open_image(self.image),
+            inputs=inputs,
             strength=strength,
             output_type=self.output_type,
             max_sequence_length=self.max_sequence_length
             or (index.max_sequence_length if has_text else presets.MAX_SEQUENCE_LENGTH),
             style=style,
             adapters=self.adapters if self.adapters is None else tuple(self.adapters),
-            notes=notes,
+            notes=(*notes, *inputs.notes),
         )
 
     def _with_true_cfg(self, scale: float) -> "Request":
@@ -200,6 +201,10 @@ class Request:
         _check_float("guidance_scale", self.guidance_scale, low=0.0, high=MAX_SCALE)
         _check_float("true_cfg_scale", self.true_cfg_scale, low=0.0, high=MAX_SCALE)
         _check_float("strength", self.strength, low=0.0, high=1.0)
+        _check_int("padding_mask_crop", self.padding_mask_crop, low=0, high=2**20)
+        for name in ("soft_mask", "paste", "auto_resize"):
+            if not isinstance(getattr(self, name), bool):
+                raise UsageError(f"`{name}` is {reprlib.repr(getattr(self, name))}", "True or False")
         if self.sigmas is not None:
             levels = self.sigmas if isinstance(self.sigmas, tuple) else ()
             for level in levels:
@@ -239,7 +244,7 @@ class Request:
             if isinstance(texts, tuple) and len(texts) != self._prompts:
                 raise UsageError(f"{amount(len(texts), 'text')} in `{name}`", f"as many as prompts, {self._prompts}")
 
-    def _check_options(self, flux: FluxConfig) -> None:
+    def _check_options(self, flux: FluxConfig, task: str) -> None:
         if self.guidance_scale and not flux.guidance_embed:  # 0 is the published call of FLUX.1 [schnell]
             raise UsageError("`guidance_scale` does nothing: this model has no guidance embedding", "", "leave it out")
         if self.strength is not None and self.image is None:
@@ -249,7 +254,8 @@ class Request:
         if not isinstance(self.noise, str):
             raise UsageError(f"`noise` is {self.noise!r}", "the name of a recipe")
         find_recipe(self.noise)
-        if self.latents is not None and (self.seed is not None or self.image is not None):
+        starts = self.image is not None and task != "kontext"
+        if self.latents is not None and (self.seed is not None or starts):
             raise UsageError("`latents` are given with `seed` or `image`", "one of them: latents are the start")
         if self._batch > MAX_BATCH:
             raise UsageError(f"{self._batch} images in one call", f"{MAX_BATCH} at most", "make several calls")
@@ -278,15 +284,17 @@ class Request:
                 raise UsageError(f"`{name}` has shape {array.shape}", f"{shapes[name]}")
             check_values(f"`{name}`", array)
 
-    def _size(self, index: ModelIndex, multiple: int) -> tuple[int, int, tuple[str, ...]]:
+    def _size(self, index: ModelIndex, multiple: int, inputs: Inputs) -> tuple[int, int, tuple[str, ...]]:
         """Returns width and height as the model can make them, and a note where they are not the size asked for."""
-        default, image = index.defaults, self.image
+        default, (shape, is_size) = index.defaults, natural_size(inputs, self)
         width, height = self.width, self.height
-        if isinstance(image, Image.Image):
+        if shape:
             if not (width or height):
-                return _size_of_image(image, index, multiple)
-            width = width or _rounded((height or 0) * image.width / image.height, multiple)
-            height = height or _rounded(width * image.height / image.width, multiple)
+                if is_size:
+                    return *(_floored(side, multiple) for side in shape), ()  # type: ignore[return-value]  # two
+                return _size_of_image(shape, index, multiple, says=not inputs.paste)
+            width = width or _rounded((height or 0) * shape[0] / shape[1], multiple)
+            height = height or _rounded(width * shape[1] / shape[0], multiple)
         width, height = width or default.width, height or default.height
         floored = (width // multiple * multiple, height // multiple * multiple)
         if min(floored) < multiple or max(floored) > MAX_SIDE:
@@ -322,8 +330,8 @@ class ResolvedRequest:
     pooled_prompt_embeds: mx.array | None  # (P, vec_in_dim)
     negative_prompt_embeds: mx.array | None
     negative_pooled_prompt_embeds: mx.array | None
-    image: Image.Image | None  # upright RGB
-    strength: float  # without effect where there is no image
+    inputs: Inputs  # images
+    strength: float  # without effect where there is no image to start from
     style: styles.Style | None
     output_type: str
     max_sequence_length: int  # S
@@ -353,6 +361,16 @@ class ResolvedRequest:
         """One seed for the batch, or one for each image; none where latents are given."""
         return () if self.seed is None else (self.seed,) if isinstance(self.seed, int) else self.seed
 
+    @property
+    def image(self) -> Image.Image | None:
+        """The image that is started from, repainted or read, upright RGB."""
+        return self.inputs.given.get("image")
+
+    @property
+    def picture_size(self) -> tuple[int, int]:
+        """Width and height of a finished picture: of the image that a generated part comes back into, or its own."""
+        return self.inputs.picture_size(self.width, self.height)
+
     def pairs(self, negative: bool = False) -> list[tuple[str, str]]:
         """Returns (text for CLIP, text for T5) of each prompt, or of each negative one; none where embeds are given."""
         texts, texts_2 = (self.negative_prompt, self.negative_prompt_2) if negative else (self.prompt, self.prompt_2)
@@ -377,17 +395,15 @@ class ResolvedRequest:
             "seed": self.seeds[0 if one_stream else i] if self.seeds else None,
             "noise": self.noise,
             "batch": [i, self.batch] if one_stream and self.batch > 1 else None,  # place among the images of one stream
-            "strength": None if self.image is None else self.strength,
+            "strength": self.strength if self.inputs.canvas else None,
             "max_sequence_length": self.max_sequence_length,
             "given": [name for name in ("latents", *_EMBEDS) if getattr(self, name) is not None] or None,
         }
         if self.style is not None:
             record["style"] = self.style.record()
-        if self.image is not None:
-            size, pixels = self.image.size, hashlib.sha256(self.image.tobytes()).hexdigest()
-            record["image"] = {"width": size[0], "height": size[1], "rgb_sha256": pixels}  # upright, before resizing
-            if i and not one_stream and find_recipe(self.noise).posterior == "sample":
-                record["image_seed"] = self.seeds[0]  # of the stream that sampled the image, before its noise
+        record |= self.inputs.record()
+        if self.inputs.canvas and i and not one_stream and find_recipe(self.noise).posterior == "sample":
+            record["image_seed"] = self.seeds[0]  # of the stream that sampled the image, before its noise
         return {name: value for name, value in record.items() if value is not None}
 
 
@@ -452,23 +468,31 @@ def _floored(side: float, multiple: int) -> int:
     return max(multiple, int(side) // multiple * multiple)
 
 
-def _size_of_image(image: Image.Image, index: ModelIndex, multiple: int) -> tuple[int, int, tuple[str, ...]]:
+def _size_of_image(
+    size: tuple[int, int], index: ModelIndex, multiple: int, *, says: bool
+) -> tuple[int, int, tuple[str, ...]]:
     """Returns the size of a picture that starts from an image, and a note where it is another than the image's.
 
     It is the image's own where the model draws well at that area, else its shape at the model's own area.
 
+    Args:
+        size: width and height of the image, or of the part of it that is generated.
+        index: the model.
+        multiple: of both sides.
+        says: makes the note.
+
     Raises:
         UsageError: so long or so high that no size fits.
     """
-    own, pixels = index.defaults.width * index.defaults.height, image.width * image.height
+    own, pixels = index.defaults.width * index.defaults.height, size[0] * size[1]
     fits = presets.GOOD_AREAS[0] <= pixels / own <= presets.GOOD_AREAS[1]
     scale = 1.0 if fits else math.sqrt(own / pixels)
-    width, height = _nearest_size(image.width * scale, image.height * scale, multiple)
-    found = f"the image is {image.width} x {image.height}"
-    if max(width, height) > MAX_SIDE or min(image.size) * scale < multiple / 2:
+    width, height = _nearest_size(size[0] * scale, size[1] * scale, multiple)
+    found = f"the image is {size[0]} x {size[1]}"
+    if max(width, height) > MAX_SIDE or min(size) * scale < multiple / 2:
         expected = f"sides from {multiple} to {MAX_SIDE} pixels at the model's area"
         raise UsageError(found, expected, "set `width` and `height`")
-    if (width, height) == image.size:
+    if (width, height) == size or not says:
         return width, height, ()
     made_for = f"this model was made for {index.defaults.width} x {index.defaults.height}"
     reason = f"sides are multiples of {multiple}" if fits else made_for

@@ -4,7 +4,6 @@ import time
 from pathlib import Path
 
 import click
-from PIL import Image
 
 from mlx_flux_krea.checkpoint import Checkpoint, find, unfinished
 from mlx_flux_krea.errors import ModelError, UsageError
@@ -12,6 +11,7 @@ from mlx_flux_krea.pipeline import check_free
 
 from .shared import settings
 from .shared.generation import Generation, open_pipeline
+from .shared.images import restored_images
 from .shared.loras import load_all
 from .shared.options import FILE
 from .shared.runs import Run, made_by
@@ -58,8 +58,8 @@ def _read_run(checkpoint: Checkpoint, path: Path) -> Run:
     except UsageError as error:
         raise UsageError(f"{path}: {error.found}", error.expected, error.todo) from None
     run.restrict(settings.read_options())
-    if checkpoint.image is not None and run.remaining and "image" in run.remaining[0].options:
-        run.images[run.remaining[0].options["image"]] = Image.fromarray(checkpoint.image)
+    if run.remaining:
+        run.images |= restored_images(run.remaining[0].options, checkpoint.images)
     return run
 
 

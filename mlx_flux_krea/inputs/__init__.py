@@ -1,1 +1,282 @@
-"""Inputs: what a picture is made of besides its prompt."""
+"""Everything that a picture is made of besides its prompt: images, masks and maps, checked and brought to size.
+
+What `image` means is the model's task: text to image starts from it, or repaints it through a mask; Kontext reads it as
+a reference; Fill fills it; a control model starts from it as text to image does, beside its `control_image`.
+"""
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from PIL import Image
+
+from .. import presets
+from ..errors import UsageError, amount
+from .canvas import Canvas, fit_to, open_mask, parse_borders
+from .image import open_image
+from .reference import preferred_size, reference_size
+
+__all__ = ["ARGUMENTS", "ImageArguments", "Inputs", "at_size", "gather", "natural_size", "opened_inputs"]
+
+MOST_REFERENCES = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageArguments:
+    """The arguments of a call that are images, or about them. None means: the model's default, or not used."""
+
+    image: Any = None  # a PIL image, a path, or an array (`open_image`); several references for Kontext
+    strength: float | None = None  # share of the schedule that an input image goes through
+    mask_image: Any = None  # as `image`; white is repainted
+    expand: Any = None  # borders to add around the image: `canvas.parse_borders`
+    padding_mask_crop: int | None = None  # generates the mask's surroundings alone, so many pixels around it
+    soft_mask: bool = False  # values between black and white of the mask change the image by as much
+    paste: bool = True  # the picture comes back into the image, whose pixels outside the mask stay as they are
+    control_image: Any = None  # a map, such as edges or depth
+    fit: str | None = None  # how images of another shape are brought to a size: "stretch", "crop" or "pad"
+    auto_resize: bool = True  # Kontext reads references at one of its preferred sizes, else at their own
+
+
+def _open_references(image: Any, argument: str) -> Image.Image | tuple[Image.Image, ...] | None:
+    """Opens one image, or each of several."""
+    if not isinstance(image, list | tuple) or len(image) < 2:
+        return open_image(image, argument)
+    if len(image) > MOST_REFERENCES:
+        raise UsageError(f"`{argument}` holds {amount(len(image), 'image')}", f"{MOST_REFERENCES} at most")
+    opened = tuple(one for one in (open_image(one, argument) for one in image) if one is not None)
+    if len(opened) < len(image):
+        raise UsageError(f"`{argument}` holds None", "images")
+    return opened
+
+
+# Arguments that hold images, with the function that opens each.
+ARGUMENTS = {
+    "image": _open_references,
+    "mask_image": lambda image, argument: open_mask(image),
+    "control_image": open_image,
+}
+
+
+def opened_inputs(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the image arguments among these, opened."""
+    return {name: ARGUMENTS[name](value, name) for name, value in values.items() if name in ARGUMENTS}
+
+
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """The inputs of one picture, for one model and size.
+
+    Attributes:
+        given: the images as they were opened, by argument; a further reference is `image_2` and so on.
+        canvas: what the picture starts from or repaints.
+        references: of Kontext, as they were opened.
+        sizes: at which the model reads them.
+        control: the map for a control model or adapter.
+        fill: True for a model that reads the masked image and its mask beside the latents.
+        soft: True where values between black and white of the mask are steps, not halves.
+        paste: True where the picture comes back into the image, through the mask.
+        fit: how images of another shape are brought to a size.
+        more: arguments besides images, for a picture's record.
+        notes: for the user.
+    """
+
+    given: Mapping[str, Image.Image] = field(default_factory=dict)
+    canvas: Canvas | None = None
+    references: tuple[Image.Image, ...] = ()
+    sizes: tuple[tuple[int, int], ...] = ()
+    control: Image.Image | None = None
+    fill: bool = False
+    soft: bool = False
+    paste: bool = False
+    fit: str = "stretch"
+    more: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def is_masked(self) -> bool:
+        """True where a part of the image stays."""
+        return self.canvas is not None and self.canvas.mask is not None
+
+    @property
+    def usual_strength(self) -> float:
+        """The share of the schedule that changes the image where the caller names none."""
+        if self.fill or "expand" in self.more:
+            return presets.FULL_STRENGTH
+        return presets.MASK_STRENGTH if self.is_masked else presets.STRENGTH
+
+    @property
+    def pixels(self) -> int:
+        """Number of pixels of all images."""
+        images = [*self.given.values(), *([self.canvas.image] if self.canvas else [])]
+        return sum(image.width * image.height for image in images)
+
+    def picture_size(self, width: int, height: int) -> tuple[int, int]:
+        """Returns the size of a finished picture, of which a part of this size was generated."""
+        return self.canvas.image.size if self.paste and self.canvas else (width, height)
+
+    def reference_tokens(self, patch: int) -> int:
+        """Returns the number of tokens that references add, of patch x patch pixels each."""
+        return sum(width * height // patch**2 for width, height in self.sizes)
+
+    def seen(self, width: int, height: int) -> Iterator[tuple[str, Image.Image]]:
+        """Yields every image as the networks see it, with its argument."""
+        if self.canvas:
+            yield "image", self.canvas.part(width, height)
+        for image, size in zip(self.references, self.sizes, strict=True):
+            yield "image", fit_to(image, *size, self.fit)
+        if self.control:
+            yield "control_image", fit_to(self.control, width, height, self.fit)
+
+    def record(self) -> dict[str, Any]:
+        """Returns everything here that decides a picture, as JSON: images by their hashes."""
+        return {name: _facts(image) for name, image in self.given.items()} | dict(self.more)
+
+
+def _facts(image: Image.Image) -> dict[str, Any]:
+    """Returns size and hash of an image: upright, before resizing."""
+    name = "rgb_sha256" if image.mode == "RGB" else "grey_sha256"
+    return {"width": image.width, "height": image.height, name: hashlib.sha256(image.tobytes()).hexdigest()}
+
+
+def gather(given: ImageArguments, task: str, *, has_control: bool) -> Inputs:
+    """Checks the images of a call against each other and the model's task; sizes come later, by `at_size`.
+
+    Args:
+        given: the call.
+        task: of the model: "text-to-image", "kontext", "fill" or "control".
+        has_control: a control adapter may be in use.
+
+    Raises:
+        UsageError: images that do not go together, or that this model does not read.
+    """
+    _check(given, task, has_control=has_control)
+    images = given.image if isinstance(given.image, tuple) else (given.image,) if given.image is not None else ()
+    named = {("image" if not i else f"image_{i + 1}"): image for i, image in enumerate(images)}
+    mask, notes = given.mask_image, ()
+    if mask is None and images and task != "kontext" and (alpha := images[0].info.get("alpha")) is not None:
+        mask, notes = alpha.point(lambda value: 255 - value), ("the transparent part of the image is its mask",)
+    named |= {name: one for name, one in (("mask_image", mask), ("control_image", given.control_image)) if one}
+    inputs = Inputs(named, control=given.control_image, fill=task == "fill", soft=given.soft_mask)
+    if task == "kontext":
+        notes = ("several references are experimental: FLUX.1 Kontext was trained with one",) * (len(images) > 1)
+        return replace(inputs, references=images, fit=given.fit or "crop", notes=notes)
+    inputs = replace(inputs, fit=given.fit or "stretch")
+    if not images:
+        return inputs
+    canvas, more = Canvas.of(images[0], mask), {}
+    if given.expand is not None:
+        borders = parse_borders(given.expand, *images[0].size)
+        canvas, more = canvas.expanded(borders), {"expand": list(borders)}
+    if task == "fill" and canvas.mask is None:
+        todo = "white where it is filled; or `expand` fills around it"
+        raise UsageError("this model fills an image, and there is no `mask_image`", "a mask", todo)
+    if canvas.mask is None and (unused := _needs_mask(given)):
+        raise UsageError(f"`{unused}` does nothing without a mask", "", "give `mask_image`, or leave it out")
+    return replace(inputs, canvas=canvas, paste=given.paste and canvas.mask is not None, more=more, notes=notes)
+
+
+def at_size(inputs: Inputs, given: ImageArguments, width: int, height: int, multiple: int) -> Inputs:
+    """Returns the inputs for a picture of this size.
+
+    Raises:
+        UsageError: a reference has a shape or a size that the model does not read.
+    """
+    sizes = [reference_size(*one.size, multiple, auto_resize=given.auto_resize) for one in inputs.references]
+    canvas, more = inputs.canvas, dict(inputs.more)
+    if canvas and given.padding_mask_crop is not None:
+        more["padding_mask_crop"] = given.padding_mask_crop
+        canvas = canvas.cropped(width, height, given.padding_mask_crop)
+    elif canvas:
+        canvas = canvas.fitted(width, height, inputs.fit)
+    more |= {"soft_mask": True} if given.soft_mask else {}
+    more |= {"paste": False} if inputs.is_masked and not given.paste else {}
+    more |= {"fit": given.fit} if given.fit else {}
+    more |= {} if given.auto_resize else {"auto_resize": False}
+    notes = inputs.notes
+    if canvas and inputs.paste and given.padding_mask_crop is None and canvas.is_mostly_kept:
+        found = "the image is {} x {}".format(*canvas.size) + f" and is generated at {width} x {height}"
+        more_detail = canvas.size[0] * canvas.size[1] > 2 * width * height
+        notes += (f"{found}: `padding_mask_crop` has more detail in the mask",) * more_detail
+    if not given.fit:
+        notes += tuple(_stretched(inputs, canvas, width, height))
+    return replace(inputs, sizes=tuple(sizes), canvas=canvas, more=more, notes=notes)
+
+
+def natural_size(inputs: Inputs, given: ImageArguments) -> tuple[tuple[int, int] | None, bool]:
+    """Returns the shape that a picture has where no size is asked for, and True where it is a size to keep.
+
+    Kontext's is the preferred size of its first reference; a part around a mask has the part's shape; others have that
+    of the image that is repainted or started from, or of the control image.
+    """
+    if inputs.references:
+        return preferred_size(*inputs.references[0].size), True
+    if inputs.canvas and inputs.canvas.mask and given.padding_mask_crop is not None:
+        mask = inputs.canvas.mask_over
+        left, top, right, bottom = (mask and mask.getbbox()) or inputs.canvas.box
+        wide, high = right - left + 2 * given.padding_mask_crop, bottom - top + 2 * given.padding_mask_crop
+        return (max(wide, high // 2), max(high, wide // 2)), False
+    image = inputs.canvas.image if inputs.canvas else inputs.control
+    return (image.size, False) if image else (None, False)
+
+
+def _check(given: ImageArguments, task: str, *, has_control: bool) -> None:
+    """Checks which images are there."""
+    several = isinstance(given.image, tuple)
+    if several and task != "kontext":
+        found = f"`image` holds {amount(len(given.image), 'image')}"
+        raise UsageError(found, "one for a call", "make a call for each; only FLUX.1 Kontext reads several")
+    if given.fit is not None and given.fit not in presets.FITS:
+        raise UsageError(f"`fit` is {given.fit!r}", f"one of {', '.join(presets.FITS)}")
+    for name in ("mask_image", "expand", "fit"):
+        needed = given.image is None and (name != "fit" or given.control_image is None)
+        if getattr(given, name) is not None and needed:
+            raise UsageError(f"`{name}` does nothing without an image", "", "add `image`, or leave it out")
+    if given.image is None and (unused := _needs_mask(given)):
+        raise UsageError(f"`{unused}` does nothing without an image and a mask", "", "add both, or leave it out")
+    refused = {
+        "kontext": ("mask_image", "expand", "control_image", "strength"),
+        "fill": ("control_image",),
+    }.get(task, ())
+    for name in refused:
+        if getattr(given, name) is not None:
+            raise UsageError(f"`{name}` means nothing to a {task.capitalize()} model", "", "leave it out")
+    if task == "fill" and given.image is None:
+        raise UsageError("this model fills an image, and there is none", "`image` and `mask_image`")
+    if task == "fill" and given.soft_mask:
+        raise UsageError("`soft_mask` means nothing to a Fill model", "a mask of black and white", "leave it out")
+    if task == "control" and given.control_image is None:
+        raise UsageError("this is a control model, and there is no `control_image`", "a map such as edges or depth")
+    if task == "text-to-image" and given.control_image is not None and not has_control:
+        todo = "convert FLUX.1 Canny or Depth [dev], or load a control adapter"
+        raise UsageError("`control_image` means nothing to this model", "a control model", todo)
+    if task != "kontext" and not given.auto_resize:
+        raise UsageError("`auto_resize` is for references of FLUX.1 Kontext", "", "leave it out")
+
+
+def _needs_mask(given: ImageArguments) -> str | None:
+    """Returns the first argument that means something with a mask alone, or None."""
+    used = {
+        "padding_mask_crop": given.padding_mask_crop is not None,
+        "soft_mask": given.soft_mask,
+        "paste": not given.paste,
+    }
+    return next((name for name, is_used in used.items() if is_used), None)
+
+
+def _stretched(inputs: Inputs, canvas: Canvas | None, width: int, height: int) -> Iterator[str]:
+    """Yields a sentence about each image whose shape is changed by more than a twentieth."""
+    shapes = {"image": canvas.size if canvas and canvas.fit == "stretch" else None}
+    if canvas and canvas.mask and not _alike(canvas.mask.size, canvas.image.size):
+        sizes = "{} x {}".format(*canvas.mask.size), "{} x {}".format(*canvas.image.size)
+        yield f"the mask of {sizes[0]} is stretched over the image of {sizes[1]}"
+    shapes["control image"] = inputs.control.size if inputs.control and inputs.fit == "stretch" else None
+    for name, size in shapes.items():
+        if size and not _alike(size, (width, height)):
+            sizes = f"{size[0]} x {size[1]}", f"{width} x {height}"
+            yield f"the {name} of {sizes[0]} is stretched to {sizes[1]}; `fit` crop or pad keeps its shape"
+
+
+def _alike(one: tuple[int, int], other: tuple[int, int]) -> bool:
+    """True where two shapes differ by less than a twentieth."""
+    return 0.95 <= one[0] * other[1] / (one[1] * other[0]) <= 1.05

@@ -1,4 +1,4 @@
-"""Input images: any file, PIL image or array, as the autoencoder's encoder needs it."""
+"""Input images: any file, PIL image or array, as the networks that read images need it."""
 
 import io
 import logging
@@ -28,13 +28,15 @@ _TURNS = {  # by EXIF orientation
 _PROFILE_MODES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}  # Pillow's modes by the colour space of a profile
 
 
-def open_image(image: Any) -> Image.Image | None:
+def open_image(image: Any, argument: str = "image") -> Image.Image | None:
     """Opens an image as the autoencoder's encoder needs it: upright by its EXIF orientation, RGB, whole in memory.
 
     Colours are converted to sRGB by the ICC profile, transparency is flattened on white, 16-bit grey becomes 8-bit.
+    Where something is transparent, the result's `info` has "alpha": an 8-bit grey image of its size.
 
     Args:
         image: a PIL image, which stays as it is; a path; an array, `_image_from_array`; or a list of one of these.
+        argument: its name, for errors.
 
     Raises:
         UsageError: not an image, broken, far too large, or of a mode whose white is not known.
@@ -43,16 +45,16 @@ def open_image(image: Any) -> Image.Image | None:
         return image
     if isinstance(image, list | tuple):
         if len(image) != 1:
-            raise UsageError(f"`image` holds {amount(len(image), 'image')}", "one for a call", "make a call for each")
-        return open_image(image[0])
+            found = f"`{argument}` holds {amount(len(image), 'image')}"
+            raise UsageError(found, "one for a call", "make a call for each")
+        return open_image(image[0], argument)
     if isinstance(image, str) and image.lower().startswith(("http://", "https://")):
-        raise UsageError(
-            f"`image` is an address, {printable(image)}", "a file", "nothing is fetched: download it first"
-        )
+        found = f"`{argument}` is an address, {printable(image)}"
+        raise UsageError(found, "a file", "nothing is fetched: download it first")
     if (hasattr(image, "__array__") and not isinstance(image, Image.Image)) or isinstance(image, mx.array):
-        image = _image_from_array(image)
+        image = _image_from_array(image, argument)
     if not isinstance(image, str | os.PathLike | Image.Image):
-        raise UsageError(f"`image` is {type(image).__name__}", "a PIL image, a path or an array (H, W, 3)")
+        raise UsageError(f"`{argument}` is {type(image).__name__}", "a PIL image, a path or an array (H, W, 3)")
     image = os.path.expanduser(image) if isinstance(image, str | os.PathLike) else image
     name = printable(image) if isinstance(image, str) else "the image"
     with opened(image) as file:
@@ -62,14 +64,21 @@ def open_image(image: Any) -> Image.Image | None:
             raise UsageError(f"{name} is {file.width} x {file.height}", "at least one pixel")
         file.load()
         flat, to_srgb = Image.new("RGB", file.size), _conversion_to_srgb(file.info.get("icc_profile"), name)
+        alpha = None
         for top in range(0, file.height, _STRIP):  # copies of a part at a time, not of the whole
-            part = file.crop((0, top, file.width, min(top + _STRIP, file.height)))
-            flat.paste(_flattened(part, to_srgb), (0, top))
+            part, opaque = _flattened(file.crop((0, top, file.width, min(top + _STRIP, file.height))), to_srgb)
+            flat.paste(part, (0, top))
+            if opaque is not None and np.asarray(opaque).min() < 255:
+                alpha = Image.new("L", file.size, 255) if alpha is None else alpha
+                alpha.paste(opaque, (0, top))
         turn = _TURNS.get(file.getexif().get(ExifTags.Base.Orientation, 1))
-    return flat if turn is None else flat.transpose(turn)
+    flat = flat if turn is None else flat.transpose(turn)
+    if alpha is not None:
+        flat.info["alpha"] = alpha if turn is None else alpha.transpose(turn)
+    return flat
 
 
-def _image_from_array(given: Any) -> Image.Image:
+def _image_from_array(given: Any, argument: str) -> Image.Image:
     """Returns the image in an array: (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), or one of these in a batch.
 
     Raises:
@@ -80,36 +89,40 @@ def _image_from_array(given: Any) -> Image.Image:
             given.astype(mx.float32) if isinstance(given, mx.array) and given.dtype == mx.bfloat16 else given
         )
     except Exception as error:  # of any class, from the library that made the array
-        raise UsageError(f"`image` is {type(given).__name__}, which cannot be read: {error}", "a numpy array") from None
+        found = f"`{argument}` is {type(given).__name__}, which cannot be read: {error}"
+        raise UsageError(found, "a numpy array") from None
     array = array[0] if array.ndim == 4 and len(array) == 1 else array
     array = array[..., 0] if array.ndim == 3 and array.shape[-1] == 1 else array
     if 0 in array.shape or not (array.ndim == 2 or (array.ndim == 3 and array.shape[-1] in (3, 4))):
         todo = "move the channels to the end" if array.ndim == 3 and array.shape[0] in (1, 3, 4) else ""
-        raise UsageError(f"`image` has shape {np.shape(given)}", "(H, W), (H, W, 3) or (H, W, 4)", todo)
+        raise UsageError(f"`{argument}` has shape {np.shape(given)}", "(H, W), (H, W, 3) or (H, W, 4)", todo)
     if np.issubdtype(array.dtype, np.floating):
         if not (np.isfinite(array).all() and array.min() >= 0 and array.max() <= 1):
-            raise UsageError(f"`image` holds floats from {array.min():g} to {array.max():g}", "0 to 1")
+            raise UsageError(f"`{argument}` holds floats from {array.min():g} to {array.max():g}", "0 to 1")
         array = np.round(array * 255).astype(np.uint8)
     elif array.dtype == np.bool_:
         array = array.astype(np.uint8) * 255
     elif array.dtype == np.uint16:
         array = np.round(array / 257).astype(np.uint8)
     elif array.dtype != np.uint8:
-        raise UsageError(f"`image` holds {array.dtype}", "uint8, uint16, or floats from 0 to 1")
+        raise UsageError(f"`{argument}` holds {array.dtype}", "uint8, uint16, or floats from 0 to 1")
     return Image.fromarray(array)
 
 
-def _flattened(part: Image.Image, to_srgb: Callable[[Image.Image], Image.Image]) -> Image.Image:
-    """Returns a part of an image as RGB on white, with 8 bits."""
+def _flattened(
+    part: Image.Image, to_srgb: Callable[[Image.Image], Image.Image]
+) -> tuple[Image.Image, Image.Image | None]:
+    """Returns a part of an image as RGB on white, with 8 bits, and its alpha channel if it has one."""
     if part.mode.startswith("I;16"):
         part = Image.fromarray(np.round(np.asarray(part) / 257).astype(np.uint8))
     if part.mode not in ("RGBA", "RGBa", "LA", "La", "PA") and "transparency" not in part.info:
-        return to_srgb(part)
+        return to_srgb(part), None
     grey = part.mode in ("LA", "La")
     part = part.convert("LA") if grey else part.convert("RGBA")
     colours = to_srgb(part.getchannel("L") if grey else part.convert("RGB")).convert("RGBA")
-    colours.putalpha(part.getchannel("A"))
-    return Image.alpha_composite(Image.new("RGBA", part.size, "white"), colours).convert("RGB")
+    alpha = part.getchannel("A")
+    colours.putalpha(alpha)
+    return Image.alpha_composite(Image.new("RGBA", part.size, "white"), colours).convert("RGB"), alpha
 
 
 def _conversion_to_srgb(profile: bytes | None, name: str) -> Callable[[Image.Image], Image.Image]:

@@ -97,20 +97,24 @@ def unpack(x: mx.array, width: int, height: int) -> mx.array:
     return x.transpose(0, 3, 1, 4, 2, 5).reshape(b, c // 4, height, width)
 
 
-def position_ids(text_length: int, width: int, height: int) -> mx.array:
+def position_ids(text_length: int, width: int, height: int, references: Sequence[tuple[int, int]] = ()) -> mx.array:
     """Returns rope positions of all tokens of a picture.
 
     Args:
         text_length: S.
         width: w, the width of the latent.
         height: h, the height of the latent.
+        references: height and width, in tokens, of each reference that follows (FLUX.1 Kontext).
 
     Returns:
-        (S + h w / 4, 3) int32: text at (0, 0, 0), image tokens at (0, row, column).
+        (S + h w / 4 + R, 3) int32: text at (0, 0, 0), image tokens at (0, row, column), those of the first reference at
+        (1, row, column), of the second at (2, row, column).
     """
-    rows, columns = np.meshgrid(np.arange(height // 2), np.arange(width // 2), indexing="ij")
-    image = np.stack([np.zeros_like(rows), rows, columns], axis=-1).reshape(-1, 3)
-    return mx.array(np.concatenate([np.zeros((text_length, 3), image.dtype), image]).astype(np.int32))
+    grids = [np.zeros((text_length, 3), np.int32)]
+    for number, (high, wide) in enumerate([(height // 2, width // 2), *references]):
+        rows, columns = np.meshgrid(np.arange(high), np.arange(wide), indexing="ij")
+        grids.append(np.stack([np.full_like(rows, number), rows, columns], axis=-1).reshape(-1, 3))
+    return mx.array(np.concatenate(grids).astype(np.int32))
 
 
 def add_noise(image_latents: mx.array, noise: mx.array, sigma: float) -> mx.array:

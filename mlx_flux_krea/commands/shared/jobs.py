@@ -4,7 +4,6 @@ Options come in layers: a row of a prompt file overrides the command line, which
 layer, options that exclude each other are errors.
 """
 
-import hashlib
 import math
 import os
 import re
@@ -14,31 +13,35 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from mlx_flux_krea import presets
 from mlx_flux_krea.adapters.installed import installed
 from mlx_flux_krea.adapters.loaded import take_tags
 from mlx_flux_krea.errors import UsageError
 from mlx_flux_krea.files import sha256_if_exists
 from mlx_flux_krea.home import NANO, installed_models
-from mlx_flux_krea.inputs.image import open_image
 from mlx_flux_krea.prompts import tokenize
 from mlx_flux_krea.provenance import read_record
 from mlx_flux_krea.request import Request, ResolvedRequest, check_text, random_seed
 from mlx_flux_krea.sampling.sampler import fixed_shift
 from mlx_flux_krea.weights import ModelFolder
 
+from .images import Opened, check_images, open_images, recorded_images
 from .options import ARGUMENTS, BY_NAME, DEFAULTS, PER_PICTURE, REPLACES, cast
 from .rows import alternatives, prompt_notes, read_rows
 from .styles import RECORDED, recorded_style, style_arguments
 
 # Options that are arguments of the pipeline, by the arguments' names.
-_SAME = ("prompt", "negative_prompt", "true_cfg_scale", "width", "height", "noise", "strength")
+_SAME = ("prompt", "negative_prompt", "true_cfg_scale", "width", "height", "noise", "strength", "expand", "fit")
 _REQUEST = {"steps": ARGUMENTS["steps"], "guidance": ARGUMENTS["guidance"], **{name: name for name in _SAME}}
+_FLAGS = {  # options that set an argument to a value
+    "crop_to_mask": ("padding_mask_crop", presets.CROP_PADDING),
+    "soft_mask": ("soft_mask", True),
+    "no_paste": ("paste", False),
+    "no_auto_resize": ("auto_resize", False),
+}
 _FROM_RECORD = ("prompt_2", "negative_prompt_2", "sigmas", "max_sequence_length")  # arguments that only a record sets
-_CIRCUMSTANCES = ("batch", "image_seed", "image_sha256", "manifest_sha256", "tiled")  # how a recorded picture was made
-_CIRCUMSTANCES += (RECORDED,)
+_FROM_RECORD += ("padding_mask_crop",)
+_CIRCUMSTANCES = ("batch", "image_seed", "images_sha256", "manifest_sha256", "tiled", RECORDED)  # how it was made
 UNTYPED = (*_FROM_RECORD, *_CIRCUMSTANCES)  # options that `options.py` does not declare, checked where they are used
 _FILE_OPTIONS = ("output", "quality", "metadata")  # per picture, but not in its record
 _PICTURE = (*PER_PICTURE, *UNTYPED, "dtype")
@@ -109,16 +112,20 @@ def record_options(path: Path) -> dict:
     if record.get("given"):
         raise UsageError(f"{path} was made in Python from arrays that its record does not hold: {record['given']}")
     names = {name: option for option, name in _REQUEST.items()} | {"seed": "seed", "dtype": "dtype"}
-    options = dict(cast(option, record[name], tuple(BY_NAME)) for name, option in names.items() if name in record)
+    values = {**record}
+    if isinstance(borders := record.get("expand"), list):
+        values["expand"] = ",".join(map(str, borders))
+    options = dict(cast(option, values[name], tuple(BY_NAME)) for name, option in names.items() if name in values)
     options |= {name: record[name] for name in UNTYPED if name in record}
+    options |= {flag: True for flag, (name, value) in _FLAGS.items() if record.get(name) is value}
     options |= dict(
         (name, value) if name == RECORDED else cast(name, value, tuple(BY_NAME))
         for name, value in recorded_style(record, path).items()
     )
     if adapters := record.get("adapters"):
         options["lora"] = _recorded_adapters(adapters, path)
-    if isinstance(image := record.get("image"), dict):
-        options["image_sha256"] = image.get("rgb_sha256")
+    if images := recorded_images(record):
+        options["images_sha256"] = images
     return options
 
 
@@ -242,7 +249,7 @@ def _seeds(options: dict, random: int) -> list[int]:
 def prepare(
     job: PictureJob,
     folder: ModelFolder,
-    images: dict[Path, Image.Image | None],
+    images: Opened,
     *,
     adapters: Sequence[tuple[str, float]] = (),
     preset: Mapping[str, Any] | None = None,
@@ -252,7 +259,7 @@ def prepare(
     Args:
         job: the picture to generate.
         folder: the model.
-        images: input images by path; those that this opens are added.
+        images: input images; those that this opens are added.
         adapters: names under which its adapters are loaded, with their weights.
         preset: arguments of the pipeline that these were published with.
 
@@ -262,12 +269,10 @@ def prepare(
     """
     options, notes = job.options, []
     tool = presets.TOOLS.get(options.get("like", ""))
-    if (path := options.get("image")) is not None and path not in images:
-        images[path] = open_image(path)
-    image = None if path is None else images[path]
-    if "image_sha256" in options:
-        notes += _check_image(options, image)
-    arguments = _pipeline_arguments(options, folder, image=image, tool=tool) | dict(preset or {})
+    opened = open_images(options, images)
+    image = opened.get("image") or opened.get("control_image")
+    shape = image[0].size if isinstance(image, tuple) else image.size if image else None
+    arguments = _pipeline_arguments(options, folder, shape=shape, tool=tool) | dict(preset or {})
     style, said = style_arguments(options, images)
     arguments |= style
     notes += said
@@ -278,9 +283,10 @@ def prepare(
         notes.append(f"this picture is one of {batch[1]} from one random stream: all are generated, one is saved")
     elif options.get("image_seed") is not None:
         pick, seed, arguments["num_images_per_prompt"] = 1, [options["image_seed"], job.seed], 2
-    arguments |= {"seed": seed, "image": image, "adapters": tuple(adapters)}
+    arguments |= {"seed": seed, "adapters": tuple(adapters)} | opened
     given = Request(**arguments)
     request = given.resolve(folder)
+    notes += check_images(options, request)
     if tool and tool.mu:
         tokens = request.width * request.height // _multiple(folder) ** 2
         levels = fixed_shift(folder.index.schedule, tokens, request.num_inference_steps, tool.mu)
@@ -302,27 +308,26 @@ def _size_notes(request: ResolvedRequest, folder: ModelFolder) -> list[str]:
 
 
 def _pipeline_arguments(
-    options: dict, folder: ModelFolder, *, image: Image.Image | None, tool: presets.Tool | None
+    options: dict, folder: ModelFolder, *, shape: tuple[int, int] | None, tool: presets.Tool | None
 ) -> dict[str, Any]:
-    """Returns the arguments of a pipeline call, without seed and image."""
+    """Returns the arguments of a pipeline call, without seed and images, of which the first has this shape."""
     own, default = folder.index.defaults, tool.defaults if tool else folder.index.defaults
-    shape, area = (default.width, default.height), own.width * own.height / presets.MEGAPIXEL
+    usual, area = (default.width, default.height), own.width * own.height / presets.MEGAPIXEL
     arguments = {name: options[option] for option, name in _REQUEST.items() if option in options}
     arguments |= {name: options[name] for name in _FROM_RECORD if name in options}
+    arguments |= {name: value for flag, (name, value) in _FLAGS.items() if options.get(flag) and name not in arguments}
     for name in ("prompt_2", "negative_prompt_2"):  # an empty text that was recorded is one; "" would mean the prompt
         if arguments.get(name) == "":
             arguments[name] = [""]
     if "aspect" in options or "megapixels" in options:
         megapixels = options.get("megapixels", area)
-        arguments["width"], arguments["height"] = size_of(
-            options.get("aspect"), megapixels, image.size if image else shape
-        )
+        arguments["width"], arguments["height"] = size_of(options.get("aspect"), megapixels, shape or usual)
     if not tool:
         return arguments
     of_tool: dict[str, Any] = {"num_inference_steps": default.num_inference_steps, "noise": tool.noise}
-    if not (image or {"width", "height"} & arguments.keys()):
+    if not (shape or {"width", "height"} & arguments.keys()):
         megapixels = default.width * default.height / presets.MEGAPIXEL * area  # at the model's own scale
-        of_tool["width"], of_tool["height"] = size_of(None, megapixels, shape)
+        of_tool["width"], of_tool["height"] = size_of(None, megapixels, usual)
     if folder.flux.sizes.guidance_embed:
         of_tool["guidance_scale"] = default.guidance_scale
     arguments = of_tool | arguments
@@ -385,19 +390,6 @@ def tool_notes(name: str) -> list[str]:
     if tool.differs:
         notes.append(f"{name} differs from this: {tool.differs}")
     return notes
-
-
-def _check_image(options: dict, image: Image.Image | None) -> list[str]:
-    """Compares an image with the hash in the record of `from_`. Returns a note where they differ.
-
-    Raises:
-        UsageError: no image is given.
-    """
-    if image is None:
-        raise UsageError(f"{options['from_']} was made from an image", "that image", "name it with --image")
-    if hashlib.sha256(image.tobytes()).hexdigest() == options["image_sha256"]:
-        return []
-    return [f"{options['image']} is not the image that {options['from_']} was made from"]
 
 
 def _batch(batch) -> tuple[int, int]:

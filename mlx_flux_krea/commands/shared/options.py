@@ -235,9 +235,19 @@ OPTIONS = [
             help="Image whose style the picture takes up, and its weight; repeatable; none: no image."),
     _option("--style-rule", type=click.Choice(presets.STYLE_RULES),
             help="How style images stand beside the prompt.", default=presets.STYLE_RULES[0]),
-    _option("--image", type=FILE, help="Image to start from."),
+    _option("--image", type=FILE, help="Image to start from, to repaint, to fill, or Kontext's reference."),
+    _option("--reference", type=FILE, multiple=True, help="Further reference for Kontext; repeatable."),
     _option("--strength", type=click.FloatRange(0, 1), help="Share of the steps that change the image.",
             default=presets.STRENGTH),
+    _option("--mask", type=FILE, help="Mask of the image, white where it is repainted."),
+    _option("--expand", metavar="T,R,B,L", help="Borders to paint around the image: pixels, or percent: 0,25%,0,25%."),
+    _option("--crop-to-mask", is_flag=True, help="Generate the surroundings of the mask alone, at full size."),
+    _option("--soft-mask", is_flag=True, help="Repaint what is grey in the mask by as much."),
+    _option("--no-paste", is_flag=True, help="Leave the picture as generated, also outside of the mask."),
+    _option("--control-image", type=FILE, help="Map, such as edges or depth, for a control model or adapter."),
+    _option("--fit", type=click.Choice(presets.FITS),
+            help="How images of another shape are brought to a size.  [default: stretch; crop for Kontext]"),
+    _option("--no-auto-resize", is_flag=True, help="Read Kontext's reference at its own size."),
     _option("--dtype", type=DTYPE, help="Compute type.", default=_OF_MODEL),
     _option("--memory", default="auto",
             help="Memory for this program (not the Mac's), such as 6GB; blocks beyond it are streamed from disk."),
@@ -257,7 +267,15 @@ OPTIONS = [
 ]  # fmt: skip
 BY_NAME = {str(option.name): option for option in OPTIONS} | {"prompt": _option("--prompt", help="Text to generate.")}
 # Options that the library's arguments name differently.
-ARGUMENTS = {"steps": "num_inference_steps", "guidance": "guidance_scale", "num_images": "num_images_per_prompt"}
+ARGUMENTS = {
+    "steps": "num_inference_steps",
+    "guidance": "guidance_scale",
+    "num_images": "num_images_per_prompt",
+    "mask": "mask_image",
+    "crop_to_mask": "padding_mask_crop",
+    "no_paste": "paste",
+    "no_auto_resize": "auto_resize",
+}
 _OPTION_OF = {argument: option for option, argument in ARGUMENTS.items()}
 _OPTION_OF |= {"style_images": "style", "style_weights": "style"}
 _CONVERTING = {  # arguments of `convert`, which has options of its own

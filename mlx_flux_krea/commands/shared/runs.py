@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from mlx_flux_krea.checkpoint import Checkpoint
 from mlx_flux_krea.errors import FiltersError, FluxKreaError, PartlyDone, UsageError, Withheld, amount, printable
@@ -28,6 +27,7 @@ from mlx_flux_krea.provenance import SOFTWARE, Picture, opened, read_picture
 from mlx_flux_krea.weights import ModelFolder
 
 from . import signals
+from .images import Opened, stored_images
 from .jobs import UNTYPED, PictureJob, default_output, output_name
 from .options import BY_NAME, cast
 from .sheet import sheet_of, thumbnail
@@ -49,7 +49,7 @@ class Run:
     rows: str = ""  # the name of that file
     force: bool = False
     made_by: dict[str, str] = field(default_factory=dict)  # hash of the model's manifest, versions
-    images: dict[Path, Image.Image | None] = field(default_factory=dict)  # input images by path
+    images: Opened = field(default_factory=dict)  # input images
     checkpoint: Checkpoint = field(default_factory=lambda: Checkpoint({}))
     is_resumed: bool = False
     claimed: dict[str, Any] = field(default_factory=dict)  # the file about to get its name: path, sha256, process
@@ -175,8 +175,8 @@ class Run:
         if not self.remaining and not self.options.get("contact_sheet"):
             self.checkpoint.remove()
             return
-        path = self.remaining[0].options.get("image") if self.remaining else None
-        self.checkpoint.start_picture(self.to_json(), None if path is None else np.asarray(self.images[path]))
+        images = stored_images(self.remaining[0].options, self.images) if self.remaining else {}
+        self.checkpoint.start_picture(self.to_json(), images)
 
     @property
     def position(self) -> str:
@@ -352,7 +352,12 @@ def _plain(options: dict) -> dict:
     if os.path.isdir(options.get("model", "")):  # else the name of an installed one
         paths.add("model")
     plain = {name: os.path.abspath(value) if name in paths else value for name, value in options.items()}
-    return plain | ({"style": tuple(map(absolute_style, options["style"]))} if "style" in options else {})
+    plain |= {"style": tuple(map(absolute_style, options["style"]))} if "style" in options else {}
+    return {name: list(map(os.path.abspath, value)) if _is_paths(value) else value for name, value in plain.items()}
+
+
+def _is_paths(value: object) -> bool:
+    return isinstance(value, tuple) and any(isinstance(one, Path) for one in value)
 
 
 def _typed(options: dict) -> dict:

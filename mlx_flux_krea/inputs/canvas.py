@@ -1,0 +1,284 @@
+"""The image that a picture starts from: its mask, the part that is generated, and how that part comes back into it.
+
+A mask is white where the image is repainted. The network sees a box of the image, at the size of the picture; what it
+makes of the box is pasted back through the mask, so that every pixel outside the mask is the image's own.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageChops, ImageFilter
+
+from ..errors import UsageError
+from ..presets import FITS, MAX_SIDE
+from .image import open_image
+
+RAMP = 32  # pixels of an image beside a new border, over which its mask falls from white to black
+SEAM = 8  # pixels at most, inside a mask, over which a picture fades into the image: as many as a latent covers
+
+Box = tuple[int, int, int, int]  # left, top, right and bottom
+_LANCZOS = Image.Resampling.LANCZOS
+_BORDER = re.compile(r"(\d+)(?:px|(%))?")
+
+
+def open_mask(mask: Any) -> Image.Image | None:
+    """Opens a mask, white where the image is repainted, as 8-bit grey.
+
+    Args:
+        mask: as for `open_image`; colours are turned into grey, and what is transparent is black.
+
+    Raises:
+        UsageError: as `open_image`.
+    """
+    if mask is None or (type(mask) is Image.Image and mask.mode == "L"):
+        return mask
+    opened = open_image(mask, "mask_image")
+    assert opened is not None  # of a mask that is not None
+    grey = opened.convert("L")
+    alpha = opened.info.get("alpha")
+    return grey if alpha is None else ImageChops.multiply(grey, alpha)
+
+
+@dataclass(frozen=True, eq=False)
+class Canvas:
+    """An image with its mask, and the part of it that is generated.
+
+    Attributes:
+        image: RGB.
+        mask: grey, white where the image is repainted, and stretched over it; None: it is repainted everywhere.
+        box: the part.
+        fit: how the part is brought to the size of the picture, one of `FITS`.
+    """
+
+    image: Image.Image
+    mask: Image.Image | None
+    box: Box
+    fit: str = "stretch"
+
+    @classmethod
+    def of(cls, image: Image.Image, mask: Image.Image | None = None) -> "Canvas":
+        """Returns a canvas of a whole image.
+
+        Raises:
+            UsageError: the mask is black.
+        """
+        if mask is not None and np.asarray(mask).max() < 128:
+            raise UsageError("the mask is black: nothing is repainted", "white where the image is repainted")
+        return cls(image, mask, (0, 0, *image.size))
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height of the part."""
+        left, top, right, bottom = self.box
+        return right - left, bottom - top
+
+    @property
+    def is_mostly_kept(self) -> bool:
+        """True where what is repainted lies within half of the image."""
+        left, top, right, bottom = (self.mask and self.mask.getbbox()) or (0, 0, 0, 0)
+        return self.mask is not None and 2 * (right - left) * (bottom - top) < self.mask.width * self.mask.height
+
+    @property
+    def mask_over(self) -> Image.Image | None:
+        """The mask at the size of the image."""
+        return self.mask if self.mask is None else fit_to(self.mask, *self.image.size, "stretch")
+
+    def expanded(self, borders: Sequence[int]) -> "Canvas":
+        """Returns the canvas with new borders, which the mask covers; it fades out over `RAMP` pixels of the image.
+
+        The borders hold the image's outermost pixels until they are repainted.
+
+        Args:
+            borders: pixels at the top, right, bottom and left.
+
+        Raises:
+            UsageError: the new image has sides above `MAX_SIDE`.
+        """
+        top, right, bottom, left = borders
+        width, height = self.image.width + left + right, self.image.height + top + bottom
+        if max(width, height) > 4 * MAX_SIDE:
+            raise UsageError(f"the expanded image is {width} x {height}", f"sides up to {4 * MAX_SIDE} pixels")
+        edges = ((top, bottom), (left, right))
+        image = Image.fromarray(np.pad(np.asarray(self.image), (*edges, (0, 0)), mode="edge"))
+        over = self.mask_over
+        own = np.zeros((self.image.height, self.image.width), np.float32) if over is None else _weights(over)
+        ramps = [_ramp(length, *new) for length, new in zip(own.shape, edges, strict=True)]
+        inner = np.maximum(own, np.maximum(ramps[0][:, None], ramps[1][None]))
+        mask = np.pad(inner, edges, constant_values=1.0)
+        return Canvas(image, Image.fromarray(np.round(255 * mask).astype(np.uint8)), (0, 0, width, height))
+
+    def cropped(self, width: int, height: int, padding: int) -> "Canvas":
+        """Returns the canvas whose part is the surroundings of the mask, in the shape of the picture.
+
+        As diffusers' `get_crop_region`: the mask's box, so many pixels more on each side, then widened or heightened as
+        far as the image goes.
+        """
+        mask = self.mask_over
+        box = (mask and mask.getbbox()) or self.box
+        left, right = max(box[0] - padding, 0), min(box[2] + padding, self.image.width)
+        top, bottom = max(box[1] - padding, 0), min(box[3] + padding, self.image.height)
+        if (right - left) / (bottom - top) > width / height:
+            more = int((right - left) * height / width - (bottom - top))
+            top, bottom = _widened(top, bottom, more, self.image.height)
+        else:
+            more = int((bottom - top) * width / height - (right - left))
+            left, right = _widened(left, right, more, self.image.width)
+        return replace(self, mask=mask, box=(left, top, right, bottom), fit="pad")
+
+    def fitted(self, width: int, height: int, fit: str) -> "Canvas":
+        """Returns the canvas with a way to bring its part to the size of the picture; "crop" makes the part smaller."""
+        if fit != "crop":
+            return replace(self, fit=fit)
+        left, top, right, bottom = self.box
+        scale = min((right - left) / width, (bottom - top) / height)
+        new = max(1, round(width * scale)), max(1, round(height * scale))
+        left, top = left + (right - left - new[0]) // 2, top + (bottom - top - new[1]) // 2
+        return replace(self, box=(left, top, left + new[0], top + new[1]), fit="stretch")
+
+    def part(self, width: int, height: int) -> Image.Image:
+        """Returns the part of the image at the size of the picture."""
+        return fit_to(_cut(self.image, self.box), width, height, self.fit)
+
+    def repainted(self, width: int, height: int, *, soft: bool = False) -> np.ndarray:
+        """Returns the mask of the part at the size of the picture, (height, width) float32 in [0, 1].
+
+        Args:
+            width: pixels.
+            height: pixels.
+            soft: leaves values between; else they are rounded, half up, as diffusers does.
+        """
+        if self.mask is None:
+            return np.ones((height, width), np.float32)
+        whole = self.box == (0, 0, *self.image.size)
+        mask = self.mask if whole else self.mask_over or self.mask
+        values = _weights(fit_to(mask if whole else _cut(mask, self.box), width, height, self.fit))
+        return values if soft else (values >= 0.5).astype(np.float32)
+
+    def paste(self, picture: np.ndarray) -> np.ndarray:
+        """Returns the image with a picture in its part, through the mask.
+
+        Args:
+            picture: (height, width, 3) uint8, or floats in [0, 1].
+
+        Returns:
+            (H, W, 3) of the whole image, in the type of `picture`; outside the mask it is the image itself.
+        """
+        mask = self.mask_over
+        assert mask is not None  # nothing lies outside else
+        width, height = self.size
+        made = _resized(picture, width, height, "crop" if self.fit == "pad" else "stretch")
+        levels = 255.0 if picture.dtype == np.uint8 else 1.0
+        whole = np.array(self.image)
+        whole = whole if picture.dtype == np.uint8 else whole.astype(np.float32) / np.float32(255)
+        left, top, right, bottom = self.box
+        share = _weights(_cut(seam(mask), self.box))[..., None]
+        own = whole[top:bottom, left:right]
+        mixed = np.clip(own + share * (made - own), 0, levels)
+        mixed = np.round(mixed) if picture.dtype == np.uint8 else mixed
+        whole[top:bottom, left:right] = np.where(share > 0, mixed, own).astype(picture.dtype)
+        return whole
+
+
+def seam(mask: Image.Image) -> Image.Image:
+    """Returns a mask that fades in over `SEAM` pixels inside its edge, less where it is small or thin."""
+    left, top, right, bottom = mask.getbbox() or (0, 0, 1, 1)
+    radius = min(SEAM // 2, min(right - left, bottom - top) // 32)
+    while radius:
+        inner = mask.filter(ImageFilter.MinFilter(2 * radius + 1))
+        if 2 * np.count_nonzero(np.asarray(inner)) >= np.count_nonzero(np.asarray(mask)):
+            return ImageChops.darker(mask, inner.filter(ImageFilter.BoxBlur(radius)))
+        radius //= 2
+    return mask
+
+
+def fit_to(image: Image.Image, width: int, height: int, fit: str) -> Image.Image:
+    """Brings an image to a size, with Lanczos.
+
+    Args:
+        image: of any mode that can be resized.
+        width: pixels.
+        height: pixels.
+        fit: "stretch" changes its shape, as diffusers does; "crop" cuts off what is too much; "pad" fills what is
+            missing with its outermost pixels.
+    """
+    if image.size == (width, height):
+        return image
+    if fit == "stretch":
+        return image.resize((width, height), _LANCZOS)
+    wide = image.width * height > width * image.height  # wider than the size is
+    if wide == (fit == "crop"):
+        new = max(1, image.width * height // image.height), height
+    else:
+        new = width, max(1, image.height * width // image.width)
+    resized = image.resize(new, _LANCZOS)
+    left, top = width // 2 - new[0] // 2, height // 2 - new[1] // 2
+    if fit == "crop":
+        return resized.crop((-left, -top, width - left, height - top))
+    edges = [(top, height - top - new[1]), (left, width - left - new[0])]
+    pixels = np.asarray(resized)
+    return Image.fromarray(np.pad(pixels, edges + [(0, 0)] * (pixels.ndim - 2), mode="edge"))
+
+
+def parse_borders(given: Any, width: int, height: int) -> tuple[int, int, int, int]:
+    """Returns the pixels of new borders at the top, right, bottom and left of an image.
+
+    Args:
+        given: one, two or four numbers as in CSS (all sides; top and bottom, then right and left; each side), in pixels
+            or as percent of the image's height or width: a text such as "0,25%", or a sequence of such.
+        width: of the image.
+        height: of the image.
+
+    Raises:
+        UsageError: something else, or no border.
+    """
+    parts = given.split(",") if isinstance(given, str) else given if isinstance(given, Sequence) else [given]
+    matches = [_BORDER.fullmatch(str(part).strip().replace(" ", "")) for part in parts]
+    if len(matches) not in (1, 2, 4) or not all(matches):
+        expected = "top, right, bottom and left in pixels or percent, such as 0,25%,0,25%"
+        raise UsageError(f"`expand` is {given!r}", expected)
+    four = matches * (4 // len(matches))
+    sides = (height, width, height, width)
+    borders = [int(m[1]) * side // 100 if m[2] else int(m[1]) for m, side in zip(four, sides, strict=True) if m]
+    if not any(borders):
+        raise UsageError(f"`expand` is {given!r}, which adds nothing", "a border above 0")
+    return borders[0], borders[1], borders[2], borders[3]
+
+
+def _widened(first: int, last: int, more: int, length: int) -> tuple[int, int]:
+    """Widens a span by so many pixels, half on each side, within 0 and a length as far as that goes."""
+    first, last = first - more // 2, last + more - more // 2
+    if last >= length:
+        first, last = first - (last - length), length
+    if first < 0:
+        first, last = 0, last - first
+    return first, min(last, length)
+
+
+def _ramp(length: int, before: int, after: int) -> np.ndarray:
+    """Returns (length,) values that fall from 1 beside each new border to 0 over `RAMP` pixels."""
+    places = np.arange(length, dtype=np.float32)
+    reach = min(RAMP, max(length // 4, 1))
+    sides = [1 - (places + 1) / (reach + 1)] * bool(before) + [1 - (length - places) / (reach + 1)] * bool(after)
+    return np.maximum(0, np.max(sides, axis=0)) if sides else np.zeros(length, np.float32)
+
+
+def _cut(image: Image.Image, box: Box) -> Image.Image:
+    return image if box == (0, 0, *image.size) else image.crop(box)
+
+
+def _weights(mask: Image.Image) -> np.ndarray:
+    return np.asarray(mask, dtype=np.float32) / np.float32(255)
+
+
+def _resized(picture: np.ndarray, width: int, height: int, fit: str) -> np.ndarray:
+    """Returns pixels at another size, in float32 and at their scale."""
+    if picture.dtype == np.uint8:
+        return np.asarray(fit_to(Image.fromarray(picture), width, height, fit), dtype=np.float32)
+    channels = [Image.fromarray(np.ascontiguousarray(channel)) for channel in picture.transpose(2, 0, 1)]
+    return np.stack([np.asarray(fit_to(channel, width, height, fit)) for channel in channels], axis=-1)
+
+
+__all__ = ["FITS", "RAMP", "SEAM", "Canvas", "fit_to", "open_mask", "parse_borders", "seam"]
