@@ -311,15 +311,15 @@ def test_the_class_itself_opens_no_model_and_says_what_does(arguments):
         FluxPipeline()
 
 
-def test_one_class_has_the_names_of_two_and_other_classes_are_answered(tmp_path):
-    assert mlx_flux_krea.FluxImg2ImgPipeline is FluxPipeline
+def test_one_class_has_many_names_and_other_classes_are_answered(tmp_path):
+    names = ("Img2Img", "Inpaint", "Kontext", "Fill", "Control", "ControlImg2Img", "ControlInpaint")
+    assert {getattr(mlx_flux_krea, f"Flux{name}Pipeline") for name in names} == {FluxPipeline}
     Image.new("RGBA", (3, 2)).save(tmp_path / "a.png")
     assert mlx_flux_krea.load_image(str(tmp_path / "a.png")).mode == "RGB"
     with pytest.raises(UsageError, match="download it first"):
         mlx_flux_krea.load_image("https://example.com/a.png")
     for name, says in (
-        ("FluxKontextPipeline", "a later version"), ("FluxFillPipeline", "a later version"),
-        ("FluxControlPipeline", "a later version"), ("FluxPriorReduxPipeline", "a later version"),
+        ("FluxControlNetPipeline", "FLUX.1 Canny and Depth"), ("FluxKontextInpaintPipeline", "FluxFillPipeline fills"),
         ("CannyDetector", "a later version"), ("DiffusionPipeline", "FluxPipeline is for texts and images"),
         ("AutoPipelineForText2Image", "FluxPipeline is for"), ("FluxTransformer2DModel", "flux-krea convert"),
         ("BitsAndBytesConfig", "convert MODEL -q 4"), ("StableDiffusionXLPipeline", "FLUX.1 family"),
@@ -367,8 +367,8 @@ def test_a_generator_draws_the_picture_of_its_seed_and_is_told_once(pipe, caplog
         ({"callback_on_step_end_tensor_inputs": ["latents", "prompt_embeds"]}, "is given the latents"),
         ({"ip_adapter_image": object()}, "do not work yet"),
         ({"negative_ip_adapter_image_embeds": [object()]}, "do not work yet"),
-        ({"mask_image": object()}, "do not work yet"),
-        ({"control_image": object()}, "do not work yet"),
+        ({"masked_image_latents": object()}, "images are given as images"),
+        ({"control_mode": 1}, "ControlNets do not work here"),
     ],
 )
 def test_arguments_of_a_call_that_cannot_be_used_are_refused(pipe, arguments, says):
@@ -515,7 +515,6 @@ def test_grey_and_black_and_white_are_images_too(array):
     [
         (PIXELS.transpose(2, 0, 1), r"shape \(3, 32, 32\); expected .*; move the channels to the end"),
         (np.stack([PIXELS, PIXELS]), r"shape \(2, 32, 32, 3\)"),
-        ([PIXELS, PIXELS], "holds 2 images; expected one for a call"),
         ([], "holds 0 images"),
         (PIXELS[:0], r"shape \(0, 32, 3\)"),
         (PIXELS.astype(np.float32), "holds floats from 0 to 255; expected 0 to 1"),

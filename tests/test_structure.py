@@ -18,7 +18,7 @@ LEVELS = {
     7: "cli commands server nano",
     6: "convert",
     5: "pipeline prior",
-    4: "generator filters",
+    4: "generator filters latents",
     3: "request memory residency adapters checkpoint inputs prompts",
     2: "weights provenance credentials home files beside",
     1: "models sampling tokenizers worker progress macos",

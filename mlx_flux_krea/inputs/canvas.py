@@ -21,7 +21,7 @@ SEAM = 8  # pixels at most, inside a mask, over which a picture fades into the i
 
 Box = tuple[int, int, int, int]  # left, top, right and bottom
 _LANCZOS = Image.Resampling.LANCZOS
-_BORDER = re.compile(r"(\d+)(?:px|(%))?")
+_BORDER = re.compile(r"\s*(\d+)\s*(?:px|(%))?\s*")
 
 
 def open_mask(mask: Any) -> Image.Image | None:
@@ -217,9 +217,19 @@ def fit_to(image: Image.Image, width: int, height: int, fit: str) -> Image.Image
     left, top = width // 2 - new[0] // 2, height // 2 - new[1] // 2
     if fit == "crop":
         return resized.crop((-left, -top, width - left, height - top))
-    edges = [(top, height - top - new[1]), (left, width - left - new[0])]
-    pixels = np.asarray(resized)
-    return Image.fromarray(np.pad(pixels, edges + [(0, 0)] * (pixels.ndim - 2), mode="edge"))
+    padded = Image.new(image.mode, (width, height))
+    padded.paste(resized, (left, top))
+    right, bottom = left + new[0], top + new[1]
+    bars = {  # place and size of each: its colours are those at a line of the image, as in diffusers
+        (0, 0, width, top): (0, 0, new[0], 0),
+        (0, bottom, width, height - bottom): (0, new[1], *new),
+        (0, 0, left, height): (0, 0, 0, new[1]),
+        (right, 0, width - right, height): (new[0], 0, *new),
+    }
+    for (x, y, wide, high), line in bars.items():
+        if wide and high:
+            padded.paste(resized.resize((wide, high), box=line), (x, y))
+    return padded
 
 
 def parse_borders(given: Any, width: int, height: int) -> tuple[int, int, int, int]:
@@ -235,7 +245,7 @@ def parse_borders(given: Any, width: int, height: int) -> tuple[int, int, int, i
         UsageError: something else, or no border.
     """
     parts = given.split(",") if isinstance(given, str) else given if isinstance(given, Sequence) else [given]
-    matches = [_BORDER.fullmatch(str(part).strip().replace(" ", "")) for part in parts]
+    matches = [_BORDER.fullmatch(str(part)) for part in parts]
     if len(matches) not in (1, 2, 4) or not all(matches):
         expected = "top, right, bottom and left in pixels or percent, such as 0,25%,0,25%"
         raise UsageError(f"`expand` is {given!r}", expected)
