@@ -558,6 +558,75 @@ def test_a_shell_takes_style_images_in_its_options_and_in_lines(run, tmp_path):
     assert first == third != second, err
 
 
+# --- images ---
+
+
+@shows("generate", "--mask", "--soft-mask", "--no-paste", "--expand", "--crop-to-mask", "--fit")
+def test_what_is_repainted_is_the_mask_and_nothing_else(draw, tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (40, 64, 3), np.uint8)
+    Image.fromarray(noise).save("start.png")
+    mask = np.zeros((40, 64), np.uint8)
+    mask[8:28, 20:44], mask[8:28, 44:52] = 255, 96
+    Image.fromarray(mask).save("mask.png")
+    start = ["--image", "start.png", "--mask", "mask.png"]
+
+    def made(*args) -> np.ndarray:
+        (path,) = draw(*start, *args, "--force", how=["--steps", "3", "--seed", "1"])
+        return np.asarray(Image.open(path))
+
+    pasted = made()
+    assert np.array_equal(pasted[mask == 0], noise[mask == 0])
+    assert not np.array_equal(pasted[12:24, 24:40], noise[12:24, 24:40])
+    whole = made("--no-paste")
+    assert (whole.shape[0] % 16, whole.shape[1] % 16) == (0, 0)
+    assert not np.array_equal(whole[:8, :8], noise[:8, :8])
+    others = [made("--crop-to-mask"), made("--soft-mask"), made("--fit", "crop", "--width", "64", "--height", "64")]
+    assert all(np.array_equal(other[mask == 0], noise[mask == 0]) for other in others)
+    assert len({other.tobytes() for other in (pasted, *others)}) == 4
+    start = ["--image", "start.png"]
+    wider = made("--expand", "0,16,0,50%")
+    assert wider.shape == (40, 64 + 16 + 32, 3)
+    assert np.array_equal(wider[:, 32 + 32 : 32 + 64 - 32], noise[:, 32:32])
+
+
+@shows("generate", "--reference", "--no-auto-resize", "--control-image")
+def test_references_and_maps_change_what_is_drawn(run, kontext, control, tmp_path):
+    for name, size in (("one", (64, 48)), ("two", (48, 64))):
+        Image.fromarray(np.random.default_rng(len(name)).integers(0, 256, (*size, 3), np.uint8)).save(f"{name}.png")
+
+    def made(model, *args) -> bytes:
+        code, out, err = run("generate", CROSS, "-m", model, *QUICK, "--force", *args)
+        assert code == 0, err
+        return (tmp_path / out.strip()).read_bytes()
+
+    one, two = ["--no-auto-resize", "--reference", "one.png"], ["--reference", "two.png"]
+    references = [made(kontext), made(kontext, *one), made(kontext, *one, *two)]
+    assert len(set(references)) == 3
+    assert made(control, "--control-image", "one.png") != made(control, "--control-image", "two.png")
+
+
+@shows("shell", "--mask", "--soft-mask", "--no-paste", "--expand", "--crop-to-mask", "--fit")
+@shows("shell", "--reference", "--no-auto-resize", "--control-image")
+@pytest.mark.slow
+def test_a_shell_takes_images_as_generate_does(run, kontext, control, tmp_path):
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (48, 64, 3), np.uint8)).save("start.png")
+    Image.new("L", (64, 48), 200).save("mask.png")
+    for model, options in {
+        "nano": {"image": "start.png", "mask": "mask.png", "soft-mask": True, "no-paste": True, "fit": "pad"},
+        "nano ": {"image": "start.png", "mask": "mask.png", "crop-to-mask": True, "expand": "16"},
+        kontext: {"reference": "start.png", "no-auto-resize": True},
+        control: {"control-image": "start.png"},
+    }.items():
+        model = str(model).strip()
+        lines = [f"/{name} {'true' if value is True else value}" for name, value in options.items()]
+        runs = (
+            run("generate", CROSS, "-m", model, *QUICK, *spelled(options)),
+            run("shell", "-m", model, *QUICK, *spelled(options), reads=CROSS),
+            run("shell", "-m", model, *QUICK, reads="\n".join([*lines, CROSS])),
+        )
+        assert len({(tmp_path / out.strip()).read_bytes() for code, out, err in runs}) == 1, runs
+
+
 # --- all of them ---
 
 

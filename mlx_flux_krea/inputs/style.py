@@ -89,11 +89,7 @@ def open_images(given: Any) -> tuple[Image.Image, ...] | None:
         raise UsageError(f"`style_images` holds {amount(len(images), 'image')}", f"{MAX_STYLES} at most")
     opened = []
     for image in images:
-        try:
-            opened.append(open_image(image))
-        except UsageError as error:
-            found = error.found.replace("`image`", "`style_images`")
-            raise UsageError(found, error.expected, error.todo) from None
+        opened.append(open_image(image, "style_images"))
     if None in opened:
         raise UsageError("`style_images` holds None", "images")
     return tuple(opened) or None

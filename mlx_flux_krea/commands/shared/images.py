@@ -8,41 +8,53 @@ from PIL import Image
 
 from mlx_flux_krea.errors import UsageError
 from mlx_flux_krea.inputs import opened_inputs
+from mlx_flux_krea.inputs.style import open_images as open_styles
 from mlx_flux_krea.request import ResolvedRequest
 
-from .options import ARGUMENTS, spelled
+from .options import ARGUMENTS, spelled, split_style
 
 _OPTIONS = ("image", "mask", "control_image")  # whose values are images
 _ALPHA = ".alpha"  # end of a name in a checkpoint
+STYLE = "style_images"
 
 Opened = dict[tuple[str, Path], Any]  # images by argument and path
 
 
-def open_images(options: dict, opened: Opened) -> dict[str, Any]:
-    """Returns the image arguments of a job; those that this opens are added to `opened`.
+def open_image(argument: str, path: Path, opened: Opened) -> Image.Image:
+    """Returns an image, which is opened once and then in `opened`.
+
+    Raises:
+        UsageError: it is missing or cannot be opened.
+    """
+    key = argument, path
+    if key not in opened:
+        opened[key] = (
+            (open_styles([path]) or (None,))[0] if argument == STYLE else opened_inputs({argument: path})[argument]
+        )
+    return opened[key]
+
+
+def image_arguments(options: dict, opened: Opened) -> dict[str, Any]:
+    """Returns the image arguments of a job, without its style images; those that this opens are added to `opened`.
 
     Raises:
         UsageError: an image is missing or cannot be opened.
     """
     arguments: dict[str, Any] = {}
-    for name, path in _paths(options).items():
-        argument = _argument(name)
-        if (argument, path) not in opened:
-            opened[argument, path] = opened_inputs({argument: path})[argument]
-        arguments[name] = opened[argument, path]
-    references = [arguments.pop(name) for name in list(arguments) if name.startswith("image_")]
-    if references:
-        arguments["image"] = (*([arguments["image"]] if "image" in arguments else []), *references)
+    for argument, path in _paths(options).values():
+        if argument == STYLE:
+            continue
+        image = open_image(argument, path, opened)
+        arguments[argument] = (*_several(arguments[argument]), image) if argument in arguments else image
     return arguments
 
 
 def stored_images(options: dict, opened: Opened) -> dict[str, np.ndarray]:
     """Returns the images of a job as arrays for a checkpoint, by name."""
     arrays: dict[str, np.ndarray] = {}
-    for name, path in _paths(options).items():
-        image = opened[_argument(name), path]
-        arrays[name] = np.asarray(image)
-        if (alpha := image.info.get("alpha")) is not None:
+    for name, key in _paths(options).items():
+        arrays[name] = np.asarray(opened[key])
+        if (alpha := opened[key].info.get("alpha")) is not None:
             arrays[name + _ALPHA] = np.asarray(alpha)
     return arrays
 
@@ -50,13 +62,12 @@ def stored_images(options: dict, opened: Opened) -> dict[str, np.ndarray]:
 def restored_images(options: dict, arrays: dict[str, np.ndarray]) -> Opened:
     """Returns the images that `stored_images` stored for a job, as far as they are there."""
     opened: Opened = {}
-    for name, path in _paths(options).items():
+    for name, key in _paths(options).items():
         if name not in arrays:
             continue
-        image = Image.fromarray(arrays[name])
+        opened[key] = Image.fromarray(arrays[name])
         if name + _ALPHA in arrays:
-            image.info["alpha"] = Image.fromarray(arrays[name + _ALPHA])
-        opened[_argument(name), path] = image
+            opened[key].info["alpha"] = Image.fromarray(arrays[name + _ALPHA])
     return opened
 
 
@@ -77,24 +88,32 @@ def check_images(options: dict, request: ResolvedRequest) -> list[str]:
     """
     notes, given = [], recorded_images(request.inputs.record())
     for name, digest in (options.get("images_sha256") or {}).items():
-        argument = _argument(name)
-        option = next((option for option in _OPTIONS if ARGUMENTS.get(option, option) == argument), argument)
+        argument = name.rstrip("0123456789_")
+        option = next((option for option in _OPTIONS if ARGUMENTS.get(option, option) == argument), "image")
         if name not in given:
             found = f"{options['from_']} was made from {'a mask' if option == 'mask' else 'an image'}"
-            raise UsageError(found, "the same", f"name it with {spelled(option)}")
+            raise UsageError(
+                found, f"that {'mask' if option == 'mask' else 'image'}", f"name it with {spelled(option)}"
+            )
         if given[name] != digest:
-            notes.append(f"{options.get(option, option)} is not the image that {options['from_']} was made from")
+            notes.append(f"{options.get(option, option)} is not the {option} that {options['from_']} was made from")
     return notes
 
 
-def _argument(name: str) -> str:
-    """Returns the argument of an image: further references are of `image`."""
-    return "image" if name.startswith("image_") else name
+def _paths(options: dict) -> dict[str, tuple[str, Path]]:
+    """Returns argument and path of each image of a job, by the names that their hashes have in a record."""
+    paths: dict[str, tuple[str, Path]] = {}
+    for option in _OPTIONS:
+        if options.get(option) is not None:
+            argument = ARGUMENTS.get(option, option)
+            paths[argument] = argument, options[option]
+    for path in options.get("reference", ()):
+        number = 1 + sum(argument == "image" for argument, _ in paths.values())
+        paths["image" if number == 1 else f"image_{number}"] = "image", path
+    for number, text in enumerate(options.get("style", ()), 1):
+        paths[f"style_{number}"] = STYLE, Path(split_style(text)[0])
+    return paths
 
 
-def _paths(options: dict) -> dict[str, Path]:
-    """Returns the paths of a job's images by the names that their hashes have in a record."""
-    paths = {ARGUMENTS.get(name, name): options[name] for name in _OPTIONS if options.get(name) is not None}
-    first = 2 if "image" in paths else 1
-    more = options.get("reference", ())
-    return paths | {f"image_{number}" if number > 1 else "image": path for number, path in enumerate(more, first)}
+def _several(images: Any) -> tuple:
+    return images if isinstance(images, tuple) else (images,)

@@ -5,22 +5,20 @@ import os
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from mlx_flux_krea.errors import UsageError, amount
-from mlx_flux_krea.inputs.style import open_images
 
+from .images import STYLE, Opened, open_image
 from .options import split_style
 
 RECORDED = "style_recorded"  # option: hash, weight and pooled weight of each style image of a record
 
 
-def style_arguments(options: dict, opened: dict[Path, Image.Image | None]) -> tuple[dict[str, Any], list[str]]:
+def style_arguments(options: dict, opened: Opened) -> tuple[dict[str, Any], list[str]]:
     """Returns the pipeline's arguments for the style images of a job, and notes about them.
 
     Args:
         options: of the job.
-        opened: images by path; those that this opens are added.
+        opened: images; those that this opens are added.
 
     Raises:
         UsageError: an image is missing or cannot be opened, or a record needs images that are not given.
@@ -33,11 +31,9 @@ def style_arguments(options: dict, opened: dict[Path, Image.Image | None]) -> tu
     for place, text in enumerate(options.get("style", ())):
         source, weight = split_style(text)
         path = Path(source)
-        if path not in opened:
-            (opened[path],) = open_images([path]) or (None,)
-        images.append(image := opened[path])
+        images.append(image := open_image(STYLE, path, opened))
         digest, known, known_pooled = recorded[place] if place < len(recorded) else ("", 1.0, 1.0)
-        if recorded and (image is None or hashlib.sha256(image.tobytes()).hexdigest() != digest):
+        if recorded and hashlib.sha256(image.tobytes()).hexdigest() != digest:
             notes.append(f"{source} is not the style image that {options['from_']} was made from")
         weights.append(known if weight is None else weight)
         pooled.append(known_pooled)
