@@ -320,7 +320,7 @@ def test_one_class_has_many_names_and_other_classes_are_answered(tmp_path):
         mlx_flux_krea.load_image("https://example.com/a.png")
     for name, says in (
         ("FluxControlNetPipeline", "FLUX.1 Canny and Depth"), ("FluxKontextInpaintPipeline", "FluxFillPipeline fills"),
-        ("CannyDetector", "a later version"), ("DiffusionPipeline", "FluxPipeline is for texts and images"),
+        ("ReduxImageEncoder", "FluxPriorReduxPipeline"), ("DiffusionPipeline", "FluxPipeline is for texts and images"),
         ("AutoPipelineForText2Image", "FluxPipeline is for"), ("FluxTransformer2DModel", "flux-krea convert"),
         ("BitsAndBytesConfig", "convert MODEL -q 4"), ("StableDiffusionXLPipeline", "FLUX.1 family"),
     ):  # fmt: skip

@@ -11,13 +11,13 @@ Guidance of tools whose scale has another meaning, and names of models, are not 
 NO_PROMPT = 'the prompt has no option: flux-krea generate "a frog"'
 _LORA = "write --lora FILE=0.8, once for each adapter"
 _ADAPTER_APART = "leave it out: adapters are never merged; write --lora NAME=0.8 when you generate"
-_CONTROL = "control pictures are not supported yet"
+_CONTROL = "write --control-image {FILE}, a map, with FLUX.1 Canny or Depth or their adapters; it takes no ControlNet"
 _STYLE = "write --style FILE=0.5, once for each image; it needs FLUX.1 Redux, and takes no IP-Adapter"
-_REFERENCE = "reference pictures are not supported yet"
+_REFERENCE = "write --image {FILE} with FLUX.1 Kontext, and --reference for each further one"
 _SHORTCUT = "shortcuts that change pictures are not supported yet"
 _ENLARGING = "enlarging is not supported yet"
 _T5 = "leave it out: the model's own length is used; --like comfy has 256"
-_MASK = "masks are not supported yet"
+_MASK = "write --image FILE --mask {MASK}, white where the image is repainted"
 _AUTOMATIC = "leave it out: memory is planned, and --memory 8GB sets a limit"
 _SIZE = "write --width {1024} --height {768}, or --aspect 4:3"
 _SAMPLER = "leave it out: FLUX.1 has one sampler here, Euler; --like comfy has the schedule of another tool"
@@ -89,11 +89,13 @@ OPTIONS = (
     ("init_img init_image i I img input_image input init", "sd.cpp, InvokeAI, A1111", _IMAGE),
     ("image_strength", "mflux", "write --strength: 1 minus mflux's, whose 0.4 is --strength 0.6"),
     ("denoise denoising_strength", "ComfyUI, A1111, DiffusionKit", "write --strength {0.6}, in the same sense"),
-    ("mask mask_image masked_image_path inpaint", "sd.cpp, diffusers, mflux", _MASK),
+    ("mask_image masked_image_path inpaint mask_path", "diffusers, mflux", _MASK),
+    ("image_outpaint_padding outpaint padding uncrop", "mflux, sd.cpp", "write --image FILE --expand {0,25%,0,25%}"),
+    ("padding_mask_crop inpaint_full_res only_masked", "diffusers, A1111", "write --crop-to-mask"),
     ("ref_image r image_paths", "sd.cpp, mflux", _REFERENCE),
     ("redux_image_paths redux_image_strengths redux style_image style_images", "mflux, InvokeAI", _STYLE),
     ("ip_adapter ip_adapter_image", "diffusers, InvokeAI", _STYLE),
-    ("controlnet control_net control_image controlnet_model control_strength", "sd.cpp, diffusers", _CONTROL),
+    ("controlnet control_net controlnet_model control_strength", "sd.cpp, diffusers", _CONTROL),
     ("controlnet_image_path controlnet_strength controlnet_save_canny depth_image_path", "mflux", _CONTROL),
     ("canny depth pose control", "sd.cpp, BFL", _CONTROL),
     # adapters
@@ -208,16 +210,16 @@ MISSING_VERBS = {
     "gui": "there is no page yet",
     "train": "training is not supported",
     "upscale": _ENLARGING,
-    "inpaint": _MASK,
+    "inpaint": "flux-krea generate TEXT --image FILE --mask MASK",
     "lora": "write flux-krea models add FILE, then generate --lora NAME=0.8",
     "help": "write flux-krea --help",
     "login": "log in to the hub with its own tool: hf auth login",
     "logout": "log out of the hub with its own tool: hf auth logout",
     "uninstall": "flux-krea purge deletes models and filters; then uv tool uninstall, pipx uninstall or pip uninstall, "
     "as it was installed: mlx-flux-krea",
-    "edit": "editing is not supported yet; to start from a picture: flux-krea generate TEXT --image FILE",
-    "fill": _MASK,
-    "kontext": "editing is not supported yet; to start from a picture: flux-krea generate TEXT --image FILE",
+    "edit": "with FLUX.1 Kontext: flux-krea generate TEXT -m MODEL --image FILE; through a mask: --mask MASK",
+    "fill": "flux-krea generate TEXT --image FILE --mask MASK",
+    "kontext": "flux-krea generate TEXT -m MODEL --image FILE, where MODEL is a FLUX.1 Kontext",
     "version": "write flux-krea --version",
     "update": "update it as it was installed: uv tool upgrade, pipx upgrade or pip install -U mlx-flux-krea",
     "upgrade": "update it as it was installed: uv tool upgrade, pipx upgrade or pip install -U mlx-flux-krea",
