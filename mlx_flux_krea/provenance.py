@@ -200,6 +200,8 @@ def opened(image: Image.Image | str | os.PathLike | BinaryIO, most: int | None =
                 yield file
     except UsageError:
         raise
+    except Image.DecompressionBombError:
+        raise _too_large(f"{name} cannot be opened: it is far too large") from None
     except Exception as error:  # on hostile files Pillow and its decoders raise any class
         reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
         if "MAX_TEXT" in reason:  # of Pillow's PNG reader
@@ -271,8 +273,11 @@ def _limit(file: Image.Image, name: str, most: int) -> None:
         reduced = next((n for n in (2, 4, 8) if -(-width // n) * -(-height // n) <= most), 8)
         file.draft(None, (max(1, width // reduced), max(1, height // reduced)))
     if file.width * file.height > most:
-        expected = f"{most / 1e6:.0f} million pixels at most"
-        raise UsageError(f"{name} cannot be opened: it is {width} x {height}", expected, "make it smaller")
+        raise _too_large(f"{name} cannot be opened: it is {width} x {height}", most)
+
+
+def _too_large(found: str, most: int = MAX_PIXELS) -> UsageError:
+    return UsageError(found, f"{most / 1e6:.0f} million pixels at most", "make it smaller")
 
 
 def read_picture(path: Path | BinaryIO) -> dict:

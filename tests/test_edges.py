@@ -5,9 +5,11 @@ import json
 import os
 import resource
 import shutil
+import struct
 import subprocess
 import sys
 import textwrap
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -118,6 +120,17 @@ def test_a_picture_far_too_large_is_refused_before_it_is_decoded(tmp_path, mode)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**15 * (
         1 if sys.platform == "linux" else 1024
     )
+
+
+def test_a_picture_that_pillow_itself_refuses_is_answered_in_our_words(tmp_path):
+    header = b"IHDR" + struct.pack(">IIBBBBB", 40_000, 10_000, 8, 0, 0, 0, 0)
+    sound = b"\0\0\0\x0d" + header + struct.pack(">I", zlib.crc32(header))
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + sound + b"\0\0\0\0IDAT")
+    for read in (open_image, read_picture):
+        with pytest.raises(
+            UsageError, match="it is far too large; expected 67 million pixels at most; make it smaller"
+        ):
+            read(tmp_path / "a.png")
 
 
 def test_large_jpegs_are_decoded_smaller(tmp_path, monkeypatch):
