@@ -16,6 +16,7 @@ from mlx_flux_krea.convert import convert
 from PIL import Image
 
 from mlx_flux_krea import FluxPipeline, FluxPriorReduxPipeline, Request
+from mlx_flux_krea import checkpoint as interrupted
 from mlx_flux_krea.errors import ModelError, UsageError, Withheld
 from mlx_flux_krea.filters import judges as filters_judges
 from mlx_flux_krea.inputs import style as styles
@@ -23,7 +24,7 @@ from mlx_flux_krea.inputs.image import open_image
 from mlx_flux_krea.inputs.style import StyledEmbeds
 from mlx_flux_krea.models import siglip
 from mlx_flux_krea.prompts import EncodedPrompt
-from mlx_flux_krea.provenance import read_record
+from mlx_flux_krea.provenance import Picture, read_record
 from mlx_flux_krea.residency import Blocks
 from mlx_flux_krea.weights import open_component
 
@@ -402,6 +403,60 @@ def test_a_record_names_images_weights_rule_and_redux(pipe, installed, picture, 
     record = read_record(tmp_path / "out.png")
     assert record["redux_sha256"] == styles.sha256_if_exists(installed.path / "manifest.json")
     assert "style" not in pipe(CAT, **QUICK).records[0]
+
+
+def failing(monkeypatch, after: int) -> None:
+    """Makes a run fail after so many steps."""
+    save = interrupted.Checkpoint.save_step
+
+    def save_step(self, done, *args):
+        save(self, done, *args)
+        if done == after:
+            raise ModelError("the disk is gone")
+
+    monkeypatch.setattr(interrupted, "EVERY", 0)
+    monkeypatch.setattr(interrupted.Checkpoint, "save_step", save_step)
+
+
+TINY = ("--width", "32", "--height", "32", "--seed", "7")
+
+
+def test_a_run_goes_on_with_the_style_images_that_it_began_with(
+    command, model, installed, picture, tmp_path, monkeypatch
+):
+    """Though the file is another one by now."""
+    style = ("--style", f"{picture}=0.4", "--style-rule", "concat")
+    how = ("generate", CAT, "-m", model, *TINY, "--steps", "2", *style)
+    assert command(*how, "-o", "whole.png")[0] == 0
+    with monkeypatch.context() as patch:
+        failing(patch, 1)
+        assert command(*how, "-o", "out.png")[0] == 3
+    Image.new("RGB", (5, 5), "white").save(picture)
+    code, _, err = command("resume")
+    assert code == 0, err
+    assert (tmp_path / "out.png").read_bytes() == (tmp_path / "whole.png").read_bytes()
+
+
+def test_a_picture_is_repeated_from_its_record_with_the_images_given_again(
+    command, model, installed, picture, tmp_path
+):
+    style = ("--style", f"{picture}=0.4", "--style-rule", "sum")
+    assert command("generate", CAT, "-m", model, *TINY, "--steps", "1", *style)[0] == 0
+    code, _, err = command("generate", "--from", "out.png", "-m", model)
+    assert (code, "out.png was made from 1 style image" in err) == (2, True)
+    assert command("generate", "--from", "out.png", "-m", model, "--style", picture, "-o", "again.png")[0] == 0
+    assert (tmp_path / "again.png").read_bytes() == (tmp_path / "out.png").read_bytes()
+    Image.new("RGB", (5, 5), "white").save(picture)
+    _, _, err = command("generate", "--from", "out.png", "-m", model, "--style", picture, "-o", "other.png")
+    assert "style.png is not the style image that out.png was made from" in err
+
+
+@pytest.mark.parametrize("style", [7, {"rule": "sum", "images": 3}, {"rule": "sum", "images": [{"rgb_sha256": 5}]}])
+def test_a_record_that_somebody_wrote_is_refused_in_one_line(command, model, installed, tmp_path, style):
+    record = {"prompt": CAT, "seed": 1, "style": style}
+    Picture.from_pixels(np.zeros((16, 16, 3), np.uint8), record).save(tmp_path / "out.png")
+    code, out, err = command("generate", "--from", "out.png", "-m", model, "--style", "x.png")
+    assert (code, out, err.count("\n")) == (2, "", 1), err
 
 
 # --- not there, or not fitting ---
