@@ -367,7 +367,7 @@ def _parameters(format: str, record: dict, metadata: str, exif=None, pnginfo=Non
     merged = Image.Exif()
     if exif:
         merged.load(exif if isinstance(exif, bytes) else exif.tobytes())
-    task = "txt2img" if record.get("strength") is None else "img2img"
+    task = "img2img" if "image" in record else "txt2img"
     merged[ExifTags.Base.Software] = f"AI generated;{task};flux; {SOFTWARE}"
     shown = record
     if format == "JPEG" and metadata == "full":
@@ -393,9 +393,7 @@ def _parameters(format: str, record: dict, metadata: str, exif=None, pnginfo=Non
 
 def _xmp(record: dict, full: bool = False) -> str:
     """Returns XMP that says that a machine made the picture, and if `full`, the record."""
-    source_type = (
-        "trainedAlgorithmicMedia" if record.get("strength") is None else "compositeWithTrainedAlgorithmicMedia"
-    )
+    source_type = "compositeWithTrainedAlgorithmicMedia" if "image" in record else "trainedAlgorithmicMedia"
     ours = f"\n   <krea:Record>{escape(_json(record), quote=False)}</krea:Record>" if full else ""
     return _XMP.format(tool=escape(SOFTWARE, quote=False), source_type=_SOURCE_TYPE + source_type, record=ours)
 

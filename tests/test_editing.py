@@ -1,21 +1,24 @@
 """Kontext, Fill, control and inpainting against the reference's runs, with the order of their draws."""
 
+import dataclasses
 import functools
 import json
 
+import adapters
 import mlx.core as mx
 import numpy as np
 import pytest
 from helpers import REFERENCE, levels, psnr, rel
 from PIL import Image, ImageDraw
 
-from mlx_flux_krea import FluxPipeline, Request
+from mlx_flux_krea import FluxPipeline, Request, latents
 from mlx_flux_krea.errors import UsageError
 from mlx_flux_krea.inputs import canvas as canvases
 from mlx_flux_krea.inputs.canvas import Canvas, fit_to, parse_borders
 from mlx_flux_krea.inputs.reference import preferred_size, reference_size
-from mlx_flux_krea.latents import Kept
+from mlx_flux_krea.latents import Kept, Latents, _Drawing
 from mlx_flux_krea.presets import KONTEXT_SIZES
+from mlx_flux_krea.sampling import sampler
 
 EDIT = REFERENCE / "edit"
 TASKS = ("kontext", "fill", "control")  # of a run, by the start of its name; else it is the base's
@@ -94,11 +97,11 @@ def pipe_of(pipes, name):
 @pytest.mark.core(*(name for name in RUNS if name != "kontext_auto"))  # its reference has a megapixel
 @pytest.mark.parametrize("name", RUNS)
 def test_runs_are_those_of_the_reference(pipes, name):
-    latents, images = run_latents(pipe_of(pipes, name), **arguments(name))
+    made, images = run_latents(pipe_of(pipes, name), **arguments(name))
     golden = goldens()[f"{name}.latents"]
-    assert len(latents) == len(golden)
+    assert len(made) == len(golden)
     bar = 3e-4 if name == "kontext_auto" else 1e-4
-    assert max(rel(a.reshape(b.shape), b) for a, b in zip(latents, golden, strict=True)) < bar
+    assert max(rel(a.reshape(b.shape), b) for a, b in zip(made, golden, strict=True)) < bar
     for i, image in enumerate(images):
         reference = Image.open(EDIT / "images" / f"{name}.{i}.png")
         assert psnr(image, reference) > (45 if name.endswith(".mean") else 60)  # comfy cuts bytes off
@@ -268,3 +271,195 @@ IMAGE, MASK = Image.new("RGB", (64, 64)), Image.new("L", (64, 64), 255)
 def test_images_that_do_not_go_together_are_refused(pipes, task, given, says):
     with pytest.raises(UsageError, match=says):
         pipes(task)("a", num_inference_steps=1, width=64, height=64, seed=1, **given)
+
+
+# --- BFL's control adapter ---
+
+
+@pytest.mark.parametrize("name", ["clora_4.sample", "clora_4.mean"])
+def test_a_control_adapter_makes_a_control_model_of_the_base(model, name):
+    pipe = FluxPipeline.from_pretrained(model, dtype="float32")
+    pipe.load_lora_weights(adapters.reference("control_bfl"), adapter_name="edges")
+    made, _ = run_latents(pipe, **arguments(name))
+    assert rel(made.reshape(goldens()[f"{name}.latents"].shape), goldens()[f"{name}.latents"]) < 1e-4
+    with pytest.raises(UsageError, match="a control adapter is in use, and there is no `control_image`"):
+        pipe("a", num_inference_steps=1, width=64, height=64)
+    pipe.set_adapters("edges", 0.0)
+    with pytest.raises(UsageError, match="`control_image` means nothing to this model"):
+        pipe(**arguments(name))
+
+
+# --- in memory or streamed, and in 16 bits ---
+
+SHORT = {"kontext": "kontext_4", "fill": "fill_4.sample", "control": "control_4.sample"}
+
+
+@pytest.mark.parametrize("task", SHORT)
+def test_streamed_is_resident_to_the_bit(pipes, task):
+    whole, _ = run_latents(pipes(task), **arguments(SHORT[task]))
+    streamed = FluxPipeline.from_pretrained(pipes(task).folder.path, dtype="float32")
+    streamed.memory = streamed.plan(**arguments(SHORT[task])).least
+    read, _ = run_latents(streamed, **arguments(SHORT[task]))
+    plan = streamed.plan(**arguments(SHORT[task]))
+    assert plan.resident_blocks < plan.total_blocks
+    assert np.array_equal(np.array(whole), np.array(read))
+
+
+@pytest.mark.parametrize("name", [*SHORT.values(), "inpaint_06.sample"])
+def test_in_bfloat16_runs_stay_near_the_reference(pipes, name):
+    task = next((task for task in TASKS if name.startswith(task)), "base")
+    made, _ = run_latents(pipes(task, "bfloat16"), **arguments(name))
+    assert rel(made[-1:].reshape(goldens()[f"{name}.latents"][-1].shape), goldens()[f"{name}.latents"][-1]) < 0.05
+
+
+# --- mistakes that the tolerance must tell ---
+
+
+def patched(owner, name, change):
+    """A mistake: a function of ours replaced by one that calls it otherwise."""
+
+    def make(monkeypatch):
+        own = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args, **more: change(own, *args, **more))
+
+    return make
+
+
+def swapped_ids(own, text_length, width, height, references=()):
+    ids = own(text_length, width, height, references)
+    ids[:, 0] = 0
+    return ids
+
+
+def going_on(own, text_length, width, height, references=()):
+    ids = own(text_length, width, height, references)
+    return mx.where(ids[:, :1] > 0, ids + mx.array([0, height // 2, 0]), ids)
+
+
+def unscaled(own, self, z):
+    return z
+
+
+def sampled(own, self, image):
+    mean, deviation = own(self, image)
+    return mean + deviation * mx.random.normal(mean.shape, key=mx.random.key(0)), deviation
+
+
+def mean_alone(own, self, image):
+    mean, deviation = own(self, image)
+    return mean, 0 * deviation
+
+
+def soft(own, self, width, height, *, soft=False):
+    return own(self, width, height, soft=True)
+
+
+def inverted(own, self, width, height, *, soft=False):
+    return 1 - own(self, width, height, soft=soft)
+
+
+def averaged(own, self, inputs):
+    return own(self, dataclasses.replace(inputs, soft=True))
+
+
+def unblended(own, self, latents, sigma, left):
+    return latents
+
+
+def blended_now(own, self, latents, sigma, left):
+    return own(self, latents, min(1.0, sigma + 0.15), left)
+
+
+def condition_first(own, self, latents, i):
+    return mx.concatenate([self.channels[:1], latents], axis=-1)
+
+
+def noise_at_once(own, clean, noise, sigma):
+    return noise
+
+
+def black(own, self, inputs):
+    channels = own(self, inputs)
+    return mx.concatenate([channels[..., :64] - 1, channels[..., 64:]], axis=-1)
+
+
+def packed_otherwise(own, self, inputs):
+    channels = own(self, inputs)
+    mask = channels[..., 64:].reshape(*channels.shape[:2], 64, 4).swapaxes(-1, -2).reshape(*channels.shape[:2], 256)
+    return mx.concatenate([channels[..., :64], mask], axis=-1)
+
+
+def reversed_channels(own, image, width, height):
+    return own(image, width, height)[..., ::-1]
+
+
+MISTAKES = {
+    "kontext: first axis 0": ("kontext_4", patched(sampler, "position_ids", swapped_ids)),
+    "kontext: rows go on": ("kontext_4", patched(sampler, "position_ids", going_on)),
+    "kontext: bicubic": ("kontext_4", lambda m: m.setattr(canvases, "_LANCZOS", Image.Resampling.BICUBIC)),
+    "kontext: bilinear": ("kontext_4", lambda m: m.setattr(canvases, "_LANCZOS", Image.Resampling.BILINEAR)),
+    "kontext: sample": ("kontext_4", patched(_Drawing, "_posterior", sampled)),
+    "kontext: no shift and scale": ("kontext_4", patched(_Drawing, "_scaled", unscaled)),
+    "fill: mask inverted": ("fill_4.sample", patched(Canvas, "repainted", inverted)),
+    "fill: mask soft": ("fill_4.sample", patched(Canvas, "repainted", soft)),
+    "fill: mask packed (ph pw c)": ("fill_4.sample", patched(_Drawing, "_fill", packed_otherwise)),
+    "fill: hole black": ("fill_4.sample", patched(_Drawing, "_fill", black)),
+    "fill: condition first": ("fill_4.sample", patched(Latents, "around", condition_first)),
+    "fill: mean": ("fill_4.sample", patched(_Drawing, "_posterior", mean_alone)),
+    "control: condition first": ("control_4.sample", patched(Latents, "around", condition_first)),
+    "control: mean": ("control_4.sample", patched(_Drawing, "_posterior", mean_alone)),
+    "control: channels reversed": ("control_nimg.sample", patched(latents, "pixels_from_image", reversed_channels)),
+    "control: no shift and scale": ("control_4.sample", patched(_Drawing, "_scaled", unscaled)),
+    "control, image to image: pure noise": ("control_i2i.sample", patched(sampler, "add_noise", noise_at_once)),
+    "control, inpainting: no blending": ("control_inpaint.sample", patched(Kept, "restore", unblended)),
+    "control, inpainting: mask averaged": ("control_inpaint.sample", patched(_Drawing, "_mask", averaged)),
+    "inpainting: mask inverted": ("inpaint_06.sample", patched(Canvas, "repainted", inverted)),
+    "inpainting: mask averaged": ("inpaint_06.sample", patched(_Drawing, "_mask", averaged)),
+    "inpainting: no blending": ("inpaint_06.sample", patched(Kept, "restore", unblended)),
+    "inpainting: another sigma": ("inpaint_06.sample", patched(Kept, "restore", blended_now)),
+    "inpainting: mean": ("inpaint_06.sample", patched(_Drawing, "_posterior", mean_alone)),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+@pytest.mark.core("kontext: bicubic", "fill: mask soft", "control: mean", "inpainting: mask averaged")
+def test_each_mistake_exceeds_the_tolerance(pipes, mistake, monkeypatch):
+    name, make = MISTAKES[mistake]
+    make(monkeypatch)
+    made, _ = run_latents(pipe_of(pipes, name), **arguments(name))
+    golden = goldens()[f"{name}.latents"][-1]
+    assert rel(made[-1].reshape(golden.shape), golden) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["fill_4.sample", "control_4.sample", "control_inpaint.sample", "inpaint_06.sample"])
+def test_the_order_of_the_draws_decides_the_picture(pipes, name, monkeypatch):
+    """Noise first, as one would draw it."""
+    own = _Drawing.__init__
+
+    def noise_first(self, *args):
+        own(self, *args)
+        self._streams[0].normal(self._shape)
+
+    monkeypatch.setattr(_Drawing, "__init__", noise_first)
+    made, _ = run_latents(pipe_of(pipes, name), **arguments(name))
+    golden = goldens()[f"{name}.latents"][-1]
+    assert rel(made[-1].reshape(golden.shape), golden) > 0.1
+
+
+# --- plans ---
+
+
+def test_a_plan_counts_references_and_the_pixels_of_images(pipes):
+    size = {"prompt": "a", "width": 64, "height": 64}
+    plain, one, two = (pipes("kontext").plan(**size, image=given) for given in (None, IMAGE, [IMAGE, IMAGE]))
+    assert plain.stages["denoise"] < one.stages["denoise"] < two.stages["denoise"]
+    assert "image" not in plain.stages
+    big = Image.new("RGB", (3000, 2000))
+    with_image = pipes("base").plan(**size, image=big, mask_image=Image.new("L", big.size, 255))
+    assert with_image.stages["denoise"] - pipes("base").plan(**size).stages["denoise"] > 2 * 6_000_000
+
+
+def test_the_plan_of_a_kontext_folder_has_a_reference(command, kontext):
+    code, out, err = command("plan", kontext, "--width", "64", "--height", "64")
+    assert code == 0, err
+    assert "with a reference of 1024 x 1024" in out

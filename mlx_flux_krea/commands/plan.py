@@ -12,6 +12,7 @@ from mlx_flux_krea import memory as planning
 from mlx_flux_krea.adapters.formulas import branch_bytes
 from mlx_flux_krea.errors import ModelError, UsageError
 from mlx_flux_krea.home import find_model, is_krea
+from mlx_flux_krea.inputs.reference import preferred_size
 from mlx_flux_krea.models import config
 from mlx_flux_krea.presets import CHIPS, KREA, MAX_SEQUENCE_LENGTH, MAX_SIDE, PRECISIONS
 from mlx_flux_krea.weights import open_model
@@ -28,6 +29,7 @@ _BACKEND = {
     "cpu": "peaks as measured on MLX's CPU backend, which this machine has; times are computed for Macs",
 }
 _MULTIPLE = 16  # pixels; sides are multiples of it
+_READ = {"text-to-image": 0, "kontext": 1, "fill": 2, "control": 1}  # images that a picture is made from, by task
 _SIDE = click.IntRange(_MULTIPLE, MAX_SIDE)
 _AMOUNT = re.compile(r"\d+(\.\d+)? *[kmgt]i?b?", re.I)
 _SIZE = re.compile(r"(\d+) *[x×*] *(\d+)", re.I)
@@ -107,6 +109,7 @@ def _model(
     dtype = dtype or folder.flux.dtype
     width, height = width or folder.index.defaults.width, height or folder.index.defaults.height
     length, compute = folder.index.max_sequence_length, getattr(mx, dtype)
+    references = [preferred_size(width, height)] if folder.index.task == "kontext" else []
     weights = planning.weigh_folder(folder, compute)
     adapters = _adapters(lora, folder.sizes, compute)
     plan = planning.make_plan(
@@ -116,11 +119,14 @@ def _model(
         width=width,
         height=height,
         text_length=length,
+        input_pixels=_READ[folder.index.task] * width * height,
+        references=references,
         adapters=sum(one["bytes"] for one in adapters),
         budget=budget,
     )
     disk = disk_bytes(folder.path.resolve())
-    shape = {"width": width, "height": height, "length": length}
+    beside = length + sum(wide * high for wide, high in references) // _MULTIPLE**2  # tokens, besides the picture's
+    shape = {"width": width, "height": height, "length": beside}
     bandwidth = _bandwidth(plan.read_per_step, folder.flux.sizes, **shape)
     facts = {"model": folder.index.name, "width": width, "height": height, "dtype": dtype, "disk": disk}
     reads = (
@@ -131,6 +137,7 @@ def _model(
     lines = [
         f"{folder.index.name} at {width} x {height}, {dtype}, in {size(budget)} of memory; {size(disk)} on disk",
         _BACKEND[mx.default_device().type.name],
+        *("with a reference of {} x {}, whose tokens stand beside the picture's".format(*one) for one in references),
         table([("stage", "peak"), *((name, size(count)) for name, count in plan.stages.items())], right=(1,)),
         f"{plan.resident_blocks} of {plan.total_blocks} transformer blocks are resident in memory; {reads}",
         *(["the picture is decoded in tiles, since memory is too small for the whole"] if plan.tiled else []),
