@@ -20,7 +20,7 @@ from mlx_flux_krea.convert.job import decide as decide_job
 from mlx_flux_krea.convert.licence import licence_files
 from mlx_flux_krea.convert.tasks import ASKED, Task
 
-from mlx_flux_krea import FluxPipeline, presets, request
+from mlx_flux_krea import presets
 from mlx_flux_krea.commands.shared.installation import installed_model
 from mlx_flux_krea.commands.shared.installed import find_installed
 from mlx_flux_krea.errors import ModelError, UsageError
@@ -127,6 +127,7 @@ def test_kontext_is_known_by_its_repository_and_by_what_its_file_says(tmp_path, 
     assert tell(*derived.single_source("kontext", tmp_path / "files" / place, metadata)) == (expected, None)
 
 
+@pytest.mark.slow
 def test_a_repository_on_the_hub_tells_task_and_kind_of_a_folder_that_says_neither(tmp_path):
     folder = derived.editing_source("control", tmp_path / "published", "FluxPipeline")
     shutil.copytree(TOKENIZERS, folder, dirs_exist_ok=True)
@@ -309,17 +310,6 @@ def test_the_channels_of_fills_mask_are_those_of_8_x_8_pixels():
 
 
 # --- the command ---
-
-
-def test_a_task_that_cannot_be_run_yet_is_named(request_of_task):
-    name, folder = request_of_task
-    with pytest.raises(ModelError, match=f"is a model for {name}; expected one for text-to-image"):
-        FluxPipeline.from_pretrained(folder)("a frog", num_inference_steps=1)
-
-
-@pytest.fixture(params=[name for name in CHANNELS if name not in getattr(request, "SERVED_TASKS", CHANNELS)])
-def request_of_task(request):
-    return request.param, request.getfixturevalue(request.param)
 
 
 def test_inspect_models_and_tool_schema_name_the_task(command, home, control):
