@@ -16,11 +16,14 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_map
+from PIL import Image
 
 from .adapters.formulas import Attached, Base, Uses
 from .checkpoint import Checkpoint
 from .errors import ModelError, ResourceError, UsageError
 from .inputs import style as styles
+from .inputs.canvas import fit_to
+from .inputs.maps import MapMaker
 from .latents import Latents, make_latents
 from .memory import MemoryPlan
 from .models import tiles
@@ -59,12 +62,14 @@ class Generated:
         notes: sentences about prompts that were cut off.
         seconds: of each stage.
         peaks: memory of each stage, in bytes.
+        control: the map that was made of a photo, or None.
     """
 
     images: list[np.ndarray] | mx.array
     notes: tuple[str, ...]
     seconds: dict[str, float]
     peaks: dict[str, int]
+    control: Image.Image | None = None
 
 
 @dataclass(frozen=True)
@@ -128,6 +133,7 @@ class Generator:
         self._worker = worker
         self._encoder = PromptEncoder(folder, dtype, worker.check)
         self._styles = styles.StyleEncoder(dtype, worker.check)
+        self._maps = MapMaker()
         self._streamed: _StreamedFlux | None = None
         self._whole_flux: Flux | None = None
         self._whole_vae: VAE | None = None
@@ -166,6 +172,7 @@ class Generator:
         *,
         uses: Uses = (),
         redux: ComponentFolder | None = None,
+        depth: ComponentFolder | None = None,
         as_floats: bool = False,
     ) -> Generated:
         """Makes all pictures of a request.
@@ -176,6 +183,7 @@ class Generator:
             observers: called after each step.
             uses: adapters with their weights.
             redux: where the request has style images.
+            depth: the depth network, where the request has a map of depth made.
             as_floats: pixels in [0, 1] instead of bytes.
 
         Raises:
@@ -187,8 +195,11 @@ class Generator:
         limit_cache(max(plan.budget - plan.peak, 2**26))
         seconds: dict[str, float] = {}
         peaks: dict[str, int] = {}
-        conditions = Conditions([], [])
+        conditions, made = Conditions([], []), None
         with self._distrusting():
+            if request.inputs.kind:
+                with _measured("map", seconds, peaks):
+                    request, made = self._mapped(request, request.inputs.kind, depth)
             if observers.checkpoint is None or not observers.checkpoint.is_denoised:
                 with _measured("text", seconds, peaks):
                     conditions = self._conditions(request, uses)
@@ -201,7 +212,7 @@ class Generator:
                 is_latent = request.output_type == "latent"
                 images = latents if is_latent else self._decode(request, latents, as_floats=as_floats, tiled=plan.tiled)
         notes = tuple(dict.fromkeys(note for prompt in conditions.both for note in prompt.cut))
-        return Generated(images, notes, seconds, peaks)
+        return Generated(images, notes, seconds, peaks, made)
 
     def check_folder(self) -> None:
         """Checks the model folder, before a weight is read, and once."""
@@ -232,6 +243,7 @@ class Generator:
         except (ModelError, ResourceError):
             self._encoder.forget()
             self._styles.forget()
+            self._maps.forget()
             self._modulations = self._streamed = self._attached = None
             raise
 
@@ -267,6 +279,15 @@ class Generator:
         for prompt in positive:
             mx.eval(prompt.embeds, prompt.pooled)
         return Conditions(positive, conditions.negative)
+
+    def _mapped(
+        self, request: ResolvedRequest, kind: str, depth: ComponentFolder | None
+    ) -> tuple[ResolvedRequest, Image.Image]:
+        """Returns the request with the map of its photo, made at the size of the picture, and the map."""
+        assert request.inputs.control is not None  # `gather` has checked it
+        photo = fit_to(request.inputs.control, request.width, request.height, request.inputs.fit)
+        made = self._maps.make(kind, photo, depth, partial(self.runner, "map"))
+        return replace(request, inputs=request.inputs.with_map(made)), made
 
     def _denoise(
         self, request: ResolvedRequest, conditions: Conditions, plan: MemoryPlan, observers: Observers, uses: Uses

@@ -17,11 +17,13 @@ import mlx.nn as nn
 
 from .errors import ResourceError, UsageError
 from .models import config as configs
+from .models.depth import input_size
+from .models.depth_config import DepthConfig
 from .models.layers import CHUNK
 from .models.tiles import SIDE
 from .models.vae import STRIP
 from .residency import SLOTS, matrices, resident_places
-from .weights import PACKED, ModelFolder, NetworkFolder, build, parameters
+from .weights import PACKED, ModelFolder, NetworkFolder, build, count_parameters, parameters
 
 GB = 10**9
 INDEXABLE = 2**31  # elements of an array, from which on kernels of Metal that count in 32 bits go wrong
@@ -32,6 +34,8 @@ _BLOCK = {"cpu": {4: (15, 28), 2: (26, 55)}, "gpu": {4: (12, 18), 2: (12, 18)}}
 _DENSE = {4: 9, 2: 10}  # bytes a weight that the CPU dequantizes takes on its way to float32 and to 16 bits
 # Bytes of a pixel of an input image: as Pillow holds it, and of a copy while it is resized or hashed.
 _HELD, _COPIED = 4, 3
+_EDGES = 64  # bytes of a pixel while edges are found: gradients of a channel, and the best so far
+_HEAD = {"cpu": 41, "gpu": 12}  # bytes of a pixel and of each of its features in the head of the depth network
 _STRIPS = {"cpu": {4: 12, 2: 24}, "gpu": {4: 6, 2: 6}}
 
 
@@ -307,6 +311,25 @@ def style_needs(
     )
 
 
+def map_needs(config: DepthConfig | None, width: int, height: int, device: str | None = None) -> int:
+    """Returns the bytes of making the map of a photo.
+
+    Args:
+        config: of the depth network; None: edges are found, which takes none.
+        width: of the picture, pixels.
+        height: of the picture, pixels.
+        device: "cpu" or "gpu"; None: the one in use.
+    """
+    if config is None:
+        return _EDGES * width * height
+    at_cpu = (device or mx.default_device().type.name) == "cpu"
+    wide, high = input_size((width, height), config)
+    tokens = wide * high // config.patch_size**2 + 1
+    scores = config.num_attention_heads * tokens**2 * 4 * (3 if at_cpu else 1)
+    head = wide * high * config.fusion_hidden_size * _HEAD["cpu" if at_cpu else "gpu"]
+    return 4 * count_parameters("depth", config) + max(scores, head) + 4 * _COPIED * width * height
+
+
 def make_plan(
     weights: WeightSizes,
     sizes: configs.ModelSizes,
@@ -319,6 +342,7 @@ def make_plan(
     conditions: int = 1,
     input_pixels: int = 0,
     style: StyleNeeds | None = None,
+    map_bytes: int = 0,
     references: Sequence[tuple[int, int]] = (),
     adapters: int = 0,
     budget: int | None = None,
@@ -338,6 +362,7 @@ def make_plan(
         input_pixels: of all images that the run starts from or reads; 0: none.
         references: width and height at which FLUX.1 Kontext reads each of its references.
         style: style images; None: there are none.
+        map_bytes: from `map_needs`; 0: no map is made.
         adapters: bytes of their branches, which are in memory all the time.
         budget: bytes; None: as many as the machine offers.
         device: "cpu" or "gpu"; None: the one in use.
@@ -366,6 +391,7 @@ def make_plan(
         + working.dense(weights.t5.dense)
         + working.text(sizes.t5, text_length),
         **({"style": working.style(style)} if style else {}),
+        **({"map": map_bytes} if map_bytes else {}),
         **({"image": weights.encoder + _COPIED * input_pixels} if input_pixels else {}),
         "modulation": _slots(weights.modulation.stored, weights.modulation.cast)
         + working.dense(weights.modulation.dense),
@@ -423,6 +449,7 @@ def largest_array(vae: configs.VAEConfig, *, width: int, height: int) -> int:
 _VERBS = {
     "text": "read the prompt",
     "style": "read the style images",
+    "map": "make the map",
     "image": "read the image",
     "modulation": "prepare",
     "denoise": "denoise",

@@ -28,11 +28,13 @@ from .filters.gate import Gate, OpenGate, Policy, open_gate
 from .generator import Generator, Observers, Progress
 from .home import find_model
 from .inputs import style as styles
+from .inputs.maps import depth_sha256, open_depth
 from .memory import (
     MemoryPlan,
     StyleNeeds,
     WeightSizes,
     make_plan,
+    map_needs,
     parse_memory,
     physical_memory,
     style_needs,
@@ -102,6 +104,7 @@ class FluxPipeline(AdapterMethods, compat.DiffusersMethods):
         self._loaded = LoadedAdapters(folder.sizes)
         self._requires_filters = folder.requires_filters  # decided once, from the folder that was opened
         self._redux: ComponentFolder | None = None
+        self._depth: ComponentFolder | None = None
         self._weights: WeightSizes | None = None
         self._margins: dict[tuple, float] = {}  # the filter's answers about texts
         self._bar_options: dict[str, Any] = {}  # of `set_progress_bar_config`
@@ -200,6 +203,7 @@ class FluxPipeline(AdapterMethods, compat.DiffusersMethods):
         soft_mask: bool = False,
         paste: bool = True,
         control_image: Any = None,
+        control: str | None = None,
         fit: str | None = None,
         auto_resize: bool = True,
         output_type: str = "pil",
@@ -249,6 +253,8 @@ class FluxPipeline(AdapterMethods, compat.DiffusersMethods):
                 rounded.
             paste: brings the picture back into the image, whose pixels outside the mask stay as they are, to the bit.
             control_image: a map, such as edges or depth, for a control model or a control adapter.
+            control: "canny" or "depth": `control_image` is a photo, and this map of it is made at the size of the
+                picture. Depth needs a network: `flux-krea convert depth-anything/Depth-Anything-V2-Small-hf`.
             fit: how an image of another shape is brought to a size: "stretch" (as diffusers does), "crop" or "pad";
                 None: "crop" for Kontext's references, "stretch" for others.
             auto_resize: False: Kontext reads references at their own size and not at one of those it was trained with.
@@ -315,6 +321,7 @@ class FluxPipeline(AdapterMethods, compat.DiffusersMethods):
             soft_mask=soft_mask,
             paste=paste,
             control_image=control_image,
+            control=control,
             fit=fit,
             auto_resize=auto_resize,
             output_type=output_type,
@@ -433,6 +440,9 @@ class FluxPipeline(AdapterMethods, compat.DiffusersMethods):
         """Opens what these requests need beside the model, before anything is checked or loaded."""
         if any((r.style if isinstance(r, ResolvedRequest) else r.style_images) is not None for r in requests):
             self.load_redux()
+        reads_depth = self.folder.index.kind in (None, "depth")  # else `resolve` says what is wrong
+        if reads_depth and any(_kind_of_map(r) == "depth" for r in requests):
+            self._depth = open_depth()
 
     def encode_prompt(
         self,
@@ -546,7 +556,9 @@ class FluxPipeline(AdapterMethods, compat.DiffusersMethods):
             with self._generator.reporting(progress):
                 self._generator.check_folder()
                 uses = self._loaded.uses(request.adapters or ())
-                made = self._generator.generate(request, plan, Observers(), uses=uses, redux=self._redux)
+                made = self._generator.generate(
+                    request, plan, Observers(), uses=uses, redux=self._redux, depth=self._depth
+                )
             return Result([], (), (), notes=request.notes, seconds=made.seconds, plan=plan, peaks=made.peaks)
 
         return self._worker.run(run)
@@ -578,6 +590,7 @@ class FluxPipeline(AdapterMethods, compat.DiffusersMethods):
             input_pixels=resolved.inputs.pixels,
             references=resolved.inputs.sizes,
             style=self._style_needs(resolved),
+            map_bytes=self._map_needs(resolved),
             adapters=branch_bytes(self._loaded.uses(resolved.adapters or ()), self.folder.sizes, self._dtype),
             budget=self.memory,
         )
@@ -595,6 +608,12 @@ class FluxPipeline(AdapterMethods, compat.DiffusersMethods):
             tokens=request.style.tokens(networks["image_encoder"].sizes.side),
             prompts=request.prompts,
         )
+
+    def _map_needs(self, request: ResolvedRequest) -> int:
+        """Returns the bytes that the map of a request's photo needs; 0: none is made."""
+        kind = request.inputs.kind
+        depth = (self._depth or open_depth()).networks["depth"].sizes if kind == "depth" else None
+        return map_needs(depth, request.width, request.height) if kind else 0
 
     def interrupt(self) -> None:
         """Stops one call after the block at hand; it raises `Interrupted`. For any thread.
@@ -647,6 +666,8 @@ class FluxPipeline(AdapterMethods, compat.DiffusersMethods):
             record |= {"adapters": adapters}
         if resolved.style and self._redux:
             record |= {"redux_sha256": sha256_if_exists(self._redux.path / "manifest.json")}
+        if resolved.inputs.kind == "depth":
+            record |= {"depth_sha256": depth_sha256()}
         if plan.tiled:
             record |= {"tiled": True}
             reason = f"memory is too little to decode {resolved.width} x {resolved.height} as a whole"
@@ -694,7 +715,9 @@ class FluxPipeline(AdapterMethods, compat.DiffusersMethods):
             logger.warning(note)
         as_floats = request.output_type == "np" and not self.policy  # else from the bytes that are judged
         uses = self._loaded.uses(request.adapters or ())
-        made = self._generator.generate(request, plan, observers, uses=uses, redux=self._redux, as_floats=as_floats)
+        made = self._generator.generate(
+            request, plan, observers, uses=uses, redux=self._redux, depth=self._depth, as_floats=as_floats
+        )
         images: Any = made.images
         records = tuple(record | request.record(i) for i in range(request.batch))
         outcomes = ("released",) * request.batch
@@ -713,6 +736,7 @@ class FluxPipeline(AdapterMethods, compat.DiffusersMethods):
             seconds=made.seconds,
             plan=plan,
             peaks=made.peaks,
+            control_image=made.control,
         )
 
     def _call_back(self, callback: Callable, step: int, sigma: float, latents: mx.array) -> mx.array | None:
@@ -741,6 +765,11 @@ class FluxPipeline(AdapterMethods, compat.DiffusersMethods):
             "quantization": {name: str(n.quantization) for name, n in self.folder.networks.items() if n.quantization},
             "schedule": to_json(self.folder.index.schedule),
         }
+
+
+def _kind_of_map(request: Request | ResolvedRequest) -> str | None:
+    """Returns the kind of the map that a request has made of a photo, or None."""
+    return request.inputs.kind if isinstance(request, ResolvedRequest) else request.control
 
 
 def chosen_dtype(dtype: Any, torch_dtype: Any) -> str | None:

@@ -266,6 +266,7 @@ STAGES = {
     "check": Stage("checking", "layer", "check"),
     "text": Stage("reading the prompt", "layer", "read the prompt"),
     "style": Stage("reading the style images", "layer", "read the style images"),
+    "map": Stage("making the map", "layer", "make the map"),
     "image": Stage("reading the image", "stage", "read the image"),
     "modulation": Stage("preparing", "layer", "prepare"),
     "denoise": Stage("denoising", "step", "denoise"),

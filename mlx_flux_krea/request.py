@@ -119,7 +119,7 @@ class Request(ImageArguments):
         self._check_prompts()
         self._check_options(flux, index.task)
         check_adapters(self.adapters)
-        inputs = gather(self, index.task, has_control=has_control)
+        inputs = gather(self, index.task, has_control=has_control, kind=index.kind)
         width, height, notes = self._size(index, multiple, inputs)
         inputs = at_size(inputs, self, width, height, multiple)
         self._check_arrays(flux, width * height // multiple**2)
@@ -421,6 +421,7 @@ class Result:
     seconds: dict[str, float] = field(default_factory=dict)  # of each stage
     plan: MemoryPlan | None = None  # expected memory, in bytes
     peaks: dict[str, int] = field(default_factory=dict)  # measured memory of each stage, in bytes
+    control_image: Image.Image | None = None  # the map that was made of a photo, where `control` asks for one
 
     def __repr__(self) -> str:
         count = len(self.images)

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 import time
 
 import mlx.core as mx
@@ -39,10 +40,17 @@ def thresholds(name: str) -> tuple[str, float, float]:
     return picture, low, high
 
 
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory):
+    """The tiny depth network, as a folder of ours."""
+    return convert([MAPS / "depth"], tmp_path_factory.mktemp("converted") / "depth").path
+
+
 @pytest.fixture
-def network(home):
-    """The tiny depth network, converted and installed."""
-    return open_folder(convert([MAPS / "depth"]).path).networks["depth"].load(mx.float32)
+def network(converted, home):
+    """The tiny depth network, installed."""
+    shutil.copytree(converted, home / "components" / "depth")
+    return open_folder(home / "components" / "depth").networks["depth"].load(mx.float32)
 
 
 # --- edges ---

@@ -20,7 +20,7 @@ import nano as judging
 import numpy as np
 import pytest
 import redux
-from helpers import psnr
+from helpers import levels, psnr
 from pictures import THINGS, is_right
 from PIL import Image
 
@@ -589,7 +589,7 @@ def test_what_is_repainted_is_the_mask_and_nothing_else(draw, tmp_path):
     assert np.array_equal(wider[:, 32 + 32 : 32 + 64 - 32], noise[:, 32:32])
 
 
-@shows("generate", "--reference", "--no-auto-resize", "--control-image")
+@shows("generate", "--reference", "--no-auto-resize", "--control-image", "--control", "--keep-map")
 def test_references_and_maps_change_what_is_drawn(run, kontext, control, tmp_path):
     for name, size in (("one", (64, 48)), ("two", (48, 64))):
         Image.fromarray(np.random.default_rng(len(name)).integers(0, 256, (*size, 3), np.uint8)).save(f"{name}.png")
@@ -603,10 +603,14 @@ def test_references_and_maps_change_what_is_drawn(run, kontext, control, tmp_pat
     references = [made(kontext), made(kontext, *one), made(kontext, *one, *two)]
     assert len(set(references)) == 3
     assert made(control, "--control-image", "one.png") != made(control, "--control-image", "two.png")
+    edges = made(control, "--control-image", "one.png", "--control", "canny", "--keep-map")
+    (file,) = tmp_path.glob("*-canny.png")
+    by_hand = made(control, "--control-image", file)
+    assert levels(*(Image.open(io.BytesIO(data)) for data in (edges, by_hand))) == 0
 
 
 @shows("shell", "--mask", "--soft-mask", "--no-paste", "--expand", "--crop-to-mask", "--fit")
-@shows("shell", "--reference", "--no-auto-resize", "--control-image")
+@shows("shell", "--reference", "--no-auto-resize", "--control-image", "--control", "--keep-map")
 @pytest.mark.slow
 def test_a_shell_takes_images_as_generate_does(run, kontext, control, tmp_path):
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (48, 64, 3), np.uint8)).save("start.png")
@@ -615,7 +619,7 @@ def test_a_shell_takes_images_as_generate_does(run, kontext, control, tmp_path):
         "nano": {"image": "start.png", "mask": "mask.png", "soft-mask": True, "no-paste": True, "fit": "pad"},
         "nano ": {"image": "start.png", "mask": "mask.png", "crop-to-mask": True, "expand": "16"},
         kontext: {"reference": "start.png", "no-auto-resize": True},
-        control: {"control-image": "start.png"},
+        control: {"control-image": "start.png", "control": "canny", "keep-map": True},
     }.items():
         model = str(model).strip()
         lines = [f"/{name} {'true' if value is True else value}" for name, value in options.items()]

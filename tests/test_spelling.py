@@ -7,6 +7,7 @@ import re
 
 import pytest
 from helpers import ROOT
+from PIL import Image
 
 from mlx_flux_krea import Request
 from mlx_flux_krea.commands.shared.options import ARGUMENTS, BY_NAME, spelled, with_option_names
@@ -31,6 +32,16 @@ BAD = {  # for each argument that an option sets, calls that are refused because
     "true_cfg_scale": [{"true_cfg_scale": -1}, {"true_cfg_scale": 3}, {"negative_prompt": "a"}],
     "image": [{"image": 3}],
     "strength": [{"strength": 0.5}, {"strength": 3}],
+    "mask_image": [{"mask_image": 3}, {"mask_image": Image.new("L", (8, 8))}],
+    "expand": [{"expand": 8}],
+    "padding_mask_crop": [{"padding_mask_crop": 8}],
+    "soft_mask": [{"soft_mask": True}, {"soft_mask": 3}],
+    "paste": [{"paste": False}],
+    "control_image": [{"control_image": 3}, {"control_image": Image.new("RGB", (8, 8))}],
+    "control": [{"control": "canny"}, {"control": "pose"}],
+    "fit": [{"fit": "crop"}, {"fit": 3}],
+    "auto_resize": [{"auto_resize": False}],
+    "style_rule": [{"style_rule": "grid"}],
 }
 
 

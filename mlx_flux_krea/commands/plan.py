@@ -14,7 +14,8 @@ from mlx_flux_krea.errors import ModelError, UsageError
 from mlx_flux_krea.home import find_model, is_krea
 from mlx_flux_krea.inputs.reference import preferred_size
 from mlx_flux_krea.models import config
-from mlx_flux_krea.presets import CHIPS, KREA, MAX_SEQUENCE_LENGTH, MAX_SIDE, PRECISIONS
+from mlx_flux_krea.models.depth_config import DEPTH_ANYTHING_V2_SMALL
+from mlx_flux_krea.presets import CHIPS, KINDS, KREA, MAX_SEQUENCE_LENGTH, MAX_SIDE, PRECISIONS
 from mlx_flux_krea.weights import open_model
 
 from .shared.estimates import SHARE_IN_WORDS, filter_seconds, step_seconds, this_chip, weigh_recipe
@@ -51,8 +52,9 @@ _SHARE = "that is the share of this program: by default a Mac's programs take ha
     metavar="FILE[=W]",
     help="Adapter of the picture: a file, or an installed one; repeatable.",
 )
+@click.option("--control", type=click.Choice(KINDS), help="Map that the picture has made of a photo.")
 @click.option("--json", "as_json", is_flag=True, help="Print the prediction as JSON.")
-def plan(model, width, height, memory, dtype, lora, as_json):
+def plan(model, width, height, memory, dtype, lora, control, as_json):
     """Predict memory and disk of a picture, without loading.
 
     With MODEL, a folder or an installed name: each stage of a run. Without, or with krea where none of that name is
@@ -69,9 +71,11 @@ def plan(model, width, height, memory, dtype, lora, as_json):
     if budget > (built_in := planning.physical_memory()):
         Console().note(f"{size(budget)} is more than this machine has, {size(built_in)}: the plan is one for another")
     if model is None or (is_krea(model) and not _is_installed(model)):
-        facts, text = _published(width or 1024, height or 1024, budget=budget, dtype=dtype or "bfloat16", lora=lora)
+        facts, text = _published(
+            width or 1024, height or 1024, budget=budget, dtype=dtype or "bfloat16", lora=lora, control=control
+        )
     else:
-        facts, text = _model(model, width, height, budget=budget, dtype=dtype, lora=lora)
+        facts, text = _model(model, width, height, budget=budget, dtype=dtype, lora=lora, control=control)
     if planning.parse_memory(memory):
         first, _, rest = text.partition("\n")
         text = f"{first}\n{_SHARE}\n{rest}"
@@ -102,7 +106,14 @@ def _is_installed(model: str) -> bool:
 
 
 def _model(
-    name: str, width: int | None, height: int | None, *, budget: int, dtype: str | None, lora: Sequence[str]
+    name: str,
+    width: int | None,
+    height: int | None,
+    *,
+    budget: int,
+    dtype: str | None,
+    lora: Sequence[str],
+    control: str | None,
 ) -> tuple[dict[str, Any], str]:
     """Predicts the stages of a run with one model folder."""
     folder = open_model(find_model(name))
@@ -121,6 +132,7 @@ def _model(
         text_length=length,
         input_pixels=_READ[folder.index.task] * width * height,
         references=references,
+        map_bytes=_map_bytes(control, width, height),
         adapters=sum(one["bytes"] for one in adapters),
         budget=budget,
     )
@@ -154,7 +166,9 @@ def _model(
     return facts, "\n".join([*lines, *_shown_times(times)])
 
 
-def _published(width: int, height: int, *, budget: int, dtype: str, lora: Sequence[str]) -> tuple[dict[str, Any], str]:
+def _published(
+    width: int, height: int, *, budget: int, dtype: str, lora: Sequence[str], control: str | None
+) -> tuple[dict[str, Any], str]:
     """Predicts FLUX.1 Krea [dev] at every precision of `convert`."""
     sizes, compute = config.FLUX_DEV_MODEL, getattr(mx, dtype)
     rows: list[tuple] = [
@@ -172,6 +186,8 @@ def _published(width: int, height: int, *, budget: int, dtype: str, lora: Sequen
             width=width,
             height=height,
             text_length=MAX_SEQUENCE_LENGTH,
+            map_bytes=_map_bytes(control, width, height),
+            input_pixels=width * height if control else 0,
             adapters=branches,
             budget=budget,
         )
@@ -202,6 +218,12 @@ def _published(width: int, height: int, *, budget: int, dtype: str, lora: Sequen
     facts = {"width": width, "height": height, "dtype": dtype, "precisions": by_precision}
     facts |= {"adapters": adapters, "bandwidth": bandwidth, "seconds": times}
     return facts, "\n".join(lines)
+
+
+def _map_bytes(control: str | None, width: int, height: int) -> int:
+    """Returns the bytes of making the map of a photo at the size of the picture; 0: none is made."""
+    depth = DEPTH_ANYTHING_V2_SMALL if control == "depth" else None
+    return planning.map_needs(depth, width, height) if control else 0
 
 
 def _adapters(texts: Sequence[str], sizes: config.ModelSizes, compute: mx.Dtype) -> list[dict[str, Any]]:

@@ -14,6 +14,7 @@ from .shared.text import json_text
 NAMES = (
     "prompt", "negative_prompt", "true_cfg_scale", "aspect", "megapixels", "width", "height", "steps", "guidance",
     "seed", "num_images", "noise", "lora", "style", "style_rule",
+    "control_image", "control",
 )  # fmt: skip
 # Names that language models know; other bases are remarks about a model's origin.
 _BASES = {family.base for family in (presets.KREA, presets.DEV, presets.SCHNELL, *presets.EDITING)}
@@ -54,6 +55,7 @@ def tool_schema(model):
             properties[name]["default"] = values[name]
     properties["seed"]["description"] = "Seed: the same seed repeats a picture."
     properties["style_rule"]["description"] += " Only with style."
+    properties["control"]["description"] += " Only with control_image."
     properties["noise"]["enum"] = list(presets.RECIPES)
     schema = {
         "name": "generate_image",

@@ -34,6 +34,7 @@ class ImageArguments:
     soft_mask: bool = False  # values between black and white of the mask change the image by as much
     paste: bool = True  # the picture comes back into the image, whose pixels outside the mask stay as they are
     control_image: Any = None  # a map, such as edges or depth
+    control: str | None = None  # `control_image` is a photo, of which this map is made: one of presets.KINDS
     fit: str | None = None  # how images of another shape are brought to a size: "stretch", "crop" or "pad"
     auto_resize: bool = True  # Kontext reads references at one of its preferred sizes, else at their own
 
@@ -72,7 +73,8 @@ class Inputs:
         canvas: what the picture starts from or repaints.
         references: of Kontext, as they were opened.
         sizes: at which the model reads them.
-        control: the map for a control model or adapter.
+        control: the map for a control model or adapter, or the photo of which it is made.
+        kind: of the map that is made; None: `control` is the map.
         fill: True for a model that reads the masked image and its mask beside the latents.
         soft: True where values between black and white of the mask are steps, not halves.
         paste: True where the picture comes back into the image, through the mask.
@@ -86,6 +88,7 @@ class Inputs:
     references: tuple[Image.Image, ...] = ()
     sizes: tuple[tuple[int, int], ...] = ()
     control: Image.Image | None = None
+    kind: str | None = None
     fill: bool = False
     soft: bool = False
     paste: bool = False
@@ -128,6 +131,10 @@ class Inputs:
         if self.control:
             yield "control_image", fit_to(self.control, width, height, self.fit)
 
+    def with_map(self, made: Image.Image) -> "Inputs":
+        """Returns the inputs with the map in the place of its photo."""
+        return replace(self, control=made, kind=None)
+
     def record(self) -> dict[str, Any]:
         """Returns everything here that decides a picture, as JSON: images by their hashes."""
         return {name: _facts(image) for name, image in self.given.items()} | dict(self.more)
@@ -139,17 +146,19 @@ def _facts(image: Image.Image) -> dict[str, Any]:
     return {"width": image.width, "height": image.height, name: hashlib.sha256(image.tobytes()).hexdigest()}
 
 
-def gather(given: ImageArguments, task: str, *, has_control: bool) -> Inputs:
+def gather(given: ImageArguments, task: str, *, has_control: bool, kind: str | None = None) -> Inputs:
     """Checks the images of a call against each other and the model's task; sizes come later, by `at_size`.
 
     Args:
         given: the call.
         task: of the model: "text-to-image", "kontext", "fill" or "control".
         has_control: a control adapter may be in use.
+        kind: of the maps that a control model reads, where that is known.
 
     Raises:
         UsageError: images that do not go together, or that this model does not read.
     """
+    _check_map(given, kind)
     _check(given, task, has_control=has_control)
     images = given.image if isinstance(given.image, tuple) else (given.image,) if given.image is not None else ()
     named = {("image" if not i else f"image_{i + 1}"): image for i, image in enumerate(images)}
@@ -157,7 +166,7 @@ def gather(given: ImageArguments, task: str, *, has_control: bool) -> Inputs:
     if mask is None and images and task != "kontext" and (alpha := images[0].info.get("alpha")) is not None:
         mask, notes = alpha.point(lambda value: 255 - value), ("the transparent part of the image is its mask",)
     named |= {name: one for name, one in (("mask_image", mask), ("control_image", given.control_image)) if one}
-    inputs = Inputs(named, control=given.control_image, fill=task == "fill", soft=given.soft_mask)
+    inputs = Inputs(named, control=given.control_image, kind=given.control, fill=task == "fill", soft=given.soft_mask)
     if task == "kontext":
         notes = ("several references are experimental: FLUX.1 Kontext was trained with one",) * (len(images) > 1)
         return replace(inputs, references=images, fit=given.fit or "crop", notes=notes)
@@ -192,6 +201,7 @@ def at_size(inputs: Inputs, given: ImageArguments, width: int, height: int, mult
     more |= {"soft_mask": True} if given.soft_mask else {}
     more |= {"paste": False} if inputs.is_masked and not given.paste else {}
     more |= {"fit": given.fit} if given.fit else {}
+    more |= {"control": given.control} if given.control else {}
     more |= {} if given.auto_resize else {"auto_resize": False}
     notes = inputs.notes
     if canvas and inputs.paste and given.padding_mask_crop is None and canvas.is_mostly_kept:
@@ -252,6 +262,19 @@ def _check(given: ImageArguments, task: str, *, has_control: bool) -> None:
         raise UsageError("`control_image` means nothing to this model", "a control model", todo)
     if task != "kontext" and not given.auto_resize:
         raise UsageError("`auto_resize` is for references of FLUX.1 Kontext", "", "leave it out")
+
+
+def _check_map(given: ImageArguments, kind: str | None) -> None:
+    """Checks the map that is made of a photo against the kind that the model reads."""
+    if given.control is None:
+        return
+    if given.control not in presets.KINDS:
+        raise UsageError(f"`control` is {given.control!r}", f"one of {', '.join(presets.KINDS)}")
+    if given.control_image is None:
+        todo = "add `control_image`, or leave it out"
+        raise UsageError(f"`control` {given.control} makes a map of a photo, and there is none", "", todo)
+    if kind not in (None, given.control):
+        raise UsageError(f"`control` is {given.control}, and this model reads maps of {kind}", f"`control` {kind}")
 
 
 def _needs_mask(given: ImageArguments) -> str | None:

@@ -54,7 +54,7 @@ class CannyDetector:
         """
         if output_type not in (None, "pil", "np"):
             raise UsageError(f"`output_type` is {output_type!r}", '"pil" or "np"')
-        image = open_image(input_image)
+        image = open_image(input_image, "input_image")
         if image is None:
             raise UsageError("no `input_image` was given", "the photo to find edges in")
         # both sizes from the given one, as controlnet_aux computes them: the second from the first

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import mlx.core as mx
 from PIL import Image
 
+from .. import home
 from ..files import sha256_if_exists
 from ..weights import ComponentFolder, open_component
 from .canny import edge_map
@@ -24,6 +25,11 @@ def open_depth() -> ComponentFolder:
     folder = open_component("depth")
     folder.check()
     return folder
+
+
+def depth_sha256() -> str | None:
+    """Returns the hash of the installed depth network's manifest, for a picture's record; None: none is installed."""
+    return sha256_if_exists(home.path(home.COMPONENTS, "depth", "manifest.json"))
 
 
 class MapMaker:

@@ -1,5 +1,6 @@
 """Delivery of a run's pictures: each is saved, recorded in the run, and reported as a line, an event and in JSON."""
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from mlx_flux_krea.provenance import FORMATS, Picture, read_record
 
 from .jobs import PictureJob, PreparedJob
 from .options import with_option_names
-from .output import names_from, save
+from .output import names_from, save, save_bytes
 from .runs import Run
 from .terminal import Console, say_path
 from .text import json_text, size, stage_times, table
@@ -29,6 +30,7 @@ class Delivery:
     def __init__(self, run: Run, as_json: bool, console: Console):
         self._run, self._as_json, self._console = run, as_json, console
         self._names = {output: names_from(output, taken) for output, taken in run.taken.items()}
+        self._maps: dict[bytes, Path] = {}  # saved maps of photos
         self._report: dict[str, Any] = {"images": [], "skipped": run.skipped}
         if run.unreported:
             self._report_earlier(run.unreported)
@@ -48,9 +50,11 @@ class Delivery:
             path = self._save(prepared.job, picture)
         else:
             self._console.say(f"seed {seed}: {outcome}")
+        kept = self._keep_map(prepared, result, path)
         notes = [*prepared.notes, *map(with_option_names, result.notes)]
         facts = {"outcome": outcome, "notes": notes, "seconds": result.seconds}
         facts |= {"peaks": result.peaks, "predicted": result.plan.stages if result.plan else {}}
+        facts |= {"map": str(kept)} if kept else {}
         self._add(outcome, {**result.records[pick], **facts}, path)
         self._console.say(f"seed {seed}: {stage_times(result.seconds)}")
         if self._run.options.get("verbose"):
@@ -76,6 +80,22 @@ class Delivery:
         if first and path != job.output:
             self._console.say(f"note: {printable(str(job.output))} exists; writing {printable(str(path))}")
         return path
+
+    def _keep_map(self, prepared: PreparedJob, result: Result, path: Path | None) -> Path | None:
+        """Saves the map of a photo beside its picture, if that was asked for, and each map once. Returns its file.
+
+        A map is the user's own material: once its photo has passed, it is saved whatever becomes of the picture.
+        """
+        if not prepared.job.options.get("keep_map") or result.control_image is None:
+            return None
+        beside, encoded = path or prepared.job.output, io.BytesIO()
+        result.control_image.save(encoded, "PNG")
+        data = encoded.getvalue()
+        if data not in self._maps:
+            names = names_from(beside.with_name(f"{beside.stem}-{prepared.request.inputs.kind}.png"))
+            self._maps[data] = save_bytes(data, names, force=self._run.force)
+            self._console.say(f"map: {printable(str(self._maps[data]))}")
+        return self._maps[data]
 
     def _add(self, outcome: str, facts: dict, path: Path | None = None) -> None:
         self._run.add(outcome, path)

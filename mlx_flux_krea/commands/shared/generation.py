@@ -9,6 +9,7 @@ from mlx_flux_krea import FluxPipeline, macos
 from mlx_flux_krea.errors import FluxKreaError, ModelError, PartlyDone, UsageError, Withheld, amount, printable
 from mlx_flux_krea.files import sha256_if_exists
 from mlx_flux_krea.home import find_model
+from mlx_flux_krea.inputs.maps import depth_sha256
 from mlx_flux_krea.prompts import cut_notes, tokenize
 from mlx_flux_krea.tokenizers import Tokens
 from mlx_flux_krea.weights import open_model
@@ -300,6 +301,9 @@ def _differences(pipe: FluxPipeline, base: dict, prepared: list[PreparedJob]) ->
     notes, folder = [], pipe.folder.path
     if "manifest_sha256" in base and sha256_if_exists(folder / "manifest.json") != base["manifest_sha256"]:
         notes.append(f"{base['from_']} was made with other weights than those of {folder}")
+    made = base.get("depth_sha256")
+    if made and any(p.request.inputs.kind == "depth" for p in prepared) and made != depth_sha256():
+        notes.append(f"{base['from_']} was made with another depth network than the installed one")
     if base.get("tiled") and not all(pipe.plan(p.request).tiled for p in prepared):
         notes.append(
             f"{base['from_']} was decoded in tiles, since memory was short; decoded whole, it differs a little"

@@ -32,6 +32,7 @@ from .styles import RECORDED, recorded_style, style_arguments
 
 # Options that are arguments of the pipeline, by the arguments' names.
 _SAME = ("prompt", "negative_prompt", "true_cfg_scale", "width", "height", "noise", "strength", "expand", "fit")
+_SAME += ("control",)
 _REQUEST = {"steps": ARGUMENTS["steps"], "guidance": ARGUMENTS["guidance"], **{name: name for name in _SAME}}
 _FLAGS = {  # options that set an argument to a value
     "crop_to_mask": ("padding_mask_crop", presets.CROP_PADDING),
@@ -42,8 +43,9 @@ _FLAGS = {  # options that set an argument to a value
 _FROM_RECORD = ("prompt_2", "negative_prompt_2", "sigmas", "max_sequence_length")  # arguments that only a record sets
 _FROM_RECORD += ("padding_mask_crop",)
 _CIRCUMSTANCES = ("batch", "image_seed", "images_sha256", "manifest_sha256", "tiled", RECORDED)  # how it was made
+_CIRCUMSTANCES += ("depth_sha256",)
 UNTYPED = (*_FROM_RECORD, *_CIRCUMSTANCES)  # options that `options.py` does not declare, checked where they are used
-_FILE_OPTIONS = ("output", "quality", "metadata")  # per picture, but not in its record
+_FILE_OPTIONS = ("output", "quality", "metadata", "keep_map")  # per picture, but not in its record
 _PICTURE = (*PER_PICTURE, *UNTYPED, "dtype")
 
 
@@ -287,6 +289,8 @@ def prepare(
     given = Request(**arguments)
     request = given.resolve(folder)
     notes += check_images(options, request)
+    if options.get("keep_map") and not request.inputs.kind:
+        raise UsageError("--keep-map, and no map is made", "--control canny or depth", "leave it out")
     if tool and tool.mu:
         tokens = request.width * request.height // _multiple(folder) ** 2
         levels = fixed_shift(folder.index.schedule, tokens, request.num_inference_steps, tool.mu)

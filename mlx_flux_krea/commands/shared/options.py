@@ -245,6 +245,9 @@ OPTIONS = [
     _option("--soft-mask", is_flag=True, help="Repaint what is grey in the mask by as much."),
     _option("--no-paste", is_flag=True, help="Leave the picture as generated, also outside of the mask."),
     _option("--control-image", type=FILE, help="Map, such as edges or depth, for a control model or adapter."),
+    _option("--control", type=click.Choice(presets.KINDS),
+            help="Make this map of the control image, which is a photo."),
+    _option("--keep-map", is_flag=True, help="Save the map beside the picture, as NAME-canny.png or NAME-depth.png."),
     _option("--fit", type=click.Choice(presets.FITS),
             help="How images of another shape are brought to a size.  [default: stretch; crop for Kontext]"),
     _option("--no-auto-resize", is_flag=True, help="Read Kontext's reference at its own size."),
@@ -308,6 +311,7 @@ REPLACES = {
     "prompt": ("prompt_2",),
     "negative_prompt": ("negative_prompt_2",),
     "seed": ("batch", "image_seed"),
+    "control": ("depth_sha256",),
     "like": (*_SIZE, "steps", "sigmas", "guidance", "noise", "max_sequence_length"),
 }
 EXCLUSIVE = [(side, other) for side in ("width", "height") for other in ("aspect", "megapixels")]

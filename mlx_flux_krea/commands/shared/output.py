@@ -1,5 +1,7 @@
 """Output files: names are checked before any work, and existing files are not replaced."""
 
+import contextlib
+import hashlib
 import itertools
 import os
 import shlex
@@ -8,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from mlx_flux_krea.errors import UsageError, Waiting, Withheld, amount
-from mlx_flux_krea.files import try_writing
+from mlx_flux_krea.files import sha256_if_exists, try_writing, written_whole
 from mlx_flux_krea.presets import METADATA
 from mlx_flux_krea.provenance import FORMATS, Picture, check_quality
 
@@ -80,6 +82,25 @@ def save(
             except FileExistsError:
                 continue
     raise ValueError("[save] No name is free.")
+
+
+def save_bytes(data: bytes, names: Iterator[Path], *, force: bool) -> Path:
+    """Saves a file under the first name that is free, or whose file holds the same bytes already. Returns its path.
+
+    Args:
+        data: the file.
+        names: endless names to choose from.
+        force: take the first name, and replace a file that has it.
+    """
+    digest = hashlib.sha256(data).hexdigest()
+    for path in names:
+        if not force and os.path.isfile(path) and sha256_if_exists(path) == digest:
+            return path
+        if force or not os.path.lexists(path):
+            with contextlib.suppress(FileExistsError), written_whole(path, force) as file:
+                file.write(data)
+                return path
+    raise ValueError("[save_bytes] No name is free.")
 
 
 def meant_for(output: Path, options: dict) -> dict:

@@ -12,6 +12,7 @@ NO_PROMPT = 'the prompt has no option: flux-krea generate "a frog"'
 _LORA = "write --lora FILE=0.8, once for each adapter"
 _ADAPTER_APART = "leave it out: adapters are never merged; write --lora NAME=0.8 when you generate"
 _CONTROL = "write --control-image {FILE}, a map, with FLUX.1 Canny or Depth or their adapters; it takes no ControlNet"
+_MAP = "write --control-image {FILE} --control canny (or depth), with a model or adapter that reads such maps"
 _STYLE = "write --style FILE=0.5, once for each image; it needs FLUX.1 Redux, and takes no IP-Adapter"
 _REFERENCE = "write --image {FILE} with FLUX.1 Kontext, and --reference for each further one"
 _SHORTCUT = "shortcuts that change pictures are not supported yet"
@@ -95,9 +96,11 @@ OPTIONS = (
     ("ref_image r image_paths", "sd.cpp, mflux", _REFERENCE),
     ("redux_image_paths redux_image_strengths redux style_image style_images", "mflux, InvokeAI", _STYLE),
     ("ip_adapter ip_adapter_image", "diffusers, InvokeAI", _STYLE),
-    ("controlnet control_net controlnet_model control_strength", "sd.cpp, diffusers", _CONTROL),
-    ("controlnet_image_path controlnet_strength controlnet_save_canny depth_image_path", "mflux", _CONTROL),
-    ("canny depth pose control", "sd.cpp, BFL", _CONTROL),
+    ("controlnet control_net controlnet_model control_strength controlnet_strength", "sd.cpp, diffusers", _CONTROL),
+    ("controlnet_image_path depth_image_path", "mflux", _CONTROL),
+    ("controlnet_save_canny save_depth_map", "mflux", "write --keep-map"),
+    ("canny depth", "sd.cpp, BFL", _MAP),
+    ("pose", "InvokeAI", _CONTROL),
     # adapters
     ("loras", "Draw Things, InvokeAI", _LORA),
     ("lora_paths lora_scales lora_style lora_name lora_repo_id lora_scale lora_weight", "mflux, BFL", _LORA),
