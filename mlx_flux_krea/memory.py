@@ -34,7 +34,7 @@ _BLOCK = {"cpu": {4: (15, 28), 2: (26, 55)}, "gpu": {4: (12, 18), 2: (12, 18)}}
 _DENSE = {4: 9, 2: 10}  # bytes a weight that the CPU dequantizes takes on its way to float32 and to 16 bits
 # Bytes of a pixel of an input image: as Pillow holds it, and of a copy while it is resized or hashed.
 _HELD, _COPIED = 4, 3
-_EDGES = 64  # bytes of a pixel while edges are found: gradients of a channel, and the best so far
+_EDGES = 120  # bytes of a pixel while edges are found, in numpy
 _HEAD = {"cpu": 41, "gpu": 12}  # bytes of a pixel and of each of its features in the head of the depth network
 _STRIPS = {"cpu": {4: 12, 2: 24}, "gpu": {4: 6, 2: 6}}
 

@@ -1,6 +1,7 @@
 """Runs that make the map of a photo: `control` in Python, --control and --keep-map on the command line."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -9,6 +10,7 @@ from helpers import ROOT, edit_json, levels
 from mlx_flux_krea.convert import convert
 from PIL import Image
 from test_gate import filters  # noqa: F401  # a fixture
+from test_maps import KINDS
 from test_resume import failing
 
 from mlx_flux_krea import DepthPreprocessor, FluxPipeline, Request, memory
@@ -47,6 +49,83 @@ def made_map(kind: str) -> Image.Image:
 
 
 # --- in Python ---
+
+# The programs of diffusers' page about FLUX.1, for its cards' models, without their comments.
+PAGE = {
+    "canny": """
+import torch
+from controlnet_aux import CannyDetector
+from diffusers import FluxControlPipeline
+from diffusers.utils import load_image
+
+pipe = FluxControlPipeline.from_pretrained("MODEL", torch_dtype=torch.bfloat16).to("cuda")
+
+prompt = "A robot made of exotic candies and chocolates of different kinds."
+control_image = load_image("photo.png")
+
+processor = CannyDetector()
+control_image = processor(
+    control_image, low_threshold=50, high_threshold=200, detect_resolution=1024, image_resolution=1024
+)
+
+image = pipe(
+    prompt=prompt,
+    control_image=control_image,
+    height=1024,
+    width=1024,
+    num_inference_steps=50,
+    guidance_scale=30.0,
+).images[0]
+image.save("output.png")
+""",
+    "depth": """
+import torch
+from diffusers import FluxControlPipeline
+from diffusers.utils import load_image
+from image_gen_aux import DepthPreprocessor
+
+pipe = FluxControlPipeline.from_pretrained("MODEL", torch_dtype=torch.bfloat16).to("cuda")
+
+prompt = "A robot made of exotic candies and chocolates of different kinds."
+control_image = load_image("photo.png")
+
+processor = DepthPreprocessor.from_pretrained("LiheYoung/depth-anything-large-hf")
+control_image = processor(control_image)[0].convert("RGB")
+
+image = pipe(
+    prompt=prompt,
+    control_image=control_image,
+    height=1024,
+    width=1024,
+    num_inference_steps=30,
+    guidance_scale=10.0,
+    generator=torch.Generator().manual_seed(42),
+).images[0]
+image.save("output.png")
+""",
+}
+MODULES = r"^from (controlnet_aux|diffusers|diffusers\.utils|image_gen_aux) import"
+
+
+@pytest.mark.parametrize("kind", PAGE)
+def test_the_published_programs_run_with_other_imports(control, depth, photo, tmp_path, monkeypatch, kind):
+    monkeypatch.chdir(tmp_path)
+    program = re.sub(MODULES, "from mlx_flux_krea import", PAGE[kind], flags=re.MULTILINE)
+    program = (
+        program.replace("import torch\n", "").replace("torch.bfloat16", '"float32"').replace("MODEL", str(control))
+    )
+    program = program.replace("generator=torch.Generator().manual_seed(42)", "seed=42")
+    exec(re.sub(r"_steps=\d+", "_steps=1", program.replace("=1024", "=64")), {})
+    assert Image.open("output.png").size == (64, 64)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_photos_of_every_kind_are_read_by_a_run(pipe, depth, kind, tmp_path):
+    given = KINDS[kind][0](tmp_path / "photo.png")
+    for control in ("canny", "depth"):
+        result = pipe(**GIVEN, control_image=given, control=control)
+        assert (result.control_image.size, len(result.images)) == ((64, 48), 1)
 
 
 @pytest.mark.core("depth")
