@@ -485,10 +485,10 @@ class WorkingMemory:
         """Returns the bytes of SigLIP, layer by layer, and of Redux after it, with their weights."""
         encoder, count, size = style.encoder, style.encoder.positions, self.dtype.size
         scores = encoder.num_attention_heads * count**2 * size * (3 if self.device == "cpu" else 1)
-        layer = scores + count * 4 * (encoder.intermediate_size * 4 + encoder.hidden_size * size)
-        last = count * 3 * style.embedder.txt_in_features * (4 + 2 * size)
+        attention, mlp = scores + 5 * count * encoder.hidden_size * size, 4 * count * encoder.intermediate_size * 4
+        last = 2 * count * 3 * style.embedder.txt_in_features * size
         weights = style.rest + style.last + _slots(style.layers.stored, style.layers.cast)
-        return weights + max(layer, last) + _COPIED * style.pixels
+        return weights + max(attention, mlp, last) + _COPIED * style.pixels
 
     def dense(self, matrices: int) -> int:
         """Returns the bytes of dequantized weights at one time.

@@ -548,17 +548,56 @@ def test_the_result_of_the_prior_passes_the_filters_by_what_it_remembers(free, i
 # --- the prior, as its card calls it ---
 
 
-def test_the_card_s_snippet_runs_with_the_lines_that_change(model, installed, picture):
-    prior = FluxPriorReduxPipeline.from_pretrained("black-forest-labs/FLUX.1-Redux-dev", dtype="float32").to("cuda")
-    pipe = FluxPipeline.from_pretrained(model, text_encoder=None, text_encoder_2=None, dtype="float32").to("cuda")
-    pipe_prior_output = prior(Image.open(picture))
-    images = pipe(
-        guidance_scale=2.5, num_inference_steps=1, width=32, height=32, seed=0, progress=False, **pipe_prior_output
-    ).images
-    assert images[0].record["guidance_scale"] == 2.5
-    assert "prompt" not in images[0].record
+CARD = """import torch
+from diffusers import FluxPriorReduxPipeline, FluxPipeline
+from diffusers.utils import load_image
+
+pipe_prior_redux = FluxPriorReduxPipeline.from_pretrained("black-forest-labs/FLUX.1-Redux-dev", torch_dtype=torch.bfloat16).to("cuda")
+pipe = FluxPipeline.from_pretrained(
+    "black-forest-labs/FLUX.1-dev" ,
+    text_encoder=None,
+    text_encoder_2=None,
+    torch_dtype=torch.bfloat16
+).to("cuda")
+
+image = load_image("https://huggingface.co/datasets/YiYiXu/testing-images/resolve/main/style_ziggy/img5.png")
+pipe_prior_output = pipe_prior_redux(image)
+images = pipe(
+    guidance_scale=2.5,
+    num_inference_steps=50,
+    generator=torch.Generator("cpu").manual_seed(0),
+    **pipe_prior_output,
+).images
+images[0].save("flux-dev-redux.png")
+"""  # noqa: E501
+CHANGED = {  # a picture has to be here, and those that a test waits for are small
+    "import torch\n": "",
+    "from diffusers import": "from mlx_flux_krea import",
+    "from diffusers.utils import": "from mlx_flux_krea import",
+    "torch_dtype=torch.bfloat16": 'dtype="float32"',
+    'generator=torch.Generator("cpu").manual_seed(0)': "seed=0",
+    '"https://huggingface.co/datasets/YiYiXu/testing-images/resolve/main/style_ziggy/img5.png"': '"style.png"',
+    "num_inference_steps=50": "num_inference_steps=1",
+}
+
+
+def test_the_card_s_program_runs_with_the_lines_that_change(model, installed, picture, home, tmp_path, monkeypatch):
+    shutil.copytree(model, home / "models" / "flux")
+    small = {"width": 32, "height": 32, "num_inference_steps": 2, "guidance_scale": 4.5, "true_cfg_scale": 1.0}
+    index = {"repository": "black-forest-labs/FLUX.1-dev", "defaults": small}
+    edit_json(home / "models" / "flux" / "model_index.json", **index)
+    monkeypatch.chdir(tmp_path)
+    program = CARD
+    for old, new in CHANGED.items():
+        assert old in program
+        program = program.replace(old, new)
+    exec(program, {})
+    made = Image.open("flux-dev-redux.png")
+    record = read_record(tmp_path / "flux-dev-redux.png")
+    assert ("prompt" in record, record["style"]["rule"], record["guidance_scale"]) == (False, "sum", 2.5)
+    pipe = FluxPipeline.from_pretrained(model)
     again = pipe(style_images=picture, style_rule="sum", guidance_scale=2.5, **QUICK | {"seed": 0})
-    assert np.array_equal(np.asarray(images[0]), np.asarray(again.images[0]))
+    assert np.array_equal(np.asarray(made), np.asarray(again.images[0]))
 
 
 def test_the_result_is_a_dict_an_object_and_a_tuple_of_arrays(pipe, installed, picture):
