@@ -234,7 +234,7 @@ def test_a_picture_is_repeated_with_its_map(command, control, depth, photo, tmp_
     assert command("generate", *ARGS, "-m", control, "--control-image", photo, "--control", "depth")[0] == 0
     assert read_record(tmp_path / "out.png")["control"] == "depth"
     code, _, err = command("generate", "--from", "out.png", "-m", control)
-    assert (code, "--control-image" in err) == (2, True)
+    assert (code, "name it with --control-image" in err) == (2, True)
     again = ["generate", "--from", "out.png", "-m", control, "--control-image", photo]
     code, _, err = command(*again, "-o", "again.png")
     assert (code, "another depth network" in err) == (0, False), err

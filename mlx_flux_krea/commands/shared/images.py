@@ -80,6 +80,18 @@ def recorded_images(record: dict) -> dict[str, str]:
     return found
 
 
+def require_images(options: dict) -> None:
+    """Checks that the images of the record that a job repeats are given; a mask may still be the image's own.
+
+    Raises:
+        UsageError: one is not.
+    """
+    given = _paths(options)
+    for name in options.get("images_sha256") or {}:
+        if name not in given and name != "mask_image":
+            raise _missing(options, name)
+
+
 def check_images(options: dict, request: ResolvedRequest) -> list[str]:
     """Compares the images of a job with those of the record that it repeats. Returns a note for each other one.
 
@@ -88,16 +100,25 @@ def check_images(options: dict, request: ResolvedRequest) -> list[str]:
     """
     notes, given = [], recorded_images(request.inputs.record())
     for name, digest in (options.get("images_sha256") or {}).items():
-        argument = name.rstrip("0123456789_")
-        option = next((option for option in _OPTIONS if ARGUMENTS.get(option, option) == argument), "image")
         if name not in given:
-            found = f"{options['from_']} was made from {'a mask' if option == 'mask' else 'an image'}"
-            raise UsageError(
-                found, f"that {'mask' if option == 'mask' else 'image'}", f"name it with {spelled(option)}"
-            )
+            raise _missing(options, name)
         if given[name] != digest:
+            option = _option(name)
             notes.append(f"{options.get(option, option)} is not the {option} that {options['from_']} was made from")
     return notes
+
+
+def _missing(options: dict, name: str) -> UsageError:
+    """Returns the error for an image of a record that is not given."""
+    thing = "mask" if _option(name) == "mask" else "image"
+    found = f"{options['from_']} was made from {'a mask' if thing == 'mask' else 'an image'}"
+    return UsageError(found, f"that {thing}", f"name it with {spelled(_option(name))}")
+
+
+def _option(name: str) -> str:
+    """Returns the option that gives an image of this name in a record."""
+    argument = name.rstrip("0123456789_")
+    return next((option for option in _OPTIONS if ARGUMENTS.get(option, option) == argument), "image")
 
 
 def _paths(options: dict) -> dict[str, tuple[str, Path]]:

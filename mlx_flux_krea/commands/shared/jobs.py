@@ -25,7 +25,7 @@ from mlx_flux_krea.request import Request, ResolvedRequest, check_text, random_s
 from mlx_flux_krea.sampling.sampler import fixed_shift
 from mlx_flux_krea.weights import ModelFolder
 
-from .images import Opened, check_images, image_arguments, recorded_images
+from .images import Opened, check_images, image_arguments, recorded_images, require_images
 from .options import ARGUMENTS, BY_NAME, DEFAULTS, PER_PICTURE, REPLACES, cast
 from .rows import alternatives, prompt_notes, read_rows
 from .styles import RECORDED, recorded_style, style_arguments
@@ -271,6 +271,7 @@ def prepare(
     """
     options, notes = job.options, []
     tool = presets.TOOLS.get(options.get("like", ""))
+    require_images(options)
     opened = image_arguments(options, images)
     image = opened.get("image") or opened.get("control_image")
     shape = image[0].size if isinstance(image, tuple) else image.size if image else None
