@@ -15,6 +15,7 @@ import random
 import shutil
 import tempfile
 from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,7 +86,7 @@ def patches(mask: np.ndarray) -> list[np.ndarray]:
 @functools.cache
 def _stencils() -> dict[str, np.ndarray]:
     made = {}
-    for shape in scenes.SHAPES:
+    for shape in (*scenes.SHAPES, *scenes.ADDED):
         picture = Image.new("L", (400, 400))
         scenes.outline(ImageDraw.Draw(picture), shape, 200, 200, 180)
         made[shape] = _fitted(np.array(picture) > 0)
@@ -99,8 +100,8 @@ def _fitted(mask: np.ndarray) -> np.ndarray:
     return np.asarray(box.resize((_SIDE, _SIDE), Image.Resampling.BILINEAR), float) / 255
 
 
-def look(pixels: np.ndarray) -> list[Seen]:
-    """Finds the things in front of the background of (H, W, 3) pixels."""
+def look(pixels: np.ndarray, shapes: Iterable[str] = scenes.SHAPES) -> list[Seen]:
+    """Finds the things in front of the background of (H, W, 3) pixels, and the nearest of these shapes for each."""
     away = np.linalg.norm(pixels.astype(float) - background(pixels)[:, None], axis=2)
     seen = []
     for part in patches(away > 40):
@@ -108,7 +109,8 @@ def look(pixels: np.ndarray) -> list[Seen]:
         own = part & (np.linalg.norm(pixels - colour, axis=2) < np.maximum(away, 1))  # nearer to it than to the ground
         ys, xs = np.nonzero(own if own.sum() >= 20 else part)
         mask = _fitted(own if own.sum() >= 20 else part)
-        fits = {s: np.minimum(mask, t).sum() / np.maximum(mask, t).sum() for s, t in _stencils().items()}
+        stencils = {shape: _stencils()[shape] for shape in shapes}
+        fits = {s: np.minimum(mask, t).sum() / np.maximum(mask, t).sum() for s, t in stencils.items()}
         shape = max(fits, key=fits.get)
         seen.append(
             Seen(shape, fits[shape], nearest(colour), (xs.min() + xs.max()) / 2, (ys.min() + ys.max()) / 2,
@@ -117,8 +119,8 @@ def look(pixels: np.ndarray) -> list[Seen]:
     return seen
 
 
-def judge(pixels: np.ndarray, scene: scenes.Scene) -> list[str]:
-    """Lists the faults of a picture of a scene; none: it is entirely right."""
+def judge(pixels: np.ndarray, scene: scenes.Scene, shapes: Iterable[str] = scenes.SHAPES) -> list[str]:
+    """Lists the faults of a picture of a scene that may hold these shapes; none: it is entirely right."""
     ground = background(pixels)
     faults = [
         f"background is {nearest(colour)} and not {name} at the {end}"
@@ -126,7 +128,7 @@ def judge(pixels: np.ndarray, scene: scenes.Scene) -> list[str]:
         if nearest(colour) != name
     ]
     any_colour = "colour" in scene.unsaid
-    seen = look(pixels)
+    seen = look(pixels, shapes)
     if len(seen) != len(scene.things):
         return [*faults, f"{len(seen)} things and not {len(scene.things)}"]
 
@@ -177,8 +179,21 @@ def scenes_to_judge(count: int, unsaid: tuple[str, ...] = ()) -> list[tuple[scen
     return [(scene, scenes.describe(scene, rng)) for scene in drawn]
 
 
-def rounded(source: Path, target: Path, chosen: QuantizationRecipe | dict[str, Quantization]) -> Path:
-    """A copy of a model folder, in float32, whose layers of some groups went through `mx.quantize` and back."""
+def rounded(
+    source: Path,
+    target: Path,
+    chosen: QuantizationRecipe | dict[str, Quantization],
+    changes: Mapping[str, mx.array] | None = None,
+) -> Path:
+    """A copy of a model folder, in float32, whose layers of some groups went through `mx.quantize` and back.
+
+    Args:
+        source: the folder.
+        target: the copy.
+        chosen: how each group is quantized.
+        changes: matrices to add to weights by name, after which those of quantized layers are quantized again, as
+            tools do that merge adapters into a quantized model.
+    """
     if isinstance(chosen, QuantizationRecipe):
         chosen = {group: chosen.of(group) for group in RECIPES[chosen.quantize]}
     shutil.copytree(source, target)
@@ -191,6 +206,9 @@ def rounded(source: Path, target: Path, chosen: QuantizationRecipe | dict[str, Q
             for name in arrays.keys() & how.keys():
                 if q := how[name]:
                     arrays[name] = dequantize(mx.quantize(stored[name], **to_json(q)), q)
+                if changes and name in changes:
+                    merged = (arrays[name] + changes[name]).astype(stored[name].dtype)
+                    arrays[name] = dequantize(mx.quantize(merged, **to_json(q)), q) if q else merged.astype(mx.float32)
             mx.eval(arrays)
             mx.save_safetensors(str(path), arrays)
         config = target / component / "config.json"

@@ -1,12 +1,15 @@
 """Adapters that PEFT makes now, on fresh random numbers, beside PEFT's own results."""
 
 import adapters as files
+import loras
 import mlx.core as mx
 import numpy as np
 import pytest
 from helpers import PIPELINE, assert_close, goldens
 
+from mlx_flux_krea import nano
 from mlx_flux_krea.adapters.formulas import Attached, Base
+from mlx_flux_krea.sampling.sampler import position_ids
 from mlx_flux_krea.weights import open_model
 
 pytestmark = pytest.mark.parity
@@ -69,3 +72,31 @@ def test_what_peft_makes_gives_what_peft_gives(torch, model, tmp_path, case):
     names = ("hidden_states", "timestep", "guidance", "pooled", "encoder_hidden_states", "img_ids", "txt_ids")
     got = flux(*(goldens()[f"forward.0.{name}"] for name in names))
     assert_close(got, mx.array(expected), 3e-5, case)
+
+
+@pytest.mark.parametrize("name", ["heart", "dusk"])
+def test_the_network_that_trains_loras_is_ours(name):
+    """diffusers' transformer with our weights and a trained LoRA, as `nano/train_lora.py` has them while it trains."""
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("diffusers")
+    from mlx_flux_krea.nano import train_lora
+
+    folder, path = open_model(nano.FOLDER), loras.FILES[name]
+    theirs, arrays = train_lora.as_diffusers(folder), mx.load(str(path))
+    layers = dict(theirs.named_modules())
+    for module in sorted({key.removeprefix("transformer.").rpartition(".lora_")[0] for key in arrays}):
+        lora = train_lora.LoRA(layers[module], 8)
+        for factor in ("lora_A", "lora_B"):
+            value = np.array(arrays[f"transformer.{module}.{factor}.weight"].astype(mx.float32))
+            getattr(lora, factor).weight.data.copy_(torch.tensor(value))
+    generator = torch.Generator().manual_seed(3)
+    x, states, pooled = (torch.randn(2, *shape, generator=generator) for shape in ((36, 64), (40, 128), (128,)))
+    sigma, guidance = torch.tensor([0.3, 0.8]), torch.tensor([4.5, 1.0])
+    with torch.no_grad():
+        expected = train_lora.velocity(theirs, train_lora.NATIVE, x, sigma, guidance, states, pooled).numpy()
+    ours = folder.flux.load(mx.float32)
+    Attached(ours, "transformer", mx.float32).use([(files.opened(path, folder.sizes), 1.0)], lambda *_: None)
+    given = [mx.array(one.numpy()) for one in (x, sigma, guidance, pooled, states)]
+    ids = position_ids(40, 12, 12)
+    got = ours(*given, ids[40:], ids[:40])
+    assert_close(got, mx.array(expected), 3e-5, name)

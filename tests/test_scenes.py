@@ -28,6 +28,17 @@ def test_every_drawn_scene_is_right_for_its_judge(canvas, things):
         assert judging.judge(np.array(scenes.draw(scene)), scene) == []
 
 
+def test_the_judge_tells_a_shape_that_adapters_add_from_every_other():
+    rng, shapes = random.Random(3), (*scenes.SHAPES, *scenes.ADDED)
+    for n in range(24):
+        scene = scenes.sample(rng, 2, held_out=True, shapes=shapes)
+        pixels = np.array(scenes.draw(scene))
+        assert judging.judge(pixels, scene, shapes) == []
+        one, other = scene.things
+        another = replace(one, shape=shapes[(shapes.index(one.shape) + 1 + n % 6) % 7])
+        assert judging.judge(pixels, replace(scene, things=(another, other)), shapes) != []
+
+
 @pytest.mark.parametrize(
     ("things", "unsaid"),
     [(1, ("background",)), (2, ("background",)), (3, ("background",)), (1, ("background", "colour")), (2, ("place",))],
