@@ -170,6 +170,7 @@ def test_a_plan_counts_adapters_and_installs_none(command, style):
     assert command("plan", "nano", "--lora", "nowhere")[0] == 3
 
 
+@pytest.mark.slow
 def test_the_plan_of_flux_counts_adapters_at_every_precision(command, tmp_path):
     path = files.header(tmp_path / "Hyper-FLUX.1-dev-8steps-lora.safetensors", files.turbo_keys())
     plain, planned = (json.loads(command("plan", *lora, "--json")[1]) for lora in ([], ["--lora", path]))
