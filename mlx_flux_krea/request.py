@@ -121,7 +121,7 @@ class Request(ImageArguments):
         check_adapters(self.adapters)
         inputs = gather(self, index.task, has_control=has_control, kind=index.kind)
         width, height, notes = self._size(index, multiple, inputs)
-        inputs = at_size(inputs, self, width, height, multiple)
+        inputs = at_size(inputs, self, width, height, multiple, is_asked=bool(self.width or self.height))
         self._check_arrays(flux, width * height // multiple**2)
         sigmas = tuple(self.sigmas or ())
         steps = self.num_inference_steps or len(sigmas) or index.defaults.num_inference_steps

@@ -185,8 +185,16 @@ def gather(given: ImageArguments, task: str, *, has_control: bool, kind: str | N
     return replace(inputs, canvas=canvas, paste=given.paste and canvas.mask is not None, more=more, notes=notes)
 
 
-def at_size(inputs: Inputs, given: ImageArguments, width: int, height: int, multiple: int) -> Inputs:
+def at_size(inputs: Inputs, given: ImageArguments, width: int, height: int, multiple: int, *, is_asked: bool) -> Inputs:
     """Returns the inputs for a picture of this size.
+
+    Args:
+        inputs: from `gather`.
+        given: the call.
+        width: of what is generated.
+        height: of what is generated.
+        multiple: of both.
+        is_asked: the caller wants this size, and not the image's.
 
     Raises:
         UsageError: a reference has a shape or a size that the model does not read.
@@ -198,6 +206,8 @@ def at_size(inputs: Inputs, given: ImageArguments, width: int, height: int, mult
         canvas = canvas.cropped(width, height, given.padding_mask_crop)
     elif canvas:
         canvas = canvas.fitted(width, height, inputs.fit)
+    if canvas and is_asked and inputs.paste and given.padding_mask_crop is None:
+        canvas = canvas.resized(width, height)
     more |= {"soft_mask": True} if given.soft_mask else {}
     more |= {"paste": False} if inputs.is_masked and not given.paste else {}
     more |= {"fit": given.fit} if given.fit else {}

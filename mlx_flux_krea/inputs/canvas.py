@@ -138,6 +138,13 @@ class Canvas:
         left, top = left + (right - left - new[0]) // 2, top + (bottom - top - new[1]) // 2
         return replace(self, box=(left, top, left + new[0], top + new[1]), fit="stretch")
 
+    def resized(self, width: int, height: int) -> "Canvas":
+        """Returns a canvas whose image is the part at this size, so that what comes back has it too."""
+        mask = self.mask_over
+        image = self.part(width, height)
+        mask = mask and fit_to(_cut(mask, self.box), width, height, self.fit)
+        return Canvas(image, mask, (0, 0, width, height))
+
     def part(self, width: int, height: int) -> Image.Image:
         """Returns the part of the image at the size of the picture."""
         return fit_to(_cut(self.image, self.box), width, height, self.fit)
