@@ -114,7 +114,8 @@ def test_sizes_start_from_the_models_own_area(given, size):
         ((300, 200), {"width": 96}, (96, 64), None),
         ((300, 200), {"height": 96}, (144, 96), None),
         ((300, 200), {"width": 100}, (96, 64), "100 x 64 is no multiple of 16"),
-        ((300, 200), {"width": 80, "height": 80}, (80, 80), None),
+        ((300, 200), {"width": 80, "height": 80}, (80, 80), "the image of 300 x 200 is stretched to 80 x 80; `fit`"),
+        ((300, 200), {"width": 80, "height": 80, "fit": "crop"}, (80, 80), None),
     ],
     ids=str,
 )

@@ -218,7 +218,7 @@ def at_size(inputs: Inputs, given: ImageArguments, width: int, height: int, mult
         found = "the image is {} x {}".format(*canvas.size) + f" and is generated at {width} x {height}"
         more_detail = canvas.size[0] * canvas.size[1] > 2 * width * height
         notes += (f"{found}: `padding_mask_crop` has more detail in the mask",) * more_detail
-    if not given.fit:
+    if not given.fit and is_asked:
         notes += tuple(_stretched(inputs, canvas, width, height))
     return replace(inputs, sizes=tuple(sizes), canvas=canvas, more=more, notes=notes)
 
