@@ -210,6 +210,8 @@ def test_a_file_for_flux_is_described_without_a_model(command, tmp_path):
     out = command("inspect", path)[1]
     assert "8 steps, guidance 3.5, weight 0.125" in out
     assert "required: it is called" in out
+    assert "perhaps" not in out
+    assert "perhaps   for few steps" in command("inspect", path.rename(tmp_path / "renamed.safetensors"))[1]
 
 
 @pytest.mark.slow
@@ -224,6 +226,17 @@ def test_an_adapter_for_few_steps_sets_what_it_was_published_with(command, tmp_p
     command("generate", FRAME, *size, "--lora", path, "--steps", "1", "--guidance", "2", "-o", "two.png")
     record = read_record(tmp_path / "two.png")
     assert (record["num_inference_steps"], record["guidance_scale"]) == (1, 2.0)
+
+
+@pytest.mark.slow
+def test_an_adapter_that_may_be_one_for_few_steps_gets_a_note_and_sets_nothing(command, tmp_path):
+    path = files.small(tmp_path / "renamed.safetensors", only="", rank=64)
+    size = ["-m", "nano", "--width", "32", "--height", "32", "--seed", "1"]
+    code, _, err = command("generate", FRAME, *size, "--lora", f"{path}=0.01")
+    assert code == 0, err
+    assert "renamed is perhaps for few steps" in err
+    assert read_record(tmp_path / "out.png")["num_inference_steps"] == 28
+    assert "perhaps" not in command("generate", FRAME, *size, "--lora", f"{path}=0.01", "--steps", "1", "--force")[2]
 
 
 # --- the hub ---
