@@ -608,7 +608,7 @@ def test_names_weights_and_scale_are_those_of_diffusers(pipe):
         (lambda pipe: pipe.load_lora_weights({"a": 1}), "dict"),
         (lambda pipe: pipe.load_lora_weights(files.reference("bfl"), "one"), "loaded as one"),
         (lambda pipe: pipe.load_lora_weights(files.folder(), weight_name="../a.safetensors"), "weight_name"),
-        (lambda pipe: pipe.load_lora_weights(files.reference("control_bfl")), "control image"),
+        (lambda pipe: [pipe.load_lora_weights(files.reference("control_bfl")), pipe("A cat")], "control"),
         (lambda pipe: pipe("A cat", joint_attention_kwargs={"ip_adapter_masks": 1}), "joint_attention_kwargs"),
         (lambda pipe: pipe("A cat", joint_attention_kwargs={"scale": "much"}), "scale"),
         (lambda pipe: pipe("A cat <lora:nowhere:0.5>"), "'nowhere', which is not installed"),
