@@ -26,8 +26,9 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map
 from numpy.lib.stride_tricks import as_strided
 
-from mlx_flux_krea.models import clip, depth, pixtral, t5, transformer, vae, vit
-from mlx_flux_krea.models.config import CLIP_L, FLUX_DEV, FLUX_VAE, T5_XXL
+from mlx_flux_krea.inputs import style as styles
+from mlx_flux_krea.models import clip, depth, pixtral, siglip, t5, transformer, vae, vit
+from mlx_flux_krea.models.config import CLIP_L, FLUX_DEV, FLUX_VAE, REDUX_DEV, SIGLIP_SO400M, T5_XXL
 from mlx_flux_krea.models.depth_config import DEPTH_ANYTHING_V2_SMALL
 from mlx_flux_krea.models.filter_config import NSFW_VIT, PIXTRAL_12B
 from mlx_flux_krea.sampling import sampler
@@ -289,6 +290,19 @@ def map_graphs() -> dict[str, Count]:
     return {"depth": count(network, zeros((1, 518, 686, 3), mx.float32))}
 
 
+def style_graphs(dtype: mx.Dtype) -> dict[str, Count]:
+    """SigLIP and Redux, as they read a style image, and its grid of tokens shrunk to half a side."""
+    encoder, side = weightless(siglip.SigLIP(SIGLIP_SO400M), dtype), SIGLIP_SO400M.image_size
+    embedder = weightless(siglip.Redux(REDUX_DEV), dtype)
+    vectors = zeros((1, SIGLIP_SO400M.positions, SIGLIP_SO400M.hidden_size), dtype)
+    tokens = zeros((1, SIGLIP_SO400M.positions, REDUX_DEV.txt_in_features), dtype)
+    return {
+        "SigLIP": count(encoder, zeros((1, side, side, 3), mx.float32)),
+        "Redux": count(embedder, vectors),
+        "shrunk grid": count(lambda tokens: styles.shrink(tokens, 14), tokens),
+    }
+
+
 def kernel_graphs(dtype: mx.Dtype) -> dict[str, Count]:
     """The contents of the kernels behind the markers, except for MLX's own."""
     x, wide, row = zeros((1, 1, 8, 128), dtype), zeros((1, 1, 8, 128), mx.float32), zeros((128,), mx.float32)
@@ -352,7 +366,7 @@ def main():
     args = parser.parse_args()
     dtype = getattr(mx, args.dtype)
     graphs = transformer_graphs(args.width, args.height, dtype) | vae_graphs(args.width, args.height, dtype)
-    graphs |= text_graphs(dtype) | filter_graphs(dtype) | map_graphs()
+    graphs |= text_graphs(dtype) | filter_graphs(dtype) | map_graphs() | style_graphs(dtype)
     print("| graph | primitives | products (float32) | passes | traffic, GB | small kernels |")
     print("|---|---|---|---|---|---|")
     for name, c in graphs.items():

@@ -23,7 +23,7 @@ from .models.layers import CHUNK
 from .models.tiles import SIDE
 from .models.vae import STRIP
 from .residency import SLOTS, matrices, resident_places
-from .weights import PACKED, ModelFolder, NetworkFolder, build, count_parameters, parameters
+from .weights import PACKED, ModelFolder, build, count_parameters, parameters
 
 GB = 10**9
 INDEXABLE = 2**31  # elements of an array, from which on kernels of Metal that count in 32 bits go wrong
@@ -290,13 +290,27 @@ def weigh_folder(folder: ModelFolder, dtype: mx.Dtype) -> WeightSizes:
 
 
 def style_needs(
-    networks: Mapping[str, NetworkFolder], dtype: mx.Dtype, *, images: int, pixels: int, tokens: int, prompts: int
+    sizes: Mapping[str, Any],
+    stored: str,
+    dtype: mx.Dtype,
+    *,
+    images: int,
+    tokens: int | None = None,
+    pixels: int = 0,
+    prompts: int = 1,
 ) -> StyleNeeds:
-    """Counts what style images need: arguments are the fields of `StyleNeeds`, with the two networks of Redux."""
-    encoder, embedder = (
-        _Scales(build(name, network.sizes), getattr(mx, network.dtype).size, dtype.size)
-        for name, network in networks.items()
-    )
+    """Counts what style images need.
+
+    Args:
+        sizes: of SigLIP and of Redux, by the names of their folders.
+        stored: the type of their arrays, MLX's name.
+        dtype: the compute type.
+        images: number of style images.
+        tokens: that stand beside those of each prompt; None: all of every image.
+        pixels: of all style images.
+        prompts: number of prompts.
+    """
+    encoder, embedder = (_Scales(build(name, one), getattr(mx, stored).size, dtype.size) for name, one in sizes.items())
     layers = encoder.weigh_blocks(encoder.network.layers)
     return StyleNeeds(
         encoder=encoder.network.config,
@@ -306,7 +320,7 @@ def style_needs(
         last=embedder.all,
         images=images,
         pixels=pixels,
-        tokens=tokens,
+        tokens=images * encoder.network.config.positions if tokens is None else tokens,
         prompts=prompts,
     )
 

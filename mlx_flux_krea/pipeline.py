@@ -601,7 +601,8 @@ class FluxPipeline(AdapterMethods, compat.DiffusersMethods):
             return None
         networks = (self._redux or styles.open_redux(self.folder.flux.sizes)).networks
         return style_needs(
-            networks,
+            {name: network.sizes for name, network in networks.items()},
+            networks["image_encoder"].dtype,
             self._dtype,
             images=len(request.style.images),
             pixels=sum(image.width * image.height for image in request.style.images),

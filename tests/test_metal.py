@@ -42,15 +42,19 @@ BUDGET = {
     "Pixtral block": (25, 7, 0.3),
     "Pixtral": (2000, 280, 11.5),
     "depth": (800, 28, 0.75),
+    "SigLIP": (1150, 28, 0.35),
+    "Redux": (12, 2, 0.04),
+    "shrunk grid": (10, 2, 0.02),
 }
-FLOAT32 = {"ViT", "depth", "Pixtral"}  # all through, but for Pixtral, where it becomes logits
+# all through, but for Pixtral, where it becomes logits, and for means of few tokens, which are rounded once
+FLOAT32 = {"ViT", "depth", "Pixtral", "shrunk grid"}
 
 
 @pytest.fixture(scope="module")
 def graphs():
     full = (1024, 1024, mx.bfloat16)
     graphs = graph.transformer_graphs(*full) | graph.vae_graphs(*full) | graph.text_graphs(mx.bfloat16)
-    return graphs | graph.filter_graphs(mx.bfloat16) | graph.map_graphs()
+    return graphs | graph.filter_graphs(mx.bfloat16) | graph.map_graphs() | graph.style_graphs(mx.bfloat16)
 
 
 @pytest.mark.parametrize("name", BUDGET)
@@ -117,6 +121,7 @@ def test_products_are_those_of_the_model(graphs):
     assert graphs["conditioning"].products == 1 + 3 * 2 + 19 * 2 + 38 + 1
     assert graphs["T5"].products == 24 * 7
     assert graphs["CLIP"].products == 12 * 6
+    assert (graphs["SigLIP"].products, graphs["Redux"].products) == (27 * 6 + 1, 2)
 
 
 def test_copies_that_metal_makes_are_counted(graphs):

@@ -12,13 +12,14 @@ import pytest
 import redux
 from derived import EDIT, facts, goldens
 from helpers import assert_close, edit_json, image, levels, max_abs, nhwc, psnr, rel
-from mlx_flux_krea.convert import convert
+from mlx_flux_krea.convert import convert, hub
 from PIL import Image
 
 from mlx_flux_krea import FluxPipeline, FluxPriorReduxPipeline, Request
 from mlx_flux_krea import checkpoint as interrupted
 from mlx_flux_krea.errors import ModelError, UsageError, Withheld
 from mlx_flux_krea.filters import judges as filters_judges
+from mlx_flux_krea.generator import Generator
 from mlx_flux_krea.inputs import style as styles
 from mlx_flux_krea.inputs.image import open_image
 from mlx_flux_krea.inputs.style import StyledEmbeds
@@ -392,6 +393,28 @@ def _sizes() -> dict:
     return {"width": 32, "height": 32}
 
 
+def test_the_verb_plan_counts_style_images_before_redux_is_there(command, model):
+    plain, styled = (json.loads(command("plan", model, "--json", *more)[1]) for more in ((), ("--style", "2")))
+    assert styled["stages"]["style"] > 200e6  # Redux in bfloat16, and two layers of SigLIP
+    assert styled["stages"]["denoise"] > plain["stages"]["denoise"]
+    published = json.loads(command("plan", "--style", "1", "--json")[1])["precisions"]["8"]
+    assert published["stages"]["style"] < published["stages"]["text"]
+
+
+def test_tokens_stand_beside_the_positive_prompts_alone(pipe, installed, picture, monkeypatch):
+    """And beside each of several."""
+    seen, denoise = [], Generator._denoise
+
+    def noting(self, request, conditions, *more):
+        seen.append([prompt.embeds.shape[1] for prompt in conditions.both])
+        return denoise(self, request, conditions, *more)
+
+    monkeypatch.setattr(Generator, "_denoise", noting)
+    result = pipe([CAT, "a dog"], negative_prompt="rain", true_cfg_scale=2, style_images=picture, **QUICK)
+    assert seen == [[521, 521, 512, 512]]
+    assert len(result.images) == 2
+
+
 def test_a_record_names_images_weights_rule_and_redux(pipe, installed, picture, tmp_path):
     result = pipe(CAT, style_images=[picture, picture], style_weights=[0.5, 1], **QUICK)
     style = result.records[0]["style"]
@@ -697,6 +720,17 @@ def test_other_files_of_siglip_give_the_same(tmp_path, kind):
     bar = 1e-3 if kind == "float16" else 0
     assert all(max_abs(array, plain[name]) <= bar for name, array in made.items())
     assert {reason for _, reason in again.components[0].dropped} if kind != "float16" else True
+
+
+def test_of_its_repository_the_folders_are_fetched_and_of_a_model_not_its_encoder_of_pictures():
+    beside = ["LICENSE.md", "feature_extractor/preprocessor_config.json", "model_index.json"]
+    folders = ["image_embedder/config.json", "image_embedder/diffusion_pytorch_model.safetensors"]
+    folders += ["image_encoder/config.json", "image_encoder/model.safetensors"]
+    others = ["flux1-redux-dev.safetensors", "README.md", "redux.png", "tokenizer/vocab.json"]
+    needed = hub._needed([*beside, *folders, *others])
+    assert needed == sorted([*beside, *folders, "tokenizer/vocab.json"])
+    model = ["transformer/config.json", "transformer/a.safetensors", "image_encoder/model.safetensors"]
+    assert hub._needed(model) == sorted(model[:2])
 
 
 def test_what_is_not_redux_is_refused_by_name(tmp_path, model):

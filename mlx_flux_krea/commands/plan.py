@@ -14,8 +14,9 @@ from mlx_flux_krea.errors import ModelError, UsageError
 from mlx_flux_krea.home import find_model, is_krea
 from mlx_flux_krea.inputs.reference import preferred_size
 from mlx_flux_krea.models import config
+from mlx_flux_krea.models.config import REDUX_DEV, SIGLIP_SO400M
 from mlx_flux_krea.models.depth_config import DEPTH_ANYTHING_V2_SMALL
-from mlx_flux_krea.presets import CHIPS, KINDS, KREA, MAX_SEQUENCE_LENGTH, MAX_SIDE, PRECISIONS
+from mlx_flux_krea.presets import CHIPS, KINDS, KREA, MAX_SEQUENCE_LENGTH, MAX_SIDE, MAX_STYLES, PRECISIONS
 from mlx_flux_krea.weights import open_model
 
 from .shared.estimates import SHARE_IN_WORDS, filter_seconds, step_seconds, this_chip, weigh_recipe
@@ -52,9 +53,10 @@ _SHARE = "that is the share of this program: by default a Mac's programs take ha
     metavar="FILE[=W]",
     help="Adapter of the picture: a file, or an installed one; repeatable.",
 )
+@click.option("--style", type=click.IntRange(0, MAX_STYLES), default=0, help="Number of style images, at weight 1.")
 @click.option("--control", type=click.Choice(KINDS), help="Map that the picture has made of a photo.")
 @click.option("--json", "as_json", is_flag=True, help="Print the prediction as JSON.")
-def plan(model, width, height, memory, dtype, lora, control, as_json):
+def plan(model, width, height, memory, dtype, lora, style, control, as_json):
     """Predict memory and disk of a picture, without loading.
 
     With MODEL, a folder or an installed name: each stage of a run. Without, or with krea where none of that name is
@@ -71,11 +73,10 @@ def plan(model, width, height, memory, dtype, lora, control, as_json):
     if budget > (built_in := planning.physical_memory()):
         Console().note(f"{size(budget)} is more than this machine has, {size(built_in)}: the plan is one for another")
     if model is None or (is_krea(model) and not _is_installed(model)):
-        facts, text = _published(
-            width or 1024, height or 1024, budget=budget, dtype=dtype or "bfloat16", lora=lora, control=control
-        )
+        sides, dtype = (width or 1024, height or 1024), dtype or "bfloat16"
+        facts, text = _published(*sides, budget=budget, dtype=dtype, lora=lora, style=style, control=control)
     else:
-        facts, text = _model(model, width, height, budget=budget, dtype=dtype, lora=lora, control=control)
+        facts, text = _model(model, width, height, budget=budget, dtype=dtype, lora=lora, style=style, control=control)
     if planning.parse_memory(memory):
         first, _, rest = text.partition("\n")
         text = f"{first}\n{_SHARE}\n{rest}"
@@ -113,6 +114,7 @@ def _model(
     budget: int,
     dtype: str | None,
     lora: Sequence[str],
+    style: int,
     control: str | None,
 ) -> tuple[dict[str, Any], str]:
     """Predicts the stages of a run with one model folder."""
@@ -133,11 +135,14 @@ def _model(
         input_pixels=_READ[folder.index.task] * width * height,
         references=references,
         map_bytes=_map_bytes(control, width, height),
+        style=_styles(style, compute),
         adapters=sum(one["bytes"] for one in adapters),
         budget=budget,
     )
     disk = disk_bytes(folder.path.resolve())
-    beside = length + sum(wide * high for wide, high in references) // _MULTIPLE**2  # tokens, besides the picture's
+    beside = (
+        length + style * SIGLIP_SO400M.positions + sum(wide * high for wide, high in references) // _MULTIPLE**2
+    )  # tokens, besides the picture's
     shape = {"width": width, "height": height, "length": beside}
     bandwidth = _bandwidth(plan.read_per_step, folder.flux.sizes, **shape)
     facts = {"model": folder.index.name, "width": width, "height": height, "dtype": dtype, "disk": disk}
@@ -167,7 +172,7 @@ def _model(
 
 
 def _published(
-    width: int, height: int, *, budget: int, dtype: str, lora: Sequence[str], control: str | None
+    width: int, height: int, *, budget: int, dtype: str, lora: Sequence[str], style: int, control: str | None
 ) -> tuple[dict[str, Any], str]:
     """Predicts FLUX.1 Krea [dev] at every precision of `convert`."""
     sizes, compute = config.FLUX_DEV_MODEL, getattr(mx, dtype)
@@ -188,6 +193,7 @@ def _published(
             text_length=MAX_SEQUENCE_LENGTH,
             map_bytes=_map_bytes(control, width, height),
             input_pixels=width * height if control else 0,
+            style=_styles(style, compute),
             adapters=branches,
             budget=budget,
         )
@@ -204,7 +210,8 @@ def _published(
             reads = reads or plan.read_per_step
         rows.append((precision, size(weights.disk), size(plan.most), size(plan.least), *here))
         by_precision[precision] = {"disk": weights.disk, "fits": plan.least <= budget, **plan.to_json()}
-    shape = {"width": width, "height": height, "length": MAX_SEQUENCE_LENGTH}
+    length = MAX_SEQUENCE_LENGTH + style * SIGLIP_SO400M.positions
+    shape = {"width": width, "height": height, "length": length}
     bandwidth = _bandwidth(reads, sizes.flux, **shape)
     times = _times(sizes.flux, steps=KREA.defaults.num_inference_steps, is_filtered=True, **shape)
     lines = [
@@ -218,6 +225,12 @@ def _published(
     facts = {"width": width, "height": height, "dtype": dtype, "precisions": by_precision}
     facts |= {"adapters": adapters, "bandwidth": bandwidth, "seconds": times}
     return facts, "\n".join(lines)
+
+
+def _styles(count: int, compute: mx.Dtype) -> planning.StyleNeeds | None:
+    """Returns what so many style images need, read by the published Redux; None: there are none."""
+    sizes = {"image_encoder": SIGLIP_SO400M, "image_embedder": REDUX_DEV}
+    return planning.style_needs(sizes, "bfloat16", compute, images=count) if count else None
 
 
 def _map_bytes(control: str | None, width: int, height: int) -> int:
