@@ -93,6 +93,13 @@ LOADING = {
     "subfolder": Argument("name the model folder itself", lambda value: not value),
 }
 
+_READER = "a prompt is read by a pipeline: FluxPriorReduxPipeline.from_pretrained(NAME, pipeline=pipe)"
+_INSTALLED = "the installed Redux is opened as it was converted"
+PRIOR = LOADING | {  # arguments of FluxPriorReduxPipeline.from_pretrained
+    **dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"), Argument(_READER, _never)),
+    **dict.fromkeys(("image_encoder", "image_embedder", "feature_extractor"), Argument(_INSTALLED, _never)),
+}
+
 _ADAPTER_IMAGES = ("ip_adapter_image", "ip_adapter_image_embeds")
 _CONTROLNET = ("control_mode", "controlnet_conditioning_scale", "control_guidance_start", "control_guidance_end")
 

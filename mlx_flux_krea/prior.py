@@ -98,7 +98,7 @@ class FluxPriorReduxPipeline(compat.DiffusersMethods):
                 given, which here nobody has apart from a pipeline.)
             dtype: the compute type; None: the pipeline's, or the folder's.
             torch_dtype: diffusers' name of `dtype`.
-            others: further arguments of diffusers (`compat.LOADING`), accepted with a log line or refused.
+            others: further arguments of diffusers (`compat.PRIOR`), accepted with a log line or refused.
 
         Raises:
             ModelError: Redux is not installed, damaged, or does not fit the pipeline.
@@ -106,7 +106,7 @@ class FluxPriorReduxPipeline(compat.DiffusersMethods):
         """
         if "pretrained_model_name_or_path" in others and model is None:
             model = others.pop("pretrained_model_name_or_path")
-        compat.take_known(cls.from_pretrained, others, compat.LOADING, owner="FluxPriorReduxPipeline")
+        compat.take_known(cls.from_pretrained, others, compat.PRIOR, owner="FluxPriorReduxPipeline")
         chosen = chosen_dtype(dtype, torch_dtype)
         if pipeline is not None and not isinstance(pipeline, FluxPipeline):
             raise UsageError(f"`pipeline` is {type(pipeline).__name__}", "a FluxPipeline")

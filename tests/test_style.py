@@ -19,6 +19,7 @@ from mlx_flux_krea import FluxPipeline, FluxPriorReduxPipeline, Request
 from mlx_flux_krea import checkpoint as interrupted
 from mlx_flux_krea.errors import ModelError, UsageError, Withheld
 from mlx_flux_krea.filters import judges as filters_judges
+from mlx_flux_krea.filters.log import Log
 from mlx_flux_krea.generator import Generator
 from mlx_flux_krea.inputs import style as styles
 from mlx_flux_krea.inputs.image import open_image
@@ -568,6 +569,18 @@ def test_the_result_of_the_prior_passes_the_filters_by_what_it_remembers(free, i
         )
 
 
+@pytest.mark.slow
+def test_a_run_with_the_duty_of_redux_goes_on_with_it(command, model, installed, filters, picture, home, monkeypatch):
+    """The model alone has none, and would not be given latents that must be judged."""
+    monkeypatch.setattr(styles, "SMALLEST", 1)
+    with monkeypatch.context() as patch:
+        failing(patch, 1)
+        assert command("generate", CAT, "-m", model, *TINY, "--steps", "2", "--style", picture)[0] == 3
+    code, _, err = command("resume")
+    assert code == 0, err
+    assert [entry["event"] for entry in Log(home / "log").read()][-2:] == ["released", "written"]
+
+
 # --- the prior, as its card calls it ---
 
 
@@ -671,6 +684,8 @@ def test_a_text_needs_a_pipeline_and_results_stand_alone(pipe, installed, pictur
         FluxPriorReduxPipeline.from_pretrained(tmp_path)
     with pytest.raises(UsageError, match="opens nothing"):
         FluxPriorReduxPipeline("x")
+    with pytest.raises(UsageError, match="a prompt is read by a pipeline"):
+        FluxPriorReduxPipeline.from_pretrained(text_encoder=object())
     with pytest.raises(TypeError, match=r"FluxPriorReduxPipeline.from_pretrained\(\) got an unexpected"):
         FluxPriorReduxPipeline.from_pretrained(modell=1)
 
