@@ -3,12 +3,14 @@
 import dataclasses
 import functools
 import json
+import runpy
 
 import adapters
 import mlx.core as mx
 import numpy as np
 import pytest
-from helpers import REFERENCE, levels, psnr, rel
+from helpers import REFERENCE, ROOT, levels, psnr, rel
+from pictures import is_right
 from PIL import Image, ImageDraw
 
 from mlx_flux_krea import FluxPipeline, Request, latents
@@ -463,3 +465,23 @@ def test_the_plan_of_a_kontext_folder_has_a_reference(command, kontext):
     code, out, err = command("plan", kontext, "--width", "64", "--height", "64")
     assert code == 0, err
     assert "with a reference of 1024 x 1024" in out
+
+
+# --- the small model ---
+
+PAGE = runpy.run_path(str(ROOT / "docs" / "make.py"))
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_page_repaint_and_widen_as_asked_and_keep_the_rest_to_the_bit(command, tmp_path):
+    PAGE["draw_mask"](tmp_path / "mask.png")
+    for words in PAGE["editing_commands"]():
+        code, _, err = command(*words[1:])
+        assert code == 0, err
+    names = ("two", "star", "one", "wide", "mask")
+    two, star, one, wide, mask = (np.asarray(Image.open(f"{name}.png")) for name in names)
+    assert is_right(Image.fromarray(star), [("circle", "red"), ("star", "yellow")], "white")
+    assert np.array_equal(star[mask == 0], two[mask == 0])
+    assert is_right(Image.fromarray(wide), [("circle", "red"), ("star", "blue")], "white")
+    assert wide.shape == (64, 128, 3)
+    assert np.array_equal(wide[:, : 64 - 16], one[:, : 64 - 16])

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, ImageChops, ImageFilter
 
 from ..errors import UsageError
-from ..presets import FITS, MAX_SIDE
+from ..presets import MAX_SIDE
 from .image import open_image
 
 RAMP = 32  # pixels of an image beside a new border, over which its mask falls from white to black
@@ -50,7 +50,7 @@ class Canvas:
         image: RGB.
         mask: grey, white where the image is repainted, and stretched over it; None: it is repainted everywhere.
         box: the part.
-        fit: how the part is brought to the size of the picture, one of `FITS`.
+        fit: how the part is brought to the size of the picture, one of `presets.FITS`.
     """
 
     image: Image.Image
@@ -296,6 +296,3 @@ def _resized(picture: np.ndarray, width: int, height: int, fit: str) -> np.ndarr
         return np.asarray(fit_to(Image.fromarray(picture), width, height, fit), dtype=np.float32)
     channels = [Image.fromarray(np.ascontiguousarray(channel)) for channel in picture.transpose(2, 0, 1)]
     return np.stack([np.asarray(fit_to(channel, width, height, fit)) for channel in channels], axis=-1)
-
-
-__all__ = ["FITS", "RAMP", "SEAM", "Canvas", "fit_to", "open_mask", "parse_borders", "seam"]
