@@ -510,7 +510,7 @@ class Generator:
             _check_varied("the image decoder", x)
             pixels = mx.clip(x.astype(mx.float32) / 2 + 0.5, 0, 1) if as_floats else pixels_to_bytes(x, rule)
             picture = np.array(pixels[0])
-            pictures.append(canvas.paste(picture) if canvas else picture)
+            pictures.append(canvas.paste(picture, soft=request.inputs.soft) if canvas else picture)
         return pictures
 
     def whole_flux(self, uses: Uses = ()) -> Flux:

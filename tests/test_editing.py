@@ -149,7 +149,7 @@ def test_a_part_of_an_image_comes_back_where_it_was():
 
 
 def test_the_crop_and_the_overlay_are_those_of_the_reference(pipes, monkeypatch):
-    monkeypatch.setattr(canvases, "seam", lambda mask: mask)  # the reference has no softer one than its mask
+    monkeypatch.setattr(canvases, "seam", lambda mask, soft: mask)  # the reference has no softer one than its mask
     run = facts()["runs"]["inpaint_crop"]
     given = arguments("inpaint_crop") | {"padding_mask_crop": run["pad"], "paste": True}
     result = pipes("base")(**given)

@@ -164,11 +164,12 @@ class Canvas:
         values = _weights(fit_to(mask if whole else _cut(mask, self.box), width, height, self.fit))
         return values if soft else (values >= 0.5).astype(np.float32)
 
-    def paste(self, picture: np.ndarray) -> np.ndarray:
+    def paste(self, picture: np.ndarray, *, soft: bool = False) -> np.ndarray:
         """Returns the image with a picture in its part, through the mask.
 
         Args:
             picture: (height, width, 3) uint8, or floats in [0, 1].
+            soft: as for `repainted`.
 
         Returns:
             (H, W, 3) of the whole image, in the type of `picture`; outside the mask it is the image itself.
@@ -181,7 +182,7 @@ class Canvas:
         whole = np.array(self.image)
         whole = whole if picture.dtype == np.uint8 else whole.astype(np.float32) / np.float32(255)
         left, top, right, bottom = self.box
-        share = _weights(_cut(seam(mask), self.box))[..., None]
+        share = _weights(_cut(seam(mask, soft=soft), self.box))[..., None]
         own = whole[top:bottom, left:right]
         mixed = np.clip(own + share * (made - own), 0, levels)
         mixed = np.round(mixed) if picture.dtype == np.uint8 else mixed
@@ -189,8 +190,12 @@ class Canvas:
         return whole
 
 
-def seam(mask: Image.Image) -> Image.Image:
-    """Returns a mask that fades in over `SEAM` pixels inside its edge, less where it is small or thin."""
+def seam(mask: Image.Image, *, soft: bool) -> Image.Image:
+    """Returns a mask that fades in over `SEAM` pixels inside its edge, less where it is small or thin.
+
+    A mask that is not soft is rounded first, as the latents have it: a thing that was painted is shown whole.
+    """
+    mask = mask if soft else mask.point(lambda value: 255 * (value >= 128))
     left, top, right, bottom = mask.getbbox() or (0, 0, 1, 1)
     radius = min(SEAM // 2, min(right - left, bottom - top) // 32)
     while radius:
