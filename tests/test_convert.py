@@ -433,7 +433,6 @@ def test_values_too_large_for_the_type_are_refused(source, tmp_path):
         ({"double_stream_modulation_img.lin.weight": 2, "double_blocks.0.img_attn.qkv.weight": 2}, "is FLUX.2"),
         ({"distilled_guidance_layer.in_proj.weight": 2}, "is Chroma"),
         ({"transformer.x_embedder.lora_A.weight": 2}, "is a LoRA"),
-        ({"redux_up.weight": 2}, "is FLUX.1 Redux"),
         ({"double_blocks.0.img_attn.qkv.weight.absmax": 1}, "bitsandbytes"),
         ({"something.else": 1}, r"has no known layout \(it holds something.else\); see flux-krea"),
         ({}, "has no known layout"),

@@ -102,7 +102,8 @@ def test_every_file_says_that_a_machine_made_it(picture, tmp_path, name, metadat
 
 
 def test_a_picture_from_an_image_says_so(tmp_path):
-    Picture.from_pixels(PIXELS, RECORD | {"strength": 0.6}).save(tmp_path / "a.png")
+    image = {"width": 4, "height": 4, "rgb_sha256": "0" * 64}
+    Picture.from_pixels(PIXELS, RECORD | {"image": image}).save(tmp_path / "a.png")
     with Image.open(tmp_path / "a.png") as image:
         assert "compositeWithTrainedAlgorithmicMedia" in image.info["XML:com.adobe.xmp"]
         assert image.getexif()[ExifTags.Base.Software].startswith("AI generated;img2img")
@@ -218,7 +219,7 @@ def test_hostile_files_are_no_pictures_and_large_ones_are(tmp_path, monkeypatch,
     Image.new("L", (64, 64)).save(tmp_path / "bomb.png")
     with monkeypatch.context() as patch:
         patch.setattr(Image, "MAX_IMAGE_PIXELS", 16)
-        with pytest.raises(UsageError, match=r"bomb\.png cannot be opened: .*decompression bomb"):
+        with pytest.raises(UsageError, match=r"bomb\.png cannot be opened: it is far too large"):
             read_record(tmp_path / "bomb.png")
     with monkeypatch.context() as patch:
         patch.setattr(Image, "MAX_IMAGE_PIXELS", 64 * 63)

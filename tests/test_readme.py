@@ -65,6 +65,10 @@ SHOWN = {
     ),
     DEMO: ([("circle", "yellow"), ("star", "white")], "blue"),
     "a white star on a red background": ([("star", "white")], "red"),
+    "a white star to the left of a small blue circle on a red background": (
+        [("circle", "blue"), ("star", "white")],
+        "red",
+    ),
     "a green star on a blue background": ([("star", "green")], "blue"),
     "a large circle on a blue background": None,  # its colour is not said, and must not be the negative prompt's
     "a large red cross on a white background": ([("cross", "red")], "white"),
@@ -86,7 +90,7 @@ def shows(path: Path) -> bool:
 @pytest.mark.slow
 def test_the_other_commands_work_in_their_order_and_draw_what_they_say(workplace):
     commands = [line for block in blocks("sh")[2:] for line in block.splitlines()]
-    assert len(commands) == 25
+    assert len(commands) == 26
     for command in commands:
         run(command, workplace)
     made = {path.name for path in workplace.glob("*.[pw]*") if not re.search("large|sheet", path.name)}
