@@ -53,7 +53,7 @@ def _never(value: Any) -> bool:
 
 _MEMORY = "memory is unified and planned before each run; the limit is `memory`"
 _OPENS = "an installed model is opened as it was converted, and nothing is fetched"
-_NO_ADAPTERS = "IP-Adapter and textual inversion do not work yet; LoRA does: load_lora_weights()"
+_NO_ADAPTERS = "IP-Adapter and textual inversion do not work; `style_images` and load_lora_weights() do"
 _ADAPTERS_STAY = "adapters run beside the weights, and are never merged into them"
 _NO_CONTROLNET = "ControlNets do not work here; FLUX.1 Canny and Depth [dev] and their adapters do: `control_image`"
 _ENCODED = "images are given as images: `image` and `mask_image`"

@@ -475,6 +475,13 @@ def test_a_picture_is_repeated_from_its_record_with_the_images_given_again(
     assert "style.png is not the style image that out.png was made from" in err
 
 
+def test_an_empty_prompt_with_a_style_image_is_a_variation(command, model, installed, picture):
+    shown = [
+        command("generate", "", "-m", model, *TINY, "--steps", "1", *more)[2] for more in ((), ("--style", picture))
+    ]
+    assert ["the picture shows anything" in err for err in shown] == [True, False]
+
+
 @pytest.mark.parametrize("style", [7, {"rule": "sum", "images": 3}, {"rule": "sum", "images": [{"rgb_sha256": 5}]}])
 def test_a_record_that_somebody_wrote_is_refused_in_one_line(command, model, installed, tmp_path, style):
     record = {"prompt": CAT, "seed": 1, "style": style}

@@ -101,17 +101,17 @@ def prompt_notes(options: dict, *, typed: bool) -> tuple[str, ...]:
     for text in texts:
         if match := _OTHER_ADAPTER.search(text):
             raise UsageError(f"the prompt names {match[0]!r}", "a text", "an adapter is written <lora:NAME:WEIGHT>")
-    found = dict.fromkeys(_file_notes(options["prompt"]) if typed else ())
+    found = dict.fromkeys(_file_notes(options["prompt"], bool(options.get("style"))) if typed else ())
     found |= dict.fromkeys(
         (match[0], effect) for text in texts for mark, effect in _MARKS for match in mark.finditer(text)
     )
     return tuple(f"{text!r} {effect}" for text, effect in found)
 
 
-def _file_notes(prompt: str) -> list[tuple[str, str]]:
-    """Returns a note where a prompt is empty, or is the name of a file."""
+def _file_notes(prompt: str, has_style: bool) -> list[tuple[str, str]]:
+    """Returns a note where a prompt is empty without a style image, or is the name of a file."""
     if not prompt:
-        return [("", "is the prompt, an empty one: the picture shows anything")]
+        return [] if has_style else [("", "is the prompt, an empty one: the picture shows anything")]
     path = Path(prompt)
     if len(prompt) > _LONGEST_NAME or not os.path.isfile(path):
         return []
