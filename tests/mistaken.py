@@ -108,6 +108,7 @@ ROWS = [
     (G + "--mask-image a.png", 2, "write --image FILE --mask a.png"),
     (G + "--expand 1,2,3", 2, "--expand does nothing without an image"),
     (G + "--crop-to-mask", 2, "--crop-to-mask does nothing without an image and a mask"),
+    (G + "--reference frog.png", 2, "--reference is for FLUX.1 Kontext", "is --image"),
     (G + "--soft-mask", 2, "--soft-mask does nothing without an image and a mask"),
     (G + "--no-paste", 2, "--no-paste does nothing without an image and a mask"),
     (G + "--fit cut", 2, "--fit is 'cut'", "stretch"),

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, ImageChops, ImageFilter
 
 from ..errors import UsageError
-from ..presets import MAX_SIDE
+from ..presets import MAX_PIXELS
 from .image import open_image
 
 RAMP = 32  # pixels of an image beside a new border, over which its mask falls from white to black
@@ -95,12 +95,13 @@ class Canvas:
             borders: pixels at the top, right, bottom and left.
 
         Raises:
-            UsageError: the new image has sides above `MAX_SIDE`.
+            UsageError: the new image has more pixels than any that is read.
         """
         top, right, bottom, left = borders
         width, height = self.image.width + left + right, self.image.height + top + bottom
-        if max(width, height) > 4 * MAX_SIDE:
-            raise UsageError(f"the expanded image is {width} x {height}", f"sides up to {4 * MAX_SIDE} pixels")
+        if width * height > MAX_PIXELS:
+            found = f"the expanded image is {width} x {height}"
+            raise UsageError(found, f"{MAX_PIXELS / 1e6:.0f} million pixels at most", "`expand` it less")
         edges = ((top, bottom), (left, right))
         image = Image.fromarray(np.pad(np.asarray(self.image), (*edges, (0, 0)), mode="edge"))
         over = self.mask_over

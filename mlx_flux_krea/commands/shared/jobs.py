@@ -272,6 +272,8 @@ def prepare(
     options, notes = job.options, []
     tool = presets.TOOLS.get(options.get("like", ""))
     require_images(options)
+    if options.get("reference") and folder.index.task != "kontext":
+        raise UsageError("--reference is for FLUX.1 Kontext", "that model", "a picture to start from is --image")
     opened = image_arguments(options, images)
     image = opened.get("image") or opened.get("control_image")
     shape = image[0].size if isinstance(image, tuple) else image.size if image else None
