@@ -169,11 +169,9 @@ class _Drawing:
     def _mask(self, inputs: Inputs) -> mx.array:
         """Returns (1, L, 64): the mask at each latent, its first pixel's or, of a soft mask, the mean."""
         assert inputs.canvas is not None
-        values = inputs.canvas.repainted(self._request.width, self._request.height, soft=inputs.soft)
-        side, (height, width) = self._vae.downsampling, self._shape[2:]
-        blocks = values.reshape(height, side, width, side)
-        grid = mx.array(blocks.mean((1, 3)) if inputs.soft else blocks[:, 0, :, 0].copy())
-        return sampler.pack(mx.broadcast_to(grid, (1, self._vae.z_channels, height, width)))
+        size, side = (self._request.width, self._request.height), self._vae.downsampling
+        grid = mx.array(inputs.canvas.grid(*size, side, soft=inputs.soft))
+        return sampler.pack(mx.broadcast_to(grid, (1, *self._shape[1:])))
 
     def _sampled(self, image: Image.Image | mx.array) -> mx.array:
         """Returns (1, 16, h, w), scaled and shifted: a sample of the first stream, or the posterior's mean."""

@@ -286,8 +286,8 @@ class Request(ImageArguments):
 
     def _size(self, index: ModelIndex, multiple: int, inputs: Inputs) -> tuple[int, int, tuple[str, ...]]:
         """Returns width and height as the model can make them, and a note where they are not the size asked for."""
-        default, (shape, is_size) = index.defaults, natural_size(inputs, self)
-        width, height = self.width, self.height
+        default, width, height = index.defaults, self.width, self.height
+        shape, is_size = (None, False) if width and height else natural_size(inputs, self)
         if shape:
             if not (width or height):
                 if is_size:
@@ -389,6 +389,7 @@ class ResolvedRequest:
             "true_cfg_scale": self.true_cfg_scale if self.true_cfg else None,
             "width": self.width,
             "height": self.height,
+            "pasted_size": list(self.picture_size) if self.picture_size != (self.width, self.height) else None,
             "num_inference_steps": self.num_inference_steps,
             "sigmas": list(self.sigmas) or None,
             "guidance_scale": self.guidance_scale,

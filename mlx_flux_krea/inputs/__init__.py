@@ -7,6 +7,7 @@ a reference; Fill fills it; a control model starts from it as text to image does
 import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from PIL import Image
@@ -163,8 +164,8 @@ def gather(given: ImageArguments, task: str, *, has_control: bool, kind: str | N
     images = given.image if isinstance(given.image, tuple) else (given.image,) if given.image is not None else ()
     named = {("image" if not i else f"image_{i + 1}"): image for i, image in enumerate(images)}
     mask, notes = given.mask_image, ()
-    if mask is None and images and task != "kontext" and (alpha := images[0].info.get("alpha")) is not None:
-        mask, notes = alpha.point(lambda value: 255 - value), ("the transparent part of the image is its mask",)
+    if mask is None and images and task != "kontext" and (transparent := _transparent(images[0], given.soft_mask)):
+        mask, notes = transparent, ("the transparent part of the image is its mask",)
     named |= {name: one for name, one in (("mask_image", mask), ("control_image", given.control_image)) if one}
     inputs = Inputs(named, control=given.control_image, kind=given.control, fill=task == "fill", soft=given.soft_mask)
     if task == "kontext":
@@ -173,7 +174,7 @@ def gather(given: ImageArguments, task: str, *, has_control: bool, kind: str | N
     inputs = replace(inputs, fit=given.fit or "stretch")
     if not images:
         return inputs
-    canvas, more = Canvas.of(images[0], mask), {}
+    canvas, more = Canvas.of(images[0], mask, soft=given.soft_mask), {}
     if given.expand is not None:
         borders = parse_borders(given.expand, *images[0].size)
         canvas, more = canvas.expanded(borders), {"expand": list(borders)}
@@ -183,6 +184,13 @@ def gather(given: ImageArguments, task: str, *, has_control: bool, kind: str | N
     if canvas.mask is None and (unused := _needs_mask(given)):
         raise UsageError(f"`{unused}` does nothing without a mask", "", "give `mask_image`, or leave it out")
     return replace(inputs, canvas=canvas, paste=given.paste and canvas.mask is not None, more=more, notes=notes)
+
+
+def _transparent(image: Image.Image, soft: bool) -> Image.Image | None:
+    """Returns the mask of an image whose alpha channel is one; None: all of it is nearly opaque."""
+    alpha = image.info.get("alpha")
+    mask = alpha and alpha.point(lambda value: 255 - value)
+    return mask if mask and mask.getextrema()[1] >= (1 if soft else 128) else None
 
 
 def at_size(inputs: Inputs, given: ImageArguments, width: int, height: int, multiple: int, *, is_asked: bool) -> Inputs:
@@ -197,7 +205,7 @@ def at_size(inputs: Inputs, given: ImageArguments, width: int, height: int, mult
         is_asked: the caller wants this size, and not the image's.
 
     Raises:
-        UsageError: a reference has a shape or a size that the model does not read.
+        UsageError: a reference has a shape or a size that the model does not read, or nothing of the mask is left.
     """
     sizes = [reference_size(*one.size, multiple, auto_resize=given.auto_resize) for one in inputs.references]
     canvas, more = inputs.canvas, dict(inputs.more)
@@ -208,6 +216,10 @@ def at_size(inputs: Inputs, given: ImageArguments, width: int, height: int, mult
         canvas = canvas.fitted(width, height, inputs.fit)
     if canvas and is_asked and inputs.paste and given.padding_mask_crop is None:
         canvas = canvas.resized(width, height)
+    if canvas and canvas.mask:
+        read = canvas.repainted if inputs.fill else partial(canvas.grid, side=multiple // 2)
+        name = "the mask" if given.mask_image or given.expand else "the transparent part of the image, its mask,"
+        canvas.check_repainted(read(width, height, soft=inputs.soft), name)
     more |= {"soft_mask": True} if given.soft_mask else {}
     more |= {"paste": False} if inputs.is_masked and not given.paste else {}
     more |= {"fit": given.fit} if given.fit else {}
@@ -261,6 +273,9 @@ def _check(given: ImageArguments, task: str, *, has_control: bool) -> None:
     for name in refused:
         if getattr(given, name) is not None:
             raise UsageError(f"`{name}` means nothing to a {task.capitalize()} model", "", "leave it out")
+    if given.fit is not None and given.padding_mask_crop is not None and given.control_image is None:
+        found = "`fit` does nothing with `padding_mask_crop`, which keeps the image's shape"
+        raise UsageError(found, "one of them")
     if task == "fill" and given.image is None:
         raise UsageError("this model fills an image, and there is none", "`image` and `mask_image`")
     if task == "fill" and given.soft_mask:

@@ -5,6 +5,7 @@ makes of the box is pasted back through the mask, so that every pixel outside th
 """
 
 import re
+import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,14 +15,16 @@ from PIL import Image, ImageChops, ImageFilter
 
 from ..errors import UsageError
 from ..presets import MAX_PIXELS
-from .image import open_image
+from .image import is_open, open_image
 
 RAMP = 32  # pixels of an image beside a new border, over which its mask falls from white to black
 SEAM = 8  # pixels at most, inside a mask, over which a picture fades into the image: as many as a latent covers
 
 Box = tuple[int, int, int, int]  # left, top, right and bottom
 _LANCZOS = Image.Resampling.LANCZOS
-_BORDER = re.compile(r"\s*(\d+)\s*(?:px|(%))?\s*")
+_BORDER = re.compile(r"\s*(\d{1,6})\s*(?:px|(%))?\s*")
+_WASTE = 16  # times the pixels of a crop: an image that is larger is not resized as a whole
+_HALF = 128  # of 255, from which a mask is white
 
 
 def open_mask(mask: Any) -> Image.Image | None:
@@ -33,7 +36,7 @@ def open_mask(mask: Any) -> Image.Image | None:
     Raises:
         UsageError: as `open_image`.
     """
-    if mask is None or (type(mask) is Image.Image and mask.mode == "L"):
+    if mask is None or is_open(mask, "L"):
         return mask
     opened = open_image(mask, "mask_image")
     assert opened is not None  # of a mask that is not None
@@ -59,14 +62,23 @@ class Canvas:
     fit: str = "stretch"
 
     @classmethod
-    def of(cls, image: Image.Image, mask: Image.Image | None = None) -> "Canvas":
+    def of(cls, image: Image.Image, mask: Image.Image | None = None, *, soft: bool = False) -> "Canvas":
         """Returns a canvas of a whole image.
 
+        Args:
+            image: RGB.
+            mask: grey.
+            soft: every value above black repaints; else those that are nearer to white.
+
         Raises:
-            UsageError: the mask is black.
+            UsageError: the mask is black, or too dark.
         """
-        if mask is not None and np.asarray(mask).max() < 128:
+        lightest = 255 if mask is None else int(np.asarray(mask).max())
+        if not lightest:
             raise UsageError("the mask is black: nothing is repainted", "white where the image is repainted")
+        if lightest < _HALF and not soft:
+            found = f"the mask is dark, {lightest} of 255 where it is lightest: nothing is repainted"
+            raise UsageError(found, f"{_HALF} or more", "`soft_mask` repaints grey by as much")
         return cls(image, mask, (0, 0, *image.size))
 
     @property
@@ -165,6 +177,39 @@ class Canvas:
         values = _weights(fit_to(mask if whole else _cut(mask, self.box), width, height, self.fit))
         return values if soft else (values >= 0.5).astype(np.float32)
 
+    def grid(self, width: int, height: int, side: int, *, soft: bool = False) -> np.ndarray:
+        """Returns the mask of the part at each latent, (height / side, width / side) float32.
+
+        It is that of the latent's first pixel, as in diffusers; of a soft mask, the mean.
+
+        Args:
+            width: pixels.
+            height: pixels.
+            side: pixels of a latent.
+            soft: as for `repainted`.
+        """
+        blocks = self.repainted(width, height, soft=soft).reshape(height // side, side, width // side, side)
+        return blocks.mean((1, 3)) if soft else blocks[:, 0, :, 0].copy()
+
+    def check_repainted(self, values: np.ndarray, name: str) -> None:
+        """Checks that something of the mask is left in what the network reads of it.
+
+        Args:
+            values: from `repainted` or `grid`.
+            name: of the mask.
+
+        Raises:
+            UsageError: nothing is: it is cut off with the rest of the image, or too small.
+        """
+        if values.any():
+            return
+        mask = self.mask_over
+        is_cut = self.fit != "pad" and self.box != (0, 0, *self.image.size)
+        if mask is not None and is_cut and np.asarray(_cut(mask, self.box)).max() < _HALF:
+            raise UsageError(f"{name} lies outside of the part that `fit` crop leaves", "a part with some of it")
+        todo = "`padding_mask_crop` generates its surroundings alone, where it is larger"
+        raise UsageError(f"{name} is too small or too thin: nothing is repainted", "a larger one", todo)
+
     def paste(self, picture: np.ndarray, *, soft: bool = False) -> np.ndarray:
         """Returns the image with a picture in its part, through the mask.
 
@@ -226,8 +271,12 @@ def fit_to(image: Image.Image, width: int, height: int, fit: str) -> Image.Image
         new = max(1, image.width * height // image.height), height
     else:
         new = width, max(1, image.height * width // image.width)
-    resized = image.resize(new, _LANCZOS)
     left, top = width // 2 - new[0] // 2, height // 2 - new[1] // 2
+    if fit == "crop" and new[0] * new[1] > _WASTE * width * height:  # a strip, whose ends would take gigabytes
+        across, down = image.width / new[0], image.height / new[1]
+        box = (-left * across, -top * down, (width - left) * across, (height - top) * down)
+        return image.resize((width, height), _LANCZOS, box=(*box[:2], *map(min, box[2:], image.size)))
+    resized = image.resize(new, _LANCZOS)
     if fit == "crop":
         return resized.crop((-left, -top, width - left, height - top))
     padded = Image.new(image.mode, (width, height))
@@ -261,12 +310,12 @@ def parse_borders(given: Any, width: int, height: int) -> tuple[int, int, int, i
     matches = [_BORDER.fullmatch(str(part)) for part in parts]
     if len(matches) not in (1, 2, 4) or not all(matches):
         expected = "top, right, bottom and left in pixels or percent, such as 0,25%,0,25%"
-        raise UsageError(f"`expand` is {given!r}", expected)
+        raise UsageError(f"`expand` is {reprlib.repr(given)}", expected)
     four = matches * (4 // len(matches))
     sides = (height, width, height, width)
     borders = [int(m[1]) * side // 100 if m[2] else int(m[1]) for m, side in zip(four, sides, strict=True) if m]
     if not any(borders):
-        raise UsageError(f"`expand` is {given!r}, which adds nothing", "a border above 0")
+        raise UsageError(f"`expand` is {reprlib.repr(given)}, which adds nothing", "a border above 0")
     return borders[0], borders[1], borders[2], borders[3]
 
 

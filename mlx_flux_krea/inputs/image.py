@@ -41,7 +41,7 @@ def open_image(image: Any, argument: str = "image") -> Image.Image | None:
     Raises:
         UsageError: not an image, broken, far too large, or of a mode whose white is not known.
     """
-    if image is None or _is_open(image):
+    if image is None or is_open(image):
         return image
     if isinstance(image, list | tuple):
         if len(image) != 1:
@@ -160,11 +160,11 @@ def _conversion_to_srgb(profile: bytes | None, name: str) -> Callable[[Image.Ima
     return managed
 
 
-def _is_open(image: object) -> TypeGuard[Image.Image]:
-    """Recognises an image that `open_image` has returned, or one that is like it."""
+def is_open(image: object, mode: str = "RGB") -> TypeGuard[Image.Image]:
+    """Recognises an image that `open_image` has returned, or one that is like it, of a mode."""
     return (
         type(image) is Image.Image  # in memory, unlike a file's
-        and image.mode == "RGB"
+        and image.mode == mode
         and 0 not in image.size
         and not image.info.keys() & {"transparency", "icc_profile"}
         and image.getexif().get(ExifTags.Base.Orientation, 1) == 1

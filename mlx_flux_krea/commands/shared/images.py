@@ -14,6 +14,7 @@ from mlx_flux_krea.request import ResolvedRequest
 from .options import ARGUMENTS, spelled, split_style
 
 _OPTIONS = ("image", "mask", "control_image")  # whose values are images
+_WORDS = {"image": "image", "mask": "mask", "control_image": "control image", "reference": "reference"}
 _ALPHA = ".alpha"  # end of a name in a checkpoint
 STYLE = "style_images"
 
@@ -72,11 +73,11 @@ def restored_images(options: dict, arrays: dict[str, np.ndarray]) -> Opened:
 
 
 def recorded_images(record: dict) -> dict[str, str]:
-    """Returns the hashes of a picture's input images in its record, by name."""
+    """Returns sizes and hashes of a picture's input images in its record, by name."""
     found = {}
     for name, facts in record.items():
         if isinstance(facts, dict) and (digest := facts.get("rgb_sha256") or facts.get("grey_sha256")):
-            found[name] = str(digest)
+            found[name] = f"{facts.get('width')} x {facts.get('height')} {digest}"
     return found
 
 
@@ -87,7 +88,7 @@ def require_images(options: dict) -> None:
         UsageError: one is not.
     """
     given = _paths(options)
-    for name in options.get("images_sha256") or {}:
+    for name in _recorded(options):
         if name not in given and name != "mask_image":
             raise _missing(options, name)
 
@@ -98,27 +99,40 @@ def check_images(options: dict, request: ResolvedRequest) -> list[str]:
     Raises:
         UsageError: one is not given.
     """
-    notes, given = [], recorded_images(request.inputs.record())
-    for name, digest in (options.get("images_sha256") or {}).items():
+    recorded, made = _recorded(options), options.get("from_", "the picture")
+    notes, given, paths = [], recorded_images(request.inputs.record()), _paths(options)
+    for name, facts in recorded.items():
         if name not in given:
             raise _missing(options, name)
-        if given[name] != digest:
-            option = _option(name)
-            notes.append(f"{options.get(option, option)} is not the {option} that {options['from_']} was made from")
+        if not given[name].endswith(str(facts)):  # earlier versions kept the hash alone
+            shown = paths[name][1] if name in paths else "the transparent part of the image"
+            notes.append(f"{shown} is not the {_WORDS[_option(name)]} that {made} was made from")
     return notes
+
+
+def _recorded(options: dict) -> dict[str, Any]:
+    """Returns the facts of a record's images by name; anybody may have written it.
+
+    Raises:
+        UsageError: they cannot be read.
+    """
+    recorded = options.get("images_sha256") or {}
+    if not isinstance(recorded, dict):
+        raise UsageError("the record names images that cannot be read", "a hash of each")
+    return recorded
 
 
 def _missing(options: dict, name: str) -> UsageError:
     """Returns the error for an image of a record that is not given."""
-    thing = "mask" if _option(name) == "mask" else "image"
-    found = f"{options['from_']} was made from {'a mask' if thing == 'mask' else 'an image'}"
-    return UsageError(found, f"that {thing}", f"name it with {spelled(_option(name))}")
+    word = _WORDS[_option(name)]
+    found = f"{options.get('from_', 'the picture')} was made from {'an' if word == 'image' else 'a'} {word}"
+    return UsageError(found, f"that {word}", f"name it with {spelled(_option(name))}")
 
 
 def _option(name: str) -> str:
-    """Returns the option that gives an image of this name in a record."""
-    argument = name.rstrip("0123456789_")
-    return next((option for option in _OPTIONS if ARGUMENTS.get(option, option) == argument), "image")
+    """Returns the option that gives an image of this name in a record; a second reference is image_2."""
+    further = "reference" if name.startswith("image_") else "image"
+    return next((option for option in _OPTIONS if ARGUMENTS.get(option, option) == name), further)
 
 
 def _paths(options: dict) -> dict[str, tuple[str, Path]]:

@@ -115,6 +115,8 @@ def record_options(path: Path) -> dict:
         raise UsageError(f"{path} was made in Python from arrays that its record does not hold: {record['given']}")
     names = {name: option for option, name in _REQUEST.items()} | {"seed": "seed", "dtype": "dtype"}
     values = {**record}
+    if "pasted_size" in record and "padding_mask_crop" not in record:  # the sizes follow from the image
+        values = {name: value for name, value in values.items() if name not in ("width", "height")}
     if isinstance(borders := record.get("expand"), list):
         values["expand"] = ",".join(map(str, borders))
     options = dict(cast(option, values[name], tuple(BY_NAME)) for name, option in names.items() if name in values)
