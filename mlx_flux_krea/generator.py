@@ -304,7 +304,10 @@ class Generator:
         steps = _Steps(width=width, height=height, sigmas=sigmas, start=start, done=done)
         if saved is not None and steps.done == steps.count:
             return mx.array(saved)
-        made = self._latents(request, float(sigmas[start]), tiled=plan.tiled)
+        if saved is None or request.inputs.is_read_beside:
+            made = self._latents(request, float(sigmas[start]), tiled=plan.tiled)
+        else:
+            made = Latents(mx.array(saved))
         latents = made.start if saved is None else mx.array(saved)
         flux = self._flux(plan.resident_bytes, uses)
         with self._velocity(flux, request, conditions, steps, made) as velocity:

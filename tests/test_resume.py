@@ -162,7 +162,7 @@ def test_every_kind_of_picture_goes_on_from_the_middle(command, generate, tmp_pa
     (path,) = files()
     assert f"note: the run is saved; continue with: flux-krea resume {path.stem}" in err
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Generator, "_start", None)
+        patch.setattr(Generator, "_latents", None)
         code, out, err = command("resume", path.stem)
     assert code == 0, err
     made = Path(out.strip())

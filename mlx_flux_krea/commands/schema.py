@@ -14,8 +14,14 @@ from .shared.text import json_text
 NAMES = (
     "prompt", "negative_prompt", "true_cfg_scale", "aspect", "megapixels", "width", "height", "steps", "guidance",
     "seed", "num_images", "noise", "lora", "style", "style_rule",
-    "control_image", "control",
+    "image", "reference", "mask", "strength", "expand", "crop_to_mask", "control_image", "control", "fit",
 )  # fmt: skip
+_MASKED, _CONTROL = {"mask", "expand", "crop_to_mask", "strength"}, {"control_image", "control"}
+_NOT_OF = {"kontext": _MASKED | _CONTROL, "fill": _CONTROL | {"reference"}}  # what a task does not read
+_NEEDS = {  # options that say something about another
+    "style_rule": "style", "control": "control_image", "crop_to_mask": "image and mask",
+    "fit": "image or control_image", **dict.fromkeys(("reference", "mask", "strength", "expand"), "image"),
+}  # fmt: skip
 # Names that language models know; other bases are remarks about a model's origin.
 _BASES = {family.base for family in (presets.KREA, presets.DEV, presets.SCHNELL, *presets.EDITING)}
 
@@ -32,10 +38,11 @@ def tool_schema(model):
       flux-krea tool-schema > tool.json
       flux-krea generate --prompts answer.jsonl
     """
-    base, defaults, task = presets.KREA.base, presets.KREA.defaults, ""
+    base, defaults, task, without = presets.KREA.base, presets.KREA.defaults, "", {"reference"}
     if model:
         index = open_model(find_model(model)).index
         task = "" if index.task == presets.TASKS[0] else f" The model's task is {index.task_and_kind}."
+        without = _NOT_OF.get(index.task, without)
         base, defaults = index.base if index.base in _BASES else f"the model {index.name}", index.defaults
     values = DEFAULTS | {
         "width": defaults.width,
@@ -44,18 +51,20 @@ def tool_schema(model):
         "steps": defaults.num_inference_steps,
         "guidance": defaults.guidance_scale,
     }
+    del values["strength"]  # it is another with a mask, and none without an image
     properties = {}
     for name in NAMES:
+        if name in without:
+            continue
         text = (BY_NAME[name].help or "").partition("  [default")[0]
         text = text.replace("--true-cfg-scale", "true_cfg_scale above 1")
+        text += f" Only with {_NEEDS[name]}." if name in _NEEDS else ""
         properties[name] = {**_type(BY_NAME[name].type), "description": text}
         if BY_NAME[name].multiple:
             properties[name] = {"type": "array", "items": _type(BY_NAME[name].type), "description": text}
         if name in values:
             properties[name]["default"] = values[name]
     properties["seed"]["description"] = "Seed: the same seed repeats a picture."
-    properties["style_rule"]["description"] += " Only with style."
-    properties["control"]["description"] += " Only with control_image."
     properties["noise"]["enum"] = list(presets.RECIPES)
     schema = {
         "name": "generate_image",
@@ -75,6 +84,8 @@ def _type(kind: click.ParamType) -> dict[str, Any]:
     """Returns a type of click as JSON Schema."""
     if isinstance(kind, Seeds):
         return {"type": "integer", "minimum": 0, "maximum": 2**64 - 1}
+    if isinstance(kind, click.types.BoolParamType):
+        return {"type": "boolean"}
     if isinstance(kind, click.Choice):
         return {"type": "string", "enum": list(kind.choices)}
     if isinstance(kind, click.IntRange | click.FloatRange):

@@ -103,6 +103,11 @@ class Inputs:
         return self.canvas is not None and self.canvas.mask is not None
 
     @property
+    def is_read_beside(self) -> bool:
+        """True where images take part in every step, and not in the first one's latents alone."""
+        return self.is_masked or self.fill or bool(self.references) or self.control is not None
+
+    @property
     def usual_strength(self) -> float:
         """The share of the schedule that changes the image where the caller names none."""
         if self.fill or "expand" in self.more:
@@ -214,12 +219,12 @@ def at_size(inputs: Inputs, given: ImageArguments, width: int, height: int, mult
         canvas = canvas.cropped(width, height, given.padding_mask_crop)
     elif canvas:
         canvas = canvas.fitted(width, height, inputs.fit)
-    if canvas and is_asked and inputs.paste and given.padding_mask_crop is None:
-        canvas = canvas.resized(width, height)
     if canvas and canvas.mask:
         read = canvas.repainted if inputs.fill else partial(canvas.grid, side=multiple // 2)
         name = "the mask" if given.mask_image or given.expand else "the transparent part of the image, its mask,"
         canvas.check_repainted(read(width, height, soft=inputs.soft), name)
+    if canvas and is_asked and inputs.paste and given.padding_mask_crop is None:
+        canvas = canvas.resized(width, height)
     more |= {"soft_mask": True} if given.soft_mask else {}
     more |= {"paste": False} if inputs.is_masked and not given.paste else {}
     more |= {"fit": given.fit} if given.fit else {}

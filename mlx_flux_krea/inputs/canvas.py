@@ -274,8 +274,8 @@ def fit_to(image: Image.Image, width: int, height: int, fit: str) -> Image.Image
     left, top = width // 2 - new[0] // 2, height // 2 - new[1] // 2
     if fit == "crop" and new[0] * new[1] > _WASTE * width * height:  # a strip, whose ends would take gigabytes
         across, down = image.width / new[0], image.height / new[1]
-        box = (-left * across, -top * down, (width - left) * across, (height - top) * down)
-        return image.resize((width, height), _LANCZOS, box=(*box[:2], *map(min, box[2:], image.size)))
+        right, bottom = min((width - left) * across, image.width), min((height - top) * down, image.height)
+        return image.resize((width, height), _LANCZOS, box=(-left * across, -top * down, right, bottom))
     resized = image.resize(new, _LANCZOS)
     if fit == "crop":
         return resized.crop((-left, -top, width - left, height - top))
