@@ -146,7 +146,7 @@ class Generation:
         if not prepared and not run.done:
             where, error = skipped[0]
             raise UsageError(f"no row can be used; {where}: {error}")
-        if sheet and len({(p.request.width, p.request.height) for p in prepared}) > 1:
+        if sheet and len({p.request.picture_size for p in prepared}) > 1:
             raise UsageError("--contact-sheet has pictures of several sizes", "one size")
         preview = make_preview(base.get("preview"), pipe, self._console)
         for where, error in dict(skipped).items():  # one error for each row
@@ -258,7 +258,9 @@ def _announce(pipe: FluxPipeline, base: dict, *, prepared: list[PreparedJob], co
         return
     sizes: dict[str, list[int]] = {}
     for r in requests:
-        sizes.setdefault(f"{r.width} x {r.height}", []).append(r.num_inference_steps)
+        whole, part = ("{} x {}".format(*size) for size in (r.picture_size, (r.width, r.height)))
+        shown = whole if whole == part else f"{whole}, generated at {part},"
+        sizes.setdefault(shown, []).append(r.num_inference_steps)
     parts = [
         several(f"{name} with {amount(several(sorted(steps)), 'step')}" for name, steps in sizes.items()),
         *([f"guidance {several(f'{r.guidance_scale:g}' for r in requests)}"] if requests[0].guidance_scale else []),
