@@ -3,6 +3,7 @@
     HOME/interrupted/NAME.safetensors
         latents    (B, L, C) float32 after `done` steps; not there before the first
         NAME       (H, W, 3) or (H, W) uint8: each input image, mask or alpha channel, of which the picture has any
+        state.NAME float32, or numbers of 16 bits as uint16: arrays of the solver and of the step cache, of 3 axes or 1
         metadata   "flux-krea": {"format", "done", "total", "filters", "run"} as JSON: "filters" is "required" where the
                    pictures must be judged before anybody sees them, else "none"; the command defines "run"
 
@@ -42,7 +43,9 @@ _LISTED = "flux-krea resume --list lists them"
 _LONGEST = 2**26  # characters of JSON
 _LATENTS = ("F32", 3)  # type and dimensions
 _IMAGES = (("U8", 2), ("U8", 3))
-_MOST_IMAGES = 32
+_MOST_ARRAYS = 32  # and so many more for each picture of a batch
+_STATE = "state."  # of a name
+_STATES = (("F32", 1), ("F32", 3), ("U16", 3))
 
 
 class Checkpoint:
@@ -64,6 +67,7 @@ class Checkpoint:
         "_latents",
         "_lock",
         "_source",
+        "_state",
         "_written",
         "done",
         "filters",
@@ -81,6 +85,7 @@ class Checkpoint:
         self.done = self.total = 0
         self.images: dict[str, np.ndarray] = {}
         self._latents: np.ndarray | None = None
+        self._state: dict[str, np.ndarray] = {}
         self._source: Path | None = None  # a file that was opened, and its latents not yet read
         self._lock: int | None = None
         self._written = 0.0
@@ -102,7 +107,7 @@ class Checkpoint:
         checkpoint.done, checkpoint.total = facts["done"], facts["total"]
         checkpoint.filters = facts.get("filters", "")
         checkpoint._source = path if "latents" in shapes else None
-        checkpoint.images = {name: _tensor(path, name) for name in shapes if name != "latents"}
+        checkpoint.images = {name: _tensor(path, name) for name in shapes if _is_image(name)}
         return checkpoint
 
     @property
@@ -145,9 +150,30 @@ class Checkpoint:
             raise UsageError(f"{self._source} holds NaN or infinities", "finite latents", "it was damaged")
         return self._latents
 
-    def save_step(self, done: int, total: int, latents: np.ndarray) -> None:
-        """Takes the latents after a step; writes them at once after the last step, else at most once a second."""
-        self.done, self.total, self._latents = done, total, latents
+    def state(self) -> dict[str, np.ndarray]:
+        """Returns the arrays of `save_step`, by name."""
+        if not self._state and self._source is not None:
+            names = [name for name in _header(self._source)[1] if name.startswith(_STATE)]
+            self._state = {name.removeprefix(_STATE): _tensor(self._source, name) for name in names}
+        return self._state
+
+    def damaged(self) -> UsageError:
+        """Returns the error for arrays that cannot be those of this run."""
+        held = f"{self._source or self.path} holds the steps of another run"
+        return UsageError(held, "those that `generate` saved", "it was damaged: start the run again")
+
+    def save_step(
+        self, done: int, total: int, latents: np.ndarray, state: Mapping[str, np.ndarray] | None = None
+    ) -> None:
+        """Takes the latents after a step; writes them at once after the last step, else at most once a second.
+
+        Args:
+            done: steps, this one included.
+            total: of the picture.
+            latents: (B, L, C) float32.
+            state: arrays that the next steps depend on, (N,) or (B, L, C) float32 or uint16.
+        """
+        self.done, self.total, self._latents, self._state = done, total, latents, dict(state or {})
         if done == total or time.monotonic() - self._written >= EVERY:
             self.write()
 
@@ -159,7 +185,7 @@ class Checkpoint:
             images: as the attribute; None: it has none.
         """
         self.run, self.images, self.done, self.total = run, dict(images or {}), 0, 0
-        self._latents, self._source = None, None
+        self._latents, self._source, self._state = None, None, {}
         self.write()
 
     def write(self) -> None:
@@ -194,7 +220,8 @@ class Checkpoint:
         if len(text) > _LONGEST:
             raise UsageError("the run has too much text")
         latents = {} if self._latents is None else {"latents": self._latents}
-        arrays = {name: np.ascontiguousarray(array) for name, array in (latents | self.images).items()}
+        state = {f"{_STATE}{name}": array for name, array in (self._state if latents else {}).items()}
+        arrays = {name: np.ascontiguousarray(array) for name, array in (latents | state | self.images).items()}
         encoded = save(arrays, {_KEY: text})
         self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.path.parent.chmod(0o700)
@@ -290,21 +317,26 @@ def _header(path: Path) -> tuple[dict, dict[str, tuple[int, ...]]]:
     version, done, total = (_count(facts.get(name)) for name in ("format", "done", "total"))
     sound = (
         kinds.get("latents", _LATENTS) == _LATENTS
-        and len(kinds) <= _MOST_IMAGES
-        and all(kind in _IMAGES for name, kind in kinds.items() if name != "latents")
+        and len(kinds) <= _MOST_ARRAYS * (1 + shapes.get("latents", (0,))[0])
+        and all(kind in _IMAGES for name, kind in kinds.items() if _is_image(name))
+        and all(kind in _STATES for name, kind in kinds.items() if name.startswith(_STATE))
         and min(version, done, total) >= 0
         and done <= total
         and ("latents" in kinds) == (done > 0)
         and isinstance(facts.get("run"), dict)
         and facts.get("filters", "") in ("", "required", "none")
     )
-    images = [(*shape, 3)[:3] for name, shape in shapes.items() if name != "latents"]
+    images = [(*shape, 3)[:3] for name, shape in shapes.items() if _is_image(name)]
     most = 2 * (Image.MAX_IMAGE_PIXELS or 2**27)
     if not sound or any(colours != 3 or not 0 < height * width <= most for height, width, colours in images):
         raise UsageError(f"{path} is another kind of file", whole)
     if version != _FORMAT:
         raise UsageError(f"{path} has format {version}", f"format {_FORMAT}", "use the version that wrote it")
     return facts, shapes
+
+
+def _is_image(name: str) -> bool:
+    return name != "latents" and not name.startswith(_STATE)
 
 
 def _count(value) -> int:

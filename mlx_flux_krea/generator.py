@@ -35,6 +35,8 @@ from .residency import Blocks
 from .sampling import noise as noises
 from .sampling import preview as previews
 from .sampling import sampler
+from .sampling.caches import Uncached, make_cache
+from .sampling.solvers import SOLVERS, State, count_evaluations
 from .weights import ComponentFolder, ModelFolder
 from .worker import Worker, evaluated, limit_cache
 
@@ -63,6 +65,7 @@ class Generated:
         seconds: of each stage.
         peaks: memory of each stage, in bytes.
         control: the map that was made of a photo, or None.
+        steps: of each picture, those that the transformer computed in full.
     """
 
     images: list[np.ndarray] | mx.array
@@ -70,6 +73,7 @@ class Generated:
     seconds: dict[str, float]
     peaks: dict[str, int]
     control: Image.Image | None = None
+    steps: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -92,21 +96,23 @@ class _Steps:
     Attributes:
         width: of the latents.
         height: of the latents.
-        sigmas: noise levels of all steps of the schedule, and 0.
-        start: index of the first step that runs; an input image skips the steps before it.
+        sigmas: noise levels of the steps that run, and 0; an input image skips the first ones of the schedule.
         done: steps that an interrupted run has behind it.
+        cache: what the run remembers of them.
+        evaluations: that are left, as far as this can be known.
     """
 
     width: int
     height: int
     sigmas: np.ndarray
-    start: int
     done: int
+    cache: Uncached
+    evaluations: int
 
     @property
     def count(self) -> int:
         """Number of steps, the finished ones included."""
-        return len(self.sigmas) - 1 - self.start
+        return len(self.sigmas) - 1
 
 
 @dataclass(frozen=True)
@@ -207,12 +213,12 @@ class Generator:
                     with _measured("style", seconds, peaks):
                         conditions = self._styled(request, request.style, conditions, redux)
             with _measured("denoise", seconds, peaks):
-                latents = self._denoise(request, conditions, plan, observers, uses)
+                latents, computed = self._denoise(request, conditions, plan, observers, uses)
             with _measured("decode", seconds, peaks):
                 is_latent = request.output_type == "latent"
                 images = latents if is_latent else self._decode(request, latents, as_floats=as_floats, tiled=plan.tiled)
         notes = tuple(dict.fromkeys(note for prompt in conditions.both for note in prompt.cut))
-        return Generated(images, notes, seconds, peaks, made)
+        return Generated(images, notes, seconds, peaks, made, computed)
 
     def check_folder(self) -> None:
         """Checks the model folder, before a weight is read, and once."""
@@ -291,43 +297,91 @@ class Generator:
 
     def _denoise(
         self, request: ResolvedRequest, conditions: Conditions, plan: MemoryPlan, observers: Observers, uses: Uses
-    ) -> mx.array:
-        """Returns latents (B, L, 64) at the end of the schedule, from its start or from a checkpoint."""
-        down, n = self.folder.vae.sizes.downsampling, request.num_inference_steps
-        width, height = request.width // down, request.height // down
-        length = height * width // 4
-        sigmas = sampler.make_sigmas(self.folder.index.schedule, length, n, request.sigmas)
-        start = sampler.first_step(n, request.strength) if request.inputs.canvas else 0
-        shape, checkpoint = (request.batch, length, self.folder.flux.sizes.out_channels), observers.checkpoint
-        saved = checkpoint.latents(shape, n - start) if checkpoint else None
-        done = checkpoint.done if checkpoint and saved is not None else 0
-        steps = _Steps(width=width, height=height, sigmas=sigmas, start=start, done=done)
-        if saved is not None and steps.done == steps.count:
-            return mx.array(saved)
-        if saved is None or request.inputs.is_read_beside:
-            made = self._latents(request, float(sigmas[start]), tiled=plan.tiled)
-        else:
-            made = Latents(mx.array(saved))
-        latents = made.start if saved is None else mx.array(saved)
-        flux = self._flux(plan.resident_bytes, uses)
-        with self._velocity(flux, request, conditions, steps, made) as velocity:
-            if self._dtype == mx.float16:
-                velocity = self._repeating_overflows(velocity, request, conditions, steps, made, uses)
-            run = sampler.euler(velocity, latents, sigmas, start + steps.done)
-            replaced = None
-            for step in range(steps.done, steps.count):
-                before, latents = latents, run.send(replaced)
-                _check_finite(f"step {step + 1} of the transformer", latents)
-                self._show_preview(observers, steps, step, before=before, after=latents)
-                if made.kept:
-                    latents = made.kept.restore(latents, float(sigmas[start + step + 1]), 1 - (step + 1) / steps.count)
-                sigma = float(sigmas[start + step])
-                returned = observers.callback(step, sigma, latents) if observers.callback else None
-                replaced = latents = latents if returned is None else returned
-                if checkpoint:
-                    if type(checkpoint) is not Checkpoint:  # its class was changed since the pipeline looked
-                        raise UsageError(f"`checkpoint` is {type(checkpoint).__name__}", "a Checkpoint")
-                    checkpoint.save_step(step + 1, steps.count, np.array(latents.astype(mx.float32)))
+    ) -> tuple[mx.array, tuple[tuple[int, ...], ...]]:
+        """Returns latents (B, L, 64) at the end of the schedule, from its start or from a checkpoint.
+
+        With them it returns the steps that were computed in full, of each picture.
+        """
+        checkpoint, state = observers.checkpoint, None
+        steps = self._steps(request)
+        if checkpoint and (saved := checkpoint.latents(self._shape(request), steps.count)) is not None:
+            steps, state = self._continued(steps, request, checkpoint, saved)
+        cache = steps.cache
+        if state is None or steps.done < steps.count:
+            if state is None or request.inputs.is_read_beside:
+                made = self._latents(request, float(steps.sigmas[0]), tiled=plan.tiled)
+            else:
+                made = Latents(state.latents)
+            flux, state = self._flux(plan.resident_bytes, uses), state or State(made.start)
+            with self._velocity(flux, request, conditions, steps, made) as velocity:
+                if self._dtype == mx.float16:
+                    velocity = self._repeating_overflows(velocity, request, conditions, steps, made, uses)
+                velocity, take_step = cache.wrap(velocity), SOLVERS[request.solver]
+                for step in range(steps.done, steps.count):
+                    before, state = state.latents, take_step(velocity, state, steps.sigmas, step)
+                    _check_finite(f"step {step + 1} of the transformer", state.latents)
+                    self._show_preview(observers, steps, step, before=before, after=state.latents)
+                    state = replace(state, latents=self._kept(made, steps, step, state.latents))
+                    sigma = float(steps.sigmas[step])
+                    returned = observers.callback(step, sigma, state.latents) if observers.callback else None
+                    state = state if returned is None else replace(state, latents=returned)
+                    if checkpoint:
+                        _save(checkpoint, step + 1, steps, state)
+        return state.latents, tuple(cache.computed(f"{i}.") for i in range(request.batch))
+
+    def _steps(self, request: ResolvedRequest) -> _Steps:
+        """Returns all steps of a request that starts anew."""
+        levels = request.sigmas or sampler.schedule_levels(request.schedule, request.num_inference_steps)
+        schedule, n = self.folder.index.schedule, request.num_inference_steps
+        _, length, _ = self._shape(request)
+        sigmas = sampler.make_sigmas(schedule, length, n, () if levels is None else tuple(levels))[request.first_step :]
+        cache = make_cache(request.cache, sigmas)
+        down = self.folder.vae.sizes.downsampling
+        return _Steps(
+            width=request.width // down,
+            height=request.height // down,
+            sigmas=sigmas,
+            done=0,
+            cache=cache,
+            evaluations=count_evaluations(request.solver, cache.left(0)),
+        )
+
+    def _shape(self, request: ResolvedRequest) -> tuple[int, int, int]:
+        """Returns (B, L, 64) of a request."""
+        tokens = request.width * request.height // (2 * self.folder.vae.sizes.downsampling) ** 2
+        return request.batch, tokens, self.folder.flux.sizes.out_channels
+
+    def _continued(
+        self, steps: _Steps, request: ResolvedRequest, checkpoint: Checkpoint, saved: np.ndarray
+    ) -> tuple[_Steps, State]:
+        """Returns the steps and the state of a run that is continued.
+
+        Raises:
+            UsageError: the checkpoint is damaged.
+        """
+        done = checkpoint.done
+        down = self.folder.vae.sizes.downsampling
+        shape, tokens = self._shape(request), request.inputs.reference_tokens(2 * down)
+        stream = 1, shape[1] + tokens, self.folder.flux.sizes.hidden_size
+        dtype = mx.float32 if self._dtype == mx.float16 else self._dtype
+        held = {name: _unpacked(array, dtype) for name, array in checkpoint.state().items()}
+        state = State(mx.array(saved), held.get("denoised"))
+        try:
+            steps.cache.restore(held, {"velocity": shape, "stream": stream})
+            if state.denoised is not None and state.denoised.shape != shape:
+                raise ValueError
+        except (ValueError, KeyError, StopIteration):
+            raise checkpoint.damaged() from None
+        left = count_evaluations(request.solver, steps.cache.left(done))
+        return replace(steps, done=done, evaluations=left), state
+
+    @staticmethod
+    def _kept(made: Latents, steps: _Steps, step: int, latents: mx.array) -> mx.array:
+        """Returns latents after a step, with what stays outside of a mask put back."""
+        if made.kept is None:
+            return latents
+        latents = made.kept.restore(latents, float(steps.sigmas[step + 1]), 1 - (step + 1) / steps.count)
+        mx.eval(latents)  # the caller's thread cannot
         return latents
 
     def _show_preview(
@@ -335,7 +389,7 @@ class Generator:
     ) -> None:
         latent_rgb = self.folder.latent_rgb if observers.preview else None
         if observers.preview and latent_rgb:
-            sigma, following = map(float, steps.sigmas[steps.start + step :][:2])
+            sigma, following = map(float, steps.sigmas[step:][:2])
             clean = previews.predicted(before, after, sigma, following)
             unpacked = sampler.unpack(clean, width=steps.width, height=steps.height)
             observers.preview(step + 1, steps.count, previews.colours(unpacked, latent_rgb))
@@ -364,7 +418,7 @@ class Generator:
 
         A resumed run computes all modulations again too: a product of fewer rows may round otherwise.
         """
-        sigmas = steps.sigmas[steps.start : -1]
+        sigmas = steps.sigmas[:-1]
         rounding = noises.find_recipe(request.noise).timestep_rounding
         pooled = [c.pooled for c in conditions.both]
         modulations = self._modulate(flux, sigmas, request.guidance_scale, pooled, rounding)
@@ -373,15 +427,16 @@ class Generator:
         positions = [place(text.shape[1]) for text in texts]
         tables = [rope(ids, flux.config.axes_dim, flux.config.theta) for ids in positions]
         mx.eval(tables)
-        rounds = (steps.count - steps.done) * request.batch * (2 if conditions.negative else 1)
+        rounds = steps.evaluations * request.batch * (2 if conditions.negative else 1)
 
         def forward(latents: mx.array, i: int, condition: int, step: int) -> mx.array:
-            row = condition * steps.count + step - steps.start
+            row = condition * steps.count + step
             mods: Any = tree_map(lambda m: m[row : row + 1], modulations)
             read = made.around(latents, i)
-            v = flux.forward(read, texts[condition], modulations=mods, pe=tables[condition], run=run)
+            half = steps.cache.shortcut(f"{i}.{int(condition >= request.prompts)}.", step)
+            v = flux.forward(read, texts[condition], mods, tables[condition], run, half)
             v = v if made.tokens is None else v[:, : latents.shape[1]]
-            _check_varied(f"step {step + 1 - steps.start} of the transformer", v)
+            _check_varied(f"step {step + 1} of the transformer", v)
             return v.astype(mx.float32)
 
         def velocity(latents: mx.array, step: int) -> mx.array:
@@ -418,12 +473,13 @@ class Generator:
             if not others:
                 logger.warning(
                     "step %d exceeds the range of float16: it is computed in bfloat16, and so is any other that does",
-                    step + 1 - steps.start,
+                    step + 1,
                 )
                 other = Generator(self._folder, mx.bfloat16, self._worker)
                 others.append((other, other._flux(0, uses)))
             other, flux = others[0]
-            one = replace(steps, sigmas=steps.sigmas[step : step + 2], start=0, done=0)
+            sigmas = steps.sigmas[step : step + 2]
+            one = replace(steps, sigmas=sigmas, done=0, cache=Uncached(sigmas), evaluations=1)
             with other._velocity(flux, request, conditions, one, made) as in_bfloat16:
                 return in_bfloat16(latents, 0)
 
@@ -553,6 +609,25 @@ class Generator:
                 self._progress(stage, done * total / parts, total)
 
         return self._worker.stoppable(run, report)
+
+
+def _save(checkpoint: Checkpoint, done: int, steps: _Steps, state: State) -> None:
+    """Saves a run after a step."""
+    if type(checkpoint) is not Checkpoint:  # its class was changed since the pipeline looked
+        raise UsageError(f"`checkpoint` is {type(checkpoint).__name__}", "a Checkpoint")
+    held = steps.cache.arrays() | ({} if state.denoised is None else {"denoised": state.denoised})
+    arrays = {name: _packed(array) for name, array in held.items()}
+    checkpoint.save_step(done, steps.count, np.array(state.latents.astype(mx.float32)), arrays)
+
+
+def _packed(array: mx.array) -> np.ndarray:
+    """Returns an array for a file, to the bit: float32, or the 16 bits of a number as an integer."""
+    return np.array(array if array.dtype == mx.float32 else array.view(mx.uint16))
+
+
+def _unpacked(array: np.ndarray, dtype: mx.Dtype) -> mx.array:
+    """Reverses `_packed`, with the type that numbers of 16 bits have."""
+    return mx.array(array) if array.dtype == np.float32 else mx.array(array).view(dtype)
 
 
 def _count(function: Callable, x: mx.array) -> int:

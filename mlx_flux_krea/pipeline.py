@@ -43,6 +43,7 @@ from .memory import (
 from .models.config import to_json
 from .models.transformer import Flux
 from .models.vae import VAE
+from .presets import SOLVERS
 from .progress import ProgressBars, check_options
 from .provenance import SOFTWARE
 from .request import Request, ResolvedRequest, Result, as_array, check_values
@@ -183,6 +184,10 @@ class FluxPipeline(AdapterMethods, compat.DiffusersMethods):
         width: int | None = None,
         num_inference_steps: int | None = None,
         sigmas: Sequence[float] | None = None,
+        schedule: str | None = None,
+        solver: str = SOLVERS[0],
+        cache: str | None = None,
+        fast: bool = False,
         guidance_scale: float | None = None,
         num_images_per_prompt: int = 1,
         seed: int | Sequence[int] | None = None,
@@ -230,6 +235,12 @@ class FluxPipeline(AdapterMethods, compat.DiffusersMethods):
             width: pixels, floored to a multiple of 16. With `image` and no size: its shape at the default's area.
             num_inference_steps: n.
             sigmas: n falling noise levels in (0, 1], before the shift, instead of evenly spaced ones.
+            schedule: "beta" or "simple": ComfyUI's noise levels of that name, at the model's shift.
+            solver: "euler", "dpmpp_2m" (second order, no further evaluations), or "heun" (two evaluations a step).
+            cache: "skip" computes the first 4 steps, then every second and the last; "first-block:0.08" all those in
+                which the first block's change differs by more than 0.08 from the last computed step, and
+                "first-block:0.08:1" extrapolates the others (`sampling/caches.py`).
+            fast: "skip", unless the model was made for few steps, or fewer than 12 run.
             guidance_scale: of the guidance that was distilled into the model; 0 for one without, such as [schnell].
             num_images_per_prompt: pictures of each prompt, in the order of the prompts.
             seed: an int: one stream draws the whole batch, as a diffusers generator does; a list: one stream for each
@@ -301,6 +312,10 @@ class FluxPipeline(AdapterMethods, compat.DiffusersMethods):
             height=height,
             num_inference_steps=num_inference_steps,
             sigmas=sigmas,
+            schedule=schedule,
+            solver=solver,
+            cache=cache,
+            fast=fast,
             guidance_scale=guidance_scale,
             num_images_per_prompt=num_images_per_prompt,
             seed=_seed(seed, generator),
@@ -720,7 +735,10 @@ class FluxPipeline(AdapterMethods, compat.DiffusersMethods):
             request, plan, observers, uses=uses, redux=self._redux, depth=self._depth, as_floats=as_floats
         )
         images: Any = made.images
-        records = tuple(record | request.record(i) for i in range(request.batch))
+        records = tuple(
+            record | request.record(i) | {"evaluations": request.evaluations_in(steps)}
+            for i, steps in enumerate(made.steps)
+        )
         outcomes = ("released",) * request.batch
         if request.output_type == "pil" or self.policy:
             outcomes, images = gate.release(images, records)
@@ -738,6 +756,7 @@ class FluxPipeline(AdapterMethods, compat.DiffusersMethods):
             plan=plan,
             peaks=made.peaks,
             control_image=made.control,
+            steps_computed=made.steps,
         )
 
     def _call_back(self, callback: Callable, step: int, sigma: float, latents: mx.array) -> mx.array | None:

@@ -24,8 +24,10 @@ from .inputs import style as styles
 from .memory import MemoryPlan
 from .models.config import FluxConfig, ModelIndex
 from .presets import MAX_BATCH, MAX_PROMPT, MAX_SCALE, MAX_SIDE, MAX_STEPS, MAX_WEIGHT
+from .sampling.caches import CacheRule, parse_cache, skip_steps
 from .sampling.noise import find_recipe
 from .sampling.sampler import first_step
+from .sampling.solvers import count_evaluations
 from .weights import ModelFolder
 
 OUTPUT_TYPES = ("pil", "np", "latent")
@@ -55,6 +57,10 @@ class Request(ImageArguments):
     height: int | None = None
     num_inference_steps: int | None = None
     sigmas: Sequence[float] | None = None  # noise levels before the shift, instead of evenly spaced ones
+    schedule: str | None = None  # one of presets.SCHEDULES, instead of the model's noise levels
+    solver: str = presets.SOLVERS[0]  # one of presets.SOLVERS
+    cache: str | None = None  # "skip", or "first-block:T": steps that are not computed in full (sampling/caches.py)
+    fast: bool = False  # the cache that is worth it for the model, or none
     guidance_scale: float | None = None  # of the embedding that guidance was distilled into
     num_images_per_prompt: int = 1
     seed: int | Sequence[int] | None = None  # one stream for the batch, or one for each image
@@ -93,6 +99,8 @@ class Request(ImageArguments):
                 object.__setattr__(self, name, None)
             elif name == "num_images_per_prompt" and value is None:
                 object.__setattr__(self, name, 1)
+            elif name == "solver" and value is None:
+                object.__setattr__(self, name, presets.SOLVERS[0])
             elif value is not None:
                 object.__setattr__(
                     self, name, as_array(f"`{name}` is", value) if name in _ARRAYS else _as_python(value)
@@ -128,6 +136,8 @@ class Request(ImageArguments):
         strength = inputs.usual_strength if self.strength is None else self.strength
         if inputs.canvas and first_step(steps, strength) >= steps:
             raise UsageError(f"`strength` {strength:g} of {amount(steps, 'step')} runs no step", "more of either")
+        first = first_step(steps, strength) if inputs.canvas else 0
+        cache, said = self._cache(index, steps - first)
         style = styles.make_style(self.style_images, self.style_weights, self.style_rule, self.style_pooled_weights)
         has_text = self.prompt is not None or self.prompt_embeds is not None
         guidance = index.defaults.guidance_scale if self.guidance_scale is None else self.guidance_scale
@@ -141,6 +151,10 @@ class Request(ImageArguments):
             height=height,
             num_inference_steps=steps,
             sigmas=sigmas,
+            schedule=self.schedule,
+            solver=self.solver,
+            cache=cache,
+            fast=self.fast and cache is not None,
             guidance_scale=guidance if flux.guidance_embed else None,
             num_images_per_prompt=self.num_images_per_prompt,
             seed=self._seed(),
@@ -157,7 +171,7 @@ class Request(ImageArguments):
             or (index.max_sequence_length if has_text else presets.MAX_SEQUENCE_LENGTH),
             style=style,
             adapters=self.adapters if self.adapters is None else tuple(self.adapters),
-            notes=(*notes, *inputs.notes),
+            notes=(*notes, *inputs.notes, *said),
         )
 
     def _with_true_cfg(self, scale: float) -> "Request":
@@ -166,6 +180,17 @@ class Request(ImageArguments):
         if scale > 1 and not has_negative:
             return replace(self, true_cfg_scale=scale, negative_prompt="")
         return replace(self, true_cfg_scale=scale)
+
+    def _cache(self, index: ModelIndex, steps: int) -> tuple[CacheRule | None, tuple[str, ...]]:
+        """Returns the step cache of so many steps, and a note where `fast` finds none that is worth it."""
+        if not self.fast:
+            return None if self.cache is None else parse_cache(self.cache), ()
+        if index.schedule.shift == "none":
+            return None, ("fast changes nothing: this model was made for few steps, and all are computed",)
+        if steps < presets.FAST_FROM:
+            found = f"fast changes nothing: all of {amount(steps, 'step')} are computed"
+            return None, (f"{found}; it begins at {presets.FAST_FROM} steps",)
+        return parse_cache(presets.FAST), ()
 
     @property
     def _scale(self) -> float:
@@ -251,6 +276,7 @@ class Request(ImageArguments):
             raise UsageError("`strength` does nothing without an image", "", "add an image, or leave it out")
         if self.output_type not in OUTPUT_TYPES:
             raise UsageError(f"`output_type` is {self.output_type!r}", f"one of {', '.join(OUTPUT_TYPES)}")
+        self._check_steps()
         if not isinstance(self.noise, str):
             raise UsageError(f"`noise` is {self.noise!r}", "the name of a recipe")
         find_recipe(self.noise)
@@ -264,6 +290,24 @@ class Request(ImageArguments):
                 f"{amount(len(self.seed), 'seed')} for {amount(self._batch, 'image')}",
                 "one seed, or one for each image",
             )
+
+    def _check_steps(self) -> None:
+        """Checks how the steps are taken: solver, schedule and cache."""
+        for name, known in (("solver", presets.SOLVERS), ("schedule", (None, *presets.SCHEDULES))):
+            if getattr(self, name) not in known:
+                found = f"`{name}` is {reprlib.repr(getattr(self, name))}"
+                raise UsageError(found, f"one of {', '.join(filter(None, known))}")
+        if not isinstance(self.fast, bool):
+            raise UsageError(f"`fast` is {reprlib.repr(self.fast)}", "True or False")
+        if self.schedule is not None and self.sigmas is not None:
+            raise UsageError("`schedule` and `sigmas` are both given", "one of them")
+        if self.cache is not None:
+            parse_cache(self.cache)
+        if self.fast and self.cache is not None:
+            raise UsageError("`fast` and `cache` are both given", "one of them")
+        if self.solver == "heun" and (self.fast or self.cache is not None):
+            found = f"`{'fast' if self.fast else 'cache'}` does not work with the `solver` heun"
+            raise UsageError(found, "euler or dpmpp_2m", "heun evaluates each noise level twice")
 
     def _check_arrays(self, flux: FluxConfig, tokens: int) -> None:
         """Checks shapes, types and values of arrays; NaN here would later look like damaged weights."""
@@ -321,6 +365,10 @@ class ResolvedRequest:
     height: int
     num_inference_steps: int
     sigmas: tuple[float, ...]  # noise levels before the shift; none: the schedule's
+    schedule: str | None  # None: the model's
+    solver: str
+    cache: CacheRule | None
+    fast: bool  # chose the cache
     guidance_scale: float | None  # None: the model has no guidance embedding
     num_images_per_prompt: int  # n
     seed: int | tuple[int, ...] | None  # None: latents are given
@@ -350,6 +398,21 @@ class ResolvedRequest:
     def batch(self) -> int:
         """B, the number of images."""
         return self.prompts * self.num_images_per_prompt
+
+    @property
+    def first_step(self) -> int:
+        """The first step that runs; an image to start from skips those before it."""
+        return first_step(self.num_inference_steps, self.strength) if self.inputs.canvas else 0
+
+    @property
+    def evaluations(self) -> int:
+        """Expected number of full evaluations of the transformer for a picture; with first-block, the most."""
+        steps = range(self.num_inference_steps - self.first_step)
+        return self.evaluations_in(skip_steps(len(steps)) if self.cache and self.cache.name == "skip" else steps)
+
+    def evaluations_in(self, computed: Sequence[int]) -> int:
+        """Returns the number of full evaluations for a picture whose computed steps are known."""
+        return count_evaluations(self.solver, len(computed))
 
     @property
     def true_cfg(self) -> bool:
@@ -392,6 +455,10 @@ class ResolvedRequest:
             "pasted_size": list(self.picture_size) if self.picture_size != (self.width, self.height) else None,
             "num_inference_steps": self.num_inference_steps,
             "sigmas": list(self.sigmas) or None,
+            "levels": self.schedule,  # its name here: "schedule" is the model's
+            "solver": None if self.solver == presets.SOLVERS[0] else self.solver,
+            "cache": self.cache and str(self.cache),
+            "fast": self.fast or None,
             "guidance_scale": self.guidance_scale,
             "seed": self.seeds[0 if one_stream else i] if self.seeds else None,
             "noise": self.noise,
@@ -423,6 +490,8 @@ class Result:
     plan: MemoryPlan | None = None  # expected memory, in bytes
     peaks: dict[str, int] = field(default_factory=dict)  # measured memory of each stage, in bytes
     control_image: Image.Image | None = None  # the map that was made of a photo, where `control` asks for one
+    # Of each image, the steps (from 0) that the transformer computed in full; with true CFG, for either prompt.
+    steps_computed: tuple[tuple[int, ...], ...] = ()
 
     def __repr__(self) -> str:
         count = len(self.images)

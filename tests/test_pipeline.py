@@ -44,6 +44,7 @@ from mlx_flux_krea.presets import RECIPES, SCHNELL_FILES
 from mlx_flux_krea.provenance import SOFTWARE
 from mlx_flux_krea.request import Request
 from mlx_flux_krea.sampling import noise, sampler
+from mlx_flux_krea.sampling.solvers import SOLVERS
 from mlx_flux_krea.weights import NetworkFolder
 
 CAT = "A cat holding a sign that says hello world"
@@ -79,15 +80,15 @@ def latents_of(pipe, **call) -> tuple:
 
 def start_of(pipe, **call) -> mx.array:
     """The start of the loop."""
-    seen, original = [], sampler.euler
+    seen, original = [], SOLVERS["euler"]
 
-    def euler(model, latents, *args):
-        mx.eval(latents)
-        seen.append(latents)
-        return original(model, latents, *args)
+    def euler(model, state, *args):
+        mx.eval(state.latents)
+        seen.append(state.latents)
+        return original(model, state, *args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sampler, "euler", euler)
+        patch.setitem(SOLVERS, "euler", euler)
         pipe(**call)
     return seen[0]
 

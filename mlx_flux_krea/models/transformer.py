@@ -375,7 +375,13 @@ class Flux(nn.Module):
         return [run(layers[place], vec) for place in (range(len(layers)) if places is None else places)]
 
     def forward(
-        self, img: mx.array, txt: mx.array, modulations: list, pe: tuple[mx.array, mx.array], run: Runner = call
+        self,
+        img: mx.array,
+        txt: mx.array,
+        modulations: list,
+        pe: tuple[mx.array, mx.array],
+        run: Runner = call,
+        between: Callable[[mx.array, mx.array, Callable[[], mx.array]], mx.array] | None = None,
     ) -> mx.array:
         """Evaluates the velocity, given everything that does not depend on the latents.
 
@@ -385,20 +391,38 @@ class Flux(nn.Module):
             modulations: from `modulations`, B rows each.
             pe: from `rope`, text positions before image positions.
             run: called as run(stage, *args) for each stage in order; returns the stage's result, evaluated or not.
+            between: called after the first double block as between(before, after, rest), with the image stream
+                (B, L, C) on both sides of it, and a function that runs all other blocks and returns the stream. It
+                returns that stream, or one to use instead (step caches).
 
         Returns:
             (B, L, out_channels).
+
+        Raises:
+            ValueError: `between` is given, and there is no double block.
         """
-        mods = iter(modulations)
+        if between is not None and not self.double_blocks:
+            raise ValueError("[Flux] between is called after the first double block, and there is none.")
         # float16 is for arrays inside the blocks: the streams themselves grow beyond its range
         stream = mx.float32 if self.dtype == mx.float16 else self.dtype
         img, txt = run(self.img_in, img.astype(self.dtype)).astype(stream), txt.astype(stream)
-        for block in self.double_blocks:
-            img, txt = run(block, img, txt, next(mods), pe)
-        x = mx.concatenate([txt, img], axis=1)
-        for block in self.single_blocks:
-            x = run(block, x, next(mods), pe)
-        return run(self.final_layer, x[:, txt.shape[1] :], next(mods))
+
+        def through(start: int, img: mx.array, txt: mx.array) -> mx.array:
+            """Runs the double blocks from one on, and all single blocks."""
+            mods = iter(modulations[start:])
+            for block in self.double_blocks[start:]:
+                img, txt = run(block, img, txt, next(mods), pe)
+            x = mx.concatenate([txt, img], axis=1)
+            for block in self.single_blocks:
+                x = run(block, x, next(mods), pe)
+            return x[:, txt.shape[1] :]
+
+        if between is None:
+            img = through(0, img, txt)
+        else:
+            after, txt = run(self.double_blocks[0], img, txt, modulations[0], pe)
+            img = between(img, after, partial(through, 1, after, txt))
+        return run(self.final_layer, img, modulations[-1])
 
     def __call__(
         self,

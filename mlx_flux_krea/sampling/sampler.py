@@ -1,4 +1,4 @@
-"""The flow sampler: schedule, packing, positions and the Euler loop.
+"""The flow sampler: schedules, packing and positions. Solvers stand in `solvers.py`.
 
 Rectified flow (Liu et al. 2022; Lipman et al. 2022): x = (1 - sigma) * image + sigma * noise, and the transformer gives
 dx / d sigma. Formulas are those of black-forest-labs/flux (src/flux/sampling.py) and of diffusers'
@@ -6,12 +6,15 @@ FlowMatchEulerDiscreteScheduler, which agree to 1.2e-7. B batch, L image tokens,
 """
 
 import math
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Sequence
 
 import mlx.core as mx
 import numpy as np
 
 from ..models.config import Schedule
+
+_TABLE = 10000  # levels of ComfyUI's table for FLUX.1
+_TERMS = 64  # of a series, and halvings of an interval: as exact as float64
 
 
 def shift_mu(schedule: Schedule, image_seq_len: int) -> float:
@@ -42,6 +45,60 @@ def make_sigmas(
     return np.append(levels, np.float32(0))
 
 
+def schedule_levels(name: str | None, num_inference_steps: int) -> np.ndarray | None:
+    """Returns the noise levels of a schedule by its name, as levels before the model's shift.
+
+    Both are ComfyUI's (comfy/samplers.py, simple_scheduler and beta_scheduler with ModelSamplingFlux), which pick n of
+    a table of 10000 levels: "simple" evenly, "beta" at the quantiles of the beta distribution with both parameters 0.6
+    (Lee et al. 2024, arXiv:2407.12173), so more of them near the noise and near the image.
+
+    Args:
+        name: one of `presets.SCHEDULES`, or None: the model's.
+        num_inference_steps: n.
+
+    Returns:
+        (n,) float64, falling in (0, 1], for the argument `sigmas` of `make_sigmas`; None: evenly spaced ones.
+
+    Raises:
+        ValueError: a schedule that does not exist.
+    """
+    n = num_inference_steps
+    if name is None:
+        return None
+    if name == "simple":
+        return (_TABLE - np.floor(np.arange(n) * (_TABLE / n))) / _TABLE
+    if name != "beta":
+        raise ValueError(f"[schedule_levels] There is no schedule {name!r}.")
+    places = np.rint(beta_quantiles(1 - np.arange(n) / n, 0.6) * (_TABLE - 1))
+    return (places + 1) / _TABLE
+
+
+def beta_quantiles(shares: np.ndarray, parameter: float) -> np.ndarray:
+    """Returns quantiles of the beta distribution whose two parameters are equal, by bisection of its power series.
+
+    Args:
+        shares: (n,) in [0, 1].
+        parameter: above 0.
+
+    Returns:
+        (n,) float64 in [0, 1].
+    """
+    low = np.minimum(shares, 1 - shares)  # the distribution is symmetric about one half
+    orders = np.arange(_TERMS)
+    factors = np.cumprod(np.append(1, (orders[1:] - parameter) / orders[1:])) / (parameter + orders)
+
+    def below(x: np.ndarray) -> np.ndarray:
+        return x**parameter * (factors * x[:, None] ** orders).sum(axis=1)
+
+    half, least, most = below(np.array([0.5])), np.zeros(len(low)), np.full(len(low), 0.5)
+    for _ in range(_TERMS):
+        middle = (least + most) / 2
+        is_low = below(middle) / (2 * half) < low
+        least, most = np.where(is_low, middle, least), np.where(is_low, most, middle)
+    found = np.select([low == 0, low == 0.5], [0.0, 0.5], (least + most) / 2)
+    return np.where(shares > 0.5, 1 - found, found)
+
+
 def fixed_shift(schedule: Schedule, image_seq_len: int, num_inference_steps: int, mu: float) -> np.ndarray:
     """Returns ComfyUI's noise levels, with the same mu at every size, as levels before this schedule's shift.
 
@@ -50,7 +107,8 @@ def fixed_shift(schedule: Schedule, image_seq_len: int, num_inference_steps: int
     Returns:
         (n,) float64, falling in (0, 1], for the argument `sigmas` of `make_sigmas`.
     """
-    picked = (10000 - np.floor(np.arange(num_inference_steps) * (10000 / num_inference_steps))) / 10000
+    picked = schedule_levels("simple", num_inference_steps)
+    assert picked is not None
     own = shift_mu(schedule, image_seq_len) if schedule.shift == "dynamic" else mu
     return 1 / (1 + (1 / picked - 1) * math.exp(own - mu))
 
@@ -120,25 +178,3 @@ def position_ids(text_length: int, width: int, height: int, references: Sequence
 def add_noise(image_latents: mx.array, noise: mx.array, sigma: float) -> mx.array:
     """Returns the start of image-to-image: sigma * noise + (1 - sigma) * image."""
     return sigma * noise + (1.0 - sigma) * image_latents
-
-
-def euler(
-    model: Callable[[mx.array, int], mx.array], latents: mx.array, sigmas: np.ndarray, start: int = 0
-) -> Generator[mx.array, mx.array | None, None]:
-    """Integrates with Euler's method from sigmas[start] to the end.
-
-    Args:
-        model: maps latents (B, L, 64) and the index of a step to the velocity.
-        latents: (B, L, 64), in their type.
-        sigmas: (n + 1,).
-        start: first step.
-
-    Yields:
-        Latents after each step, lazy. Latents sent back (`send`) replace them, so that a callback can change a run.
-    """
-    for i in range(start, len(sigmas) - 1):
-        velocity = model(latents, i)
-        step = float(sigmas[i + 1] - sigmas[i])
-        latents = latents + (step * velocity.astype(mx.float32)).astype(latents.dtype)
-        replaced = yield latents
-        latents = latents if replaced is None else replaced
