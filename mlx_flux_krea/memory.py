@@ -34,6 +34,7 @@ _BLOCK = {"cpu": {4: (15, 28), 2: (26, 55)}, "gpu": {4: (12, 18), 2: (12, 18)}}
 _DENSE = {4: 9, 2: 10}  # bytes a weight that the CPU dequantizes takes on its way to float32 and to 16 bits
 # Bytes of a pixel of an input image: as Pillow holds it, and of a copy while it is resized or hashed.
 _HELD, _COPIED = 4, 3
+_PASTED = 13  # bytes of a pixel of a picture that comes back into its image: both, and their masks
 _EDGES = 120  # bytes of a pixel while edges are found, in numpy
 _HEAD = {"cpu": 41, "gpu": 12}  # bytes of a pixel and of each of its features in the head of the depth network
 _STRIPS = {"cpu": {4: 12, 2: 24}, "gpu": {4: 6, 2: 6}}
@@ -355,6 +356,7 @@ def make_plan(
     steps: int = 28,
     conditions: int = 1,
     input_pixels: int = 0,
+    pasted_pixels: int = 0,
     style: StyleNeeds | None = None,
     map_bytes: int = 0,
     references: Sequence[tuple[int, int]] = (),
@@ -374,6 +376,7 @@ def make_plan(
         steps: n.
         conditions: prompts and negative prompts of the run.
         input_pixels: of all images that the run starts from or reads; 0: none.
+        pasted_pixels: of the image that a picture comes back into; 0: it does not.
         references: width and height at which FLUX.1 Kontext reads each of its references.
         style: style images; None: there are none.
         map_bytes: from `map_needs`; 0: no map is made.
@@ -410,7 +413,7 @@ def make_plan(
         "modulation": _slots(weights.modulation.stored, weights.modulation.cast)
         + working.dense(weights.modulation.dense),
         "denoise": texts + working.dense(blocks.dense) + working.block(flux, tokens),
-        "decode": weights.decoder,
+        "decode": weights.decoder + _PASTED * pasted_pixels,
     }
 
     if dtype == mx.float16:  # a step that exceeds its range is repeated by another network, in bfloat16

@@ -603,6 +603,7 @@ class FluxPipeline(AdapterMethods, compat.DiffusersMethods):
             steps=resolved.num_inference_steps,
             conditions=resolved.prompts * (2 if resolved.true_cfg else 1),
             input_pixels=resolved.inputs.pixels,
+            pasted_pixels=resolved.inputs.pasted_pixels,
             references=resolved.inputs.sizes,
             style=self._style_needs(resolved),
             map_bytes=self._map_needs(resolved),

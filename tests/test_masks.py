@@ -2,6 +2,7 @@
 
 import resource
 import sys
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -132,6 +133,25 @@ def test_a_strip_is_cropped_in_bounded_memory():
     assert np.abs(np.asarray(small, int) - np.asarray(whole, int)).mean() < 2
     now, unit = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, 1 if sys.platform == "darwin" else 1024
     assert (now - before) * unit < 2**27
+
+
+def test_a_large_image_is_expanded_and_comes_back_in_bounded_memory(folders):
+    """The picture of a telephone: 36 MB as bytes."""
+    image = Image.new("RGB", (4000, 3000), "orange")
+    tracemalloc.start()
+    canvas = Canvas.of(image).expanded((0, 400, 0, 0))
+    pasted = canvas.paste(np.zeros((768, 1024, 3), np.uint8))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert (pasted.shape, pasted[:, :3960].mean((0, 1)).round().tolist()) == ((3000, 4400, 3), [255, 165, 0])
+    assert peak < 16 * pasted.size / 3
+
+    plans = [resolved(folders["base"], image=image, padding_mask_crop=8, mask_image=masked(8, 8, 90, 90)).inputs]
+    plans.append(resolved(folders["base"], image=image, mask_image=masked(8, 8, 90, 90), fit="crop").inputs)
+    assert [(one.pixels, one.pasted_pixels) for one in plans] == [
+        (12_000_000 + 67 * 45, 12_000_000),
+        (12_000_000 + 67 * 45 + 64 * 48, 64 * 48),
+    ]
 
 
 @pytest.mark.parametrize("given", ["9" * 5000, "9999999", "1" * 7 + "%"])

@@ -116,9 +116,15 @@ class Inputs:
 
     @property
     def pixels(self) -> int:
-        """Number of pixels of all images."""
-        images = [*self.given.values(), *([self.canvas.image] if self.canvas else [])]
-        return sum(image.width * image.height for image in images)
+        """Number of pixels of all images, an expanded one beside the one that it was made of."""
+        images = {id(image): image for image in self.given.values()}
+        images |= {id(self.canvas.image): self.canvas.image} if self.canvas else {}
+        return sum(image.width * image.height for image in images.values())
+
+    @property
+    def pasted_pixels(self) -> int:
+        """Number of pixels of the image that a picture comes back into, or 0."""
+        return self.canvas.image.width * self.canvas.image.height if self.paste and self.canvas else 0
 
     def picture_size(self, width: int, height: int) -> tuple[int, int]:
         """Returns the size of a finished picture, of which a part of this size was generated."""

@@ -23,6 +23,7 @@ SEAM = 8  # pixels at most, inside a mask, over which a picture fades into the i
 Box = tuple[int, int, int, int]  # left, top, right and bottom
 _LANCZOS = Image.Resampling.LANCZOS
 _BORDER = re.compile(r"\s*(\d{1,6})\s*(?:px|(%))?\s*")
+_STRIP = 256  # lines of a picture that are pasted at a time
 _WASTE = 16  # times the pixels of a crop: an image that is larger is not resized as a whole
 _HALF = 128  # of 255, from which a mask is white
 
@@ -117,11 +118,12 @@ class Canvas:
         edges = ((top, bottom), (left, right))
         image = Image.fromarray(np.pad(np.asarray(self.image), (*edges, (0, 0)), mode="edge"))
         over = self.mask_over
-        own = np.zeros((self.image.height, self.image.width), np.float32) if over is None else _weights(over)
-        ramps = [_ramp(length, *new) for length, new in zip(own.shape, edges, strict=True)]
-        inner = np.maximum(own, np.maximum(ramps[0][:, None], ramps[1][None]))
-        mask = np.pad(inner, edges, constant_values=1.0)
-        return Canvas(image, Image.fromarray(np.round(255 * mask).astype(np.uint8)), (0, 0, width, height))
+        shape = self.image.height, self.image.width
+        down, across = (_ramp(length, *new) for length, new in zip(shape, edges, strict=True))
+        inner = np.maximum(down[:, None], across[None])
+        inner = inner if over is None else np.maximum(inner, np.asarray(over))
+        mask = np.pad(inner, edges, constant_values=255)
+        return Canvas(image, Image.fromarray(mask), (0, 0, width, height))
 
     def cropped(self, width: int, height: int, padding: int) -> "Canvas":
         """Returns the canvas whose part is the surroundings of the mask, in the shape of the picture.
@@ -224,15 +226,16 @@ class Canvas:
         assert mask is not None  # nothing lies outside else
         width, height = self.size
         made = _resized(picture, width, height, "crop" if self.fit == "pad" else "stretch")
-        levels = 255.0 if picture.dtype == np.uint8 else 1.0
-        whole = np.array(self.image)
-        whole = whole if picture.dtype == np.uint8 else whole.astype(np.float32) / np.float32(255)
+        in_bytes, whole = picture.dtype == np.uint8, np.array(self.image)
+        whole = whole if in_bytes else whole.astype(np.float32) / np.float32(255)
         left, top, right, bottom = self.box
-        share = _weights(_cut(seam(mask, soft=soft), self.box))[..., None]
-        own = whole[top:bottom, left:right]
-        mixed = np.clip(own + share * (made - own), 0, levels)
-        mixed = np.round(mixed) if picture.dtype == np.uint8 else mixed
-        whole[top:bottom, left:right] = np.where(share > 0, mixed, own).astype(picture.dtype)
+        shares = np.asarray(_cut(seam(mask, soft=soft), self.box))
+        for first in range(0, height, _STRIP):  # in float32 the whole takes a gigabyte
+            rows = slice(first, first + _STRIP)
+            share, own = shares[rows, :, None] / np.float32(255), whole[top:bottom, left:right][rows]
+            mixed = np.clip(own + share * (made[rows] - own.astype(np.float32)), 0, 255.0 if in_bytes else 1.0)
+            mixed = np.round(mixed) if in_bytes else mixed
+            own[...] = np.where(share > 0, mixed, own)
         return whole
 
 
@@ -241,7 +244,7 @@ def seam(mask: Image.Image, *, soft: bool) -> Image.Image:
 
     A mask that is not soft is rounded first, as the latents have it: a thing that was painted is shown whole.
     """
-    mask = mask if soft else mask.point(lambda value: 255 * (value >= 128))
+    mask = mask if soft else mask.point([255 * (value >= _HALF) for value in range(256)])
     left, top, right, bottom = mask.getbbox() or (0, 0, 1, 1)
     radius = min(SEAM // 2, min(right - left, bottom - top) // 32)
     while radius:
@@ -330,11 +333,12 @@ def _widened(first: int, last: int, more: int, length: int) -> tuple[int, int]:
 
 
 def _ramp(length: int, before: int, after: int) -> np.ndarray:
-    """Returns (length,) values that fall from 1 beside each new border to 0 over `RAMP` pixels."""
+    """Returns (length,) values, uint8, that fall from 255 beside each new border to 0 over `RAMP` pixels."""
     places = np.arange(length, dtype=np.float32)
     reach = min(RAMP, max(length // 4, 1))
     sides = [1 - (places + 1) / (reach + 1)] * bool(before) + [1 - (length - places) / (reach + 1)] * bool(after)
-    return np.maximum(0, np.max(sides, axis=0)) if sides else np.zeros(length, np.float32)
+    ramp = np.maximum(0, np.max(sides, axis=0)) if sides else np.zeros(length, np.float32)
+    return np.round(255 * ramp).astype(np.uint8)
 
 
 def _cut(image: Image.Image, box: Box) -> Image.Image:
@@ -346,8 +350,8 @@ def _weights(mask: Image.Image) -> np.ndarray:
 
 
 def _resized(picture: np.ndarray, width: int, height: int, fit: str) -> np.ndarray:
-    """Returns pixels at another size, in float32 and at their scale."""
+    """Returns pixels at another size, in their type."""
     if picture.dtype == np.uint8:
-        return np.asarray(fit_to(Image.fromarray(picture), width, height, fit), dtype=np.float32)
+        return np.asarray(fit_to(Image.fromarray(picture), width, height, fit))
     channels = [Image.fromarray(np.ascontiguousarray(channel)) for channel in picture.transpose(2, 0, 1)]
     return np.stack([np.asarray(fit_to(channel, width, height, fit)) for channel in channels], axis=-1)
