@@ -60,6 +60,9 @@ _ENCODED = "images are given as images: `image` and `mask_image`"
 _COMPONENT = "every component comes from the model folder: flux-krea convert takes files one by one"
 _QUANTIZE = "quantize at conversion: flux-krea convert MODEL -q 4"
 
+_SCHEDULER = "a call takes `solver`, `schedule` and `sigmas`; the usual solver is Euler with the folder's schedule"
+_CACHE = 'a call takes `cache`, such as "first-block:0.08" (FirstBlockCacheConfig) or "skip"'
+
 LOADING = {
     "variant": Argument(_OPENS),
     "revision": Argument(_OPENS),
@@ -86,7 +89,7 @@ LOADING = {
         ("transformer", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "vae"),
         Argument(_COMPONENT, _never),
     ),
-    "scheduler": Argument("the solver is Euler with the folder's schedule; a call takes other `sigmas`", _never),
+    "scheduler": Argument(_SCHEDULER, _never),
     "quantization_config": Argument(_QUANTIZE, _never),
     "custom_pipeline": Argument("there is one pipeline, with the text and image arguments of diffusers'", _never),
     "output_loading_info": Argument("loading is strict: a missing or unknown tensor is an error", lambda v: not v),
@@ -166,7 +169,11 @@ _CLASSES = {
     "FluxMultiControlNetModel": _NO_CONTROLNET,
     "FluxTransformer2DModel AutoencoderKL T5EncoderModel T5TokenizerFast CLIPTextModel CLIPTokenizer": _COMPONENT,
     "ReduxImageEncoder SiglipVisionModel SiglipImageProcessor": "FluxPriorReduxPipeline opens the installed Redux",
-    "FlowMatchEulerDiscreteScheduler": LOADING["scheduler"].sentence,
+    "FlowMatchEulerDiscreteScheduler": _SCHEDULER,
+    "FlowMatchHeunDiscreteScheduler": 'a call takes `solver` "heun"',
+    "DPMSolverMultistepScheduler": 'a call takes `solver` "dpmpp_2m", which is this one with flow sigmas',
+    "FirstBlockCacheConfig MagCacheConfig TaylorSeerCacheConfig FasterCacheConfig": _CACHE,
+    "apply_first_block_cache apply_mag_cache apply_taylorseer_cache": _CACHE,
     "BitsAndBytesConfig TorchAoConfig QuantoConfig GGUFQuantizationConfig PipelineQuantizationConfig": _QUANTIZE,
 }
 CLASSES = {name: sentence for names, sentence in _CLASSES.items() for name in names.split()}
@@ -210,7 +217,10 @@ _OTHERS = {
     "weight weights lora_scale lora_scales adapter_weights": "pipe.set_adapters(names, weights) sets an adapter's",
     "device device_id": "there is one device, the GPU that shares the memory: leave it out",
     "output output_path filename out format": "save the picture: result.images[0].save(FILE)",
-    "sampler solver": LOADING["scheduler"].sentence,
+    "sampler sampler_name": "solver",
+    "scheduler_name noise_schedule": "schedule",
+    "teacache step_cache cache_config": "cache",
+    "go_fast": "fast",
     "low_ram": "memory",
     "path name folder repo_id": "model",
 }
@@ -412,7 +422,8 @@ class DiffusersMethods:
     push_to_hub = Refused("upload the folder, `folder.path`, with the hub's own tools, as its licence allows")
     register_modules = Refused(_COMPONENT)
     enable_freeu = Refused("FreeU is for networks with skip connections, and this is none")
-    enable_cache = Refused("caches that skip steps do not work yet; they come in a later version")
+    enable_cache = Refused(_CACHE)
+    disable_cache = Accepted("no cache lasts from one call to the next")
 
     @property
     def device(self) -> str:
@@ -460,7 +471,7 @@ class NetworkMethods:
     fuse_qkv_projections = Accepted(_ATTENTION)
     set_attn_processor = Refused("attention is computed in one way")
     set_attention_backend = Accepted(_ATTENTION)
-    enable_cache = Refused("caches that skip steps do not work yet; they come in a later version")
+    enable_cache = Refused(_CACHE)
     load_lora_adapter = Refused("load it into the pipeline: load_lora_weights()")
 
 

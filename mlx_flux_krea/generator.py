@@ -36,7 +36,8 @@ from .sampling import noise as noises
 from .sampling import preview as previews
 from .sampling import sampler
 from .sampling.caches import Uncached, make_cache
-from .sampling.solvers import SOLVERS, State, count_evaluations
+from .sampling.rules import count_evaluations
+from .sampling.solvers import SOLVERS, State
 from .weights import ComponentFolder, ModelFolder
 from .worker import Worker, evaluated, limit_cache
 

@@ -361,6 +361,7 @@ def make_plan(
     map_bytes: int = 0,
     references: Sequence[tuple[int, int]] = (),
     adapters: int = 0,
+    cached: int = 0,
     budget: int | None = None,
     device: str | None = None,
 ) -> MemoryPlan:
@@ -381,6 +382,7 @@ def make_plan(
         style: style images; None: there are none.
         map_bytes: from `map_needs`; 0: no map is made.
         adapters: bytes of their branches, which are in memory all the time.
+        cached: bytes of the step cache.
         budget: bytes; None: as many as the machine offers.
         device: "cpu" or "gpu"; None: the one in use.
 
@@ -412,7 +414,7 @@ def make_plan(
         **({"image": weights.encoder + _COPIED * input_pixels} if input_pixels else {}),
         "modulation": _slots(weights.modulation.stored, weights.modulation.cast)
         + working.dense(weights.modulation.dense),
-        "denoise": texts + working.dense(blocks.dense) + working.block(flux, tokens),
+        "denoise": cached + texts + working.dense(blocks.dense) + working.block(flux, tokens),
         "decode": weights.decoder + _PASTED * pasted_pixels,
     }
 

@@ -47,6 +47,7 @@ from .presets import SOLVERS
 from .progress import ProgressBars, check_options
 from .provenance import SOFTWARE
 from .request import Request, ResolvedRequest, Result, as_array, check_values
+from .sampling.caches import cache_bytes
 from .weights import DTYPES, ComponentFolder, ModelFolder, open_model
 from .worker import Worker
 
@@ -608,6 +609,7 @@ class FluxPipeline(AdapterMethods, compat.DiffusersMethods):
             style=self._style_needs(resolved),
             map_bytes=self._map_needs(resolved),
             adapters=branch_bytes(self._loaded.uses(resolved.adapters or ()), self.folder.sizes, self._dtype),
+            cached=self._cached(resolved),
             budget=self.memory,
         )
 
@@ -625,6 +627,16 @@ class FluxPipeline(AdapterMethods, compat.DiffusersMethods):
             tokens=request.style.tokens(networks["image_encoder"].sizes.side),
             prompts=request.prompts,
         )
+
+    def _cached(self, request: ResolvedRequest) -> int:
+        """Returns the bytes of the step cache, and of the prediction that a solver keeps."""
+        flux, patch = self.folder.flux.sizes, 2 * self.folder.vae.sizes.downsampling
+        tokens = request.width * request.height // patch**2
+        velocities = request.batch * tokens * flux.out_channels
+        streams = (tokens + request.inputs.reference_tokens(patch)) * flux.hidden_size * request.batch
+        size = 4 if self.dtype == "float16" else self._dtype.size  # whose stream is float32
+        held = cache_bytes(request.cache, velocities, streams * (2 if request.true_cfg else 1), size)
+        return held + (0 if request.solver == SOLVERS[0] else 4 * 2 * velocities)
 
     def _map_needs(self, request: ResolvedRequest) -> int:
         """Returns the bytes that the map of a request's photo needs; 0: none is made."""

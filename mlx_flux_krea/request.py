@@ -24,10 +24,9 @@ from .inputs import style as styles
 from .memory import MemoryPlan
 from .models.config import FluxConfig, ModelIndex
 from .presets import MAX_BATCH, MAX_PROMPT, MAX_SCALE, MAX_SIDE, MAX_STEPS, MAX_WEIGHT
-from .sampling.caches import CacheRule, parse_cache, skip_steps
 from .sampling.noise import find_recipe
-from .sampling.sampler import first_step
-from .sampling.solvers import count_evaluations
+from .sampling.rules import CacheRule, count_evaluations, parse_cache, skip_steps
+from .sampling.sampler import first_step, schedule_levels
 from .weights import ModelFolder
 
 OUTPUT_TYPES = ("pil", "np", "latent")
@@ -136,6 +135,9 @@ class Request(ImageArguments):
         strength = inputs.usual_strength if self.strength is None else self.strength
         if inputs.canvas and first_step(steps, strength) >= steps:
             raise UsageError(f"`strength` {strength:g} of {amount(steps, 'step')} runs no step", "more of either")
+        levels = schedule_levels(self.schedule, steps)
+        if levels is not None and len({*levels}) < steps:
+            raise UsageError(f"the `schedule` {self.schedule} has fewer than {steps} noise levels", "fewer steps")
         first = first_step(steps, strength) if inputs.canvas else 0
         cache, said = self._cache(index, steps - first)
         style = styles.make_style(self.style_images, self.style_weights, self.style_rule, self.style_pooled_weights)
@@ -186,10 +188,10 @@ class Request(ImageArguments):
         if not self.fast:
             return None if self.cache is None else parse_cache(self.cache), ()
         if index.schedule.shift == "none":
-            return None, ("fast changes nothing: this model was made for few steps, and all are computed",)
+            return None, ("`fast` changes nothing: this model was made for few steps, and all are computed",)
         if steps < presets.FAST_FROM:
-            found = f"fast changes nothing: all of {amount(steps, 'step')} are computed"
-            return None, (f"{found}; it begins at {presets.FAST_FROM} steps",)
+            found = f"`fast` changes nothing below {presets.FAST_FROM} steps"
+            return None, (f"{found}: {amount(steps, 'step is', 'steps are')} computed",)
         return parse_cache(presets.FAST), ()
 
     @property
@@ -306,7 +308,7 @@ class Request(ImageArguments):
         if self.fast and self.cache is not None:
             raise UsageError("`fast` and `cache` are both given", "one of them")
         if self.solver == "heun" and (self.fast or self.cache is not None):
-            found = f"`{'fast' if self.fast else 'cache'}` does not work with the `solver` heun"
+            found = f"`{'fast' if self.fast else 'cache'}` does not work with `solver` heun"
             raise UsageError(found, "euler or dpmpp_2m", "heun evaluates each noise level twice")
 
     def _check_arrays(self, flux: FluxConfig, tokens: int) -> None:

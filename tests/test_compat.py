@@ -225,7 +225,7 @@ def test_diffusers_own_name_of_the_model_is_understood(model):
     [
         ({"transformer": object()}, "flux-krea convert takes files one by one"),
         ({"vae": object()}, "flux-krea convert takes files"),
-        ({"scheduler": object()}, "takes other `sigmas`"),
+        ({"scheduler": object()}, "takes `solver`, `schedule`"),
         ({"quantization_config": object()}, "flux-krea convert MODEL -q 4"),
         ({"custom_pipeline": "x"}, "one pipeline"),
         ({"output_loading_info": True}, "loading is strict"),

@@ -272,6 +272,42 @@ def test_image_to_image_keeps_the_layout_at_low_strength(draw, tmp_path):
 # --- how it is computed ---
 
 
+@shows("generate", "--fast", "--solver", "--schedule", "--cache")
+def test_solver_schedule_and_cache_are_recorded_counted_and_change_the_picture(run, tmp_path):
+    how = ["generate", CROSS, "-m", "nano", *SIZE, "--steps", "12", "--seed", "1"]
+    made = {}
+    for option, evaluations in {
+        "": 12, "--fast": 8, "--cache skip": 8, "--cache first-block:0.9": 1, "--solver heun": 23, "--schedule beta": 12
+    }.items():  # fmt: skip
+        code, out, err = run(*how, *option.split())
+        assert code == 0, err
+        record = read_record(tmp_path / out.strip())
+        made[option] = pixels(tmp_path / out.strip())
+        assert record["evaluations"] == evaluations
+        name, _, value = option.removeprefix("--").partition(" ")
+        named = {"schedule": "levels"}.get(name, name)
+        assert record.get(named, "") == (value or (True if name else ""))
+        line = next(line for line in err.splitlines() if line.startswith("1 picture"))
+        most = 12 if "first" in option else evaluations
+        assert (f"{most} evaluations (" in line) == bool(option)
+    assert made["--fast"] == made["--cache skip"]
+    assert len(set(made.values())) == 5
+    code, out, err = run("generate", CROSS, "-m", "nano", *QUICK, "--fast")
+    assert (code, "--fast changes nothing below 12 steps" in err) == (0, True)
+
+
+@shows("shell", "--fast", "--solver", "--schedule", "--cache")
+@pytest.mark.slow
+def test_a_shell_takes_solvers_and_caches_as_generate_does(run, tmp_path):
+    how = ["-m", "nano", *SIZE, "--steps", "12", "--seed", "1"]
+    options = [["--fast"], ["--solver", "dpmpp_2m", "--schedule", "simple"], ["--cache", "first-block:0.2:1"]]
+    for given in options:
+        code, out, err = run("generate", CROSS, *how, *given)
+        assert code == 0, err
+        code, typed, err = run("shell", *how, *given, reads=f"{CROSS}\n/exit\n")
+        assert pixels(tmp_path / typed.split()[0]) == pixels(tmp_path / out.strip()), err
+
+
 @shows("generate", "--dtype")
 @pytest.mark.slow
 def test_every_type_draws_nearly_the_same_picture(draw):

@@ -9,8 +9,9 @@ from helpers import assert_close, rel
 
 from mlx_flux_krea.errors import UsageError
 from mlx_flux_krea.models.config import Schedule
-from mlx_flux_krea.sampling import caches, sampler, solvers
-from mlx_flux_krea.sampling.caches import CacheRule, make_cache, parse_cache
+from mlx_flux_krea.sampling import sampler
+from mlx_flux_krea.sampling.caches import make_cache
+from mlx_flux_krea.sampling.rules import CacheRule, count_evaluations, parse_cache, skip_steps
 from mlx_flux_krea.sampling.solvers import SOLVERS, State
 
 LEVELS = sampler.make_sigmas(Schedule(), 1024, 14)
@@ -65,7 +66,7 @@ def test_heun_evaluates_both_ends_and_the_last_step_once():
     for name, count in {"euler": 14, "dpmpp_2m": 14, "heun": 27}.items():
         seen = []
         solved(name, LEVELS, noise(), lambda x, sigma: seen.append(sigma) or x)  # noqa: B023
-        assert len(seen) == solvers.count_evaluations(name, 14) == count
+        assert len(seen) == count_evaluations(name, 14) == count
         assert 0.0 not in seen
 
 
@@ -144,9 +145,9 @@ def test_schedules_are_comfys_before_the_models_shift():
 
 
 def test_skip_computes_the_first_four_then_every_second_and_the_last():
-    assert caches.skip_steps(28) == (0, 1, 2, 3, *range(5, 28, 2))
-    assert [len(caches.skip_steps(n)) for n in (1, 4, 5, 6, 12, 20, 27, 28)] == [1, 4, 5, 5, 8, 12, 16, 16]
-    assert all(caches.skip_steps(n)[-1] == n - 1 for n in range(1, 60))
+    assert skip_steps(28) == (0, 1, 2, 3, *range(5, 28, 2))
+    assert [len(skip_steps(n)) for n in (1, 4, 5, 6, 12, 20, 27, 28)] == [1, 4, 5, 5, 8, 12, 16, 16]
+    assert all(skip_steps(n)[-1] == n - 1 for n in range(1, 60))
 
 
 def test_skip_extrapolates_linearly_in_sigma_from_twelve_evaluations_and_repeats_below():
@@ -156,9 +157,9 @@ def test_skip_extrapolates_linearly_in_sigma_from_twelve_evaluations_and_repeats
         cache = make_cache(CacheRule("skip"), levels)
         full, skipped = (solved("euler", levels, noise(), line, one) for one in (None, cache))
         assert (bool(rel(skipped[-1], full[-1]) < 1e-6)) == exact
-        assert cache.computed("0.") == caches.skip_steps(n)
-        assert cache.evaluations == cache.left(0) == len(caches.skip_steps(n))
-        assert cache.left(5) == len(caches.skip_steps(n)) - 4
+        assert cache.computed("0.") == skip_steps(n)
+        assert cache.evaluations == cache.left(0) == len(skip_steps(n))
+        assert cache.left(5) == len(skip_steps(n)) - 4
 
 
 @pytest.mark.parametrize("factor", [-3.0, math.nan, math.inf])
@@ -175,7 +176,7 @@ def test_a_jump_in_the_velocity_and_nan_compute_the_step(factor):
     velocity = cache.wrap(model)
     for i in range(28):
         velocity(noise(), i)
-    assert calls == sorted({*caches.skip_steps(28), 6})
+    assert calls == sorted({*skip_steps(28), 6})
     assert cache.computed("0.") == tuple(calls)
 
 

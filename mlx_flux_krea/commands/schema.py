@@ -13,7 +13,7 @@ from .shared.text import json_text
 
 NAMES = (
     "prompt", "negative_prompt", "true_cfg_scale", "aspect", "megapixels", "width", "height", "steps", "guidance",
-    "seed", "num_images", "noise", "lora", "style", "style_rule",
+    "seed", "num_images", "noise", "lora", "style", "style_rule", "fast", "solver", "schedule", "cache",
     "image", "reference", "mask", "strength", "expand", "crop_to_mask", "control_image", "control", "fit",
 )  # fmt: skip
 _MASKED, _CONTROL = {"mask", "expand", "crop_to_mask", "strength"}, {"control_image", "control"}

@@ -13,63 +13,17 @@ jumps in the signal lead to a computed step. B batch, L image tokens, C channels
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
 
-from ..errors import UsageError
+from .rules import LINEAR_FROM, CacheRule, skip_steps
 from .solvers import Model
 
 Rest = Callable[[], mx.array]
 Shortcut = Callable[[mx.array, mx.array, Rest], mx.array]  # `between` of Flux.forward
 
-WARM_UP = 4  # steps that `skip` computes first; 2 and 6 were worse
-LINEAR_FROM = 12  # evaluations from which `skip` extrapolates; below, repeating is nearer to the full run
 _JUMP = 1.0  # mean difference of two velocities, relative to the last, above which a step is not extrapolated
-_EXPECTED = '"skip", or "first-block:T" with T between 0 and 1, such as first-block:0.08'
-
-
-@dataclass(frozen=True)
-class CacheRule:
-    """A step cache as a user names it.
-
-    Attributes:
-        name: "skip" or "first-block".
-        threshold: of first-block.
-        order: of its extrapolation, 0 or 1.
-    """
-
-    name: str
-    threshold: float = 0.0
-    order: int = 0
-
-    def __str__(self) -> str:
-        """Returns the name that `parse_cache` reads."""
-        return self.name if self.name == "skip" else f"{self.name}:{self.threshold!r}" + ":1" * self.order
-
-
-def parse_cache(text: str) -> CacheRule:
-    """Reads the name of a cache: "skip", "first-block:0.08" or "first-block:0.08:1".
-
-    Raises:
-        UsageError: anything else.
-    """
-    name, _, rest = text.partition(":") if isinstance(text, str) else ("", "", "")
-    threshold, _, order = rest.partition(":")
-    try:
-        if name == "skip" and ":" not in text:
-            return CacheRule(name)
-        if name == "first-block" and 0 < float(threshold) < 1 and (order in ("0", "1") or ":" not in rest):
-            return CacheRule(name, float(threshold), int(order or 0))
-    except ValueError:
-        pass
-    raise UsageError(f"`cache` is {text!r}", _EXPECTED)
-
-
-def skip_steps(count: int) -> tuple[int, ...]:
-    """Returns the steps that `skip` computes, of so many."""
-    return tuple(i for i in range(count) if i < WARM_UP or (i - WARM_UP) % 2 or i == count - 1)
 
 
 class Uncached:
@@ -265,6 +219,20 @@ class _FirstBlock:
         known = known.astype(mx.float32)
         difference = mx.abs(first.astype(mx.float32) - known).mean() / mx.abs(known).mean()
         return bool((difference <= self._rule.threshold).item())  # False for NaN
+
+
+def cache_bytes(rule: CacheRule | None, velocities: int, streams: int, size: int) -> int:
+    """Returns the bytes that a cache holds.
+
+    Args:
+        rule: of the cache; None: there is none.
+        velocities: elements of the velocities of all pictures.
+        streams: elements of the image streams of all pictures and halves.
+        size: bytes of a number of the stream.
+    """
+    if rule is None:
+        return 0
+    return 4 * 3 * velocities if rule.name == "skip" else (3 + rule.order) * streams * size
 
 
 def extrapolate(before: mx.array, last: mx.array, sigmas: np.ndarray, steps: Sequence[int]) -> mx.array:

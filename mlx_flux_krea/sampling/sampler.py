@@ -99,15 +99,18 @@ def beta_quantiles(shares: np.ndarray, parameter: float) -> np.ndarray:
     return np.where(shares > 0.5, 1 - found, found)
 
 
-def fixed_shift(schedule: Schedule, image_seq_len: int, num_inference_steps: int, mu: float) -> np.ndarray:
-    """Returns ComfyUI's noise levels, with the same mu at every size, as levels before this schedule's shift.
+def fixed_shift(schedule: Schedule, image_seq_len: int, picked: np.ndarray | None, mu: float) -> np.ndarray:
+    """Returns noise levels that are shifted by the same mu at every size, as levels before this schedule's shift.
 
-    ComfyUI shifts a table of 10000 levels and picks n of them (ModelSamplingFlux, scheduler "simple").
+    Args:
+        schedule: the model's shift.
+        image_seq_len: L, the number of packed latents.
+        picked: (n,) levels before the shift, from `schedule_levels`.
+        mu: the shift.
 
     Returns:
         (n,) float64, falling in (0, 1], for the argument `sigmas` of `make_sigmas`.
     """
-    picked = schedule_levels("simple", num_inference_steps)
     assert picked is not None
     own = shift_mu(schedule, image_seq_len) if schedule.shift == "dynamic" else mu
     return 1 / (1 + (1 / picked - 1) * math.exp(own - mu))

@@ -81,8 +81,3 @@ def _moved(latents: mx.array, velocity: mx.array, step: float) -> mx.array:
 
 Solver = Callable[[Model, State, np.ndarray, int], State]
 SOLVERS: dict[str, Solver] = {"euler": euler, "dpmpp_2m": dpmpp_2m, "heun": heun}
-
-
-def count_evaluations(solver: str, steps: int) -> int:
-    """Counts the evaluations of the model in so many steps that end at 0."""
-    return max(2 * steps - 1, 0) if solver == "heun" else steps

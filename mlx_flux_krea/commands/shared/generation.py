@@ -10,7 +10,9 @@ from mlx_flux_krea.errors import FluxKreaError, ModelError, PartlyDone, UsageErr
 from mlx_flux_krea.files import sha256_if_exists
 from mlx_flux_krea.home import find_model
 from mlx_flux_krea.inputs.maps import depth_sha256
+from mlx_flux_krea.presets import FAST, SOLVERS
 from mlx_flux_krea.prompts import cut_notes, tokenize
+from mlx_flux_krea.request import ResolvedRequest
 from mlx_flux_krea.tokenizers import Tokens
 from mlx_flux_krea.weights import open_model
 
@@ -263,6 +265,7 @@ def _announce(pipe: FluxPipeline, base: dict, *, prepared: list[PreparedJob], co
         sizes.setdefault(shown, []).append(r.num_inference_steps)
     parts = [
         several(f"{name} with {amount(several(sorted(steps)), 'step')}" for name, steps in sizes.items()),
+        *_evaluations(requests),
         *([f"guidance {several(f'{r.guidance_scale:g}' for r in requests)}"] if requests[0].guidance_scale else []),
         f"seed {several(p.job.seed for p in prepared)}",
         *_token_counts(prompts),
@@ -277,6 +280,19 @@ def _announce(pipe: FluxPipeline, base: dict, *, prepared: list[PreparedJob], co
         *_differences(pipe, base, prepared),
     ):
         console.note(text)
+
+
+def _evaluations(requests: Sequence[ResolvedRequest]) -> list[str]:
+    """Formats how many evaluations of the transformer the steps take, where that is not one each."""
+    shown = {}
+    for r in requests:
+        schedule = f"schedule {r.schedule}" if r.schedule else ""
+        how = [r.solver if r.solver != SOLVERS[0] else "", "fast" if r.fast else str(r.cache or ""), schedule]
+        if any(how) or r.evaluations != r.num_inference_steps:
+            most = "at most " if r.cache and r.cache.name != FAST else ""
+            named = ", ".join(filter(None, how))
+            shown[f"{most}{amount(r.evaluations, 'evaluation')}{f' ({named})' if named else ''}"] = None
+    return [several(shown)] if shown else []
 
 
 def _name_notes(base: dict, prepared: list[PreparedJob]) -> list[str]:

@@ -22,23 +22,24 @@ from mlx_flux_krea.home import NANO, installed_models
 from mlx_flux_krea.prompts import tokenize
 from mlx_flux_krea.provenance import read_record
 from mlx_flux_krea.request import Request, ResolvedRequest, check_text, random_seed
-from mlx_flux_krea.sampling.sampler import fixed_shift
+from mlx_flux_krea.sampling.sampler import fixed_shift, schedule_levels
 from mlx_flux_krea.weights import ModelFolder
 
 from .images import Opened, check_images, image_arguments, recorded_images, require_images
-from .options import ARGUMENTS, BY_NAME, DEFAULTS, PER_PICTURE, REPLACES, cast
+from .options import ARGUMENTS, BY_NAME, DEFAULTS, NO_CACHE, PER_PICTURE, REPLACES, cast
 from .rows import alternatives, prompt_notes, read_rows
 from .styles import RECORDED, recorded_style, style_arguments
 
 # Options that are arguments of the pipeline, by the arguments' names.
 _SAME = ("prompt", "negative_prompt", "true_cfg_scale", "width", "height", "noise", "strength", "expand", "fit")
-_SAME += ("control",)
+_SAME += ("control", "solver", "schedule", "cache")
 _REQUEST = {"steps": ARGUMENTS["steps"], "guidance": ARGUMENTS["guidance"], **{name: name for name in _SAME}}
 _FLAGS = {  # options that set an argument to a value
     "crop_to_mask": ("padding_mask_crop", presets.CROP_PADDING),
     "soft_mask": ("soft_mask", True),
     "no_paste": ("paste", False),
     "no_auto_resize": ("auto_resize", False),
+    "fast": ("fast", True),
 }
 _FROM_RECORD = ("prompt_2", "negative_prompt_2", "sigmas", "max_sequence_length")  # arguments that only a record sets
 _FROM_RECORD += ("padding_mask_crop",)
@@ -114,14 +115,18 @@ def record_options(path: Path) -> dict:
     if record.get("given"):
         raise UsageError(f"{path} was made in Python from arrays that its record does not hold: {record['given']}")
     names = {name: option for option, name in _REQUEST.items()} | {"seed": "seed", "dtype": "dtype"}
-    values = {**record}
+    values = {**record, "schedule": record.get("levels")}  # a record's schedule is the model's
     if "pasted_size" in record and "padding_mask_crop" not in record:  # the sizes follow from the image
         values = {name: value for name, value in values.items() if name not in ("width", "height")}
     if isinstance(borders := record.get("expand"), list):
         values["expand"] = ",".join(map(str, borders))
-    options = dict(cast(option, values[name], tuple(BY_NAME)) for name, option in names.items() if name in values)
+    options = dict(
+        cast(option, values[name], tuple(BY_NAME)) for name, option in names.items() if values.get(name) is not None
+    )
     options |= {name: record[name] for name in UNTYPED if name in record}
     options |= {flag: True for flag, (name, value) in _FLAGS.items() if record.get(name) is value}
+    if options.get("fast"):  # as it was, whatever it is in this version
+        del options["fast" if options.get("cache") != presets.FAST else "cache"]
     options |= dict(
         (name, value) if name == RECORDED else cast(name, value, tuple(BY_NAME))
         for name, value in recorded_style(record, path).items()
@@ -298,8 +303,9 @@ def prepare(
         raise UsageError("--keep-map, and no map is made", "--control canny or depth", "leave it out")
     if tool and tool.mu:
         tokens = request.width * request.height // _multiple(folder) ** 2
-        levels = fixed_shift(folder.index.schedule, tokens, request.num_inference_steps, tool.mu)
-        given = replace(given, sigmas=tuple(levels.tolist()))
+        picked = schedule_levels(request.schedule or "simple", request.num_inference_steps)
+        levels = fixed_shift(folder.index.schedule, tokens, picked, tool.mu)
+        given = replace(given, sigmas=tuple(levels.tolist()), schedule=None)
     notes += [*job.notes, *_size_notes(request, folder)]
     return PreparedJob(job=job, given=given, request=request, pick=pick, notes=tuple(notes))
 
@@ -325,6 +331,8 @@ def _pipeline_arguments(
     arguments = {name: options[option] for option, name in _REQUEST.items() if option in options}
     arguments |= {name: options[name] for name in _FROM_RECORD if name in options}
     arguments |= {name: value for flag, (name, value) in _FLAGS.items() if options.get(flag) and name not in arguments}
+    if arguments.get("cache") == NO_CACHE:
+        del arguments["cache"]
     for name in ("prompt_2", "negative_prompt_2"):  # an empty text that was recorded is one; "" would mean the prompt
         if arguments.get(name) == "":
             arguments[name] = [""]

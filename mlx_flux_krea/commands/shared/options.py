@@ -9,6 +9,7 @@ import click
 
 from mlx_flux_krea import home, presets
 from mlx_flux_krea.errors import UsageError
+from mlx_flux_krea.sampling.rules import parse_cache
 
 from . import peers
 from .answers import NEVER, bad_value, nearest, with_values
@@ -61,6 +62,20 @@ class StyleImage(click.ParamType):
         if weight is not None and not abs(weight) <= presets.MAX_WEIGHT:
             self.fail(f"{weight!r} is not in the range {-presets.MAX_WEIGHT:g}<=x<={presets.MAX_WEIGHT:g}.", param, ctx)
         return text
+
+
+class Cache(click.ParamType):
+    """Type of --cache: the name of a step cache, or none."""
+
+    name = "cache"
+
+    def convert(self, value, param, ctx) -> str:
+        """Returns the name as the library writes it."""
+        text = str(value).strip()
+        try:
+            return text if text == NO_CACHE else str(parse_cache(text))
+        except UsageError as error:
+            self.fail(f"{text!r} is no cache; expected {error.expected}, or {NO_CACHE}.", param, ctx)
 
 
 def split_style(text: str) -> tuple[str, float | None]:
@@ -130,6 +145,7 @@ class GeneratingCommand(click.Command):
         return super().parse_args(ctx, joined)
 
 
+NO_CACHE = "none"  # value of --cache that computes every step
 DEFAULTS: dict[str, object] = {}  # by option: its default, where the model has none of its own
 
 
@@ -218,6 +234,14 @@ OPTIONS = [
     _option("--aspect", type=click.Choice(list(presets.ASPECTS)), help="Aspect ratio, instead of width and height."),
     _option("--megapixels", type=_AREA, help="Area in megapixels, at the aspect ratio.", default=_OF_MODEL),
     _option("--steps", type=_STEPS, help="Number of denoising steps.", default=_OF_MODEL),
+    _option("--fast", is_flag=True, help="Compute 16 of 28 steps and extrapolate the others: like --cache skip."),
+    _option("--solver", type=click.Choice(presets.SOLVERS), help="Method of a step; heun takes twice the time.",
+            default=presets.SOLVERS[0]),
+    _option("--schedule", type=click.Choice(presets.SCHEDULES), help="Noise levels: ComfyUI's of this name.",
+            default=_OF_MODEL),
+    _option("--cache", type=Cache(), metavar="NAME",
+            help="Steps that are not computed in full: skip, first-block:T (T near 0.08), or none.",
+            default=NO_CACHE),
     _option("--guidance", type=_SCALE, help="How closely to follow the prompt.", default=_OF_MODEL),
     _option("--seed", type=Seeds(), metavar="N...", help="Seeds: 1, or 1 2 3, or 7+4 (4 from 7).  [default: random]"),
     _option("-n", "--num-images", type=_BATCH, help="Number of pictures, with consecutive seeds.", default=1),
@@ -308,14 +332,17 @@ REPLACES = {
     "aspect": ("width", "height", "tiled"),
     "megapixels": ("width", "height", "tiled"),
     "steps": ("sigmas",),
+    "schedule": ("sigmas",),
+    "cache": ("fast",),
+    "fast": ("cache",),
     "prompt": ("prompt_2",),
     "negative_prompt": ("negative_prompt_2",),
     "seed": ("batch", "image_seed"),
     "control": ("depth_sha256",),
-    "like": (*_SIZE, "steps", "sigmas", "guidance", "noise", "max_sequence_length"),
+    "like": (*_SIZE, "steps", "sigmas", "schedule", "guidance", "noise", "max_sequence_length"),
 }
 EXCLUSIVE = [(side, other) for side in ("width", "height") for other in ("aspect", "megapixels")]
-EXCLUSIVE += [("like", "from_"), ("prompt", "prompts")]
+EXCLUSIVE += [("like", "from_"), ("prompt", "prompts"), ("fast", "cache")]
 
 
 def spelled(name: str) -> str:

@@ -15,13 +15,14 @@ _CONTROL = "write --control-image {FILE}, a map, with FLUX.1 Canny or Depth or t
 _MAP = "write --control-image {FILE} --control canny (or depth), with a model or adapter that reads such maps"
 _STYLE = "write --style FILE=0.5, once for each image; it needs FLUX.1 Redux, and takes no IP-Adapter"
 _REFERENCE = "write --image {FILE} with FLUX.1 Kontext, and --reference for each further one"
-_SHORTCUT = "shortcuts that change pictures are not supported yet"
+_SHORTCUT = "write --fast, which computes 16 of 28 steps, or --cache first-block:0.08"
 _ENLARGING = "enlarging is not supported yet"
 _T5 = "leave it out: the model's own length is used; --like comfy has 256"
 _MASK = "write --image FILE --mask {MASK}, white where the image is repainted"
 _AUTOMATIC = "leave it out: memory is planned, and --memory 8GB sets a limit"
 _SIZE = "write --width {1024} --height {768}, or --aspect 4:3"
-_SAMPLER = "leave it out: FLUX.1 has one sampler here, Euler; --like comfy has the schedule of another tool"
+_SAMPLER = "write --solver euler (the usual one), dpmpp_2m or heun"
+_SCHEDULE = "write --schedule beta or simple; leave it out for the model's own noise levels"
 _GUIDANCE = "write --guidance 4.5 (for a scale of --negative-prompt: --true-cfg-scale)"
 _QUANTIZE = "weights are quantized once, by flux-krea convert SOURCE -q 8"
 _COUNT = "write -n {4}"
@@ -52,10 +53,9 @@ OPTIONS = (
     ("cfg_scale C", "sd.cpp, A1111, InvokeAI", _GUIDANCE),
     ("scale distilled_guidance distilled_cfg_scale distilled_cfg", "A1111, Forge", _GUIDANCE),
     ("true_cfg", "diffusers", "write --true-cfg-scale {2} with --negative-prompt TEXT"),
-    ("scheduler schedule", "mflux, ComfyUI, InvokeAI, sd.cpp", _SAMPLER),
+    ("scheduler", "mflux, ComfyUI, InvokeAI, sd.cpp", _SCHEDULE),
     ("sampler sampler_name sampling_method A", "ComfyUI, A1111, sd.cpp, InvokeAI, Draw Things", _SAMPLER),
-    ("solver", "diffusers", _SAMPLER),
-    ("sigmas shift flow_shift base_shift max_shift", "diffusers, sd.cpp, Draw Things", _SAMPLER),
+    ("sigmas shift flow_shift base_shift max_shift", "diffusers, sd.cpp, Draw Things", _SCHEDULE),
     ("clip_skip", "A1111, sd.cpp, Draw Things", "leave it out: FLUX.1 reads CLIP's last layer"),
     ("max_sequence_length t5_length", "diffusers", _T5),
     ("prompt_strength", "Replicate", "write --strength {0.6}"),
@@ -134,7 +134,7 @@ OPTIONS = (
     ("tiling seamless", "A1111, InvokeAI", "seamless pictures are not supported"),
     ("enable_safety_checker safety_checker nsfw", "fal, diffusers", _CHECKED),
     ("disable_safety_checker no_nsfw no_filter skip_filters", "Replicate", _CHECKED),
-    ("teacache cache cache_mode go_fast fast turbo", "sd.cpp, Replicate, ComfyUI", _SHORTCUT),
+    ("teacache cache_mode go_fast turbo", "sd.cpp, Replicate, ComfyUI", _SHORTCUT),
     ("debug", "many", "write --verbose"),
     ("quiet silent", "many", "write 2>/dev/null: results alone go to standard output"),
     ("api listen port share server", "A1111, ComfyUI", "there is no page or server yet"),
