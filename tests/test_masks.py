@@ -135,6 +135,7 @@ def test_a_strip_is_cropped_in_bounded_memory():
     assert (now - before) * unit < 2**27
 
 
+@pytest.mark.slow
 def test_a_large_image_is_expanded_and_comes_back_in_bounded_memory(folders):
     """The picture of a telephone: 36 MB as bytes."""
     image = Image.new("RGB", (4000, 3000), "orange")

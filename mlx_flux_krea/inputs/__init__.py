@@ -81,6 +81,7 @@ class Inputs:
         paste: True where the picture comes back into the image, through the mask.
         fit: how images of another shape are brought to a size.
         more: arguments besides images, for a picture's record.
+        finished: size of the image that a picture comes back into, where that is not here.
         notes: for the user.
     """
 
@@ -95,6 +96,7 @@ class Inputs:
     paste: bool = False
     fit: str = "stretch"
     more: Mapping[str, Any] = field(default_factory=dict)
+    finished: tuple[int, int] | None = None
     notes: tuple[str, ...] = ()
 
     @property
@@ -128,7 +130,13 @@ class Inputs:
 
     def picture_size(self, width: int, height: int) -> tuple[int, int]:
         """Returns the size of a finished picture, of which a part of this size was generated."""
-        return self.canvas.image.size if self.paste and self.canvas else (width, height)
+        return self.canvas.image.size if self.paste and self.canvas else self.finished or (width, height)
+
+    def without_images(self) -> "Inputs":
+        """Returns the inputs with everything that a plan and a note say, and no image: they may be large."""
+        finished = self.canvas.image.size if self.paste and self.canvas else None
+        control = self.control and Image.new("RGB", (1, 1))  # there is one
+        return replace(self, given={}, canvas=None, references=(), control=control, finished=finished)
 
     def reference_tokens(self, patch: int) -> int:
         """Returns the number of tokens that references add, of patch x patch pixels each."""

@@ -18,6 +18,7 @@ from mlx_flux_krea.weights import open_model
 
 from . import signals
 from .delivery import Delivery
+from .images import close_images
 from .jobs import (
     PictureJob,
     PreparedJob,
@@ -136,13 +137,18 @@ class Generation:
         pipe = self._pipe or open_pipeline(base)
         loras, adapters = Loras(pipe), []
 
-        def prepared_job(job: PictureJob) -> PreparedJob:
+        def whole_job(job: PictureJob) -> PreparedJob:
             own = loras.of(job)
             ready = prepare(job, pipe.folder, run.images, adapters=own.weights, preset=own.preset)
             adapters.append(own)
             if ready.request.style:
                 pipe.load_redux()
             return with_adapters(ready, own)
+
+        def prepared_job(job: PictureJob) -> PreparedJob:
+            ready = whole_job(job).without_images()
+            close_images(jobs[0].options, run.images)
+            return ready
 
         prepared = _usable(jobs, prepared_job, skipped)
         if not prepared and not run.done:
@@ -160,19 +166,29 @@ class Generation:
             announce(adapters, self._console)
             _announce(pipe, base, prepared=prepared, console=self._console)
         with resumable(run, pipe.folder, self._console), macos.awake():
-            self._generate(pipe, run, prepared=prepared, sheet=sheet, preview=preview)
+            self._generate(pipe, run, prepared=prepared, again=whole_job, sheet=sheet, preview=preview)
         _check_run(run)
         return list(dict.fromkeys(job.seed for job in run.jobs))
 
     def _generate(
-        self, pipe: FluxPipeline, run: Run, *, prepared: list[PreparedJob], sheet: Path | None, preview: Preview | None
+        self,
+        pipe: FluxPipeline,
+        run: Run,
+        *,
+        prepared: list[PreparedJob],
+        again: Callable[[PictureJob], PreparedJob],
+        sheet: Path | None,
+        preview: Preview | None,
     ) -> None:
-        """Generates and delivers pictures one after the other, then their contact sheet."""
+        """Generates and delivers pictures one after the other, each prepared `again`, then their contact sheet."""
         progress, delivery = PipelineProgress(self._console), Delivery(run, self._as_json, self._console)
         try:
-            for i, job in enumerate(prepared):
+            for i, light in enumerate(prepared):
                 if i % _TOGETHER == 0:
                     _encode_together(pipe, prepared[i : i + _TOGETHER], progress)
+                job = again(light.job) if light.given is None else light
+                assert job.given is not None
+                close_images(job.job.options, run.images)
                 try:
                     result = pipe.generate(
                         job.given,
@@ -190,7 +206,7 @@ class Generation:
                     continue
                 with signals.held():  # a saved picture is also reported
                     signals.let_go()
-                    if self._is_last and job is prepared[-1] and not sheet:
+                    if self._is_last and light is prepared[-1] and not sheet:
                         signals.finish()
                     delivery.deliver(job, result)
             if sheet and (picture := run.sheet()):

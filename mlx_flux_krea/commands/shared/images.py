@@ -15,8 +15,11 @@ from .options import ARGUMENTS, spelled, split_style
 
 _OPTIONS = ("image", "mask", "control_image")  # whose values are images
 _WORDS = {"image": "image", "mask": "mask", "control_image": "control image", "reference": "reference"}
+MOST_OPEN = 2**29  # bytes of images that stay open for the pictures that follow
 _ALPHA = ".alpha"  # end of a name in a checkpoint
 STYLE = "style_images"
+RECORDED = "images_sha256"  # option: facts of the images of a record, by name
+OPENED = "opened_sha256"  # option: facts of the images of a job when its run began, by name
 
 Opened = dict[tuple[str, Path], Any]  # images by argument and path
 
@@ -54,10 +57,23 @@ def stored_images(options: dict, opened: Opened) -> dict[str, np.ndarray]:
     """Returns the images of a job as arrays for a checkpoint, by name."""
     arrays: dict[str, np.ndarray] = {}
     for name, key in _paths(options).items():
+        open_image(*key, opened)
         arrays[name] = np.asarray(opened[key])
         if (alpha := opened[key].info.get("alpha")) is not None:
             arrays[name + _ALPHA] = np.asarray(alpha)
     return arrays
+
+
+def close_images(options: dict, opened: Opened) -> None:
+    """Closes images that the job with these options does not need, where all take much memory: `open_image` can again.
+
+    Args:
+        options: of the next picture's job.
+        opened: images.
+    """
+    if 4 * sum(image.width * image.height for image in opened.values()) > MOST_OPEN:
+        for key in opened.keys() - _paths(options).values():
+            del opened[key]
 
 
 def restored_images(options: dict, arrays: dict[str, np.ndarray]) -> Opened:
@@ -88,7 +104,7 @@ def require_images(options: dict) -> None:
         UsageError: one is not.
     """
     given = _paths(options)
-    for name in _recorded(options):
+    for name in _facts(options, RECORDED):
         if name not in given and name != "mask_image":
             raise _missing(options, name)
 
@@ -99,7 +115,7 @@ def check_images(options: dict, request: ResolvedRequest) -> list[str]:
     Raises:
         UsageError: one is not given.
     """
-    recorded, made = _recorded(options), options.get("from_", "the picture")
+    recorded, made = _facts(options, RECORDED), options.get("from_", "the picture")
     notes, given, paths = [], recorded_images(request.inputs.record()), _paths(options)
     for name, facts in recorded.items():
         if name not in given:
@@ -110,16 +126,29 @@ def check_images(options: dict, request: ResolvedRequest) -> list[str]:
     return notes
 
 
-def _recorded(options: dict) -> dict[str, Any]:
-    """Returns the facts of a record's images by name; anybody may have written it.
+def check_unchanged(options: dict, request: ResolvedRequest) -> None:
+    """Checks that the images of a job are those that its run began with; the next picture's are in the checkpoint.
+
+    Raises:
+        UsageError: another image has taken the place of one.
+    """
+    began, now, paths = _facts(options, OPENED), recorded_images(request.inputs.record()), _paths(options)
+    if began and began != now:
+        name = next((name for name in {**began, **now} if began.get(name) != now.get(name)), "image")
+        path = paths[name if name in paths else "image"][1] if paths else "the image"
+        raise UsageError(f"{path} was changed since this run began", "the image as it was", "generate a new picture")
+
+
+def _facts(options: dict, name: str) -> dict[str, Any]:
+    """Returns the facts of images by their names in a record; anybody may have written it.
 
     Raises:
         UsageError: they cannot be read.
     """
-    recorded = options.get("images_sha256") or {}
-    if not isinstance(recorded, dict):
+    facts = options.get(name) or {}
+    if not isinstance(facts, dict):
         raise UsageError("the record names images that cannot be read", "a hash of each")
-    return recorded
+    return facts
 
 
 def _missing(options: dict, name: str) -> UsageError:

@@ -25,7 +25,7 @@ from mlx_flux_krea.request import Request, ResolvedRequest, check_text, random_s
 from mlx_flux_krea.sampling.sampler import fixed_shift, schedule_levels
 from mlx_flux_krea.weights import ModelFolder
 
-from .images import Opened, check_images, image_arguments, recorded_images, require_images
+from .images import OPENED, Opened, check_images, check_unchanged, image_arguments, recorded_images, require_images
 from .options import ARGUMENTS, BY_NAME, DEFAULTS, NO_CACHE, PER_PICTURE, REPLACES, cast
 from .rows import alternatives, prompt_notes, read_rows
 from .styles import RECORDED, recorded_style, style_arguments
@@ -45,7 +45,8 @@ _FROM_RECORD = ("prompt_2", "negative_prompt_2", "sigmas", "max_sequence_length"
 _FROM_RECORD += ("padding_mask_crop",)
 _CIRCUMSTANCES = ("batch", "image_seed", "images_sha256", "manifest_sha256", "tiled", RECORDED)  # how it was made
 _CIRCUMSTANCES += ("depth_sha256",)
-UNTYPED = (*_FROM_RECORD, *_CIRCUMSTANCES)  # options that `options.py` does not declare, checked where they are used
+# Options that `options.py` does not declare, checked where they are used.
+UNTYPED = (*_FROM_RECORD, *_CIRCUMSTANCES, OPENED)
 _FILE_OPTIONS = ("output", "quality", "metadata", "keep_map")  # per picture, but not in its record
 _PICTURE = (*PER_PICTURE, *UNTYPED, "dtype")
 
@@ -68,10 +69,15 @@ class PreparedJob:
     """A job with its pipeline call."""
 
     job: PictureJob
-    given: Request  # for the pipeline
+    given: Request | None  # for the pipeline; None: `prepare` it again, images are large
     request: ResolvedRequest  # with every default filled in
     pick: int  # index of the picture among those that the call returns
     notes: tuple[str, ...]
+
+    def without_images(self) -> "PreparedJob":
+        """Returns the job without its images, for a run of many pictures."""
+        request = replace(self.request, inputs=self.request.inputs.without_images())
+        return replace(self, given=None, request=request) if self.request.inputs.given else self
 
 
 def merge(lower: dict, layer: dict) -> dict:
@@ -123,7 +129,7 @@ def record_options(path: Path) -> dict:
     options = dict(
         cast(option, values[name], tuple(BY_NAME)) for name, option in names.items() if values.get(name) is not None
     )
-    options |= {name: record[name] for name in UNTYPED if name in record}
+    options |= {name: record[name] for name in UNTYPED if name in record and name != OPENED}
     options |= {flag: True for flag, (name, value) in _FLAGS.items() if record.get(name) is value}
     if options.get("fast"):  # as it was, whatever it is in this version
         del options["fast" if options.get("cache") != presets.FAST else "cache"]
@@ -299,6 +305,9 @@ def prepare(
     given = Request(**arguments)
     request = given.resolve(folder)
     notes += check_images(options, request)
+    check_unchanged(options, request)
+    if now := recorded_images(request.inputs.record()):
+        job = replace(job, options={**options, OPENED: now})
     if options.get("keep_map") and not request.inputs.kind:
         raise UsageError("--keep-map, and no map is made", "--control canny or depth", "leave it out")
     if tool and tool.mu:
