@@ -491,7 +491,7 @@ class FluxPipeline(AdapterMethods, compat.DiffusersMethods):
         request = self._without_tags(request)
 
         def encode() -> tuple[mx.array, mx.array]:
-            resolved = self._resolve(request)
+            resolved = self._resolve(request, with_images=False)
             self._generator.check_folder()
             uses = self._loaded.uses(resolved.adapters or ())
             encoded = self._generator.encode(resolved.pairs(), resolved.max_sequence_length, uses)
@@ -654,13 +654,15 @@ class FluxPipeline(AdapterMethods, compat.DiffusersMethods):
 
     # --- from here on in the worker's thread ---
 
-    def _resolve(self, request: Request | ResolvedRequest) -> ResolvedRequest:
+    def _resolve(self, request: Request | ResolvedRequest, *, with_images: bool = True) -> ResolvedRequest:
         """Returns the request with every default filled in, and the adapters that are set where it names none."""
         adapters = self._loaded.current() if request.adapters is None else tuple(request.adapters)
         has_control = any(adapter.facts.control and weight for adapter, weight in self._loaded.uses(adapters))
         is_given = isinstance(request, Request)
-        resolved = request.resolve(self.folder, has_control=has_control) if is_given else request
-        if has_control and resolved.inputs.control is None:
+        resolved = (
+            request.resolve(self.folder, has_control=has_control, with_images=with_images) if is_given else request
+        )
+        if has_control and with_images and resolved.inputs.control is None:
             found = "a control adapter is in use, and there is no `control_image`"
             raise UsageError(found, "a map such as edges or depth")
         return replace(resolved, adapters=adapters)

@@ -108,25 +108,28 @@ class Request(ImageArguments):
     def __repr__(self) -> str:
         return _given_only(self)
 
-    def resolve(self, folder: ModelFolder, *, has_control: bool = True) -> "ResolvedRequest":
+    def resolve(self, folder: ModelFolder, *, has_control: bool = True, with_images: bool = True) -> "ResolvedRequest":
         """Returns the request with every default filled in from a model folder, and notes for the user.
 
         Args:
             folder: the model.
             has_control: False where it is known that no adapter reads a control image.
+            with_images: False: the prompt alone is of interest, for a model that cannot do without images too.
 
         Raises:
             UsageError: an option that cannot be used, or options that do not go together.
         """
         index, flux = folder.index, folder.flux.sizes
         if self.true_cfg_scale is None:
-            return self._with_true_cfg(index.defaults.true_cfg_scale).resolve(folder, has_control=has_control)
+            known = self._with_true_cfg(index.defaults.true_cfg_scale)
+            return known.resolve(folder, has_control=has_control, with_images=with_images)
         multiple = 2 * folder.vae.sizes.downsampling  # a token is a patch of 2 x 2 latents
         self._check_numbers(index)
         self._check_prompts()
         self._check_options(flux, index.task)
         check_adapters(self.adapters)
-        inputs = gather(self, index.task, has_control=has_control, kind=index.kind)
+        task = index.task if with_images else presets.TASKS[0]
+        inputs = gather(self, task, has_control=has_control, kind=index.kind)
         width, height, notes = self._size(index, multiple, inputs)
         inputs = at_size(inputs, self, width, height, multiple, is_asked=bool(self.width or self.height))
         self._check_arrays(flux, width * height // multiple**2)

@@ -135,7 +135,7 @@ def test_a_run_goes_on_though_its_images_are_gone_or_others(command, folders, in
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-@pytest.mark.parametrize(("stage", "done"), [("text", 1), ("image", 3), ("denoise", 1.1), ("decode", 1), ("write", 0)])
+@pytest.mark.parametrize(("stage", "done"), [("text", 1), ("image", 3), ("denoise", 1.1), ("decode", 1)])
 def test_a_process_that_is_stopped_at_any_moment_continues_without_its_images(
     command, folders, inputs, stage, done, number
 ):

@@ -8,7 +8,7 @@ from PIL import Image
 from test_gate import files, filters, log, out, waiting  # noqa: F401  # fixtures
 
 from mlx_flux_krea import FluxPipeline, generator
-from mlx_flux_krea.errors import Withheld
+from mlx_flux_krea.errors import UsageError, Withheld
 from mlx_flux_krea.models.vae import pixels_from_image
 
 SIZE, GIVEN = (67, 45), {"prompt": "a cat", "num_inference_steps": 1, "seed": 1, "width": 64, "height": 48}
@@ -114,3 +114,15 @@ def test_arrays_of_a_filtered_model_are_those_that_were_judged(opened, judged):
     pixels = opened("base")(**GIVEN, image=noisy(), mask_image=MASK, padding_mask_crop=4, output_type="np").images
     assert pixels.shape == (1, *SIZE[::-1], 3)
     assert np.array_equal(np.round(pixels[0] * 255).astype(np.uint8), judged[-1])
+
+
+@pytest.mark.parametrize("task", ["fill", "control"])
+def test_a_prompt_is_encoded_without_the_images_that_a_run_needs(request, task):
+    pipe = FluxPipeline.from_pretrained(request.getfixturevalue(task), dtype="float32")
+    embeds, pooled = pipe.encode_prompt("a cat")
+    given = {name: value for name, value in GIVEN.items() if name != "prompt"}
+    images = ROLES[task][1]
+    own = pipe(prompt_embeds=embeds, pooled_prompt_embeds=pooled, **given, **images).images[0]
+    assert np.array_equal(np.asarray(own), np.asarray(pipe(**GIVEN, **images).images[0]))
+    with pytest.raises(UsageError, match="there is no"):
+        pipe(**GIVEN)
