@@ -55,7 +55,7 @@ def judged(monkeypatch):
     return seen
 
 
-@pytest.mark.core("part", "references", "control")
+@pytest.mark.core("control")
 @pytest.mark.parametrize("role", ROLES)
 def test_what_the_encoder_reads_is_what_was_judged_and_what_is_released_too(opened, judged, monkeypatch, role):
     task, given, count = ROLES[role]
@@ -75,7 +75,7 @@ def test_what_the_encoder_reads_is_what_was_judged_and_what_is_released_too(open
     assert result.outcomes == ("released",)
 
 
-@pytest.mark.core("part", "references", "control")
+@pytest.mark.core("references")
 @pytest.mark.parametrize("role", ROLES)
 def test_a_flagged_image_in_any_role_stops_before_a_weight_is_read(opened, monkeypatch, home, role):
     task, given, _ = ROLES[role]
@@ -110,12 +110,14 @@ def test_a_pasted_picture_waits_for_review_in_its_own_size(opened, home):
     assert (made != own).any()
 
 
+@pytest.mark.slow
 def test_arrays_of_a_filtered_model_are_those_that_were_judged(opened, judged):
     pixels = opened("base")(**GIVEN, image=noisy(), mask_image=MASK, padding_mask_crop=4, output_type="np").images
     assert pixels.shape == (1, *SIZE[::-1], 3)
     assert np.array_equal(np.round(pixels[0] * 255).astype(np.uint8), judged[-1])
 
 
+@pytest.mark.core("fill")
 @pytest.mark.parametrize("task", ["fill", "control"])
 def test_a_prompt_is_encoded_without_the_images_that_a_run_needs(request, task):
     pipe = FluxPipeline.from_pretrained(request.getfixturevalue(task), dtype="float32")
