@@ -51,6 +51,7 @@ def main(reference: Path, tokenizers: Path, manifests: Path) -> None:
     edit = json.loads((reference / "edit" / "goldens.json").read_text())
     mx.save_safetensors(str(target / "goldens.safetensors"), {k: v for k, v in arrays.items() if not _of_adapters(k)})
     make_editing(reference / "edit", edit, target / "edit")
+    make_caches(reference / "edit", edit["cache"], target / "edit")
     for path in target.rglob("*"):
         path.chmod(0o755 if path.is_dir() else 0o644)
     kept = {k: v for k, v in facts.items() if k not in ADAPTERS and k != "keys"}
@@ -112,6 +113,16 @@ def make_editing(reference: Path, facts: dict, target: Path) -> None:
     kept = {k: v for k, v in facts.items() if k not in ("keys", "lora", "cache")}
     kept["runs"] = {k: v for k, v in kept["runs"].items() if not k.startswith(NOT_EDITING)}
     (target / "goldens.json").write_text(json.dumps(kept))
+
+
+def make_caches(reference: Path, facts: dict, target: Path) -> None:
+    """Runs with a first-block cache on the tiny model. (Those on the small trained one are of its earlier weights.)"""
+    runs = {k: v for k, v in facts["runs"].items() if k == "tiny.none" or k.startswith("tiny.fbc_")}
+    arrays = mx.load(str(reference / "goldens.safetensors"))
+    finals = {f"{run}.final": arrays[f"cache.{run}.final"] for run in runs}
+    mx.save_safetensors(str(target / "caches.safetensors"), finals)
+    kept = {name: facts[name] for name in ("steps", "seed")} | facts["models"]["tiny"]
+    (target / "caches.json").write_text(json.dumps(kept | {"runs": runs}))
 
 
 def _of_adapters(key: str) -> bool:

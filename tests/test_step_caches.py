@@ -1,0 +1,207 @@
+"""Step caches within whole runs: the reference's runs, streaming, true CFG, batches, editing, and resumed runs."""
+
+import functools
+import json
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from helpers import REFERENCE, assert_close, rel
+from PIL import Image
+
+from mlx_flux_krea import FluxPipeline, checkpoint, residency
+from mlx_flux_krea.checkpoint import Checkpoint
+from mlx_flux_krea.errors import UsageError
+from mlx_flux_krea.files import sha256_if_exists
+from mlx_flux_krea.sampling.rules import skip_steps
+
+EDIT = REFERENCE / "edit"
+KNOWN = json.loads((EDIT / "caches.json").read_text())
+CACHED = [name for name, run in KNOWN["runs"].items() if "threshold" in run]
+CAT = "a cat"
+SMALL = {"width": 32, "height": 32, "seed": 7, "output_type": "latent", "max_sequence_length": 8}
+MODES = {
+    "skip": {"cache": "skip"},
+    "skip, few": {"cache": "skip", "num_inference_steps": 12},
+    "first block": {"cache": "first-block:0.12"},
+    "first block, order 1": {"cache": "first-block:0.12:1"},
+    "dpmpp_2m": {"solver": "dpmpp_2m"},
+    "heun": {"solver": "heun"},
+    "dpmpp_2m, skip, beta": {"solver": "dpmpp_2m", "cache": "skip", "schedule": "beta"},
+    "true CFG": {"cache": "first-block:0.12", "negative_prompt": "rain", "true_cfg_scale": 2.0},
+    "batch": {"cache": "first-block:0.12:1", "num_images_per_prompt": 2},
+}
+
+
+@functools.cache
+def finals() -> dict[str, mx.array]:
+    return mx.load(str(EDIT / "caches.safetensors"))
+
+
+def reference_run(pipe, **how):
+    size = {name: KNOWN[name] for name in ("prompt", "height", "width", "seed")}
+    steps = {"num_inference_steps": KNOWN["steps"], "guidance_scale": KNOWN["guidance"]}
+    return pipe(**size, **steps, output_type="latent", **how)
+
+
+@pytest.mark.core("tiny.fbc_0.35")
+@pytest.mark.parametrize("name", CACHED)
+def test_first_block_equals_diffusers_in_its_steps_and_latents(pipe, name):
+    run = KNOWN["runs"][name]
+    made = reference_run(pipe, cache=f"first-block:{run['threshold']}")
+    assert made.steps_computed == (tuple(run["computed"]),)
+    assert made.records[0]["evaluations"] == len(run["computed"])
+    assert_close(made.images, finals()[f"{name}.final"], 1e-4)
+
+
+@pytest.mark.slow
+def test_a_threshold_ten_percent_off_exceeds_the_tolerance(pipe):
+    """The nearest mistake that the reference names, 1.1e-3; and so does a change that is renewed in every step."""
+    made = reference_run(pipe, cache="first-block:0.132")
+    assert rel(made.images, finals()["tiny.fbc_0.12.final"]) > 1e-3
+
+
+@pytest.mark.slow
+def test_extrapolated_caches_are_nearer_to_the_full_run_than_repeating_ones(pipe):
+    full = finals()["tiny.none.final"]
+    caches = "first-block:0.12", "first-block:0.12:1"
+    distance = {cache: rel(reference_run(pipe, cache=cache).images, full) for cache in caches}
+    assert 0 < distance["first-block:0.12:1"] < 0.5 * distance["first-block:0.12"]
+    skipped = reference_run(pipe, fast=True)
+    assert skipped.steps_computed == (skip_steps(28),)
+    assert 0 < rel(skipped.images, full) < 5e-3
+    few = reference_run(pipe, cache="skip").images
+    assert mx.array_equal(few, skipped.images)
+
+
+def test_a_second_run_starts_with_an_empty_cache(pipe):
+    """diffusers compares its second step with the last of the run before."""
+    how = SMALL | {"cache": "first-block:0.12", "num_inference_steps": 6}
+    one, two = (pipe(CAT, **how) for _ in range(2))
+    assert one.steps_computed == two.steps_computed
+    assert mx.array_equal(one.images, two.images)
+
+
+def test_pictures_of_a_batch_and_halves_of_true_cfg_are_decided_apart(pipe):
+    how = SMALL | {"cache": "first-block:0.12", "num_inference_steps": 6}
+    together = pipe(CAT, **how | {"seed": [7, 8], "num_images_per_prompt": 2})
+    apart = [pipe(CAT, **how | {"seed": seed}) for seed in (7, 8)]
+    assert together.steps_computed == tuple(one.steps_computed[0] for one in apart)
+    assert mx.array_equal(together.images, mx.concatenate([one.images for one in apart]))
+    # a scale near 1 leaves the positive half's path as it is, and the negative half has its own decisions
+    guided = pipe(CAT, negative_prompt="", true_cfg_scale=1.0001, **how)
+    assert {*apart[0].steps_computed[0]} <= {*guided.steps_computed[0]}
+    assert rel(guided.images, apart[0].images) < 1e-2
+
+
+@pytest.mark.parametrize("cache", [None, "skip", "first-block:0.3:1"])
+def test_streamed_runs_are_equal_and_skipped_steps_read_no_weights_or_one_block(model, pipe, cache, monkeypatch):
+    how = SMALL | {"cache": cache, "num_inference_steps": 8}
+    whole = pipe(CAT, **how)
+    streamed, read = FluxPipeline.from_pretrained(model, memory="2GB"), []
+    plan = streamed.plan(prompt=CAT, **how)
+    streamed.memory = plan.least + 1
+    assert streamed.plan(prompt=CAT, **how).resident_blocks == 0
+    start = residency.Reader.read
+
+    def reading(self, unit, buffer):
+        is_block = unit.prefix.startswith(("double_blocks", "single_blocks"))
+        if is_block and not unit.tensors[0][0].split(".")[0].endswith(("mod", "modulation")):
+            read.append(unit.prefix)
+        return start(self, unit, buffer)
+
+    monkeypatch.setattr(residency.Reader, "read", reading)
+    made = streamed(CAT, **how)
+    assert mx.array_equal(made.images, whole.images)
+    computed, blocks = len(made.steps_computed[0]), plan.total_blocks
+    if cache != "first-block:0.3:1":
+        assert len(read) == computed * blocks
+        assert computed == (8 if cache is None else 6)
+    else:
+        assert 1 < computed < 8
+        assert len(read) <= computed * blocks + (8 - computed) + 2  # the first block, and what was read ahead
+
+
+@pytest.mark.parametrize("cache", ["skip", "first-block:0.3:1"])
+def test_editing_takes_caches(kontext, pipe, cache):
+    """Kontext's tokens take part in the signal, and what a mask keeps is restored after skipped steps too."""
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 48, 3), np.uint8))
+    mask = Image.new("L", (48, 32))
+    mask.paste(255, (0, 0, 16, 32))
+    how = {
+        "max_sequence_length": 8,
+        "num_inference_steps": 7,
+        "seed": 7,
+        "output_type": "latent",
+        "image": image,
+        "width": 48,
+        "height": 32,
+    }
+    edit = functools.partial(FluxPipeline.from_pretrained(kontext), CAT, **how, auto_resize=False)
+    paint = functools.partial(pipe, CAT, **how, mask_image=mask, strength=1.0)
+    for run in (edit, paint):
+        full, made = run(), run(cache=cache)
+        assert len(made.steps_computed[0]) < 7
+        assert 0 < rel(made.images, full.images) < 0.1
+    kept = np.array(made.images)[0].reshape(2, 3, 64)[:, 1:]
+    assert np.array_equal(kept, np.array(full.images)[0].reshape(2, 3, 64)[:, 1:])
+
+
+# --- resumed runs ---
+
+
+@pytest.mark.core("skip", "first block, order 1", "dpmpp_2m, skip, beta", "heun")
+@pytest.mark.parametrize("name", MODES)
+def test_a_run_that_stops_is_continued_to_the_same_bytes(pipe, name, monkeypatch):
+    monkeypatch.setattr(checkpoint, "EVERY", 0)
+    how = SMALL | {"num_inference_steps": 7} | MODES[name]
+    whole = pipe(CAT, **how)
+    again = stopped(pipe, 4, how)
+    assert again.done == 4
+    made = pipe(CAT, **how, checkpoint=again)
+    assert mx.array_equal(made.images, whole.images)
+    assert made.steps_computed == whole.steps_computed
+    again.close()
+    ended = Checkpoint.read(again.path)  # only decoding is left
+    assert ended.is_denoised
+    assert pipe(CAT, **how, checkpoint=ended).steps_computed == whole.steps_computed
+    ended.remove()
+
+
+def stopped(pipe, after: int, how: dict) -> Checkpoint:
+    """The checkpoint of a run that was stopped after so many steps."""
+    saved = Checkpoint({"made_by": {"manifest_sha256": sha256_if_exists(pipe.folder.path / "manifest.json")}})
+
+    def stop(pipe, step, timestep, kwargs):
+        if step == after:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        pipe(CAT, **how, checkpoint=saved, callback_on_step_end=stop)
+    saved.close()
+    return Checkpoint.read(saved.path)
+
+
+def test_state_of_16_bits_is_saved_to_the_bit(pipe_bf16, monkeypatch):
+    monkeypatch.setattr(checkpoint, "EVERY", 0)
+    how = SMALL | {"num_inference_steps": 7, "cache": "first-block:0.12:1"}
+    again = stopped(pipe_bf16, 4, how)
+    assert {array.dtype.name for array in again.state().values()} == {"float32", "uint16"}
+    made = pipe_bf16(CAT, **how, checkpoint=again)
+    assert mx.array_equal(made.images, pipe_bf16(CAT, **how).images)
+    again.remove()
+
+
+def test_the_state_of_another_run_is_refused(pipe, monkeypatch):
+    monkeypatch.setattr(checkpoint, "EVERY", 0)
+    how = SMALL | {"num_inference_steps": 8, "cache": "skip"}
+    run = {"made_by": {"manifest_sha256": sha256_if_exists(pipe.folder.path / "manifest.json")}}
+    saved = Checkpoint(run)
+    saved.filters = "none"
+    latents, state = np.zeros((1, 4, 64), np.float32), {"velocity.0": np.zeros((1, 9, 64), np.float32)}
+    saved.save_step(3, 8, latents, state | {"computed": np.arange(3, dtype=np.float32)})
+    saved.close()
+    again = Checkpoint.read(saved.path)
+    with pytest.raises(UsageError, match="holds the steps of another run"):
+        pipe(CAT, **how, checkpoint=again)
+    again.remove()
