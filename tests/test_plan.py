@@ -267,3 +267,16 @@ def test_the_plan_says_whose_memory_it_is_and_shows_every_chip(command, monkeypa
     assert "that is the share of this program" in text
     assert all(f"\n{chip} " in text for chip in CHIPS)
     assert re.search("streaming precision none costs no time .*: M1 0[.]", command("plan", "--memory", "6GB")[1])
+
+
+def test_the_verb_plan_knows_the_evaluations_of_fast_and_of_a_solver(command, model):
+    def seconds(*more):
+        code, out, err = command("plan", *more, "--json")
+        assert code == 0, err
+        return next(iter(json.loads(out)["seconds"].values()))["picture"]
+
+    plain = seconds(model)
+    assert seconds(model, "--fast") == pytest.approx(plain * 16 / 28)
+    assert seconds(model, "--solver", "heun") == pytest.approx(plain * 55 / 28)
+    assert seconds("--fast") == pytest.approx(seconds() * 16 / 28)
+    assert command("plan", "--fast", "--solver", "heun")[0] == 2

@@ -2,7 +2,8 @@
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import click
@@ -16,7 +17,20 @@ from mlx_flux_krea.inputs.reference import preferred_size
 from mlx_flux_krea.models import config
 from mlx_flux_krea.models.config import REDUX_DEV, SIGLIP_SO400M
 from mlx_flux_krea.models.depth_config import DEPTH_ANYTHING_V2_SMALL
-from mlx_flux_krea.presets import CHIPS, KINDS, KREA, MAX_SEQUENCE_LENGTH, MAX_SIDE, MAX_STYLES, PRECISIONS
+from mlx_flux_krea.presets import (
+    CHIPS,
+    DYNAMIC_SHIFT,
+    FAST_FROM,
+    KINDS,
+    KREA,
+    MAX_SEQUENCE_LENGTH,
+    MAX_SIDE,
+    MAX_STYLES,
+    PRECISIONS,
+    SOLVERS,
+    Schedule,
+)
+from mlx_flux_krea.sampling.rules import count_evaluations, skip_steps
 from mlx_flux_krea.weights import open_model
 
 from .shared.estimates import SHARE_IN_WORDS, filter_seconds, step_seconds, this_chip, weigh_recipe
@@ -55,8 +69,10 @@ _SHARE = "that is the share of this program: by default a Mac's programs take ha
 )
 @click.option("--style", type=click.IntRange(0, MAX_STYLES), default=0, help="Number of style images, at weight 1.")
 @click.option("--control", type=click.Choice(KINDS), help="Map that the picture has made of a photo.")
+@click.option("--fast", is_flag=True, help="Times of a picture with --fast.")
+@click.option("--solver", type=click.Choice(SOLVERS), default=SOLVERS[0], help="Times of a picture with this solver.")
 @click.option("--json", "as_json", is_flag=True, help="Print the prediction as JSON.")
-def plan(model, width, height, memory, dtype, lora, style, control, as_json):
+def plan(model, width, height, memory, dtype, lora, style, control, fast, solver, as_json):
     """Predict memory and disk of a picture, without loading.
 
     With MODEL, a folder or an installed name: each stage of a run. Without, or with krea where none of that name is
@@ -69,14 +85,21 @@ def plan(model, width, height, memory, dtype, lora, style, control, as_json):
     """
     width, height = (side and side // _MULTIPLE * _MULTIPLE for side in (width, height))
     _check_model(model)
+    if fast and solver == "heun":
+        raise UsageError("--fast does not work with --solver heun", "euler or dpmpp_2m")
+    taken = partial(_evaluations, fast, solver)
     budget = planning.parse_memory(memory) or planning.machine_memory()
     if budget > (built_in := planning.physical_memory()):
         Console().note(f"{size(budget)} is more than this machine has, {size(built_in)}: the plan is one for another")
     if model is None or (is_krea(model) and not _is_installed(model)):
         sides, dtype = (width or 1024, height or 1024), dtype or "bfloat16"
-        facts, text = _published(*sides, budget=budget, dtype=dtype, lora=lora, style=style, control=control)
+        facts, text = _published(
+            *sides, budget=budget, dtype=dtype, lora=lora, style=style, control=control, taken=taken
+        )
     else:
-        facts, text = _model(model, width, height, budget=budget, dtype=dtype, lora=lora, style=style, control=control)
+        facts, text = _model(
+            model, width, height, budget=budget, dtype=dtype, lora=lora, style=style, control=control, taken=taken
+        )
     if planning.parse_memory(memory):
         first, _, rest = text.partition("\n")
         text = f"{first}\n{_SHARE}\n{rest}"
@@ -116,6 +139,7 @@ def _model(
     lora: Sequence[str],
     style: int,
     control: str | None,
+    taken: Callable[[Schedule, int], int],
 ) -> tuple[dict[str, Any], str]:
     """Predicts the stages of a run with one model folder."""
     folder = open_model(find_model(name))
@@ -163,7 +187,7 @@ def _model(
     ]
     times = _times(
         folder.flux.sizes,
-        steps=folder.index.defaults.num_inference_steps,
+        evaluations=taken(folder.index.schedule, folder.index.defaults.num_inference_steps),
         is_filtered=folder.requires_filters,
         **shape,
     )
@@ -172,7 +196,15 @@ def _model(
 
 
 def _published(
-    width: int, height: int, *, budget: int, dtype: str, lora: Sequence[str], style: int, control: str | None
+    width: int,
+    height: int,
+    *,
+    budget: int,
+    dtype: str,
+    lora: Sequence[str],
+    style: int,
+    control: str | None,
+    taken: Callable[[Schedule, int], int],
 ) -> tuple[dict[str, Any], str]:
     """Predicts FLUX.1 Krea [dev] at every precision of `convert`."""
     sizes, compute = config.FLUX_DEV_MODEL, getattr(mx, dtype)
@@ -213,7 +245,9 @@ def _published(
     length = MAX_SEQUENCE_LENGTH + style * SIGLIP_SO400M.positions
     shape = {"width": width, "height": height, "length": length}
     bandwidth = _bandwidth(reads, sizes.flux, **shape)
-    times = _times(sizes.flux, steps=KREA.defaults.num_inference_steps, is_filtered=True, **shape)
+    times = _times(
+        sizes.flux, evaluations=taken(DYNAMIC_SHIFT, KREA.defaults.num_inference_steps), is_filtered=True, **shape
+    )
     lines = [
         f"FLUX.1 Krea [dev] at {width} x {height}, {dtype}, in {size(budget)} of memory",
         _BACKEND[mx.default_device().type.name],
@@ -272,18 +306,26 @@ def _streaming(bandwidth: Mapping[str, float], what: str) -> list[str]:
     return [f"streaming {what} costs no time if the disk reads at least (GB/s, computed): {', '.join(shown)}"]
 
 
-def _times(flux: config.FluxConfig, *, steps: int, is_filtered: bool, **shape: int) -> dict[str, dict[str, float]]:
+def _evaluations(fast: bool, solver: str, schedule: Schedule, steps: int) -> int:
+    """Returns the evaluations of a picture of so many steps."""
+    skips = fast and schedule.shift != "none" and steps >= FAST_FROM
+    return count_evaluations(solver, len(skip_steps(steps)) if skips else steps)
+
+
+def _times(
+    flux: config.FluxConfig, *, evaluations: int, is_filtered: bool, **shape: int
+) -> dict[str, dict[str, float]]:
     """Returns seconds of a picture, of its filters, and of these at a program's start: here, or on each chip.
 
     Args:
         flux: sizes of the transformer.
-        steps: of a picture.
+        evaluations: of the transformer for a picture.
         is_filtered: the model's licence requires filters.
         shape: width, height and length, as for `step_seconds`.
     """
     this, times = this_chip(), {}
     for chip in [this] if this else CHIPS:
-        times[chip] = {"picture": steps * step_seconds(flux, chip=chip, **shape)}
+        times[chip] = {"picture": evaluations * step_seconds(flux, chip=chip, **shape)}
         if is_filtered and (filters := filter_seconds(chip)):
             times[chip] |= {"filters": filters[0], "filters_at_start": filters[1]}
     return times
