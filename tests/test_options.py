@@ -272,6 +272,20 @@ def test_image_to_image_keeps_the_layout_at_low_strength(draw, tmp_path):
 # --- how it is computed ---
 
 
+@shows("generate", "--prompts")
+def test_rows_of_a_file_take_fast_solver_schedule_and_cache(run, tmp_path):
+    rows = [{"fast": True}, {"solver": "heun"}, {"schedule": "beta", "cache": "first-block:0.9"}, {"cache": "none"}]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"prompt": CROSS} | row) for row in rows))
+    code, out, err = run("generate", "--prompts", "a.jsonl", "-m", "nano", *SIZE, "--steps", "12", "--seed", "1")
+    assert code == 0, err
+    records = [read_record(tmp_path / name) for name in out.split()]
+    assert [record["evaluations"] for record in records] == [8, 23, 1, 12]
+    assert [record.get("cache") for record in records] == ["skip", None, "first-block:0.9", None]
+    assert (records[0]["fast"], records[1]["solver"], records[2]["levels"]) == (True, "heun", "beta")
+    assert "8 evaluations (fast), 23 evaluations (heun)" in err
+
+
+@pytest.mark.slow
 @shows("generate", "--fast", "--solver", "--schedule", "--cache")
 def test_solver_schedule_and_cache_are_recorded_counted_and_change_the_picture(run, tmp_path):
     how = ["generate", CROSS, "-m", "nano", *SIZE, "--steps", "12", "--seed", "1"]
