@@ -20,8 +20,8 @@ from dataclasses import dataclass
 import mlx.core as mx
 from PIL import Image
 
-from .inputs import Inputs
 from .inputs.canvas import fit_to
+from .inputs.gather import Inputs
 from .models.config import VAEConfig
 from .models.vae import pixels_from_image
 from .request import ResolvedRequest

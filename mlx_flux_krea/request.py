@@ -18,9 +18,10 @@ from PIL import Image
 
 from . import compat, presets
 from .errors import UsageError, amount, short_repr
-from .inputs import ARGUMENTS as IMAGES
-from .inputs import ImageArguments, Inputs, at_size, gather, natural_size, opened_inputs
 from .inputs import style as styles
+from .inputs.arguments import ARGUMENTS as IMAGES
+from .inputs.arguments import ImageArguments, opened_inputs
+from .inputs.gather import Inputs, at_size, gather_inputs, natural_size
 from .memory import MemoryPlan
 from .models.config import FluxConfig, ModelIndex
 from .presets import MAX_BATCH, MAX_PROMPT, MAX_SCALE, MAX_SIDE, MAX_STEPS, MAX_WEIGHT
@@ -129,7 +130,7 @@ class Request(ImageArguments):
         self._check_options(flux, index.task)
         check_adapters(self.adapters)
         task = index.task if with_images else presets.TASKS[0]
-        inputs = gather(self, task, has_control=has_control, kind=index.kind)
+        inputs = gather_inputs(self, task, has_control=has_control, kind=index.kind)
         width, height, notes = self._size(index, multiple, inputs)
         inputs = at_size(inputs, self, width, height, multiple, is_asked=bool(self.width or self.height))
         self._check_arrays(flux, width * height // multiple**2)

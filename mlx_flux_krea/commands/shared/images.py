@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 
 from mlx_flux_krea.errors import UsageError
-from mlx_flux_krea.inputs import opened_inputs
+from mlx_flux_krea.inputs.arguments import opened_inputs
 from mlx_flux_krea.inputs.style import open_images as open_styles
 from mlx_flux_krea.request import ResolvedRequest
 
