@@ -1,1 +1,1 @@
-"""What a picture is made of besides its prompt: images, masks, maps, references and styles."""
+"""Inputs of a picture besides its prompt: images, masks, maps, references and styles."""

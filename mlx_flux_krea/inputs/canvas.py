@@ -42,6 +42,8 @@ def open_mask(mask: Any) -> Image.Image | None:
     opened = open_image(mask, "mask_image")
     assert opened is not None  # of a mask that is not None
     grey = opened.convert("L")
+    if np.asarray(grey).max() < _HALF <= np.asarray(opened).max():
+        raise UsageError("the mask is drawn in a dark colour", "white where the image is repainted", "draw it in white")
     alpha = opened.info.get("alpha")
     return grey if alpha is None else ImageChops.multiply(grey, alpha)
 
@@ -76,10 +78,12 @@ class Canvas:
         """
         lightest = 255 if mask is None else int(np.asarray(mask).max())
         if not lightest:
-            raise UsageError("the mask is black: nothing is repainted", "white where the image is repainted")
+            todo = "draw it in white on black; what is transparent in a mask is black"
+            raise UsageError("the mask is black: nothing is repainted", "white where the image is repainted", todo)
         if lightest < _HALF and not soft:
             found = f"the mask is dark, {lightest} of 255 where it is lightest: nothing is repainted"
-            raise UsageError(found, f"{_HALF} or more", "`soft_mask` repaints grey by as much")
+            todo = "multiply a mask of 0 and 1 by 255" if lightest == 1 else "`soft_mask` repaints grey by as much"
+            raise UsageError(found, f"{_HALF} or more", todo)
         return cls(image, mask, (0, 0, *image.size))
 
     @property
@@ -242,9 +246,9 @@ class Canvas:
 def seam(mask: Image.Image, *, soft: bool) -> Image.Image:
     """Returns a mask that fades in over `SEAM` pixels inside its edge, less where it is small or thin.
 
-    A mask that is not soft is rounded first, as the latents have it: a thing that was painted is shown whole.
+    It is rounded first: a thing that was painted is shown whole. Of a soft mask, the steps have seen to the rest.
     """
-    mask = mask if soft else mask.point([255 * (value >= _HALF) for value in range(256)])
+    mask = mask.point([255 * (value >= (1 if soft else _HALF)) for value in range(256)])
     left, top, right, bottom = mask.getbbox() or (0, 0, 1, 1)
     radius = min(SEAM // 2, min(right - left, bottom - top) // 32)
     while radius:

@@ -16,6 +16,7 @@ from .. import presets
 from ..errors import UsageError
 from .arguments import ImageArguments, check_arguments, needs_mask
 from .canvas import Canvas, fit_to, parse_borders
+from .image import OPAQUE, filled
 from .reference import preferred_size, reference_size
 
 
@@ -138,6 +139,8 @@ def gather_inputs(given: ImageArguments, task: str, *, has_control: bool, kind: 
     mask, notes = given.mask_image, ()
     if mask is None and images and task != "kontext" and (transparent := _transparent(images[0], given.soft_mask)):
         mask, notes = transparent, ("the transparent part of the image is its mask",)
+    elif mask is not None and images and "alpha" in images[0].info:
+        notes = ("the image's transparency does nothing: a mask is given",)
     named |= {name: one for name, one in (("mask_image", mask), ("control_image", given.control_image)) if one}
     inputs = Inputs(named, control=given.control_image, kind=given.control, fill=task == "fill", soft=given.soft_mask)
     if task == "kontext":
@@ -146,7 +149,8 @@ def gather_inputs(given: ImageArguments, task: str, *, has_control: bool, kind: 
     inputs = replace(inputs, fit=given.fit or "stretch")
     if not images:
         return inputs
-    canvas, more = Canvas.of(images[0], mask, soft=given.soft_mask), {}
+    image = images[0] if mask is None else filled(images[0])
+    canvas, more = Canvas.of(image, mask, soft=given.soft_mask), {}
     if given.expand is not None:
         borders = parse_borders(given.expand, *images[0].size)
         canvas, more = canvas.expanded(borders), {"expand": list(borders)}
@@ -161,8 +165,9 @@ def gather_inputs(given: ImageArguments, task: str, *, has_control: bool, kind: 
 def _transparent(image: Image.Image, soft: bool) -> Image.Image | None:
     """Returns the mask of an image whose alpha channel is one; None: all of it is nearly opaque."""
     alpha = image.info.get("alpha")
-    mask = alpha and alpha.point(lambda value: 255 - value)
-    return mask if mask and mask.getextrema()[1] >= (1 if soft else 128) else None
+    if alpha is None or alpha.getextrema()[0] > (254 if soft else 127):
+        return None
+    return alpha.point(lambda value: 255 - value if soft else 255 * (value < OPAQUE))
 
 
 def at_size(inputs: Inputs, given: ImageArguments, width: int, height: int, multiple: int, *, is_asked: bool) -> Inputs:
@@ -190,8 +195,6 @@ def at_size(inputs: Inputs, given: ImageArguments, width: int, height: int, mult
         read = canvas.repainted if inputs.fill else partial(canvas.grid, side=multiple // 2)
         name = "the mask" if given.mask_image or given.expand else "the transparent part of the image, its mask,"
         canvas.check_repainted(read(width, height, soft=inputs.soft), name)
-    if canvas and is_asked and inputs.paste and given.padding_mask_crop is None:
-        canvas = canvas.resized(width, height)
     more |= {"soft_mask": True} if given.soft_mask else {}
     more |= {"paste": False} if inputs.is_masked and not given.paste else {}
     more |= {"fit": given.fit} if given.fit else {}
@@ -202,8 +205,11 @@ def at_size(inputs: Inputs, given: ImageArguments, width: int, height: int, mult
         found = "the image is {} x {}".format(*canvas.size) + f" and is generated at {width} x {height}"
         more_detail = canvas.size[0] * canvas.size[1] > 2 * width * height
         notes += (f"{found}: `padding_mask_crop` has more detail in the mask",) * more_detail
+    notes += tuple(_stretched_masks(canvas))
     if not given.fit and is_asked:
         notes += tuple(_stretched(inputs, canvas, width, height))
+    if canvas and is_asked and inputs.paste and given.padding_mask_crop is None:
+        canvas = canvas.resized(width, height)
     return replace(inputs, sizes=tuple(sizes), canvas=canvas, more=more, notes=notes)
 
 
@@ -227,14 +233,18 @@ def natural_size(inputs: Inputs, given: ImageArguments) -> tuple[tuple[int, int]
 def _stretched(inputs: Inputs, canvas: Canvas | None, width: int, height: int) -> Iterator[str]:
     """Yields a sentence about each image whose shape is changed by more than a twentieth."""
     shapes = {"image": canvas.size if canvas and canvas.fit == "stretch" else None}
-    if canvas and canvas.mask and not _alike(canvas.mask.size, canvas.image.size):
-        sizes = "{} x {}".format(*canvas.mask.size), "{} x {}".format(*canvas.image.size)
-        yield f"the mask of {sizes[0]} is stretched over the image of {sizes[1]}"
     shapes["control image"] = inputs.control.size if inputs.control and inputs.fit == "stretch" else None
     for name, size in shapes.items():
         if size and not _alike(size, (width, height)):
             sizes = f"{size[0]} x {size[1]}", f"{width} x {height}"
             yield f"the {name} of {sizes[0]} is stretched to {sizes[1]}; `fit` crop or pad keeps its shape"
+
+
+def _stretched_masks(canvas: Canvas | None) -> Iterator[str]:
+    """Yields a sentence where the mask has another shape than its image."""
+    if canvas and canvas.mask and not _alike(canvas.mask.size, canvas.image.size):
+        sizes = "{} x {}".format(*canvas.mask.size), "{} x {}".format(*canvas.image.size)
+        yield f"the mask of {sizes[0]} is stretched over the image of {sizes[1]}"
 
 
 def _alike(one: tuple[int, int], other: tuple[int, int]) -> bool:

@@ -8,13 +8,15 @@ from typing import Any, TypeGuard
 
 import mlx.core as mx
 import numpy as np
-from PIL import ExifTags, Image, ImageCms
+from PIL import ExifTags, Image, ImageChops, ImageCms, ImageFilter
 
 from ..errors import UsageError, amount, printable
 from ..provenance import opened
 
 logger = logging.getLogger("mlx_flux_krea")
 
+OPAQUE = 248  # of 255, from which on a pixel counts as opaque
+_NEAR = 24  # of 255, the share of opaque pixels around one from which its colour is taken
 _STRIP = 256  # lines of an image that are converted at a time
 _TURNS = {  # by EXIF orientation
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -76,6 +78,29 @@ def open_image(image: Any, argument: str = "image") -> Image.Image | None:
     if alpha is not None:
         flat.info["alpha"] = alpha if turn is None else alpha.transpose(turn)
     return flat
+
+
+def filled(image: Image.Image) -> Image.Image:
+    """Returns an opened image whose transparent pixels have the colours around them instead of white.
+
+    Colours come from ever larger surroundings (a box blur over what is opaque), so that no edge of white lies in the
+    pixels beside them.
+    """
+    alpha = image.info.get("alpha")
+    if alpha is None or alpha.getextrema()[1] < OPAQUE:
+        return image
+    known = alpha.point(lambda value: 255 * (value >= OPAQUE))
+    result, missing, radius = image.copy(), alpha.point(lambda value: 255 * (value < OPAQUE)), 2
+    opaque = Image.composite(image, Image.new("RGB", image.size), known)
+    while missing.getbbox() and radius <= 2 * max(image.size):
+        blur = ImageFilter.BoxBlur(radius)
+        share = np.asarray(known.filter(blur), np.float32)[..., None]
+        colours = np.asarray(opaque.filter(blur), np.float32) * 255 / np.maximum(share, 1)
+        near = Image.fromarray((255 * (share[..., 0] >= _NEAR)).astype(np.uint8))
+        found = Image.fromarray(np.clip(np.round(colours), 0, 255).astype(np.uint8))
+        result.paste(found, (0, 0), ImageChops.darker(missing, near))
+        missing, radius = ImageChops.subtract(missing, near), 4 * radius
+    return result
 
 
 def _image_from_array(given: Any, argument: str) -> Image.Image:
