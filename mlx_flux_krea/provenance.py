@@ -108,7 +108,7 @@ class Picture(Image.Image):
             fp: a path, or a file open for writing. A path gets its name only when the file is complete.
             format: "PNG", "JPEG" or "WEBP"; None: from the ending of the path.
             metadata: "full", or "minimal": only that a machine made it.
-            quality: 1 to 100, of JPEG and WebP; None: 95.
+            quality: 1 to 100, of JPEG and WebP; WebP at 100 loses nothing; None: 95.
             force: replaces a file at the path.
             before: called with the file's bytes before any of them is written.
             params: Pillow's own, over the defaults. The contents of `exif` and `pnginfo` are written beside ours.
@@ -388,6 +388,8 @@ def _parameters(format: str, record: dict, metadata: str, exif=None, pnginfo=Non
             info.add_itxt(_KEY, _json(record))
         return {**params, "pnginfo": info, "exif": merged}
     quality = {"quality": QUALITY, "subsampling": 0} if format == "JPEG" else {"quality": QUALITY}
+    if format == "WEBP" and params.get("quality") == 100:
+        quality |= {"lossless": True, "exact": True}
     return {**quality, **params, "exif": merged, "xmp": _xmp(record, metadata == "full").encode()}
 
 

@@ -12,6 +12,7 @@ from PIL import Image
 from mlx_flux_krea import Request
 from mlx_flux_krea.errors import UsageError
 from mlx_flux_krea.inputs.canvas import Canvas, fit_to, open_mask, parse_borders
+from mlx_flux_krea.inputs.image import filled, open_image
 from mlx_flux_krea.weights import open_model
 
 SIZE = (67, 45)  # no multiple of 16
@@ -234,3 +235,24 @@ def small(model, folder):
     (made / "model_index.json").unlink()
     (made / "model_index.json").write_text(text)
     return made
+
+
+def test_a_hole_leaves_no_edge_of_the_colour_that_transparency_is_shown_on():
+    """Else a bar of white stands where the picture fades into the image."""
+    dark = np.full((64, 96, 3), 30, np.uint8)
+    alpha = np.full((64, 96), 255, np.uint8)
+    alpha[:, 48:], dark[:, 48:] = 0, 255
+    image = open_image(Image.fromarray(np.dstack([dark, alpha])))
+    assert np.asarray(image)[0, -1].tolist() == [255, 255, 255]
+    around = np.asarray(filled(image))
+    assert around.max() <= 36  # bytes of a blur are rounded
+    assert np.array_equal(around[:, :48], dark[:, :48])
+
+
+def test_a_soft_mask_is_pasted_whole_and_its_steps_have_seen_to_the_rest():
+    grey = Image.fromarray(np.tile(np.arange(0, 256, 4, dtype=np.uint8), (64, 1)))
+    pasted = Canvas.of(Image.new("RGB", (64, 64), "white"), grey, soft=True).paste(
+        np.zeros((64, 64, 3), np.uint8), soft=True
+    )
+    assert pasted[32, 16:, 0].max() == 0
+    assert pasted[32, 0, 0] == 255

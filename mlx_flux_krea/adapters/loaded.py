@@ -20,6 +20,7 @@ from .parts import Adapter, Facts
 logger = logging.getLogger("mlx_flux_krea")
 
 _TAG = re.compile(r"<(?:lora|lyco):([^<>:]*)(?::([^<>]*))?>", re.I)
+_OPEN_TAG = re.compile(r"<(?:lora|lyco):[^<>]*(?=<|\Z)", re.I)
 
 Weights = tuple[tuple[str, float], ...]  # names of adapters with their weights
 
@@ -106,6 +107,9 @@ def take_tags(text: str) -> tuple[str, Weights]:
         if not name or not abs(number) <= MAX_WEIGHT:
             raise UsageError(f"the prompt holds {match[0]}", "<lora:NAME:WEIGHT>, such as <lora:paper:0.8>")
         tags.append((name, number))
+    if match := _OPEN_TAG.search(_TAG.sub("", text)):
+        found = f"the prompt holds {match[0][:40]}, which is not closed"
+        raise UsageError(found, "<lora:NAME:WEIGHT>, such as <lora:paper:0.8>")
     if not tags:
         return text, ()
     plain = re.sub(r"\s{2,}", " ", _TAG.sub(" ", text))

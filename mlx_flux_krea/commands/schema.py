@@ -51,7 +51,6 @@ def tool_schema(model):
         "steps": defaults.num_inference_steps,
         "guidance": defaults.guidance_scale,
     }
-    del values["strength"]  # it is another with a mask, and none without an image
     properties = {}
     for name in NAMES:
         if name in without:

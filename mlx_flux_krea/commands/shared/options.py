@@ -32,9 +32,22 @@ class Lora(click.ParamType):
         source, weight = split_lora(text)
         if not source:
             self.fail(f"{value!r} names no adapter.", param, ctx)
+        _check_weight(self, text, param, ctx)
         if weight is not None and not abs(weight) <= presets.MAX_WEIGHT:
             self.fail(f"{weight!r} is not in the range {-presets.MAX_WEIGHT:g}<=x<={presets.MAX_WEIGHT:g}.", param, ctx)
         return text
+
+
+_OTHER_WEIGHT = re.compile(r"(?P<file>.+?)(?:[: ]\s*(?P<plain>-?\d*\.?\d+)|=\s*(?P<odd>-?\d+%|-?\d*,\d+))")
+
+
+def _check_weight(kind: click.ParamType, text: str, param, ctx) -> None:
+    """Refuses a weight that is written as in other programs, with ours: FILE:0.8, FILE 0.8, FILE=80%, FILE=0,8."""
+    match = None if os.path.exists(text) else _OTHER_WEIGHT.fullmatch(text)
+    if match:
+        written = match["plain"] or match["odd"]
+        weight = float(written.rstrip("%").replace(",", ".")) / (100 if written.endswith("%") else 1)
+        kind.fail(f"{text!r} has no weight that can be read; write {match['file']}={weight:g}.", param, ctx)
 
 
 def split_lora(text: str) -> tuple[str, float | None]:
@@ -59,6 +72,7 @@ class StyleImage(click.ParamType):
         source, weight = split_style(text)
         if not source:
             self.fail(f"{value!r} names no image.", param, ctx)
+        _check_weight(self, text, param, ctx)
         if weight is not None and not abs(weight) <= presets.MAX_WEIGHT:
             self.fail(f"{weight!r} is not in the range {-presets.MAX_WEIGHT:g}<=x<={presets.MAX_WEIGHT:g}.", param, ctx)
         return text
@@ -261,8 +275,8 @@ OPTIONS = [
             help="How style images stand beside the prompt.", default=presets.STYLE_RULES[0]),
     _option("--image", type=FILE, help="Image to start from, to repaint, to fill, or Kontext's reference."),
     _option("--reference", type=FILE, multiple=True, help="Further reference for Kontext; repeatable."),
-    _option("--strength", type=click.FloatRange(0, 1), help="Share of the steps that change the image.",
-            default=presets.STRENGTH),
+    _option("--strength", type=click.FloatRange(0, 1), help="Share of the steps that change the image.  "
+            f"[default: {presets.STRENGTH}; {presets.MASK_STRENGTH} with a mask; 1 where it is filled or expanded]"),
     _option("--mask", type=FILE, help="Mask of the image, white where it is repainted."),
     _option("--expand", metavar="T,R,B,L", help="Borders to paint around the image: pixels, or percent: 0,25%,0,25%."),
     _option("--crop-to-mask", is_flag=True, help="Generate the surroundings of the mask alone, at full size."),
@@ -278,7 +292,8 @@ OPTIONS = [
     _option("--dtype", type=DTYPE, help="Compute type.", default=_OF_MODEL),
     _option("--memory", default="auto",
             help="Memory for this program (not the Mac's), such as 6GB; blocks beyond it are streamed from disk."),
-    _option("--quality", type=QUALITY, help="Quality of JPEG and WebP.", default=presets.QUALITY),
+    _option("--quality", type=QUALITY, help="Quality of JPEG and WebP; WebP at 100 loses nothing.",
+            default=presets.QUALITY),
     _option("--metadata", type=METADATA, help="Record in the file: all settings, or only that an AI made it.",
             default="full"),
     _option("--check", type=click.Choice(presets.CHECKS),
