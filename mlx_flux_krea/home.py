@@ -43,6 +43,7 @@ _PUBLISHED = {
 }
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".heic", ".tif", ".tiff", ".bmp", ".avif")
 _WEIGHTS = (".safetensors", ".gguf", ".sft", ".ckpt", ".pt", ".pth", ".bin", ".npz")
+_PRECISION = re.compile(r"-(?:\d+bit|none|mxfp4|nvfp4)$", re.I)  # end of an installed model's name
 _LIKENESS = 0.7  # of a name and the nearest installed one, from 0 to 1
 
 NANO_NAME = "nano"  # of the small model
@@ -191,7 +192,7 @@ def _no_model(name: str) -> ModelError:
         return ModelError(found, known, f"convert it: flux-krea convert {repository}{whole}")
     if near := get_close_matches(name.lower(), [known.lower() for known in names], 1, _LIKENESS):
         return ModelError(found, known, f"did you mean {next(n for n in names if n.lower() == near[0])}?")
-    if "/" not in name and (published := _PUBLISHED.get(_plain(name))):
+    if "/" not in name and (published := _PUBLISHED.get(_plain(_PRECISION.sub("", name)))):
         folder = "or convert a downloaded folder: flux-krea convert FOLDER"
         return ModelError(f"{name} is not installed", known, f"install it: flux-krea {published}, {folder}")
     if re.match(r"\w+://", name):

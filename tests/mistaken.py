@@ -117,6 +117,7 @@ ROWS = [
     (G + "--invert-mask", 2, "white is repainted"),
     ("generate '<lora:heart:0.8 a frog' -m nano", 2, "which is not closed", "<lora:NAME:WEIGHT>"),
     ("outpaint frog.png", 2, "--expand"),
+    ('generate "a frog" -m FLUX.1-Kontext-dev-8bit', 3, "flux-krea convert black-forest-labs/FLUX.1-Kontext-dev"),
     (G + "--soft-mask", 2, "--soft-mask does nothing without an image and a mask"),
     (G + "--no-paste", 2, "--no-paste does nothing without an image and a mask"),
     (G + "--fit cut", 2, "--fit is 'cut'", "stretch"),
