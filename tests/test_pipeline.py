@@ -432,7 +432,7 @@ def test_the_record_says_everything_that_decides_the_picture(model):
         "software": SOFTWARE, "dtype": "float32", "quantization": {}, "prompt": "", "prompt_2": "b",
         "negative_prompt": "c", "negative_prompt_2": "d", "true_cfg_scale": 2.0, "width": 48, "height": 32,
         "num_inference_steps": 2, "sigmas": [0.9, 0.4], "guidance_scale": 3.5, "seed": 8, "noise": "mflux",
-        "strength": 0.7, "max_sequence_length": 16,
+        "strength": 0.7, "max_sequence_length": 16, "evaluations": 2,
         "image": {"width": 110, "height": 150, "rgb_sha256": hashlib.sha256(picture.tobytes()).hexdigest()},
     }  # fmt: skip
     batch = pipe([CAT, "x"], seed=5, **SMALL).records[1]

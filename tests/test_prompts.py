@@ -146,8 +146,13 @@ def test_the_judge_sees_what_is_wrong():
     assert faults(picture, "a red circle on a blue background")
 
 
+def stands_alone(line):
+    """Tells commands whose picture does not follow from another."""
+    return is_for_the_small_model(line) and "--image" not in line
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("line", [one for one in COMMANDS if one == "flux-krea demo" or is_for_the_small_model(one)])
+@pytest.mark.parametrize("line", [one for one in COMMANDS if one == "flux-krea demo" or stands_alone(one)])
 def test_commands_draw_their_prompts_right(command, tmp_path, line):
     code, out, err = command(*shlex.split(line, comments=True)[1:])
     assert code == 0, err
