@@ -97,12 +97,20 @@ def pipe_of(pipes, name):
 
 
 @pytest.mark.core("kontext_cfg", "fill_07.sample", "control_inpaint.sample", "control_nimg.mean", "inpaint_06.sample")
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", [name for name in RUNS if name != "kontext_auto"])
 def test_runs_are_those_of_the_reference(pipes, name):
+    check_run(pipes, name, 1e-4)
+
+
+@pytest.mark.parity  # it takes a minute or more on this backend
+def test_a_run_whose_reference_has_a_megapixel_is_that_of_the_reference(pipes):
+    check_run(pipes, "kontext_auto", 3e-4)
+
+
+def check_run(pipes, name, bar):
     made, images = run_latents(pipe_of(pipes, name), **arguments(name))
     golden = goldens()[f"{name}.latents"]
     assert len(made) == len(golden)
-    bar = 3e-4 if name == "kontext_auto" else 1e-4
     assert max(rel(a.reshape(b.shape), b) for a, b in zip(made, golden, strict=True)) < bar
     for i, image in enumerate(images):
         reference = Image.open(EDIT / "images" / f"{name}.{i}.png")

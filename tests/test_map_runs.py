@@ -213,6 +213,7 @@ def test_memory_of_the_published_network_is_as_measured():
 # --- on the command line ---
 
 
+@pytest.mark.slow
 def test_the_map_is_kept_beside_the_picture_on_request(command, control, depth, photo, tmp_path):
     base = ["generate", *ARGS, "-m", control, "--control-image", photo]
     code, out, err = command(*base, "--control", "depth")

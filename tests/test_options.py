@@ -272,6 +272,7 @@ def test_image_to_image_keeps_the_layout_at_low_strength(draw, tmp_path):
 # --- how it is computed ---
 
 
+@pytest.mark.slow
 @shows("generate", "--prompts")
 def test_rows_of_a_file_take_fast_solver_schedule_and_cache(run, tmp_path):
     rows = [{"fast": True}, {"solver": "heun"}, {"schedule": "beta", "cache": "first-block:0.9"}, {"cache": "none"}]
@@ -644,6 +645,7 @@ def test_what_is_repainted_is_the_mask_and_nothing_else(draw, tmp_path):
     assert np.array_equal(wider[:, 32 + 32 : 32 + 64 - 32], noise[:, 32:32])
 
 
+@pytest.mark.slow
 @shows("generate", "--reference", "--no-auto-resize", "--control-image", "--control", "--keep-map")
 def test_references_and_maps_change_what_is_drawn(run, kontext, control, tmp_path):
     for name, size in (("one", (64, 48)), ("two", (48, 64))):

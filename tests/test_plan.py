@@ -269,6 +269,7 @@ def test_the_plan_says_whose_memory_it_is_and_shows_every_chip(command, monkeypa
     assert re.search("streaming precision none costs no time .*: M1 0[.]", command("plan", "--memory", "6GB")[1])
 
 
+@pytest.mark.slow
 def test_the_verb_plan_knows_the_evaluations_of_fast_and_of_a_solver(command, model):
     def seconds(*more):
         code, out, err = command("plan", *more, "--json")
