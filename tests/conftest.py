@@ -17,11 +17,11 @@ from mlx_flux_krea import FluxPipeline, files
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Marks as slow the cases of a test that its mark `core` does not name."""
+    """Marks as slow, or as its `others` says, the cases of a test that its mark `core` does not name."""
     for item in items:
         mark = item.get_closest_marker("core")
         if mark and item.callspec.id not in mark.args:
-            item.add_marker(pytest.mark.slow)
+            item.add_marker(mark.kwargs.get("others", "slow"))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -96,7 +96,9 @@ def pipe_of(pipes, name):
     return pipes(next((task for task in TASKS if name.startswith(task)), "base"))
 
 
-@pytest.mark.core("kontext_cfg", "fill_07.sample", "control_inpaint.sample", "control_nimg.mean", "inpaint_06.sample")
+@pytest.mark.core(
+    "kontext_cfg", "fill_07.sample", "control_inpaint.sample", "control_nimg.mean", "inpaint_06.sample", others="parity"
+)
 @pytest.mark.parametrize("name", [name for name in RUNS if name != "kontext_auto"])
 def test_runs_are_those_of_the_reference(pipes, name):
     check_run(pipes, name, 1e-4)
@@ -286,7 +288,7 @@ def test_images_that_do_not_go_together_are_refused(pipes, task, given, says):
 # --- BFL's control adapter ---
 
 
-@pytest.mark.core("clora_4.sample")
+@pytest.mark.core("clora_4.sample", others="parity")
 @pytest.mark.parametrize("name", ["clora_4.sample", "clora_4.mean"])
 def test_a_control_adapter_makes_a_control_model_of_the_base(model, name):
     pipe = FluxPipeline.from_pretrained(model, dtype="float32")
@@ -305,7 +307,7 @@ def test_a_control_adapter_makes_a_control_model_of_the_base(model, name):
 SHORT = {"kontext": "kontext_4", "fill": "fill_4.sample", "control": "control_4.sample"}
 
 
-@pytest.mark.core("kontext")
+@pytest.mark.core("kontext", others="parity")
 @pytest.mark.parametrize("task", SHORT)
 def test_streamed_is_resident_to_the_bit(pipes, task):
     whole, _ = run_latents(pipes(task), **arguments(SHORT[task]))
@@ -317,7 +319,7 @@ def test_streamed_is_resident_to_the_bit(pipes, task):
     assert np.array_equal(np.array(whole), np.array(read))
 
 
-@pytest.mark.core("fill_4.sample")
+@pytest.mark.core("fill_4.sample", others="parity")
 @pytest.mark.parametrize("name", [*SHORT.values(), "inpaint_06.sample"])
 def test_in_bfloat16_runs_stay_near_the_reference(pipes, name):
     task = next((task for task in TASKS if name.startswith(task)), "base")
@@ -435,7 +437,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-@pytest.mark.core("kontext: bicubic", "inpainting: mask averaged")
+@pytest.mark.core("kontext: bicubic", "inpainting: mask averaged", others="parity")
 def test_each_mistake_exceeds_the_tolerance(pipes, mistake, monkeypatch):
     name, make = MISTAKES[mistake]
     make(monkeypatch)
@@ -444,7 +446,7 @@ def test_each_mistake_exceeds_the_tolerance(pipes, mistake, monkeypatch):
     assert rel(made[-1].reshape(golden.shape), golden) > 1e-3
 
 
-@pytest.mark.core("control_4.sample")
+@pytest.mark.core("control_4.sample", others="parity")
 @pytest.mark.parametrize("name", ["fill_4.sample", "control_4.sample", "control_inpaint.sample", "inpaint_06.sample"])
 def test_the_order_of_the_draws_decides_the_picture(pipes, name, monkeypatch):
     """Noise first, as one would draw it."""

@@ -166,7 +166,7 @@ def test_commands_draw_their_prompts_right(command, tmp_path, line):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("place", "prompt", "given"), CALLS)
+@pytest.mark.parametrize(("place", "prompt", "given"), [call for call in CALLS if not call[0].startswith("examples/")])
 def test_calls_draw_their_prompts_right(place, prompt, given):
     size = {name: given[name] for name in ("width", "height", "num_inference_steps") if given.get(name)}
     seeds = given["seed"] if isinstance(given["seed"], list) else [given["seed"]]

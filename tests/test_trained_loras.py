@@ -1,6 +1,6 @@
 """The LoRAs of the small model, by the judge of pixels: a shape, and backgrounds (benchmarks/loras.py).
 
-A share is of eight sentences with combinations that training never drew.
+A share is of six sentences with combinations that training never drew.
 """
 
 import adapters as files
@@ -13,7 +13,7 @@ from mlx_flux_krea.convert import convert
 from mlx_flux_krea import nano
 from mlx_flux_krea.weights import open_model, read_header
 
-STEPS = 6
+STEPS = 4
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def pipe():
 
 @pytest.fixture(scope="module")
 def asked():
-    return {"hearts": loras.asked(True, 8), "known": loras.asked(False, 8)}
+    return {"hearts": loras.asked(True, 6), "known": loras.asked(False, 6)}
 
 
 def right(pipe, weights, some, dusk: bool = False, steps: int = STEPS) -> float:
@@ -64,20 +64,19 @@ def test_a_shape_that_the_model_does_not_know_is_added(pipe, asked):
 @pytest.mark.slow
 def test_backgrounds_change_by_the_weight(pipe, asked):
     fading = []
-    for weight in (0.0, 0.5, 0.75, 1.0):
+    for weight in (0.0, 0.75, 1.0):
         made, _ = loras.drawn(pipe, {"dusk": weight}, [text for _, text in asked["known"]], STEPS)
         fading.append(loras.darkness(made, [scene for scene, _ in asked["known"]]))
     assert np.all(np.diff(fading) > 0), fading
     assert fading[0] < 0.02
-    assert fading[2] > 0.3
-    assert fading[3] > 0.9
+    assert fading[1] > 0.3
+    assert fading[2] > 0.9
     assert right(pipe, {"dusk": 1.0}, asked["known"], dusk=True) >= 0.75
 
 
 @pytest.mark.slow
 def test_both_at_once_do_both(pipe, asked):
     assert right(pipe, {"heart": 1.0, "dusk": 1.0}, asked["hearts"], dusk=True) >= 0.25
-    assert right(pipe, {"heart": 1.0}, asked["hearts"], dusk=True) == 0
     assert right(pipe, {"dusk": 1.0}, asked["hearts"], dusk=True) == 0
 
 
