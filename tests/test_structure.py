@@ -26,7 +26,7 @@ LEVELS = {
 }
 LEVEL = {room: level for level, rooms in LEVELS.items() for room in rooms.split()}
 NETWORKS = {f"models.{name}" for name in ["transformer", "t5", "clip", "vae", "siglip", "vit", "pixtral", "depth"]}
-NO_NETWORKS = {f"models.{name}" for name in ["config", "depth_config", "filter_config", "layers", "tiles"]}
+NO_NETWORKS = {f"models.{name}" for name in ["config", "depth_config", "filter_config", "layers", "tiles", "vision"]}
 FILES = sorted([ROOT / "cli.py", *(ROOT / "convert").glob("*.py"), *(ROOT / PACKAGE).rglob("*.py")])
 
 

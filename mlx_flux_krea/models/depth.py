@@ -11,6 +11,7 @@ from PIL import Image
 
 from . import Runner, call
 from .depth_config import DepthConfig
+from .vision import self_attention
 
 _MEAN = np.array([0.485, 0.456, 0.406], np.float32)  # of ImageNet's channels
 _STD = np.array([0.229, 0.224, 0.225], np.float32)
@@ -101,13 +102,7 @@ class DINOv2Layer(nn.Module):
         return x + self.fc2(nn.gelu(self.fc1(self.norm2(x)))) * self.layer_scale2
 
     def _attend(self, x: mx.array) -> mx.array:
-        b, n, c = x.shape
-        q, k, v = (
-            layer(x).reshape(b, n, self._num_heads, -1).transpose(0, 2, 1, 3)
-            for layer in (self.query, self.key, self.value)
-        )
-        x = mx.fast.scaled_dot_product_attention(q, k, v, scale=(c // self._num_heads) ** -0.5)
-        return self.projection(x.transpose(0, 2, 1, 3).reshape(b, n, c))
+        return self_attention(x, (self.query, self.key, self.value), self.projection, self._num_heads)
 
 
 # --- neck and head (DPT, Ranftl et al. 2021) ---

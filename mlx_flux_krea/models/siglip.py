@@ -12,8 +12,7 @@ from PIL import Image
 
 from . import Runner, call
 from .config import SIGLIP_SO400M, ReduxConfig, SiglipConfig
-
-_LEVELS = ((np.arange(256) * (1 / 255)).astype(np.float32) - np.float32(0.5)) / np.float32(0.5)
+from .vision import LEVELS, self_attention
 
 
 def to_square(image: Image.Image, size: int = SIGLIP_SO400M.image_size) -> Image.Image:
@@ -31,7 +30,7 @@ def preprocess(image: Image.Image, size: int = SIGLIP_SO400M.image_size) -> mx.a
     Returns:
         (1, size, size, 3) float32 in -1 to 1, bit for bit as transformers' SiglipImageProcessor with Pillow.
     """
-    return mx.array(_LEVELS[np.asarray(to_square(image, size))][None])
+    return mx.array(LEVELS[np.asarray(to_square(image, size))][None])
 
 
 class SigLIPLayer(nn.Module):
@@ -56,13 +55,7 @@ class SigLIPLayer(nn.Module):
         return x + self.fc2(nn.gelu_approx(self.fc1(self.layer_norm2(x))))
 
     def _attend(self, x: mx.array) -> mx.array:
-        b, n, c = x.shape
-        q, k, v = (
-            layer(x).reshape(b, n, self._num_heads, -1).transpose(0, 2, 1, 3)
-            for layer in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        x = mx.fast.scaled_dot_product_attention(q, k, v, scale=(c // self._num_heads) ** -0.5)
-        return self.out_proj(x.transpose(0, 2, 1, 3).reshape(b, n, c))
+        return self_attention(x, (self.q_proj, self.k_proj, self.v_proj), self.out_proj, self._num_heads)
 
 
 class SigLIP(nn.Module):

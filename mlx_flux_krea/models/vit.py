@@ -11,6 +11,7 @@ from PIL import Image, ImageOps
 
 from . import Runner, call
 from .filter_config import NSFW_VIT, ViTConfig
+from .vision import LEVELS, self_attention
 
 
 def preprocess(image: Image.Image, size: int = NSFW_VIT.image_size) -> mx.array:
@@ -24,10 +25,7 @@ def preprocess(image: Image.Image, size: int = NSFW_VIT.image_size) -> mx.array:
         (1, size, size, 3) float32, bit for bit as transformers' ViTImageProcessor with Pillow.
     """
     image = ImageOps.exif_transpose(image).convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
-    return mx.array(_LEVELS[np.asarray(image)][None])
-
-
-_LEVELS = ((np.arange(256) * (1 / 255)).astype(np.float32) - np.float32(0.5)) / np.float32(0.5)
+    return mx.array(LEVELS[np.asarray(image)][None])
 
 
 class ViTLayer(nn.Module):
@@ -52,13 +50,7 @@ class ViTLayer(nn.Module):
         return x + self.output(nn.gelu(self.intermediate(self.layernorm_after(x))))
 
     def _attend(self, x: mx.array) -> mx.array:
-        b, n, c = x.shape
-        q, k, v = (
-            layer(x).reshape(b, n, self._num_heads, -1).transpose(0, 2, 1, 3)
-            for layer in (self.query, self.key, self.value)
-        )
-        x = mx.fast.scaled_dot_product_attention(q, k, v, scale=(c // self._num_heads) ** -0.5)
-        return self.projection(x.transpose(0, 2, 1, 3).reshape(b, n, c))
+        return self_attention(x, (self.query, self.key, self.value), self.projection, self._num_heads)
 
 
 class ViT(nn.Module):
