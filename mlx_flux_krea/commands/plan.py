@@ -36,7 +36,7 @@ from mlx_flux_krea.weights import open_model
 from .shared.estimates import SHARE_IN_WORDS, filter_seconds, step_seconds, this_chip, weigh_recipe
 from .shared.installed import disk_bytes
 from .shared.loras import planned
-from .shared.options import DTYPE, Lora
+from .shared.options import DTYPE, LORA
 from .shared.terminal import Console
 from .shared.text import duration, json_text, size, table
 
@@ -62,7 +62,7 @@ _SHARE = "that is the share of this program: by default a Mac's programs take ha
 @click.option("--dtype", type=DTYPE, help="Compute type.  [default: the model's]")
 @click.option(
     "--lora",
-    type=Lora(),
+    type=LORA,
     multiple=True,
     metavar="FILE[=W]",
     help="Adapter of the picture: a file, or an installed one; repeatable.",

@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 
 import click
@@ -17,25 +18,6 @@ from .answers import NEVER, bad_value, nearest, with_values
 _SEED = re.compile(r"(-?\d+)(?:\+(\d+))?")
 _SPAN = re.compile(r"(\d+) *(?:-|:|\.\.+|to) *(\d+)")  # from one seed to another, as in other tools
 _RANDOM = ("-1", "random", "rand", "auto")  # other tools' words for no seed
-
-
-class Lora(click.ParamType):
-    """Type of --lora: an adapter and its weight, FILE=0.8."""
-
-    name = "lora"
-
-    def convert(self, value, param, ctx) -> str:
-        """Returns the text, once its weight is known to be a number."""
-        text = str(value).strip()
-        _check_address(self, split_lora(text)[0], param, ctx)
-        text = os.path.expanduser(text) if text.startswith("~") else text  # no shell does, after = and in quotes
-        source, weight = split_lora(text)
-        if not source:
-            self.fail(f"{value!r} names no adapter.", param, ctx)
-        _check_weight(self, text, param, ctx)
-        if weight is not None and not abs(weight) <= presets.MAX_WEIGHT:
-            self.fail(f"{weight!r} is not in the range {-presets.MAX_WEIGHT:g}<=x<={presets.MAX_WEIGHT:g}.", param, ctx)
-        return text
 
 
 _OTHER_WEIGHT = re.compile(r"(?P<file>.+?)(?:[: ]\s*(?P<plain>-?\d*\.?\d+)|=\s*(?P<odd>-?\d+%|-?\d*,\d+))")
@@ -59,23 +41,39 @@ def split_lora(text: str) -> tuple[str, float | None]:
         return text, None
 
 
-class StyleImage(click.ParamType):
-    """Type of --style: an image and its weight, FILE=0.5."""
+def split_style(text: str) -> tuple[str, float | None]:
+    """Splits FILE=WEIGHT. The name of an existing file may hold a =, and a text whose end is no number is all file."""
+    return (text, None) if os.path.exists(text) else split_lora(text)
 
-    name = "style"
+
+class _Weighted(click.ParamType):
+    """Type of a source and its weight, FILE=0.8.
+
+    Args:
+        name: of the type.
+        noun: what the source is, for errors.
+        split: splits a text into source and weight.
+    """
+
+    def __init__(self, name: str, noun: str, split: Callable[[str], tuple[str, float | None]]):
+        self.name, self._noun, self._split = name, noun, split
 
     def convert(self, value, param, ctx) -> str:
         """Returns the text, once its weight is known to be a number."""
         text = str(value).strip()
-        _check_address(self, text, param, ctx)
+        _check_address(self, self._split(text)[0], param, ctx)
         text = os.path.expanduser(text) if text.startswith("~") else text  # no shell does, after = and in quotes
-        source, weight = split_style(text)
+        source, weight = self._split(text)
         if not source:
-            self.fail(f"{value!r} names no image.", param, ctx)
+            self.fail(f"{value!r} names no {self._noun}.", param, ctx)
         _check_weight(self, text, param, ctx)
         if weight is not None and not abs(weight) <= presets.MAX_WEIGHT:
             self.fail(f"{weight!r} is not in the range {-presets.MAX_WEIGHT:g}<=x<={presets.MAX_WEIGHT:g}.", param, ctx)
         return text
+
+
+LORA = _Weighted("lora", "adapter", split_lora)
+STYLE = _Weighted("style", "image", split_style)
 
 
 class Cache(click.ParamType):
@@ -90,11 +88,6 @@ class Cache(click.ParamType):
             return text if text == NO_CACHE else str(parse_cache(text))
         except UsageError as error:
             self.fail(f"{text!r} is no cache; expected {error.expected}, or {NO_CACHE}.", param, ctx)
-
-
-def split_style(text: str) -> tuple[str, float | None]:
-    """Splits FILE=WEIGHT. The name of an existing file may hold a =, and a text whose end is no number is all file."""
-    return (text, None) if os.path.exists(text) else split_lora(text)
 
 
 class Seeds(click.ParamType):
@@ -185,7 +178,7 @@ def _check_address(kind: click.ParamType, value, param, ctx) -> None:
     Raises:
         BadParameter: it is.
     """
-    adapter = isinstance(kind, Lora | _Adapter)
+    adapter = kind is LORA or isinstance(kind, _Adapter)
     takes_hub = not isinstance(param, click.Option) or kind is SOURCE or adapter
     if takes_hub and (page := _PAGE.fullmatch(str(value))):
         file = _FILE_PAGE.fullmatch(str(value)) if adapter else None
@@ -267,9 +260,9 @@ OPTIONS = [
     _option("--negative-prompt", help="Text to avoid; needs --true-cfg-scale."),
     _option("--true-cfg-scale", type=_SCALE, help="Scale of the negative prompt; above 1, steps take twice the time.",
             default=1),
-    _option("--lora", type=Lora(), multiple=True, metavar="FILE[=W]",
+    _option("--lora", type=LORA, multiple=True, metavar="FILE[=W]",
             help="Adapter and its weight: a file, an installed one, OWNER/NAME[:FILE]; repeatable; none: no adapter."),
-    _option("--style", type=StyleImage(), multiple=True, metavar="FILE[=W]",
+    _option("--style", type=STYLE, multiple=True, metavar="FILE[=W]",
             help="Image whose style the picture takes up, and its weight; repeatable; none: no image."),
     _option("--style-rule", type=click.Choice(presets.STYLE_RULES),
             help="How style images stand beside the prompt.", default=presets.STYLE_RULES[0]),
