@@ -123,10 +123,10 @@ class _Drawing:
         if inputs.control and inputs.is_masked and self._samples:
             self._streams[0].normal((1, *self._shape[1:]))
         channels = None if inputs.control is None else self._control(inputs.control)
-        clean = None
+        clean = part = None
         if inputs.canvas:
-            # one image is one sample of the first stream, as in diffusers, whatever the number of streams
-            clean = self._sampled(inputs.canvas.part(request.width, request.height))
+            part = inputs.canvas.part(request.width, request.height)
+            clean = self._sampled(part)  # of the first stream, as in diffusers, whatever the number of streams
         references = zip(inputs.references, inputs.sizes, strict=True)
         tokens = [self._scaled(self._posterior(fit_to(image, *size, inputs.fit))[0]) for image, size in references]
         if request.latents is not None:
@@ -135,8 +135,8 @@ class _Drawing:
             noise = mx.concatenate([stream.noise(self._shape) for stream in self._streams]).astype(mx.float32)
             start = sampler.pack(noise if clean is None else sampler.add_noise(clean, noise, sigma))
         kept = None
-        if inputs.fill:
-            channels = self._fill(inputs)
+        if inputs.fill and part is not None:
+            channels = self._fill(inputs, part)
         elif inputs.is_masked and clean is not None:
             kept = Kept(sampler.pack(clean), sampler.pack(noise), self._mask(inputs))
         return Latents(
@@ -155,12 +155,11 @@ class _Drawing:
             mean = mx.concatenate([mean + deviation * stream.normal(self._shape) for stream in self._streams])
         return sampler.pack(self._scaled(mean))
 
-    def _fill(self, inputs: Inputs) -> mx.array:
+    def _fill(self, inputs: Inputs, part: Image.Image) -> mx.array:
         """Returns (1, L, 320): latents of the image whose hole is grey, then the mask of each pixel."""
-        assert inputs.canvas is not None  # `gather` has checked it
-        size = self._request.width, self._request.height
-        mask = mx.array(inputs.canvas.repainted(*size))
-        pixels = pixels_from_image(inputs.canvas.part(*size), *size) * (1 - mask)[None, :, :, None]
+        assert inputs.canvas is not None  # `gather_inputs` has checked it
+        mask = mx.array(inputs.canvas.repainted(*part.size))
+        pixels = pixels_from_image(part, *part.size) * (1 - mask)[None, :, :, None]
         side = self._vae.downsampling
         height, width = self._shape[2:]
         patches = mask.reshape(height, side, width, side).transpose(1, 3, 0, 2).reshape(1, side**2, height, width)

@@ -393,13 +393,13 @@ def noise_at_once(own, clean, noise, sigma):
     return noise
 
 
-def black(own, self, inputs):
-    channels = own(self, inputs)
+def black(own, self, inputs, part):
+    channels = own(self, inputs, part)
     return mx.concatenate([channels[..., :64] - 1, channels[..., 64:]], axis=-1)
 
 
-def packed_otherwise(own, self, inputs):
-    channels = own(self, inputs)
+def packed_otherwise(own, self, inputs, part):
+    channels = own(self, inputs, part)
     mask = channels[..., 64:].reshape(*channels.shape[:2], 64, 4).swapaxes(-1, -2).reshape(*channels.shape[:2], 256)
     return mx.concatenate([channels[..., :64], mask], axis=-1)
 

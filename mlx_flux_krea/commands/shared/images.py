@@ -9,7 +9,6 @@ from PIL import Image
 from mlx_flux_krea.errors import UsageError
 from mlx_flux_krea.inputs.arguments import opened_inputs
 from mlx_flux_krea.inputs.style import open_images as open_styles
-from mlx_flux_krea.request import ResolvedRequest
 
 from .options import ARGUMENTS, spelled, split_style
 
@@ -109,14 +108,18 @@ def require_images(options: dict) -> None:
             raise _missing(options, name)
 
 
-def check_images(options: dict, request: ResolvedRequest) -> list[str]:
+def check_images(options: dict, given: dict[str, str]) -> list[str]:
     """Compares the images of a job with those of the record that it repeats. Returns a note for each other one.
+
+    Args:
+        options: of the job.
+        given: `recorded_images` of the job's own record.
 
     Raises:
         UsageError: one is not given.
     """
     recorded, made = _facts(options, RECORDED), options.get("from_", "the picture")
-    notes, given, paths = [], recorded_images(request.inputs.record()), _paths(options)
+    notes, paths = [], _paths(options)
     for name, facts in recorded.items():
         if name not in given:
             raise _missing(options, name)
@@ -126,13 +129,17 @@ def check_images(options: dict, request: ResolvedRequest) -> list[str]:
     return notes
 
 
-def check_unchanged(options: dict, request: ResolvedRequest) -> None:
+def check_unchanged(options: dict, now: dict[str, str]) -> None:
     """Checks that the images of a job are those that its run began with; the next picture's are in the checkpoint.
+
+    Args:
+        options: of the job.
+        now: `recorded_images` of the job's own record.
 
     Raises:
         UsageError: another image has taken the place of one.
     """
-    began, now, paths = _facts(options, OPENED), recorded_images(request.inputs.record()), _paths(options)
+    began, paths = _facts(options, OPENED), _paths(options)
     if began and began != now:
         name = next((name for name in {**began, **now} if began.get(name) != now.get(name)), "image")
         path = paths[name if name in paths else "image"][1] if paths else "the image"

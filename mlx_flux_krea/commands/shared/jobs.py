@@ -304,9 +304,10 @@ def prepare(
     arguments |= {"seed": seed, "adapters": tuple(adapters)} | opened
     given = Request(**arguments)
     request = given.resolve(folder)
-    notes += check_images(options, request)
-    check_unchanged(options, request)
-    if now := recorded_images(request.inputs.record()):
+    now = recorded_images(request.inputs.record())
+    notes += check_images(options, now)
+    check_unchanged(options, now)
+    if now:
         job = replace(job, options={**options, OPENED: now})
     if options.get("keep_map") and not request.inputs.kind:
         raise UsageError("--keep-map, and no map is made", "--control canny or depth", "leave it out")
