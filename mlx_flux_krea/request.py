@@ -26,7 +26,7 @@ from .memory import MemoryPlan
 from .models.config import FluxConfig, ModelIndex
 from .presets import MAX_BATCH, MAX_PROMPT, MAX_SCALE, MAX_SIDE, MAX_STEPS, MAX_WEIGHT
 from .sampling.noise import find_recipe
-from .sampling.rules import CacheRule, count_evaluations, parse_cache, skip_steps
+from .sampling.rules import CacheRule, count_evaluations, fast_skips, parse_cache, skip_steps
 from .sampling.sampler import first_step, schedule_levels
 from .weights import ModelFolder
 
@@ -191,12 +191,12 @@ class Request(ImageArguments):
         """Returns the step cache of so many steps, and a note where `fast` finds none that is worth it."""
         if not self.fast:
             return None if self.cache is None else parse_cache(self.cache), ()
+        if fast_skips(index.schedule.shift, steps):
+            return parse_cache(presets.FAST), ()
         if index.schedule.shift == "none":
             return None, ("`fast` changes nothing: this model was made for few steps, and all are computed",)
-        if steps < presets.FAST_FROM:
-            found = f"`fast` changes nothing below {presets.FAST_FROM} steps"
-            return None, (f"{found}: {amount(steps, 'step is', 'steps are')} computed",)
-        return parse_cache(presets.FAST), ()
+        found = f"`fast` changes nothing below {presets.FAST_FROM} steps"
+        return None, (f"{found}: {amount(steps, 'step is', 'steps are')} computed",)
 
     @property
     def _scale(self) -> float:

@@ -2,14 +2,14 @@
 
 import dataclasses
 import functools
-import json
 import runpy
 
 import adapters
 import mlx.core as mx
 import numpy as np
 import pytest
-from helpers import REFERENCE, ROOT, levels, psnr, rel
+from derived import EDIT, facts, goldens
+from helpers import ROOT, levels, psnr, rel
 from pictures import is_right
 from PIL import Image, ImageDraw
 
@@ -22,19 +22,8 @@ from mlx_flux_krea.latents import Kept, Latents, _Drawing
 from mlx_flux_krea.presets import KONTEXT_SIZES
 from mlx_flux_krea.sampling import sampler
 
-EDIT = REFERENCE / "edit"
 TASKS = ("kontext", "fill", "control")  # of a run, by the start of its name; else it is the base's
 RECIPES = {"sample": "diffusers", "mean": "comfy"}  # what a run's name ends with: how it takes the posterior
-
-
-@functools.cache
-def goldens():
-    return mx.load(str(EDIT / "goldens.safetensors"))
-
-
-@functools.cache
-def facts():
-    return json.loads((EDIT / "goldens.json").read_text())
 
 
 RUNS = [name for name in facts()["runs"] if name.startswith(("kontext", "fill", "control", "inpaint_0", "inpaint_1"))]

@@ -311,7 +311,7 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.core(*KINDS.keys() - {"huge"})
 def test_pictures_of_every_kind_are_seen_as_their_colours_on_white(installed, kind):
-    """The same as `open_image` gives any other input (test_inputs has profiles and EXIF)."""
+    """Style images are opened as any other input is (test_inputs has profiles and EXIF)."""
     image = KINDS[kind]()
     (opened,) = styles.open_images(image)
     seen = styles.seen(opened, installed)

@@ -20,7 +20,6 @@ from mlx_flux_krea.models.depth_config import DEPTH_ANYTHING_V2_SMALL
 from mlx_flux_krea.presets import (
     CHIPS,
     DYNAMIC_SHIFT,
-    FAST_FROM,
     KINDS,
     KREA,
     MAX_SEQUENCE_LENGTH,
@@ -30,7 +29,7 @@ from mlx_flux_krea.presets import (
     SOLVERS,
     Schedule,
 )
-from mlx_flux_krea.sampling.rules import count_evaluations, skip_steps
+from mlx_flux_krea.sampling.rules import count_evaluations, fast_skips, skip_steps
 from mlx_flux_krea.weights import open_model
 
 from .shared.estimates import SHARE_IN_WORDS, filter_seconds, step_seconds, this_chip, weigh_recipe
@@ -308,7 +307,7 @@ def _streaming(bandwidth: Mapping[str, float], what: str) -> list[str]:
 
 def _evaluations(fast: bool, solver: str, schedule: Schedule, steps: int) -> int:
     """Returns the evaluations of a picture of so many steps."""
-    skips = fast and schedule.shift != "none" and steps >= FAST_FROM
+    skips = fast and fast_skips(schedule.shift, steps)
     return count_evaluations(solver, len(skip_steps(steps)) if skips else steps)
 
 

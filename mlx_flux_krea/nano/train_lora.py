@@ -35,7 +35,7 @@ CHUNK = 50  # scenes that are encoded at one time
 BATCH = 16
 RATE = 3e-3
 LAYERS = r"context_embedder|transformer_blocks\.\d+\.attn\.to_(?!add).*|single_transformer_blocks\.\d+\.(?!norm).*"
-"""Of diffusers' transformer: the layers that learn. All of them would make a file of half a megabyte."""
+"""The layers that learn, of diffusers' transformer. All of them would make a file of half a megabyte."""
 
 
 # --- what is learned ---

@@ -31,14 +31,15 @@ class Uncached:
 
     Args:
         sigmas: noise levels of the steps that the run has, and 0: (count + 1,).
-
-    Attributes:
-        evaluations: expected number of full evaluations of a picture.
     """
 
     def __init__(self, sigmas: np.ndarray):
         self._sigmas = sigmas
-        self.evaluations = len(sigmas) - 1
+
+    @property
+    def evaluations(self) -> int:
+        """Expected number of full evaluations of a picture."""
+        return self.left(0)
 
     def wrap(self, model: Model) -> Model:
         """Returns the model with the cache around it."""
@@ -90,7 +91,7 @@ class Skip(Uncached):
     def __init__(self, sigmas: np.ndarray):
         super().__init__(sigmas)
         self._planned = skip_steps(len(sigmas) - 1)
-        self.evaluations = len(self._planned)
+        self._is_linear = self.evaluations >= LINEAR_FROM
         self._past: list[mx.array] = []  # the last two computed velocities
         self._computed: list[int] = []
 
@@ -101,7 +102,7 @@ class Skip(Uncached):
             if step not in self._planned and (guess := self._extrapolated(step)) is not None:
                 return guess
             v = model(latents, step)
-            keep = 1 if self.evaluations < LINEAR_FROM else 2
+            keep = 2 if self._is_linear else 1
             self._past, self._computed = [*self._past, v][-keep:], [*self._computed, step]
             return v
 
@@ -110,7 +111,7 @@ class Skip(Uncached):
     def _extrapolated(self, step: int) -> mx.array | None:
         """Returns the velocity of a skipped step; None: nothing is known that it could be taken from."""
         if len(self._past) < 2:
-            return self._past[-1] if self._past and self.evaluations < LINEAR_FROM else None
+            return self._past[-1] if self._past and not self._is_linear else None
         before, last = self._past
         if not (mx.abs(last - before).mean() < _JUMP * mx.abs(last).mean()).item():
             return None
@@ -181,9 +182,7 @@ class FirstBlocks(Uncached):
             half.steps = self._steps(arrays[f"{key}steps"])
             if f"{key}first" not in arrays:
                 continue
-            half.first = next(
-                iter(_numbered({f"{key}first.0": arrays[f"{key}first"]}, f"{key}first", shapes["stream"]))
-            )
+            half.first = _checked(arrays[f"{key}first"], f"{key}first", shapes["stream"])
             half.rests = _numbered(arrays, f"{key}rest", shapes["stream"])
             if not 0 < len(half.rests) <= len(half.steps):
                 raise ValueError("[FirstBlocks] There are as many changes as steps at most.")
@@ -243,10 +242,18 @@ def extrapolate(before: mx.array, last: mx.array, sigmas: np.ndarray, steps: Seq
 
 def _numbered(arrays: Mapping[str, mx.array], name: str, shape: Sequence[int]) -> list[mx.array]:
     """Returns the one or two arrays of a name, checked."""
-    found = [arrays[f"{name}.{i}"] for i in range(2) if f"{name}.{i}" in arrays]
-    if any(array.shape != tuple(shape) or not mx.isfinite(array).all().item() for array in found):
+    return [_checked(arrays[f"{name}.{i}"], name, shape) for i in range(2) if f"{name}.{i}" in arrays]
+
+
+def _checked(array: mx.array, name: str, shape: Sequence[int]) -> mx.array:
+    """Returns an array that has this shape and holds finite numbers.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if array.shape != tuple(shape) or not mx.isfinite(array).all().item():
         raise ValueError(f"[caches] {name} has another shape than {tuple(shape)}, or holds NaN.")
-    return found
+    return array
 
 
 def make_cache(rule: CacheRule | None, sigmas: np.ndarray) -> Uncached:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from ..errors import UsageError
+from ..presets import FAST_FROM
 
 WARM_UP = 4  # steps that `skip` computes first; 2 and 6 were worse
 LINEAR_FROM = 12  # evaluations from which `skip` extrapolates; below, repeating is nearer to the full run
@@ -49,6 +50,16 @@ def parse_cache(text: str) -> CacheRule:
 def skip_steps(count: int) -> tuple[int, ...]:
     """Returns the steps that `skip` computes, of so many."""
     return tuple(i for i in range(count) if i < WARM_UP or (i - WARM_UP) % 2 or i == count - 1)
+
+
+def fast_skips(shift: str, count: int) -> bool:
+    """Returns True where `fast` skips some of so many steps: none of a model made for few, nor of few steps.
+
+    Args:
+        shift: of the model's schedule.
+        count: of steps.
+    """
+    return shift != "none" and count >= FAST_FROM
 
 
 def count_evaluations(solver: str, steps: int) -> int:
