@@ -429,6 +429,7 @@ class Generator:
         tables = [rope(ids, flux.config.axes_dim, flux.config.theta) for ids in positions]
         mx.eval(tables)
         rounds = steps.evaluations * request.batch * (2 if conditions.negative else 1)
+        report = _Passes(self._progress, rounds, len(flux.blocks) + 2, steps.count - steps.done)
 
         def forward(latents: mx.array, i: int, condition: int, step: int) -> mx.array:
             row = condition * steps.count + step
@@ -436,6 +437,7 @@ class Generator:
             read = made.around(latents, i)
             half = steps.cache.shortcut(f"{i}.{int(condition >= request.prompts)}.", step)
             v = flux.forward(read, texts[condition], mods, tables[condition], run, half)
+            report.end()
             v = v if made.tokens is None else v[:, : latents.shape[1]]
             _check_varied(f"step {step + 1} of the transformer", v)
             return v.astype(mx.float32)
@@ -452,7 +454,7 @@ class Generator:
             return mx.concatenate(velocities)
 
         with self._streaming(self.blocks, rounds) as run:
-            run = self.runner("denoise", rounds * (len(flux.blocks) + 2), run=run, total=steps.count - steps.done)
+            run = self._worker.stoppable(run, report.part)
             yield velocity
 
     def _repeating_overflows(
@@ -594,22 +596,54 @@ class Generator:
         """Returns the autoencoder: the one that stays, or one for this stage."""
         return self._whole_vae or self.folder.vae.load(self._dtype)
 
-    def runner(self, stage: str, parts: int, run: Callable = evaluated, total: int | None = None) -> Callable:
+    def runner(self, stage: str, parts: int, run: Callable = evaluated) -> Callable:
         """Returns a `run` that evaluates part by part: short command buffers, bounded memory, a stop after each.
 
         Args:
             stage: name for the progress.
             parts: how many will come.
             run: evaluates one part.
-            total: the number that the progress counts up to; None: the parts.
         """
-        total = total or parts
 
         def report(done: int) -> None:
             if self._progress:
-                self._progress(stage, done * total / parts, total)
+                self._progress(stage, done, parts)
 
         return self._worker.stoppable(run, report)
+
+
+class _Passes:
+    """Reports the progress of denoising in steps, part by part of each pass through the transformer.
+
+    A pass that a step cache ends after the first block counts as a whole one: the steps that are left are known, and
+    their evaluations are not.
+
+    Args:
+        progress: is called with the stage, the steps done and their number; None: nothing is reported.
+        passes: that are expected.
+        parts: of a pass.
+        total: steps.
+    """
+
+    def __init__(self, progress: Progress | None, passes: int, parts: int, total: int):
+        self._progress, self._passes, self._parts, self._total = progress, max(passes, 1), parts, total
+        self._ended = self._done = 0
+
+    def part(self, done: int) -> None:
+        """Takes one part that was computed."""
+        self._done = min(self._done + 1, self._parts)
+        self._report(self._ended + self._done / self._parts)
+
+    def end(self) -> None:
+        """Takes the end of a pass."""
+        is_whole = self._done == self._parts
+        self._ended, self._done = self._ended + 1, 0
+        if not is_whole:
+            self._report(self._ended)
+
+    def _report(self, passes: float) -> None:
+        if self._progress:
+            self._progress("denoise", self._total * min(passes / self._passes, 1), self._total)
 
 
 def _save(checkpoint: Checkpoint, done: int, steps: _Steps, state: State) -> None:

@@ -270,7 +270,7 @@ def test_the_plan_says_whose_memory_it_is_and_shows_every_chip(command, monkeypa
 
 
 @pytest.mark.slow
-def test_the_verb_plan_knows_the_evaluations_of_fast_and_of_a_solver(command, model):
+def test_the_verb_plan_knows_the_evaluations_of_fast_of_a_cache_and_of_a_solver(command, model):
     def seconds(*more):
         code, out, err = command("plan", *more, "--json")
         assert code == 0, err
@@ -280,4 +280,12 @@ def test_the_verb_plan_knows_the_evaluations_of_fast_and_of_a_solver(command, mo
     assert seconds(model, "--fast") == pytest.approx(plain * 16 / 28)
     assert seconds(model, "--solver", "heun") == pytest.approx(plain * 55 / 28)
     assert seconds("--fast") == pytest.approx(seconds() * 16 / 28)
-    assert command("plan", "--fast", "--solver", "heun")[0] == 2
+    assert seconds(model, "--cache", "skip") == seconds(model, "--fast")
+    assert seconds(model, "--cache", "none") == seconds(model, "--cache", "first-block:0.1") == plain
+    assert "times are the most" in command("plan", model, "--cache", "first-block:0.1")[1]
+    for wrong in (
+        ["--fast", "--solver", "heun"],
+        ["--cache", "skip", "--solver", "heun"],
+        ["--fast", "--cache", "skip"],
+    ):
+        assert command("plan", *wrong)[0] == 2

@@ -14,6 +14,8 @@ from mlx_flux_krea.sampling.caches import make_cache
 from mlx_flux_krea.sampling.rules import CacheRule, count_evaluations, parse_cache, skip_steps
 from mlx_flux_krea.sampling.solvers import SOLVERS, State
 
+# ComfyUI's beta_scheduler: numpy.rint(scipy.stats.beta.ppf(1 - i / 14, 0.6, 0.6) * 9999), with scipy 1.17.1
+BETA_14 = [9999, 9772, 9288, 8626, 7831, 6939, 5985, 5000, 4014, 3060, 2168, 1373, 711, 227]
 LEVELS = sampler.make_sigmas(Schedule(), 1024, 14)
 
 
@@ -137,6 +139,8 @@ def test_schedules_are_comfys_before_the_models_shift():
     assert (beta[0], beta[14]) == (1.0, 0.5001)  # the middle, 4999.5, goes to the even neighbour
     assert np.abs(beta[1:] + beta[:0:-1] - 1).max() <= 2e-4  # symmetric: more levels at both ends
     assert beta[1] - beta[2] < beta[13] - beta[14]
+    picked = [round(10000 * level) - 1 for level in sampler.schedule_levels("beta", 14)]
+    assert picked == BETA_14
     with pytest.raises(ValueError, match="karras"):
         sampler.schedule_levels("karras", 28)
 

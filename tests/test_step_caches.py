@@ -147,6 +147,25 @@ def test_editing_takes_caches(kontext, pipe, cache):
     assert np.array_equal(kept, np.array(full.images)[0].reshape(2, 3, 64)[:, 1:])
 
 
+@pytest.mark.parametrize("cache", [None, "skip", "first-block:0.3"])
+def test_progress_rises_to_the_last_step_whatever_is_skipped(pipe, cache):
+    seen = []
+    made = pipe(
+        CAT,
+        **SMALL,
+        num_inference_steps=7,
+        cache=cache,
+        progress=lambda *where: where[0] == "denoise" and seen.append(where[1:]),
+    )
+    done = [one for one, _ in seen]
+    assert done == sorted(done)
+    assert {total for _, total in seen} == {7}
+    assert done[-1] == 7
+    gaps = np.diff([0, *done])
+    assert gaps.max() <= 7 / 6  # with skip the 6 computed steps share the line; the others count as they come
+    assert (len(made.steps_computed[0]) < 7) == bool(cache)
+
+
 # --- resumed runs ---
 
 

@@ -35,7 +35,7 @@ from mlx_flux_krea.weights import open_model
 from .shared.estimates import SHARE_IN_WORDS, filter_seconds, step_seconds, this_chip, weigh_recipe
 from .shared.installed import disk_bytes
 from .shared.loras import planned
-from .shared.options import DTYPE, LORA
+from .shared.options import DTYPE, LORA, NO_CACHE, Cache
 from .shared.terminal import Console
 from .shared.text import duration, json_text, size, table
 
@@ -49,6 +49,7 @@ _SIDE = click.IntRange(_MULTIPLE, MAX_SIDE)
 _AMOUNT = re.compile(r"\d+(\.\d+)? *[kmgt]i?b?", re.I)
 _SIZE = re.compile(r"(\d+) *[x×*] *(\d+)", re.I)
 _SHARE = "that is the share of this program: by default a Mac's programs take half to three fifths of its memory"
+_FIRST_BLOCK = "first-block computes fewer steps than that, depending on the picture: times are the most"
 
 
 @click.command()
@@ -69,9 +70,10 @@ _SHARE = "that is the share of this program: by default a Mac's programs take ha
 @click.option("--style", type=click.IntRange(0, MAX_STYLES), default=0, help="Number of style images, at weight 1.")
 @click.option("--control", type=click.Choice(KINDS), help="Map that the picture has made of a photo.")
 @click.option("--fast", is_flag=True, help="Times of a picture with --fast.")
+@click.option("--cache", type=Cache(), metavar="NAME", help="Times of a picture with this cache.")
 @click.option("--solver", type=click.Choice(SOLVERS), default=SOLVERS[0], help="Times of a picture with this solver.")
 @click.option("--json", "as_json", is_flag=True, help="Print the prediction as JSON.")
-def plan(model, width, height, memory, dtype, lora, style, control, fast, solver, as_json):
+def plan(model, width, height, memory, dtype, lora, style, control, fast, cache, solver, as_json):
     """Predict memory and disk of a picture, without loading.
 
     With MODEL, a folder or an installed name: each stage of a run. Without, or with krea where none of that name is
@@ -84,9 +86,12 @@ def plan(model, width, height, memory, dtype, lora, style, control, fast, solver
     """
     width, height = (side and side // _MULTIPLE * _MULTIPLE for side in (width, height))
     _check_model(model)
-    if fast and solver == "heun":
-        raise UsageError("--fast does not work with --solver heun", "euler or dpmpp_2m")
-    taken = partial(_evaluations, fast, solver)
+    cache = None if cache == NO_CACHE else cache
+    if fast and cache:
+        raise UsageError("--fast and --cache are both given", "one of them")
+    if (fast or cache) and solver == "heun":
+        raise UsageError(f"--{'fast' if fast else 'cache'} does not work with --solver heun", "euler or dpmpp_2m")
+    taken = partial(_evaluations, fast, cache, solver)
     budget = planning.parse_memory(memory) or planning.machine_memory()
     if budget > (built_in := planning.physical_memory()):
         Console().note(f"{size(budget)} is more than this machine has, {size(built_in)}: the plan is one for another")
@@ -102,6 +107,8 @@ def plan(model, width, height, memory, dtype, lora, style, control, fast, solver
     if planning.parse_memory(memory):
         first, _, rest = text.partition("\n")
         text = f"{first}\n{_SHARE}\n{rest}"
+    if cache and cache != "skip":
+        text += f"\n{_FIRST_BLOCK}"
     click.echo(json_text(facts) if as_json else text)
 
 
@@ -305,9 +312,9 @@ def _streaming(bandwidth: Mapping[str, float], what: str) -> list[str]:
     return [f"streaming {what} costs no time if the disk reads at least (GB/s, computed): {', '.join(shown)}"]
 
 
-def _evaluations(fast: bool, solver: str, schedule: Schedule, steps: int) -> int:
-    """Returns the evaluations of a picture of so many steps."""
-    skips = fast and fast_skips(schedule.shift, steps)
+def _evaluations(fast: bool, cache: str | None, solver: str, schedule: Schedule, steps: int) -> int:
+    """Returns the evaluations of a picture of so many steps; with first-block, the most."""
+    skips = cache == "skip" or (fast and fast_skips(schedule.shift, steps))
     return count_evaluations(solver, len(skip_steps(steps)) if skips else steps)
 
 
