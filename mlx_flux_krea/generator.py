@@ -20,7 +20,7 @@ from PIL import Image
 
 from .adapters.formulas import Attached, Base, Uses
 from .checkpoint import Checkpoint
-from .errors import ModelError, ResourceError, UsageError
+from .errors import ModelError, ResourceError, UsageError, amount
 from .inputs import style as styles
 from .inputs.canvas import fit_to
 from .inputs.maps import MapMaker
@@ -29,6 +29,7 @@ from .memory import MemoryPlan
 from .models import tiles
 from .models.transformer import Flux, rope
 from .models.vae import VAE, pixels_to_bytes
+from .progress import Passes
 from .prompts import EncodedPrompt, PromptEncoder
 from .request import ResolvedRequest
 from .residency import Blocks
@@ -99,16 +100,24 @@ class _Steps:
         height: of the latents.
         sigmas: noise levels of the steps that run, and 0; an input image skips the first ones of the schedule.
         done: steps that an interrupted run has behind it.
+        stop: steps after which the run ends; fewer than all where the picture is predicted.
         cache: what the run remembers of them.
-        evaluations: that are left, as far as this can be known.
+        solver: a key of `SOLVERS`.
     """
 
     width: int
     height: int
     sigmas: np.ndarray
     done: int
+    stop: int
     cache: Uncached
-    evaluations: int
+    solver: str
+
+    @property
+    def evaluations(self) -> int:
+        """Evaluations that are left, as far as this can be known."""
+        left = self.cache.left(self.done) - self.cache.left(self.stop)
+        return count_evaluations(self.solver, left, to_end=self.stop == self.count)
 
     @property
     def count(self) -> int:
@@ -207,7 +216,7 @@ class Generator:
             if request.inputs.kind:
                 with _measured("map", seconds, peaks):
                     request, made = self._mapped(request, request.inputs.kind, depth)
-            if observers.checkpoint is None or not observers.checkpoint.is_denoised:
+            if not _is_denoised(request, observers.checkpoint):
                 with _measured("text", seconds, peaks):
                     conditions = self._conditions(request, uses)
                 if request.style and redux:
@@ -301,14 +310,15 @@ class Generator:
     ) -> tuple[mx.array, tuple[tuple[int, ...], ...]]:
         """Returns latents (B, L, 64) at the end of the schedule, from its start or from a checkpoint.
 
-        With them it returns the steps that were computed in full, of each picture.
+        Where the run stops before that, they are the clean latents that its last step heads for. With them it returns
+        the steps that were computed in full, of each picture.
         """
-        checkpoint, state = observers.checkpoint, None
+        checkpoint, state, predicted = observers.checkpoint, None, None
         steps = self._steps(request)
         if checkpoint and (saved := checkpoint.latents(self._shape(request), steps.count)) is not None:
-            steps, state = self._continued(steps, request, checkpoint, saved)
+            steps, state, predicted = self._continued(steps, request, checkpoint, saved)
         cache = steps.cache
-        if state is None or steps.done < steps.count:
+        if state is None or steps.done < steps.stop:
             if state is None or request.inputs.is_read_beside:
                 made = self._latents(request, float(steps.sigmas[0]), tiled=plan.tiled)
             else:
@@ -318,17 +328,21 @@ class Generator:
                 if self._dtype == mx.float16:
                     velocity = self._repeating_overflows(velocity, request, conditions, steps, made, uses)
                 velocity, take_step = cache.wrap(velocity), SOLVERS[request.solver]
-                for step in range(steps.done, steps.count):
+                for step in range(steps.done, steps.stop):
                     before, state = state.latents, take_step(velocity, state, steps.sigmas, step)
                     _check_finite(f"step {step + 1} of the transformer", state.latents)
                     self._show_preview(observers, steps, step, before=before, after=state.latents)
+                    if step + 1 == steps.stop < steps.count:
+                        predicted = _predicted(made, steps, step, before=before, after=state.latents)
                     state = replace(state, latents=self._kept(made, steps, step, state.latents))
                     sigma = float(steps.sigmas[step])
                     returned = observers.callback(step, sigma, state.latents) if observers.callback else None
                     state = state if returned is None else replace(state, latents=returned)
                     if checkpoint:
-                        _save(checkpoint, step + 1, steps, state)
-        return state.latents, tuple(cache.computed(f"{i}.") for i in range(request.batch))
+                        _save(checkpoint, step + 1, steps, state, predicted)
+        latents = state.latents if predicted is None else predicted
+        computed = (cache.computed(f"{i}.") for i in range(request.batch))
+        return latents, tuple(tuple(step for step in of_one if step < steps.stop) for of_one in computed)
 
     def _steps(self, request: ResolvedRequest) -> _Steps:
         """Returns all steps of a request that starts anew."""
@@ -343,8 +357,9 @@ class Generator:
             height=request.height // down,
             sigmas=sigmas,
             done=0,
+            stop=request.stop_after or len(sigmas) - 1,
             cache=cache,
-            evaluations=count_evaluations(request.solver, cache.left(0)),
+            solver=request.solver,
         )
 
     def _shape(self, request: ResolvedRequest) -> tuple[int, int, int]:
@@ -354,11 +369,11 @@ class Generator:
 
     def _continued(
         self, steps: _Steps, request: ResolvedRequest, checkpoint: Checkpoint, saved: np.ndarray
-    ) -> tuple[_Steps, State]:
-        """Returns the steps and the state of a run that is continued.
+    ) -> tuple[_Steps, State, mx.array | None]:
+        """Returns the steps and the state of a run that is continued, and the picture that its last step predicted.
 
         Raises:
-            UsageError: the checkpoint is damaged.
+            UsageError: the checkpoint is damaged, or beyond the step at which the run stops.
         """
         done = checkpoint.done
         down = self.folder.vae.sizes.downsampling
@@ -366,15 +381,18 @@ class Generator:
         stream = 1, shape[1] + tokens, self.folder.flux.sizes.hidden_size
         dtype = mx.float32 if self._dtype == mx.float16 else self._dtype
         held = {name: _unpacked(array, dtype) for name, array in checkpoint.state().items()}
-        state = State(mx.array(saved), held.get("denoised"))
+        state, predicted = State(mx.array(saved), held.get("denoised")), held.get("predicted")
         try:
             steps.cache.restore(held, {"velocity": shape, "stream": stream})
-            if state.denoised is not None and state.denoised.shape != shape:
+            if any(array is not None and array.shape != shape for array in (state.denoised, predicted)):
                 raise ValueError
         except (ValueError, KeyError, StopIteration):
             raise checkpoint.damaged() from None
-        left = count_evaluations(request.solver, steps.cache.left(done))
-        return replace(steps, done=done, evaluations=left), state
+        if done > steps.stop or (predicted is None and done == steps.stop < steps.count):
+            found = f"`stop_after` is {steps.stop}, and {amount(done, 'step is', 'steps are')} done"
+            raise UsageError(found, f"{done + 1} or more", "or leave it out")
+        predicted = predicted if done == steps.stop < steps.count else None
+        return replace(steps, done=done), state, predicted
 
     @staticmethod
     def _kept(made: Latents, steps: _Steps, step: int, latents: mx.array) -> mx.array:
@@ -429,7 +447,7 @@ class Generator:
         tables = [rope(ids, flux.config.axes_dim, flux.config.theta) for ids in positions]
         mx.eval(tables)
         rounds = steps.evaluations * request.batch * (2 if conditions.negative else 1)
-        report = _Passes(self._progress, rounds, len(flux.blocks) + 2, steps.count - steps.done)
+        passes = Passes(self._progress, rounds, len(flux.blocks) + 2, steps.stop - steps.done)
 
         def forward(latents: mx.array, i: int, condition: int, step: int) -> mx.array:
             row = condition * steps.count + step
@@ -437,7 +455,7 @@ class Generator:
             read = made.around(latents, i)
             half = steps.cache.shortcut(f"{i}.{int(condition >= request.prompts)}.", step)
             v = flux.forward(read, texts[condition], mods, tables[condition], run, half)
-            report.end()
+            passes.end()
             v = v if made.tokens is None else v[:, : latents.shape[1]]
             _check_varied(f"step {step + 1} of the transformer", v)
             return v.astype(mx.float32)
@@ -454,7 +472,7 @@ class Generator:
             return mx.concatenate(velocities)
 
         with self._streaming(self.blocks, rounds) as run:
-            run = self._worker.stoppable(run, report.part)
+            run = self.runner("denoise", rounds, run=run, report=passes.part)
             yield velocity
 
     def _repeating_overflows(
@@ -482,7 +500,7 @@ class Generator:
                 others.append((other, other._flux(0, uses)))
             other, flux = others[0]
             sigmas = steps.sigmas[step : step + 2]
-            one = replace(steps, sigmas=sigmas, done=0, cache=Uncached(sigmas), evaluations=1)
+            one = replace(steps, sigmas=sigmas, done=0, stop=1, cache=Uncached(sigmas), solver="euler")
             with other._velocity(flux, request, conditions, one, made) as in_bfloat16:
                 return in_bfloat16(latents, 0)
 
@@ -596,63 +614,50 @@ class Generator:
         """Returns the autoencoder: the one that stays, or one for this stage."""
         return self._whole_vae or self.folder.vae.load(self._dtype)
 
-    def runner(self, stage: str, parts: int, run: Callable = evaluated) -> Callable:
+    def runner(
+        self, stage: str, parts: int, run: Callable = evaluated, report: Callable[[int], None] | None = None
+    ) -> Callable:
         """Returns a `run` that evaluates part by part: short command buffers, bounded memory, a stop after each.
 
         Args:
             stage: name for the progress.
             parts: how many will come.
             run: evaluates one part.
+            report: takes the number of parts that are done; None: they are the progress.
         """
 
-        def report(done: int) -> None:
+        def tell(done: int) -> None:
             if self._progress:
                 self._progress(stage, done, parts)
 
-        return self._worker.stoppable(run, report)
+        return self._worker.stoppable(run, report or tell)
 
 
-class _Passes:
-    """Reports the progress of denoising in steps, part by part of each pass through the transformer.
-
-    A pass that a step cache ends after the first block counts as a whole one: the steps that are left are known, and
-    their evaluations are not.
-
-    Args:
-        progress: is called with the stage, the steps done and their number; None: nothing is reported.
-        passes: that are expected.
-        parts: of a pass.
-        total: steps.
-    """
-
-    def __init__(self, progress: Progress | None, passes: int, parts: int, total: int):
-        self._progress, self._passes, self._parts, self._total = progress, max(passes, 1), parts, total
-        self._ended = self._done = 0
-
-    def part(self, done: int) -> None:
-        """Takes one part that was computed."""
-        self._done = min(self._done + 1, self._parts)
-        self._report(self._ended + self._done / self._parts)
-
-    def end(self) -> None:
-        """Takes the end of a pass."""
-        is_whole = self._done == self._parts
-        self._ended, self._done = self._ended + 1, 0
-        if not is_whole:
-            self._report(self._ended)
-
-    def _report(self, passes: float) -> None:
-        if self._progress:
-            self._progress("denoise", self._total * min(passes / self._passes, 1), self._total)
+def _is_denoised(request: ResolvedRequest, checkpoint: Checkpoint | None) -> bool:
+    """Returns True where a checkpoint has all steps of a request behind it."""
+    return checkpoint is not None and (checkpoint.is_denoised or checkpoint.done == request.stop_after)
 
 
-def _save(checkpoint: Checkpoint, done: int, steps: _Steps, state: State) -> None:
-    """Saves a run after a step."""
+def _predicted(made: Latents, steps: _Steps, step: int, *, before: mx.array, after: mx.array) -> mx.array:
+    """Returns the clean latents (B, L, 64) that a step heads for, with the image where a mask keeps it."""
+    sigma, following = map(float, steps.sigmas[step:][:2])
+    clean = previews.predicted(before, after, sigma, following)
+    if made.kept is not None:
+        clean = made.kept.restore(clean, 0.0, 1 - (step + 1) / steps.count)
+    _check_finite("the prediction of the picture", clean)
+    return clean
+
+
+def _save(checkpoint: Checkpoint, done: int, steps: _Steps, state: State, predicted: mx.array | None = None) -> None:
+    """Saves a run after a step, and at once where it stops with a predicted picture."""
     if type(checkpoint) is not Checkpoint:  # its class was changed since the pipeline looked
         raise UsageError(f"`checkpoint` is {type(checkpoint).__name__}", "a Checkpoint")
     held = steps.cache.arrays() | ({} if state.denoised is None else {"denoised": state.denoised})
+    held |= {} if predicted is None else {"predicted": predicted}
     arrays = {name: _packed(array) for name, array in held.items()}
     checkpoint.save_step(done, steps.count, np.array(state.latents.astype(mx.float32)), arrays)
+    if predicted is not None:
+        checkpoint.write()
 
 
 def _packed(array: mx.array) -> np.ndarray:

@@ -189,6 +189,7 @@ class FluxPipeline(AdapterMethods, compat.DiffusersMethods):
         solver: str = SOLVERS[0],
         cache: str | None = None,
         fast: bool = False,
+        stop_after: int | None = None,
         guidance_scale: float | None = None,
         num_images_per_prompt: int = 1,
         seed: int | Sequence[int] | None = None,
@@ -242,6 +243,8 @@ class FluxPipeline(AdapterMethods, compat.DiffusersMethods):
                 which the first block's change differs by more than 0.08 from the last computed step, and
                 "first-block:0.08:1" extrapolates the others (`sampling/caches.py`).
             fast: "skip", unless the model was made for few steps, or fewer than 12 run.
+            stop_after: ends the run after so many steps, with the picture that the last one predicts, to choose among
+                seeds early. With a `checkpoint`, the same call without it computes the remaining steps.
             guidance_scale: of the guidance that was distilled into the model; 0 for one without, such as [schnell].
             num_images_per_prompt: pictures of each prompt, in the order of the prompts.
             seed: an int: one stream draws the whole batch, as a diffusers generator does; a list: one stream for each
@@ -317,6 +320,7 @@ class FluxPipeline(AdapterMethods, compat.DiffusersMethods):
             solver=solver,
             cache=cache,
             fast=fast,
+            stop_after=stop_after,
             guidance_scale=guidance_scale,
             num_images_per_prompt=num_images_per_prompt,
             seed=_seed(seed, generator),

@@ -1,6 +1,7 @@
-"""Progress bars of a call in Python: one for each stage, by tqdm, in a terminal or a notebook."""
+"""Progress of denoising in steps; and progress bars of a call in Python, by tqdm, in a terminal or a notebook."""
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 from tqdm.auto import tqdm
@@ -51,3 +52,37 @@ def check_options(options: dict[str, Any]) -> None:
     for name in options:
         if name not in _KNOWN:
             raise TypeError(f"set_progress_bar_config() got an unexpected keyword argument {name!r}")
+
+
+class Passes:
+    """Reports the progress of denoising in steps, part by part of each pass through the transformer.
+
+    A pass that a step cache ends after the first block counts as a whole one: the steps that are left are known, and
+    their evaluations are not.
+
+    Args:
+        progress: is called with the stage, the steps done and their number; None: nothing is reported.
+        passes: that are expected.
+        parts: of a pass.
+        total: steps.
+    """
+
+    def __init__(self, progress: Callable[[str, float, int], None] | None, passes: int, parts: int, total: int):
+        self._progress, self._passes, self._parts, self._total = progress, max(passes, 1), parts, total
+        self._ended = self._done = 0
+
+    def part(self, done: int) -> None:
+        """Takes one part that was computed."""
+        self._done = min(self._done + 1, self._parts)
+        self._report(self._ended + self._done / self._parts)
+
+    def end(self) -> None:
+        """Takes the end of a pass."""
+        is_whole = self._done == self._parts
+        self._ended, self._done = self._ended + 1, 0
+        if not is_whole:
+            self._report(self._ended)
+
+    def _report(self, passes: float) -> None:
+        if self._progress:
+            self._progress("denoise", self._total * min(passes / self._passes, 1), self._total)

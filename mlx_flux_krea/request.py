@@ -61,6 +61,7 @@ class Request(ImageArguments):
     solver: str = presets.SOLVERS[0]  # one of presets.SOLVERS
     cache: str | None = None  # "skip", or "first-block:T": steps that are not computed in full (sampling/caches.py)
     fast: bool = False  # the cache that is worth it for the model, or none
+    stop_after: int | None = None  # steps after which the run ends, with the picture that the last one predicts
     guidance_scale: float | None = None  # of the embedding that guidance was distilled into
     num_images_per_prompt: int = 1
     seed: int | Sequence[int] | None = None  # one stream for the batch, or one for each image
@@ -143,6 +144,7 @@ class Request(ImageArguments):
         if levels is not None and len({*levels}) < steps:
             raise UsageError(f"the `schedule` {self.schedule} has fewer than {steps} noise levels", "fewer steps")
         first = first_step(steps, strength) if inputs.canvas else 0
+        _check_int("stop_after", self.stop_after, low=1, high=steps - first - 1)
         cache, said = self._cache(index, steps - first)
         style = styles.make_style(self.style_images, self.style_weights, self.style_rule, self.style_pooled_weights)
         has_text = self.prompt is not None or self.prompt_embeds is not None
@@ -161,6 +163,7 @@ class Request(ImageArguments):
             solver=self.solver,
             cache=cache,
             fast=self.fast and cache is not None,
+            stop_after=self.stop_after,
             guidance_scale=guidance if flux.guidance_embed else None,
             num_images_per_prompt=self.num_images_per_prompt,
             seed=self._seed(),
@@ -375,6 +378,7 @@ class ResolvedRequest:
     solver: str
     cache: CacheRule | None
     fast: bool  # chose the cache
+    stop_after: int | None  # steps that run; None: all
     guidance_scale: float | None  # None: the model has no guidance embedding
     num_images_per_prompt: int  # n
     seed: int | tuple[int, ...] | None  # None: latents are given
@@ -414,11 +418,12 @@ class ResolvedRequest:
     def evaluations(self) -> int:
         """Expected number of full evaluations of the transformer for a picture; with first-block, the most."""
         steps = range(self.num_inference_steps - self.first_step)
-        return self.evaluations_in(skip_steps(len(steps)) if self.cache and self.cache.name == "skip" else steps)
+        computed = skip_steps(len(steps)) if self.cache and self.cache.name == "skip" else steps
+        return self.evaluations_in([step for step in computed if step < (self.stop_after or len(steps))])
 
     def evaluations_in(self, computed: Sequence[int]) -> int:
         """Returns the number of full evaluations for a picture whose computed steps are known."""
-        return count_evaluations(self.solver, len(computed))
+        return count_evaluations(self.solver, len(computed), to_end=self.stop_after is None)
 
     @property
     def true_cfg(self) -> bool:
@@ -465,6 +470,7 @@ class ResolvedRequest:
             "solver": None if self.solver == presets.SOLVERS[0] else self.solver,
             "cache": self.cache and str(self.cache),
             "fast": self.fast or None,
+            "stop_after": self.stop_after,
             "guidance_scale": self.guidance_scale,
             "seed": self.seeds[0 if one_stream else i] if self.seeds else None,
             "noise": self.noise,

@@ -11,8 +11,8 @@ from PIL import Image
 
 from mlx_flux_krea import FluxPipeline, checkpoint, residency
 from mlx_flux_krea.checkpoint import Checkpoint
+from mlx_flux_krea.commands.shared import runs
 from mlx_flux_krea.errors import UsageError
-from mlx_flux_krea.files import sha256_if_exists
 from mlx_flux_krea.sampling.rules import skip_steps
 
 EDIT = REFERENCE / "edit"
@@ -169,6 +169,10 @@ def test_progress_rises_to_the_last_step_whatever_is_skipped(pipe, cache):
 # --- resumed runs ---
 
 
+def new_checkpoint(pipe) -> Checkpoint:
+    return Checkpoint({"made_by": runs.made_by(pipe.folder)})
+
+
 @pytest.mark.core("skip", "first block, order 1", "dpmpp_2m, skip, beta", "heun")
 @pytest.mark.parametrize("name", MODES)
 def test_a_run_that_stops_is_continued_to_the_same_bytes(pipe, name, monkeypatch):
@@ -189,7 +193,7 @@ def test_a_run_that_stops_is_continued_to_the_same_bytes(pipe, name, monkeypatch
 
 def stopped(pipe, after: int, how: dict) -> Checkpoint:
     """The checkpoint of a run that was stopped after so many steps."""
-    saved = Checkpoint({"made_by": {"manifest_sha256": sha256_if_exists(pipe.folder.path / "manifest.json")}})
+    saved = new_checkpoint(pipe)
 
     def stop(pipe, step, timestep, kwargs):
         if step == after:
@@ -199,6 +203,33 @@ def stopped(pipe, after: int, how: dict) -> Checkpoint:
         pipe(CAT, **how, checkpoint=saved, callback_on_step_end=stop)
     saved.close()
     return Checkpoint.read(saved.path)
+
+
+@pytest.mark.core("skip", "first block, order 1")
+@pytest.mark.parametrize("name", MODES)
+def test_a_run_that_stops_after_some_steps_predicts_the_picture_and_goes_on_to_the_same_bytes(pipe, name):
+    how = SMALL | {"num_inference_steps": 7} | MODES[name]
+    whole, saved = pipe(CAT, **how), new_checkpoint(pipe)
+    seen = []
+    stop = {"stop_after": 5, "checkpoint": saved, "progress": lambda *where: seen.append(where)}
+    predicted = pipe(CAT, **how, **stop)
+    total = how["num_inference_steps"]
+    assert (saved.done, saved.total, seen[-1]) == (5, total, ("denoise", 5, 5))
+    assert {step for steps in predicted.steps_computed for step in steps} <= {*range(5)}
+    left = mx.array(saved.latents(whole.images.shape, total))
+    assert 0 < rel(predicted.images, whole.images) < 0.8 * rel(left, whole.images)
+    assert predicted.records[0]["stop_after"] == 5
+    seen.clear()
+    again = pipe(CAT, **how, **stop)  # only the decoding is repeated
+    assert mx.array_equal(again.images, predicted.images)
+    assert seen == []
+    with pytest.raises(UsageError, match="`stop_after` is 4, and 5 steps are done; expected 6 or more"):
+        pipe(CAT, **how, **stop | {"stop_after": 4})
+    made = pipe(CAT, **how, checkpoint=saved)
+    assert mx.array_equal(made.images, whole.images)
+    assert made.steps_computed == whole.steps_computed
+    assert made.records == whole.records
+    saved.remove()
 
 
 def test_state_of_16_bits_is_saved_to_the_bit(pipe_bf16, monkeypatch):
@@ -214,8 +245,7 @@ def test_state_of_16_bits_is_saved_to_the_bit(pipe_bf16, monkeypatch):
 def test_the_state_of_another_run_is_refused(pipe, monkeypatch):
     monkeypatch.setattr(checkpoint, "EVERY", 0)
     how = SMALL | {"num_inference_steps": 8, "cache": "skip"}
-    run = {"made_by": {"manifest_sha256": sha256_if_exists(pipe.folder.path / "manifest.json")}}
-    saved = Checkpoint(run)
+    saved = new_checkpoint(pipe)
     saved.filters = "none"
     latents, state = np.zeros((1, 4, 64), np.float32), {"velocity.0": np.zeros((1, 9, 64), np.float32)}
     saved.save_step(3, 8, latents, state | {"computed": np.arange(3, dtype=np.float32)})

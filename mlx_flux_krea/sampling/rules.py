@@ -62,6 +62,12 @@ def fast_skips(shift: str, count: int) -> bool:
     return shift != "none" and count >= FAST_FROM
 
 
-def count_evaluations(solver: str, steps: int) -> int:
-    """Counts the evaluations of the model in so many computed steps, the last of which ends at 0."""
-    return max(2 * steps - 1, 0) if solver == "heun" else steps
+def count_evaluations(solver: str, steps: int, *, to_end: bool = True) -> int:
+    """Counts the evaluations of the model in so many computed steps.
+
+    Args:
+        solver: one of `presets.SOLVERS`.
+        steps: computed ones.
+        to_end: the last of them ends at 0.
+    """
+    return max(2 * steps - to_end, 0) if solver == "heun" else steps
