@@ -1,8 +1,11 @@
-"""Writes docs/commands.md, the help page of every verb: `python docs/make.py`. A test fails when it is out of date.
+"""Writes docs/commands.md, the help page of every verb, and docs/openapi.json, the page's interface.
+
+`python docs/make.py`; a test fails when one is out of date. Needs the extra `ui`.
 
 `python docs/make.py editing` runs the commands of docs/editing.md and shows their pictures in docs/editing.png.
 """
 
+import json
 import re
 import shlex
 import subprocess
@@ -14,6 +17,7 @@ import click
 from PIL import Image, ImageDraw
 
 from mlx_flux_krea.cli import cli
+from mlx_flux_krea.server.openapi import description
 
 HEAD = "# flux-krea\n\nHelp of every verb. Written by `python docs/make.py`; do not edit.\n"
 
@@ -38,6 +42,11 @@ def _context(command: click.Command, name: str, parent: click.Context | None) ->
         max_content_width=80,
         help_option_names=["-h", "--help"],
     )
+
+
+def openapi() -> str:
+    """Returns the text of docs/openapi.json, the interface of `flux-krea ui`."""
+    return json.dumps(description(), indent=1) + "\n"
 
 
 def editing_commands() -> list[list[str]]:
@@ -73,3 +82,4 @@ if __name__ == "__main__":
         _editing_picture().save(here / "editing.png")
     else:
         (here / "commands.md").write_text(page(), encoding="utf-8")
+        (here / "openapi.json").write_text(openapi(), encoding="utf-8")

@@ -81,6 +81,7 @@ VERBS = {
     "setup": Verb("setup", "setup", "Install FLUX.1 Krea [dev] and make a first picture."),
     "shell": Verb("shell", "shell", "Generate pictures line by line, with the model in memory."),
     "tool-schema": Verb("schema", "tool_schema", "Print generate as a JSON tool for language models."),
+    "ui": Verb("ui", "ui", "Open the page on this machine: queue, pictures, review."),
     "verify": Verb("verify", "verify", "Compare every file of a model or adapter with its manifest."),
 }
 

@@ -21,11 +21,14 @@ ADAPTERS = "adapters"  # a folder each
 QUARANTINE = "quarantine"  # pictures that wait for review
 LOG = "log"  # the chained log of checks and releases
 CHECKPOINTS = "interrupted"  # a file for each unfinished run
-PICTURES = "pictures"  # the first picture of `setup`
+PICTURES = "pictures"  # those of the page, and the first one of `setup`
 SETTINGS = "config.json"  # of `flux-krea config`
 LICENCES = "licences.json"  # texts that a person has agreed to
 PRODUCTS = "products.json"  # how quantized layers multiply fastest on this machine
 HISTORY = "history"  # lines typed in the shell
+PAGE = "page.sqlite"  # of the page: jobs, an index of the pictures
+PAGE_LOCK = "page.lock"  # held while the page is served
+UPLOADS = "uploads"  # images that the page was given
 
 # Models as people and other tools call them, letters and digits alone, and the verb that installs each.
 _PUBLISHED = {

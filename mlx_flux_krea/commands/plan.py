@@ -191,7 +191,7 @@ def _model(
         *_shown_adapters(adapters),
         *_streaming(bandwidth, folder.index.name),
     ]
-    times = _times(
+    times = model_times(
         folder.flux.sizes,
         evaluations=taken(folder.index.schedule, folder.index.defaults.num_inference_steps),
         is_filtered=folder.requires_filters,
@@ -251,7 +251,7 @@ def _published(
     length = MAX_SEQUENCE_LENGTH + style * SIGLIP_SO400M.positions
     shape = {"width": width, "height": height, "length": length}
     bandwidth = _bandwidth(reads, sizes.flux, **shape)
-    times = _times(
+    times = model_times(
         sizes.flux, evaluations=taken(DYNAMIC_SHIFT, KREA.defaults.num_inference_steps), is_filtered=True, **shape
     )
     lines = [
@@ -318,7 +318,7 @@ def _evaluations(fast: bool, cache: str | None, solver: str, schedule: Schedule,
     return count_evaluations(solver, len(skip_steps(steps)) if skips else steps)
 
 
-def _times(
+def model_times(
     flux: config.FluxConfig, *, evaluations: int, is_filtered: bool, **shape: int
 ) -> dict[str, dict[str, float]]:
     """Returns seconds of a picture, of its filters, and of these at a program's start: here, or on each chip.

@@ -6,15 +6,12 @@ from pathlib import Path
 import click
 
 from mlx_flux_krea.checkpoint import Checkpoint, find, unfinished
-from mlx_flux_krea.errors import ModelError, UsageError
-from mlx_flux_krea.pipeline import check_free
+from mlx_flux_krea.errors import UsageError
 
-from .shared import settings
 from .shared.generation import Generation, open_pipeline
-from .shared.images import restored_images
-from .shared.loras import load_all
 from .shared.options import FILE
-from .shared.runs import Run, made_by
+from .shared.resuming import make_ready, model_options, read_run
+from .shared.runs import Run
 from .shared.terminal import Console
 from .shared.text import table
 
@@ -44,44 +41,16 @@ def resume(file, model, output, memory, listed, as_json):
     path = find(file)
     checkpoint = Checkpoint.read(path)
     try:
-        run = _read_run(checkpoint, path)
+        run = read_run(checkpoint, path)
         run.options |= {name: value for name, value in (("model", model), ("memory", memory)) if value}
         _continue(run, output, console=console, as_json=as_json)
     finally:
         checkpoint.close()
 
 
-def _read_run(checkpoint: Checkpoint, path: Path) -> Run:
-    """Reads the run of a checkpoint, with the checks of the config file where they are stricter."""
-    try:
-        run = Run.from_checkpoint(checkpoint)
-    except UsageError as error:
-        raise UsageError(f"{path}: {error.found}", error.expected, error.todo) from None
-    run.restrict(settings.read_options())
-    if run.remaining:
-        run.images |= restored_images(run.remaining[0].options, checkpoint.images)
-    return run
-
-
 def _continue(run: Run, output: Path | None, *, console: Console, as_json: bool) -> None:
-    before = run.made_by
-    by_hash = {} if "model" in run.options else {"manifest_sha256": before.get("manifest_sha256")}
-    pipe = open_pipeline(run.options | by_hash)
-    now = made_by(pipe.folder)
-    if before.get("manifest_sha256") != now["manifest_sha256"]:
-        todo = "name the model that the run started with: -m MODEL"
-        raise ModelError(f"{pipe.folder.path} is not the model that this run started with", "its manifest", todo)
-    if before != now:
-        versions = (f"{versions.get('software')} with mlx {versions.get('mlx')}" for versions in (before, now))
-        console.note("this run was started by {} and is continued by {}: the picture may differ".format(*versions))
-    if not pipe.policy:
-        load_all(pipe, run.remaining)  # adapters and Redux can add the duty that the run started with
-        if any(job.options.get("style") for job in run.remaining):
-            pipe.load_redux()
-    if not pipe.policy:
-        check_free(run.checkpoint, pipe.folder)
-    run.take_over(is_filtered=bool(pipe.policy))
-    run.confirm(console, is_filtered=bool(pipe.policy))
+    pipe = open_pipeline(model_options(run))
+    make_ready(run, pipe, console)
     if output:
         run.place(output)
     Generation(console, as_json=as_json, pipe=pipe).run(run)

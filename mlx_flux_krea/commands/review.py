@@ -6,25 +6,21 @@ from pathlib import Path
 
 import click
 
-from mlx_flux_krea.errors import UsageError, Waiting, amount, printable
+from mlx_flux_krea.errors import Waiting, amount, printable
 from mlx_flux_krea.files import replacing
 from mlx_flux_krea.filters.ledger import Ledger, QuarantinedImage, Verdict
-from mlx_flux_krea.provenance import FORMATS, read_record
+from mlx_flux_krea.provenance import FORMATS
 
 from .shared import signals
 from .shared.jobs import default_output, output_name
 from .shared.options import FILE, METADATA, QUALITY
-from .shared.output import check_output, meant_file, names_from, save
+from .shared.output import check_output, meant_file
+from .shared.reviewing import DELETE, QUESTIONS, ReviewTarget, carry_out, needs_reason, record_of
 from .shared.sheet import numbered_sheet
 from .shared.terminal import Console, say_path, show_picture
 
 _SHEET = 120  # pictures of a contact sheet
 ANSWERS = ("yes", "no", "later")
-DELETE = "delete"  # typed in full: a reflex does not reject
-QUESTIONS = {
-    "unlawful": "Does it show anything unlawful?",
-    "infringing": "Does it show somebody's work or brand, or a real person, without the right to?",
-}
 
 
 @click.command()
@@ -114,22 +110,18 @@ def _choose(waiting: list[QuarantinedImage], ledger: Ledger, console: Console) -
 
 
 def _settle(
-    picture: QuarantinedImage, ledger: Ledger, target: tuple[Path, dict], *, reviewer: str, console: Console
+    picture: QuarantinedImage, ledger: Ledger, target: ReviewTarget, *, reviewer: str, console: Console
 ) -> bool:
     """Asks about a picture, and releases or deletes it. Returns False where it waits on."""
     verdict = _ask(picture, reviewer, console)
     if verdict is None:
         return False
     with signals.held():
-        settled = ledger.settle(picture, verdict)
-        if verdict.event == "approved":
-            path, how = target
-            path = save(ledger.hand_over(settled), names_from(path), force=False, **how)
+        if path := carry_out(verdict, picture, ledger, target):
             console.say(f"released {path}")
             say_path(path)
         else:
             console.say("rejected and deleted")
-        ledger.discard(settled)
     return True
 
 
@@ -151,7 +143,7 @@ def _ask(picture: QuarantinedImage, reviewer: str, console: Console) -> Verdict 
         if answers[name]:
             return Verdict("rejected", pixels, (question,), reviewer=reviewer, answers=answers)
     reasons = ()
-    if picture.facts["event"] != "waiting":
+    if needs_reason(picture):
         reasons = (click.prompt("A filter withheld it. Your reason for releasing it", err=True).strip(),)
         if not reasons[0]:
             return None
@@ -160,7 +152,7 @@ def _ask(picture: QuarantinedImage, reviewer: str, console: Console) -> Verdict 
 
 def _confirm(picture: QuarantinedImage, console: Console) -> bool:
     """Says how the picture could be made again, and asks whether to reject and delete it."""
-    record = _record(picture)
+    record = record_of(picture)
     if {"prompt", "seed"} <= record.keys():
         prompt, seed = (printable(str(record[name])) for name in ("prompt", "seed"))
         console.say(f'its prompt and seed can make it again: "{prompt}", {seed}')
@@ -184,9 +176,7 @@ def _answer(question: str) -> str:
     return click.prompt(f"{question} ({', '.join(ANSWERS)})", value_proc=read, err=True)
 
 
-def _target(
-    picture: QuarantinedImage, output: Path | None, number: int, *, meant: dict, typed: dict
-) -> tuple[Path, dict]:
+def _target(picture: QuarantinedImage, output: Path | None, number: int, *, meant: dict, typed: dict) -> ReviewTarget:
     """Returns the file to save a picture in and options of `Picture.save`: as typed, else as given to generate.
 
     Raises:
@@ -194,26 +184,19 @@ def _target(
     """
     path, how = meant_file(meant)
     if output:
-        record = _record(picture)
+        record = record_of(picture)
         prompt, seed = (record.get(name, default) for name, default in (("prompt", ""), ("seed", 0)))
         path = output_name(output, prompt=str(prompt), seed=seed if type(seed) is int else 0, number=number)
     path, how = path or default_output(), how | typed
     if FORMATS.get(path.suffix.lower()) == "PNG":
         how.pop("quality", None)
     check_output(path, how.get("quality"))
-    return path, how
-
-
-def _record(picture: QuarantinedImage) -> dict:
-    try:
-        return read_record(picture.path) or {}
-    except UsageError:
-        return {}
+    return ReviewTarget(path, how)
 
 
 def _facts(picture: QuarantinedImage) -> list[str]:
     """Formats the facts that a reviewer needs, as lines."""
-    record = _record(picture)
+    record = record_of(picture)
     facts, names = picture.facts, ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2", "model", "seed")
     rows = {"state": facts["event"], **{name: record[name] for name in names if name in record}}
     rows |= {"made": facts["time"], "why": "; ".join(facts.get("reasons", ()))}

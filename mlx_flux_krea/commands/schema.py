@@ -58,9 +58,9 @@ def tool_schema(model):
         text = (BY_NAME[name].help or "").partition("  [default")[0]
         text = text.replace("--true-cfg-scale", "true_cfg_scale above 1")
         text += f" Only with {_NEEDS[name]}." if name in _NEEDS else ""
-        properties[name] = {**_type(BY_NAME[name].type), "description": text}
+        properties[name] = {**json_type(BY_NAME[name].type), "description": text}
         if BY_NAME[name].multiple:
-            properties[name] = {"type": "array", "items": _type(BY_NAME[name].type), "description": text}
+            properties[name] = {"type": "array", "items": json_type(BY_NAME[name].type), "description": text}
         if name in values:
             properties[name]["default"] = values[name]
     properties["seed"]["description"] = "Seed: the same seed repeats a picture."
@@ -79,7 +79,7 @@ def tool_schema(model):
     click.echo(json_text(schema, indent=1))
 
 
-def _type(kind: click.ParamType) -> dict[str, Any]:
+def json_type(kind: click.ParamType) -> dict[str, Any]:
     """Returns a type of click as JSON Schema."""
     if isinstance(kind, Seeds):
         return {"type": "integer", "minimum": 0, "maximum": 2**64 - 1}

@@ -4,8 +4,6 @@ import io
 from pathlib import Path
 from typing import Any
 
-import click
-
 from mlx_flux_krea import Result
 from mlx_flux_krea.errors import Withheld, printable
 from mlx_flux_krea.provenance import FORMATS, Picture, read_record
@@ -71,7 +69,7 @@ class Delivery:
     def report(self) -> None:
         """Prints the JSON report, if it was asked for and holds anything."""
         if self._as_json and (self._report["images"] or "contact_sheet" in self._report):
-            click.echo(json_text(self._report))
+            self._console.result(json_text(self._report))
 
     def _save(self, job: PictureJob, picture: Picture) -> Path:
         """Saves a picture; a note tells if the first picture of a name gets another one."""

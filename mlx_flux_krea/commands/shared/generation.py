@@ -33,7 +33,7 @@ from .jobs import (
 from .loras import Loras, announce, with_adapters
 from .options import POLICY, with_option_names
 from .output import check_outcomes, check_output, meant_for
-from .preview import Preview, make_preview
+from .preview import make_preview
 from .runs import Run, resumable
 from .sheet import note_sheet
 from .terminal import Console, PipelineProgress
@@ -87,10 +87,20 @@ class Generation:
         as_json: print a JSON report on standard output.
         pipe: an open pipeline; None: the model of a run is opened once its options are known to be good.
         is_last: the command ends with a run, so that signals are ignored once its last picture is saved.
+        preview: sees each step of a model that requires nothing, instead of --preview.
     """
 
-    def __init__(self, console: Console, *, as_json: bool, pipe: FluxPipeline | None = None, is_last: bool = True):
+    def __init__(
+        self,
+        console: Console,
+        *,
+        as_json: bool,
+        pipe: FluxPipeline | None = None,
+        is_last: bool = True,
+        preview: Callable | None = None,
+    ):
         self._console, self._as_json, self._pipe, self._is_last = console, as_json, pipe, is_last
+        self._preview = preview
 
     def run_options(self, base: dict, given: dict, force: bool) -> list[int]:
         """Generates all pictures of some options.
@@ -156,7 +166,7 @@ class Generation:
             raise UsageError(f"no row can be used; {where}: {error}")
         if sheet and len({p.request.picture_size for p in prepared}) > 1:
             raise UsageError("--contact-sheet has pictures of several sizes", "one size")
-        preview = make_preview(base.get("preview"), pipe, self._console)
+        preview = self._watcher(base, pipe)
         for where, error in dict(skipped).items():  # one error for each row
             reason = with_option_names(str(error))
             self._console.say(printable(f"skipped {where}: {reason}"), event="skipped", where=where, reason=reason)
@@ -170,6 +180,12 @@ class Generation:
         _check_run(run)
         return list(dict.fromkeys(job.seed for job in run.jobs))
 
+    def _watcher(self, base: dict, pipe: FluxPipeline) -> Callable | None:
+        """Returns what sees each step; None: nothing, or the pictures must be checked before anybody sees them."""
+        if self._preview is None:
+            return make_preview(base.get("preview"), pipe, self._console)
+        return None if pipe.policy or pipe.folder.latent_rgb is None else self._preview
+
     def _generate(
         self,
         pipe: FluxPipeline,
@@ -178,7 +194,7 @@ class Generation:
         prepared: list[PreparedJob],
         again: Callable[[PictureJob], PreparedJob],
         sheet: Path | None,
-        preview: Preview | None,
+        preview: Callable | None,
     ) -> None:
         """Generates and delivers pictures one after the other, each prepared `again`, then their contact sheet."""
         progress, delivery = PipelineProgress(self._console), Delivery(run, self._as_json, self._console)

@@ -62,6 +62,10 @@ class Console:
         with contextlib.suppress(OSError):
             tqdm.write(text, file=sys.stderr)
 
+    def result(self, text: str) -> None:
+        """Writes a result, to standard output."""
+        click.echo(text)
+
     def note(self, text: str) -> None:
         """Writes a note, with the names of options; the same note is written once."""
         text = shortened(with_option_names(text))
