@@ -28,7 +28,7 @@ from safetensors import safe_open
 from safetensors.numpy import save
 
 from . import home, macos
-from .errors import FluxKreaError, UsageError
+from .errors import FluxKreaError, ResourceError, UsageError
 from .files import identity, parse_json, sync, try_lock
 from .weights import read_header
 
@@ -146,6 +146,8 @@ class Checkpoint:
                 held = f"{self._source} holds latents {found} of {self.total} steps"
                 raise UsageError(held, f"{tuple(shape)} of {total}", "it was damaged, or made for another picture")
             self._latents = _tensor(self._source, "latents")
+        if self._latents is not None and (self._latents.shape, self.total) != (tuple(shape), total):
+            raise self.damaged()
         if self._latents is not None and not np.isfinite(self._latents).all():
             raise UsageError(f"{self._source} holds NaN or infinities", "finite latents", "it was damaged")
         return self._latents
@@ -177,16 +179,44 @@ class Checkpoint:
         if done == total or time.monotonic() - self._written >= EVERY:
             self.write()
 
-    def start_picture(self, run: dict, images: Mapping[str, np.ndarray] | None = None) -> None:
+    def start_picture(
+        self, run: dict, images: Mapping[str, np.ndarray] | None = None, begun: "Checkpoint | None" = None
+    ) -> None:
         """Starts the next picture of the run.
 
         Args:
             run: as the attribute.
             images: as the attribute; None: it has none.
+            begun: holds the first steps of the picture; None: they are not computed yet.
         """
         self.run, self.images, self.done, self.total = run, dict(images or {}), 0, 0
         self._latents, self._source, self._state = None, None, {}
+        if begun is not None and begun._source is not None:
+            self.done, self.total, self.filters = begun.done, begun.total, begun.filters
+            self._latents, self._state = _tensor(begun._source, "latents"), begun.state()
         self.write()
+
+    def copy(self, name: str, run: dict, images: Mapping[str, np.ndarray]) -> None:
+        """Writes the steps of the current picture into a file of their own, as an unfinished run.
+
+        Args:
+            name: of the file.
+            run: the command's description of that run.
+            images: its images.
+
+        Raises:
+            ResourceError: the file cannot be written.
+        """
+        other = Checkpoint(run)
+        other.path, other.filters, other.images = folder() / f"{name}.safetensors", self.filters, dict(images)
+        other.done, other.total, other._latents = self.done, self.total, self._latents
+        other._state = {key: array for key, array in self._state.items() if key != "predicted"}
+        try:
+            other._write()
+        except OSError as error:
+            raise ResourceError(f"{other.path} cannot be written: {error.strerror}", "", "make room there") from None
+        finally:
+            other.close()
 
     def write(self) -> None:
         """Writes the file. If that fails the run continues, and a note says that it cannot be resumed."""

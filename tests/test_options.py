@@ -311,6 +311,13 @@ def test_solver_schedule_and_cache_are_recorded_counted_and_change_the_picture(r
     assert (code, "--fast changes nothing below 12 steps" in err) == (0, True)
 
 
+@shows("generate", "--candidates")
+def test_candidates_are_computed_for_a_third_of_their_steps(run, tmp_path):
+    code, out, err = run("generate", CROSS, "-m", "nano", *SIZE, "--steps", "3", "--seed", "1", "--candidates", "2")
+    assert (code, out, "stopped after step 1" in err) == (0, "out-sheet.png\n", True), err
+    assert Image.open(tmp_path / "out-sheet.png").width > Image.open(tmp_path / "out-sheet.png").height
+
+
 @shows("shell", "--fast", "--solver", "--schedule", "--cache")
 @pytest.mark.slow
 def test_a_shell_takes_solvers_and_caches_as_generate_does(run, tmp_path):

@@ -16,7 +16,7 @@ from .shared.jobs import default_output, output_name
 from .shared.options import FILE, METADATA, QUALITY
 from .shared.output import check_output, meant_file
 from .shared.reviewing import DELETE, QUESTIONS, ReviewTarget, carry_out, needs_reason, record_of
-from .shared.sheet import numbered_sheet
+from .shared.sheet import numbered_sheet, read_all
 from .shared.terminal import Console, say_path, show_picture
 
 _SHEET = 120  # pictures of a contact sheet
@@ -93,7 +93,7 @@ def _choose(waiting: list[QuarantinedImage], ledger: Ledger, console: Console) -
         waiting = waiting[:_SHEET]
     with ledger.temporary("sheet.png") as path:
         with replacing(path, mode=0o600) as file:
-            numbered_sheet([picture.path for picture in waiting]).save(file, "PNG")
+            numbered_sheet(read_all([picture.path for picture in waiting])).save(file, "PNG")
         shown = show_picture(path, console)
         console.say(f"contact sheet: {path}" + ("" if shown else "; it cannot be shown here, open the file"))
 

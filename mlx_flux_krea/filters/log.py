@@ -85,6 +85,18 @@ class Log:
             last = ((facts["event"], facts.get("file_sha256")) for facts in self._pictures.values())
             return ("written", digest) in last
 
+    def has_released(self, pixels: str) -> bool:
+        """Tells if a picture with these pixels, by `pixel_hash`, was released.
+
+        Raises:
+            FiltersError: the log is damaged.
+        """
+        with self._open():
+            return any(
+                facts.get("pixels") == pixels and facts["event"] in ("released", "written")
+                for facts in self._pictures.values()
+            )
+
     def is_withheld(self, pixels: str) -> bool:
         """Tells if these pixels, by `pixel_hash`, are of a picture that is known here and was not released.
 

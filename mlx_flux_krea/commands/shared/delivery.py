@@ -43,6 +43,9 @@ class Delivery:
         """Saves the picture of a job, if it was released, and reports its outcome."""
         pick, seed, path = prepared.pick, prepared.job.seed, None
         outcome = result.outcomes[pick]
+        if self._run.options.get("candidates"):
+            self._deliver_candidate(prepared, result)
+            return
         if outcome == "released":
             picture = result.images[result.outcomes[:pick].count("released")]
             path = self._save(prepared.job, picture)
@@ -58,6 +61,20 @@ class Delivery:
         if self._run.options.get("verbose"):
             self._console.say(_memory(result))
         self._tell(path)
+
+    def _deliver_candidate(self, prepared: PreparedJob, result: Result) -> None:
+        """Keeps a candidate as an unfinished run, and its prediction for the contact sheet, if it was released."""
+        pick, number = prepared.pick, len(self._run.done) + 1
+        outcome = result.outcomes[pick]
+        is_released = outcome == "released"
+        picture = result.images[result.outcomes[:pick].count("released")] if is_released else None
+        self._run.keep_candidate(outcome, picture)
+        self._add(outcome, {"candidate": number, **result.records[pick], "outcome": outcome, "seconds": result.seconds})
+        said = stage_times(result.seconds) if is_released else outcome
+        self._console.say(f"candidate {number}, seed {prepared.job.seed}: {said}")
+        self._report["run"] = self._run.checkpoint.path.stem
+        if self._as_json:
+            self._tell(None)
 
     def deliver_sheet(self, sheet: Picture, name: Path) -> None:
         """Saves and reports the contact sheet."""

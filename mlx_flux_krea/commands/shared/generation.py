@@ -17,6 +17,7 @@ from mlx_flux_krea.tokenizers import Tokens
 from mlx_flux_krea.weights import open_model
 
 from . import signals
+from .candidates import kept_message, stopped_early
 from .delivery import Delivery
 from .images import close_images
 from .jobs import (
@@ -116,6 +117,8 @@ class Generation:
         Raises:
             FluxKreaError: as `run`.
         """
+        if base.get("candidates"):
+            base = base | {"contact_sheet": True}
         jobs, skipped = make_jobs(base, given)
         return self.run(Run(base, jobs, rows=str(given.get("prompts", "")), force=force), skipped)
 
@@ -153,7 +156,8 @@ class Generation:
             adapters.append(own)
             if ready.request.style:
                 pipe.load_redux()
-            return with_adapters(ready, own)
+            ready = with_adapters(ready, own)
+            return stopped_early(ready) if base.get("candidates") else ready
 
         def prepared_job(job: PictureJob) -> PreparedJob:
             ready = whole_job(job).without_images()
@@ -164,7 +168,7 @@ class Generation:
         if not prepared and not run.done:
             where, error = skipped[0]
             raise UsageError(f"no row can be used; {where}: {error}")
-        if sheet and len({p.request.picture_size for p in prepared}) > 1:
+        if sheet and not base.get("candidates") and len({p.request.picture_size for p in prepared}) > 1:
             raise UsageError("--contact-sheet has pictures of several sizes", "one size")
         preview = self._watcher(base, pipe)
         for where, error in dict(skipped).items():  # one error for each row
@@ -177,6 +181,8 @@ class Generation:
             _announce(pipe, base, prepared=prepared, console=self._console)
         with resumable(run, pipe.folder, self._console), macos.awake():
             self._generate(pipe, run, prepared=prepared, again=whole_job, sheet=sheet, preview=preview)
+        if base.get("candidates") and (kept := kept_message(run.checkpoint.path.stem)):
+            self._console.say(kept)
         _check_run(run)
         return list(dict.fromkeys(job.seed for job in run.jobs))
 
@@ -212,7 +218,7 @@ class Generation:
                         preview=preview,
                         checkpoint=run.checkpoint,
                         before_release=signals.hold,  # pictures that the log calls released are saved despite a signal
-                        meant_for=meant_for(job.job.output, job.job.options),
+                        meant_for=meant_for(_output(run, job.job), job.job.options),
                     )
                 except Withheld as error:
                     if len(run.jobs) == 1:
@@ -236,6 +242,14 @@ class Generation:
             signals.let_go()
             progress.close()
             delivery.report()
+
+
+def _output(run: Run, job: PictureJob) -> Path:
+    """Returns the file that a picture is meant for; a predicted one has a name of its own."""
+    number = len(run.done) + 1
+    return (
+        job.output.with_stem(f"{job.output.stem}-candidate-{number}") if run.options.get("candidates") else job.output
+    )
 
 
 def _with_checked_output(job: PictureJob) -> PictureJob:
@@ -297,6 +311,7 @@ def _announce(pipe: FluxPipeline, base: dict, *, prepared: list[PreparedJob], co
         sizes.setdefault(shown, []).append(r.num_inference_steps)
     parts = [
         several(f"{name} with {amount(several(sorted(steps)), 'step')}" for name, steps in sizes.items()),
+        *([f"stopped after step {several(r.stop_after for r in requests)}"] if requests[0].stop_after else []),
         *_evaluations(requests),
         *([f"guidance {several(f'{r.guidance_scale:g}' for r in requests)}"] if requests[0].guidance_scale else []),
         f"seed {several(p.job.seed for p in prepared)}",
@@ -320,7 +335,7 @@ def _evaluations(requests: Sequence[ResolvedRequest]) -> list[str]:
     for r in requests:
         schedule = f"schedule {r.schedule}" if r.schedule else ""
         how = [r.solver if r.solver != SOLVERS[0] else "", "fast" if r.fast else str(r.cache or ""), schedule]
-        if any(how) or r.evaluations != r.num_inference_steps:
+        if any(how) or r.evaluations != (r.stop_after or r.num_inference_steps):
             most = "at most " if r.cache and r.cache.name != FAST else ""
             named = ", ".join(filter(None, how))
             shown[f"{most}{amount(r.evaluations, 'evaluation')}{f' ({named})' if named else ''}"] = None

@@ -45,8 +45,9 @@ _FROM_RECORD = ("prompt_2", "negative_prompt_2", "sigmas", "max_sequence_length"
 _FROM_RECORD += ("padding_mask_crop",)
 _CIRCUMSTANCES = ("batch", "image_seed", "images_sha256", "manifest_sha256", "tiled", RECORDED)  # how it was made
 _CIRCUMSTANCES += ("depth_sha256",)
+_PRIVATE = (OPENED, "candidate")  # options that no record sets
 # Options that `options.py` does not declare, checked where they are used.
-UNTYPED = (*_FROM_RECORD, *_CIRCUMSTANCES, OPENED)
+UNTYPED = (*_FROM_RECORD, *_CIRCUMSTANCES, *_PRIVATE)
 _FILE_OPTIONS = ("output", "quality", "metadata", "keep_map")  # per picture, but not in its record
 _PICTURE = (*PER_PICTURE, *UNTYPED, "dtype")
 
@@ -94,7 +95,7 @@ def merge(lower: dict, layer: dict) -> dict:
             lower["model"] = str(model)
     if len(layer.get("seed", ())) > 1:
         gone.add("num_images")
-    if "num_images" in layer and len(lower.get("seed", ())) > 1:
+    if {"num_images", "candidates"} & layer.keys() and len(lower.get("seed", ())) > 1:
         gone.add("seed")
     return {name: value for name, value in lower.items() if name not in gone} | layer
 
@@ -129,7 +130,7 @@ def record_options(path: Path) -> dict:
     options = dict(
         cast(option, values[name], tuple(BY_NAME)) for name, option in names.items() if values.get(name) is not None
     )
-    options |= {name: record[name] for name in UNTYPED if name in record and name != OPENED}
+    options |= {name: record[name] for name in UNTYPED if name in record and name not in _PRIVATE}
     options |= {flag: True for flag, (name, value) in _FLAGS.items() if record.get(name) is value}
     if options.get("fast"):  # as it was, whatever it is in this version
         del options["fast" if options.get("cache") != presets.FAST else "cache"]
@@ -253,7 +254,8 @@ def _below(template: Path, output: Path) -> Path:
 
 def _seeds(options: dict, random: int) -> list[int]:
     """Returns the seeds given, or consecutive ones from the only one or from a random one."""
-    given, count = options.get("seed", (random,)), options.get("num_images", 1)
+    given = options.get("seed", (random,))
+    count = options.get("candidates") or options.get("num_images", 1)
     if len(given) > 1:
         return list(given)
     if given[0] + count > 2**64:

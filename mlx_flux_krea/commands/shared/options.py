@@ -130,26 +130,32 @@ IN_TERMINAL = "terminal"  # value of --preview without a file
 _PICTURE_FILE = re.compile(rf".+\.(png|jpe?g|webp|avif|bmp|gif|hei[cf]|jxl|mp4|tiff?)|{IN_TERMINAL}", re.I)
 
 
+def joined(args: list[str], option: str) -> list[str]:
+    """Joins the numbers that follow an option into one value, which click expects."""
+    found: list[str] = []
+    place = None  # of the value of the option in `found`
+    for i, arg in enumerate(args):
+        if arg == "--":
+            return found + args[i:]
+        if place is not None and place < len(found) and _SEED.fullmatch(arg):
+            found[place] += f" {arg}"
+            continue
+        if place is None or place < len(found):
+            place = len(found) + 1 if arg == option else len(found) if arg.startswith(f"{option}=") else None
+        found.append(arg)
+    return found
+
+
 class GeneratingCommand(click.Command):
     """Command whose --seed takes several numbers, and whose --preview needs no value."""
 
     def parse_args(self, ctx, args: list[str]) -> list[str]:
         """Joins several words into the one value that click expects."""
-        joined: list[str] = []
-        place = None  # of the value of --seed in `joined`
-        for i, arg in enumerate(args):
-            if arg == "--":
-                joined += args[i:]
-                break
-            if place is not None and place < len(joined) and _SEED.fullmatch(arg):
-                joined[place] += f" {arg}"
-                continue
+        end = args.index("--") if "--" in args else len(args)
+        for i, arg in enumerate(args[:end]):
             if arg == "--preview" and not _PICTURE_FILE.fullmatch("".join(args[i + 1 : i + 2])):
-                arg = f"--preview={IN_TERMINAL}"
-            if place is None or place < len(joined):
-                place = len(joined) + 1 if arg == "--seed" else len(joined) if arg.startswith("--seed=") else None
-            joined.append(arg)
-        return super().parse_args(ctx, joined)
+                args = [*args[:i], f"--preview={IN_TERMINAL}", *args[i + 1 :]]
+        return super().parse_args(ctx, joined(args, "--seed"))
 
 
 NO_CACHE = "none"  # value of --cache that computes every step
@@ -252,6 +258,8 @@ OPTIONS = [
     _option("--guidance", type=_SCALE, help="How closely to follow the prompt.", default=_OF_MODEL),
     _option("--seed", type=Seeds(), metavar="N...", help="Seeds: 1, or 1 2 3, or 7+4 (4 from 7).  [default: random]"),
     _option("-n", "--num-images", type=_BATCH, help="Number of pictures, with consecutive seeds.", default=1),
+    _option("--candidates", type=click.IntRange(2, 100), metavar="N",
+            help="Compute a third of the steps of N pictures, to choose from a contact sheet: resume ID --pick 3 5."),
     _option("--contact-sheet", is_flag=True, help="Also save a contact sheet, one row per prompt."),
     _option("--like", type=click.Choice(list(presets.TOOLS)), help="Tool whose defaults replace the model's."),
     _option("--from", "from_", type=FILE, help="Picture to repeat; other options change it."),
@@ -328,7 +336,7 @@ _BACKQUOTED = re.compile(
 )
 POLICY = ("check", "nsfw_threshold", "integrity_margin")
 _LASTING = ("model", "dtype", "memory", "contact_sheet", "preview", "verbose", *POLICY)
-_RUN = (*_LASTING, "prompts", "from_", "force", "as_json")  # options of a whole run
+_RUN = (*_LASTING, "candidates", "prompts", "from_", "force", "as_json")  # options of a whole run
 PER_PICTURE = tuple(name for name in BY_NAME if name not in _RUN)
 LASTING = (*_LASTING, *(name for name in PER_PICTURE if name != "prompt"))  # may stand in the config file
 
@@ -342,6 +350,8 @@ REPLACES = {
     "steps": ("sigmas",),
     "schedule": ("sigmas",),
     "cache": ("fast",),
+    "num_images": ("candidates",),
+    "candidates": ("num_images",),
     "fast": ("cache",),
     "prompt": ("prompt_2",),
     "negative_prompt": ("negative_prompt_2",),
@@ -350,7 +360,7 @@ REPLACES = {
     "like": (*_SIZE, "steps", "sigmas", "schedule", "guidance", "noise", "max_sequence_length"),
 }
 EXCLUSIVE = [(side, other) for side in ("width", "height") for other in ("aspect", "megapixels")]
-EXCLUSIVE += [("like", "from_"), ("prompt", "prompts"), ("fast", "cache")]
+EXCLUSIVE += [("like", "from_"), ("prompt", "prompts"), ("fast", "cache"), ("candidates", "num_images")]
 
 
 def spelled(name: str) -> str:
@@ -403,8 +413,9 @@ def check_together(options: dict) -> None:
     for one, other in EXCLUSIVE:
         if one in options and other in options:
             raise UsageError(f"{spelled(one)} and {spelled(other)} are both given", "one of them")
-    if options.get("num_images", 1) > 1 and len(options.get("seed", ())) > 1:
-        raise UsageError(f"--num-images is given with {len(options['seed'])} seeds", "one of them")
+    for name in ("num_images", "candidates"):
+        if options.get(name, 1) > 1 and len(options.get("seed", ())) > 1:
+            raise UsageError(f"{spelled(name)} is given with {len(options['seed'])} seeds", "one of them")
 
 
 def find_name(name: str, allowed: tuple[str, ...], value: object = "") -> str:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from mlx_flux_krea.checkpoint import Checkpoint
 from mlx_flux_krea.errors import FiltersError, FluxKreaError, PartlyDone, UsageError, Withheld, amount, printable
@@ -26,11 +27,11 @@ from mlx_flux_krea.filters.ledger import Ledger, pixel_hash
 from mlx_flux_krea.provenance import SOFTWARE, Picture, opened, read_picture
 from mlx_flux_krea.weights import ModelFolder
 
-from . import signals
-from .images import Opened, stored_images
+from . import candidates, signals
+from .images import Opened, restored_images, stored_images
 from .jobs import UNTYPED, PictureJob, default_output, output_name
 from .options import BY_NAME, cast
-from .sheet import sheet_of, thumbnail
+from .sheet import sheet_of, small, thumbnail
 from .styles import absolute_style
 from .terminal import Console
 
@@ -75,7 +76,7 @@ class Run:
     @property
     def has_pictures(self) -> bool:
         """True where a picture was released, so that a later failure concerns a part of the run."""
-        return any(path for _, path in self.done)
+        return any(outcome == "released" for outcome, _ in self.done)
 
     def add(self, outcome: str, path: Path | None) -> None:
         """Records the outcome of the next job."""
@@ -83,6 +84,25 @@ class Run:
             self._small[len(self.done)] = self._claimed_small
         self.done.append((outcome, path))
         self.claimed, self._claimed_small = {}, None
+
+    def keep_candidate(self, outcome: str, picture: Image.Image | None) -> None:
+        """Keeps the next job as an unfinished run of its own, and its predicted picture for the contact sheet.
+
+        Args:
+            outcome: of the prediction; one that was withheld is not kept.
+            picture: the prediction, once it was released.
+        """
+        if outcome.startswith("withheld"):
+            return
+        number, job = len(self.done), self.remaining[0]
+        job = replace(job, options=candidates.plain_options(job.options))
+        options = candidates.plain_options(self.options)
+        alone = Run(options, [job], force=self.force, made_by=self.made_by)
+        images = stored_images(job.options, self.images)
+        if picture is not None:
+            self._small[number] = Picture.from_pixels(small(picture.convert("RGB")), {})
+            images[candidates.SHOWN] = np.asarray(picture.convert("RGB"))
+        self.checkpoint.copy(candidates.name_of(self.checkpoint.path.stem, number + 1), alone.to_json(), images)
 
     def claim(self, path: Path, encoded: bytes) -> None:
         """Records in the checkpoint which file gets its name next, in case the process is killed right after."""
@@ -128,6 +148,8 @@ class Run:
         Raises:
             FiltersError: filters are required, and the log is damaged.
         """
+        if self.options.get("candidates"):
+            self._confirm_candidates(console, is_filtered=is_filtered)
         for i, (job, (_, path)) in enumerate(zip(self.jobs, self.done, strict=False)):
             if not path or not self.options.get("contact_sheet"):
                 continue
@@ -138,6 +160,22 @@ class Run:
             except (OSError, UsageError) as error:
                 reason = error.found if isinstance(error, UsageError) else error.strerror or str(error)
                 console.note(printable(f"the contact sheet lacks a picture: {path}: {reason}"))
+
+    def _confirm_candidates(self, console: Console, *, is_filtered: bool) -> None:
+        """Reads the predicted pictures of an earlier process; where filters are required, the log must know them."""
+        for i, (outcome, _) in enumerate(self.done):
+            if outcome != "released":
+                continue
+            name = candidates.name_of(self.checkpoint.path.stem, i + 1)
+            try:
+                kept = candidates.read(name)
+                kept.close()
+                pixels = candidates.pixels_of(kept)
+                if is_filtered and not self._ledger.log.has_released(pixel_hash(pixels)):
+                    raise UsageError("the log does not say that this picture was released")
+                self._small[i] = Picture.from_pixels(small(Image.fromarray(pixels)), {})
+            except UsageError as error:
+                console.note(printable(f"the contact sheet lacks candidate {i + 1}: {error.found}"))
 
     def _check_written(self, job: PictureJob, data: bytes, *, is_filtered: bool) -> None:
         """Checks that a file is the released picture of a job, whatever a resume file says.
@@ -167,16 +205,23 @@ class Run:
 
     def sheet(self) -> Picture | None:
         """Makes the contact sheet of the pictures of this process, and of those that `confirm` has read."""
+        if self.options.get("candidates"):
+            return candidates.sheet_of(self._small, self.jobs, self.made_by) if self._small else None
         pictures = [(job, self._small[i]) for i, job in enumerate(self.jobs) if i in self._small]
         return sheet_of(pictures) if pictures else None
 
     def advance(self) -> None:
         """Writes the checkpoint for the next picture or contact sheet; removes it where nothing remains."""
+        if self.done:
+            candidates.forget(self.jobs[len(self.done) - 1])
         if not self.remaining and not self.options.get("contact_sheet"):
             self.checkpoint.remove()
             return
         images = stored_images(self.remaining[0].options, self.images) if self.remaining else {}
-        self.checkpoint.start_picture(self.to_json(), images)
+        begun = candidates.begun(self.remaining[0]) if self.remaining else None
+        self.checkpoint.start_picture(self.to_json(), images, begun)
+        if begun:
+            begun.close()
 
     @property
     def position(self) -> str:
@@ -203,6 +248,24 @@ class Run:
             "made_by": self.made_by,
             "named": self.claimed,
         }
+
+    @classmethod
+    def from_picked(cls, picked: list[Checkpoint]) -> "Run":
+        """Returns a run that finishes candidates.
+
+        Raises:
+            UsageError: a checkpoint is damaged.
+        """
+        runs = [cls.from_checkpoint(checkpoint) for checkpoint in picked]
+        jobs = [
+            replace(run.jobs[0], options=run.jobs[0].options | {candidates.SHOWN: checkpoint.path.stem})
+            for run, checkpoint in zip(runs, picked, strict=True)
+        ]
+        run = cls(runs[0].options, jobs, force=runs[0].force, made_by=runs[0].made_by)
+        for job, checkpoint in zip(jobs, picked, strict=True):
+            run.images |= restored_images(job.options, checkpoint.images)
+        run.checkpoint.run, run.checkpoint.filters = run.to_json(), picked[0].filters
+        return run
 
     @classmethod
     def from_checkpoint(cls, checkpoint: Checkpoint) -> "Run":
@@ -232,7 +295,14 @@ class Run:
             raise UsageError(found, "a list of pictures that `generate` wrote")
         if not ours:
             run.options.pop("preview", None)
-            run.jobs = [replace(job, output=Path(job.output.name)) for job in run.jobs]
+            run.jobs = [
+                replace(
+                    job,
+                    output=Path(job.output.name),
+                    options={name: value for name, value in job.options.items() if name != candidates.SHOWN},
+                )
+                for job in run.jobs
+            ]
             run.options["output"] = Path(run.options.get("output", default_output()).name)
         return run
 
@@ -266,7 +336,7 @@ def resumable(run: Run, model: ModelFolder, console: Console) -> Iterator[None]:
         FluxKreaError: as raised in the block, with the command that resumes the run; PartlyDone after a release.
     """
     if not run.is_resumed:
-        run.made_by = made_by(model)
+        run.made_by = run.made_by or made_by(model)
     if not run.is_resumed or run.unreported:
         run.advance()
     checkpoint = run.checkpoint

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,20 +33,16 @@ def thumbnail(encoded: bytes) -> Picture:
     """
     record = read_picture(io.BytesIO(encoded))["record"] or {}
     with opened(io.BytesIO(encoded)) as file:
-        picture = file.convert("RGB")
-    if (scale := _SIDE / max(picture.size)) < 1:
-        size = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
-        picture = picture.resize(size, Image.Resampling.LANCZOS)
-    return Picture.from_pixels(picture, record)
+        return Picture.from_pixels(small(file.convert("RGB")), record)
 
 
 def sheet_of(made: list[tuple[PictureJob, Picture]]) -> Picture:
     """Makes the contact sheet of a run, with a row for each prompt."""
     grid: dict[int, list[tuple[PictureJob, Picture]]] = {}
-    for job, small in made:
-        grid.setdefault(job.row, []).append((job, small))
+    for job, picture in made:
+        grid.setdefault(job.row, []).append((job, picture))
     seeds = {tuple(f"seed {job.seed}" for job, _ in row) for row in grid.values()}
-    rows = [[small for _, small in row] for row in grid.values()]
+    rows = [[picture for _, picture in row] for row in grid.values()]
     across = list(seeds.pop()) if len(seeds) == 1 else [str(n + 1) for n in range(max(map(len, rows)))]
     return contact_sheet(rows, across, [textwrap.shorten(row[0][0].label, 32) for row in grid.values()])
 
@@ -77,25 +74,45 @@ def contact_sheet(rows: list[list[Picture]], across: list[str], down: list[str])
     return Picture.from_pixels(sheet, first.record | {"sheet": {"across": across, "down": down}})
 
 
-def numbered_sheet(paths: list[Path], across: int = 6, side: int = 256) -> Image.Image:
+def small(picture: Image.Image) -> Image.Image:
+    """Returns a picture at its size in a sheet; small ones stay as they are."""
+    if (scale := _SIDE / max(picture.size)) >= 1:
+        return picture
+    size = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
+    return picture.resize(size, Image.Resampling.LANCZOS)
+
+
+def read_all(paths: list[Path]) -> list[Image.Image | None]:
+    """Reads pictures; None for those that cannot be read."""
+    found: list[Image.Image | None] = []
+    for path in paths:
+        found.append(None)
+        with contextlib.suppress(UsageError), opened(path) as file:
+            found[-1] = file.convert("RGB")
+            found[-1].thumbnail((_SIDE, _SIDE))
+    return found
+
+
+def numbered_sheet(pictures: Sequence[Image.Image | None], across: int = 6, side: int = 256) -> Image.Image:
     """Makes a grid of pictures of any size, to find them by their numbers, from 1.
 
     Args:
-        paths: their files; those that cannot be read leave their place empty.
+        pictures: None leaves its place empty.
         across: pictures in a row.
         side: pixels of a place.
     """
     high, font = side + _TEXT + 2 * _GAP, ImageFont.load_default(_TEXT)
-    sheet = Image.new("RGB", (min(across, len(paths)) * (side + _GAP) + _GAP, -(-len(paths) // across) * high), "white")
+    wide = min(across, len(pictures)) * (side + _GAP) + _GAP
+    sheet = Image.new("RGB", (wide, -(-len(pictures) // across) * high), "white")
     pen = ImageDraw.Draw(sheet)
-    for place, path in enumerate(paths):
+    for place, picture in enumerate(pictures):
         row, column = divmod(place, across)
         left, top = column * (side + _GAP) + _GAP, row * high
         pen.text((left + side // 2, top + high - side - _TEXT // 2 - _GAP), str(place + 1), "black", font, anchor="mm")
-        with contextlib.suppress(UsageError), opened(path) as file:
-            small = file.convert("RGB")
-            small.thumbnail((side, side))
-            sheet.paste(small, (left + (side - small.width) // 2, top + high - side + (side - small.height) // 2))
+        if picture is not None:
+            fitted = picture.copy()
+            fitted.thumbnail((side, side))
+            sheet.paste(fitted, (left + (side - fitted.width) // 2, top + high - side + (side - fitted.height) // 2))
     return sheet
 
 
