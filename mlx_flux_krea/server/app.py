@@ -14,7 +14,7 @@ from starlette.requests import Request as HTTPRequest
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from mlx_flux_krea.errors import FluxKreaError
 
@@ -121,12 +121,27 @@ async def _http_error(request: HTTPRequest, error: Exception) -> Response:
     return JSONResponse(refused.to_json(), status, headers=getattr(error, "headers", None))
 
 
+class _EventResponse(StreamingResponse):
+    """An event stream, which was counted and is no longer when it ends."""
+
+    def __init__(self, services: Services, last: str):
+        super().__init__(services.events.stream(last), media_type="text/event-stream")
+        self._services = services
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Sends events until the client goes away."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._services.events.streams -= 1
+
+
 def _events(services: Services) -> Answer:
     async def answer(request: HTTPRequest) -> Response:
         if services.events.streams >= STREAMS:
             raise HTTPProblem(503, "too_many_streams", f"{STREAMS} event streams are open; close some pages")
-        stream = services.events.stream(request.headers.get("last-event-id", "")[:40])
-        return StreamingResponse(stream, media_type="text/event-stream", headers={"X-Accel-Buffering": "no"})
+        services.events.streams += 1
+        return _EventResponse(services, request.headers.get("last-event-id", "")[:40])
 
     return answer
 

@@ -18,7 +18,11 @@ BEAT = 15.0  # seconds between comments of an idle stream
 
 
 class Events:
-    """The ring. Any thread may publish; streams are read in the loop that `listen` was called in."""
+    """The ring. Any thread may publish; streams are read in the loop that `listen` was called in.
+
+    Attributes:
+        streams: that are open; whoever answers with one counts it.
+    """
 
     def __init__(self):
         self.streams = 0
@@ -85,14 +89,11 @@ class Events:
         """
         boot, _, number = last.partition("-")
         known = boot == self._boot and number.isdecimal() and len(number) < 16 and int(number) <= self._number
-        self.streams += 1
-        try:
-            if not known:
-                yield self._encoded((self._number, "reset", {}))
-            async for event in self.follow(int(number) if known else self._number):
-                yield b": idle\n\n" if event is None else self._encoded(event)
-        finally:
-            self.streams -= 1
+        start = int(number) if known else self._number
+        if not known:
+            yield self._encoded((start, "reset", {}))
+        async for event in self.follow(start):
+            yield b": idle\n\n" if event is None else self._encoded(event)
 
     def _after(self, number: int) -> list[tuple[int, str, Any]]:
         with self._lock:

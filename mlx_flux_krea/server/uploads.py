@@ -50,14 +50,15 @@ def keep(data: bytes) -> dict[str, Any]:
         raise invalid("the body is empty; expected the bytes of an image")
     try:
         with _few, opened(io.BytesIO(data), most=None) as image:
-            if image.width * image.height > MAX_PIXELS:
-                found = f"the image has {image.width} x {image.height} pixels"
-                raise HTTPProblem(413, "too_large", f"{found}; expected {MAX_PIXELS / 1e6:.0f} million at most")
-            image.load()
             width, height, kind = image.width, image.height, (image.format or "png").lower()
             has_alpha = image.has_transparency_data
+            if is_small := width * height <= MAX_PIXELS:
+                image.load()
     except FluxKreaError as error:
         raise invalid(plain(str(error))) from None
+    if not is_small:
+        found = f"the image has {width} x {height} pixels"
+        raise HTTPProblem(413, "too_large", f"{found}; expected {MAX_PIXELS / 1e6:.0f} million at most")
     key = hashlib.sha256(data).hexdigest()[:16]
     path = _find(key) or folder() / f"{key}.{kind}"
     if not path.exists():
