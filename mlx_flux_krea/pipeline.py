@@ -16,15 +16,17 @@ from typing import Any, TypeVar
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from PIL import Image
 
 from . import compat
 from .adapters.formulas import branch_bytes
 from .adapters.loaded import AdapterMethods, LoadedAdapters, Weights, has_tags, take_tags
 from .checkpoint import Checkpoint
-from .errors import FluxKreaError, ModelError, UsageError, short_repr
+from .errors import FluxKreaError, ModelError, ResourceError, UsageError, short_repr
 from .files import read_json, sha256_if_exists
 from .filters.acknowledgement import check_acknowledged
 from .filters.gate import Gate, OpenGate, Policy, open_gate
+from .filters.judges import needed_bytes
 from .generator import Generator, Observers, Progress
 from .home import find_model
 from .inputs import style as styles
@@ -33,6 +35,7 @@ from .memory import (
     MemoryPlan,
     StyleNeeds,
     WeightSizes,
+    machine_memory,
     make_plan,
     map_needs,
     parse_memory,
@@ -365,6 +368,7 @@ class FluxPipeline(AdapterMethods, compat.DiffusersMethods):
         callback_on_step_end: Callable | None = None,
         progress: Progress | bool | None = None,
         preview: Callable | None = None,
+        checked_preview: Callable | None = None,
         checkpoint: Checkpoint | None = None,
         before_release: Callable[[], None] | None = None,
         meant_for: dict | None = None,
@@ -376,6 +380,9 @@ class FluxPipeline(AdapterMethods, compat.DiffusersMethods):
             callback_on_step_end: as in a call.
             progress: as in a call.
             preview: as in a call.
+            checked_preview: called like `preview`, with (1, H, W, 3), at a third and at two thirds of the steps, for a
+                model whose pictures both filters check: each such picture passes them first, which takes their time
+                twice more and some memory. Without effect for other models, and where a person reviews.
             checkpoint: as in a call.
             before_release: called in the worker's thread right before and right after the gate hands pictures over, for
                 callers who handle signals. If it raises, nothing is released.
@@ -406,6 +413,7 @@ class FluxPipeline(AdapterMethods, compat.DiffusersMethods):
             raise UsageError("`preview` needs latent_rgb, which this model does not have", "", "leave it out")
         callback = callback_on_step_end and partial(self._call_back, callback_on_step_end)
         observers = Observers(callback, preview, checkpoint)
+        checks = self.policy is not None and self.policy.check == "filters" and self.folder.latent_rgb is not None
         bars = None if callable(progress) else self._bars(progress)
         try:
             return self._worker.run(
@@ -413,6 +421,7 @@ class FluxPipeline(AdapterMethods, compat.DiffusersMethods):
                 request,
                 observers,
                 progress=progress if callable(progress) else bars,
+                checked_preview=checked_preview if checks else None,
                 before_release=before_release,
                 meant_for=meant_for or {},
             )
@@ -691,12 +700,14 @@ class FluxPipeline(AdapterMethods, compat.DiffusersMethods):
         observers: Observers,
         *,
         progress: Progress | None,
+        checked_preview: Callable | None,
         before_release: Callable[[], None] | None,
         meant_for: dict,
     ) -> Result:
         resolved = self._resolve(request)
         check_acknowledged(self.folder)
-        plan, record, notes = self.plan(resolved), self._record(), list(resolved.notes)
+        record, notes = self._record(), list(resolved.notes)
+        plan, checked_preview = self._plan_with_checks(resolved, checked_preview, notes)
         if adapters := self._loaded.records(resolved.adapters or ()):
             record |= {"adapters": adapters}
         if resolved.style and self._redux:
@@ -717,7 +728,25 @@ class FluxPipeline(AdapterMethods, compat.DiffusersMethods):
         with self._generator.reporting(progress), self._gate(record, ready) as gate:
             if isinstance(gate, Gate):
                 gate.run.meant_for = meant_for
+                if checked_preview:
+                    observers = replace(observers, preview=partial(_show_checked, gate, checked_preview))
             return self._generate_checked(gate, record, resolved, plan=plan, notes=notes, observers=observers)
+
+    def _plan_with_checks(
+        self, request: ResolvedRequest, checked_preview: Callable | None, notes: list[str]
+    ) -> tuple[MemoryPlan, Callable | None]:
+        """Returns the plan of a request, and the preview where memory has room for filters beside the transformer."""
+        if checked_preview is None:
+            return self.plan(request), None
+        before = self.memory
+        self.memory = (before or machine_memory()) - needed_bytes()
+        try:
+            return self.plan(request), checked_preview
+        except ResourceError:
+            notes.append("there is no preview: memory is too small for the filters beside the transformer")
+        finally:
+            self.memory = before
+        return self.plan(request), None
 
     def _gate(self, record: dict, ready: Callable[[], None] = lambda: None) -> AbstractContextManager[Gate | OpenGate]:
         """Returns a gate whose log names this model, by the fields of a picture's record."""
@@ -860,6 +889,24 @@ def _with_methods(network: N, methods: type) -> N:
         both: Any = type(own.__name__, (own, methods), {})
         network.__class__ = both
     return network
+
+
+def _show_checked(gate: Gate, show: Callable, step: int, steps: int, pixels: np.ndarray) -> None:
+    """Shows an unfinished picture at a third and at two thirds of the steps, if both filters pass what is shown.
+
+    Args:
+        gate: of the run.
+        show: called with the step, the number of steps, and (1, H, W, 3) uint8.
+        step: that has ended.
+        steps: of the picture.
+        pixels: (B, H/8, W/8, 3) uint8.
+    """
+    if step not in {-(-steps // 3), -(-2 * steps // 3)} - {steps}:
+        return
+    small = Image.fromarray(pixels[0])
+    shown = np.asarray(small.resize((8 * small.width, 8 * small.height), Image.Resampling.BICUBIC))
+    if gate.passes_preview(shown):
+        show(step, steps, shown[None])
 
 
 def _check_reviewable(policy: Policy, request: Request, callback: Callable | None, preview: Callable | None) -> None:

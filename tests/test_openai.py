@@ -11,6 +11,7 @@ import pytest
 from helpers import acknowledge, edit_json
 from PIL import Image, ImageDraw
 from served import serving
+from test_preview import MAP
 
 from mlx_flux_krea.commands.shared.reviewing import QUESTIONS
 from mlx_flux_krea.filters.log import Log
@@ -114,7 +115,7 @@ def strict(model, tmp_path_factory):
     """A server whose only model, the tiny one, requires filters."""
     home = tmp_path_factory.mktemp("strict") / "home"
     shutil.copytree(model, home / "models" / "tiny")
-    edit_json(home / "models" / "tiny" / "model_index.json", filters="required")
+    edit_json(home / "models" / "tiny" / "model_index.json", filters="required", latent_rgb=MAP)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FLUX_KREA_HOME", str(home))
         acknowledge(home / "models" / "tiny")
@@ -135,6 +136,24 @@ def test_withheld_and_released(strict):
     assert error.value.code == "content_policy_violation"
     events = [entry["event"] for entry in Log(strict.home / "log").read()]
     assert events[-1] == "prompt_flagged"
+
+
+def test_a_checked_preview_passes_both_filters_first(strict):
+    wanted = TINY | {"steps": 6}
+    without = strict.make(prompt="a bird", **wanted)
+    assert strict.good("PUT", "/api/settings", {"checked_previews": True})["checked_previews"]
+    try:
+        log = Log(strict.home / "log")
+        before = len(log.read())
+        job = strict.make(prompt="a bird", **wanted)
+        events = [entry["event"] for entry in log.read()[before:]]
+        pair = [strict.raw("GET", f"/api/pictures/{one['pictures'][0]['picture']}/file")[2] for one in (without, job)]
+        assert pair[0] == pair[1]
+        assert sum(event.startswith("preview_") for event in events) == 2
+        plan = strict.good("POST", "/api/plan", {"prompt": "a bird", **wanted})
+        assert plan["seconds"]["previews"] == 2 * plan["seconds"]["filters"] if plan["chip"] else True
+    finally:
+        strict.good("PUT", "/api/settings", {"checked_previews": False})
 
 
 def test_review_on_the_page_has_the_questions_and_the_log_of_the_command(strict):

@@ -6,14 +6,17 @@ import re
 import shutil
 from dataclasses import replace
 
+import judges
 import mlx.core as mx
 import numpy as np
 import pytest
-from helpers import at_terminal, edit_json, image, levels
+from helpers import acknowledge, at_terminal, edit_json, image, levels
 from PIL import Image
 
-from mlx_flux_krea import FluxPipeline, presets
-from mlx_flux_krea.errors import ModelError, UsageError
+from mlx_flux_krea import FluxPipeline, Request, generator, presets
+from mlx_flux_krea.errors import FiltersError, ModelError, UsageError
+from mlx_flux_krea.filters import judges as filters_judges
+from mlx_flux_krea.filters.log import Log
 from mlx_flux_krea.models.config import FLUX_VAE
 from mlx_flux_krea.models.vae import pixels_from_image
 from mlx_flux_krea.provenance import read_picture
@@ -184,3 +187,43 @@ def test_models_without_a_map_and_those_that_need_filters_have_no_preview(comman
     with pytest.raises(UsageError, match="`preview` is given, which shows unfinished pictures"):
         FluxPipeline.from_pretrained(strict)(CAT, preview=print, **SIZE)
     assert not (tmp_path / "now.png").exists()
+
+
+@pytest.fixture
+def filtered(mapped, tmp_path, monkeypatch):
+    """The tiny pipeline as a model that requires filters, with both."""
+    folder = tmp_path / "filtered"
+    shutil.copytree(mapped, folder)
+    edit_json(folder / "model_index.json", filters="required")
+    acknowledge(folder)
+    judges.install()
+    monkeypatch.setattr(filters_judges, "load_judge", judges.load_judge)
+    return folder
+
+
+@pytest.mark.slow
+def test_a_checked_preview_is_shown_only_if_both_filters_pass_exactly_that(filtered, home, monkeypatch):
+    seen, judged = [], []
+    pipe, score = FluxPipeline.from_pretrained(filtered), judges.Reader.images
+    monkeypatch.setattr(judges.Reader, "images", lambda self, pixels: (judged.extend(pixels), score(self, pixels))[1])
+    request = Request(prompt=CAT, num_inference_steps=5, seed=7, width=32, height=32)
+    plain = pipe.generate(request, progress=False)
+    judged.clear()
+    made = pipe.generate(request, progress=False, checked_preview=lambda *one: seen.append(one))
+    assert [one[:2] for one in seen] == [(2, 5), (4, 5)]
+    assert all(np.array_equal(one[2][0], pixels) for one, pixels in zip(seen, judged, strict=False))
+    assert np.array_equal(np.asarray(made.images[0]), np.asarray(plain.images[0]))
+    red = np.zeros((1, 4, 4, 3), np.uint8) + np.array([255, 0, 0], np.uint8)
+    monkeypatch.setattr(generator.previews, "colours", lambda *given: red)
+    pipe.generate(request, progress=False, checked_preview=lambda *one: seen.append(one))
+    assert len(seen) == 2
+    events = [entry["event"] for entry in Log(home / "log").read()]
+    assert (events.count("preview_passed"), events.count("preview_flagged")) == (2, 2)
+    monkeypatch.setattr(
+        judges.Eye, "images", lambda self, pixels: [{"normal": 0.5, "nsfw": float("nan")}] * len(pixels)
+    )
+    with pytest.raises(FiltersError):
+        pipe.generate(request, progress=False, checked_preview=lambda *one: seen.append(one))
+    reviewed = FluxPipeline.from_pretrained(filtered, check="review")
+    reviewed.generate(request, progress=False, checked_preview=lambda *one: seen.append(one))
+    assert len(seen) == 2

@@ -167,6 +167,21 @@ class Gate:
         if reasons:
             raise Withheld(f"the input image was withheld: {'; '.join(reasons)}", "", "start from another one")
 
+    def passes_preview(self, pixels: np.ndarray) -> bool:
+        """Checks an unfinished picture, (H, W, 3) uint8, exactly as it will be shown. Returns True where it passed.
+
+        Raises:
+            FiltersError: a filter failed.
+        """
+        if not self._judges or self.policy.check != "filters":
+            return False
+        with self._noted():
+            (scores,) = self._scores([pixels])
+        passed = not self._reasons(scores)
+        digest = hashlib.sha256(np.ascontiguousarray(pixels).data).hexdigest()
+        self.run.note("preview_passed" if passed else "preview_flagged", preview_sha256=digest, scores=scores)
+        return passed
+
     def release(
         self, pixels: Sequence[np.ndarray], records: Sequence[dict]
     ) -> tuple[tuple[str, ...], Sequence[Picture]]:

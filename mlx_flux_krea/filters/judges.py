@@ -98,6 +98,18 @@ def open_judges(make_run: MakeRun = lambda parts, run: run) -> dict[str, Judge]:
     return judges
 
 
+def needed_bytes() -> int:
+    """Returns the memory that both filters need beside a model at work: computed from their files, not measured.
+
+    The classifier is whole in memory. Of Pixtral, an eighth: three of its 40 layers, its eye and their numbers.
+    """
+    sizes = {}
+    for name in FILTERS:
+        files = home.path(home.FILTERS, name).rglob("*.safetensors")
+        sizes[name] = sum(path.stat().st_size for path in files)
+    return max(sizes["nsfw"], sizes["pixtral"] // 8)
+
+
 def load_judge(name: str, folder: Path, make_run: MakeRun) -> Judge:
     """Opens an installed filter.
 

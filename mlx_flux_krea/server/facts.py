@@ -23,6 +23,7 @@ from mlx_flux_krea.commands.shared.jobs import PreparedJob, prepare, size_of
 from mlx_flux_krea.commands.shared.loras import planned
 from mlx_flux_krea.commands.shared.rows import alternatives
 from mlx_flux_krea.errors import FluxKreaError
+from mlx_flux_krea.filters.judges import needed_bytes
 from mlx_flux_krea.home import find_model
 from mlx_flux_krea.prompts import tokenize
 from mlx_flux_krea.weights import ModelFolder, open_model
@@ -128,7 +129,7 @@ def plan(request: dict[str, Any], find_image: fields.FindImage, *, checked_previ
     folder = pipe.folder
     first = prepare(made[0], folder, {})
     wanted = first.request
-    found, branches = _memory(first, pipe)
+    found, beside = _memory(first, pipe, checked_previews=checked_previews)
     times = model_times(
         folder.flux.sizes,
         evaluations=wanted.evaluations * (2 if wanted.true_cfg else 1),
@@ -150,8 +151,8 @@ def plan(request: dict[str, Any], find_image: fields.FindImage, *, checked_previ
         "steps": wanted.num_inference_steps,
         "evaluations": wanted.evaluations,
         "pictures": len(made),
-        "peak": found.peak + branches,
-        "stages": {name: peak + branches * (name == "denoise") for name, peak in found.stages.items()},
+        "peak": max(found.peak, found.stages["denoise"] + beside),
+        "stages": {name: peak + beside * (name == "denoise") for name, peak in found.stages.items()},
         "resident_blocks": found.resident_blocks,
         "total_blocks": found.total_blocks,
         "tiled": found.tiled,
@@ -199,13 +200,15 @@ def _kept(path: Path, changed: int) -> ModelFolder:
     return open_model(path)
 
 
-def _memory(first: PreparedJob, pipe: FluxPipeline) -> tuple[memory.MemoryPlan, int]:
-    """Returns the plan of a picture without its adapters, in the memory that these leave, and their bytes."""
+def _memory(first: PreparedJob, pipe: FluxPipeline, *, checked_previews: bool) -> tuple[memory.MemoryPlan, int]:
+    """Returns the plan of a picture in the memory that adapters, and filters at work meanwhile, leave; and theirs."""
     folder = pipe.folder
     uses = planned(first.job.options.get("lora", ()), folder.sizes)
-    branches = branch_bytes(uses, folder.sizes, getattr(mx, pipe.dtype))
-    pipe.memory = (pipe.memory or memory.machine_memory()) - branches
-    return pipe.plan(first.request), branches
+    beside = branch_bytes(uses, folder.sizes, getattr(mx, pipe.dtype))
+    if checked_previews and pipe.policy and pipe.policy.check == "filters":
+        beside += needed_bytes()
+    pipe.memory = (pipe.memory or memory.machine_memory()) - beside
+    return pipe.plan(first.request), beside
 
 
 def _model(one: Installed, *, loaded: str | None, usual: str | None) -> dict[str, Any]:

@@ -208,9 +208,9 @@ class Queue:
     def _run(self, job: PageJob) -> None:
         job.state, job.started = "running", job.started or time.time()
         self._keep(job, is_moved=True)
-        previews = self._store.settings(SETTINGS)["previews"]
+        wanted = self._store.settings(SETTINGS)
         try:
-            self._runner.run(job, previews=previews, started=self._keep)
+            self._runner.run(job, previews=wanted["previews"], checked=wanted["checked_previews"], started=self._keep)
             state = "done"
         except FluxKreaError as error:
             if self._is_stopping and not job.is_cancelled and len(job.pictures) < len(job.seeds):

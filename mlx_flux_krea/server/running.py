@@ -65,12 +65,13 @@ class Runner:
             gc.collect()
             Worker().run(mx.clear_cache)
 
-    def run(self, job: PageJob, *, previews: bool, started: Callable[[PageJob], None]) -> None:
+    def run(self, job: PageJob, *, previews: bool, checked: bool, started: Callable[[PageJob], None]) -> None:
         """Runs a job until every picture has an outcome, which it then holds.
 
         Args:
             job: the job; `checkpoint` is the file that it resumes from, if that is still there.
             previews: show each step, where the model requires nothing.
+            checked: show up to two previews that have passed the filters, where it requires them.
             started: called once the name of its checkpoint is known.
 
         Raises:
@@ -83,13 +84,15 @@ class Runner:
             return
         console.run, job.checkpoint = run, run.checkpoint.path.stem
         started(job)
-        wanted = job.request.get("preview", previews)
-        watch = _Preview(job, self._tell) if wanted else None
+        show, wanted = _Preview(job, self._tell), job.request.get("preview", True)
+        watch, watch_checked = (show if wanted and setting else None for setting in (previews, checked))
         try:
             pipe = self._open(model_options(run))
             if run.is_resumed:
                 make_ready(run, pipe, console)
-            generation = Generation(console, as_json=True, pipe=pipe, is_last=False, preview=watch)
+            generation = Generation(
+                console, as_json=True, pipe=pipe, is_last=False, preview=watch, checked_preview=watch_checked
+            )
             generation.run(run)
         except Withheld as error:
             for _ in run.remaining:

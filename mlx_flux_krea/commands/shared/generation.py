@@ -89,6 +89,7 @@ class Generation:
         pipe: an open pipeline; None: the model of a run is opened once its options are known to be good.
         is_last: the command ends with a run, so that signals are ignored once its last picture is saved.
         preview: sees each step of a model that requires nothing, instead of --preview.
+        checked_preview: sees unfinished pictures of other models that have passed the filters.
     """
 
     def __init__(
@@ -99,9 +100,10 @@ class Generation:
         pipe: FluxPipeline | None = None,
         is_last: bool = True,
         preview: Callable | None = None,
+        checked_preview: Callable | None = None,
     ):
         self._console, self._as_json, self._pipe, self._is_last = console, as_json, pipe, is_last
-        self._preview = preview
+        self._preview, self._checked_preview = preview, checked_preview
 
     def run_options(self, base: dict, given: dict, force: bool) -> list[int]:
         """Generates all pictures of some options.
@@ -216,6 +218,7 @@ class Generation:
                         job.given,
                         progress=progress,
                         preview=preview,
+                        checked_preview=self._checked_preview,
                         checkpoint=run.checkpoint,
                         before_release=signals.hold,  # pictures that the log calls released are saved despite a signal
                         meant_for=meant_for(_output(run, job.job), job.job.options),
