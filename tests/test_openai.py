@@ -1,6 +1,7 @@
 """OpenAI's own Python client, on the page's HTTP interface: generate, edit, stream, errors; and review on the page."""
 
 import base64
+import http.client
 import io
 import json
 import shutil
@@ -197,3 +198,12 @@ def test_without_filters_nothing_is_generated(strict):
     job = strict.make(prompt="a dog", **TINY)
     assert (job["state"], job["error"]["code"], job["pictures"]) == ("failed", "filters_unavailable", [])
     assert str(strict.home) not in json.dumps(job)
+
+
+def test_a_client_that_goes_away_cancels_its_job(server):
+    body = {"model": "nano", "prompt": RED, "steps": 1000}
+    connection = http.client.HTTPConnection("127.0.0.1", server.port)
+    connection.request("POST", "/v1/images/generations", json.dumps(body), {"Authorization": f"Bearer {server.token}"})
+    job = server.until(lambda one: next((j for j in one.good("GET", "/api/queue")["jobs"] if j["progress"]), None))
+    connection.close()
+    assert server.ended(job["id"])["state"] == "cancelled"

@@ -1,19 +1,22 @@
 """flux-krea ui: the queue, the pictures, the door; with a real server on 127.0.0.1 and the small models."""
 
+import hashlib
 import http.client
 import io
 import json
 import random
 import re
+import shutil
 import signal
 import socket
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, run_command
+from helpers import ROOT, edit_json, run_command
 from PIL import Image
 from served import Served, serving
 
+from mlx_flux_krea.filters import acknowledgement
 from mlx_flux_krea.server import errors, fields, openai
 from mlx_flux_krea.server.api import ROUTES
 from mlx_flux_krea.server.events import KEPT, Events
@@ -380,6 +383,49 @@ def test_a_killed_server_continues_its_queue_with_the_same_bytes(tmp_path):
         assert (full["request"]["seed"], full["request"]["model"]) == (7, "nano")
         other = run_command("ui", "--no-open", cwd=tmp_path, FLUX_KREA_HOME=str(home))
         assert (other.returncode, "runs already" in other.stderr) == (2, True)
+
+
+@pytest.mark.slow
+def test_a_run_is_taken_up_where_the_database_is_lost_too(tmp_path):
+    slow = Served(tmp_path / "home", step=0.2)
+    key = slow.good("POST", "/api/queue", RED)["id"]
+    slow.until(lambda s: (s.good("GET", f"/api/queue/{key}")["preview"] or {}).get("step", 0) >= 2)
+    slow.stop(signal.SIGKILL)
+    for path in slow.home.glob("page.sqlite*"):
+        path.unlink()
+    with serving(slow.home) as again:
+        job = again.ended(key)
+        assert (job["state"], job["seeds"], job["request"]["prompt"]) == ("done", [7], RED["prompt"])
+
+
+@pytest.mark.slow
+def test_setup_on_the_page_shows_the_licence_and_takes_the_agreement(model, tmp_path):
+    folder = tmp_path / "home" / "models" / "tiny"
+    shutil.copytree(model, folder)
+    index = folder / "model_index.json"
+    small = {"width": 32, "height": 32, "num_inference_steps": 2, "guidance_scale": 4.5}
+    edit_json(index, filters="required", defaults=small)
+    facts = {"sha256": hashlib.sha256(index.read_bytes()).hexdigest(), "bytes": index.stat().st_size}
+    edit_json(folder / "manifest.json", **{"model_index.json": facts})
+    with serving(tmp_path / "home") as server:
+        assert server.good("GET", "/api/setup")["missing"] == ["filters", "licence"]
+        for wrong in ({"check": "none"}, {"accept_licence": "x"}, {"model": "/tmp"}, {"offline": 1}):
+            assert server.ask("POST", "/api/setup", wrong)[0] == 400
+        server.good("POST", "/api/setup", {"check": "review"})
+
+        def ended(one):
+            state = one.good("GET", "/api/setup")
+            return None if state["running"] else state
+
+        state = server.until(lambda one: (ended(one) or {}).get("licence") and ended(one))
+        assert state["licence"]["text"] == acknowledgement.find_text(folder)[1].decode().strip()
+        assert [step["name"] for step in state["steps"] if step["state"] == "done"] == ["weights", "checks"]
+        server.good("POST", "/api/setup", {"check": "review", "accept_licence": state["licence"]["sha256"]})
+        state = server.until(ended)
+        assert {step["state"] for step in state["steps"]} == {"done"}, state
+        assert (state["ready"], state["missing"], state["error"], state["licence"]) == (True, [], None, None)
+        assert len(server.good("GET", "/api/review")["pictures"]) == 1
+        assert str(tmp_path) not in json.dumps(state)
 
 
 def test_the_server_is_a_verb_with_no_option_for_another_address():

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_flux_krea import home
+from mlx_flux_krea.checkpoint import Checkpoint
 from mlx_flux_krea.commands.shared import settings
 from mlx_flux_krea.commands.shared.generation import over_config
 from mlx_flux_krea.commands.shared.jobs import PictureJob, make_jobs, prepare
@@ -152,3 +153,33 @@ def outcome(job: PageJob, index: int, said: str, path: Path | None, review: str 
     if said == "waiting":
         return about | {"outcome": "waiting", "review": review}
     return about | {"outcome": "withheld", "reason": said.partition(": ")[2] or said}
+
+
+def job_of_checkpoint(path: Path) -> PageJob | None:
+    """Returns the job of an unfinished run whose pictures are the page's; None: it is another run, or damaged.
+
+    Args:
+        path: of the checkpoint.
+    """
+    try:
+        opened = Checkpoint.read(path)
+    except UsageError:
+        return None
+    opened.close()
+    try:
+        made, when = opened.run["jobs"], path.stat().st_mtime
+        outputs = [Path(one["output"]) for one in made]
+        keys = {(output.parent, named and named[0]) for output in outputs for named in [pictures.job_of(output.name)]}
+        ((folder, key),) = keys
+        options = made[0]["options"]
+        request = {name: options[name] for name in fields.PLAIN if options.get(name) is not None}
+        request["seed"] = made[0]["seed"]
+        seeds = [int(one["seed"]) for one in made]
+    except (KeyError, TypeError, ValueError, IndexError, OSError):
+        return None
+    if key is None or folder.resolve() != home.path(home.PICTURES).resolve():
+        return None
+    model = Path(str(opened.run.get("options", {}).get("model", ""))).name
+    job = PageJob(id=key, request=request, model=model, seeds=seeds, created=when)
+    job.checkpoint = path.stem
+    return job

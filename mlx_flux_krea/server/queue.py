@@ -10,13 +10,14 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from mlx_flux_krea.checkpoint import unfinished
 from mlx_flux_krea.commands.shared import signals
 from mlx_flux_krea.errors import FluxKreaError
 
 from . import fields, reviews, uploads
 from .errors import HTTPProblem, bug, not_found, refusal
 from .events import Events
-from .jobs import PageJob, job_of_row, new_job
+from .jobs import PageJob, job_of_checkpoint, job_of_row, new_job
 from .pictures import Pictures
 from .running import Runner
 from .store import Store
@@ -43,8 +44,18 @@ class Queue:
         self._runner = Runner(self.find_image, self._told)
         self._change = threading.Condition()
         self._jobs = {row["id"]: job_of_row(row) for row in store.rows("SELECT * FROM jobs")}
+        if store.is_new:
+            self._recover()
         self._is_stopping = False
         self._thread = threading.Thread(target=self._work, name="flux-krea-queue", daemon=True)
+
+    def _recover(self) -> None:
+        """Takes up the unfinished runs of a page whose database was lost."""
+        for path in reversed(unfinished()):
+            if job := job_of_checkpoint(path):
+                job.place = 1 + len(self._jobs)
+                self._jobs[job.id] = job
+                self._store.insert("jobs", job.to_row())
 
     # --- for any thread ---
 
