@@ -32,9 +32,10 @@ _MOST_GB = 4096  # a number up to this, without a unit, is of gigabytes
 # float32 and in 16 bits (whose element-wise kernels compute in float32 there), and on Metal.
 _BLOCK = {"cpu": {4: (15, 28), 2: (26, 55)}, "gpu": {4: (12, 18), 2: (12, 18)}}
 _DENSE = {4: 9, 2: 10}  # bytes a weight that the CPU dequantizes takes on its way to float32 and to 16 bits
-# Bytes of a pixel of an input image: as Pillow holds it, and of a copy while it is resized or hashed.
-_HELD, _COPIED = 4, 3
-_PASTED = 13  # bytes of a pixel of a picture that comes back into its image: both, and their masks
+# Bytes of a pixel of the image that a picture comes back into, its mask included, and of a pixel of the picture at the
+# size of its part: where pixels are bytes, and where they are float32.
+_PASTED = {False: (9, 4), True: (16, 14)}
+HELD, _COPIED = 4, 3  # bytes of a pixel of an image in memory, as Pillow holds it, and of its array
 _EDGES = 120  # bytes of a pixel while edges are found, in numpy
 _HEAD = {"cpu": 41, "gpu": 12}  # bytes of a pixel and of each of its features in the head of the depth network
 _STRIPS = {"cpu": {4: 12, 2: 24}, "gpu": {4: 6, 2: 6}}
@@ -86,6 +87,35 @@ class WeightSizes:
         """Bytes of a folder that holds them, where the compute type is the stored one."""
         blocks = (sum(sizes.stored) for sizes in (self.blocks, self.modulation, self.t5))
         return sum(blocks) + self.rest + self.t5_rest + self.clip + self.encoder + self.decoder
+
+
+@dataclass(frozen=True)
+class InputNeeds:
+    """Images that a run starts from or reads.
+
+    Attributes:
+        held: bytes of all of them, which stay in memory.
+        read: bytes of the largest, of which there are two while its file is read.
+        pasted: bytes while a picture comes back into its image; 0: it does not.
+    """
+
+    held: int
+    read: int
+    pasted: int = 0
+
+
+def input_needs(images: Sequence[int], whole: int = 0, part: int = 0, *, as_floats: bool = False) -> InputNeeds | None:
+    """Returns the memory of input images; None: there are none.
+
+    Args:
+        images: bytes of each.
+        whole: pixels of the image that a picture comes back into, or 0.
+        part: pixels of the part of it where the picture has its place.
+        as_floats: the pixels are float32.
+    """
+    whole_bytes, part_bytes = _PASTED[as_floats]
+    pasted = whole_bytes * whole + part_bytes * part
+    return InputNeeds(sum(images), max(images), pasted) if images else None
 
 
 @dataclass(frozen=True)
@@ -355,8 +385,7 @@ def make_plan(
     text_length: int,
     steps: int = 28,
     conditions: int = 1,
-    input_pixels: int = 0,
-    pasted_pixels: int = 0,
+    images: InputNeeds | None = None,
     style: StyleNeeds | None = None,
     map_bytes: int = 0,
     references: Sequence[tuple[int, int]] = (),
@@ -376,8 +405,7 @@ def make_plan(
         text_length: S, tokens of T5.
         steps: n.
         conditions: prompts and negative prompts of the run.
-        input_pixels: of all images that the run starts from or reads; 0: none.
-        pasted_pixels: of the image that a picture comes back into; 0: it does not.
+        images: that the run starts from or reads; None: there are none.
         references: width and height at which FLUX.1 Kontext reads each of its references.
         style: style images; None: there are none.
         map_bytes: from `map_needs`; 0: no map is made.
@@ -398,10 +426,10 @@ def make_plan(
     modulations = 12 * flux.depth + 3 * flux.depth_single_blocks + 2
     rows = steps * conditions * modulations * flux.hidden_size * dtype.size
     always = weights.rest + rows  # of the transformer, from one picture to the next
-    always += _HELD * input_pixels + adapters
+    always += (images.held if images else 0) + adapters
     texts = conditions * text_length * flux.hidden_size * dtype.size
     if style:
-        always += _HELD * style.pixels + style.kept(dtype.size)
+        always += HELD * style.pixels + style.kept(dtype.size)
         texts += style.prompts * style.tokens * flux.hidden_size * dtype.size
     stages = {
         "text": weights.t5_rest
@@ -411,11 +439,11 @@ def make_plan(
         + working.text(sizes.t5, text_length),
         **({"style": working.style(style)} if style else {}),
         **({"map": map_bytes} if map_bytes else {}),
-        **({"image": weights.encoder + _COPIED * input_pixels} if input_pixels else {}),
+        **({"image": weights.encoder + images.read} if images else {}),
         "modulation": _slots(weights.modulation.stored, weights.modulation.cast)
         + working.dense(weights.modulation.dense),
         "denoise": cached + texts + working.dense(blocks.dense) + working.block(flux, tokens),
-        "decode": weights.decoder + _PASTED * pasted_pixels,
+        "decode": weights.decoder + (images.pasted if images else 0),
     }
 
     if dtype == mx.float16:  # a step that exceeds its range is repeated by another network, in bfloat16
@@ -435,7 +463,7 @@ def make_plan(
     least, most = _peaks(smaller, blocks, set()), max(needs.values()) + sum(blocks.computed)
     if max(least.values()) > budget:
         worst = max(least, key=lambda stage: least[stage])
-        smaller_one = "input image or picture" if input_pixels else "picture"
+        smaller_one = "input image or picture" if images else "picture"
         raise ResourceError(
             f"{width} x {height} needs {_size(least[worst])} of memory to {_VERBS[worst]}, "
             f"and {_size(budget)} may be used",

@@ -35,6 +35,7 @@ from .memory import (
     MemoryPlan,
     StyleNeeds,
     WeightSizes,
+    input_needs,
     machine_memory,
     make_plan,
     map_needs,
@@ -616,8 +617,9 @@ class FluxPipeline(AdapterMethods, compat.DiffusersMethods):
             text_length=resolved.max_sequence_length,
             steps=resolved.num_inference_steps,
             conditions=resolved.prompts * (2 if resolved.true_cfg else 1),
-            input_pixels=resolved.inputs.pixels,
-            pasted_pixels=resolved.inputs.pasted_pixels,
+            images=input_needs(
+                resolved.inputs.bytes, *resolved.inputs.pasted_pixels, as_floats=resolved.output_type == "np"
+            ),
             references=resolved.inputs.sizes,
             style=self._style_needs(resolved),
             map_bytes=self._map_needs(resolved),
@@ -793,7 +795,8 @@ class FluxPipeline(AdapterMethods, compat.DiffusersMethods):
         if request.output_type == "np":
             pixels = [np.asarray(image, np.float32) / 255 if self.policy else image for image in images]
             width, height = request.picture_size
-            images = np.stack(pixels) if pixels else np.empty((0, height, width, 3), np.float32)
+            images = np.stack(pixels) if len(pixels) != 1 else pixels[0][None]
+            images = images if pixels else np.empty((0, height, width, 3), np.float32)
         return Result(
             images,
             outcomes,

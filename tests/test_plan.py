@@ -15,7 +15,16 @@ from PIL import Image
 from mlx_flux_krea import FluxPipeline, nano
 from mlx_flux_krea.commands import plan as plan_verb
 from mlx_flux_krea.errors import ResourceError, UsageError
-from mlx_flux_krea.memory import GB, machine_memory, make_plan, parse_memory, step_flops, weigh, weigh_folder
+from mlx_flux_krea.memory import (
+    GB,
+    input_needs,
+    machine_memory,
+    make_plan,
+    parse_memory,
+    step_flops,
+    weigh,
+    weigh_folder,
+)
 from mlx_flux_krea.models import config
 from mlx_flux_krea.presets import CHIPS
 from mlx_flux_krea.weights import layer_widths, open_model
@@ -109,17 +118,18 @@ def test_what_needs_more_says_so():
     assert plan_of(weights, side=1536).least > one.least
     assert plan_of(weights, steps=50, conditions=2).stages["modulation"] > one.stages["modulation"]
     assert "image" not in one.stages
-    assert plan_of(weights, input_pixels=1).stages["image"] > 0
+    assert plan_of(weights, images=input_needs([4])).stages["image"] > 0
     assert weights_of(dtype=mx.float32).blocks.computed[0] == 2 * weights.blocks.computed[0]
 
 
 def test_an_input_image_is_counted_for_as_long_as_it_is_held(model):
     """Pillow holds 96 MB of 6000 x 4000 pixels, through every stage, and a copy while it is resized."""
     weights = weights_of()
-    without, held = plan_of(weights, budget=100 * GB), plan_of(weights, input_pixels=6000 * 4000, budget=100 * GB)
+    large, small = input_needs([96_000_000]), input_needs([4])
+    without, held = plan_of(weights, budget=100 * GB), plan_of(weights, images=large, budget=100 * GB)
     more = {stage: held.stages[stage] - need for stage, need in without.stages.items()}
     assert set(more.values()) == {96_000_000}
-    assert plan_of(weights, input_pixels=6000 * 4000).stages["image"] > plan_of(weights, input_pixels=1).stages["image"]
+    assert plan_of(weights, images=large).stages["image"] > plan_of(weights, images=small).stages["image"]
     pipe = FluxPipeline.from_pretrained(model, memory="60MB")
     sizes = {"prompt": "a", "width": 32, "height": 32}
     assert pipe.plan(**sizes, image=Image.new("RGB", (64, 64))).peak < 60e6

@@ -231,7 +231,9 @@ class Canvas:
         width, height = self.size
         made = _resized(picture, width, height, "crop" if self.fit == "pad" else "stretch")
         in_bytes, whole = picture.dtype == np.uint8, np.array(self.image)
-        whole = whole if in_bytes else whole.astype(np.float32) / np.float32(255)
+        if not in_bytes:
+            whole = whole.astype(np.float32)
+            whole /= 255
         left, top, right, bottom = self.box
         shares = np.asarray(_cut(seam(mask, soft=soft), self.box))
         for first in range(0, height, _STRIP):  # in float32 the whole takes a gigabyte

@@ -4,7 +4,6 @@ What `image` means is the model's task: text to image starts from it, or repaint
 a reference; Fill fills it; a control model starts from it as text to image does, beside its `control_image`.
 """
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -16,7 +15,7 @@ from .. import presets
 from ..errors import UsageError
 from .arguments import ImageArguments, check_arguments, needs_mask
 from .canvas import Canvas, fit_to, parse_borders
-from .image import OPAQUE, filled
+from .image import OPAQUE, filled, pixels_sha256
 from .reference import preferred_size, reference_size
 
 
@@ -72,16 +71,19 @@ class Inputs:
         return presets.MASK_STRENGTH if self.is_masked else presets.STRENGTH
 
     @property
-    def pixels(self) -> int:
-        """Number of pixels of all images, an expanded one beside the one that it was made of."""
+    def bytes(self) -> tuple[int, ...]:
+        """Bytes of each image in memory, of an expanded one and of the one that it was made of."""
         images = {id(image): image for image in self.given.values()}
         images |= {id(self.canvas.image): self.canvas.image} if self.canvas else {}
-        return sum(image.width * image.height for image in images.values())
+        return tuple(_BYTES[image.mode] * image.width * image.height for image in images.values())
 
     @property
-    def pasted_pixels(self) -> int:
-        """Number of pixels of the image that a picture comes back into, or 0."""
-        return self.canvas.image.width * self.canvas.image.height if self.paste and self.canvas else 0
+    def pasted_pixels(self) -> tuple[int, int]:
+        """Pixels of the image that a picture comes back into, and of the part where it has its place; or 0, 0."""
+        if not self.paste or not self.canvas:
+            return 0, 0
+        (wide, high), (left, top, right, bottom) = self.canvas.image.size, self.canvas.box
+        return wide * high, (right - left) * (bottom - top)
 
     def picture_size(self, width: int, height: int) -> tuple[int, int]:
         """Returns the size of a finished picture, of which a part of this size was generated."""
@@ -115,10 +117,13 @@ class Inputs:
         return {name: _facts(image) for name, image in self.given.items()} | dict(self.more)
 
 
+_BYTES = {"RGB": 4, "L": 1}  # of a pixel, as Pillow holds it
+
+
 def _facts(image: Image.Image) -> dict[str, Any]:
     """Returns size and hash of an image: upright, before resizing."""
     name = "rgb_sha256" if image.mode == "RGB" else "grey_sha256"
-    return {"width": image.width, "height": image.height, name: hashlib.sha256(image.tobytes()).hexdigest()}
+    return {"width": image.width, "height": image.height, name: pixels_sha256(image)}
 
 
 def gather_inputs(given: ImageArguments, task: str, *, has_control: bool, kind: str | None = None) -> Inputs:

@@ -1,5 +1,6 @@
 """Input images: any file, PIL image or array, as the networks that read images need it."""
 
+import hashlib
 import io
 import logging
 import os
@@ -78,6 +79,14 @@ def open_image(image: Any, argument: str = "image") -> Image.Image | None:
     if alpha is not None:
         flat.info["alpha"] = alpha if turn is None else alpha.transpose(turn)
     return flat
+
+
+def pixels_sha256(image: Image.Image) -> str:
+    """Returns the hash of an image's bytes, row by row, without a copy of the whole."""
+    digest = hashlib.sha256()
+    for top in range(0, image.height, _STRIP):
+        digest.update(image.crop((0, top, image.width, min(top + _STRIP, image.height))).tobytes())
+    return digest.hexdigest()
 
 
 def filled(image: Image.Image) -> Image.Image:
