@@ -9,8 +9,8 @@ is the distance of the usual 28 steps. Intervals are of 95 %, from prompts drawn
 for a mode and for the bar. Thresholds of first-block are found on other prompts, so that about as many steps are
 computed as the row says.
 
-`--record` keeps the figures of each prompt, one line of JSON a prompt: started again with it, the benchmark goes on, and
-with as many prompts as the file has, it prints the tables alone.
+`--record` keeps the figures of each prompt, one line of JSON a prompt: started again with it, the benchmark goes on,
+and with as many prompts as the file has, it prints the table alone.
 """
 
 import argparse
@@ -33,6 +33,7 @@ from mlx_flux_krea.sampling.rules import skip_steps
 Call = Mapping[str, Any]  # arguments of the pipeline
 COUNTS = 10, 14, 20
 YARDSTICK, BAR = "200 steps", "28 steps"
+SHEET = YARDSTICK, BAR, "16, skip", "14, skip, dpmpp_2m, beta", "14, Euler", "10, dpmpp_2m, beta", "10, Euler"
 _DRAWS = 2000  # of prompts, for an interval
 _CALIBRATION = 12  # prompts that thresholds are found on
 
@@ -199,10 +200,9 @@ def table(records: Sequence[dict]) -> None:
             f"{value:.4f} ({low:.4f} to {high:.4f})" for value, low, high in (found["median"], found["worst tenth"])
         ]
         usual = "" if name == BAR or not found["from usual"] else "{:.1f} ({:.1f})".format(*found["from usual"])
-        print(
-            f"| {name} | {found['evaluations']:.1f} | {' | '.join(cells)} | {'' if name == BAR else verdict(found)} "
-            f"| {found['psnr'][0]:.1f} ({found['psnr'][1]:.1f}) | {found['ssim']:.4f} | {found['right']:.1%} | {usual} |"
-        )
+        cells += ["" if name == BAR else verdict(found), "{:.1f} ({:.1f})".format(*found["psnr"])]
+        cells += [f"{found['ssim']:.4f}", f"{found['right']:.1%}", usual]
+        print(f"| {name} | {found['evaluations']:.1f} | {' | '.join(cells)} |")
 
 
 def sheet(pipe: FluxPipeline, records: Sequence[dict], path: Path, columns: Sequence[str], asked: Mapping[str, Call]):
@@ -234,7 +234,7 @@ def main() -> None:
                 given.record.write_text("".join(json.dumps(line) + "\n" for line in (head, *records)))
     table(records)
     if given.sheet:
-        sheet(pipe, records, given.sheet, [YARDSTICK, BAR, "14, skip", "14, dpmpp_2m", "14, Euler"], asked)
+        sheet(pipe, records, given.sheet, SHEET, asked)
 
 
 def _read(path: Path | None) -> list[dict]:

@@ -51,6 +51,17 @@ def test_the_first_command_installs_and_makes_a_right_picture(workplace):
     assert Image.open(workplace / "demo-large.png").size == (480, 480)
 
 
+@pytest.mark.slow
+def test_commands_with_fewer_evaluations_draw_what_they_ask_for(tmp_path):
+    """Those of docs/fewer-steps.md."""
+    page = (ROOT / "docs" / "fewer-steps.md").read_text()
+    (commands,) = re.findall(r"```sh\n(.*?)```", page, re.DOTALL)
+    run(f"set -e\n{commands}", tmp_path)
+    made = sorted(tmp_path.glob("*.png"))
+    assert len(made) == commands.count("flux-krea generate") == 4
+    assert all(is_right(Image.open(path), [("star", "red")], "blue") for path in made)
+
+
 def test_the_second_command_is_the_one_that_runs_this():
     assert blocks("sh")[1] == "python -m pytest\n"
     assert "python -m pytest\n" in (ROOT / ".ci" / "run").read_text()
@@ -72,6 +83,7 @@ SHOWN = {
     "a green star on a blue background": ([("star", "green")], "blue"),
     "a large circle on a blue background": None,  # its colour is not said, and must not be the negative prompt's
     "a large red cross on a white background": ([("cross", "red")], "white"),
+    "a large red star on a blue background": ([("star", "red")], "blue"),
     "a large green cross on a white background": ([("cross", "green")], "white"),
     "a large pink square on a white background": ([("square", "pink")], "white"),
     "a large blue ring on a yellow background": ([("ring", "blue")], "yellow"),
@@ -90,7 +102,7 @@ def shows(path: Path) -> bool:
 @pytest.mark.slow
 def test_the_other_commands_work_in_their_order_and_draw_what_they_say(workplace):
     commands = [line for block in blocks("sh")[2:] for line in block.splitlines()]
-    assert len(commands) == 26
+    assert len(commands) == 27
     for command in commands:
         run(command, workplace)
     made = {path.name for path in workplace.glob("*.[pw]*") if not re.search("large|sheet", path.name)}
