@@ -17,7 +17,7 @@ from test_preview import MAP
 from mlx_flux_krea.commands.shared.reviewing import QUESTIONS
 from mlx_flux_krea.filters.log import Log
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.page
 
 RED = "a red circle on a blue background"
 SMALL = {"extra_body": {"seed": 7, "steps": 4}}

@@ -139,7 +139,7 @@ def test_the_openapi_file_is_current_and_has_every_route():
 # --- the door ---
 
 
-@pytest.mark.slow
+@pytest.mark.page
 @pytest.mark.parametrize(
     ("headers", "status"),
     [
@@ -168,7 +168,7 @@ def test_whoever_is_not_the_page_gets_no_answer(server, headers, status):
     assert server.raw("GET", f"/api/status?token={server.token}", Authorization="")[0] == 401
 
 
-@pytest.mark.slow
+@pytest.mark.page
 def test_paths_lead_nowhere(server):
     for path in ("/../../../etc/passwd", "/%2e%2e/%2e%2e/api.py", "/..%2fapi.py", "/page/../api.py", "//etc/passwd"):
         assert server.raw("GET", path)[0] in (404, 400), path
@@ -178,7 +178,7 @@ def test_paths_lead_nowhere(server):
     assert server.ask("DELETE", "/api/pictures/..%2fpage.sqlite")[0] in (404, 405)
 
 
-@pytest.mark.slow
+@pytest.mark.page
 def test_random_bodies_are_refused_without_a_traceback(server):
     draw = random.Random(24)
     values = [None, True, -1, 2**70, 1e400, "x" * 3000, "\0", "<script>", [], {}, [[[]]], {"a": {"b": None}}, "7:3"]
@@ -199,7 +199,7 @@ def test_random_bodies_are_refused_without_a_traceback(server):
     assert "Traceback" not in server.said()
 
 
-@pytest.mark.slow
+@pytest.mark.page
 def test_what_is_too_large_is_refused_before_it_is_read(server):
     assert server.raw("POST", "/api/queue", b" " * 1_100_000)[0] == 413
     with socket.create_connection(("127.0.0.1", server.port)) as connection:  # states more than it sends
@@ -215,7 +215,7 @@ def test_what_is_too_large_is_refused_before_it_is_read(server):
         assert server.raw("POST", "/api/uploads", body)[0] == 400
 
 
-@pytest.mark.slow
+@pytest.mark.page
 def test_a_thousand_idle_streams_do_not_stop_the_worker(server):
     head = f"GET /api/events HTTP/1.1\r\nHost: 127.0.0.1:{server.port}\r\nAuthorization: Bearer {server.token}\r\n\r\n"
     connections = []
@@ -236,7 +236,7 @@ def test_a_thousand_idle_streams_do_not_stop_the_worker(server):
 # --- queue and pictures ---
 
 
-@pytest.mark.slow
+@pytest.mark.page
 def test_pictures_are_those_of_generate_and_are_found_again(server, made, tmp_path):
     assert [one["outcome"] for one in made["pictures"]] == ["released"] * 2
     assert made["seeds"] == [7, 8]
@@ -261,7 +261,7 @@ def test_pictures_are_those_of_generate_and_are_found_again(server, made, tmp_pa
     assert server.good("GET", "/api/prompts?query=red")["prompts"][0]["prompt"] == RED["prompt"]
 
 
-@pytest.mark.slow
+@pytest.mark.page
 def test_a_dropped_picture_fills_the_form_and_an_image_is_edited(server, made):
     data = server.raw("GET", f"/api/pictures/{made['pictures'][0]['picture']}/file")[2]
     kept = json.loads(server.raw("POST", "/api/uploads", data)[2])
@@ -276,7 +276,7 @@ def test_a_dropped_picture_fills_the_form_and_an_image_is_edited(server, made):
     assert "/" not in json.dumps(full["record"].get("adapters", ""))
 
 
-@pytest.mark.slow
+@pytest.mark.page
 def test_events_follow_a_job_and_continue_after_a_break(server):
     def read(last: str, until: str) -> tuple[list[str], str]:
         connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
@@ -301,7 +301,7 @@ def test_events_follow_a_job_and_continue_after_a_break(server):
     assert read("deadbeef-3", "reset")[0] == ["reset"]
 
 
-@pytest.mark.slow
+@pytest.mark.page
 def test_jobs_are_ordered_and_cancelled_and_the_queue_is_bounded(server):
     running = server.good("POST", "/api/queue", LONG | {"steps": 1000})
     one, two, three = (server.good("POST", "/api/queue", RED | {"seed": seed})["id"] for seed in (1, 2, 3))
@@ -321,7 +321,7 @@ def test_jobs_are_ordered_and_cancelled_and_the_queue_is_bounded(server):
     assert list((server.home / "interrupted").glob("*.safetensors")) == []
 
 
-@pytest.mark.slow
+@pytest.mark.page
 def test_a_removed_picture_is_in_the_trash(server):
     key = server.make(**RED, format="jpeg")["pictures"][0]["picture"]
     assert server.good("DELETE", f"/api/pictures/{key}") == {"id": key, "trash": True}
@@ -329,7 +329,7 @@ def test_a_removed_picture_is_in_the_trash(server):
     assert len(list((server.home.parent / "data" / "Trash" / "files").iterdir())) == 1
 
 
-@pytest.mark.slow
+@pytest.mark.page
 def test_facts_for_the_page(server):
     (nano,) = server.good("GET", "/api/models")["models"]
     assert (nano["name"], nano["default"], nano["previews"], nano["requires_filters"]) == ("nano", True, "live", False)
@@ -353,7 +353,7 @@ def test_facts_for_the_page(server):
 # --- kills and losses ---
 
 
-@pytest.mark.slow
+@pytest.mark.page
 def test_a_killed_server_continues_its_queue_with_the_same_bytes(tmp_path):
     home = tmp_path / "home"
     with serving(tmp_path / "other") as whole:
@@ -385,7 +385,7 @@ def test_a_killed_server_continues_its_queue_with_the_same_bytes(tmp_path):
         assert (other.returncode, "runs already" in other.stderr) == (2, True)
 
 
-@pytest.mark.slow
+@pytest.mark.page
 def test_a_run_is_taken_up_where_the_database_is_lost_too(tmp_path):
     slow = Served(tmp_path / "home", step=0.2)
     key = slow.good("POST", "/api/queue", RED)["id"]
@@ -398,7 +398,7 @@ def test_a_run_is_taken_up_where_the_database_is_lost_too(tmp_path):
         assert (job["state"], job["seeds"], job["request"]["prompt"]) == ("done", [7], RED["prompt"])
 
 
-@pytest.mark.slow
+@pytest.mark.page
 def test_setup_on_the_page_shows_the_licence_and_takes_the_agreement(model, tmp_path):
     folder = tmp_path / "home" / "models" / "tiny"
     shutil.copytree(model, folder)
