@@ -206,15 +206,14 @@ VERBS = {
     "settings": "config",
     "schema": "tool-schema",
     "completions": "completion",
+    "web": "ui",
+    "serve": "ui",
+    "server": "ui",
+    "gui": "ui",
 }
 
 # Verbs of other tools for work that is not done here.
 MISSING_VERBS = {
-    "ui": "there is no page yet",
-    "web": "there is no page yet",
-    "serve": "there is no server yet",
-    "server": "there is no server yet",
-    "gui": "there is no page yet",
     "train": "training is not supported",
     "upscale": _ENLARGING,
     "inpaint": "flux-krea generate TEXT --image FILE --mask MASK",
