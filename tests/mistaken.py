@@ -27,6 +27,8 @@ ROWS = [
     ("modles", 2, "did you mean flux-krea models"),
     ("purg", 2, "there is no command 'purg'", "expected bench, completion"),
     ("gui", 2, "write flux-krea ui"),
+    ("ui --host 0.0.0.0", 2, "there is no option --host"),
+    ("ui --port 70000", 2, "expected a whole number from 1 to 65535"),
     ("serve", 2, "write flux-krea ui"),
     ("train", 2, "training is not supported"),
     ("help", 2, "write flux-krea --help"),

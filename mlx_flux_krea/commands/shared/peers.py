@@ -141,7 +141,7 @@ OPTIONS = (
     ("teacache cache_mode go_fast turbo", "sd.cpp, Replicate, ComfyUI", _SHORTCUT),
     ("debug", "many", "write --verbose"),
     ("quiet silent", "many", "write 2>/dev/null: results alone go to standard output"),
-    ("api listen port share server", "A1111, ComfyUI", "there is no page or server yet"),
+    ("api listen port share server", "A1111, ComfyUI", "write flux-krea ui"),
 )  # fmt: skip
 
 # Options of `convert` and `setup`, in the same form.
