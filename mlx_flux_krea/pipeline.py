@@ -795,8 +795,7 @@ class FluxPipeline(AdapterMethods, compat.DiffusersMethods):
         if request.output_type == "np":
             pixels = [np.asarray(image, np.float32) / 255 if self.policy else image for image in images]
             width, height = request.picture_size
-            images = np.stack(pixels) if len(pixels) != 1 else pixels[0][None]
-            images = images if pixels else np.empty((0, height, width, 3), np.float32)
+            images = pixels[0][None] if len(pixels) == 1 else np.array(pixels, np.float32).reshape(-1, height, width, 3)
         return Result(
             images,
             outcomes,
