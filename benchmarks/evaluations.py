@@ -22,8 +22,7 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from nano import judge, scenes_to_judge
-from PIL import Image
+from nano import judge, save_grid, scenes_to_judge
 from tqdm import tqdm
 
 from mlx_flux_krea import FluxPipeline, nano
@@ -131,9 +130,7 @@ def drawn(pipe: FluxPipeline, sentence: str, seed: int, call: Call) -> tuple[np.
     made = pipe(
         sentence, seed=seed, progress=False, callback_on_step_end=lambda _, __, ___, kept: last.update(kept), **call
     )
-    steps = len(made.steps_computed[0])
-    evaluations = 2 * steps - 1 if call.get("solver") == "heun" else steps
-    return np.array(made.images[0]), last["latents"], evaluations
+    return np.array(made.images[0]), last["latents"], made.records[0]["evaluations"]
 
 
 def compare(pipe: FluxPipeline, scene: scenes.Scene, sentence: str, seed: int, asked: Mapping[str, Call]) -> dict:
@@ -211,8 +208,7 @@ def sheet(pipe: FluxPipeline, records: Sequence[dict], path: Path, columns: Sequ
     numbers = [int(order[round(share * (len(order) - 1))]) for share in (0.5, 0.9, 0.97, 1)]
     prompts = scenes_to_judge(len(records))
     rows = [[drawn(pipe, prompts[n][1], n, asked[name])[0] for name in columns] for n in numbers]
-    framed = np.pad(np.array(rows), ((0, 0), (0, 0), (2, 2), (2, 2), (0, 0)), constant_values=255)
-    Image.fromarray(np.concatenate(np.concatenate(framed, 1), 1)).save(path, optimize=True)
+    save_grid(np.array(rows), path)
     for n in numbers:
         print(f"{prompts[n][1]}: " + ", ".join(f"{name} {records[n][name]['distance']:.3f}" for name in columns))
 

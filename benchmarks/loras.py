@@ -22,8 +22,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 from mlx_flux_krea.convert.quantize import QuantizationRecipe
-from nano import background, judge, rounded
-from PIL import Image
+from nano import background, judge, rounded, save_grid
 
 from mlx_flux_krea import FluxPipeline, nano
 from mlx_flux_krea.adapters.parts import Facts
@@ -169,8 +168,7 @@ def sheet(path: Path, steps: int) -> None:
     """Writes pictures of three sentences, one row each, with each choice of weights."""
     pipe = loaded(nano.FOLDER)
     columns = [np.stack(drawn(pipe, weights, SHEET, steps)[0]) for weights in WEIGHTS]
-    framed = np.pad(np.stack(columns, 1), ((0, 0), (0, 0), (2, 2), (2, 2), (0, 0)), constant_values=255)
-    Image.fromarray(np.concatenate(np.concatenate(framed, 1), 1)).save(path, optimize=True)
+    save_grid(np.stack(columns, 1), path)
 
 
 def main() -> None:

@@ -243,6 +243,12 @@ def measure(
     return {things: right[things] / total[things] for things in sorted(total)}
 
 
+def save_grid(pictures: np.ndarray, path: Path) -> None:
+    """Writes pictures (rows, columns, H, W, 3) uint8 as one, with white between them."""
+    framed = np.pad(pictures, ((0, 0), (0, 0), (2, 2), (2, 2), (0, 0)), constant_values=255)
+    Image.fromarray(np.concatenate(np.concatenate(framed, 1), 1)).save(path, optimize=True)
+
+
 def reconstruction(folder: Path, count: int = 200) -> float:
     """Mean PSNR in dB of held-out scenes through encoder and decoder."""
     vae = FluxPipeline.from_pretrained(folder, dtype="float32").vae

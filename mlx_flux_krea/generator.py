@@ -386,7 +386,7 @@ class Generator:
             steps.cache.restore(held, {"velocity": shape, "stream": stream})
             if any(array is not None and array.shape != shape for array in (state.denoised, predicted)):
                 raise ValueError
-        except (ValueError, KeyError, StopIteration):
+        except (ValueError, KeyError):
             raise checkpoint.damaged() from None
         if done > steps.stop or (predicted is None and done == steps.stop < steps.count):
             found = f"`stop_after` is {steps.stop}, and {amount(done, 'step is', 'steps are')} done"

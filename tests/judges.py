@@ -1,10 +1,12 @@
 """Two small filters with real weights in a file: an eye for red pictures, and a reader that knows some names."""
 
 import json
+import shutil
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
+from helpers import acknowledge, edit_json
 
 from mlx_flux_krea.filters import judges as filters_judges
 from mlx_flux_krea.home import root as home
@@ -77,3 +79,13 @@ def install(record: bool = True) -> None:
 
 def load_judge(name: str, folder: Path, make_run=None):
     return CLASSES[name](folder)
+
+
+def filtered_copy(model: Path, folder: Path, monkeypatch) -> Path:
+    """A copy of a model as one whose licence requires filters, and both of them."""
+    shutil.copytree(model, folder)
+    edit_json(folder / "model_index.json", filters="required")
+    acknowledge(folder)
+    install()
+    monkeypatch.setattr(filters_judges, "load_judge", load_judge)
+    return folder

@@ -10,12 +10,11 @@ import judges
 import mlx.core as mx
 import numpy as np
 import pytest
-from helpers import acknowledge, at_terminal, edit_json, image, levels
+from helpers import at_terminal, edit_json, image, levels
 from PIL import Image
 
 from mlx_flux_krea import FluxPipeline, Request, generator, presets
 from mlx_flux_krea.errors import FiltersError, ModelError, UsageError
-from mlx_flux_krea.filters import judges as filters_judges
 from mlx_flux_krea.filters.log import Log
 from mlx_flux_krea.models.config import FLUX_VAE
 from mlx_flux_krea.models.vae import pixels_from_image
@@ -192,13 +191,7 @@ def test_models_without_a_map_and_those_that_need_filters_have_no_preview(comman
 @pytest.fixture
 def filtered(mapped, tmp_path, monkeypatch):
     """The tiny pipeline as a model that requires filters, with both."""
-    folder = tmp_path / "filtered"
-    shutil.copytree(mapped, folder)
-    edit_json(folder / "model_index.json", filters="required")
-    acknowledge(folder)
-    judges.install()
-    monkeypatch.setattr(filters_judges, "load_judge", judges.load_judge)
-    return folder
+    return judges.filtered_copy(mapped, tmp_path / "filtered", monkeypatch)
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from pathlib import Path
 import judges
 import numpy as np
 import pytest
-from helpers import REFERENCE, acknowledge, edit_json, run_command
+from helpers import REFERENCE, edit_json, run_command
 from PIL import Image
 from safetensors import safe_open
 from safetensors.numpy import save_file
@@ -549,13 +549,7 @@ def test_a_file_from_elsewhere_replaces_nothing_and_stays_as_it_is(command, kept
 @pytest.fixture
 def strict(model, tmp_path_factory, monkeypatch, home):
     """The tiny pipeline as a model whose licence requires filters, and both of them."""
-    folder = tmp_path_factory.mktemp("strict") / "tiny"
-    shutil.copytree(model, folder)
-    edit_json(folder / "model_index.json", filters="required")
-    acknowledge(folder)
-    judges.install()
-    monkeypatch.setattr(filters_judges, "load_judge", judges.load_judge)
-    return folder
+    return judges.filtered_copy(model, tmp_path_factory.mktemp("strict") / "tiny", monkeypatch)
 
 
 def events(home: Path) -> list[str]:

@@ -35,7 +35,7 @@ from mlx_flux_krea.weights import open_model
 from .shared.estimates import SHARE_IN_WORDS, filter_seconds, step_seconds, this_chip, weigh_recipe
 from .shared.installed import disk_bytes
 from .shared.loras import planned
-from .shared.options import DTYPE, LORA, NO_CACHE, Cache
+from .shared.options import DTYPE, LORA, NO_CACHE, Cache, check_together
 from .shared.terminal import Console
 from .shared.text import duration, json_text, size, table
 
@@ -87,8 +87,7 @@ def plan(model, width, height, memory, dtype, lora, style, control, fast, cache,
     width, height = (side and side // _MULTIPLE * _MULTIPLE for side in (width, height))
     _check_model(model)
     cache = None if cache == NO_CACHE else cache
-    if fast and cache:
-        raise UsageError("--fast and --cache are both given", "one of them")
+    check_together({name: value for name, value in (("fast", fast), ("cache", cache)) if value})
     if (fast or cache) and solver == "heun":
         raise UsageError(f"--{'fast' if fast else 'cache'} does not work with --solver heun", "euler or dpmpp_2m")
     taken = partial(_evaluations, fast, cache, solver)

@@ -136,14 +136,17 @@ def _pictures(asked: Asked) -> Any:
 
 
 def _picture(asked: Asked) -> Any:
-    key, shown = asked.path["id"], asked.services.pictures
-    row = shown.find(key)
-    request, missing = fields.from_record(shown.path(key), row["record"])
+    row = asked.services.pictures.find(asked.path["id"])
+    request, missing = fields.from_record(pictures.file_of(row), row["record"])
     job = asked.services.store.row("SELECT * FROM jobs WHERE id = ?", [row["job"]])
     if job and request and all(map(_is_here(asked), fields.images(job["request"]))):
         kept = {name: value for name, value in job["request"].items() if name not in ("num_images", "seed")}
         request, missing = kept | {"seed": request["seed"], "prompt": request["prompt"]}, []
-    return shown.brief(key) | {"record": shown.record(key), "request": request, "missing": missing}
+    return pictures.brief(row) | {
+        "record": pictures.shown_record(row["record"]),
+        "request": request,
+        "missing": missing,
+    }
 
 
 def _is_here(asked: Asked) -> Callable[[str], bool]:
@@ -157,10 +160,9 @@ def _is_here(asked: Asked) -> Callable[[str], bool]:
 
 
 def _picture_file(asked: Asked) -> Any:
-    shown = asked.services.pictures
-    row = shown.find(asked.path["id"])
+    row = asked.services.pictures.find(asked.path["id"])
     name = pictures.download_name(row) if asked.query.get("download") == "1" else ""
-    return File(shown.path(asked.path["id"]).read_bytes(), _KINDS.get(row["format"], "image/png"), name)
+    return File(pictures.file_of(row).read_bytes(), _KINDS.get(row["format"], "image/png"), name)
 
 
 def _thumbnail(asked: Asked) -> Any:
@@ -273,7 +275,7 @@ def _judge(asked: Asked) -> Any:
     services.queue.tell_pictures()
     if path:
         services.pictures.scan()
-        found["picture"] = services.pictures.brief(pictures.identity(path.name))
+        found["picture"] = pictures.brief(services.pictures.find(pictures.identity(path.name)))
     if job:
         told = {"outcome": "released", "picture": pictures.identity(path.name)} if path else {}
         services.queue.settled(job, number, told or {"outcome": "withheld", "reason": "rejected in review"})

@@ -121,11 +121,11 @@ def model_folder(name: str) -> Path:
     Raises:
         HTTPProblem: none has this name.
     """
-    if name not in models():
-        raise HTTPProblem(
-            404, "model_not_found", f"there is no model {name[:80]!r}; expected {', '.join(models())}", "model"
-        )
-    return models()[name]
+    known = models()
+    if name not in known:
+        expected = ", ".join(known)
+        raise HTTPProblem(404, "model_not_found", f"there is no model {name[:80]!r}; expected {expected}", "model")
+    return known[name]
 
 
 def from_record(path: Path, record: dict[str, Any] | None) -> tuple[dict[str, Any] | None, list[str]]:
@@ -239,9 +239,10 @@ def _cast(name: str, value: Any) -> tuple[str, object]:
 
 
 def _lora(one: dict[str, Any]) -> str:
-    if one["name"] not in installed():
-        known = ", ".join(installed()) or "none is installed"
-        raise HTTPProblem(404, "not_found", f"there is no adapter {one['name'][:80]!r}; expected {known}", "loras")
+    known = installed()
+    if one["name"] not in known:
+        expected = ", ".join(known) or "none is installed"
+        raise HTTPProblem(404, "not_found", f"there is no adapter {one['name'][:80]!r}; expected {expected}", "loras")
     return _with_weight(one["name"], one)
 
 

@@ -100,10 +100,7 @@ def new_job(request: dict[str, Any], find_image: fields.FindImage) -> PageJob:
     prepare(made[0], folder, {})
     name = next((name for name, path in fields.models().items() if path == folder.path), folder.index.name)
     seeds = [job.seed for job in made]
-    if isinstance(request.get("seed"), list):
-        asked = request
-    else:
-        asked = request | {"seed": seeds[0]}
+    asked = request if isinstance(request.get("seed"), list) else request | {"seed": seeds[0]}
     return PageJob(id=key, request=asked, model=name, seeds=seeds, created=time.time())
 
 

@@ -16,10 +16,10 @@ from starlette.requests import Request as HTTPRequest
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from . import asking, fields, uploads
-from .errors import HTTPProblem, invalid, plain
+from .errors import STATUSES, HTTPProblem, invalid, plain
 from .events import Events
 from .jobs import PageJob
-from .pictures import Pictures
+from .pictures import Pictures, file_of
 from .queue import Queue
 
 logger = logging.getLogger("mlx_flux_krea.server")
@@ -30,6 +30,7 @@ MOST_FORM = 17 * uploads.MOST_BYTES // 2  # bytes of a form
 _NO_EFFECT = ("quality", "style", "moderation", "user", "input_fidelity")
 _OWN = ("n", "size", "response_format", "output_format", "output_compression", "stream", "partial_images", "background")
 _NOT_OURS = ("num_images", "format", "image", "mask", "width", "height", "aspect", "megapixels", "preview")
+_STATUSES = {code: status for _, status, code in STATUSES} | {"not_found": 404}  # of a job's error, by its code
 _LOOK = 0.05  # seconds between looks at a job
 
 
@@ -115,7 +116,7 @@ class OpenAI:
         data, size = [], "auto"
         for one in released:
             row = self._pictures.find(one["picture"])
-            encoded = base64.b64encode(self._pictures.path(one["picture"]).read_bytes()).decode()
+            encoded = base64.b64encode(file_of(row).read_bytes()).decode()
             size = f"{row['width']}x{row['height']}"
             link = {"url": f"data:image/{row['format']};base64,{encoded}"}
             shown = link if asked.get("response_format") == "url" else {"b64_json": encoded}
@@ -261,10 +262,8 @@ def _released(job: PageJob) -> list[dict[str, Any]]:
     if outcomes["released"]:
         return outcomes["released"]
     if job.error:
-        status = {"content_policy_violation": 400, "review_required": 409, "insufficient_resources": 507}
-        status |= {"filters_unavailable": 503, "model_not_found": 404, "invalid_value": 400, "not_found": 404}
         code = job.error["code"]
-        raise HTTPProblem(status.get(code, 500), code, job.error["message"], job.error["param"])
+        raise HTTPProblem(_STATUSES.get(code, 500), code, job.error["message"], job.error["param"])
     if job.state == "cancelled":
         raise HTTPProblem(499, "cancelled", "the job was cancelled")
     reasons = "; ".join(dict.fromkeys(one.get("reason", "") for one in job.pictures))

@@ -19,7 +19,7 @@ from PIL import Image
 
 from mlx_flux_krea import home
 from mlx_flux_krea.commands.shared.settings import make_folder
-from mlx_flux_krea.errors import FluxKreaError, ModelError
+from mlx_flux_krea.errors import FluxKreaError
 from mlx_flux_krea.provenance import FORMATS, opened, read_record
 
 from .errors import HTTPProblem, invalid, not_found
@@ -31,6 +31,7 @@ SIDES = (64, 1024)  # of a thumbnail, in pixels
 _BRIEF = ("id", "created", "width", "height", "bytes", "format", "prompt", "job")
 _JOB_FILE = re.compile(r"([0-9a-f]{16})-(\d+)(?:-\d+)?\.\w+")  # of a job's picture
 _HIDDEN = ("output", "folder", "path")  # fields of a record that could name a file
+_few = threading.BoundedSemaphore(2)  # pictures that are decoded at a time
 
 
 class Pictures:
@@ -61,7 +62,7 @@ class Pictures:
                 if known.get(name) != changed_at and (row := _row(folder() / name)):
                     self._store.insert("pictures", row)
                     self._store.remember(row["prompt"], row["created"])
-                    added.append(_brief(row))
+                    added.append(brief(row))
             self._seen = changed
             return added, gone
 
@@ -85,7 +86,7 @@ class Pictures:
         )
         shown = rows[:limit]
         following = _cursor(shown[-1]) if len(rows) > limit else None
-        return {"pictures": list(map(_brief, shown)), "next": following, "total": total}
+        return {"pictures": list(map(brief, shown)), "next": following, "total": total}
 
     def find(self, key: str) -> dict[str, Any]:
         """Returns the row of a picture.
@@ -97,7 +98,7 @@ class Pictures:
         if row is None:
             self.scan()
             row = self._store.row("SELECT * FROM pictures WHERE id = ?", [key])
-        if row is None or not (folder() / row["name"]).is_file():
+        if row is None or not file_of(row).is_file():
             raise not_found("picture")
         return row
 
@@ -107,15 +108,7 @@ class Pictures:
         Raises:
             HTTPProblem: there is none.
         """
-        return folder() / self.find(key)["name"]
-
-    def brief(self, key: str) -> dict[str, Any]:
-        """Returns the facts of a picture that lists have."""
-        return _brief(self.find(key))
-
-    def record(self, key: str) -> dict[str, Any]:
-        """Returns the record of a picture, without fields that could name a file."""
-        return shown_record(self.find(key)["record"])
+        return file_of(self.find(key))
 
     def thumbnail(self, key: str, side: int) -> bytes:
         """Returns a WebP no larger than so many pixels on either side.
@@ -124,11 +117,9 @@ class Pictures:
             HTTPProblem: there is no such picture, or its file is damaged.
         """
         row = self.find(key)
-        if not SIDES[0] <= side <= SIDES[1]:
-            raise invalid(f"side is {side}; expected {SIDES[0]} to {SIDES[1]}", "side")
         try:
             with _few:
-                return _small(folder() / row["name"], row["changed"], side)
+                return _small(file_of(row), row["changed"], side)
         except FluxKreaError:
             raise HTTPProblem(409, "conflict", "the file of this picture is damaged") from None
 
@@ -149,6 +140,11 @@ class Pictures:
 def folder() -> Path:
     """Returns the folder of the pictures."""
     return home.path(home.PICTURES)
+
+
+def file_of(row: dict[str, Any]) -> Path:
+    """Returns the file of a picture by its row."""
+    return folder() / row["name"]
 
 
 def identity(name: str) -> str:
@@ -217,7 +213,8 @@ def _row(path: Path) -> dict[str, Any] | None:
     }
 
 
-def _brief(row: dict[str, Any]) -> dict[str, Any]:
+def brief(row: dict[str, Any]) -> dict[str, Any]:
+    """Returns the facts of a picture that lists have, by its row."""
     record = row["record"]
     about = {name: record.get(name) for name in ("seed", "model")}
     return {name: row[name] for name in _BRIEF} | about | {"job": row["job"] or None}
@@ -249,16 +246,3 @@ def _small(path: Path, changed: int, side: int) -> bytes:
     data = io.BytesIO()
     small.save(data, "WEBP", quality=80, method=2)
     return data.getvalue()
-
-
-def check_free() -> None:
-    """Checks that the folder of pictures can be written.
-
-    Raises:
-        ModelError: it cannot.
-    """
-    if not os.access(folder(), os.W_OK):
-        raise ModelError("the folder of pictures cannot be written", "a folder of yours", "mend its rights")
-
-
-_few = threading.BoundedSemaphore(2)  # pictures that are decoded at a time

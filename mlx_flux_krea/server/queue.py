@@ -108,8 +108,7 @@ class Queue:
     def listed(self) -> list[dict[str, Any]]:
         """Returns the jobs: the one that runs, those that wait, the last ones that ended."""
         with self._change:
-            ended = sorted((job for job in self._jobs.values() if job.is_ended), key=lambda job: -(job.ended or 0))
-            return [job.to_json() for job in [*self._open(), *ended[:SHOWN_ENDED]]]
+            return [job.to_json() for job in [*self._open(), *self._ended()[:SHOWN_ENDED]]]
 
     @property
     def waiting(self) -> int:
@@ -277,12 +276,15 @@ class Queue:
             key=lambda job: (job.state != "running", job.place),
         )
 
+    def _ended(self) -> list[PageJob]:
+        """Returns the jobs that have ended, newest first."""
+        return sorted((job for job in self._jobs.values() if job.is_ended), key=lambda job: -(job.ended or 0))
+
     def _end(self, job: PageJob, state: str) -> None:
         job.state, job.ended = state, time.time()
         job.progress = job.preview = job.png = None
         self._store.insert("jobs", job.to_row())
-        ended = sorted((one for one in self._jobs.values() if one.is_ended), key=lambda one: -(one.ended or 0))
-        for one in ended[KEPT_ENDED:]:
+        for one in self._ended()[KEPT_ENDED:]:
             del self._jobs[one.id]
             self._store.delete("jobs", [one.id])
         self._change.notify_all()

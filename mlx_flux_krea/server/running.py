@@ -79,7 +79,7 @@ class Runner:
             HTTPProblem: an image or a model that it names is no longer here.
         """
         console = _JobConsole(job, self._tell)
-        run = self._resumed(job, console)
+        run = self._resumed(job)
         if run is None and (run := self._new(job)) is None:
             return
         console.run, job.checkpoint = run, run.checkpoint.path.stem
@@ -125,7 +125,7 @@ class Runner:
         job.pictures = []
         return Run(base, made)
 
-    def _resumed(self, job: PageJob, console: Console) -> Run | None:
+    def _resumed(self, job: PageJob) -> Run | None:
         """Returns the run of a checkpoint; None: there is none."""
         path = checkpoint.folder() / f"{job.checkpoint}.safetensors"
         if not job.checkpoint or not path.exists():
