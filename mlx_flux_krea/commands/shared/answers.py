@@ -17,7 +17,12 @@ from . import peers, typed
 NEVER = {"--force", "--yes", "--discard-source", "--allow-nonfinite", "--allow-unknown-filter", "purge", "rm"}
 _LIKENESS = 0.7  # of two names, from 0 to 1
 _VALUE = re.compile(r"(?P<value>.+) is (?:not a valid|not in the range)", re.DOTALL)
-_TABLES = {"convert": peers.CONVERTING, "setup": peers.CONVERTING, "plan": peers.PLANNING}  # by verb
+_TABLES = {
+    "convert": peers.CONVERTING,
+    "setup": peers.CONVERTING,
+    "plan": peers.PLANNING,
+    "ui": peers.SERVING,
+}  # by verb
 _ANY = {"-V": "--version", "-v": "--version", "--ver": "--version", "-?": "--help", "-help": "--help"}
 _EXAMPLE = re.compile(r"(?P<option>--?[A-Za-z][\w-]*) \{(?P<example>[^{}]*)\}")  # in an answer of `peers`
 _LONGEST = 200  # characters of a command that is proposed

@@ -165,6 +165,16 @@ PLANNING = (
     ("aspect megapixels size resolution", "generate", "write --width {1024} --height {768}"),
 )  # fmt: skip
 
+# Options of `ui`, in the same form.
+SERVING = (
+    ("host address bind listen server_name ip h share public", "A1111, ComfyUI, InvokeAI",
+     "the page is open to this machine alone; from another device of yours, with the port of its link: "
+     "ssh -L 7860:127.0.0.1:7860 USER@THIS-MACHINE"),
+    ("p server_port", "A1111", "write --port {7860}"),
+    ("autolaunch browser auto_launch open", "A1111, ComfyUI", "leave it out: only --no-open opens no browser"),
+    ("token api_key password auth", "others", "leave it out: each start makes a token, which --json prints"),
+)  # fmt: skip
+
 # Verbs of other tools, and ours.
 VERBS = {
     "gen": "generate",
