@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import shutil
 import sys
@@ -14,6 +15,7 @@ from mlx_flux_krea.convert import convert
 
 from mlx_flux_krea.checkpoint import Checkpoint
 from mlx_flux_krea.errors import ModelError
+from mlx_flux_krea.files import try_lock
 from mlx_flux_krea.filters import judges
 from mlx_flux_krea.filters.ledger import Ledger, Verdict
 from mlx_flux_krea.home import find_model
@@ -253,6 +255,8 @@ def test_full_asks_the_filters_again(command, two):
 
 # --- purge ---
 
+OF_THE_PAGE = ("page.sqlite", "page.sqlite-wal", "uploads")
+
 
 def kept_picture(event: str = "waiting"):
     with Ledger().run("review") as run:
@@ -267,16 +271,21 @@ def left(folder: Path) -> list[str]:
 @pytest.mark.parametrize(
     ("options", "stay"),
     [
-        (["--weights"], {"filters", "log", "quarantine", "interrupted"}),
-        (["--filters"], {"models", "log", "quarantine", "interrupted"}),
-        (["--logs"], {"models", "filters", "quarantine", "interrupted"}),
-        (["--quarantine"], {"models", "filters", "log", "interrupted"}),
-        (["--unfinished"], {"models", "filters", "log", "quarantine"}),
-        (["--weights", "--filters", "--logs", "--quarantine"], {"log", "interrupted"}),  # the log of what went
+        (["--weights"], {"filters", "log", "quarantine", "interrupted", *OF_THE_PAGE}),
+        (["--filters"], {"models", "log", "quarantine", "interrupted", *OF_THE_PAGE}),
+        (["--logs"], {"models", "filters", "quarantine", "interrupted", *OF_THE_PAGE}),
+        (["--quarantine"], {"models", "filters", "log", "interrupted", *OF_THE_PAGE}),
+        (["--unfinished"], {"models", "filters", "log", "quarantine", *OF_THE_PAGE}),
+        (["--uploads"], {"models", "filters", "log", "quarantine", "interrupted", "page.sqlite", "page.sqlite-wal"}),
+        (["--page"], {"models", "filters", "log", "quarantine", "interrupted", "uploads"}),
+        (["--weights", "--filters", "--logs", "--quarantine", "--page"], {"log", "interrupted", "uploads"}),  # its log
     ],
 )
 def test_what_is_named_goes_and_nothing_else(command, two, options, stay):
     kept_picture()
+    (two / "uploads").mkdir()
+    for name in ("page.sqlite", "page.sqlite-wal", "uploads/0123456789abcdef.png"):
+        (two / name).write_bytes(bytes(10))
     unfinished = Checkpoint({})
     unfinished.write()
     unfinished.close()
@@ -284,20 +293,33 @@ def test_what_is_named_goes_and_nothing_else(command, two, options, stay):
     size = sum(path.stat().st_size for path in (two / "models").rglob("*") if path.is_file())
     code, _, err = command("purge", *options)
     assert (code, "confirm with --yes" in err) == (2, True)
-    kept = {"models", "filters", "log", "quarantine", "interrupted", "config.json"}
+    kept = {"models", "filters", "log", "quarantine", "interrupted", "config.json", *OF_THE_PAGE}
     assert {Path(name).parts[0] for name in left(two)} == kept
     code, out, err = command("purge", *options, "--yes", "--json")
     assert code == 0, err
-    assert {Path(name).parts[0] for name in left(two)} - {"config.json"} == stay
+    assert {Path(name).parts[0] for name in left(two)} - {"config.json", "page.lock"} == stay
+    if options == ["--page"]:
+        assert json.loads(out)["bytes"] == 20
     if "--weights" in options:
         assert json.loads(out)["freed"]["weights"] == size
         assert json.loads((two / "config.json").read_text()) == {}
 
 
+def test_data_of_an_open_page_stays(command, home):
+    home.mkdir()
+    (home / "page.sqlite").touch()
+    lock = try_lock(home / "page.lock")
+    assert lock is not None
+    code, _, err = command("purge", "--page", "--yes")
+    assert (code, "flux-krea ui is running" in err, (home / "page.sqlite").exists()) == (2, True, True)
+    os.close(lock)
+    assert command("purge", "--page", "--yes")[0] == 0
+
+
 def test_nothing_goes_that_nobody_named(command, two):
     for options in ([], ["--yes"]):
         code, _, err = command("purge", *options)
-        named = "--weights, --adapters, --components, --filters, --logs, --quarantine, --unfinished"
+        named = "--weights, --adapters, --components, --filters, --logs, --quarantine, --unfinished, --uploads, --page"
         assert (code, named in err) == (2, True)
     assert left(two / "models")
 

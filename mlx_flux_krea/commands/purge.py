@@ -1,7 +1,9 @@
 """flux-krea purge: deletes kinds of data from the home folder."""
 
+import contextlib
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
@@ -9,6 +11,7 @@ import click
 from mlx_flux_krea import home
 from mlx_flux_krea.checkpoint import unfinished as unfinished_runs
 from mlx_flux_krea.errors import UsageError
+from mlx_flux_krea.files import try_lock
 from mlx_flux_krea.filters.ledger import Ledger
 
 from .shared import settings
@@ -24,6 +27,8 @@ KINDS = {  # in the order in which they are deleted: folder and description
     "logs": (home.LOG, "the log of checks and releases, your evidence of keeping the licence"),
     "quarantine": (home.QUARANTINE, "all pictures that wait for review"),
     "unfinished": (home.CHECKPOINTS, "all unfinished runs, with their prompts"),
+    "uploads": (home.UPLOADS, "all images that the page was given"),
+    "page": (home.PAGE, "the page's queue, settings and prompts used before; pictures stay"),
 }
 
 
@@ -35,10 +40,12 @@ KINDS = {  # in the order in which they are deleted: folder and description
 @click.option("--logs", is_flag=True, help="Delete the log of checks and releases: your evidence, with no other copy.")
 @click.option("--quarantine", is_flag=True, help="Delete the pictures that wait for review.")
 @click.option("--unfinished", is_flag=True, help="Delete the unfinished runs.")
+@click.option("--uploads", is_flag=True, help="Delete the images that the page was given.")
+@click.option("--page", is_flag=True, help="Delete the page's queue, settings and prompts; its pictures stay.")
 @click.option("--yes", is_flag=True, help="Delete without asking.")
 @click.option("--json", "as_json", is_flag=True, help="Print the bytes freed as JSON.")
 def purge(yes, as_json, **kinds):
-    """Delete models, adapters, filters, logs, pictures or runs.
+    """Delete models, adapters, filters, logs, pictures, runs or the page's data.
 
     Without an option, each kind is asked about. If you breach the licence it ends, and weights and filters must be
     deleted. Links are deleted, but not their targets. Released pictures stay.
@@ -56,11 +63,12 @@ def purge(yes, as_json, **kinds):
     for kind in chosen or KINDS:
         place, description = KINDS[kind]
         folder = home.path(place)
-        if not os.path.lexists(folder):
+        found = _files_of_page() if kind == "page" else [folder] * os.path.lexists(folder)
+        if not found:
             if chosen:
                 console.say(f"{kind}: nothing is there")
             continue
-        count = disk_bytes(folder)
+        count = sum(map(disk_bytes, found))
         if confirmed(f"delete {description} ({folder}, {size(count)})", yes):
             left, links = _DELETE[kind](folder)
             freed[kind] = count - left
@@ -104,6 +112,41 @@ def _delete_runs(folder: Path) -> tuple[int, list[Path]]:
     return disk_bytes(folder), []
 
 
+def _files_of_page() -> list[Path]:
+    """Returns the files of the page's database, and of damaged ones that were set aside."""
+    return sorted(home.root().glob(f"{home.PAGE}*"))
+
+
+def _delete_page(file: Path) -> tuple[int, list[Path]]:
+    """Deletes the page's database."""
+    with _closed_page():
+        for path in _files_of_page():
+            path.unlink(missing_ok=True)
+    return 0, []
+
+
+def _delete_uploads(folder: Path) -> tuple[int, list[Path]]:
+    """Deletes the images that the page was given."""
+    with _closed_page():
+        return _delete(folder)
+
+
+@contextlib.contextmanager
+def _closed_page() -> Iterator[None]:
+    """Keeps the page from being opened within the block.
+
+    Raises:
+        UsageError: it is open.
+    """
+    lock = try_lock(home.path(home.PAGE_LOCK))
+    if lock is None:
+        raise UsageError("flux-krea ui is running and uses these files", "a page that is not open", "end it first")
+    try:
+        yield
+    finally:
+        os.close(lock)
+
+
 _DELETE = {
     "weights": _delete_models,
     "adapters": _delete,
@@ -112,4 +155,6 @@ _DELETE = {
     "logs": _delete,
     "quarantine": _delete_pictures,
     "unfinished": _delete_runs,
+    "uploads": _delete_uploads,
+    "page": _delete_page,
 }
