@@ -2,9 +2,11 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import tomllib
+import urllib.request
 from pathlib import Path
 
 import macs
@@ -41,6 +43,21 @@ def run(command, folder):
     ran = subprocess.run(command, cwd=folder, env=environment, shell=True, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, f"{command}\n{ran.stderr}"
     return ran
+
+
+def open_page(command, folder):
+    """Opens the page with a browser that does nothing, asks it for its state, and presses Ctrl-C."""
+    environment = os.environ | {"BROWSER": "true"}
+    words = [Path(sys.executable).parent / command.split()[0], *command.split()[1:]]
+    with subprocess.Popen(words, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        link, _, token = process.stdout.readline().strip().partition("#token=")
+        asked = urllib.request.Request(f"{link}api/status", headers={"Authorization": f"Bearer {token}"})
+        for address in (link, asked):
+            with urllib.request.urlopen(address, timeout=20) as answer:
+                assert answer.status == 200
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 130
 
 
 def test_the_first_command_installs_and_makes_a_right_picture(workplace):
@@ -102,9 +119,9 @@ def shows(path: Path) -> bool:
 @pytest.mark.slow
 def test_the_other_commands_work_in_their_order_and_draw_what_they_say(workplace):
     commands = [line for block in blocks("sh")[2:] for line in block.splitlines()]
-    assert len(commands) == 27
+    assert len(commands) == 28
     for command in commands:
-        run(command, workplace)
+        (open_page if command == "flux-krea ui" else run)(command, workplace)
     made = {path.name for path in workplace.glob("*.[pw]*") if not re.search("large|sheet", path.name)}
     assert {"two.png", "star.png", "again.webp", *(f"cross_{n}.png" for n in range(1, 6)), "out-3.png"} <= made
     wrong = [name for name in made if not shows(workplace / name)]
@@ -135,7 +152,8 @@ def test_the_lines_that_install_name_this_distribution():
     assert [line.split()[-1] for line in lines] == [about["name"]] * len(lines)
     assert [line.split()[0] for line in lines] == ["uv", "pipx", "python3"]
     assert "mlx-flux-krea[gguf]" in README
-    assert "gguf" in about["optional-dependencies"]
+    assert "mlx-flux-krea[ui]" in README
+    assert {"gguf", "ui"} <= about["optional-dependencies"].keys()
 
 
 def programs(page: str) -> list[str]:
