@@ -16,14 +16,16 @@ import os, sys, time
 sys.path.insert(0, sys.argv[1])
 import judges
 from mlx_flux_krea import cli, checkpoint
+from mlx_flux_krea.server import queue
 from mlx_flux_krea.filters import judges as filters_judges
 filters_judges.load_judge = judges.load_judge
 checkpoint.EVERY = 0
+queue.MINUTE = float(sys.argv[3])
 if sys.argv[2] != "0":  # a step takes so long
     from mlx_flux_krea.generator import Generator
     show = Generator._show_preview
     Generator._show_preview = lambda *a, **b: (time.sleep(float(sys.argv[2])), show(*a, **b))[1]
-cli.main(sys.argv[3:])"""
+cli.main(sys.argv[4:])"""
 
 
 class Served:
@@ -32,14 +34,15 @@ class Served:
     Args:
         home: its home folder.
         step: seconds that each step takes longer.
+        minute: seconds of a minute in which the model is not used.
     """
 
-    def __init__(self, home: Path, step: float = 0.0):
+    def __init__(self, home: Path, step: float = 0.0, minute: float = 60.0):
         self.home = home
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
-        words = [PROGRAM, Path(__file__).parent, step, "ui", "--no-open", "--json", "--port", self.port]
+        words = [PROGRAM, Path(__file__).parent, step, minute, "ui", "--no-open", "--json", "--port", self.port]
         self.errors = open(home.parent / f"{home.name}-{self.port}.err", "w+")  # noqa: SIM115
         env = os.environ | {"FLUX_KREA_HOME": str(home), "XDG_DATA_HOME": str(home.parent / "data")}
         command = [sys.executable, "-c", *map(str, words)]
@@ -106,9 +109,9 @@ class Served:
 
 
 @contextlib.contextmanager
-def serving(home: Path, step: float = 0.0):
+def serving(home: Path, step: float = 0.0, minute: float = 60.0):
     """A server within the block; what it wrote to standard error holds no traceback."""
-    server = Served(home, step)
+    server = Served(home, step, minute)
     try:
         yield server
         assert "Traceback" not in server.said(), server.said()

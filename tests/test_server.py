@@ -9,16 +9,18 @@ import re
 import shutil
 import signal
 import socket
+from datetime import datetime
 from pathlib import Path
 
 import pytest
 from helpers import ROOT, edit_json, run_command
-from PIL import Image
+from PIL import ExifTags, Image
 from served import Served, serving
 
 from mlx_flux_krea.filters import acknowledgement
-from mlx_flux_krea.server import errors, fields, openai
-from mlx_flux_krea.server.api import ROUTES
+from mlx_flux_krea.server import errors, fields, openai, store, trash, uploads
+from mlx_flux_krea.server.api import Services
+from mlx_flux_krea.server.app import routes_of
 from mlx_flux_krea.server.events import KEPT, Events
 from mlx_flux_krea.server.store import Store
 
@@ -114,6 +116,20 @@ def test_a_stream_that_missed_events_is_told_to_read_everything_again():
     assert [event[2] for event in events._after(KEPT + 7)] == [KEPT + 7, KEPT + 8, KEPT + 9]
 
 
+def test_a_mask_of_openai_is_white_where_it_is_transparent_and_the_only_file_that_is_kept():
+    mask, data = Image.new("RGBA", (4, 2), (9, 9, 9, 255)), io.BytesIO()
+    mask.putpixel((0, 0), (9, 9, 9, 0))
+    mask.putpixel((3, 0), (9, 9, 9, 155))
+    turned = Image.Exif()
+    turned[ExifTags.Base.Orientation] = 3  # upside down
+    mask.save(data, "PNG", exif=turned)
+    key = uploads.keep_mask(data.getvalue())
+    (path,) = uploads.folder().iterdir()
+    assert path == uploads.find(key)
+    with Image.open(path) as kept:
+        assert kept.convert("L").tobytes() == bytes([0, 0, 0, 0, 100, 0, 0, 255])
+
+
 def test_a_damaged_database_is_set_aside(tmp_path):
     path = tmp_path / "page.sqlite"
     path.write_bytes(b"SQLite format 3\0" + bytes(range(256)) * 40)
@@ -130,13 +146,23 @@ def test_the_openapi_file_is_current_and_has_every_route():
     text = (ROOT / "docs" / "openapi.json").read_text()
     assert text == runpy.run_path(str(ROOT / "docs" / "make.py"))["openapi"](), "run: python docs/make.py"
     page, paths = (ROOT / "docs" / "http.md").read_text(), json.loads(text)["paths"]
-    for row in ROUTES:
-        assert row.method.lower() in paths[row.path]
-        named = re.sub(r"\{\w+\}", lambda match: match[0].strip("{}").upper(), row.path)
-        assert named in page, named
+    for method, path in every_route("{id}"):
+        assert method == "HEAD" or path == "/openapi.json" or method.lower() in paths[path.replace("nano", "{name}")]
+        assert path.replace("{id}", "ID").replace("nano", "NAME") in page, path
 
 
 # --- the door ---
+
+
+def every_route(key: str = "0" * 16) -> list[tuple[str, str]]:
+    """Method and path of each route of the application, the page's files left out."""
+    services = Services(Store(store.path()))
+    try:
+        found = [(method, route.path) for route in routes_of(services) for method in sorted(route.methods or ())]
+    finally:
+        services.store.close()
+    assert len(found) > 40
+    return [(method, path.replace("{id}", key).replace("{name}", "nano")) for method, path in found]
 
 
 @pytest.mark.page
@@ -156,13 +182,20 @@ def test_the_openapi_file_is_current_and_has_every_route():
         ({"Sec_Fetch_Site": "cross-site"}, 403),
     ],
 )
-def test_whoever_is_not_the_page_gets_no_answer(server, headers, status):
-    for row in ROUTES:
-        path = row.path.replace("{id}", "0" * 16).replace("{name}", "nano")
-        found, sent, body = server.raw(row.method, path, b"{}", **headers)
-        assert (found, json.loads(body)["error"]["type"]) == (status, "invalid_request_error"), path
+def test_whoever_is_not_the_page_gets_no_answer_from_any_route(server, headers, status):
+    of_files = {("GET", "/"), ("GET", "/index.html"), ("GET", "/openapi.json"), ("HEAD", "/openapi.json")}
+    for method, path in {*every_route(), *of_files}:
+        if status == 401 and (method, path) in of_files:
+            continue  # no token is needed
+        found, sent, body = server.raw(method, path, b"{}", **headers)
+        assert found == status, (method, path)
+        assert method == "HEAD" or json.loads(body)["error"]["type"] == "invalid_request_error"
         assert not {name for name in sent if name.lower().startswith("access-control")}
-    status, sent, body = server.raw("GET", "/", Authorization="")
+
+
+@pytest.mark.page
+def test_the_page_has_a_strict_policy_and_no_token_in_a_query(server):
+    status, sent, _ = server.raw("GET", "/", Authorization="")
     assert status == 200
     assert "'unsafe-inline'" not in sent["content-security-policy"]
     assert server.raw("GET", f"/api/status?token={server.token}", Authorization="")[0] == 401
@@ -178,24 +211,55 @@ def test_paths_lead_nowhere(server):
     assert server.ask("DELETE", "/api/pictures/..%2fpage.sqlite")[0] in (404, 405)
 
 
+VALUES = [None, True, -1, 2**70, 1e400, "x" * 3000, "\0", "<script>", [], {}, [[[]]], {"a": {"b": None}}, "7:3"]
+NAMES = [
+    *fields.properties(),
+    "ids",
+    "name",
+    "answers",
+    "reviewer",
+    "check",
+    "accept_licence",
+    "previews",
+    "n",
+    "stream",
+]
+BAD = ({"unknown": 1}, {"model": "nowhere"})  # the second passes more checks before it is refused
+KEYS = ("0" * 16, "0" * 32, "..%2fpage.sqlite", "%00", "%ff", "order", "x" * 3000, "*", "%F0%9F%90%B8")
+
+
+def random_body(draw: random.Random, path: str, number: int) -> tuple[bytes, dict[str, str]]:
+    """Bytes, JSON or a form, each broken in some way, and headers."""
+    if number % 4 == 0:
+        return draw.randbytes(draw.randrange(60)), {}
+    wrong = {draw.choice(NAMES): draw.choice(VALUES) for _ in range(draw.randrange(1, 4))}
+    if path != "/v1/images/edits":
+        return json.dumps(wrong | draw.choice(BAD)).encode()[: draw.choice((9, 10**6))], {}
+    files = [(name, draw.choice((b"", b"no image", png()))) for name in draw.choices(("image", "image[]", "mask", "x"))]
+    parts = [(f'name="{name}"', json.dumps(value).encode()) for name, value in wrong.items()]
+    parts += [('name="prompt"', b"a frog"), draw.choice((('name="unknown"', b"1"), ('name="model"', b"nowhere")))]
+    parts += [(f'name="{name}"; filename="{draw.choice(("a.png", "../../a", ""))}"', data) for name, data in files]
+    draw.shuffle(parts)
+    form = b"".join(
+        b"--b\r\nContent-Disposition: form-data; %s\r\n\r\n%s\r\n" % (about.encode(), data) for about, data in parts
+    )
+    return (form + b"--b--\r\n")[: draw.choice((99, 10**6, 10**6))], {"Content_Type": "multipart/form-data; boundary=b"}
+
+
 @pytest.mark.page
-def test_random_bodies_are_refused_without_a_traceback(server):
+def test_random_bodies_are_refused_by_every_route_without_a_traceback(server):
     draw = random.Random(24)
-    values = [None, True, -1, 2**70, 1e400, "x" * 3000, "\0", "<script>", [], {}, [[[]]], {"a": {"b": None}}, "7:3"]
-    names = [*fields.properties(), "ids", "name", "answers", "reviewer", "check", "accept_licence", "previews", "n"]
-    routes = [(row.method, row.path.replace("{id}", "0" * 32)) for row in ROUTES if row.body == "json"]
-    routes = [one for one in routes if one != ("POST", "/api/setup")] + [("POST", "/v1/images/generations")]
+    routes = [one for one in every_route("KEY") if one[0] in ("POST", "PUT", "PATCH", "DELETE")]
+    assert {("POST", "/v1/images/edits"), ("POST", "/api/setup"), ("POST", "/api/uploads")} <= set(routes)
     for method, path in routes:
+        takes_none = method == "DELETE"  # a body says nothing there
         for number in range(200):
-            if number % 4 == 0:
-                body = draw.randbytes(draw.randrange(60))
-            else:
-                wrong = {draw.choice(names): draw.choice(values) for _ in range(draw.randrange(1, 4))}
-                body = json.dumps(wrong | {"unknown": 1}).encode()[: draw.choice((9, 10**6))]
-            status, _, answer = server.raw(method, path, body)
-            assert 400 <= status < 500, (method, path, body, answer)
-            assert json.loads(answer)["error"]["message"]
+            body, headers = random_body(draw, path, number)
+            status, _, answer = server.raw(method, path.replace("KEY", draw.choice(KEYS)), body, **headers)
+            assert 400 <= status < 500 or (takes_none and status == 200), (method, path, body, answer)
+            assert status == 200 or json.loads(answer)["error"]["message"]
     assert server.raw("POST", "/api/queue", b"[" * 100_000)[0] == 400
+    assert server.good("GET", "/api/queue")["jobs"] == []
     assert "Traceback" not in server.said()
 
 
@@ -326,7 +390,63 @@ def test_a_removed_picture_is_in_the_trash(server):
     key = server.make(**RED, format="jpeg")["pictures"][0]["picture"]
     assert server.good("DELETE", f"/api/pictures/{key}") == {"id": key, "trash": True}
     assert server.ask("GET", f"/api/pictures/{key}")[0] == 404
-    assert len(list((server.home.parent / "data" / "Trash" / "files").iterdir())) == 1
+    place = server.home.parent / "data" / "Trash"
+    (file,) = (place / "files").iterdir()
+    about = (place / "info" / f"{file.name}.trashinfo").read_text()
+    assert f"Path={server.home}/pictures/{file.name}\n" in about
+    assert f"DeletionDate={datetime.now():%Y-%m-%dT}" in about
+
+
+def test_files_of_one_name_are_kept_apart_in_the_trash(tmp_path):
+    for number in (1, 2):
+        file = tmp_path / str(number) / "a b.png"
+        file.parent.mkdir()
+        file.write_text(str(number))
+        trash._to_trash_of_desktops(file, tmp_path / "Trash")
+        assert not file.exists()
+    for number, name in ((1, "a b.png"), (2, "a b 2.png")):
+        assert (tmp_path / "Trash" / "files" / name).read_text() == str(number)
+        assert f"/{number}/a%20b.png\n" in (tmp_path / "Trash" / "info" / f"{name}.trashinfo").read_text()
+
+
+@pytest.mark.parametrize(
+    ("program", "kept"),
+    [
+        (None, {".Trash/a.png", ".Trash/a 2.png"}),
+        ('mv "$1" "$(dirname "$0")/taken-$(cat "$1").png"', {"taken-1.png", "taken-2.png"}),
+        ("exit 1", {".Trash/a.png", ".Trash/a 2.png"}),
+        ("exit 0", {".Trash/a.png", ".Trash/a 2.png"}),  # it says that it did, and did not
+    ],
+)
+def test_on_a_mac_the_program_of_the_system_moves_a_file_to_the_trash(tmp_path, program, kept):
+    tool = tmp_path / "trash"
+    if program:
+        tool.write_text(f"#!/bin/sh\n{program}\n")
+        tool.chmod(0o755)
+    for number in (1, 2):
+        (tmp_path / "a.png").write_text(str(number))
+        trash._to_trash_of_macos(tmp_path / "a.png", tmp_path / ".Trash", str(tool))
+    assert {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.png")} == kept
+
+
+@pytest.mark.page
+def test_an_idle_model_is_freed_and_loaded_again(tmp_path):
+    def model_of(one):
+        return one.good("GET", "/api/status")["model"]
+
+    with serving(tmp_path / "home", minute=0.05) as server:
+        assert model_of(server) is None  # nothing is loaded before the first job
+        server.good("PUT", "/api/settings", {"idle_minutes": 1440})
+        first = server.make(**RED)
+        loaded = server.good("GET", "/api/status")
+        assert loaded["model"] == "nano"
+        assert [one["loaded"] for one in server.good("GET", "/api/models")["models"]] == [True]
+        server.good("PUT", "/api/settings", {"idle_minutes": 1})
+        server.until(lambda one: model_of(one) is None)
+        assert server.good("GET", "/api/status")["memory"] < loaded["memory"] / 10
+        again = server.make(**RED)
+        pair = [server.raw("GET", f"/api/pictures/{job['pictures'][0]['picture']}/file")[2] for job in (first, again)]
+        assert pair[0] == pair[1]
 
 
 @pytest.mark.page

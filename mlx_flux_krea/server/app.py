@@ -44,27 +44,29 @@ def make_app(services: Services, *, port: Callable[[], int], token: str) -> ASGI
         services.events.listen()
         yield
 
-    routes: list = [Route(row.path, _endpoint(row, services), methods=[row.method]) for row in ROUTES]
-    routes += [
-        Route("/api/events", _answered(_events(services)), methods=["GET"]),
-        Route("/v1/images/generations", _answered(services.openai.generations), methods=["POST"]),
-        Route("/v1/images/edits", _answered(services.openai.edits), methods=["POST"]),
-        Route("/openapi.json", _answered(_openapi), methods=["GET"]),
-        Mount("/", StaticFiles(directory=PAGE, html=True)),
-    ]
-    app = Starlette(routes=_merged(routes), lifespan=lifespan, exception_handlers={HTTPException: _http_error})
+    page = Mount("/", StaticFiles(directory=PAGE, html=True))
+    app = Starlette(
+        routes=[*routes_of(services), page], lifespan=lifespan, exception_handlers={HTTPException: _http_error}
+    )
     app.router.redirect_slashes = False
     return Guard(app, port=port, token=token)
 
 
-def _merged(routes: list) -> list:
-    """Returns the routes with one for each path, so that another method is 405 and not 404."""
+def routes_of(services: Services) -> list[Route]:
+    """Returns every route of the application but the page's files.
+
+    There is one for each path, so that another method is answered with 405 and not with 404.
+    """
+    answers: list[tuple[str, str, Answer]] = [(row.method, row.path, _endpoint(row, services)) for row in ROUTES]
+    answers += [
+        ("GET", "/api/events", _answered(_events(services))),
+        ("POST", "/v1/images/generations", _answered(services.openai.generations)),
+        ("POST", "/v1/images/edits", _answered(services.openai.edits)),
+        ("GET", "/openapi.json", _answered(_openapi)),
+    ]
     merged: dict[str, dict[str, Answer]] = {}
-    others = [route for route in routes if isinstance(route, Mount)]
-    for route in routes:
-        if isinstance(route, Route):
-            for method in (route.methods or set()) - {"HEAD"}:
-                merged.setdefault(route.path, {})[method] = route.endpoint
+    for method, path, answer in answers:
+        merged.setdefault(path, {})[method] = answer
 
     def by_method(answers: dict[str, Answer]) -> Answer:
         async def answer(request: HTTPRequest) -> Response:
@@ -72,7 +74,7 @@ def _merged(routes: list) -> list:
 
         return answer
 
-    return [Route(path, by_method(answers), methods=list(answers)) for path, answers in merged.items()] + others
+    return [Route(path, by_method(answers), methods=list(answers)) for path, answers in merged.items()]
 
 
 def _endpoint(row: APIRoute, services: Services) -> Answer:

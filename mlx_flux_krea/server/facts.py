@@ -222,7 +222,7 @@ def _model(one: Installed, *, loaded: str | None, usual: str | None) -> dict[str
         "bytes": one.bytes,
         "requires_filters": one.filters != "none",
         "problem": _plain(one.problem),
-        "loaded": one.path.name == loaded,
+        "loaded": one.name == loaded,
         "defaults": None,
         "sizes": [],
         "takes": dict.fromkeys(_ALL_TAKEN, False),

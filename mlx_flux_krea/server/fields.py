@@ -18,6 +18,7 @@ from mlx_flux_krea.commands.shared.jobs import record_options
 from mlx_flux_krea.commands.shared.options import BY_NAME, cast, check_together, split_lora
 from mlx_flux_krea.errors import FluxKreaError
 from mlx_flux_krea.files import sha256_if_exists
+from mlx_flux_krea.weights import ModelFolder
 
 from .errors import HTTPProblem, invalid
 
@@ -113,6 +114,11 @@ def images(request: dict[str, Any]) -> list[str]:
 def models() -> dict[str, Path]:
     """Returns the folders of the models that a request may name, the small one among them."""
     return {home.NANO_NAME: home.NANO} | home.installed_models()
+
+
+def model_name(folder: ModelFolder) -> str:
+    """Returns the name by which a request names a model; its own where it is not installed."""
+    return next((name for name, path in models().items() if path == folder.path), folder.index.name)
 
 
 def model_folder(name: str) -> Path:

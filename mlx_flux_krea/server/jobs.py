@@ -98,10 +98,9 @@ def new_job(request: dict[str, Any], find_image: fields.FindImage) -> PageJob:
     base, made = picture_jobs(key, request, find_image)
     folder = open_model(find_model(base.get("model")))
     prepare(made[0], folder, {})
-    name = next((name for name, path in fields.models().items() if path == folder.path), folder.index.name)
     seeds = [job.seed for job in made]
     asked = request if isinstance(request.get("seed"), list) else request | {"seed": seeds[0]}
-    return PageJob(id=key, request=asked, model=name, seeds=seeds, created=time.time())
+    return PageJob(id=key, request=asked, model=fields.model_name(folder), seeds=seeds, created=time.time())
 
 
 def picture_jobs(

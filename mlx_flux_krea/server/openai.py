@@ -78,8 +78,7 @@ class OpenAI:
         if kept[1:]:
             images["references"] = kept[1:]
         if files["mask"]:
-            mask = await run_in_threadpool(_mask, files["mask"][0])
-            images["mask"] = (await run_in_threadpool(uploads.keep, mask))["id"]
+            images["mask"] = await run_in_threadpool(uploads.keep_mask, files["mask"][0])
         return await self._answer(request, asked, images, "image_edit")
 
     def models(self) -> dict[str, Any]:
@@ -231,22 +230,6 @@ def _value(name: str, text: str) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError):
         raise invalid(f"{name} is {text[:40]!r}; expected JSON", name) from None
-
-
-def _mask(data: bytes) -> bytes:
-    """Returns OpenAI's mask, transparent where the image is changed, as ours: white there.
-
-    Raises:
-        HTTPProblem: not an image, or one without transparency.
-    """
-    key = uploads.keep(data)
-    if not key["has_alpha"]:
-        raise invalid("the mask has no transparency; expected it where the image is changed", "mask")
-    with Image.open(io.BytesIO(uploads.png(key["id"]))) as image:
-        alpha = image.convert("RGBA").getchannel("A")
-    encoded = io.BytesIO()
-    alpha.point(lambda value: 255 - value).save(encoded, "PNG")
-    return encoded.getvalue()
 
 
 def _released(job: PageJob) -> list[dict[str, Any]]:

@@ -26,6 +26,7 @@ MOST_WAITING = 100
 SHOWN_ENDED = 50
 KEPT_ENDED = 500
 SETTINGS = {"previews": True, "checked_previews": False, "idle_minutes": 10}
+MINUTE = 60.0  # seconds of `idle_minutes`
 _TICK = 1.0  # seconds between looks at the clock
 _PATIENCE = 0.1  # seconds between two tries to stop a run: the first may come before it computes
 
@@ -211,7 +212,7 @@ class Queue:
             if job is not None:
                 self._run(job)
                 idle = time.monotonic()
-            elif time.monotonic() - idle > 60 * self._store.settings(SETTINGS)["idle_minutes"]:
+            elif time.monotonic() - idle > MINUTE * self._store.settings(SETTINGS)["idle_minutes"]:
                 self._runner.free()
                 idle = time.monotonic()
 

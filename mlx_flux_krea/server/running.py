@@ -49,9 +49,9 @@ class Runner:
 
     @property
     def model(self) -> str | None:
-        """Name of the folder of the model in memory."""
+        """Name of the model in memory."""
         pipe = self._pipe
-        return None if pipe is None else pipe.folder.path.name
+        return None if pipe is None else fields.model_name(pipe.folder)
 
     def interrupt(self) -> None:
         """Stops the run at the next block; for any thread."""

@@ -19,13 +19,22 @@ def to_trash(path: Path) -> None:
         OSError: it cannot be moved.
     """
     if sys.platform == "darwin":
-        if Path(_OF_MACOS).exists():
-            ran = subprocess.run([_OF_MACOS, path], stdin=subprocess.DEVNULL, capture_output=True, check=False)
-            if ran.returncode == 0:
-                return
-        _move(path, Path.home() / ".Trash")
-        return
-    place = Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "Trash"
+        _to_trash_of_macos(path, Path.home() / ".Trash", _OF_MACOS)
+    else:
+        _to_trash_of_desktops(path, Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local/share") / "Trash")
+
+
+def _to_trash_of_macos(path: Path, place: Path, program: str) -> None:
+    """Moves a file by the system's program, or into a folder where there is none or it fails."""
+    if Path(program).exists():
+        ran = subprocess.run([program, path], stdin=subprocess.DEVNULL, capture_output=True, check=False)
+        if ran.returncode == 0 and not os.path.lexists(path):
+            return
+    _move(path, place)
+
+
+def _to_trash_of_desktops(path: Path, place: Path) -> None:
+    """Moves a file into a folder as freedesktop.org's Trash specification 1.0 says, with the path that it had."""
     info = place / "info"
     info.mkdir(mode=0o700, parents=True, exist_ok=True)
     target = _move(path, place / "files")
