@@ -45,10 +45,10 @@ KINDS = {  # in the order in which they are deleted: folder and description
 @click.option("--yes", is_flag=True, help="Delete without asking.")
 @click.option("--json", "as_json", is_flag=True, help="Print the bytes freed as JSON.")
 def purge(yes, as_json, **kinds):
-    """Delete models, adapters, filters, logs, pictures, runs or the page's data.
+    """Delete models, adapters, filters, logs, pictures or runs.
 
-    Without an option, each kind is asked about. If you breach the licence it ends, and weights and filters must be
-    deleted. Links are deleted, but not their targets. Released pictures stay.
+    Without an option, each kind is asked about, the page's data too. If you breach the licence it ends, and weights
+    and filters must be deleted. Links are deleted, but not their targets. Released pictures stay.
 
     \b
     Example:
