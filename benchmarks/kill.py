@@ -132,7 +132,7 @@ def scenarios(root: Path, wanted: list[str]) -> dict[str, Scenario]:
         made["generate"] = Scenario(generate, [["resume"], generate])
     if "resume" in wanted:
         start, begun = root / "resume", root / "work"
-        _interrupted(begun, ["generate", "a star", *PICTURE, "--steps", "40", "--seed", "3", "-o", "star.png"])
+        _interrupted(begun, ["generate", "a star", *PICTURE, "--steps", "16", "--seed", "3", "-o", "star.png"])
         begun.rename(start)
         made["resume"] = Scenario(["resume"], [["resume"]], start=start)
     if "convert" in wanted:

@@ -2,13 +2,14 @@
 
 import os
 import resource
+import shutil
 import signal
 import subprocess
 from pathlib import Path
 
 import derived
 import pytest
-from helpers import PIPELINE, TOKENIZERS
+from helpers import PIPELINE, TOKENIZERS, edit_index
 from mac import FILES, PAGE, Mac
 from mlx_flux_krea.convert import convert, reading
 
@@ -34,13 +35,16 @@ def signals():
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory):
-    """The tiny pipeline in float32."""
-    return convert([PIPELINE], tmp_path_factory.mktemp("models") / "tiny", dtype="float32", tokenizers=TOKENIZERS).path
+    """The tiny pipeline in float32, with few tokens of T5: with 512 a step takes ten times as long."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    return edit_index(convert([PIPELINE], folder, dtype="float32", tokenizers=TOKENIZERS).path, max_sequence_length=32)
 
 
 def _editing(name, folder):
     source = derived.editing_source(name, folder / "source")
-    return convert([source], folder / name, dtype="float32", tokenizers=TOKENIZERS).path
+    return edit_index(
+        convert([source], folder / name, dtype="float32", tokenizers=TOKENIZERS).path, max_sequence_length=32
+    )
 
 
 @pytest.fixture(scope="session")
@@ -62,6 +66,13 @@ def control(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def full_model(model, tmp_path_factory):
+    """The tiny pipeline with as many tokens of T5 as the reference's runs have."""
+    copy = shutil.copytree(model, tmp_path_factory.mktemp("full") / "tiny")
+    return edit_index(copy, max_sequence_length=512)
+
+
+@pytest.fixture(scope="session")
 def pipe(model):
     return FluxPipeline.from_pretrained(model)
 
@@ -69,6 +80,16 @@ def pipe(model):
 @pytest.fixture(scope="session")
 def pipe_bf16(model):
     return FluxPipeline.from_pretrained(model, dtype="bfloat16")
+
+
+@pytest.fixture(scope="session")
+def full_pipe(full_model):
+    return FluxPipeline.from_pretrained(full_model)
+
+
+@pytest.fixture(scope="session")
+def full_pipe_bf16(full_model):
+    return FluxPipeline.from_pretrained(full_model, dtype="bfloat16")
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import functools
+import hashlib
 import json
 import os
 import pty
@@ -144,6 +145,15 @@ def acknowledge(model: Path) -> None:
 
 def edit_json(path: Path, **changes) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def edit_index(folder: Path, **changes) -> Path:
+    """Changes model_index.json of a model folder, and what its manifest says of that. Returns the folder."""
+    index, manifest = folder / "model_index.json", folder / "manifest.json"
+    edit_json(index, **changes)
+    data = index.read_bytes()
+    edit_json(manifest, **{index.name: {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}})
+    return folder
 
 
 def edit_tensors(path: Path, edit) -> None:

@@ -35,8 +35,8 @@ PROMPT = "turn the sky green and keep the faces"
 
 
 @pytest.fixture(scope="module")
-def folder(model):
-    return open_model(model)
+def folder(full_model):
+    return open_model(full_model)
 
 
 @pytest.fixture
@@ -45,9 +45,9 @@ def flux(folder):
 
 
 @pytest.fixture
-def pipe(model):
+def pipe(full_model):
     """One of its own for each test: adapters stay loaded."""
-    return FluxPipeline.from_pretrained(model)
+    return FluxPipeline.from_pretrained(full_model)
 
 
 def called(flux, kind: str = "forward.0") -> mx.array:

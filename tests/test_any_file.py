@@ -38,6 +38,9 @@ ROUNDED = [
 ]
 
 
+DRAWN = ("F8_E4M3", "q3", "Q2_K", "Q4_0", "Q4_K")
+
+
 def draw(folder: Path, prompt: str) -> Image.Image:
     call = {"height": 96, "width": 96, "guidance_scale": 4.5, "max_sequence_length": 40}
     return FluxPipeline.from_pretrained(folder, dtype="float32")(prompt, seed=3, num_inference_steps=8, **call).images[
@@ -66,38 +69,44 @@ def converted(source: Path, tmp_path: Path) -> Path:
 @pytest.mark.parametrize(("layout", "types"), **names(LOSSLESS))
 @pytest.mark.core("mflux-F32")
 def test_every_layout_without_loss_gives_the_same_bits_and_so_the_same_right_picture(asked, tmp_path, layout, types):
+    """One of them is drawn: the same bits draw the same."""
     path = converted(foreign.write(nano.FOLDER, tmp_path / "source", layout, **types), tmp_path)
     foreign.assert_same(path, foreign.arrays_of(nano.FOLDER))
     prompt, *_, picture = asked
-    assert np.array_equal(draw(path, prompt), picture)
+    if (layout, types) == ("mflux", {}):
+        assert np.array_equal(draw(path, prompt), picture)
 
 
 @pytest.mark.parametrize(("layout", "types"), **names(ROUNDED))
 @pytest.mark.core("GGUF-Q4_K")
 def test_what_a_file_lost_is_read_as_an_independent_decoder_reads_it(asked, tmp_path, layout, types):
-    """And the picture stays right. Of 2 and 3 bits only its distance is judged: rounding so coarse may cost a thing."""
+    """And the picture stays right, of each kind of rounding once.
+
+    Of 2 and 3 bits only its distance is judged: rounding so coarse may cost a thing.
+    """
     source = foreign.write(nano.FOLDER, tmp_path / "source", layout, **types)
     if layout == "GGUF":
         stored = {tensor.dtype for one in open_sources([source]) for tensor in one.tensors.values()}
         assert {*types["transformer"].split("+")} <= stored
     path = converted(source, tmp_path)
     foreign.assert_same(path, foreign.expected(source, layout))
+    kind = types["transformer"]
+    if kind not in DRAWN:
+        return
     prompt, things, ground, picture = asked
     made = draw(path, prompt)
-    if types.get("transformer") in ("q3", "Q2_K", "Q3_K"):
+    if kind in ("q3", "Q2_K"):
         assert psnr(made, picture) > 15
     else:
         assert is_right(made, things, ground)
 
 
-@pytest.mark.parametrize(
-    ("layout", "kind"), [("GGUF", "Q4_0"), ("ComfyUI", "scaled"), ("diffusers", "F16"), ("mflux", "q4")]
-)
+@pytest.mark.parametrize(("layout", "kind"), [("GGUF", "Q4_0"), ("ComfyUI", "scaled"), ("mflux", "q4")])
 @pytest.mark.slow
 def test_how_matrices_are_cut_into_pieces_changes_no_byte(tmp_path, monkeypatch, layout, kind):
     source = foreign.write(nano.FOLDER, tmp_path / "source", layout, **dict.fromkeys(MATRICES, kind))
     written = []
-    for size in (2**30, 1000):
+    for size in (2**30, 7001):
         monkeypatch.setattr(remap, "_CHUNK", size)
         path = convert([source], tmp_path / str(size), quantize="4", tokenizers=nano.FOLDER).path
         manifest = json.loads((path / "manifest.json").read_text())

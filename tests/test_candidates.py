@@ -15,12 +15,10 @@ from mlx_flux_krea.provenance import read_record
 
 SIZE = ["--width", "32", "--height", "32", "--steps", "7"]
 HOW = {
-    "plain": [],
     "first block": ["--cache", "first-block:0.3:1"],
     "skip": ["--cache", "skip", "--solver", "dpmpp_2m"],
     "heun": ["--solver", "heun"],
-    "streamed": ["--memory", "2GB"],
-    "image": ["--image", "given.png", "--strength", "0.9"],
+    "image, streamed": ["--image", "given.png", "--strength", "0.9", "--memory", "2GB"],
 }
 
 

@@ -288,9 +288,9 @@ def test_a_prompt_that_is_not_utf8_is_refused(model, tmp_path):
 
 
 @pytest.mark.slow
-def test_progress_is_redrawn_in_a_terminal_and_nowhere_else(model, tmp_path):
+def test_progress_is_redrawn_in_a_terminal_and_nowhere_else(full_model, tmp_path):
     """Through a real pseudo-terminal: seconds per step and time left."""
-    arguments = ["generate", CAT, "-m", model, "--width", 32, "--height", 32, "--steps", 12, "--seed", 1]
+    arguments = ["generate", CAT, "-m", full_model, "--width", 32, "--height", 32, "--steps", 12, "--seed", 1]
     code, _, text = at_terminal(*arguments, cwd=tmp_path)
     assert code == 0, text
     assert re.search(r"denoising +\d+% .*/12 steps, +[\d.]+(s/step|step/s)", text), text

@@ -85,13 +85,13 @@ def card(name: str, *changed: tuple[str, str]) -> str:
 
 
 @pytest.fixture
-def published(home, model, tmp_path):
+def published(home, full_model, tmp_path):
     """The tiny pipelines, installed as if they had been converted from the published repositories."""
     source = without_guidance(tmp_path / "schnell")
     small = convert([source], tmp_path / "converted", tokenizers=TOKENIZERS, dtype="float32").path
     for name in CARDS:
         folder = home / "models" / name.lower()
-        shutil.copytree(small if "schnell" in name else model, folder)
+        shutil.copytree(small if "schnell" in name else full_model, folder)
         defaults = {"width": 32, "height": 32, "num_inference_steps": 2, "guidance_scale": 4.5, "true_cfg_scale": 1.0}
         edit_json(folder / "model_index.json", repository=f"black-forest-labs/{name}", defaults=defaults)
     return home / "models"

@@ -67,12 +67,16 @@ def hidden(folder: Path) -> list[str]:
 
 
 @pytest.mark.slow
-def test_single_files_and_the_diffusers_folder_give_the_same_bytes_and_picture(model, singles, tmp_path):
+def test_single_files_and_the_diffusers_folder_give_the_same_bytes_and_picture(full_model, singles, tmp_path):
     other = run(*sorted(singles.glob("*.safetensors")), out=tmp_path / "other").path
-    assert weight_files(model) == weight_files(other)
-    assert filecmp.cmpfiles(model, other, weight_files(model), shallow=False) == (weight_files(model), [], [])
+    assert weight_files(full_model) == weight_files(other)
+    assert filecmp.cmpfiles(full_model, other, weight_files(full_model), shallow=False) == (
+        weight_files(full_model),
+        [],
+        [],
+    )
     call = {"prompt": "a cat", "seed": 1, "height": 32, "width": 48, "num_inference_steps": 2}
-    pictures = [FluxPipeline.from_pretrained(folder)(**call).images[0] for folder in (model, other)]
+    pictures = [FluxPipeline.from_pretrained(folder)(**call).images[0] for folder in (full_model, other)]
     assert levels(*pictures) == 0
 
 
@@ -189,8 +193,8 @@ def test_the_manifest_names_every_file_with_its_hash(model):
         assert manifest[name] == {"sha256": sha256(path), "bytes": path.stat().st_size}
 
 
-def test_the_index_says_what_the_model_was_made_from(model):
-    index = open_model(model).index
+def test_the_index_says_what_the_model_was_made_from(full_model):
+    index = open_model(full_model).index
     assert index.base == "FLUX architecture, other sizes"
     assert index.filters == "none"
     assert index.max_sequence_length == 512

@@ -74,7 +74,7 @@ def installed(request, home):
         shutil.copytree(request.getfixturevalue(task), folder)
         defaults = {"width": 32, "height": 32, "num_inference_steps": 2, "guidance_scale": 2.5, "true_cfg_scale": 1.0}
         repository = f"black-forest-labs/FLUX.1-{task.capitalize()}-dev"
-        edit_json(folder / "model_index.json", repository=repository, defaults=defaults)
+        edit_json(folder / "model_index.json", repository=repository, defaults=defaults, max_sequence_length=512)
 
 
 @pytest.mark.slow

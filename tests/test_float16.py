@@ -15,6 +15,7 @@ from mlx_flux_krea.commands.shared import estimates
 from mlx_flux_krea.models import transformer
 
 CALL = {"prompt": "a cat", "seed": 3, "width": 48, "height": 32, "num_inference_steps": 3, "output_type": "latent"}
+CALL["max_sequence_length"] = 32
 GUARDED = {  # names in diffusers' layout: sums that the guards divide
     "the image's MLP": "transformer_blocks.0.ff.net.2",
     "the text's MLP": "transformer_blocks.0.ff_context.net.2",

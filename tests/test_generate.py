@@ -203,8 +203,9 @@ def test_braces_without_a_bar_and_escaped_ones_are_literal(prompt, prompts):
 
 
 @pytest.mark.slow
-def test_how_much_of_a_prompt_is_read_is_said_before_the_work_starts(tiny):
-    code, _, err = tiny("{a cat|" + "cat " * 80 + "}")
+def test_how_much_of_a_prompt_is_read_is_said_before_the_work_starts(tiny, full_model):
+    full = ["-m", full_model, *TINY]
+    code, _, err = tiny("{a cat|" + "cat " * 80 + "}", size=full)
     assert code == 0
     announced, cut, first, *_ = (line for line in err.splitlines() if MADE_FOR not in line)
     t5 = [len(entry["t5_ids"]) for entry in facts()["tokens"] if entry["prompt"] == CAT]
@@ -212,7 +213,7 @@ def test_how_much_of_a_prompt_is_read_is_said_before_the_work_starts(tiny):
     assert cut.startswith("note: CLIP reads 77 tokens; not read: 'cat cat cat cat cat")
     assert first.startswith("seed ")
     assert err.count("not read") == 1
-    assert f"{t5[0]} of 512 T5 tokens used" in tiny(CAT)[2]
+    assert f"{t5[0]} of 512 T5 tokens used" in tiny(CAT, size=full)[2]
 
 
 CSV = [

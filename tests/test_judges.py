@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fitted import fitted_filters
-from helpers import PIPELINE, TOKENIZERS, acknowledge, edit_json, edit_tensors, run_command
+from helpers import PIPELINE, TOKENIZERS, acknowledge, edit_index, edit_json, edit_tensors, run_command
 from mlx_flux_krea.convert import convert
 from PIL import Image
 from test_filter_folders import wide  # noqa: F401
@@ -39,6 +39,7 @@ SIZE = ["--height", "32", "--width", "48", "--steps", "2", "--seed", "3"]
 def krea(tmp_path_factory):
     """The tiny pipeline as a model whose licence asks for filters, and the picture that it draws of what is allowed."""
     path = convert([PIPELINE], tmp_path_factory.mktemp("krea") / "krea", dtype="float32", tokenizers=TOKENIZERS).path
+    edit_index(path, max_sequence_length=32)
     picture = FluxPipeline.from_pretrained(path)(ALLOWED, **SMALL).images[0]
     edit_json(path / "model_index.json", filters="required")
     return path, np.asarray(picture)
@@ -51,13 +52,20 @@ def sources(wide, krea, tmp_path_factory):  # noqa: F811
     return fitted_filters(tmp_path_factory.mktemp("filters"), wide, texts, [krea[1]])
 
 
-@pytest.fixture
-def installed(sources, krea, home):
-    acknowledge(krea[0])
+@pytest.fixture(scope="module")
+def tried(sources, tmp_path_factory):
+    """The folder of both filters, as the command has converted and tried them."""
+    folder = tmp_path_factory.mktemp("tried")
     for source in sources:
-        ran = run_command("convert", source, "--allow-unknown-filter", cwd=home.parent)
+        ran = run_command("convert", source, "--allow-unknown-filter", cwd=folder, FLUX_KREA_HOME=str(folder / "home"))
         assert ran.returncode == 0, ran.stderr
-    return home / "filters"
+    return folder / "home" / "filters"
+
+
+@pytest.fixture
+def installed(tried, krea, home):
+    acknowledge(krea[0])
+    return shutil.copytree(tried, home / "filters")
 
 
 @pytest.mark.slow

@@ -19,12 +19,14 @@ from mlx_flux_krea.models import transformer
 BAR = 6  # of the eight pictures
 
 
-def right(pipe, steps: int = 6) -> int:
-    """How many of the eight pictures are right."""
-    made = (
-        (pipe(prompt, seed=3, num_inference_steps=steps).images[0], things, ground) for prompt, things, ground in THINGS
-    )
-    return sum(is_right(*one) for one in made)
+def are_right(pipe, steps: int = 6) -> bool:
+    """True if so many of the eight pictures are right; no more are made than that takes."""
+    found = []
+    for prompt, things, ground in THINGS:
+        found.append(is_right(pipe(prompt, seed=3, num_inference_steps=steps).images[0], things, ground))
+        if found.count(True) >= BAR or found.count(False) > len(THINGS) - BAR:
+            break
+    return found.count(True) >= BAR
 
 
 @pytest.fixture(scope="module")
@@ -33,19 +35,18 @@ def pipe():
 
 
 def test_the_pictures_are_right(pipe):
-    assert right(pipe) >= BAR
+    assert are_right(pipe)
 
 
 @pytest.mark.slow
 def test_they_are_right_in_the_type_of_the_folder():
-    assert right(FluxPipeline.from_pretrained(nano.FOLDER)) >= BAR
+    assert are_right(FluxPipeline.from_pretrained(nano.FOLDER))
 
 
-@pytest.mark.parametrize("bits", ["8", "4"])
 @pytest.mark.slow
-def test_they_are_right_after_conversion_to_fewer_bits(bits, tmp_path):
-    report = convert([nano.FOLDER], tmp_path / "small", quantize=bits)
-    assert right(FluxPipeline.from_pretrained(report.path, dtype="float32")) >= BAR
+def test_they_are_right_after_conversion_to_fewer_bits(tmp_path):
+    report = convert([nano.FOLDER], tmp_path / "small", quantize="4")
+    assert are_right(FluxPipeline.from_pretrained(report.path, dtype="float32"))
 
 
 @pytest.mark.slow
@@ -88,11 +89,11 @@ def test_the_autoencoder_gives_scenes_back(pipe):
 @pytest.mark.slow
 def test_right_pictures_need_the_right_rotation(monkeypatch):
     monkeypatch.setattr(transformer, "apply_rope", half_rotated)
-    assert right(FluxPipeline.from_pretrained(nano.FOLDER, dtype="float32")) < BAR
+    assert not are_right(FluxPipeline.from_pretrained(nano.FOLDER, dtype="float32"))
 
 
 @pytest.mark.slow
 def test_right_pictures_need_shift_and_scale_in_their_places(monkeypatch):
     original = transformer.modulated_norm
     monkeypatch.setattr(transformer, "modulated_norm", lambda x, shift, scale: original(x, scale, shift))
-    assert right(FluxPipeline.from_pretrained(nano.FOLDER, dtype="float32")) < BAR
+    assert not are_right(FluxPipeline.from_pretrained(nano.FOLDER, dtype="float32"))

@@ -27,6 +27,7 @@ from PIL import Image
 from mlx_flux_krea import presets
 from mlx_flux_krea.cli import VERBS
 from mlx_flux_krea.commands import demo
+from mlx_flux_krea.commands.shared.jobs import size_of
 from mlx_flux_krea.commands.shared.options import given_options
 from mlx_flux_krea.commands.shared.preview import Preview
 from mlx_flux_krea.filters import judges as filters_judges
@@ -151,8 +152,9 @@ def test_the_picture_is_as_wide_and_high_as_asked_for_and_shows_it(draw):
 @pytest.mark.slow
 def test_an_aspect_at_a_quarter_of_a_megapixel_is_replicates(draw):
     """cog-flux halves 1344 x 768."""
-    (path,) = draw("--aspect", "16:9", "--megapixels", "0.25", how=["--steps", "1"])
-    assert Image.open(path).size == (672, 384)
+    assert size_of("16:9", 0.25, (1, 1)) == (672, 384)
+    (path,) = draw("--aspect", "16:9", "--megapixels", "0.02", how=["--steps", "1"])
+    assert Image.open(path).size == size_of("16:9", 0.02, (1, 1)) == (192, 112)
 
 
 @pytest.mark.slow

@@ -108,8 +108,8 @@ def loaded(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["t2i_4", "t2i_8", "t2i_list", "cfg_4", "t2i_short"])
-def test_a_run_equals_diffusers_after_every_step_and_as_a_picture(pipe, name):
-    result, latents = latents_of(pipe, **arguments(name))
+def test_a_run_equals_diffusers_after_every_step_and_as_a_picture(full_pipe, name):
+    result, latents = latents_of(full_pipe, **arguments(name))
     for step, (ours, theirs) in enumerate(zip(latents, goldens()[f"{name}.latents"], strict=True)):
         assert_close(ours, theirs, 1e-4, f"step {step}")
     run = facts()["runs"][name]
@@ -120,25 +120,25 @@ def test_a_run_equals_diffusers_after_every_step_and_as_a_picture(pipe, name):
 
 
 @pytest.mark.parametrize("name", ["t2i_4", "t2i_list"])
-def test_decoded_floats_equal_the_reference(pipe, name):
-    floats = pipe(**arguments(name), output_type="np").images
+def test_decoded_floats_equal_the_reference(full_pipe, name):
+    floats = full_pipe(**arguments(name), output_type="np").images
     raw = np.array(nhwc(goldens()[f"{name}.raw"]))
     assert np.abs(floats - np.clip(raw / 2 + 0.5, 0, 1)).max() < 1e-4
 
 
-def test_image_to_image_equals_diffusers(pipe):
-    result, latents = latents_of(pipe, **arguments("img2img_8.sample"))
+def test_image_to_image_equals_diffusers(full_pipe):
+    result, latents = latents_of(full_pipe, **arguments("img2img_8.sample"))
     assert_close(latents, goldens()["img2img_8.sample.latents"], 1e-4)
     assert psnr(result.images[0], image("images/img2img_8.sample.0.png")) >= 60
     assert levels(result.images[0], image("images/img2img_8.sample.0.png")) <= 1
 
 
 @pytest.mark.slow
-def test_image_to_image_from_the_mean_equals_the_reference(pipe):
+def test_image_to_image_from_the_mean_equals_the_reference(full_pipe):
     """`comfy` takes the posterior's mean, draws the golden's float32 noise, and truncates bytes."""
-    result, latents = latents_of(pipe, **arguments("img2img_8.mean"), noise="comfy")
+    result, latents = latents_of(full_pipe, **arguments("img2img_8.mean"), noise="comfy")
     assert_close(latents, goldens()["img2img_8.mean.latents"], 1e-4)
-    floats = pipe(**arguments("img2img_8.mean"), noise="comfy", output_type="np").images[0]
+    floats = full_pipe(**arguments("img2img_8.mean"), noise="comfy", output_type="np").images[0]
     rounded = np.round(floats * 255).astype(np.int64)
     assert np.abs(rounded - np.asarray(image("images/img2img_8.mean.0.png"))).max() <= 1
     assert psnr(result.images[0], image("images/img2img_8.mean.0.png")) >= 49
@@ -227,23 +227,23 @@ def test_the_posteriors_log_variance_is_clipped(model, bias, clipped):
 
 @pytest.mark.parametrize(("name", "golden"), [("t2i_4", "bfl_4"), ("t2i_8", "bfl_8")])
 @pytest.mark.core("t2i_8-bfl_8")
-def test_a_run_equals_black_forest_labs_own_code(pipe, name, golden):
+def test_a_run_equals_black_forest_labs_own_code(full_pipe, name, golden):
     """From BFL's float32 noise; the `bfl` recipe then truncates bytes as BFL does."""
     call = arguments(name)
     del call["seed"]
     call.pop("num_images_per_prompt", None)
     start = sampler.pack(goldens()[f"{golden}.noise"])
-    result, latents = latents_of(pipe, **call, latents=start, noise="bfl")
+    result, latents = latents_of(full_pipe, **call, latents=start, noise="bfl")
     assert_close(latents[-1], goldens()[f"{golden}.latents"], 1e-4)
     theirs = image(f"images/{golden}.png")
     assert levels(result.images[0], theirs) <= 1
     assert psnr(result.images[0], theirs) >= 60
 
 
-def test_a_bfloat16_run_is_as_near_to_the_reference_as_torch_is(pipe_bf16):
+def test_a_bfloat16_run_is_as_near_to_the_reference_as_torch_is(full_pipe_bf16):
     """torch's own run ends 0.0067 from the float32 latents, its picture at 50.3 dB."""
     call = arguments("t2i_4")
-    result, latents = latents_of(pipe_bf16, **call)
+    result, latents = latents_of(full_pipe_bf16, **call)
     assert rel(latents[-1], goldens()["bf16.latents"][-1]) < 0.03
     assert rel(latents[-1], goldens()["t2i_4.latents"][-1]) < 0.009
     assert psnr(result.images[0], image("images/bf16.0.png")) >= 42
@@ -376,10 +376,10 @@ def test_sizes_are_floored_and_the_caller_is_told(pipe):
     assert pipe(CAT, seed=1, height=32, width=48, num_inference_steps=1).notes == ()
 
 
-def test_what_the_encoders_did_not_read_is_told(pipe):
-    result = pipe("cat " * 90, seed=1, max_sequence_length=80, **SMALL)
+def test_what_the_encoders_did_not_read_is_told(full_pipe):
+    result = full_pipe("cat " * 90, seed=1, max_sequence_length=80, **SMALL)
     assert [note.split()[0] for note in result.notes] == ["CLIP", "T5"]
-    assert pipe("cat " * 90, seed=1, max_sequence_length=80, **SMALL).notes == result.notes  # also from the cache
+    assert full_pipe("cat " * 90, seed=1, max_sequence_length=80, **SMALL).notes == result.notes  # also from the cache
 
 
 def test_an_image_without_a_size_keeps_its_shape_at_the_models_area(pipe):

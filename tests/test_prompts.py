@@ -98,6 +98,7 @@ def calls() -> Iterator[tuple[str, str, dict]]:
 
 
 COMMANDS = list(commands())
+ELSEWHERE = ("flux-krea demo", *(ROOT / "docs" / "fewer-steps.md").read_text().splitlines())  # test_readme draws these
 CALLS = [(place, prompt, given) for place, prompt, given in calls() if is_for_the_small_model(prompt)]
 
 
@@ -152,7 +153,7 @@ def stands_alone(line):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("line", [one for one in COMMANDS if one == "flux-krea demo" or stands_alone(one)])
+@pytest.mark.parametrize("line", [one for one in COMMANDS if stands_alone(one) and one not in ELSEWHERE])
 def test_commands_draw_their_prompts_right(command, tmp_path, line):
     code, out, err = command(*shlex.split(line, comments=True)[1:])
     assert code == 0, err

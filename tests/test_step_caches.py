@@ -46,31 +46,31 @@ def reference_run(pipe, **how):
 
 @pytest.mark.core("tiny.fbc_0.35")
 @pytest.mark.parametrize("name", CACHED)
-def test_first_block_equals_diffusers_in_its_steps_and_latents(pipe, name):
+def test_first_block_equals_diffusers_in_its_steps_and_latents(full_pipe, name):
     run = KNOWN["runs"][name]
-    made = reference_run(pipe, cache=f"first-block:{run['threshold']}")
+    made = reference_run(full_pipe, cache=f"first-block:{run['threshold']}")
     assert made.steps_computed == (tuple(run["computed"]),)
     assert made.records[0]["evaluations"] == len(run["computed"])
     assert_close(made.images, finals()[f"{name}.final"], 1e-4)
 
 
 @pytest.mark.slow
-def test_a_threshold_ten_percent_off_exceeds_the_tolerance(pipe):
+def test_a_threshold_ten_percent_off_exceeds_the_tolerance(full_pipe):
     """The nearest mistake that the reference names, 1.1e-3; and so does a change that is renewed in every step."""
-    made = reference_run(pipe, cache="first-block:0.132")
+    made = reference_run(full_pipe, cache="first-block:0.132")
     assert rel(made.images, finals()["tiny.fbc_0.12.final"]) > 1e-3
 
 
 @pytest.mark.slow
-def test_extrapolated_caches_are_nearer_to_the_full_run_than_repeating_ones(pipe):
+def test_extrapolated_caches_are_nearer_to_the_full_run_than_repeating_ones(full_pipe):
     full = finals()["tiny.none.final"]
     caches = "first-block:0.12", "first-block:0.12:1"
-    distance = {cache: rel(reference_run(pipe, cache=cache).images, full) for cache in caches}
+    distance = {cache: rel(reference_run(full_pipe, cache=cache).images, full) for cache in caches}
     assert 0 < distance["first-block:0.12:1"] < 0.5 * distance["first-block:0.12"]
-    skipped = reference_run(pipe, fast=True)
+    skipped = reference_run(full_pipe, fast=True)
     assert skipped.steps_computed == (skip_steps(28),)
     assert 0 < rel(skipped.images, full) < 5e-3
-    few = reference_run(pipe, cache="skip").images
+    few = reference_run(full_pipe, cache="skip").images
     assert mx.array_equal(few, skipped.images)
 
 

@@ -148,8 +148,8 @@ def test_streamed_equals_resident(installed):
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.core("redux_2", "redux_notext")
-def test_a_run_equals_the_reference(pipe, installed, name):
-    made, latents = run_of(pipe, name)
+def test_a_run_equals_the_reference(full_pipe, installed, name):
+    made, latents = run_of(full_pipe, name)
     golden = goldens()[f"{name}.latents"]
     assert len(latents) == len(golden)
     for step, (ours, theirs) in enumerate(zip(latents, golden, strict=True)):
@@ -160,9 +160,9 @@ def test_a_run_equals_the_reference(pipe, installed, name):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_prior_gives_the_reference_s_embeds(pipe, installed, name):
+def test_the_prior_gives_the_reference_s_embeds(full_pipe, installed, name):
     told = facts()["redux"]["cases"][name]
-    prior = FluxPriorReduxPipeline.from_pretrained(pipeline=pipe)
+    prior = FluxPriorReduxPipeline.from_pretrained(pipeline=full_pipe)
     scales = {key: told[key] for key in ("prompt_embeds_scale", "pooled_prompt_embeds_scale")}
     out = prior([EDIT / path for path in told["images"]], told["prompt"], **scales)
     for key in ("prompt_embeds", "pooled_prompt_embeds"):
@@ -178,7 +178,7 @@ RUN_MISTAKES = ("text left out", "image tokens alone", "text not scaled", "one a
 
 @pytest.mark.parametrize("mistake", RUN_MISTAKES)
 @pytest.mark.core("text not scaled")
-def test_a_mistake_in_the_rule_is_seen(pipe, installed, monkeypatch, mistake):
+def test_a_mistake_in_the_rule_is_seen(full_pipe, installed, monkeypatch, mistake):
     right = styles.styled
 
     def wrong(style, prompt, tokens):
@@ -197,13 +197,15 @@ def test_a_mistake_in_the_rule_is_seen(pipe, installed, monkeypatch, mistake):
         return EncodedPrompt(embeds, made.pooled)
 
     monkeypatch.setattr(styles, "styled", wrong)
-    _, latents = run_of(pipe, "redux_2")
+    _, latents = run_of(full_pipe, "redux_2")
     assert rel(latents[-1], goldens()["redux_2.latents"][-1]) > 1e-4
 
 
-def test_the_tokens_of_images_follow_those_of_the_text(pipe, installed):
+def test_the_tokens_of_images_follow_those_of_the_text(full_pipe, installed):
     """The order moves no picture, since all ids are zeros; embeds alone show it."""
-    out = FluxPriorReduxPipeline.from_pretrained(pipeline=pipe)(EDIT / "images" / "in_a.png", case("redux_1")["prompt"])
+    out = FluxPriorReduxPipeline.from_pretrained(pipeline=full_pipe)(
+        EDIT / "images" / "in_a.png", case("redux_1")["prompt"]
+    )
     ours = mx.array(out.prompt_embeds)
     assert_close(ours[:, 512:], goldens()["redux.a.image_embeds"], 3e-5)
     turned = mx.concatenate([ours[:, 512:], ours[:, :512]], axis=1)
@@ -212,9 +214,9 @@ def test_the_tokens_of_images_follow_those_of_the_text(pipe, installed):
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.core("redux_1")
-def test_a_bfloat16_run_is_near_the_reference(pipe_bf16, installed, name):
+def test_a_bfloat16_run_is_near_the_reference(full_pipe_bf16, installed, name):
     """As near as a run of text alone is held to (test_pipeline)."""
-    made, latents = run_of(pipe_bf16, name)
+    made, latents = run_of(full_pipe_bf16, name)
     assert rel(latents[-1], goldens()[f"{name}.latents"][-1]) < 0.012
     assert psnr(made, image(f"edit/images/{name}.0.png")) >= 44
 
@@ -412,7 +414,7 @@ def test_tokens_stand_beside_the_positive_prompts_alone(pipe, installed, picture
 
     monkeypatch.setattr(Generator, "_denoise", noting)
     result = pipe([CAT, "a dog"], negative_prompt="rain", true_cfg_scale=2, style_images=picture, **QUICK)
-    assert seen == [[521, 521, 512, 512]]
+    assert seen == [[41, 41, 32, 32]]
     assert len(result.images) == 2
 
 
@@ -650,7 +652,7 @@ def test_the_result_is_a_dict_an_object_and_a_tuple_of_arrays(pipe, installed, p
     assert out[0] is out.prompt_embeds is out["prompt_embeds"]
     assert isinstance(out[1], StyledEmbeds)
     first, second = prior(picture, CAT, return_dict=False)
-    assert (first.shape, second.shape) == ((1, 521, 14), (1, 16))
+    assert (first.shape, second.shape) == ((1, 41, 14), (1, 16))
     assert np.asarray(first, np.float64).dtype == np.float64
     assert first.dtype == mx.float32
     assert "StyledEmbeds" in repr(first)

@@ -61,11 +61,11 @@ def test_the_editing_models_convert_with_their_task_and_defaults(request, name):
 @pytest.mark.parametrize(
     ("name", "run"), [("kontext", "kontext_4"), ("fill", "fill_4.sample"), ("control", "control_4.sample")]
 )
-def test_the_first_step_of_each_equals_the_reference(request, pipe, name, run):
+def test_the_first_step_of_each_equals_the_reference(request, full_pipe, name, run):
     """From the stored inputs of the transformer; the bar is far below the reference's nearest mistake, 1.3e-3."""
     known, facts = derived.goldens(), derived.facts()["runs"][run]
     flux = open_model(request.getfixturevalue(name)).flux.load(mx.float32)
-    embeds, pooled = pipe.encode_prompt(facts["prompts"][0])
+    embeds, pooled = full_pipe.encode_prompt(facts["prompts"][0])
     inputs, (sigma, following, *_) = known[f"{run}.model_input"], facts["sigmas"]
     ids = known[f"{run}.img_ids"].astype(mx.float32)
     v = flux(inputs, mx.array([sigma]), mx.array([facts["g"]]), pooled, embeds, ids, mx.zeros((embeds.shape[1], 3)))
