@@ -471,8 +471,8 @@ def test_like_sets_what_the_tool_does_and_options_beside_it_override(model, tool
 
 
 @pytest.mark.slow
-def test_a_picture_like_diffusers_is_the_picture_that_diffusers_made(tiny, tmp_path):
-    size = ["--width", "64", "--height", "64", "--steps", "4", "--guidance", "4.5"]
+def test_a_picture_like_diffusers_is_the_picture_that_diffusers_made(tiny, full_model, tmp_path):
+    size = ["-m", full_model, "--width", "64", "--height", "64", "--steps", "4", "--guidance", "4.5"]
     code, _, err = tiny(CAT, "--like", "diffusers", "--seed", "42", size=size)
     assert code == 0
     assert levels(Image.open(tmp_path / "out.png"), image("images/t2i_4.0.png")) <= 1
@@ -480,15 +480,16 @@ def test_a_picture_like_diffusers_is_the_picture_that_diffusers_made(tiny, tmp_p
 
 
 @pytest.mark.slow
-def test_like_comfy_has_its_schedule_and_its_length_of_t5(tiny, model, tmp_path):
+def test_like_comfy_has_its_schedule_and_its_length_of_t5(tiny, full_model, tmp_path):
     """The table that ComfyUI shifts by 1.15 at every size, picked from as its scheduler `simple` does."""
-    code, _, err = tiny(CAT, "--like", "comfy", "--seed", "1", size=["--width", "64", "--height", "48", "--steps", "7"])
+    size = ["-m", full_model, "--width", "64", "--height", "48", "--steps", "7"]
+    code, _, err = tiny(CAT, "--like", "comfy", "--seed", "1", size=size)
     assert code == 0, err
     record = read_record(tmp_path / "out.png")
     assert (record["max_sequence_length"], record["noise"]) == (256, "comfy")
     table = [np.exp(1.15) / (np.exp(1.15) + (1 / (n / 10000) - 1)) for n in range(1, 10001)]
     comfy = [table[-(1 + int(x * (10000 / 7)))] for x in range(7)]
-    ours = make_sigmas(open_model(model).index.schedule, 12, 7, record["sigmas"])
+    ours = make_sigmas(open_model(full_model).index.schedule, 12, 7, record["sigmas"])
     assert np.abs(ours[:-1] - comfy).max() < 1e-6
 
 
