@@ -29,9 +29,9 @@ def transformer_error(load) -> float:
     return max(rel(forward(load("transformer"), i), goldens()[f"forward.{i}.output"]) for i in range(3))
 
 
-def run_error(model, name: str) -> float:
+def run_error(full_model, name: str) -> float:
     """How far the latents of a whole run of the goldens are."""
-    _, latents = latents_of(FluxPipeline.from_pretrained(model), **arguments(name))
+    _, latents = latents_of(FluxPipeline.from_pretrained(full_model), **arguments(name))
     return rel(latents[-1], goldens()[f"{name}.latents"][-1])
 
 
@@ -105,7 +105,7 @@ def test_clip_pooled_at_the_last_end_token_is_seen(load, monkeypatch):
 
 @pytest.mark.parametrize("field", ["shift_factor", "scale_factor"])
 @pytest.mark.slow
-def test_the_vaes_shift_or_scale_left_out_is_seen_in_pictures_and_latents(model, monkeypatch, field):
+def test_the_vaes_shift_or_scale_left_out_is_seen_in_pictures_and_latents(full_model, monkeypatch, field):
     original = NetworkFolder.load
 
     def load(self, dtype):
@@ -115,7 +115,7 @@ def test_the_vaes_shift_or_scale_left_out_is_seen_in_pictures_and_latents(model,
         return network
 
     monkeypatch.setattr(NetworkFolder, "load", load)
-    picture = FluxPipeline.from_pretrained(model)(**arguments("t2i_4")).images[0]
+    picture = FluxPipeline.from_pretrained(full_model)(**arguments("t2i_4")).images[0]
     assert psnr(picture, image("images/t2i_4.0.png")) < 60
     own, left_out = generator.make_latents, {field: {"shift_factor": 0.0, "scale_factor": 1.0}[field]}
 
@@ -123,7 +123,7 @@ def test_the_vaes_shift_or_scale_left_out_is_seen_in_pictures_and_latents(model,
         return own(request, sigma, replace(sizes, **left_out), *more)
 
     monkeypatch.setattr(generator, "make_latents", make_latents)
-    assert run_error(model, "img2img_8.sample") > 1e-4
+    assert run_error(full_model, "img2img_8.sample") > 1e-4
 
 
 def test_the_encoders_attention_left_out_is_seen(load):
@@ -145,29 +145,29 @@ def test_padding_all_around_before_downsampling_is_seen(load, monkeypatch):
 
 
 @pytest.mark.slow
-def test_sigmas_one_step_off_are_seen_in_latents_and_picture(model, monkeypatch):
+def test_sigmas_one_step_off_are_seen_in_latents_and_picture(full_model, monkeypatch):
     original = sampler.make_sigmas
 
     def one_off(schedule, image_seq_len, n, sigmas=()):
         return original(schedule, image_seq_len, n, np.linspace(1, 1 / (n + 1), n + 1)[:n])
 
     monkeypatch.setattr(sampler, "make_sigmas", one_off)
-    result, latents = latents_of(FluxPipeline.from_pretrained(model), **arguments("t2i_4"))
+    result, latents = latents_of(FluxPipeline.from_pretrained(full_model), **arguments("t2i_4"))
     assert rel(latents[-1], goldens()["t2i_4.latents"][-1]) > 1e-4
     assert psnr(result.images[0], image("images/t2i_4.0.png")) < 60
 
 
 @pytest.mark.slow
-def test_an_unshifted_schedule_is_seen(model, monkeypatch):
+def test_an_unshifted_schedule_is_seen(full_model, monkeypatch):
     original = sampler.make_sigmas
     monkeypatch.setattr(sampler, "make_sigmas", lambda schedule, *args: original(sampler.Schedule(shift="none"), *args))
-    result, latents = latents_of(FluxPipeline.from_pretrained(model), **arguments("t2i_4"))
+    result, latents = latents_of(FluxPipeline.from_pretrained(full_model), **arguments("t2i_4"))
     assert rel(latents[-1], goldens()["t2i_4.latents"][-1]) > 1e-4
     assert levels(result.images[0], image("images/t2i_4.0.png")) > 1
 
 
 @pytest.mark.slow
-def test_noise_drawn_before_the_posterior_is_seen(model, monkeypatch):
+def test_noise_drawn_before_the_posterior_is_seen(full_model, monkeypatch):
     """diffusers samples the posterior first; the other order shifts the stream."""
     original = noise.Stream.noise
 
@@ -176,38 +176,38 @@ def test_noise_drawn_before_the_posterior_is_seen(model, monkeypatch):
         return original(fresh, shape)
 
     monkeypatch.setattr(noise.Stream, "noise", noise_first)
-    assert run_error(model, "img2img_8.sample") > 1e-4
+    assert run_error(full_model, "img2img_8.sample") > 1e-4
 
 
 @pytest.mark.parametrize(
     "row", [{"layout": "nhwc"}, {"layout": "packed"}, {"dtype": "bfloat16"}, {"stream": "mlx-key"}], ids=str
 )
 @pytest.mark.slow
-def test_noise_of_another_layout_type_or_stream_is_seen(model, monkeypatch, row):
+def test_noise_of_another_layout_type_or_stream_is_seen(full_model, monkeypatch, row):
     monkeypatch.setitem(noise.RECIPES, "diffusers", replace(noise.RECIPES["diffusers"], **row))
-    assert run_error(model, "t2i_4") > 1e-4
+    assert run_error(full_model, "t2i_4") > 1e-4
 
 
 @pytest.mark.slow
-def test_the_numbers_of_another_seed_are_seen(model, monkeypatch):
+def test_the_numbers_of_another_seed_are_seen(full_model, monkeypatch):
     original = noise.TorchStream.__init__
     monkeypatch.setattr(noise.TorchStream, "__init__", lambda self, seed: original(self, seed + 1))
-    assert run_error(model, "t2i_4") > 1e-4
-    assert run_error(model, "img2img_8.sample") > 1e-4
+    assert run_error(full_model, "t2i_4") > 1e-4
+    assert run_error(full_model, "img2img_8.sample") > 1e-4
 
 
 @pytest.mark.slow
-def test_the_halves_of_box_muller_exchanged_are_seen(model, monkeypatch):
+def test_the_halves_of_box_muller_exchanged_are_seen(full_model, monkeypatch):
     original = noise._box_muller
     swapped = lambda *args: original(*args).reshape(-1, 2, 8)[:, ::-1].reshape(-1)  # noqa: E731
     monkeypatch.setattr(noise, "_box_muller", swapped)
-    assert run_error(model, "t2i_4") > 1e-4
+    assert run_error(full_model, "t2i_4") > 1e-4
 
 
 @pytest.mark.slow
-def test_a_mean_for_the_sample_of_an_image_is_seen(model, monkeypatch):
+def test_a_mean_for_the_sample_of_an_image_is_seen(full_model, monkeypatch):
     monkeypatch.setitem(noise.RECIPES, "diffusers", replace(noise.RECIPES["diffusers"], posterior="mean"))
-    assert run_error(model, "img2img_8.sample") > 1e-4
+    assert run_error(full_model, "img2img_8.sample") > 1e-4
 
 
 def test_one_bfloat16_table_or_float32_weight_is_not_hidden_by_the_bars(load):
