@@ -1,5 +1,6 @@
 """Two small filters with real weights in a file: an eye for red pictures, and a reader that knows some names."""
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -84,7 +85,10 @@ def load_judge(name: str, folder: Path, make_run=None):
 def filtered_copy(model: Path, folder: Path, monkeypatch) -> Path:
     """A copy of a model as one whose licence requires filters, and both of them."""
     shutil.copytree(model, folder)
-    edit_json(folder / "model_index.json", filters="required")
+    index = folder / "model_index.json"
+    edit_json(index, filters="required")
+    about = {"sha256": hashlib.sha256(index.read_bytes()).hexdigest(), "bytes": index.stat().st_size}
+    edit_json(folder / "manifest.json", **{index.name: about})
     acknowledge(folder)
     install()
     monkeypatch.setattr(filters_judges, "load_judge", load_judge)

@@ -35,12 +35,14 @@ class Served:
         home: its home folder.
         step: seconds that each step takes longer.
         minute: seconds of a minute in which the model is not used.
+        port: that it listens on; 0: a free one.
     """
 
-    def __init__(self, home: Path, step: float = 0.0, minute: float = 60.0):
+    def __init__(self, home: Path, step: float = 0.0, minute: float = 60.0, port: int = 0):
         self.home = home
         with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
+            free.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            free.bind(("127.0.0.1", port))
             self.port = free.getsockname()[1]
         words = [PROGRAM, Path(__file__).parent, step, minute, "ui", "--no-open", "--json", "--port", self.port]
         self.errors = open(home.parent / f"{home.name}-{self.port}.err", "w+")  # noqa: SIM115
@@ -109,9 +111,9 @@ class Served:
 
 
 @contextlib.contextmanager
-def serving(home: Path, step: float = 0.0, minute: float = 60.0):
+def serving(home: Path, step: float = 0.0, minute: float = 60.0, port: int = 0):
     """A server within the block; what it wrote to standard error holds no traceback."""
-    server = Served(home, step, minute)
+    server = Served(home, step, minute, port)
     try:
         yield server
         assert "Traceback" not in server.said(), server.said()

@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import os
 import resource
-import secrets
 import socket
 import threading
 from collections.abc import Iterator
@@ -60,15 +59,15 @@ class PageServer:
         port: to listen on; None: the first free one from `PORT` on.
 
     Attributes:
-        token: that requests carry; a new one at each start.
+        token: that requests carry.
         port: that it listens on.
     """
 
     def __init__(self, port: int | None):
-        self.token = secrets.token_urlsafe(32)
         self._socket = _listening(port)
         self.port: int = self._socket.getsockname()[1]
         self.services = Services(store.Store(store.path()))
+        self.token = self.services.store.token()
         app = make_app(self.services, port=lambda: self.port, token=self.token)
         _BoundedProtocol.most = _connections()
         config = uvicorn.Config(

@@ -6,6 +6,7 @@ records in the files of pictures, the jobs from the checkpoints of runs that hav
 
 import contextlib
 import json
+import secrets
 import sqlite3
 import threading
 import time
@@ -48,6 +49,8 @@ class Store:
     def __init__(self, path: Path):
         self._lock = threading.RLock()
         path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch(mode=0o600)  # SQLite gives its other files the same rights
+        path.chmod(0o600)
         try:
             self._base = _opened(path)
             self.is_new = _migrate(self._base)
@@ -55,9 +58,9 @@ class Store:
             for end in ("", "-wal", "-shm"):
                 with contextlib.suppress(FileNotFoundError):
                     path.with_name(path.name + end).rename(path.with_name(f"{path.name}{end}.damaged"))
+            path.touch(mode=0o600)
             self._base = _opened(path)
             self.is_new = _migrate(self._base)
-        path.chmod(0o600)
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
@@ -120,6 +123,13 @@ class Store:
         """Changes a setting."""
         with self.transaction() as base:
             base.execute("INSERT OR REPLACE INTO settings VALUES (?, ?)", (name, json.dumps(value)))
+
+    def token(self) -> str:
+        """Returns the token that requests carry: made once, so that open pages and programs outlive a restart."""
+        if not (token := self.settings({"token": ""})["token"]):
+            token = secrets.token_urlsafe(32)
+            self.set("token", token)
+        return token
 
     def close(self) -> None:
         """Closes the file."""

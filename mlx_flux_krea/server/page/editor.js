@@ -5,6 +5,7 @@ import { byId, make, openDialog, size, tried } from "./dom.js";
 import { uploaded } from "./images.js";
 
 const MASK_SIDE = 1024; // pixels of the painted mask's longer side, at most
+const INK = [255, 0, 200]; // colour of the mask on the screen, where white would not be seen on a white image
 const UNDOS = 10;
 const STEP = 16; // pixels by which an arrow key moves a border
 
@@ -65,7 +66,7 @@ class Painting {
       make("label.field", {}, "Brush", this.size),
       make("label.check", {}, this.erase, "Erase"),
       button("Undo", () => this.undo()),
-      button("Invert", () => this.change(() => this.invert())),
+      button("Invert", () => this.change(() => this.fill("source-out"))),
       button("Everything", () => this.change(() => this.fill())),
       button("Nothing", () => this.change(() => this.pen.clearRect(0, 0, this.canvas.width, this.canvas.height))),
     ];
@@ -113,7 +114,7 @@ class Painting {
 
   line(from, to) {
     this.pen.globalCompositeOperation = this.erase.checked ? "destination-out" : "source-over";
-    this.pen.strokeStyle = "#fff";
+    this.pen.strokeStyle = `rgb(${INK})`;
     this.pen.lineWidth = Number(this.size.value);
     this.pen.beginPath();
     this.pen.moveTo(...from);
@@ -134,15 +135,10 @@ class Painting {
     if (last) this.pen.putImageData(last, 0, 0);
   }
 
-  fill() {
-    this.pen.globalCompositeOperation = "source-over";
-    this.pen.fillStyle = "#fff";
-    this.pen.fillRect(0, 0, this.canvas.width, this.canvas.height);
-  }
-
-  invert() {
-    this.pen.globalCompositeOperation = "source-out";
-    this.pen.fillStyle = "#fff";
+  /** Fills the canvas, by one of its rules of composition. */
+  fill(rule = "source-over", colour = `rgb(${INK})`) {
+    this.pen.globalCompositeOperation = rule;
+    this.pen.fillStyle = colour;
     this.pen.fillRect(0, 0, this.canvas.width, this.canvas.height);
   }
 
@@ -160,16 +156,15 @@ class Painting {
     const pixels = this.pen.getImageData(0, 0, this.canvas.width, this.canvas.height);
     for (let at = 0; at < pixels.data.length; at += 4) {
       pixels.data[at + 3] = pixels.data[at];
-      pixels.data[at] = pixels.data[at + 1] = pixels.data[at + 2] = 255;
+      INK.forEach((value, channel) => (pixels.data[at + channel] = value));
     }
     this.pen.putImageData(pixels, 0, 0);
   }
 
   /** Returns the mask as a PNG: white on black. */
   png() {
-    this.pen.globalCompositeOperation = "destination-over";
-    this.pen.fillStyle = "#000";
-    this.pen.fillRect(0, 0, this.canvas.width, this.canvas.height);
+    this.fill("source-in", "#fff");
+    this.fill("destination-over", "#000");
     return new Promise((done) => this.canvas.toBlob(done, "image/png"));
   }
 }

@@ -26,11 +26,12 @@ const WORDS = {
 
 /** The form of the page. */
 export class Form {
-  /** @param {function(object): Promise<void>} generate called with a request */
+  /** @param {function(object): Promise<object>} generate puts a request into the queue, and returns the job */
   constructor(generate) {
     this.models = [];
     this.adapters = [];
     this.carried = {};
+    this.lastSeed = null; // of the newest job
     this.mask = null;
     this.expand = null;
     this.changed = later(250, () => this.plan());
@@ -46,11 +47,9 @@ export class Form {
       const press = () => ((byId("num_images").value = number), change());
       byId("numbers").append(make("button", { type: "button", onclick: press, "aria-pressed": "false" }, String(number)));
     }
-    byId("dice").onclick = () => {
-      byId("seed").value = crypto.getRandomValues(new Uint32Array(1))[0];
-      byId("seed-lock").checked = true;
-      change();
-    };
+    byId("dice").onclick = () => this.setSeed(randomSeed());
+    byId("seed").oninput = () => (byId("seed-lock").checked = byId("seed").value !== "");
+    byId("seed-lock").onchange = () => this.setSeed(byId("seed-lock").checked ? (this.lastSeed ?? randomSeed()) : "");
     byId("model").onchange = () => this.chooseModel();
     byId("mask-remove").onclick = () => this.setMask(null);
     byId("clear").onclick = () => this.write({});
@@ -69,13 +68,8 @@ export class Form {
     }
     byId("format").replaceChildren(...[["", "PNG"], ["jpeg", "JPEG"], ["webp", "WebP"]].map(([value, text]) => make("option", { value }, text)));
     byId("metadata").replaceChildren(make("option", { value: "" }, "all settings"), make("option", { value: "minimal" }, "only that an AI made it"));
-    this.setModels(models);
-    let kept = {};
-    try {
-      kept = JSON.parse(localStorage.getItem(KEPT)) ?? {};
-    } catch {
-      // Nothing that this page wrote.
-    }
+    const kept = restored();
+    await this.setModels(models);
     await this.write(kept);
   }
 
@@ -85,7 +79,8 @@ export class Form {
     this.models = models;
     this.components = components;
     const usable = models.filter((one) => !one.problem);
-    byId("model").replaceChildren(...usable.map((one) => make("option", { value: one.name }, shown(one.name))));
+    const text = (one) => shown(one.problem ? `${one.name} (cannot be used; see Models)` : one.name);
+    byId("model").replaceChildren(...models.map((one) => make("option", { value: one.name, disabled: Boolean(one.problem) }, text(one))));
     const usual = usable.find((one) => one.default) ?? usable[0];
     byId("model").value = usable.some((one) => one.name === before) ? before : (usual?.name ?? "");
     return this.chooseModel();
@@ -224,8 +219,7 @@ export class Form {
     for (const name of MARKS) byId(name).checked = Boolean(request[name]);
     byId("num_images").value = request.num_images ?? 1;
     const seed = Array.isArray(request.seed) ? request.seed[0] : request.seed;
-    byId("seed").value = seed ?? "";
-    byId("seed-lock").checked = seed !== undefined;
+    this.setSeed(seed ?? "");
     this.setLoras(request.loras ?? []);
     this.image.set(request.image ? named(request.image) : null);
     this.shapes.write(request);
@@ -237,6 +231,13 @@ export class Form {
     const isSet = { "image-part": request.image, "control-part": request.control_image, "references-part": request.references, "styles-part": request.styles,
       "loras-part": request.loras?.length, "more-part": ["negative_prompt", "true_cfg_scale", "solver", "schedule"].some((name) => name in request) };
     for (const [id, value] of Object.entries(isSet)) if (value) byId(id).open = true;
+    this.onChange();
+  }
+
+  /** Keeps a seed for the next pictures; "": each gets a new one. */
+  setSeed(seed) {
+    byId("seed").value = String(seed);
+    byId("seed-lock").checked = seed !== "";
     this.onChange();
   }
 
@@ -293,15 +294,29 @@ export class Form {
 
   async submit(generate) {
     const request = this.request;
+    if (!request.prompt.trim() && !request.styles) {
+      this.tell("", "Write a prompt first", "prompt");
+      return byId("prompt").focus();
+    }
     byId("generate").disabled = true;
     try {
-      await generate(request);
+      this.lastSeed = (await generate(request)).seeds[0];
       this.tell(byId("plan").textContent, "");
-      if (!byId("seed-lock").checked) byId("seed").value = "";
     } catch (error) {
       this.tell("", error.message, error.param);
     } finally {
       byId("generate").disabled = false;
     }
+  }
+}
+
+const randomSeed = () => crypto.getRandomValues(new Uint32Array(1))[0];
+
+/** Returns what stood in the form before a reload. */
+function restored() {
+  try {
+    return JSON.parse(localStorage.getItem(KEPT)) ?? {};
+  } catch {
+    return {}; // nothing that this page wrote
   }
 }

@@ -16,9 +16,10 @@ import { Viewer } from "./viewer.js";
 const VIEWS = ["pictures", "review", "models"];
 
 async function generate(request) {
-  await ask("POST", "/api/queue", request);
+  const job = await ask("POST", "/api/queue", request);
   say("It is in the queue");
   if (getComputedStyle(document.querySelector("main")).display === "block") byId("queue-part").scrollIntoView(); // one column
+  return job;
 }
 
 async function useAgain(request) {

@@ -14,8 +14,7 @@ export class Review {
   /** Takes an event `review`. */
   count(waiting) {
     byId("review-count").hidden = !waiting;
-    byId("review-count").textContent = waiting;
-    byId("tab-review").setAttribute("aria-label", waiting ? `Review, ${waiting} waiting` : "Review");
+    byId("review-count").textContent = ` ${waiting} `;
     const isKnown = this.waiting?.pictures.length === waiting;
     if (this.isOpen && !isKnown) tried(() => this.read());
   }
@@ -69,7 +68,7 @@ export class Review {
   form(picture) {
     const { questions, reviewer } = this.waiting;
     const answers = {};
-    const name = make("input", { type: "text", value: reviewer, autocomplete: "name", required: true });
+    const name = make("input", { type: "text", value: reviewer, autocomplete: "name" });
     const reason = make("textarea", { rows: 2 });
     const confirm = make("input", { type: "text", autocomplete: "off" });
     const button = make("button.primary", { type: "submit" }, "Release");
@@ -92,7 +91,7 @@ export class Review {
       await tried(() => this.send(picture.id, verdict));
       button.disabled = false;
     };
-    return make("form", { onsubmit: submit, "aria-label": "Verdict" },
+    return make("form", { onsubmit: submit, noValidate: true, "aria-label": "Verdict" },
       make("p", {}, quoted(picture.prompt)),
       make("p.hint", {}, [picture.model, picture.seed !== null && `seed ${picture.seed}`, size(picture.width, picture.height), moment(picture.made)].filter(Boolean).map(shown).join(" · ")),
       scores.length ? make("p.hint", {}, `Filters' scores: ${scores.join(", ")}`) : null,
