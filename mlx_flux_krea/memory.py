@@ -95,7 +95,7 @@ class InputNeeds:
 
     Attributes:
         held: bytes of all of them, which stay in memory.
-        read: bytes of the largest, of which there are two while its file is read.
+        read: bytes beside them while they are read: the largest again, or one that is made of it for a moment.
         pasted: bytes while a picture comes back into its image; 0: it does not.
     """
 
@@ -104,18 +104,21 @@ class InputNeeds:
     pasted: int = 0
 
 
-def input_needs(images: Sequence[int], whole: int = 0, part: int = 0, *, as_floats: bool = False) -> InputNeeds | None:
+def input_needs(
+    images: Sequence[int], whole: int = 0, part: int = 0, *, made: int = 0, as_floats: bool = False
+) -> InputNeeds | None:
     """Returns the memory of input images; None: there are none.
 
     Args:
         images: bytes of each.
         whole: pixels of the image that a picture comes back into, or 0.
         part: pixels of the part of it where the picture has its place.
+        made: bytes of an image that is made of another one, brought to size, and dropped.
         as_floats: the pixels are float32.
     """
     whole_bytes, part_bytes = _PASTED[as_floats]
     pasted = whole_bytes * whole + part_bytes * part
-    return InputNeeds(sum(images), max(images), pasted) if images else None
+    return InputNeeds(sum(images), max(*images, made), pasted) if images else None
 
 
 @dataclass(frozen=True)

@@ -618,7 +618,10 @@ class FluxPipeline(AdapterMethods, compat.DiffusersMethods):
             steps=resolved.num_inference_steps,
             conditions=resolved.prompts * (2 if resolved.true_cfg else 1),
             images=input_needs(
-                resolved.inputs.bytes, *resolved.inputs.pasted_pixels, as_floats=resolved.output_type == "np"
+                resolved.inputs.bytes,
+                *resolved.inputs.pasted_pixels,
+                made=resolved.inputs.made,
+                as_floats=resolved.output_type == "np",
             ),
             references=resolved.inputs.sizes,
             style=self._style_needs(resolved),

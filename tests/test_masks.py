@@ -136,6 +136,15 @@ def test_a_strip_is_cropped_in_bounded_memory():
     assert (now - before) * unit < 2**27
 
 
+def test_the_borders_of_an_image_of_many_strips_are_its_outermost_pixels():
+    image, mask = noisy((7, 700)), masked(2, 2, 5, 40)
+    canvas = Canvas.of(image, mask).expanded((300, 5, 1, 0))
+    assert np.array_equal(np.asarray(canvas.image), np.pad(np.asarray(image), ((300, 1), (0, 5), (0, 0)), mode="edge"))
+    alone, over = Canvas.of(image).expanded((300, 5, 1, 0)), np.asarray(Canvas.of(image, mask).mask_over)
+    own = np.pad(over, ((300, 1), (0, 5)), constant_values=255)
+    assert np.array_equal(np.asarray(canvas.mask), np.maximum(np.asarray(alone.mask), own))
+
+
 @pytest.mark.slow
 def test_a_large_image_is_expanded_and_comes_back_in_bounded_memory(folders):
     """The picture of a telephone: 36 MB as bytes."""
@@ -154,6 +163,8 @@ def test_a_large_image_is_expanded_and_comes_back_in_bounded_memory(folders):
         (4 * 12_000_000 + 67 * 45, 12_000_000),
         (4 * 12_000_000 + 67 * 45 + 4 * 64 * 48, 64 * 48),
     ]
+    made = resolved(folders["base"], image=image, expand="0,50%,0,0").inputs
+    assert made.made == 5 * 6000 * 3000  # at a size, the expanded image is there for a moment
 
 
 @pytest.mark.parametrize("given", ["9" * 5000, "9999999", "1" * 7 + "%"])
@@ -172,7 +183,8 @@ def test_odd_borders_leave_the_image_where_it_is(borders, size):
     canvas = Canvas.of(noisy(size)).expanded((top, right, bottom, left))
     assert canvas.image.size == (size[0] + left + right, size[1] + top + bottom)
     inside = np.s_[top : top + size[1], left : left + size[0]]
-    assert np.array_equal(np.asarray(canvas.image)[inside], np.asarray(noisy(size)))
+    padded = np.pad(np.asarray(noisy(size)), ((top, bottom), (left, right), (0, 0)), mode="edge")
+    assert np.array_equal(np.asarray(canvas.image), padded)
     made = canvas.paste(np.zeros((48, 64, 3), np.uint8))
     own = np.asarray(canvas.mask)[inside] == 0
     assert np.array_equal(made[inside][own], np.asarray(noisy(size))[own])

@@ -76,7 +76,7 @@ class Canvas:
         Raises:
             UsageError: the mask is black, or too dark.
         """
-        lightest = 255 if mask is None else int(np.asarray(mask).max())
+        lightest: Any = 255 if mask is None else mask.getextrema()[1]
         if not lightest:
             todo = "draw it in white on black; what is transparent in a mask is black"
             raise UsageError("the mask is black: nothing is repainted", "white where the image is repainted", todo)
@@ -119,15 +119,14 @@ class Canvas:
         if width * height > MAX_PIXELS:
             found = f"the expanded image is {width} x {height}"
             raise UsageError(found, f"{MAX_PIXELS / 1e6:.0f} million pixels at most", "`expand` it less")
-        edges = ((top, bottom), (left, right))
-        image = Image.fromarray(np.pad(np.asarray(self.image), (*edges, (0, 0)), mode="edge"))
-        over = self.mask_over
-        shape = self.image.height, self.image.width
-        down, across = (_ramp(length, *new) for length, new in zip(shape, edges, strict=True))
-        inner = np.maximum(down[:, None], across[None])
-        inner = inner if over is None else np.maximum(inner, np.asarray(over))
-        mask = np.pad(inner, edges, constant_values=255)
-        return Canvas(image, Image.fromarray(mask), (0, 0, width, height))
+        mask, over = Image.new("L", (width, height), 255), self.mask_over
+        down, across = _ramp(self.image.height, top, bottom)[:, None], _ramp(self.image.width, left, right)[None]
+        for first in range(0, self.image.height, _STRIP):  # the image may be large
+            inner = Image.fromarray(np.maximum(down[first : first + _STRIP], across))
+            if over is not None:
+                inner = ImageChops.lighter(inner, over.crop((0, first, over.width, first + inner.height)))
+            mask.paste(inner, (left, top + first))
+        return Canvas(_bordered(self.image, borders), mask, (0, 0, width, height))
 
     def cropped(self, width: int, height: int, padding: int) -> "Canvas":
         """Returns the canvas whose part is the surroundings of the mask, in the shape of the picture.
@@ -336,6 +335,19 @@ def _widened(first: int, last: int, more: int, length: int) -> tuple[int, int]:
     if first < 0:
         first, last = 0, last - first
     return first, min(last, length)
+
+
+def _bordered(image: Image.Image, borders: Sequence[int]) -> Image.Image:
+    """Returns an image with its outermost pixels repeated at the top, right, bottom and left, without a second copy."""
+    top, right, bottom, left = borders
+    rows = np.clip(np.arange(-top, image.height + bottom), 0, image.height - 1)
+    columns = np.clip(np.arange(-left, image.width + right), 0, image.width - 1)
+    whole = Image.new(image.mode, (len(columns), len(rows)))
+    for first in range(0, len(rows), _STRIP):
+        own = rows[first : first + _STRIP]
+        strip = np.asarray(image.crop((0, int(own[0]), image.width, int(own[-1]) + 1)))
+        whole.paste(Image.fromarray(strip[own - own[0]][:, columns]), (0, first))
+    return whole
 
 
 def _ramp(length: int, before: int, after: int) -> np.ndarray:

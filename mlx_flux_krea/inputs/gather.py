@@ -4,6 +4,7 @@ What `image` means is the model's task: text to image starts from it, or repaint
 a reference; Fill fills it; a control model starts from it as text to image does, beside its `control_image`.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -36,6 +37,7 @@ class Inputs:
         fit: how images of another shape are brought to a size.
         more: arguments besides images, for a picture's record.
         finished: size of the image that a picture comes back into, where that is not here.
+        made: bytes of an expanded image and its mask, which were brought to the size of the picture at once.
         notes: for the user.
     """
 
@@ -51,6 +53,7 @@ class Inputs:
     fit: str = "stretch"
     more: Mapping[str, Any] = field(default_factory=dict)
     finished: tuple[int, int] | None = None
+    made: int = 0
     notes: tuple[str, ...] = ()
 
     @property
@@ -205,7 +208,7 @@ def at_size(inputs: Inputs, given: ImageArguments, width: int, height: int, mult
     more |= {"fit": given.fit} if given.fit else {}
     more |= {"control": given.control} if given.control else {}
     more |= {} if given.auto_resize else {"auto_resize": False}
-    notes = inputs.notes
+    notes, made = inputs.notes, 0
     if canvas and inputs.paste and given.padding_mask_crop is None and canvas.is_mostly_kept:
         found = "the image is {} x {}".format(*canvas.size) + f" and is generated at {width} x {height}"
         more_detail = canvas.size[0] * canvas.size[1] > 2 * width * height
@@ -214,8 +217,9 @@ def at_size(inputs: Inputs, given: ImageArguments, width: int, height: int, mult
     if not given.fit and is_asked:
         notes += tuple(_stretched(inputs, canvas, width, height))
     if canvas and is_asked and inputs.paste and given.padding_mask_crop is None:
+        made = sum(_BYTES.values()) * math.prod(canvas.image.size) if given.expand is not None else 0
         canvas = canvas.resized(width, height)
-    return replace(inputs, sizes=tuple(sizes), canvas=canvas, more=more, notes=notes)
+    return replace(inputs, sizes=tuple(sizes), canvas=canvas, more=more, made=made, notes=notes)
 
 
 def natural_size(inputs: Inputs, given: ImageArguments) -> tuple[tuple[int, int] | None, bool]:
