@@ -25,6 +25,7 @@ PICTURES = "pictures"  # those of the page, and the first one of `setup`
 SETTINGS = "config.json"  # of `flux-krea config`
 LICENCES = "licences.json"  # texts that a person has agreed to
 PRODUCTS = "products.json"  # how quantized layers multiply fastest on this machine
+FAST = "fast.json"  # the mode of `fast` that was measured to be nearest, of each model
 HISTORY = "history"  # lines typed in the shell
 PAGE = "page.sqlite"  # of the page: jobs, an index of the pictures
 PAGE_LOCK = "page.lock"  # held while the page is served

@@ -246,7 +246,8 @@ class FluxPipeline(AdapterMethods, compat.DiffusersMethods):
             cache: "skip" computes the first 4 steps, then every second and the last; "first-block:0.08" all those in
                 which the first block's change differs by more than 0.08 from the last computed step, and
                 "first-block:0.08:1" extrapolates the others (`sampling/caches.py`).
-            fast: "skip", unless the model was made for few steps, or fewer than 12 run.
+            fast: "skip", or the mode that `flux-krea bench --fast` has chosen for the model, unless the model was made
+                for few steps, or fewer than 12 run.
             stop_after: ends the run after so many steps, with the picture that the last one predicts, to choose among
                 seeds early. With a `checkpoint`, the same call without it computes the remaining steps.
             guidance_scale: of the guidance that was distilled into the model; 0 for one without, such as [schnell].
@@ -402,14 +403,10 @@ class FluxPipeline(AdapterMethods, compat.DiffusersMethods):
         self._load_components(request)
         if callback_on_step_end is not None and not callable(callback_on_step_end):
             raise UsageError(f"`callback_on_step_end` is {type(callback_on_step_end).__name__}", "a function")
-        if checkpoint is not None and type(checkpoint) is not Checkpoint:  # another class would see latents
-            raise UsageError(f"`checkpoint` is {type(checkpoint).__name__}", "a Checkpoint")
         if self.policy:
             _check_reviewable(self.policy, request, callback_on_step_end, preview)
         if checkpoint is not None:
-            if not self.policy:
-                check_free(checkpoint, self.folder)
-            checkpoint.filters = "required" if self.policy else "none"
+            self._take(checkpoint)
         if preview is not None and self.folder.latent_rgb is None:
             raise UsageError("`preview` needs latent_rgb, which this model does not have", "", "leave it out")
         callback = callback_on_step_end and partial(self._call_back, callback_on_step_end)
@@ -567,17 +564,22 @@ class FluxPipeline(AdapterMethods, compat.DiffusersMethods):
 
         self._worker.run(run)
 
-    def rehearse(self, prompt: str, *, progress: Progress | None = None, **arguments: Any) -> Result:
+    def rehearse(
+        self, prompt: str, *, progress: Progress | None = None, checkpoint: Checkpoint | None = None, **arguments: Any
+    ) -> Result:
         """Generates pictures and throws them away, to measure time and memory: nothing is judged or released.
 
         Args:
             prompt: a text.
             progress: as in a call.
-            arguments: the fields of a `Request`.
+            checkpoint: as in a call; once the last step is done it holds the latents, which are unreviewed.
+            arguments: the fields of a `Request`; `output_type` "latent" decodes nothing.
 
         Returns:
             A result without pictures.
         """
+        if checkpoint is not None:
+            self._take(checkpoint)
 
         def run() -> Result:
             request = self._resolve(Request(prompt=prompt, **arguments))
@@ -587,11 +589,30 @@ class FluxPipeline(AdapterMethods, compat.DiffusersMethods):
                 self._generator.check_folder()
                 uses = self._loaded.uses(request.adapters or ())
                 made = self._generator.generate(
-                    request, plan, Observers(), uses=uses, redux=self._redux, depth=self._depth
+                    request,
+                    plan,
+                    Observers(checkpoint=checkpoint),
+                    uses=uses,
+                    redux=self._redux,
+                    depth=self._depth,
                 )
-            return Result([], (), (), notes=request.notes, seconds=made.seconds, plan=plan, peaks=made.peaks)
+            facts = {"seconds": made.seconds, "peaks": made.peaks, "steps_computed": made.steps}
+            return Result([], (), (), notes=request.notes, plan=plan, **facts)
 
         return self._worker.run(run)
+
+    def _take(self, checkpoint: Checkpoint) -> None:
+        """Checks that this model may continue the run of a checkpoint, and notes its duty there.
+
+        Raises:
+            UsageError: an object of another class, which would see latents.
+            ModelError: as `check_free`.
+        """
+        if type(checkpoint) is not Checkpoint:
+            raise UsageError(f"`checkpoint` is {type(checkpoint).__name__}", "a Checkpoint")
+        if not self.policy:
+            check_free(checkpoint, self.folder)
+        checkpoint.filters = "required" if self.policy else "none"
 
     def plan(self, request: Request | ResolvedRequest | None = None, **arguments: Any) -> MemoryPlan:
         """Returns the memory that each stage of a request takes, and how much of the transformer may be resident.

@@ -18,6 +18,7 @@ from PIL import Image
 
 from . import compat, presets
 from .errors import UsageError, amount, short_repr
+from .fast import FastMode, chosen_mode
 from .inputs import style as styles
 from .inputs.arguments import ARGUMENTS as IMAGES
 from .inputs.arguments import ImageArguments, opened_inputs
@@ -60,7 +61,7 @@ class Request(ImageArguments):
     schedule: str | None = None  # one of presets.SCHEDULES, instead of the model's noise levels
     solver: str = presets.SOLVERS[0]  # one of presets.SOLVERS
     cache: str | None = None  # "skip", or "first-block:T": steps that are not computed in full (sampling/caches.py)
-    fast: bool = False  # the cache that is worth it for the model, or none
+    fast: bool | FastMode = False  # the mode that is worth it for the model, or none; or a mode that it was before
     stop_after: int | None = None  # steps after which the run ends, with the picture that the last one predicts
     guidance_scale: float | None = None  # of the embedding that guidance was distilled into
     num_images_per_prompt: int = 1
@@ -138,6 +139,8 @@ class Request(ImageArguments):
         sigmas = tuple(self.sigmas or ())
         steps = self.num_inference_steps or len(sigmas) or index.defaults.num_inference_steps
         strength = inputs.usual_strength if self.strength is None else self.strength
+        fast, said = self._fast(folder, steps - (first_step(steps, strength) if inputs.canvas else 0))
+        steps = fast.taken(steps) if fast and not sigmas else steps
         if inputs.canvas and first_step(steps, strength) >= steps:
             raise UsageError(f"`strength` {strength:g} of {amount(steps, 'step')} runs no step", "more of either")
         levels = schedule_levels(self.schedule, steps)
@@ -145,7 +148,6 @@ class Request(ImageArguments):
             raise UsageError(f"the `schedule` {self.schedule} has fewer than {steps} noise levels", "fewer steps")
         first = first_step(steps, strength) if inputs.canvas else 0
         _check_int("stop_after", self.stop_after, low=1, high=steps - first - 1)
-        cache, said = self._cache(index, steps - first)
         style = styles.make_style(self.style_images, self.style_weights, self.style_rule, self.style_pooled_weights)
         has_text = self.prompt is not None or self.prompt_embeds is not None
         guidance = index.defaults.guidance_scale if self.guidance_scale is None else self.guidance_scale
@@ -161,8 +163,8 @@ class Request(ImageArguments):
             sigmas=sigmas,
             schedule=self.schedule,
             solver=self.solver,
-            cache=cache,
-            fast=self.fast and cache is not None,
+            cache=fast.cache if fast else None if self.cache is None else parse_cache(self.cache),
+            fast=fast,
             stop_after=self.stop_after,
             guidance_scale=guidance if flux.guidance_embed else None,
             num_images_per_prompt=self.num_images_per_prompt,
@@ -190,13 +192,18 @@ class Request(ImageArguments):
             return replace(self, true_cfg_scale=scale, negative_prompt="")
         return replace(self, true_cfg_scale=scale)
 
-    def _cache(self, index: ModelIndex, steps: int) -> tuple[CacheRule | None, tuple[str, ...]]:
-        """Returns the step cache of so many steps, and a note where `fast` finds none that is worth it."""
+    def _fast(self, folder: ModelFolder, steps: int) -> tuple[FastMode | None, tuple[str, ...]]:
+        """Returns the mode of `fast` for so many steps, and a note where none is worth it, or a choice is damaged."""
         if not self.fast:
-            return None if self.cache is None else parse_cache(self.cache), ()
-        if fast_skips(index.schedule.shift, steps):
-            return parse_cache(presets.FAST), ()
-        if index.schedule.shift == "none":
+            return None, ()
+        if isinstance(self.fast, FastMode):
+            return self.fast, ()
+        shift = folder.index.schedule.shift
+        if fast_skips(shift, steps):
+            mode, note = chosen_mode(folder.path)
+            mode = FastMode.parse(presets.FAST) if mode.steps and self.sigmas else mode  # these say how many steps
+            return mode, (note,) if note else ()
+        if shift == "none":
             return None, ("`fast` changes nothing: this model was made for few steps, and all are computed",)
         found = f"`fast` changes nothing below {presets.FAST_FROM} steps"
         return None, (f"{found}: {amount(steps, 'step is', 'steps are')} computed",)
@@ -306,7 +313,7 @@ class Request(ImageArguments):
             if getattr(self, name) not in known:
                 found = f"`{name}` is {reprlib.repr(getattr(self, name))}"
                 raise UsageError(found, f"one of {', '.join(filter(None, known))}")
-        if not isinstance(self.fast, bool):
+        if not isinstance(self.fast, bool | FastMode):
             raise UsageError(f"`fast` is {reprlib.repr(self.fast)}", "True or False")
         if self.schedule is not None and self.sigmas is not None:
             raise UsageError("`schedule` and `sigmas` are both given", "one of them")
@@ -377,7 +384,7 @@ class ResolvedRequest:
     schedule: str | None  # None: the model's
     solver: str
     cache: CacheRule | None
-    fast: bool  # chose the cache
+    fast: FastMode | None  # that chose the cache, or the number of steps
     stop_after: int | None  # steps that run; None: all
     guidance_scale: float | None  # None: the model has no guidance embedding
     num_images_per_prompt: int  # n
@@ -469,7 +476,7 @@ class ResolvedRequest:
             "levels": self.schedule,  # its name here: "schedule" is the model's
             "solver": None if self.solver == presets.SOLVERS[0] else self.solver,
             "cache": self.cache and str(self.cache),
-            "fast": self.fast or None,
+            "fast": True if self.fast else None,
             "stop_after": self.stop_after,
             "guidance_scale": self.guidance_scale,
             "seed": self.seeds[0 if one_stream else i] if self.seeds else None,

@@ -258,7 +258,7 @@ def test_the_bench_measures_a_run_and_releases_nothing(command, model, tmp_path)
     edit_json(strict / "model_index.json", filters="required")
     code, line, _ = command("bench", "-m", strict, "--width", 64, "--height", 64, "--steps", 3)
     assert code == 0
-    assert line.count(" | ") == 6
+    assert line.count(" | ") == 7
     assert "s per step" in line
     assert "5 of 5 blocks in memory" in line
     assert [path.name for path in tmp_path.iterdir()] == ["strict"]

@@ -4,6 +4,7 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import click
@@ -12,6 +13,7 @@ import mlx.core as mx
 from mlx_flux_krea import memory as planning
 from mlx_flux_krea.adapters.formulas import branch_bytes
 from mlx_flux_krea.errors import ModelError, UsageError
+from mlx_flux_krea.fast import FastMode, chosen_mode
 from mlx_flux_krea.home import find_model, is_krea
 from mlx_flux_krea.inputs.reference import preferred_size
 from mlx_flux_krea.models import config
@@ -20,6 +22,7 @@ from mlx_flux_krea.models.depth_config import DEPTH_ANYTHING_V2_SMALL
 from mlx_flux_krea.presets import (
     CHIPS,
     DYNAMIC_SHIFT,
+    FAST,
     KINDS,
     KREA,
     MAX_SEQUENCE_LENGTH,
@@ -29,7 +32,7 @@ from mlx_flux_krea.presets import (
     SOLVERS,
     Schedule,
 )
-from mlx_flux_krea.sampling.rules import count_evaluations, fast_skips, skip_steps
+from mlx_flux_krea.sampling.rules import count_evaluations, fast_skips
 from mlx_flux_krea.weights import open_model
 
 from .shared.estimates import SHARE_IN_WORDS, filter_seconds, step_seconds, this_chip, weigh_recipe
@@ -90,7 +93,7 @@ def plan(model, width, height, memory, dtype, lora, style, control, fast, cache,
     check_together({name: value for name, value in (("fast", fast), ("cache", cache)) if value})
     if (fast or cache) and solver == "heun":
         raise UsageError(f"--{'fast' if fast else 'cache'} does not work with --solver heun", "euler or dpmpp_2m")
-    taken = partial(_evaluations, fast, cache, solver)
+    taken = partial(_evaluations, is_fast=fast, cache=cache, solver=solver)
     budget = planning.parse_memory(memory) or planning.machine_memory()
     if budget > (built_in := planning.physical_memory()):
         Console().note(f"{size(budget)} is more than this machine has, {size(built_in)}: the plan is one for another")
@@ -144,7 +147,7 @@ def _model(
     lora: Sequence[str],
     style: int,
     control: str | None,
-    taken: Callable[[Schedule, int], int],
+    taken: Callable[..., int],
 ) -> tuple[dict[str, Any], str]:
     """Predicts the stages of a run with one model folder."""
     folder = open_model(find_model(name))
@@ -192,7 +195,7 @@ def _model(
     ]
     times = model_times(
         folder.flux.sizes,
-        evaluations=taken(folder.index.schedule, folder.index.defaults.num_inference_steps),
+        evaluations=taken(folder.index.schedule, folder.index.defaults.num_inference_steps, folder.path),
         is_filtered=folder.requires_filters,
         **shape,
     )
@@ -209,7 +212,7 @@ def _published(
     lora: Sequence[str],
     style: int,
     control: str | None,
-    taken: Callable[[Schedule, int], int],
+    taken: Callable[..., int],
 ) -> tuple[dict[str, Any], str]:
     """Predicts FLUX.1 Krea [dev] at every precision of `convert`."""
     sizes, compute = config.FLUX_DEV_MODEL, getattr(mx, dtype)
@@ -311,10 +314,23 @@ def _streaming(bandwidth: Mapping[str, float], what: str) -> list[str]:
     return [f"streaming {what} costs no time if the disk reads at least (GB/s, computed): {', '.join(shown)}"]
 
 
-def _evaluations(fast: bool, cache: str | None, solver: str, schedule: Schedule, steps: int) -> int:
-    """Returns the evaluations of a picture of so many steps; with first-block, the most."""
-    skips = cache == "skip" or (fast and fast_skips(schedule.shift, steps))
-    return count_evaluations(solver, len(skip_steps(steps)) if skips else steps)
+def _evaluations(
+    schedule: Schedule, steps: int, model: Path | None = None, *, is_fast: bool, cache: str | None, solver: str
+) -> int:
+    """Returns the evaluations of a picture of so many steps; with --cache first-block, the most.
+
+    Args:
+        schedule: of the model.
+        steps: of the picture.
+        model: its folder, for which `bench --fast` may have chosen a mode.
+        is_fast: --fast is given.
+        cache: the value of --cache.
+        solver: that of --solver.
+    """
+    mode = FastMode.parse(cache) if cache else None
+    if is_fast and fast_skips(schedule.shift, steps):
+        mode = chosen_mode(model)[0] if model else FastMode.parse(FAST)
+    return count_evaluations(solver, mode.evaluations(steps) if mode else steps)
 
 
 def model_times(

@@ -7,6 +7,7 @@ from typing import TypeVar
 
 from mlx_flux_krea import FluxPipeline, macos
 from mlx_flux_krea.errors import FluxKreaError, ModelError, PartlyDone, UsageError, Withheld, amount, printable
+from mlx_flux_krea.fast import FastMode
 from mlx_flux_krea.files import sha256_if_exists
 from mlx_flux_krea.home import find_model
 from mlx_flux_krea.inputs.maps import depth_sha256
@@ -337,12 +338,17 @@ def _evaluations(requests: Sequence[ResolvedRequest]) -> list[str]:
     shown = {}
     for r in requests:
         schedule = f"schedule {r.schedule}" if r.schedule else ""
-        how = [r.solver if r.solver != SOLVERS[0] else "", "fast" if r.fast else str(r.cache or ""), schedule]
+        how = [r.solver if r.solver != SOLVERS[0] else "", _fast_name(r.fast) or str(r.cache or ""), schedule]
         if any(how) or r.evaluations != (r.stop_after or r.num_inference_steps):
             most = "at most " if r.cache and r.cache.name != FAST else ""
             named = ", ".join(filter(None, how))
             shown[f"{most}{amount(r.evaluations, 'evaluation')}{f' ({named})' if named else ''}"] = None
     return [several(shown)] if shown else []
+
+
+def _fast_name(mode: FastMode | None) -> str:
+    """Formats --fast, with the mode that `bench --fast` has chosen; "" without it."""
+    return "" if mode is None else "fast" if mode.is_usual else f"fast: {mode}{' steps' if mode.steps else ''}"
 
 
 def _name_notes(base: dict, prepared: list[PreparedJob]) -> list[str]:

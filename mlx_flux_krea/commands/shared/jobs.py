@@ -17,6 +17,7 @@ from mlx_flux_krea import presets
 from mlx_flux_krea.adapters.installed import installed
 from mlx_flux_krea.adapters.loaded import take_tags
 from mlx_flux_krea.errors import UsageError
+from mlx_flux_krea.fast import FastMode
 from mlx_flux_krea.files import sha256_if_exists
 from mlx_flux_krea.home import NANO, installed_models
 from mlx_flux_krea.prompts import tokenize
@@ -45,7 +46,8 @@ _FROM_RECORD = ("prompt_2", "negative_prompt_2", "sigmas", "max_sequence_length"
 _FROM_RECORD += ("padding_mask_crop",)
 _CIRCUMSTANCES = ("batch", "image_seed", "images_sha256", "manifest_sha256", "tiled", RECORDED)  # how it was made
 _CIRCUMSTANCES += ("depth_sha256",)
-_PRIVATE = (OPENED, "candidate")  # options that no record sets
+_MODE = "fast_mode"  # of --fast, as it was when the run began
+_PRIVATE = (OPENED, "candidate", _MODE)  # options that no record sets
 # Options that `options.py` does not declare, checked where they are used.
 UNTYPED = (*_FROM_RECORD, *_CIRCUMSTANCES, *_PRIVATE)
 _FILE_OPTIONS = ("output", "quality", "metadata", "keep_map")  # per picture, but not in its record
@@ -132,8 +134,7 @@ def record_options(path: Path) -> dict:
     )
     options |= {name: record[name] for name in UNTYPED if name in record and name not in _PRIVATE}
     options |= {flag: True for flag, (name, value) in _FLAGS.items() if record.get(name) is value}
-    if options.get("fast"):  # as it was, whatever it is in this version
-        del options["fast" if options.get("cache") != presets.FAST else "cache"]
+    options.pop("fast", None)  # the recorded cache and steps repeat the picture, whatever --fast is now
     options |= dict(
         (name, value) if name == RECORDED else cast(name, value, tuple(BY_NAME))
         for name, value in recorded_style(record, path).items()
@@ -309,15 +310,15 @@ def prepare(
     now = recorded_images(request.inputs.record())
     notes += check_images(options, now)
     check_unchanged(options, now)
-    if now:
-        job = replace(job, options={**options, OPENED: now})
+    kept = ({OPENED: now} if now else {}) | ({_MODE: str(request.fast)} if request.fast else {})
+    job = replace(job, options=options | kept) if kept else job
     if options.get("keep_map") and not request.inputs.kind:
         raise UsageError("--keep-map, and no map is made", "--control canny or depth", "leave it out")
     if tool and tool.mu:
         tokens = request.width * request.height // _multiple(folder) ** 2
         picked = schedule_levels(request.schedule or "simple", request.num_inference_steps)
         levels = fixed_shift(folder.index.schedule, tokens, picked, tool.mu)
-        given = replace(given, sigmas=tuple(levels.tolist()), schedule=None)
+        given = replace(given, sigmas=tuple(levels.tolist()), schedule=None, num_inference_steps=len(levels))
     notes += [*job.notes, *_size_notes(request, folder)]
     return PreparedJob(job=job, given=given, request=request, pick=pick, notes=tuple(notes))
 
@@ -343,6 +344,8 @@ def _pipeline_arguments(
     arguments = {name: options[option] for option, name in _REQUEST.items() if option in options}
     arguments |= {name: options[name] for name in _FROM_RECORD if name in options}
     arguments |= {name: value for flag, (name, value) in _FLAGS.items() if options.get(flag) and name not in arguments}
+    if arguments.get("fast") and _MODE in options:
+        arguments["fast"] = FastMode.parse(options[_MODE])
     if arguments.get("cache") == NO_CACHE:
         del arguments["cache"]
     for name in ("prompt_2", "negative_prompt_2"):  # an empty text that was recorded is one; "" would mean the prompt

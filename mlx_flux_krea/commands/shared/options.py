@@ -247,7 +247,7 @@ OPTIONS = [
     _option("--aspect", type=click.Choice(list(presets.ASPECTS)), help="Aspect ratio, instead of width and height."),
     _option("--megapixels", type=_AREA, help="Area in megapixels, at the aspect ratio.", default=_OF_MODEL),
     _option("--steps", type=_STEPS, help="Number of denoising steps.", default=_OF_MODEL),
-    _option("--fast", is_flag=True, help="Compute 16 of 28 steps and extrapolate the others: like --cache skip."),
+    _option("--fast", is_flag=True, help="Compute 16 of 28 steps: like --cache skip, or as bench --fast chose."),
     _option("--solver", type=click.Choice(presets.SOLVERS), help="Method of a step; heun takes twice the time.",
             default=presets.SOLVERS[0]),
     _option("--schedule", type=click.Choice(presets.SCHEDULES), help="Noise levels: ComfyUI's of this name.",
