@@ -3,6 +3,7 @@
 import functools
 import json
 
+import adapters as files
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -23,13 +24,13 @@ SMALL = {"width": 32, "height": 32, "seed": 7, "output_type": "latent", "max_seq
 MODES = {
     "skip": {"cache": "skip"},
     "skip, few": {"cache": "skip", "num_inference_steps": 12},
-    "first block": {"cache": "first-block:0.12"},
-    "first block, order 1": {"cache": "first-block:0.12:1"},
+    "first block": {"cache": "first-block:0.3"},
+    "first block, order 1": {"cache": "first-block:0.3:1"},
     "dpmpp_2m": {"solver": "dpmpp_2m"},
     "heun": {"solver": "heun"},
     "dpmpp_2m, skip, beta": {"solver": "dpmpp_2m", "cache": "skip", "schedule": "beta"},
-    "true CFG": {"cache": "first-block:0.12", "negative_prompt": "rain", "true_cfg_scale": 2.0},
-    "batch": {"cache": "first-block:0.12:1", "num_images_per_prompt": 2},
+    "true CFG": {"cache": "first-block:0.3", "negative_prompt": "rain", "true_cfg_scale": 2.0},
+    "batch": {"cache": "first-block:0.3:1", "num_images_per_prompt": 2},
 }
 
 
@@ -76,14 +77,15 @@ def test_extrapolated_caches_are_nearer_to_the_full_run_than_repeating_ones(full
 
 def test_a_second_run_starts_with_an_empty_cache(pipe):
     """diffusers compares its second step with the last of the run before."""
-    how = SMALL | {"cache": "first-block:0.12", "num_inference_steps": 6}
+    how = SMALL | {"cache": "first-block:0.3", "num_inference_steps": 6}
     one, two = (pipe(CAT, **how) for _ in range(2))
     assert one.steps_computed == two.steps_computed
+    assert len(one.steps_computed[0]) < 6
     assert mx.array_equal(one.images, two.images)
 
 
 def test_pictures_of_a_batch_and_halves_of_true_cfg_are_decided_apart(pipe):
-    how = SMALL | {"cache": "first-block:0.12", "num_inference_steps": 6}
+    how = SMALL | {"cache": "first-block:0.3", "num_inference_steps": 6}
     together = pipe(CAT, **how | {"seed": [7, 8], "num_images_per_prompt": 2})
     apart = [pipe(CAT, **how | {"seed": seed}) for seed in (7, 8)]
     assert together.steps_computed == tuple(one.steps_computed[0] for one in apart)
@@ -147,6 +149,41 @@ def test_editing_takes_caches(kontext, pipe, cache):
     assert np.array_equal(kept, np.array(full.images)[0].reshape(2, 3, 64)[:, 1:])
 
 
+@pytest.mark.parametrize("cache", ["skip", "first-block:0.3:1"])
+def test_adapters_take_caches_streamed_and_resumed_too(model, pipe, cache, monkeypatch):
+    """The cached run is that of the adapted model: far nearer to its full run than the model without the adapter."""
+    monkeypatch.setattr(checkpoint, "EVERY", 0)
+    how = SMALL | {"num_inference_steps": 7}
+    plain, adapted = pipe(CAT, **how), FluxPipeline.from_pretrained(model)
+    adapted.load_lora_weights(files.reference("kohya"))
+    full, made = adapted(CAT, **how), adapted(CAT, **how, cache=cache)
+    assert len(made.steps_computed[0]) < 7
+    assert 0 < rel(made.images, full.images) < 0.3 * rel(plain.images, full.images)
+    again = stopped(adapted, 4, how | {"cache": cache})
+    assert mx.array_equal(adapted(CAT, **how, cache=cache, checkpoint=again).images, made.images)
+    again.remove()
+    adapted.memory = adapted.plan(prompt=CAT, **how, cache=cache).least + 1
+    assert mx.array_equal(adapted(CAT, **how, cache=cache).images, made.images)
+    assert not adapted._generator.blocks.resident
+    adapted.unload_lora_weights()
+    assert mx.array_equal(adapted(CAT, **how, cache=cache).images, pipe(CAT, **how, cache=cache).images)
+
+
+def test_first_block_in_float16_takes_the_same_steps_and_is_resumed_to_the_bit(model, pipe, monkeypatch):
+    monkeypatch.setattr(checkpoint, "EVERY", 0)
+    how = SMALL | {"num_inference_steps": 7, "cache": "first-block:0.3:1"}
+    half, exact = FluxPipeline.from_pretrained(model, dtype="float16"), pipe(CAT, **how)
+    made = half(CAT, **how)
+    assert made.steps_computed == exact.steps_computed
+    assert len(made.steps_computed[0]) < 7
+    usual = rel(*(one(CAT, **how | {"cache": None}).images for one in (half, pipe)))
+    assert 0 < rel(made.images, exact.images) < 2 * usual
+    again = stopped(half, 4, how)
+    assert {array.dtype.name for array in again.state().values()} == {"float32"}  # as the stream is
+    assert mx.array_equal(half(CAT, **how, checkpoint=again).images, made.images)
+    again.remove()
+
+
 @pytest.mark.parametrize("cache", [None, "skip", "first-block:0.3"])
 def test_progress_rises_to_the_last_step_whatever_is_skipped(pipe, cache):
     seen = []
@@ -179,6 +216,7 @@ def test_a_run_that_stops_is_continued_to_the_same_bytes(pipe, name, monkeypatch
     monkeypatch.setattr(checkpoint, "EVERY", 0)
     how = SMALL | {"num_inference_steps": 7} | MODES[name]
     whole = pipe(CAT, **how)
+    assert (len(whole.steps_computed[0]) < 7 or how["num_inference_steps"] > 7) == ("cache" in how)
     again = stopped(pipe, 4, how)
     assert again.done == 4
     made = pipe(CAT, **how, checkpoint=again)
@@ -234,7 +272,7 @@ def test_a_run_that_stops_after_some_steps_predicts_the_picture_and_goes_on_to_t
 
 def test_state_of_16_bits_is_saved_to_the_bit(pipe_bf16, monkeypatch):
     monkeypatch.setattr(checkpoint, "EVERY", 0)
-    how = SMALL | {"num_inference_steps": 7, "cache": "first-block:0.12:1"}
+    how = SMALL | {"num_inference_steps": 7, "cache": "first-block:0.3:1"}
     again = stopped(pipe_bf16, 4, how)
     assert {array.dtype.name for array in again.state().values()} == {"float32", "uint16"}
     made = pipe_bf16(CAT, **how, checkpoint=again)
