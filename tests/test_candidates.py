@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 from test_resume import CAT, events, failing, files, strict, struck  # noqa: F401
 
+from mlx_flux_krea import FluxPipeline
 from mlx_flux_krea.checkpoint import Checkpoint
 from mlx_flux_krea.filters.gate import Gate
 from mlx_flux_krea.generator import Generator
@@ -18,7 +19,14 @@ HOW = {
     "first block": ["--cache", "first-block:0.3:1"],
     "skip": ["--cache", "skip", "--solver", "dpmpp_2m"],
     "heun": ["--solver", "heun"],
-    "image, streamed": ["--image", "given.png", "--strength", "0.9", "--memory", "2GB"],
+    "fast": ["--fast", "--steps", "12"],
+    "image, streamed": ["--image", "given.png", "--strength", "0.9", "--memory", "least"],
+    "soft mask around it": ["--image", "given.png", "--mask", "mask.png", "--soft-mask", "--crop-to-mask"],
+    "borders": ["--image", "given.png", "--expand", "8,16"],
+    "negative prompt": ["--negative-prompt", "rain", "--true-cfg-scale", "2"],
+    "kontext": ["--image", "given.png", "--no-auto-resize"],
+    "fill": ["--image", "given.png", "--mask", "mask.png", "--cache", "skip"],
+    "control": ["--control-image", "given.png", "--control", "canny"],
 }
 
 
@@ -27,11 +35,32 @@ def group() -> str:
     return files()[0].stem.partition("-")[0]
 
 
+def given_images(folder) -> None:
+    """An image to start from, and a mask."""
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)).save(folder / "given.png")
+    mask = Image.new("L", (32, 32))
+    mask.paste(255, (8, 0, 24, 24))
+    mask.save(folder / "mask.png")
+
+
+def least_memory(model) -> str:
+    """Memory in which no block of the transformer is resident, for --memory."""
+    pipe = FluxPipeline.from_pretrained(model, memory="2GB")
+    size = {"width": 32, "height": 32, "num_inference_steps": 7}
+    return f"{(pipe.plan(prompt=CAT, image=Image.new('RGB', (32, 32)), **size).least + 1) / 1e6:.6f}MB"
+
+
 @pytest.mark.core("first block")
 @pytest.mark.parametrize("name", HOW)
-def test_picked_candidates_equal_pictures_that_were_run_alone(command, model, tmp_path, name):
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)).save(tmp_path / "given.png")
-    call = ["generate", CAT, "-m", model, *SIZE, *HOW[name]]
+def test_picked_candidates_equal_pictures_that_were_run_alone(command, request, tmp_path, name, monkeypatch):
+    model = request.getfixturevalue(name if name in ("kontext", "fill", "control") else "model")
+    given_images(tmp_path)
+    resident, denoise = set(), Generator._denoise
+    monkeypatch.setattr(
+        Generator, "_denoise", lambda self, *args: (denoise(self, *args), resident.add(len(self.blocks.resident)))[0]
+    )
+    how = [least_memory(model) if option == "least" else option for option in HOW[name]]
+    call = ["generate", CAT, "-m", model, *SIZE, *how]
     code, out, err = command(*call, "--seed", "7", "--candidates", "3")
     assert (code, out) == (0, "out-sheet.png\n"), err
     run = group()
@@ -48,7 +77,8 @@ def test_picked_candidates_equal_pictures_that_were_run_alone(command, model, tm
         patch.setattr(Generator, "_continued", lambda self, *args: done.append(args[2].done) or start(self, *args))
         code, out, err = command("resume", run, "--pick", "3", "1")
     assert (code, len(out.split())) == (0, 2), err
-    assert done == [2, 2]
+    assert done == 2 * [4 if name == "fast" else 2]
+    assert (resident == {0}) == ("streamed" in name)
     for seed, made in zip((9, 7), out.split(), strict=True):
         assert command(*call, "--seed", seed, "-o", f"alone-{seed}.png")[0] == 0
         assert (tmp_path / f"alone-{seed}.png").read_bytes() == (tmp_path / made).read_bytes()
@@ -139,3 +169,37 @@ def test_candidates_that_cannot_be_are_refused(command, model, options, said):
     code, out, err = command("generate", CAT, "-m", model, *SIZE, *options)
     assert (code, out, said in err, files()) == (2, "", True, []), err
     assert command("resume", "--pick", "x")[0] == command("resume", "--pick", "1")[0] == 2
+
+
+# --- of several prompts, and of a picture's record ---
+
+
+@pytest.mark.slow
+def test_rows_of_a_file_have_candidates_of_their_own_on_one_sheet(command, model, tmp_path):
+    rows = [{"prompt": CAT, "seed": 3}, {"prompt": "a dog", "seed": 8, "num_images": 1, "cache": "skip"}, {"steps": 1}]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"prompt": CAT} | row) for row in rows))
+    code, out, err = command("generate", "--prompts", "a.jsonl", "-m", model, *SIZE, "--candidates", "2")
+    assert (code, out, "skipped a.jsonl, line 3" in err) == (7, "out-sheet.png\n", True), err
+    record = read_record(tmp_path / "out-sheet.png") or {}
+    shown = [(one["prompt"], one["seed"]) for one in record["sheet"]["candidates"]]
+    assert shown == [(CAT, 3), (CAT, 4), ("a dog", 8)]
+    code, out, err = command("resume", group(), "--pick", "2", "3")
+    assert code == 0, err
+    for made, (prompt, seed, more) in zip(out.split(), [(CAT, 4, []), ("a dog", 8, ["--cache", "skip"])], strict=True):
+        alone = ["generate", prompt, "-m", model, *SIZE, "--seed", seed, *more, "-o", f"alone-{seed}.png"]
+        assert command(*alone)[0] == 0
+        assert (tmp_path / f"alone-{seed}.png").read_bytes() == (tmp_path / made).read_bytes()
+
+
+@pytest.mark.slow
+def test_candidates_of_a_record_have_its_settings_and_its_seed_comes_first(command, model, tmp_path):
+    given_images(tmp_path)
+    images = ["--image", "given.png", "--mask", "mask.png"]
+    made = ["generate", CAT, "-m", model, *SIZE, *images, "--strength", "0.9", "--cache", "skip", "--seed", "5"]
+    assert command(*made, "-o", "one.png")[0] == 0
+    code, _, err = command("generate", "--from", "one.png", "-m", model, *images, "--candidates", "2")
+    assert code == 0, err
+    code, out, err = command("resume", group(), "--pick", "1")
+    assert code == 0, err
+    again, one = (np.asarray(Image.open(tmp_path / name)) for name in (out.strip(), "one.png"))
+    assert np.array_equal(again, one)
