@@ -6,7 +6,7 @@ import signal
 
 import numpy as np
 import pytest
-from helpers import edit_json
+from helpers import edit_index, edit_json
 from test_resume import CAT, files, struck
 
 from mlx_flux_krea import FluxPipeline, Request
@@ -128,13 +128,26 @@ def test_fast_is_the_mode_that_was_chosen_for_the_model(model, quick, home):
     made = resolved(model, fast=True)
     assert (str(made.cache), made.num_inference_steps, made.record(0)["fast"]) == (CHOICE["mode"], 12, True)
     assert resolved(model).cache is None
-    assert resolved(model, fast=True, num_inference_steps=11).cache is None
+    few = resolved(model, fast=True, num_inference_steps=11)
+    assert (few.cache, few.fast, few.notes[-1]) == (
+        None,
+        None,
+        "`fast` changes nothing below 12 steps: 11 steps are computed",
+    )
     store_choice(model, CHOICE | {"mode": "8/12"})
     made = resolved(model, fast=True, num_inference_steps=24)
     assert (made.cache, made.num_inference_steps, made.record(0)["fast"]) == (None, 16, True)
     levels = resolved(model, fast=True, num_inference_steps=None, sigmas=np.linspace(1, 0.1, 12).tolist())
     assert (str(levels.cache), levels.num_inference_steps) == ("skip", 12)
     assert json.loads((home / "fast.json").read_text()).keys() == {choosing.sha256_if_exists(model / "manifest.json")}
+
+
+def test_fast_changes_nothing_of_a_model_made_for_few_steps_whatever_was_chosen(quick, tmp_path):
+    folder = edit_index(shutil.copytree(quick, tmp_path / "schnell"), schedule={"shift": "none"})
+    store_choice(folder, CHOICE)
+    made = resolved(folder, fast=True, num_inference_steps=28)
+    assert (made.cache, made.fast, made.evaluations, "fast" in made.record(0)) == (None, None, 28, False)
+    assert "this model was made for few steps, and all are computed" in made.notes[-1]
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from helpers import edit_json
 from PIL import Image
+from test_maps import KINDS
 
 from mlx_flux_krea import Request
 from mlx_flux_krea.errors import UsageError
@@ -119,6 +120,40 @@ def test_a_mask_that_is_drawn_on_the_upright_picture_lies_on_a_turned_photo(tmp_
     pasted = Canvas.of(inputs.image, inputs.mask_image).paste(np.zeros((48, 64, 3), np.uint8))
     outside = np.asarray(mask) == 0
     assert np.array_equal(pasted[outside], np.asarray(upright)[outside])
+
+
+# --- images of every kind ---
+
+ROLES = {  # task, and the arguments beside the image in that role
+    "image": ("base", lambda image: {"image": image}),
+    "image of a mask": ("base", lambda image: {"image": image, "mask_image": Image.new("L", (8, 8), 255)}),
+    "image that is filled": ("fill", lambda image: {"image": image, "mask_image": Image.new("L", (8, 8), 255)}),
+    "reference": ("kontext", lambda image: {"image": image}),
+    "second reference": ("kontext", lambda image: {"image": [Image.new("RGB", (48, 36)), image]}),
+    "mask": ("base", lambda image: {"image": Image.new("RGB", (48, 36)), "mask_image": image}),
+}
+
+REFERENCES, STRIPS = ("reference", "second reference"), ("a strip", "a column")
+
+
+@pytest.mark.parametrize("role", ROLES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_images_of_every_kind_are_upright_and_flat_in_every_role(folders, kind, role, tmp_path):
+    """Control images and style images have tables of their own: test_maps.py and test_style.py."""
+    make, size = KINDS[kind]
+    task, given = ROLES[role]
+    arguments = given(make(tmp_path / "photo.png"))
+    says = {("one pixel", "mask"): "drawn in a dark colour"} | {
+        (strip, r): "8:1" for strip in STRIPS for r in REFERENCES
+    }
+    if refused := says.get((kind, role)):
+        with pytest.raises(UsageError, match=refused):
+            resolved(folders[task], **arguments)
+        return
+    made = resolved(folders[task], **arguments).inputs
+    opened = made.given[{"mask": "mask_image", "second reference": "image_2"}.get(role, "image")]
+    assert (opened.size, opened.mode) == (size, "L" if role == "mask" else "RGB")
+    assert [seen.mode for _, seen in made.seen(64, 48)] == ["RGB"] * (2 if role == "second reference" else 1)
 
 
 # --- sizes and borders ---

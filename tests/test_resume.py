@@ -170,6 +170,22 @@ def test_every_kind_of_picture_goes_on_from_the_middle(command, generate, tmp_pa
     assert made.read_bytes() == made.with_name(f"whole{made.suffix}").read_bytes()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["--cache first-block:0.3:1", "--fast --solver dpmpp_2m --schedule beta"])
+def test_a_killed_run_goes_on_to_the_same_bytes_in_every_mode(command, model, tmp_path, how):
+    call = ["generate", CAT, "-m", model, *TINY[:4], "--steps", "12", "--seed", "7", *how.split()]
+    assert struck("denoise", 7.1, signal.SIGKILL, *call, cwd=tmp_path).returncode == -signal.SIGKILL
+    (path,) = files()
+    checkpoint = interrupted.Checkpoint.read(path)
+    checkpoint.close()
+    assert 4 <= checkpoint.done < 12
+    code, out, err = command("resume")
+    assert code == 0, err
+    assert command(*call, "-o", "whole.png")[0] == 0
+    assert Path(out.strip()).read_bytes() == (tmp_path / "whole.png").read_bytes()
+    assert read_record(tmp_path / "whole.png")["evaluations"] < 12
+
+
 @pytest.mark.parametrize("what", ["decoding", "writing"])
 @pytest.mark.core("writing")
 def test_a_failed_decode_or_a_full_disk_is_tried_again_and_nothing_is_sampled_again(
