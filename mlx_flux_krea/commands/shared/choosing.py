@@ -207,13 +207,24 @@ class _Runs:
         steps = self._steps if mode is None else mode.taken(self._steps)
         given: dict[str, Any] = {"width": width, "height": height, "num_inference_steps": steps, "seed": picture}
         given |= {"output_type": "latent"} | ({"cache": str(mode.cache)} if mode and mode.cache else {})
-        checkpoint = self._opened(picture, mode, given | {"dtype": self._pipe.dtype, "prompt": PICTURES[picture - 1]})
-        shown = PipelineProgress(self._console)
+        known = given | {"dtype": self._pipe.dtype, "prompt": PICTURES[picture - 1]}
+        checkpoint = self._opened(picture, mode, known)
+        is_continued = checkpoint.has_latents
         try:
-            result = self._pipe.rehearse(PICTURES[picture - 1], progress=shown, checkpoint=checkpoint, **given)
-            checkpoint.write()
-            tokens = width * height // (2 * self._pipe.folder.vae.sizes.downsampling) ** 2
-            latents = checkpoint.latents((1, tokens, self._pipe.folder.flux.sizes.out_channels), steps)
+            return self._ran(checkpoint, PICTURES[picture - 1], given)
+        except UsageError:
+            if not is_continued:
+                raise
+            checkpoint.remove()  # it was damaged
+            return self._ran(self._opened(picture, mode, known), PICTURES[picture - 1], given)
+
+    def _ran(self, checkpoint: Checkpoint, prompt: str, given: dict[str, Any]) -> tuple[np.ndarray, int]:
+        """Takes the steps that a checkpoint lacks. Returns as `_latents`."""
+        tokens = given["width"] * given["height"] // (2 * self._pipe.folder.vae.sizes.downsampling) ** 2
+        shape, shown = (1, tokens, self._pipe.folder.flux.sizes.out_channels), PipelineProgress(self._console)
+        try:
+            result = self._pipe.rehearse(prompt, progress=shown, checkpoint=checkpoint, **given)
+            latents = checkpoint.latents(shape, given["num_inference_steps"])
         finally:
             shown.close()
             checkpoint.write()
