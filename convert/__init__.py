@@ -6,7 +6,9 @@
 The two networks of the content filters are converted in the same way, into folders of the same form, and so are those
 of Redux and the depth network.
 
-    sources, gguf_header     open files and read their headers
+    walk, sets, sources      find checkpoints below a path, group their files, and open them
+    gguf_header              reads the header of a GGUF file
+    choose                   the source of each component
     decode                   the types in which files store numbers
     layouts, sizes, maps     recognise a layout, read its sizes, name its tensors
     remap, own               plan every tensor of ours: from a foreign layout, or from a folder of ours
@@ -110,7 +112,8 @@ def convert(
         sources: a folder (diffusers', ComfyUI's, mflux's, or a model folder of ours), an all-in-one file, or the
             files of the components one by one; or a filter: the classifier ViT or Pixtral, as published; or FLUX.1
             Redux, a pipeline folder or its file and SigLIP's; or the depth network, Depth Anything V2 Small. Each may
-            also be a repository on the Hugging Face hub, OWNER/NAME.
+            also be a repository on the Hugging Face hub, OWNER/NAME, or one file of it, OWNER/NAME:FILE. Trees of
+            other programs are searched. Of several sources of a component the later one counts.
         out: the new model folder; None: in the home folder (`home.root`), models/NAME-RECIPE, filters/NAME or
             components/redux or components/depth.
         dtype: type of arrays that are not packed, and of scales: "bfloat16", "float16" or "float32"; None: bfloat16.

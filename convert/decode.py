@@ -155,3 +155,15 @@ def check(dtype: str, where: str) -> None:
     if package and not find_spec(package):
         todo = f"pip install 'mlx-flux-krea[{package}]'"
         raise ModelError(f"{where} is stored as {dtype}", f"the package {package}, which decodes it", todo)
+
+
+# bits by which a type tells values apart, for types whose size says something else
+_TELLING = {"BF16": 15.0, "F8_E4M3": 5.8, "F8_E5M2": 4.8}  # float16 has more bits of precision than bfloat16
+
+
+def precision(dtype: str) -> float:
+    """Returns the bits by which a type tells values apart; 0 of one that cannot be decoded."""
+    base = dtype.rpartition(" ")[2]
+    if base in _TELLING:
+        return _TELLING[base]
+    return 8 * TYPES[dtype].bytes / TYPES[dtype].numbers if dtype in TYPES else 0.0

@@ -81,7 +81,10 @@ def stated_names(source: Source) -> tuple[str, ...]:
 
 
 def _folders(source: Source) -> list[Path]:
-    return [source.folder, source.folder.parent] if source.component else [source.folder]
+    """Returns the folders in which evidence may lie: that of a source, and that of its pipeline or repository."""
+    folder = source.folder
+    root = next((above for above in folder.parents if above.parent.name == "snapshots"), None)
+    return list(dict.fromkeys([folder, *([folder.parent] if source.component else []), *([root] if root else [])]))
 
 
 def _on_hub(folder: Path) -> list[str]:

@@ -15,22 +15,38 @@ can be interrupted anywhere.
 
 import contextlib
 import hashlib
+import itertools
 import os
 import struct
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent import futures
-from concurrent.futures import CancelledError, Future
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import BinaryIO
 
 from mlx_flux_krea.errors import ModelError, UsageError
 from mlx_flux_krea.files import chunks, sha256, sync_path, try_lock
 
-from .hub import INCOMPLETE, WEIGHTS, HubFile, Listing, explained, folder_of, is_repo_id, look, patiently, place_of
+from .hub import (
+    INCOMPLETE,
+    HubFile,
+    Listing,
+    explained,
+    folder_of,
+    is_repo_id,
+    is_weights,
+    look,
+    patiently,
+    place_of,
+    split_id,
+)
 
 _HEADER, _LONGEST_HEADER = 2**18, 2**26  # bytes of the first request, and at most
+_RANGE, _CONNECTIONS = 2**24, 4  # bytes of a range of a long file, and ranges that arrive at once
 _GGUF_HEADER = 2**22  # it contains the vocabulary of a T5, 1 MB
 
 
@@ -87,7 +103,7 @@ def outlined(
     header of the real ones and use no disk space. `Fetching` puts the real files in their places.
 
     Args:
-        sources: paths, and repositories as OWNER/NAME.
+        sources: paths, and repositories as OWNER/NAME, or single files of them as OWNER/NAME:FILE.
         offline: use only the cache.
         progress: as for `fetch`.
 
@@ -102,19 +118,19 @@ def outlined(
                 remote.paths.append(Path(os.path.expanduser(source)))
                 continue
             listing = look(str(source), offline)
-            snapshot = fetch(listing, [f.name for f in listing.files if not f.name.endswith(WEIGHTS)], progress)
+            snapshot = fetch(listing, [f.name for f in listing.files if not is_weights(f.name)], progress)
             root = until_then.enter_context(TemporaryDirectory(prefix="flux-krea-", ignore_cleanup_errors=True))
             until_then.enter_context(_locked(listing))
             outline = Path(root, *snapshot.parts[-3:])  # which tells a conversion the name of the repository
             for file in listing.files:
                 path = outline / file.name
                 path.parent.mkdir(parents=True, exist_ok=True)
-                if file.name.endswith(WEIGHTS):
+                if is_weights(file.name):
                     remote.files[path] = (listing, file)
                     _outline(listing, file, path)
                 else:
                     _put(snapshot / file.name, path)
-            remote.paths.append(outline)
+            remote.paths.append(outline / split_id(source)[1])
             shown[str(outline)] = listing.repo
         try:
             yield remote
@@ -219,9 +235,9 @@ def _outline(listing: Listing, file: HubFile, path: Path) -> None:
 def _read_header(listing: Listing, file: HubFile) -> bytes:
     """Returns the header of a weight file, perhaps with some bytes after it."""
     with explained(listing.repo, file.name, listing.gated):
-        first = min(file.size, _GGUF_HEADER if file.name.endswith(".gguf") else _HEADER)
+        first = min(file.size, _GGUF_HEADER if file.name.lower().endswith(".gguf") else _HEADER)
         header = patiently(lambda: _read(listing, file, 0, first)) if first else b""
-        if file.name.endswith(".safetensors") and first >= 8:
+        if not file.name.lower().endswith(".gguf") and first >= 8:
             end = min(file.size, 8 + struct.unpack("<Q", header[:8])[0], _LONGEST_HEADER)
             if end > first:
                 header += patiently(lambda: _read(listing, file, first, end))
@@ -314,38 +330,87 @@ class _Hashed:
 def _append(
     listing: Listing, file: HubFile, place: Path, stop: threading.Event, got: Callable[[int], None], hashed: _Hashed
 ) -> None:
-    """Continues a file where the last attempt ended."""
+    """Continues a file where the last attempt ended: by several ranges at once, if it is long."""
     with open(place, "ab") as part:
         start = part.tell()
         hashed.catch_up(place, stop)
         if start == file.size:
             return
+        if file.size - start > _RANGE:
+            with contextlib.suppress(_NoRangesError):
+                _write(part, file, _in_ranges(listing, file, start, stop), stop, got, hashed)
+                return
+            start = part.tell()
         with _stream(listing, file, start, file.size) as response:
             if response.status_code != 206 and start:  # the server sends the whole file
                 part.truncate(0)
                 hashed.restart()
                 got(-start)
-            for chunk in response.iter_bytes():
-                if stop.is_set():
-                    raise CancelledError
-                part.write(chunk)
-                hashed.add(chunk)
-                got(len(chunk))
-                if part.tell() > file.size:
-                    return  # the hash will differ
-        if part.tell() < file.size:
-            raise ConnectionError(f"it ended after {part.tell()} of {file.size} bytes")
+            _write(part, file, response.iter_bytes(), stop, got, hashed)
 
 
-def _read(listing: Listing, file: HubFile, start: int, end: int) -> bytes:
-    data = b""
+def _write(
+    part: BinaryIO,
+    file: HubFile,
+    arriving: Iterable[bytes],
+    stop: threading.Event,
+    got: Callable[[int], None],
+    hashed: _Hashed,
+) -> None:
+    """Writes bytes in their order, so that a part of a file is always its beginning.
+
+    Raises:
+        CancelledError: `stop` was set.
+        ConnectionError: they ended too early.
+    """
+    for chunk in arriving:
+        if stop.is_set():
+            raise CancelledError
+        part.write(chunk)
+        hashed.add(chunk)
+        got(len(chunk))
+        if part.tell() > file.size:
+            return  # the hash will differ
+    if part.tell() < file.size:
+        raise ConnectionError(f"it ended after {part.tell()} of {file.size} bytes")
+
+
+class _NoRangesError(ConnectionError):
+    """The server sends whole files only."""
+
+
+def _in_ranges(listing: Listing, file: HubFile, start: int, stop: threading.Event) -> Iterator[bytes]:
+    """Yields the rest of a file in its order, while the next ranges arrive over other connections."""
+    first, enough = iter(range(start, file.size, _RANGE)), threading.Event()
+
+    def read(begin: int) -> bytes:
+        return _read(listing, file, begin, min(begin + _RANGE, file.size), lambda: enough.is_set() or stop.is_set())
+
+    with ThreadPoolExecutor(_CONNECTIONS, thread_name_prefix="flux-krea-fetch") as pool:
+        arriving = deque(pool.submit(read, begin) for begin in itertools.islice(first, _CONNECTIONS))
+        try:
+            while arriving:
+                yield arriving.popleft().result()
+                arriving.extend(pool.submit(read, begin) for begin in itertools.islice(first, 1))
+        finally:
+            enough.set()
+            for future in arriving:
+                future.cancel()
+
+
+def _read(
+    listing: Listing, file: HubFile, start: int, end: int, is_enough: Callable[[], bool] = lambda: False
+) -> bytes:
+    data = bytearray()
     with _stream(listing, file, start, end) as response:
         if response.status_code != 206 and start:
-            raise ConnectionError("the server gives no parts of files")
+            raise _NoRangesError("the server gives no parts of files")
         for chunk in response.iter_bytes():
             data += chunk
             if len(data) >= end - start:
-                return data[: end - start]
+                return bytes(data[: end - start])
+            if is_enough():
+                raise CancelledError
     raise ConnectionError(f"it ended after {len(data)} of {end - start} bytes")
 
 

@@ -38,7 +38,7 @@ from mlx_flux_krea.models.filter_config import SELF_TEST
 from mlx_flux_krea.weights import open_folder
 
 from .reading import hashing
-from .sources import is_model_folder
+from .walk import is_model_folder
 
 _CACHED = 2**25  # bytes of a file in the system's cache before they are written to disk
 _LAST = ("manifest.json", "model_index.json")

@@ -12,7 +12,7 @@ import os
 import re
 import ssl
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import CancelledError
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,11 +22,13 @@ from mlx_flux_krea.errors import FluxKreaError, ModelError, ResourceError, Usage
 from mlx_flux_krea.files import MOST_BYTES, read_small, sha256
 from mlx_flux_krea.weights import COMPONENTS, NETWORKS
 
+from .sets import key_of, stem
+
 TOKENIZER_FILES = (
     "vocab.json", "merges.txt", "tokenizer.json", "spiece.model", "tokenizer_config.json", "special_tokens_map.json",
 )  # fmt: skip
 INCOMPLETE = ".incomplete"
-WEIGHTS = (".safetensors", ".gguf")
+WEIGHTS = (".safetensors", ".sft", ".gguf")
 _INDEX = ".safetensors.index.json"
 _STATED = ("license", "license_name", "license_link", "base_model")  # fields of a page, and below tags of it
 _TAGS = ("license:", "base_model:")
@@ -69,21 +71,30 @@ class Listing:
 
 
 def is_repo_id(source: str | Path) -> bool:
-    """Tells if a source is the name of a repository, OWNER/NAME, and not an existing path."""
-    return bool(_REPO_ID.fullmatch(str(source))) and not os.path.lexists(source)
+    """Tells if a source names a repository, OWNER/NAME, or a file of one, OWNER/NAME:FILE, and is no existing path."""
+    repo, file = split_id(source)
+    is_file = not file or (not {"", ".", ".."} & {*file.split("/")} and file.isprintable())
+    return bool(_REPO_ID.fullmatch(repo)) and is_file and not os.path.lexists(source)
+
+
+def split_id(source: str | Path) -> tuple[str, str]:
+    """Returns OWNER/NAME and FILE; "": all files that are needed."""
+    repo, _, file = str(source).partition(":")
+    return repo, file
 
 
 def look(repo: str, offline: bool = False, wanted: Callable[[list[str]], list[str]] | None = None) -> Listing:
     """Lists the files of a repository that a conversion needs, with their bytes in the cache.
 
     Args:
-        repo: OWNER/NAME.
+        repo: OWNER/NAME, or OWNER/NAME:FILE for one file alone, with the other parts of its set.
         offline: use only the cache; $HF_HUB_OFFLINE means the same.
         wanted: selects other files among all names.
 
     Raises:
         ModelError: no such repository, access denied, hub not reachable, not in the cache, or nothing to convert.
     """
+    repo, file = split_id(repo)
     if offline or is_offline():
         commit, known = _in_cache(repo, "leave out `offline`" if offline else "unset HF_HUB_OFFLINE")
         gated, licences = False, ()
@@ -91,14 +102,15 @@ def look(repo: str, offline: bool = False, wanted: Callable[[list[str]], list[st
         info = _info(repo)
         commit, gated, licences = info.sha, bool(info.gated), _licences(info)
         known = _files(info)
-    names = wanted(sorted(known)) if wanted else _needed(known)
-    if not any(name.endswith(WEIGHTS) for name in names):
+    sizes = {name: size for name, (size, _) in known.items() if type(size) is int}
+    names = wanted(sorted(known)) if wanted else _of_one(repo, file, known) if file else _needed(known, sizes)
+    if not any(is_weights(name) for name in names):
         raise ModelError(f"{repo} holds no weights that can be converted", *_ONE_BY_ONE)
     for name in names:
         size, digest = known[name]
         if type(size) is not int or not _DIGEST.fullmatch(str(digest)) or not _COMMIT.fullmatch(str(commit)):
             raise ModelError(f"the hub gives no size or no hash of {name} in {repo}", "both", "try again later")
-        if not 0 <= size <= (_LARGEST if name.endswith(WEIGHTS) else MOST_BYTES):
+        if not 0 <= size <= (_LARGEST if is_weights(name) else MOST_BYTES):
             raise ModelError(
                 f"the hub gives a size of {name} in {repo} that it cannot have", "bytes", "try again later"
             )
@@ -115,7 +127,7 @@ def stated_hashes(repo: str) -> set[str]:
     if is_offline():
         raise ModelError("the hub is not to be asked (HF_HUB_OFFLINE)")
     files = _files(_info(repo))
-    return {str(digest) for name, (_, digest) in files.items() if name.endswith(WEIGHTS)}
+    return {str(digest) for name, (_, digest) in files.items() if is_weights(name)}
 
 
 def _info(repo: str):
@@ -247,26 +259,35 @@ def _in_cache(repo: str, to_fetch: str) -> tuple[str, dict[str, tuple[int, str]]
 # --- files that a conversion needs ---
 
 
-def _needed(names: Iterable[str]) -> list[str]:
+def is_weights(name: str) -> bool:
+    """Tells if a file has a name of weights that can be converted."""
+    return name.lower().endswith(WEIGHTS)
+
+
+def _needed(names: Iterable[str], sizes: Mapping[str, int] | None = None) -> list[str]:
     """Selects the names in a repository that a conversion reads.
 
     If the components have folders, their files, and no single files beside them, which hold the same weights again.
-    Else the weight files at the top; if an index lists shards, only these.
+    Else the weight files at the top; if an index lists shards, only these. Of variants, the largest.
     """
     names = sorted(names)
-    folders = {folder for name in names if name.endswith(WEIGHTS) and (folder := _parent(name)) in NETWORKS}
+    folders = {folder for name in names if is_weights(name) and (folder := _parent(name)) in NETWORKS}
     if "transformer" in folders:  # such a model may have an encoder of pictures, which it does not read itself
         folders &= COMPONENTS.keys()
     if not {"transformer", "model_index.json"} & {*folders, *names}:
         folders = {""}
     shards = tuple(name.removesuffix(_INDEX) + "-" for name in names if name.endswith(_INDEX))
     indexed = {_parent(name) for name in shards}
-    kind = WEIGHTS[0] if any(name.endswith(WEIGHTS[0]) and _parent(name) in folders for name in names) else WEIGHTS[1]
+    is_gguf_only = not any(is_weights(n) and not n.lower().endswith(".gguf") and _parent(n) in folders for n in names)
 
-    def is_needed(name: str) -> bool:
-        folder, file = _parent(name), name.rpartition("/")[2]
-        if folder in folders and file.endswith(kind):
-            return folder not in indexed or name.startswith(shards)
+    def is_wanted(name: str) -> bool:
+        folder = _parent(name)
+        if folder not in folders or not is_weights(name) or name.lower().endswith(".gguf") != is_gguf_only:
+            return False
+        return folder not in indexed or name.startswith(shards)
+
+    def is_beside(name: str) -> bool:
+        folder, file = _parent(name), _base(name)
         return (
             (folder in folders and (file.endswith(_INDEX) or file in _SIZES))
             or (folder in {"tokenizer", "tokenizer_2", *folders} and file in TOKENIZER_FILES)
@@ -275,7 +296,39 @@ def _needed(names: Iterable[str]) -> list[str]:
             or is_licence(name)
         )
 
-    return [name for name in names if is_needed(name)]
+    weights = _largest_variants([name for name in names if is_wanted(name)], sizes or {})
+    return [name for name in names if name in weights or is_beside(name)]
+
+
+def _largest_variants(names: list[str], sizes: Mapping[str, int]) -> set[str]:
+    """Returns the files of the largest variant of every model among the names."""
+    variants: dict[tuple, dict[tuple, list[str]]] = {}
+    for name in names:
+        folder, file = _parent(name), _base(name)
+        variants.setdefault((folder, stem(file)), {}).setdefault(key_of(file) or (file,), []).append(name)
+    largest = (max(sets.values(), key=lambda one: sum(sizes.get(n, 0) for n in one)) for sets in variants.values())
+    return {name for one in largest for name in one}
+
+
+def _of_one(repo: str, file: str, names: Iterable[str]) -> list[str]:
+    """Selects one file, the other parts of its set, and the small files beside it.
+
+    Raises:
+        ModelError: there is no such file.
+    """
+    folder, name = _parent(file), _base(file)
+    weights = [
+        n for n in names if n == file or (_parent(n) == folder and key_of(name) and key_of(_base(n)) == key_of(name))
+    ]
+    if not weights:
+        known = ", ".join(n for n in sorted(names) if is_weights(n)) or "none"
+        raise ModelError(f"{repo} holds no file {file}", f"one of {known}")
+    beside = [n for n in names if _parent(n) in (folder, "") and _base(n) in (*_SIZES, *TOKENIZER_FILES)]
+    return sorted({*weights, *beside, *(n for n in names if is_licence(n) or n == "model_index.json")})
+
+
+def _base(name: str) -> str:
+    return name.rpartition("/")[2]
 
 
 def _parent(name: str) -> str:

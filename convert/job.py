@@ -18,19 +18,20 @@ from mlx_flux_krea.presets import SCHNELL_FILES
 from mlx_flux_krea.weights import BESIDE, COMPONENTS, FILTERS, KIND_OF, ModelFolder, Sizes, check_redux, layer_widths
 
 from . import quantize as quantizing
+from .choose import choose
 from .evidence import gather
 from .fetch import Remote, outlined
 from .hub import is_repo_id
 from .index import editing_family, make_component_index, make_filter_index, make_index
-from .layouts import SourceComponent, identify, make_plan
+from .layouts import SourceComponent, make_plan
 from .licence import licence_files
 from .own import OwnFolder, open_own
 from .quantize import Layers
 from .remap import ComponentPlan
 from .room import Room
-from .sources import is_model_folder, open_sources
 from .tasks import Task, check_task, find_task
 from .tokenizers import find_tokenizers
+from .walk import is_model_folder
 
 Index = configs.ModelIndex | configs.ComponentIndex
 _SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
@@ -103,7 +104,7 @@ def decide(
     task: str | None = None,
 ) -> Conversion:
     """Reads the headers of sources and decides the whole conversion; arguments are those of `convert`."""
-    own, components, plans, index, evidence, found = _understand(remote, task)
+    own, components, plans, index, evidence, found, said = _understand(remote, task)
     kind = _kind(components)
     dtype, quantize = dtype or _DEFAULTS[kind][0], quantize or _DEFAULTS[kind][1]
     if kind in _FIXED and (dtype, quantize) != _DEFAULTS[kind]:
@@ -120,7 +121,8 @@ def decide(
         place = (home.MODELS, f"{index.name}-{_label(recipe, dtype)}")
     path = Path(os.path.expanduser(out)) if out else home.path(*place)
     tokens = find_tokenizers(components, plans, tokenizers)
-    layers, left, notes = {}, {}, (found.note,) if found and found.note else ()
+    layers, left = {}, {}
+    notes = said + ((found.note,) if found and found.note else ())
     for name in plans:
         layers[name], left[name], is_kept = _choose_layers(name, plans, recipe)
         notes += (f"`quantize` {quantize}: {_AS_IT_IS}",) if is_kept else ()
@@ -224,7 +226,7 @@ def examine(
     Arguments and errors are those of `convert`.
     """
     with outlined(sources, offline) as remote:
-        own, components, plans, index, evidence, _ = _understand(remote, task)
+        own, components, plans, index, evidence, *_ = _understand(remote, task)
         find_tokenizers(components, plans, tokenizers)
         files = {file for component in components.values() for file in component.source.files}
         order, last = writing_order(components)
@@ -271,6 +273,7 @@ class _Understood(NamedTuple):
     index: Index
     evidence: Evidence | None  # of a foreign model's licence
     task: Task | None  # of a foreign transformer
+    notes: tuple[str, ...] = ()  # how the sources were chosen
 
 
 def _understand(remote: Remote, task: str | None) -> _Understood:
@@ -282,7 +285,8 @@ def _understand(remote: Remote, task: str | None) -> _Understood:
     """
     if own := _own(remote.paths):
         return _Understood(own, own.components, own.plans, _as_asked(own, task), None, None)
-    components = _components(remote.paths)
+    choice = choose(remote.paths)
+    components, notes = choice.components, tuple(choice.notes)
     plans = {name: make_plan(component) for name, component in components.items()}
     sizes = _model_sizes(plans)
     if (kind := _kind(components)) in BESIDE:
@@ -293,15 +297,19 @@ def _understand(remote: Remote, task: str | None) -> _Understood:
             check_redux(encoder, embedder)
         _refuse_task(kind, task)
         config = list(plans.values())[-1][0]
-        return _Understood(None, components, plans, make_component_index(components, kind, config), None, None)
+        return _Understood(None, components, plans, make_component_index(components, kind, config), None, None, notes)
     if sizes is None:
         (name,) = components
         _refuse_task(name, task)
-        return _Understood(None, components, plans, make_filter_index(components[name], plans[name][0]), None, None)
+        return _Understood(
+            None, components, plans, make_filter_index(components[name], plans[name][0]), None, None, notes
+        )
     sizes.check()
     found = find_task(components["transformer"].source, sizes.flux, task)
     evidence = gather(components, sizes.flux.architecture, remote)
-    return _Understood(None, components, plans, make_index(components, sizes.flux, evidence, found), evidence, found)
+    return _Understood(
+        None, components, plans, make_index(components, sizes.flux, evidence, found), evidence, found, notes
+    )
 
 
 def _as_asked(own: OwnFolder, task: str | None) -> Index:
@@ -351,30 +359,6 @@ def _own(paths: list[Path]) -> OwnFolder | None:
             f"{ours} is a model folder of ours", "this folder as the only source", f"name it alone: {name}"
         )
     return open_own(ours)
-
-
-def _components(paths: list[Path]) -> dict[str, SourceComponent]:
-    components: dict[str, SourceComponent] = {}
-    for source in open_sources(paths):
-        for component in identify(source):
-            name = component.layout.component
-            if name in components:
-                other = components[name].source.path
-                raise ModelError(f"{source.path} and {other} are both a {name}", "one of each")
-            components[name] = component
-    if components.keys() & FILTERS.keys():
-        if len(components) > 1:
-            raise ModelError(f"the sources hold {', '.join(components)}", "a model, or one filter alone")
-        return components
-    kinds = {KIND_OF.get(name, "model") for name in components}
-    if len(kinds) > 1:
-        raise ModelError(f"the sources hold {', '.join(components)}", "a model, or a component alone")
-    wanted = BESIDE.get(next(iter(kinds), ""), COMPONENTS)
-    missing = [c for c in wanted if c not in components]
-    if missing:
-        have = ", ".join(components) or "nothing"
-        raise ModelError(f"the sources hold {have}", f"also {', '.join(missing)}", "name the missing files too")
-    return {c: components[c] for c in wanted}
 
 
 def _label(recipe: quantizing.QuantizationRecipe, dtype: str) -> str:

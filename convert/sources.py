@@ -3,9 +3,8 @@
 A source is a list of tensors with their places in files. Layouts are unknown here.
 """
 
-import os
-import re
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -15,16 +14,13 @@ import numpy as np
 
 from mlx_flux_krea.errors import ModelError, printable
 from mlx_flux_krea.files import read_json
-from mlx_flux_krea.weights import COMPONENTS, NETWORKS, read_header
+from mlx_flux_krea.first_bytes import GGUF, look
+from mlx_flux_krea.weights import read_header
 
 from .decode import COMPOUNDS, GROUP_SIZE, PARTS
 from .gguf_header import read_gguf
-
-# Pickles: opening them executes code.
-_PICKLED = {".ckpt", ".pt", ".pth", ".bin", ".pkl"}
-_READ = {".safetensors", ".gguf"}
-# Folders of ComfyUI's `models` that hold the components.
-_COMFYUI = ("checkpoints", "diffusion_models", "unet", "text_encoders", "clip", "vae")
+from .sets import FileSet, listed_shards
+from .walk import Found, find
 
 
 @dataclass(frozen=True)
@@ -43,6 +39,11 @@ class Tensor:
     def bytes(self) -> int:
         """Bytes in the file, including parts."""
         return self.end - self.start + sum(part.bytes for part in self.parts)
+
+    @property
+    def numbers(self) -> int:
+        """Count of its numbers."""
+        return math.prod(self.shape)
 
     def rows(self, first: int, count: int) -> "Tensor":
         """Returns some consecutive rows."""
@@ -68,6 +69,8 @@ class Source:
     tensors: dict[str, Tensor]
     metadata: dict[str, str]  # GGUF's strings and numbers, without its lists
     component: str | None = None  # the component that its folder's name states
+    stem: str = ""  # the name that all variants of one model share
+    notes: tuple[str, ...] = ()  # contradictions that were found in opening it
 
     @property
     def folder(self) -> Path:
@@ -80,115 +83,99 @@ class Source:
         return read_json(beside) if beside.exists() else None
 
 
-def open_sources(paths: list[Path]) -> list[Source]:
-    """Opens all checkpoints in the given files and folders.
+@dataclass(frozen=True)
+class OpenedArgument:
+    """The sources that one argument names.
+
+    Attributes:
+        path: as it was named.
+        sources: its checkpoints.
+        passed: reasons why files in it were passed over.
+        is_tree: some of them lie in folders below, among which there may be anything.
+    """
+
+    path: Path
+    sources: tuple[Source, ...]
+    passed: tuple[ModelError, ...] = ()
+    is_tree: bool = False
+
+
+def open_arguments(paths: Sequence[Path]) -> list[OpenedArgument]:
+    """Opens all checkpoints in the given files and folders. Reads headers only.
 
     Raises:
-        ModelError: a path does not exist or holds no checkpoint, or a file is a pickle or damaged.
+        ModelError: a path does not exist or holds no checkpoint, or a file is damaged or of another kind.
     """
-    return [source for path in paths for source in _open(path)]
+    return [_open(found) for found in find(paths)]
 
 
-def is_model_folder(path: Path) -> bool:
-    """Tells a folder that the converter wrote from one in diffusers' layout.
-
-    Raises:
-        ModelError: its model_index.json cannot be read.
-    """
-    index = path / "model_index.json"
-    return os.path.lexists(index) and "format" in read_json(index)
+def open_sources(paths: Sequence[Path]) -> list[Source]:
+    """Opens all checkpoints in the given files and folders, as `open_arguments` does."""
+    return [source for argument in open_arguments(paths) for source in argument.sources]
 
 
-def _open(path: Path) -> list[Source]:
-    _check_path(path)
-    if not os.path.exists(path):
-        raise ModelError(f"there is nothing at {path}", "a folder, a .safetensors or a .gguf file")
-    if path.is_file():
-        return [_open_file(path)]
-    pipeline = (path / "model_index.json").exists()
-    if pipeline or (path / "transformer").is_dir():  # one folder for each component; mflux writes no model_index.json
-        names = COMPONENTS if (path / "transformer").is_dir() else NETWORKS  # a model may have an encoder of pictures
-        folders = [path / name for name in names if (path / name).is_dir()]
-        if not folders:
-            raise ModelError(f"{path} has a model_index.json and no component folder", f"{', '.join(COMPONENTS)}")
-        return [source for folder in folders for source in _open_folder(folder, component=folder.name)]
-    folders = [folder for name in _COMFYUI if (folder := path / name).is_dir() and _weights(folder)]
-    return [source for folder in folders or [path] for source in _open_folder(folder)]
+def _open(found: Found) -> OpenedArgument:
+    sources, passed = [], list(found.passed)
+    for files in found.sets:
+        try:
+            sources.append(_join_shards(files))
+        except ModelError as error:
+            if not found.is_tree:
+                raise
+            passed.append(error)
+    return OpenedArgument(found.path, tuple(sources), tuple(passed), found.is_tree)
 
 
-def _weights(folder: Path) -> list[Path]:
-    """Returns the files in a folder that hold weights, including pickles."""
-    return sorted(p for p in folder.iterdir() if p.suffix in _READ | _PICKLED and not p.name.startswith("."))
-
-
-def _open_folder(folder: Path, component: str | None = None) -> list[Source]:
-    indexes = sorted(folder.glob("*.safetensors.index.json"))
-    if len(indexes) > 1:
-        raise ModelError(f"{folder} holds {len(indexes)} indexes", "one", "name the files one by one")
-    if indexes:
-        return [_open_shards(indexes[0], component)]
-    files = _weights(folder)
-    checkpoints = [p for p in files if p.suffix in _READ]
-    if not checkpoints:
-        if not files:
-            raise ModelError(f"{folder} holds no weights", ".safetensors or .gguf files")
-        raise ModelError(f"{folder} holds only {files[0].name}", ".safetensors or .gguf files", _NO_PICKLES)
-    if {p.name for p in checkpoints} == {f"{n}.safetensors" for n in range(len(checkpoints))}:  # as mflux writes them
-        return [_join_shards(folder, checkpoints, component)]
-    if component and len(checkpoints) > 1:
-        names = ", ".join(p.name for p in checkpoints[:3])
-        raise ModelError(f"{folder} holds {len(checkpoints)} files and no index ({names})", "one, or an index")
-    return [_open_file(path, component) for path in checkpoints]
-
-
-_NO_PICKLES = "pickles are never read: take the .safetensors of the same model"
-
-
-def _open_file(path: Path, component: str | None = None) -> Source:
-    _check_path(path)
-    if path.suffix in _PICKLED:
-        todo = "take the .safetensors of the same model"
-        raise ModelError(f"{path} is a pickle, which can run any program when opened", "a .safetensors file", todo)
-    return _join_shards(path, [path], component)
-
-
-def _open_shards(index: Path, component: str | None) -> Source:
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ModelError(f"{index} has no weight_map", "an index of shards")
-    _check_names(index, weight_map)
-    shards = sorted({str(s) for s in weight_map.values()})
-    for shard in shards:
-        if shard != os.path.basename(shard) or not re.fullmatch(r"[^/\\\0]+\.safetensors", shard):
-            raise ModelError(f"{index} names the file {shard!r}", "a .safetensors file in the same folder")
-        _check_names(index, [shard])
-        if not (index.parent / shard).exists():
-            raise ModelError(f"{index.parent} lacks the shard {shard}", "every file of the index", "download it again")
-    source = _join_shards(index.parent, [index.parent / shard for shard in shards], component)
-    stored = {t.name for tensor in source.tensors.values() for t in (tensor, *tensor.parts)}
-    if lost := weight_map.keys() - stored:
-        raise ModelError(f"{sorted(lost)[0]} is in {index.name} and in no shard", "shards that match their index")
-    return source
-
-
-def _join_shards(path: Path, files: list[Path], component: str | None) -> Source:
+def _join_shards(files: FileSet) -> Source:
     """Returns one source with the tensors of all files."""
     tensors, metadata = {}, {}
-    for file in files:
+    for file in files.files:
         read, facts = _read_tensors(file)
         if twice := read.keys() & tensors.keys():
-            raise ModelError(f"{sorted(twice)[0]} is in two shards of {path}", "every tensor once")
+            raise ModelError(f"{sorted(twice)[0]} is in two shards of {files.path}", "every tensor once")
         tensors |= read
         metadata |= facts
-    source = Source(path, tuple(files), tensors, metadata, component)
+    _check_split(files, metadata)
+    notes = tuple(note for index in files.indexes if (note := _contradiction(index, tensors)))
+    source = Source(files.path, files.files, tensors, metadata, files.component, files.stem, notes)
     return replace(source, tensors=join_parts(tensors, _group_sizes(source)))
 
 
+def _check_split(files: FileSet, metadata: dict[str, str]) -> None:
+    """Checks that a GGUF that calls itself a part is not alone (llama.cpp's gguf-split)."""
+    count = metadata.get("split.count", "1")
+    if count.isdigit() and int(count) > max(1, len(files.files)):
+        number = int(metadata.get("split.no", "0")) + 1
+        found = f"{files.path} is part {number} of {count}, and the other parts are not beside it"
+        raise ModelError(found, "NAME-00001-of-00003.gguf and so on", "name all parts, or their folder")
+
+
+def _contradiction(index: Path, tensors: dict[str, Tensor]) -> str | None:
+    """Says how an index contradicts the tensors that are there, which count."""
+    try:
+        listed = listed_shards(index)
+    except ModelError as error:
+        return f"{error.found}: the tensors that are there count"
+    _check_names(index, [*listed, *listed.values()])
+    wrong = [n for n in listed.keys() | tensors.keys() if n not in tensors or tensors[n].path.name != listed.get(n)]
+    if not wrong:
+        return None
+    name, more = min(wrong), f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+    return f"{index} is wrong about {name}{more}: the tensors that are there count"
+
+
 def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    infos, metadata = read_gguf(path) if path.suffix == ".gguf" else read_header(path)
+    infos, metadata = read_gguf(path) if _is_gguf(path) else read_header(path)
     _check_names(path, infos)
     facts = {key: str(value) for key, value in metadata.items() if isinstance(value, str | int | float)}
     return {n: Tensor(n, path, i.dtype, i.shape, i.start, i.end) for n, i in infos.items()}, facts
+
+
+def _is_gguf(path: Path) -> bool:
+    try:
+        return look(path) is GGUF
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read: {error.strerror}", "a file") from None
 
 
 def join_parts(tensors: dict[str, Tensor], group_size=lambda layer: GROUP_SIZE) -> dict[str, Tensor]:
@@ -228,13 +215,6 @@ def _group_sizes(source: Source) -> Callable[[str], int]:
         return next(size for size in sizes if type(size) is int and size > 0)
 
     return group_size
-
-
-def _check_path(path: Path) -> None:
-    try:
-        os.path.realpath(path).encode()
-    except UnicodeEncodeError:
-        raise ModelError(f"the name of {printable(str(path))} is not UTF-8", "one that is", "rename it") from None
 
 
 def _check_names(path: Path, names) -> None:

@@ -46,6 +46,7 @@ from safetensors import SafetensorError, safe_open
 from . import home, licence
 from .errors import ModelError, amount, short_repr
 from .files import open_regular, read_json, read_small, written_whole
+from .first_bytes import SAFETENSORS, UNKNOWN, look, refused
 from .models import config as configs
 from .models.clip import CLIPText
 from .models.config import (
@@ -151,9 +152,9 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
             header = json.loads(file.read(length))
     except (SafetensorError, OSError, ValueError, struct.error) as error:
         reason = getattr(error, "strerror", None) or str(error).removeprefix("Error while deserializing header: ")
-        if kind := "" if isinstance(error, OSError) else _other_kind(path):
-            todo = "name the files or the folder of the weights"
-            raise ModelError(f"{path} is {kind}, no weights", "a safetensors file", todo) from None
+        kind = None if isinstance(error, OSError) else look(path)
+        if kind and kind not in (SAFETENSORS, UNKNOWN):
+            raise refused(path, kind) from None
         raise ModelError(
             f"{path} cannot be read: {reason}", "a complete safetensors file", "copy or download it again"
         ) from None
@@ -164,24 +165,6 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
         for name, t in header.items()
     }
     return infos, metadata
-
-
-_KINDS = (  # first bytes of other files
-    (rb"\x89PNG|\xff\xd8\xff|GIF8|RIFF....WEBP", "a picture"),
-    (rb"version https://git-lfs", "a pointer of Git LFS (fetch the file itself: git lfs pull)"),
-    (rb"\s*<(?:!doctype|html|\?xml)", "a web page (download the file itself)"),
-    (rb"%PDF-", "a document"),
-    (rb"GGUF", "a GGUF file without .gguf at the end of its name"),
-    (rb"PK\x03\x04|\x1f\x8b|7z\xbc\xaf", "an archive or a pickle"),
-    (rb"[\t\n\r -~\x80-\xff]{8,}\Z", "a text"),
-)
-
-
-def _other_kind(path: Path) -> str:
-    """Returns what a file is by its first bytes, where these are of no weights; "": not known."""
-    with open_regular(path) as file:
-        start = file.read(64)
-    return next((kind for mark, kind in _KINDS if re.match(mark, start, re.IGNORECASE | re.DOTALL)), "")
 
 
 def check_tensors(where: Path, found: Mapping[str, tuple], expected: Mapping[str, tuple]) -> None:

@@ -340,16 +340,6 @@ def damage(source: Path, how: str) -> None:
         edit_tensors(vae, lambda a: a.update({"decoder.conv_in.bias": a["decoder.conv_in.bias"] * float("nan")}))
     elif how == "missing shard":
         shard.unlink()
-    elif how == "shard path outside":
-        index = next(transformer.glob("*.index.json"))
-        weights = json.loads(index.read_text())["weight_map"]
-        edit_json(index, weight_map=dict.fromkeys(weights, "../vae/diffusion_pytorch_model.safetensors"))
-    elif how == "index without its tensors":
-        index = next(transformer.glob("*.index.json"))
-        weights = json.loads(index.read_text())["weight_map"]
-        edit_json(index, weight_map=weights | {"x_embedder.other": shard.name})
-    elif how == "index is no JSON":
-        next(transformer.glob("*.index.json")).write_text("{")
     elif how == "two shards with one tensor":
         first, second = sorted(transformer.glob("*.safetensors"))
         arrays = mx.load(str(first))
@@ -386,13 +376,10 @@ def damage(source: Path, how: str) -> None:
         ("wrong shape", r"decoder.conv_in.bias has shape \[33\]"),
         ("truncated", "cannot be read: incomplete metadata"),
         ("header larger than the file", "cannot be read: invalid header length"),
-        ("empty", "cannot be read: header too small"),
+        ("empty", "is empty"),
         ("overlapping tensors", "cannot be read: invalid"),
         ("NaN", "decoder.conv_in.bias holds NaN"),
         ("missing shard", "lacks the shard"),
-        ("shard path outside", "names the file '../vae"),
-        ("index without its tensors", "x_embedder.other is in"),
-        ("index is no JSON", "cannot be read"),
         ("two shards with one tensor", "is in two shards"),
         ("another VAE", "use_quant_conv is True"),
         ("another activation", "hidden_act is 'gelu'"),
@@ -400,8 +387,8 @@ def damage(source: Path, how: str) -> None:
         ("config of another size", "lacks transformer_blocks.2"),
         ("config that contradicts itself", "axes_dim"),
         ("fixed shift", "fixed shift of 3.0"),
-        ("transformer in the place of the VAE", "holds a CLIP text model; expected a vae"),
-        ("pickle", "holds only diffusion_pytorch_model.bin"),
+        ("transformer in the place of the VAE", "holds a CLIP text model.*; expected also vae"),
+        ("pickle", "diffusion_pytorch_model.bin is a pickle"),
     ],
 )
 def test_a_damaged_source_is_refused_by_name_and_nothing_is_left(source, tmp_path, how, says):
@@ -454,9 +441,9 @@ def test_look_alikes_are_refused_by_name(tmp_path, tensors, says):
     [
         (lambda p: None, "there is nothing at"),
         (lambda p: p.mkdir(), "holds no weights"),
-        (lambda p: p.write_bytes(b"hello"), "cannot be read"),
+        (lambda p: p.write_bytes(b"hello"), "thing is of no format that is known"),
         (lambda p: (p.mkdir(), (p / "model_index.json").write_text("{}")), "no component folder"),
-        (lambda p: (p.mkdir(), (p / "model.ckpt").write_bytes(b"\x80")), "holds only model.ckpt"),
+        (lambda p: (p.mkdir(), (p / "model.ckpt").write_bytes(b"\x80")), "model.ckpt is a pickle"),
     ],
 )
 def test_what_is_no_source_is_refused(tmp_path, make, says):
@@ -479,9 +466,9 @@ def test_pickles_are_never_opened(tmp_path, name):
     assert not (tmp_path / "boom").exists()
 
 
-def test_a_component_given_twice_is_refused(singles, tmp_path):
+def test_two_models_in_one_folder_are_refused(singles, tmp_path):
     shutil.copy(singles / "ae.safetensors", singles / "other.safetensors")
-    with pytest.raises(ModelError, match="are both a vae"):
+    with pytest.raises(ModelError, match=r"holds two different models as vae: .*ae\.safetensors and .*other"):
         run(singles, out=tmp_path / "out")
 
 

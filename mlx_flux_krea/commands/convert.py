@@ -45,14 +45,18 @@ def convert(sources: tuple[Path, ...], output: Path | None, as_json: bool, **opt
     files of transformer, CLIP, T5 and VAE, as safetensors or GGUF. A content filter is converted from the folder of
     Falconsai/nsfw_image_detection or of Pixtral 12B, Redux (for --style) from that of FLUX.1 Redux or from its file and
     SigLIP's, the network for depth maps from that of depth-anything/Depth-Anything-V2-Small-hf. OWNER/NAME names a
-    repository of the Hugging Face hub with any of these: the files needed are downloaded into the hub's cache, and an
-    interrupted download is continued.
+    repository of the Hugging Face hub with any of these, and OWNER/NAME:FILE one file of it: the files needed are
+    downloaded into the hub's cache, and an interrupted download is continued.
+
+    Folders of other programs (ComfyUI, Forge, InvokeAI) are searched. Of several variants of a model in one folder the
+    most precise is taken; of several sources of a component, the later one.
 
     \b
     Examples:
       flux-krea convert black-forest-labs/FLUX.1-Krea-dev
       flux-krea convert FLUX.1-Krea-dev -q 4 -o krea-small
       flux-krea convert mistral-community/pixtral-12b --discard-source
+      flux-krea convert ComfyUI city96/FLUX.1-dev-gguf:flux1-dev-Q8_0.gguf
       flux-krea convert flux1-krea-dev.safetensors clip_l.safetensors \\
           t5xxl_fp16.safetensors ae.safetensors --tokenizers FLUX.1-schnell
     """

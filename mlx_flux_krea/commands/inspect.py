@@ -11,7 +11,8 @@ from mlx_flux_krea.adapters.installed import FACTS, Origin, installed, with_lice
 from mlx_flux_krea.adapters.parts import Facts, read_facts
 from mlx_flux_krea.adapters.reading import described, looks_like_adapter, outline
 from mlx_flux_krea.convert.layouts import identify
-from mlx_flux_krea.convert.sources import is_model_folder, open_sources
+from mlx_flux_krea.convert.sources import open_sources
+from mlx_flux_krea.convert.walk import is_model_folder
 from mlx_flux_krea.errors import ModelError, amount, printable
 from mlx_flux_krea.files import sha256
 from mlx_flux_krea.models.config import FLUX_DEV_MODEL, quantization_to_json, to_json

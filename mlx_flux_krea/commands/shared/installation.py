@@ -11,7 +11,7 @@ from mlx_flux_krea import home
 from mlx_flux_krea.convert import Report, examine, hub
 from mlx_flux_krea.convert.job import Outline
 from mlx_flux_krea.convert.room import needs_in_turn, shares_disk
-from mlx_flux_krea.convert.sources import is_model_folder
+from mlx_flux_krea.convert.walk import is_model_folder
 from mlx_flux_krea.errors import FluxKreaError, ModelError, ResourceError, printable
 from mlx_flux_krea.files import may_exist
 from mlx_flux_krea.models.config import ModelIndex, ModelSizes

@@ -1,0 +1,300 @@
+"""Finds the checkpoints below the paths that somebody names: files, pipelines, repositories, trees of other programs.
+
+Hidden files are skipped and capitals ignored everywhere. Only names, first bytes and indexes are read here.
+"""
+
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlx_flux_krea import first_bytes
+from mlx_flux_krea.errors import ModelError, printable
+from mlx_flux_krea.files import identity, read_json, read_small
+from mlx_flux_krea.weights import COMPONENTS, NETWORKS
+
+from .sets import FileSet, group, key_of
+
+_DEEPEST, _MOST = 8, 50_000  # levels of folders, and entries in them, that are searched
+# folders that hold no models, in trees of programs and on disks of other systems
+_NO_MODELS = {
+    "__macosx",
+    "@eadir",
+    "$recycle.bin",
+    "__pycache__",
+    "node_modules",
+    "site-packages",
+    "venv",
+    "custom_nodes",
+}
+_MODELS = "models"  # the folder of ComfyUI's, Forge's, InvokeAI's and Draw Things' roots that counts
+_WANTED = ".safetensors or .gguf files"
+
+
+@dataclass(frozen=True)
+class Found:
+    """The checkpoints of one argument.
+
+    Attributes:
+        path: the argument.
+        sets: complete checkpoints, each of one or more files.
+        passed: files that stand for weights and cannot be read, with the reason.
+        is_tree: some lie in folders below, among which there may be anything.
+    """
+
+    path: Path
+    sets: tuple[FileSet, ...]
+    passed: tuple[ModelError, ...] = ()
+    is_tree: bool = False
+
+
+def is_model_folder(path: Path) -> bool:
+    """Tells a folder that the converter wrote from one in diffusers' layout.
+
+    Raises:
+        ModelError: its model_index.json cannot be read.
+    """
+    index = path / "model_index.json"
+    return os.path.lexists(index) and "format" in read_json(index)
+
+
+def find(paths: Iterable[Path]) -> list[Found]:
+    """Finds the checkpoints below every path. Parts of one set may be named one by one.
+
+    Raises:
+        ModelError: a path does not exist, holds no weights, or is a file that cannot be read as weights; a part of a
+            set is missing; a folder has too many files to search.
+    """
+    paths = list(paths)
+    found, joined = [], set()
+    for path in paths:
+        _check_path(path)
+        if not os.path.exists(path):
+            raise ModelError(f"there is nothing at {path}", "a folder, a .safetensors or a .gguf file")
+        if not path.is_file():
+            found.append(_folder(path))
+        elif path not in joined:
+            files = _with_parts(path, paths)
+            joined |= {*files}
+            found.append(Found(path, _read_all(files)))
+    return found
+
+
+def _read_all(files: list[Path]) -> tuple[FileSet, ...]:
+    """Groups files that were named: each must be readable."""
+    for file in files:
+        _refuse(file)
+    sets, errors = group(files)
+    if errors:
+        raise errors[0][1]
+    return tuple(sets)
+
+
+def _with_parts(path: Path, named: list[Path]) -> list[Path]:
+    """Returns a file and the other parts of its set: named ones come before those that lie beside it."""
+    if (key := key_of(path.name)) is None:
+        return [path]
+    beside = [path.parent / name for name in sorted(os.listdir(path.parent))]
+    others = [file for file in (path, *named, *beside) if key_of(file.name) == key and not file.name.startswith(".")]
+    return list({file.name.lower(): file for file in reversed(others) if file.is_file()}.values())[::-1]
+
+
+def _folder(path: Path) -> Found:
+    """Finds the checkpoints of a folder."""
+    path = _snapshot(path) or path
+    if folders := _components(path):
+        return _pipeline(path, folders)
+    if (path / "model_index.json").exists():
+        raise ModelError(f"{path} has a model_index.json and no component folder", f"{', '.join(COMPONENTS)}")
+    sets, passed, is_tree = [], [], False
+    for place, files in _walk(_models_in(path) or path):
+        is_tree |= place != path
+        if is_model_folder(place):
+            passed.append(ModelError(f"{place} is a model folder of ours", "", "name it alone"))
+            continue
+        if inner := _components(place) if place != path else []:
+            nested = _pipeline(place, inner, is_tree=True)
+            sets += nested.sets
+            passed += nested.passed
+            continue
+        here, others = _here(place, files, is_tree=is_tree)
+        sets += here
+        passed += others
+    if not sets:
+        raise _none(path, passed)
+    return Found(path, tuple(sets), tuple(passed), is_tree)
+
+
+def _none(path: Path, passed: list[ModelError]) -> ModelError:
+    """Returns the error about a folder without weights that can be read."""
+    if not passed:
+        return ModelError(f"{path} holds no weights", _WANTED)
+    more = f", and {len(passed) - 1} more" if len(passed) > 1 else ""
+    return ModelError(f"{path} holds no weights that can be read: {passed[0].found}{more}", _WANTED, passed[0].todo)
+
+
+def _pipeline(path: Path, folders: list[Path], is_tree: bool = False) -> Found:
+    """Finds the checkpoints of a folder with one folder for each component."""
+    sets, passed = [], []
+    for folder in folders:
+        here, others = _here(folder, _files(folder), folder.name, is_tree)
+        sets += here
+        passed += others or ([] if here else [ModelError(f"{folder} holds no weights", _WANTED)])
+    if not sets and not is_tree:
+        raise _none(path, passed)
+    return Found(path, tuple(sets), tuple(passed), is_tree)
+
+
+def _here(
+    folder: Path, files: list[Path], component: str | None = None, is_tree: bool = False
+) -> tuple[list[FileSet], list[ModelError]]:
+    """Groups the weight files of one folder.
+
+    Raises:
+        ModelError: a file is not what its name promises, or a set lacks a part; in a tree it is passed over instead.
+    """
+    readable, passed, broken = [], [], []
+    for file in files:
+        kind = _look(file)
+        if isinstance(kind, ModelError):
+            (broken if first_bytes.promises(file) else passed).append(kind)
+        elif kind:
+            readable.append(file)
+    sets, lost = group(readable, component)
+    whole = {one.stem for one in sets}
+    broken += [error for name, error in lost if name not in whole]
+    if broken and not is_tree:
+        raise broken[0]
+    return sets, [*passed, *broken]
+
+
+def _look(file: Path) -> first_bytes.Kind | ModelError | None:
+    """Returns what a file of weights is, or the error about one that cannot be read; None: it has nothing to do with
+    weights."""
+    try:
+        if not file.exists():
+            return ModelError(f"{file} is a link to nothing", "a file") if first_bytes.is_named(file) else None
+        if not first_bytes.is_weights(file):
+            return None
+        _check_path(file)
+        kind = first_bytes.look(file)
+    except ModelError as error:
+        return error
+    except OSError as error:
+        return ModelError(f"{file} cannot be read: {error.strerror}", "a file")
+    return kind if kind in first_bytes.READABLE else first_bytes.refused(file, kind)
+
+
+def _refuse(file: Path) -> None:
+    """Refuses a named file that is not one of weights.
+
+    Raises:
+        ModelError: it says what the file is.
+    """
+    try:
+        kind = first_bytes.look(file)
+    except OSError as error:
+        raise ModelError(f"{file} cannot be read: {error.strerror}", "a file") from None
+    if kind not in first_bytes.READABLE:
+        raise first_bytes.refused(file, kind)
+
+
+# --- folders ---
+
+
+def _files(folder: Path) -> list[Path]:
+    """Returns the entries of a folder that are not folders, without hidden ones; files kept in iCloud count as shown.
+
+    Raises:
+        ModelError: it cannot be listed.
+    """
+    return [entry for entry in _entries(folder) if not entry.is_dir()]
+
+
+def _entries(folder: Path) -> list[Path]:
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError as error:
+        raise ModelError(f"{folder} cannot be read: {error.strerror}", "a folder") from None
+    kept = (name for name in names if name.lower() not in _NO_MODELS)
+    return [folder / name for name in kept if not name.startswith(".") or name.lower().endswith(".icloud")]
+
+
+def _walk(root: Path) -> Iterator[tuple[Path, list[Path]]]:
+    """Yields a folder and those below, each with its files; none twice, whatever the links.
+
+    Raises:
+        ModelError: there is too much to search.
+    """
+    waiting, seen, count = [(root, 0)], set(), 0
+    while waiting:
+        folder, depth = waiting.pop(0)
+        if (this := identity(folder)) in seen:
+            continue
+        seen.add(this)
+        if depth and (snapshot := _snapshot(folder)):
+            waiting.insert(0, (snapshot, depth))
+            continue
+        try:
+            entries = _entries(folder)
+        except ModelError:
+            if not depth:
+                raise
+            continue
+        count += len(entries)
+        if count > _MOST:
+            todo = "name the files, or a folder nearer to them"
+            raise ModelError(f"{root} holds more than {_MOST} files", "a folder of models", todo)
+        yield folder, _once([entry for entry in entries if not entry.is_dir()], seen)
+        is_unit = depth and (_components(folder) or is_model_folder(folder))
+        if depth < _DEEPEST and not is_unit:
+            waiting += [(entry, depth + 1) for entry in entries if entry.is_dir()]
+
+
+def _once(files: list[Path], seen: set) -> list[Path]:
+    """Returns the files that were not met under another name."""
+    kept = []
+    for file in files:
+        if (this := identity(file)) is None or this not in seen:
+            kept.append(file)
+        seen.add(this)
+    return kept
+
+
+def _components(path: Path) -> list[Path]:
+    """Returns the component folders of a pipeline; none if it is no pipeline. mflux writes no model_index.json."""
+    has_transformer = (path / "transformer").is_dir()
+    if not has_transformer and not (path / "model_index.json").exists():
+        return []
+    names = COMPONENTS if has_transformer else NETWORKS  # a model may have an encoder of pictures
+    return [path / name for name in names if (path / name).is_dir()]
+
+
+def _models_in(path: Path) -> Path | None:
+    """Returns the folder of models in the root folder of a program; None where files of weights lie beside it."""
+    entries = _entries(path)
+    if any(first_bytes.is_named(entry) for entry in entries):
+        return None
+    return next((entry for entry in entries if entry.name.lower() == _MODELS and entry.is_dir()), None)
+
+
+def _snapshot(path: Path) -> Path | None:
+    """Returns the folder of files of a repository in the hub's cache, of its main branch; None: it is none."""
+    snapshots = path / "snapshots"
+    if not snapshots.is_dir() or (not (path / "refs").is_dir() and not path.name.startswith("models--")):
+        return None
+    try:
+        main = snapshots / read_small(path / "refs" / "main", most=1000).decode().strip()
+        if main != snapshots and main.is_dir():
+            return main
+    except (OSError, UnicodeDecodeError):
+        pass
+    there = [entry for entry in _entries(snapshots) if entry.is_dir()]
+    return max(there, key=lambda entry: entry.stat().st_mtime, default=None)
+
+
+def _check_path(path: Path) -> None:
+    try:
+        os.path.realpath(path).encode()
+    except UnicodeEncodeError:
+        raise ModelError(f"the name of {printable(str(path))} is not UTF-8", "one that is", "rename it") from None
