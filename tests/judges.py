@@ -82,14 +82,19 @@ def load_judge(name: str, folder: Path, make_run=None):
     return CLASSES[name](folder)
 
 
-def filtered_copy(model: Path, folder: Path, monkeypatch) -> Path:
-    """A copy of a model as one whose licence requires filters, and both of them."""
+def as_required(model: Path, folder: Path, **changes) -> Path:
+    """A copy of a model as one whose licence requires filters, its manifest included."""
     shutil.copytree(model, folder)
     index = folder / "model_index.json"
-    edit_json(index, filters="required")
+    edit_json(index, filters="required", **changes)
     about = {"sha256": hashlib.sha256(index.read_bytes()).hexdigest(), "bytes": index.stat().st_size}
     edit_json(folder / "manifest.json", **{index.name: about})
-    acknowledge(folder)
+    return folder
+
+
+def filtered_copy(model: Path, folder: Path, monkeypatch, **changes) -> Path:
+    """Such a copy with both filters, whose licence somebody has agreed to."""
+    acknowledge(as_required(model, folder, **changes))
     install()
     monkeypatch.setattr(filters_judges, "load_judge", load_judge)
     return folder

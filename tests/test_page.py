@@ -9,10 +9,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+from derived import EDIT
 from helpers import ROOT
-from judges import filtered_copy
+from judges import as_required, filtered_copy
+from mlx_flux_krea.convert import convert
 from PIL import Image, ImageChops
 from served import Served, serving
+from test_preview import MAP
 
 playwright = pytest.importorskip("playwright.sync_api", reason="the browser's tests need Playwright (.ci/browser)")
 expect = playwright.expect
@@ -53,6 +56,10 @@ class Tab:
         self.page.on("console", lambda said: said.type == "error" and self.wrong.append(said.text))
         self.open(server)
 
+    def close(self) -> None:
+        self.context.close()
+        assert not [text for text in self.wrong if "Failed to load resource" not in text], self.wrong
+
     def open(self, server: Served) -> None:
         self.page.goto(f"http://127.0.0.1:{server.port}/#token={server.token}")
         expect(self.page.locator("#model")).to_have_value(re.compile("."))
@@ -92,8 +99,7 @@ def tab(browser, server):
         server.ask("DELETE", f"/api/queue/{job['id']}")
     opened = Tab(browser, server)
     yield opened
-    opened.context.close()
-    assert not [text for text in opened.wrong if "Failed to load resource" not in text], opened.wrong
+    opened.close()
 
 
 def pixels(server: Served, key: str) -> Image.Image:
@@ -259,7 +265,7 @@ def test_a_killed_server_is_found_again_and_its_job_ends(browser, tmp_path):
         expect(tab.page.locator("#connection")).to_be_empty()
         expect(tab.jobs.first).to_contain_text("done")
         assert again.raw("GET", f"/api/pictures/{newest(again)['id']}/file")[2] == expected
-    tab.context.close()
+    tab.close()
 
 
 # --- images ---
@@ -407,8 +413,7 @@ def test_review_asks_both_questions_and_shows_nothing_elsewhere(browser, strict)
     expect(tab.page.get_by_text("Nothing waits for review.")).to_be_visible()
     tab.page.get_by_role("tab", name="Pictures").click()
     expect(tab.pictures).to_have_count(1)
-    assert not [text for text in tab.wrong if "Failed to load resource" not in text]
-    tab.context.close()
+    tab.close()
 
 
 def test_the_first_run_says_what_is_missing_and_can_be_set_up(tab):
@@ -416,6 +421,100 @@ def test_the_first_run_says_what_is_missing_and_can_be_set_up(tab):
     expect(setup).to_contain_text("FLUX.1 Krea [dev] is not installed")
     expect(setup.get_by_role("radio")).to_have_count(2)
     expect(setup.get_by_role("button", name="Set up", exact=True)).to_be_enabled()
+
+
+def test_setup_runs_on_the_page_and_shows_the_licence(browser, model, tmp_path, monkeypatch):
+    monkeypatch.setenv("FLUX_KREA_HOME", str(tmp_path / "other"))
+    small = {"width": 32, "height": 32, "num_inference_steps": 2, "guidance_scale": 4.5}
+    as_required(model, tmp_path / "home" / "models" / "tiny", defaults=small)
+    with serving(tmp_path / "home") as server:
+        tab = Tab(browser, server)
+        setup = tab.page.get_by_role("region", name="Set up")
+        expect(setup).to_contain_text("the filters are not installed; nobody has agreed to the licence")
+        setup.get_by_role("radio", name="I review each picture myself").check()
+        setup.get_by_role("button", name="Set up", exact=True).click()
+        text = setup.get_by_role("region", name="Text of the licence")
+        expect(text).to_contain_text("FLUX")
+        expect(setup.get_by_role("button", name="Continue")).to_be_disabled()
+        setup.get_by_role("checkbox", name="I have read it and agree").check()
+        setup.get_by_role("button", name="Continue").click()
+        expect(setup).to_be_hidden(timeout=20_000)
+        expect(tab.page.locator("#review-count")).to_contain_text("1")  # the first picture
+        tab.close()
+
+
+def test_previews_of_a_filtered_model_are_a_choice_and_pass_the_filters(browser, model, tmp_path, monkeypatch):
+    home = tmp_path / "home"
+    monkeypatch.setenv("FLUX_KREA_HOME", str(home))
+    filtered_copy(model, home / "models" / "tiny", monkeypatch, latent_rgb=MAP)
+    with serving(home, step=0.2) as server:
+        tab = Tab(browser, server)
+        choice = tab.page.get_by_role("checkbox", name=re.compile("Show up to two previews, each through both filters"))
+        expect(choice).not_to_be_checked()
+        choice.check()
+        server.until(lambda s: s.good("GET", "/api/settings")["checked_previews"])
+        tab.page.get_by_role("radio", name="Other").check()
+        for label in ("Width", "Height"):
+            tab.page.get_by_label(label).fill("32")
+        tab.generate("a bird", steps=12)
+        expect(tab.page.get_by_role("img", name=re.compile("Preview at step [48] of 12"))).to_be_visible()
+        expect(tab.pictures).to_have_count(1)
+        tab.close()
+
+
+def test_editing_models_have_their_own_parts(browser, tmp_path, request):
+    home = tmp_path / "home"
+    for name in ("kontext", "control", "model"):
+        shutil.copytree(request.getfixturevalue(name), home / "models" / name)
+    convert([EDIT / "redux"], home / "components" / "redux", dtype="float32")
+    photo = io.BytesIO()
+    Image.radial_gradient("L").resize((64, 48)).convert("RGB").save(photo, "PNG")
+    file = {"name": "photo.png", "mimeType": "image/png", "buffer": photo.getvalue()}
+
+    def ended(prompt: str) -> dict:
+        expect(tab.jobs.filter(has_text=prompt)).to_contain_text("done", timeout=20_000)
+        (job,) = (one for one in server.good("GET", "/api/queue")["jobs"] if one["request"]["prompt"] == prompt)
+        return job["request"]
+
+    with serving(home) as server:
+        tab = Tab(browser, server)
+        choose = tab.page.get_by_label("Model", exact=True)
+        choose.select_option("control")
+        tab.page.get_by_role("radio", name="Other").check()
+        for label in ("Width", "Height"):
+            tab.page.get_by_label(label).fill("32")
+        tab.page.get_by_text("Control image", exact=True).click()
+        tab.page.get_by_label("Control image file", exact=True).set_input_files(file)
+        tab.page.get_by_label("It is").select_option("canny")
+        tab.generate("a cat of edges", steps=2)
+        assert ended("a cat of edges").items() >= {"model": "control", "control": "canny"}.items()
+
+        choose.select_option("kontext")
+        expect(tab.page.get_by_text("Control image", exact=True)).to_be_hidden()
+        tab.page.get_by_text("Image to start from", exact=True).click()
+        tab.page.get_by_label("Image to start from", exact=True).set_input_files(file)
+        tab.page.get_by_text("More references", exact=True).click()
+        tab.page.get_by_label("Reference 1", exact=True).set_input_files(file)
+        expect(tab.page.get_by_label("Reference 2", exact=True)).to_be_visible()
+        tab.page.get_by_role("radio", name="Other").check()
+        tab.generate("a cat of references", steps=2)
+        expect(tab.jobs.filter(has_text="a cat of references")).to_contain_text("several references are experimental")
+        tab.button("Cancel: a cat of references").click()  # they are read at Kontext's own size
+
+        choose.select_option("model")
+        tab.button("Start over").click()
+        choose.select_option("model")
+        tab.page.get_by_role("radio", name="Other").check()
+        for label in ("Width", "Height"):
+            tab.page.get_by_label(label).fill("32")
+        tab.page.get_by_text("Style images", exact=True).click()
+        tab.page.get_by_label("Style image 1", exact=True).set_input_files(file)
+        tab.page.get_by_label("Weight of style image 1").fill("0.5")
+        tab.generate("a cat of styles", steps=2)
+        request_ = ended("a cat of styles")
+        assert [one["weight"] for one in request_["styles"]] == [0.5]
+        assert not {"control", "control_image", "references", "image"} & request_.keys()
+        tab.close()
 
 
 def test_models_and_their_plans_are_shown(tab):
@@ -481,7 +580,7 @@ def test_axe_finds_nothing_serious(browser, server, colours):
         tab.page.get_by_role("tab", name=view).click()
         tab.page.wait_for_timeout(200)
         assert axe(tab) == []
-    tab.context.close()
+    tab.close()
 
 
 def test_a_phone_shows_everything_in_its_width(browser, server):
@@ -502,7 +601,7 @@ def test_a_phone_shows_everything_in_its_width(browser, server):
     for name in ("Review", "Models"):
         tab.page.get_by_role("tab", name=name).click()
         assert tab.page.evaluate(wide) == 390
-    tab.context.close()
+    tab.close()
 
 
 def test_texts_of_others_are_texts(tab, server):
@@ -572,4 +671,4 @@ def test_pictures_leave_no_memory_behind(browser, server):
     before, after = used_after(1), used_after(4)
     assert after[0] < before[0] + 20 * 10_000, (before, after)  # entries of a list, no images
     assert after[1] < before[1] + 20 * 20, (before, after)
-    tab.context.close()
+    tab.close()

@@ -42,6 +42,8 @@ class Services:
         self.events.publish("setup", state)
         if not state["running"]:
             self.events.publish("models", {})
+            self.queue.tell_pictures()  # the first one is of another process
+            self.queue.tell_review()
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,7 @@ class Setup:
         self._tell = tell
         self._lock = threading.Lock()
         self._process: subprocess.Popen | None = None
+        self._answers: dict[str, Any] = {}
         self._done: dict[str, str] = {}
         self._log: deque[str] = deque(maxlen=_LOG)
         self._said: list[str] = []  # since the last step
@@ -86,15 +87,18 @@ class Setup:
         """Starts the process.
 
         Args:
-            answers: as docs/http.md has them.
+            answers: as docs/http.md has them. Where it had stopped at the licence, the answers of that start hold too.
 
         Raises:
             HTTPProblem: an answer that cannot be used, or a process that runs already.
         """
+        if self._licence:
+            answers = self._answers | answers
         words = _words(answers)
         with self._lock:
             if self.is_running:
                 raise HTTPProblem(409, "conflict", "setup runs already")
+            self._answers, self._licence = answers, None
             self._done, self._said, self._progress, self._error = {}, [], None, None
             self._log.clear()
             self._process = subprocess.Popen(

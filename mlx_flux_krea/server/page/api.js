@@ -113,7 +113,11 @@ export async function follow(handlers, onState) {
       wait = 250;
       for await (const event of events(answer.body)) {
         last = event.id || last;
-        handlers[event.name]?.(event.data);
+        try {
+          handlers[event.name]?.(event.data);
+        } catch (error) {
+          reportError(error); // a fault of one part ends none of the others
+        }
       }
     } catch (error) {
       if (error.status === 401) return onState("refused");

@@ -91,10 +91,10 @@ export class Form {
     return this.models.find((one) => one.name === byId("model").value);
   }
 
-  /** Brings the form to the chosen model: its own numbers, its shapes, what it takes. */
-  async chooseModel() {
+  /** Brings the form to the chosen model: its own numbers, its shapes, what it takes. Its adapters follow. */
+  chooseModel() {
     const { model } = this;
-    if (!model) return;
+    if (!model) return undefined;
     for (const name of OF_MODEL) {
       const field = byId(name);
       if (field.value === "" || field.value === field.dataset.own) field.value = model.defaults[name] ?? "";
@@ -109,8 +109,9 @@ export class Form {
     byId("control-part").hidden = !model.takes.control_image;
     byId("styles-part").hidden = !model.takes.styles || !this.components.redux;
     byId("previews-field").hidden = model.previews === "none";
-    await this.readAdapters();
+    this.tellPreviews(0);
     this.onChange();
+    return this.readAdapters();
   }
 
   async readAdapters() {
@@ -122,6 +123,7 @@ export class Form {
     const empty = make("p.hint", {}, "None is installed. Add one with: flux-krea models add FILE");
     byId("loras").replaceChildren(...(this.adapters.length ? this.adapters.map((one) => one.element) : [empty]));
     this.setLoras(before);
+    this.onChange();
   }
 
   adapterRow(one, number) {
@@ -212,7 +214,7 @@ export class Form {
     this.carried = Object.fromEntries(CARRIED.filter((name) => name in request).map((name) => [name, request[name]]));
     if (this.models.some((one) => one.name === request.model && !one.problem)) byId("model").value = request.model;
     for (const name of OF_MODEL) byId(name).value = request[name] ?? "";
-    await this.chooseModel();
+    const adapters = this.chooseModel();
     byId("prompt").value = request.prompt ?? "";
     for (const name of [...NUMBERS, ...TEXTS]) byId(name).value = request[name] ?? "";
     for (const name of TEXTS) if (byId(name).value === "" && byId(name).options) byId(name).selectedIndex = 0;
@@ -220,7 +222,6 @@ export class Form {
     byId("num_images").value = request.num_images ?? 1;
     const seed = Array.isArray(request.seed) ? request.seed[0] : request.seed;
     this.setSeed(seed ?? "");
-    this.setLoras(request.loras ?? []);
     this.image.set(request.image ? named(request.image) : null);
     this.shapes.write(request);
     if (request.mask) this.setMask(named(request.mask));
@@ -231,6 +232,9 @@ export class Form {
     const isSet = { "image-part": request.image, "control-part": request.control_image, "references-part": request.references, "styles-part": request.styles,
       "loras-part": request.loras?.length, "more-part": ["negative_prompt", "true_cfg_scale", "solver", "schedule"].some((name) => name in request) };
     for (const [id, value] of Object.entries(isSet)) if (value) byId(id).open = true;
+    this.onChange();
+    await adapters;
+    this.setLoras(request.loras ?? []);
     this.onChange();
   }
 

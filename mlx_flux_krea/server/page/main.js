@@ -93,7 +93,7 @@ async function start() {
   const handlers = {
     reset: () => tried(readAll),
     queue: ({ order }) => queue.order(order),
-    job: (job) => queue.update(job),
+    job: (job) => queue.change(job),
     progress: ({ job, progress }) => queue.progress(job, progress),
     preview: (event) => queue.preview(event),
     pictures: (event) => pictures.change(event),

@@ -20,6 +20,7 @@ export class Pictures {
     this.chosen = new Set(); // ids of the selected ones, at most two
     this.next = null;
     this.total = 0;
+    this.changes = 0; // events that came
     byId("search").addEventListener("input", later(250, () => tried(() => this.read())));
     byId("older").onclick = () => tried(() => this.older());
     byId("compare").onclick = () => calls.compare(this.list.filter((one) => this.chosen.has(one.id)));
@@ -32,14 +33,16 @@ export class Pictures {
   /** Reads the newest pictures that fit the search. */
   async read() {
     const query = byId("search").value.trim();
+    const { changes } = this;
     const found = await ask("GET", `/api/pictures?limit=${PAGE}&query=${encodeURIComponent(query)}`);
-    if (query !== byId("search").value.trim()) return;
+    if (query !== byId("search").value.trim()) return undefined;
+    if (changes !== this.changes) return this.read(); // an event came meanwhile
     this.list = [];
     this.items.forEach((element) => this.watcher.unobserve(element));
     this.items.clear();
     byId("pictures").replaceChildren();
     this.select([]);
-    this.add(found);
+    return this.add(found);
   }
 
   async older() {
@@ -56,6 +59,7 @@ export class Pictures {
 
   /** Takes an event `pictures`. */
   change({ added, removed }) {
+    this.changes += 1;
     for (const id of removed) this.remove(id);
     const words = byId("search").value.trim().toLowerCase().split(/\s+/);
     for (const one of added) {

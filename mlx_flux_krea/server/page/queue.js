@@ -13,22 +13,30 @@ export class Queue {
   constructor(calls) {
     this.calls = calls;
     this.cards = new Map(); // by the job's id
+    this.changes = 0; // events that came
     this.ids = []; // of the jobs that run or wait, in order
     byId("queue-clear").onclick = () => this.clear();
   }
 
   /** Reads the whole list again. */
   async read() {
+    const { changes } = this;
     const { jobs } = await ask("GET", "/api/queue");
+    if (changes !== this.changes) return this.read(); // an event came meanwhile
     const known = new Set(jobs.map((job) => job.id));
     for (const id of this.cards.keys()) if (!known.has(id)) this.remove(id);
     jobs.forEach((job) => this.update(job));
     byId("queue").append(...jobs.map((job) => this.cards.get(job.id).element));
     this.order(jobs.filter((job) => job.ended === null).map((job) => job.id));
-    this.count();
+    return this.count();
   }
 
   /** Takes an event `job`. */
+  change(job) {
+    this.changes += 1;
+    this.update(job);
+  }
+
   update(job) {
     if (job.removed) return this.remove(job.id);
     let card = this.cards.get(job.id);
@@ -42,7 +50,7 @@ export class Queue {
     this.draw(card);
     if (hasEnded) this.tellEnd(job);
     if (job.preview) this.preview({ job: job.id, ...job.preview });
-    this.count();
+    return this.count();
   }
 
   /** Takes an event `queue`: the order of the jobs that run or wait. */

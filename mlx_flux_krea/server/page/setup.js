@@ -14,7 +14,7 @@ export function drawSetup(found) {
   const isChoosing = byId("setup-body").contains(document.activeElement) && !found.running && !found.licence;
   if (isChoosing && byId("setup-body").dataset.choosing) return undefined; // somebody is choosing
   const missing = found.missing.map((name) => MISSING[name] ?? shown(name));
-  const small = found.models.length ? ` Meanwhile ${found.models.map(shown).join(", ")} works: press Generate.` : "";
+  const small = found.models.includes("nano") ? " Meanwhile the small model, nano, works." : "";
   const parts = [make("p", {}, `${missing.join("; ") || "Nothing is missing"}.${small}`)];
   if (found.error) parts.push(make("p.error", { role: "alert" }, shown(found.error.message)));
   if (found.licence) parts.push(licence(found));
@@ -30,13 +30,14 @@ const start = (value) => tried(async () => drawSetup(await ask("POST", "/api/set
 function choices(found) {
   const about = ({ download, disk, seconds: time }) => [download && `${bytes(download)} to download`, disk && `${bytes(disk)} on disk`, time && `${seconds(time)} a picture`].filter(Boolean).join(", ");
   const checks = found.choices.checks.map((one, at) => make("label.check", {}, make("input", { type: "radio", name: "setup-check", value: one.name, checked: at === 0 }), `${WORDS[one.name] ?? one.name} ${about(one) && `(${about(one)})`}`));
-  const precision = make("select", {}, ...found.choices.precisions.map((value) => make("option", { value, selected: value === "8" }, PRECISIONS[value] ?? value)));
+  const precision = make("select", { id: "setup-precision" }, ...found.choices.precisions.map((value) => make("option", { value, selected: value === "8" }, PRECISIONS[value] ?? value)));
+  const isNew = found.missing.includes("model"); // an installed one has its precision
   const submit = (event) => {
     event.preventDefault();
-    start({ check: new FormData(event.target).get("setup-check"), quantize: precision.value });
+    start({ check: new FormData(event.target).get("setup-check"), ...(isNew && { quantize: precision.value }) });
   };
   return make("form", { onsubmit: submit, "aria-label": "Set up FLUX.1 Krea" }, make("fieldset", {}, make("legend", {}, "Checks, which the licence asks for"), ...checks),
-    make("div.row", {}, make("label.field", {}, "Precision of the model", precision), make("button.primary", { type: "submit" }, "Set up")));
+    make("div.row", {}, isNew && make("div.field", {}, make("label", { htmlFor: "setup-precision" }, "Precision of the model"), precision), make("button.primary", { type: "submit" }, "Set up")));
 }
 
 function running(found) {
