@@ -111,8 +111,9 @@ export class Viewer {
   }
 
   async copy(picture) {
-    const { blob } = await file(`/api/pictures/${picture.id}/file`);
-    await navigator.clipboard.write([new ClipboardItem({ "image/png": blob.type === "image/png" ? blob : asPNG(blob) })]);
+    // Safari lets a page write to the clipboard only at once, so what is written follows as a promise.
+    const png = file(`/api/pictures/${picture.id}/file`).then(({ blob }) => (blob.type === "image/png" ? blob : asPNG(blob)));
+    await navigator.clipboard.write([new ClipboardItem({ "image/png": png })]);
     say("The picture is copied");
   }
 
