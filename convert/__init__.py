@@ -10,7 +10,9 @@ of Redux and the depth network.
     gguf_header              reads the header of a GGUF file
     choose                   the source of each component
     decode                   the types in which files store numbers
-    layouts, sizes, maps     recognise a layout, read its sizes, name its tensors
+    layouts, lookalikes      the known layouts, and other models that are refused
+    identify                 the networks in a file
+    fit, sizes, maps         sizes of a network, and names of its tensors
     remap, own               plan every tensor of ours: from a foreign layout, or from a folder of ours
     hub, fetch               files on the Hugging Face hub
     quantize                 the recipes

@@ -9,7 +9,10 @@ from mlx_flux_krea.errors import ModelError, amount
 from mlx_flux_krea.weights import BESIDE, COMPONENTS, FILTERS, KIND_OF
 
 from .decode import precision
-from .layouts import SourceComponent, identify
+from .fit import make_plan
+from .identify import identify
+from .layouts import SourceComponent
+from .remap import Misfit
 from .sets import names_a_model
 from .sources import OpenedArgument, open_arguments
 
@@ -87,7 +90,7 @@ def _most_precise(argument: OpenedArgument, name: str, those: list[SourceCompone
     Raises:
         ModelError: they are different models.
     """
-    best, *others = sorted(those, key=_precision, reverse=True)  # of equals, the first
+    best, *others = sorted(_fitting(argument, those, choice), key=_precision, reverse=True)  # of equals, the first
     if not others:
         return best
     for other in others:
@@ -97,6 +100,30 @@ def _most_precise(argument: OpenedArgument, name: str, those: list[SourceCompone
     rest = ", ".join(_where(other) for other in others)
     choice.notes.append(f"{name}: {_where(best)} was taken, the most precise of its variants, and not {rest}")
     return best
+
+
+def _fitting(argument: OpenedArgument, those: list[SourceComponent], choice: Choice) -> list[SourceComponent]:
+    """Returns those of several candidates whose sizes are FLUX.1's: other models have networks of the same names.
+
+    Raises:
+        ModelError: none is, or one of them is, and lacks something; in a tree that one is passed over.
+    """
+    if len(those) == 1 and not argument.is_tree:
+        return those
+    fitting, errors = [], []
+    for one in those:
+        try:
+            make_plan(one)
+            fitting.append(one)
+        except ModelError as error:
+            if isinstance(error, Misfit) and error.same_sizes and not argument.is_tree:
+                raise
+            errors.append(error)
+    if not fitting:
+        raise errors[0]
+    choice.passed += errors
+    choice.notes += [f"passed over: {error.found}" for error in errors]
+    return fitting
 
 
 def _are_variants(one: SourceComponent, other: SourceComponent) -> bool:

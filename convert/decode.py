@@ -44,6 +44,11 @@ def _fp8(data: np.ndarray, shape: tuple[int, ...]) -> mx.array:
     return mx.from_fp8(mx.array(data.reshape(shape)), mx.bfloat16)
 
 
+def _e5m2(data: np.ndarray, shape: tuple[int, ...]) -> mx.array:
+    """Decodes e5m2, which is the upper byte of float16."""
+    return mx.array((data.astype(np.uint16) << 8).view(np.float16).reshape(shape))
+
+
 def _scaled_fp8(data: np.ndarray, shape: tuple[int, ...], scale: mx.array) -> mx.array:
     return _fp8(data, shape).astype(mx.float32) * scale.astype(mx.float32).reshape(())
 
@@ -95,6 +100,7 @@ TYPES = {
     "F16": Type(1, 2, _plain(np.float16, mx.float16)),
     "BF16": Type(1, 2, _plain(np.uint16, mx.bfloat16)),
     "F8_E4M3": Type(1, 1, _fp8),
+    "F8_E5M2": Type(1, 1, _e5m2),
     "scaled F8_E4M3": Type(1, 1, _scaled_fp8),
     **{name: Type(*block, _ggml(name), "gguf") for name, block in _BLOCKS.items()},
     **{f"{bits}-bit MLX": Type(32, 4 * bits, _affine) for bits in (2, 3, 4, 5, 6, 8)},

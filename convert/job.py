@@ -21,9 +21,10 @@ from . import quantize as quantizing
 from .choose import choose
 from .evidence import gather
 from .fetch import Remote, outlined
+from .fit import make_plan
 from .hub import is_repo_id
 from .index import editing_family, make_component_index, make_filter_index, make_index
-from .layouts import SourceComponent, make_plan
+from .layouts import SourceComponent
 from .licence import licence_files
 from .own import OwnFolder, open_own
 from .quantize import Layers

@@ -10,6 +10,7 @@ A source is a name (the same values; the order of a convolution's axes follows f
     Rows(a, b, ...)   the parts of a fused matrix, one after another
     Swap(a)           the two halves of its rows exchanged
     Pick(a)           the few rows that are needed
+    Either(a, b)      the first of these names that is there
 
 A table of dropped tensors lists tensors that some files hold and we leave out on purpose: (their name, the reason). A
 table of lost tensors lists tensors that some files lack, which are then zero: (our name, the reason).
@@ -31,6 +32,10 @@ class Rows(_Op):
 
 class Swap(_Op):
     """The halves of the first axis exchanged."""
+
+
+class Either(_Op):
+    """The first of these names that the file has."""
 
 
 class Pick(_Op):
@@ -55,12 +60,31 @@ def _renamed(table: tuple, *changes: tuple[str, str]) -> tuple:
 
 
 # tensors that any layout may hold beside its weights
+_TRAINING = "bookkeeping of training"
 ANY_DROPPED = (
     ("scaled_fp8", "says that the file is of this kind"),
     ("{rest}.comfy_quant", "says how the weight is stored"),
     ("{rest}.scale_input", "a scale of activations, not of weights"),
     ("{rest}.input_scale", "a scale of activations, not of weights"),
+    ("__index_timestep_zero__", "a mark of ComfyUI's"),
+    ("{rest}.comfy_attention.config", "a setting of ComfyUI's"),
+    ("comfy_attention.config", "a setting of ComfyUI's"),
+    *((name, _TRAINING) for name in ("global_step", "epoch", "iteration", "step", "num_updates", "alphas_cumprod")),
+    ("{rest}.num_batches_tracked", _TRAINING),
+    ("optimizer.{rest}", _TRAINING),
+    ("optimizer_states.{rest}", _TRAINING),
+    ("lr_schedulers.{rest}", _TRAINING),
+    ("model_ema.{rest}", "an averaged copy of training (EMA)"),
+    ("ema.{rest}", "an averaged copy of training (EMA)"),
+    ("ema_model.{rest}", "an averaged copy of training (EMA)"),
+    ("loss.{rest}", _TRAINING),
+    ("{rest}.inv_freq", "computed, not stored"),
+    ("{rest}.position_ids", "positions are counted, not stored"),
+    ("{rest}.logit_scale", "belongs to an encoder's training"),
 )
+NOT_NEEDED = "not needed"
+# tensors that are second copies of others: their shapes must be the same
+COPIES = {"encoder.embed_tokens.weight": "shared.weight"}
 
 # --- the transformer ---
 
@@ -148,13 +172,20 @@ CLIP_DROPPED = (
     ("{rest}.position_ids", "positions are counted, not stored"),
     ("text_projection.weight", "FLUX.1 reads the vector before this projection"),
     ("logit_scale", "belongs to CLIP's training"),
+    ("vision_model.{rest}", "belongs to CLIP's encoder of pictures"),
+    ("visual.{rest}", "belongs to CLIP's encoder of pictures"),
+    ("visual_projection.weight", "belongs to CLIP's encoder of pictures"),
 )
 
-T5 = SAME
+T5 = (("shared.weight", Either("shared.weight", "encoder.embed_tokens.weight")), *SAME)
+_DECODER = "belongs to T5's decoder"
 T5_DROPPED = (
     ("encoder.embed_tokens.weight", "a second copy of shared.weight"),
+    ("decoder.{rest}", _DECODER),
+    ("lm_head.weight", _DECODER),
     ("logit_scale", "not a part of T5"),
 )
+T5_GGUF_DROPPED = (("dec.{rest}", _DECODER), ("output.weight", _DECODER))
 
 T5_MFLUX = (
     ("encoder.block.{n}.layer.0.{rest}", "t5_blocks.{n}.attention.{rest}"),

@@ -9,7 +9,8 @@ from mlx_flux_krea.models.config import ComponentIndex, ModelIndex
 from mlx_flux_krea.models.filter_config import OWN_LAYOUT
 from mlx_flux_krea.weights import ComponentFolder, FilterFolder, ModelFolder, Sizes, open_folder
 
-from .layouts import Layout, SourceComponent, target_shapes
+from .fit import target_shapes
+from .layouts import Layout, SourceComponent
 from .quantize import Layers
 from .remap import ComponentPlan, Target
 from .sources import open_sources

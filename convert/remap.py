@@ -13,7 +13,7 @@ import numpy as np
 from mlx_flux_krea.errors import ModelError
 from mlx_flux_krea.models.config import MODES, Quantization
 
-from .maps import Pick, Swap
+from .maps import COPIES, NOT_NEEDED, Either, Pick, Swap
 from .sources import Data, Tensor
 
 _SLOTS = {
@@ -113,6 +113,7 @@ def plan(
     dropped,
     lost,
     shapes: dict[str, tuple[int, ...]],
+    modules: frozenset[str],
     last: int,
     source: str,
     picked: Sequence[int] = (),
@@ -125,6 +126,7 @@ def plan(
         dropped: rows of tensors to leave out.
         lost: rows of tensors that may be missing.
         shapes: our tensors in our order, MLX's axes.
+        modules: generic names of the network's modules in this layout; an unknown tensor inside one is an error.
         last: the number from which `{-n}` counts down.
         source: its path, for errors.
         picked: the rows of `Pick`.
@@ -135,7 +137,9 @@ def plan(
     targets, missing, shaped, zeros, used = [], [], [], [], set()
     torch_axes = not _channels_last(tensors)
     for name, shape in shapes.items():
-        names, op = _find_row(name, table, last)
+        names, op = source_names(name, table, last)
+        if op is Either:
+            names = next(([n] for n in names if n in tensors), names[:1])
         absent = [n for n in names if n not in tensors]
         if absent and (reason := dict(lost).get(name)):
             zeros.append((name, reason))
@@ -153,16 +157,47 @@ def plan(
             stored = " + ".join(str(list(t.shape)) for t in sources)
             shaped.append(f"{names[0]} has shape {stored}, expected parts of {list(shape)}")
         targets.append(Target(name, tuple(shape), sources, op is Swap, torch_axes))
-    left = [n for n in tensors if n not in used]
-    reasons = {n: reason for n in left for pattern, reason in dropped if _pattern(pattern).fullmatch(n)}
-    unknown = [n for n in left if n not in reasons]
-    problems = [f"lacks {n}" for n in missing] + [f"has the unknown tensor {n}" for n in unknown] + shaped
+    reasons, unknown, copies = _left([n for n in tensors if n not in used], dropped, modules, tensors)
+    problems = [f"lacks {n}" for n in missing] + [f"has the unknown tensor {n}" for n in unknown] + shaped + copies
     if problems:
         raise Misfit(source, problems, same_sizes=not shaped)
     return ComponentPlan(tuple(targets), tuple(sorted(reasons.items())), tuple(zeros))
 
 
-def _find_row(name: str, table, last: int) -> tuple[list[str], type]:
+def _left(
+    left: list[str], dropped, modules: frozenset[str], tensors: dict[str, Tensor]
+) -> tuple[dict[str, str], list[str], list[str]]:
+    """Returns why each tensor that is left is not needed, those that matter and are unknown, and copies that differ."""
+    reasons, unknown, copies = {}, [], []
+    for name in left:
+        reason = matches(name, dropped)
+        if reason is None and deepest(name, modules):
+            unknown.append(name)
+        else:
+            reasons[name] = reason or NOT_NEEDED
+        original = tensors.get(COPIES.get(name, ""))
+        if original and original.shape != tensors[name].shape:
+            copies.append(f"{name} has shape {list(tensors[name].shape)}, expected {list(original.shape)}")
+    return reasons, unknown, copies
+
+
+def matches(name: str, rows) -> str | None:
+    """Returns the reason of the first row whose pattern matches a name."""
+    return next((reason for pattern, reason in rows if _pattern(pattern).fullmatch(name)), None)
+
+
+def generic(name: str) -> str:
+    """Returns a name with # for every number in it."""
+    return ".".join("#" if part.isdigit() else part for part in name.split("."))
+
+
+def deepest(name: str, modules: frozenset[str]) -> int:
+    """Returns how many parts the longest known module has that a name lies in; 0: it lies in none."""
+    parts = generic(name).split(".")[:-1]
+    return next((n for n in range(len(parts), 0, -1) if ".".join(parts[:n]) in modules), 0)
+
+
+def source_names(name: str, table, last: int) -> tuple[list[str], type]:
     """Returns the source names of one of our tensors, and the operation on them."""
     for ours, theirs in table:
         match = _pattern(ours).fullmatch(name)
@@ -187,7 +222,7 @@ def _fill(template: str, slots: dict[str, str], last: int) -> str:
 
 
 def _shape(parts: list[tuple[int, ...]]) -> tuple[int, ...]:
-    if len(parts) > 1 and len({p[1:] for p in parts}) == 1 and parts[0]:
+    if len(parts) > 1 and len({p[1:] for p in parts}) == 1 and all(parts):
         return (sum(p[0] for p in parts), *parts[0][1:])
     return parts[0] if len(parts) == 1 else ()
 

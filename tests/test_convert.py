@@ -21,8 +21,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from helpers import PIPELINE, ROOT, TOKENIZERS, edit_json, edit_tensors, levels, without_guidance
-from mlx_flux_krea.convert import convert, index, layouts, maps, remap, write
+from mlx_flux_krea.convert import convert, fit, index, maps, remap, write
 from mlx_flux_krea.convert import folder as folders
+from mlx_flux_krea.convert.identify import identify
 from mlx_flux_krea.convert.sources import open_sources
 from mlx_flux_krea.convert.tasks import TEXT_TO_IMAGE
 from safetensors import safe_open
@@ -290,7 +291,7 @@ def test_the_tables_fill_the_published_sizes_completely():
 
     def names_of(table, component, config):
         last = len(config.ch_mult) - 1 if component == "vae" else 0
-        return [n for name in layouts.target_shapes(component, config) for n in remap._find_row(name, table, last)[0]]
+        return [n for name in fit.target_shapes(component, config) for n in remap.source_names(name, table, last)[0]]
 
     bfl = names_of(maps.FLUX_BFL, "transformer", configs.FLUX_DEV)
     diffusers = names_of(maps.FLUX_DIFFUSERS, "transformer", configs.FLUX_DEV)
@@ -482,24 +483,24 @@ def test_a_tensor_missing_in_a_single_file_is_named(model, singles, monkeypatch)
     """Against the published sizes that are nearest; none of the problem is that sizes are not known."""
     sizes = open_model(model).flux.sizes
     published = (replace(sizes, guidance_embed=False), sizes)
-    monkeypatch.setitem(layouts._PUBLISHED, "transformer", published)
+    monkeypatch.setitem(fit._PUBLISHED, "transformer", published)
     edit_tensors(singles / "flux1-tiny.safetensors", lambda a: a.pop("txt_in.bias"))
     (singles / "config.json").unlink()
     (source,) = open_sources([singles / "flux1-tiny.safetensors"])
     with pytest.raises(ModelError, match=r"flux1-tiny.safetensors lacks txt_in.bias; is it complete"):
-        layouts.make_plan(*layouts.identify(source))
+        fit.make_plan(*identify(source))
 
 
 def test_a_file_of_published_sizes_may_lie_beside_somebody_elses_config(model, source, monkeypatch):
     sizes = open_model(model).vae.sizes
-    monkeypatch.setitem(layouts._PUBLISHED, "vae", (sizes,))
+    monkeypatch.setitem(fit._PUBLISHED, "vae", (sizes,))
     config = source / "vae" / "config.json"
     own = json.loads(config.read_text())
-    (found,) = layouts.identify(open_sources([source / "vae"])[0])
+    (found,) = identify(open_sources([source / "vae"])[0])
     config.write_text('{"_class_name": "UNet2DConditionModel", "in_channels": 4}')
-    assert layouts.make_plan(found)[0] == sizes
+    assert fit.make_plan(found)[0] == sizes
     config.write_text(json.dumps(own | {"scaling_factor": 0.5}))  # one that says it is of a VAE is believed
-    assert layouts.make_plan(found)[0].scale_factor == 0.5
+    assert fit.make_plan(found)[0].scale_factor == 0.5
 
 
 def test_our_own_config_beside_a_file_is_read_too(singles, tmp_path, model):
@@ -1031,8 +1032,8 @@ def test_hostile_headers_are_refused_without_a_crash(source, tmp_path):
             changed[choose.randrange(8 + length)] = choose.randrange(256)
         vae.write_bytes(changed)
         try:
-            for found in map(layouts.identify, open_sources([source / "vae"])):
-                layouts.make_plan(*found)
+            for found in map(identify, open_sources([source / "vae"])):
+                fit.make_plan(*found)
         except ModelError:
             refused += 1
     assert refused > 200

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from helpers import DATA, PIPELINE, TOKENIZERS, edit_json, edit_tensors
-from mlx_flux_krea.convert import convert, index, layouts
+from mlx_flux_krea.convert import convert, fit, index
+from mlx_flux_krea.convert.identify import identify
 from mlx_flux_krea.convert.sources import open_sources
 from mlx_flux_krea.convert.tasks import TEXT_TO_IMAGE
 
@@ -84,7 +85,7 @@ def test_any_value_in_any_field_is_taken_or_refused_by_name(config, tmp_path):
         for value in BAD:
             (folder / "config.json").write_text(json.dumps(good | {field: value}))
             refused += refused_in_one_line(
-                lambda: layouts.make_plan(*layouts.identify(open_sources([folder])[0])),
+                lambda: fit.make_plan(*identify(open_sources([folder])[0])),
                 "config.json",
                 *MISFIT,
             )
@@ -94,13 +95,13 @@ def test_any_value_in_any_field_is_taken_or_refused_by_name(config, tmp_path):
 @pytest.mark.slow
 def test_any_value_in_a_config_beside_a_single_file_is_taken_or_refused_by_name(singles):
     good, refused = json.loads((singles / "config.json").read_text()), 0
-    found = [one for source in open_sources([singles]) for one in layouts.identify(source)]
+    found = [one for source in open_sources([singles]) for one in identify(source)]
     for each in found:
-        section = layouts._BFL_SECTIONS[each.layout.component]
+        section = fit._BFL_SECTIONS[each.layout.component]
         for field in good[section]:
             for value in BAD[::2]:
                 (singles / "config.json").write_text(json.dumps(good | {section: good[section] | {field: value}}))
-                refused += refused_in_one_line(lambda: layouts.make_plan(each), "config.json", *MISFIT)  # noqa: B023
+                refused += refused_in_one_line(lambda: fit.make_plan(each), "config.json", *MISFIT)  # noqa: B023
     assert refused > 10 * len(BAD)
 
 
@@ -137,7 +138,7 @@ def test_any_value_in_the_scheduler_is_taken_or_refused_by_name(source):
     known = Evidence(configs.FLUX_DEV.architecture)
     path = source / "scheduler" / "scheduler_config.json"
     good = json.loads(path.read_text())
-    found = {s.component: layouts.identify(s)[0] for s in open_sources([source])}
+    found = {s.component: identify(s)[0] for s in open_sources([source])}
     refused = 0
     for field in good:
         for value in BAD:

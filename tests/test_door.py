@@ -458,7 +458,7 @@ def test_one_file_of_a_repository_can_be_named_and_a_long_one_arrives_in_several
         shutil.copy(files / name, folder / "sub" / name)
     (folder / "x-1.gguf").write_bytes(data)
     with Hub(folder, "owner/name") as served:
-        served.cut_after = [10**9] * 2 + [40_000, 40_000, 10_000]
+        served.cut_after = [10**9] * 2 + [40_000] * 5 + [10_000]
         env = {**os.environ, **served.env(tmp_path)}
         ran = subprocess.run([sys.executable, "-c", ONE_FILE], env=env, capture_output=True, text=True, check=True)
         begun = served.begun_at("x-1.gguf")

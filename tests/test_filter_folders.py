@@ -11,8 +11,9 @@ from click.testing import CliRunner
 from fitted import write_wide
 from helpers import CONTROL, PIPELINE, REFERENCE, assert_close, edit_json, edit_tensors, pack_as_mlx_vlm, pixtral_source
 from mlx_flux_krea.convert import convert as run_converter
-from mlx_flux_krea.convert import layouts
+from mlx_flux_krea.convert import fit
 from mlx_flux_krea.convert.folder import check_manifest
+from mlx_flux_krea.convert.identify import identify
 from mlx_flux_krea.convert.sources import Source, Tensor
 
 from mlx_flux_krea import cli
@@ -250,8 +251,8 @@ def plan_of(name: str, folder, config: dict):
     (folder / "config.json").write_text(json.dumps(config))
     path = folder / "model.safetensors"
     tensors = {n: Tensor(n, path, *stored, 0, 0) for n, stored in foreign.published(PUBLISHED[name][0]).items()}
-    (found,) = layouts.identify(Source(path, (path,), tensors, {}))
-    return layouts.make_plan(found)[0]
+    (found,) = identify(Source(path, (path,), tensors, {}))
+    return fit.make_plan(found)[0]
 
 
 VIT_CONFIG = {

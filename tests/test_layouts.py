@@ -20,8 +20,9 @@ import pytest
 import sentencepiece
 from click.testing import CliRunner
 from helpers import TOKENIZERS, edit_tensors
-from mlx_flux_krea.convert import convert, decode, layouts
+from mlx_flux_krea.convert import convert, decode, fit
 from mlx_flux_krea.convert.gguf_header import read_gguf
+from mlx_flux_krea.convert.identify import identify
 from mlx_flux_krea.convert.sources import Source, Tensor, join_parts, open_sources
 from mlx_flux_krea.convert.tokenizers import unpack
 
@@ -118,14 +119,14 @@ def test_no_published_layout_is_forgotten():
 def test_every_tensor_of_a_published_layout_is_mapped_or_left_out_for_a_reason(name):
     """And every tensor of ours is filled, with its shape."""
     component, layout = LAYOUTS[name]
-    (found,) = layouts.identify(published(name))
+    (found,) = identify(published(name))
     assert (found.layout.component, found.layout.name) == (component, layout)
-    config, plan = layouts.make_plan(found)
+    config, plan = fit.make_plan(found)
     dropped = {t.name for n, _ in plan.dropped for t in (found.tensors[n], *found.tensors[n].parts)}
     assert names_in(plan).isdisjoint(dropped)
     assert set(foreign.published(name)) == names_in(plan) | dropped
     assert all(len(reason) > 5 for _, reason in plan.dropped)
-    assert {t.name: t.shape for t in plan.targets} == layouts.target_shapes(component, config)
+    assert {t.name: t.shape for t in plan.targets} == fit.target_shapes(component, config)
     special = next((kind for kind in SPECIAL if component == "transformer" and kind in name), None)
     expected, more = SPECIAL[special] if special else (PUBLISHED[component], 0)
     assert plan.parameters == PARAMETERS[component] + more
@@ -165,16 +166,16 @@ FILTERS = {
 def test_other_names_of_the_filters_are_mapped_to_the_same(layout):
     """As transformers 5 holds them in memory, and as mlx-vlm writes them."""
     name, *changes = FILTERS[layout]
-    (found,) = layouts.identify(source := renamed(name, *changes))
+    (found,) = identify(source := renamed(name, *changes))
     assert found.layout.name == layout
-    config, plan = layouts.make_plan(found)
+    config, plan = fit.make_plan(found)
     assert names_in(plan) == source.tensors.keys()
     assert (config, plan.parameters) == (PUBLISHED[found.layout.component], PARAMETERS[found.layout.component])
 
 
 def test_of_pixtrals_head_only_the_rows_of_yes_and_no_are_read():
-    (found,) = layouts.identify(published("hf-pixtral-12b-llava"))
-    _, plan = layouts.make_plan(replace(found, tensors={n: sized(t) for n, t in found.tensors.items()}))
+    (found,) = identify(published("hf-pixtral-12b-llava"))
+    _, plan = fit.make_plan(replace(found, tensors={n: sized(t) for n, t in found.tensors.items()}))
     (head,) = (target for target in plan.targets if target.name == "lm_head.weight")
     assert [(row.start, row.end) for row in head.sources] == [(n * 10_240, (n + 1) * 10_240) for n in (13_059, 2649)]
 
@@ -184,37 +185,38 @@ def sized(tensor: Tensor) -> Tensor:
 
 
 def test_the_all_in_one_file_holds_all_components():
-    found = layouts.identify(published("comfy-allinone-dev-fp8"))
-    plans = {f.layout.component: (f, layouts.make_plan(f)[1]) for f in found}
+    found = identify(published("comfy-allinone-dev-fp8"))
+    plans = {f.layout.component: (f, fit.make_plan(f)[1]) for f in found}
     assert {component: plan.parameters for component, (_, plan) in plans.items()} == {
         c: PARAMETERS[c] for c in COMPONENTS
     }
     dropped = {name: reason for _, plan in plans.values() for name, reason in plan.dropped}
-    assert set(dropped) == {"logit_scale", "text_projection.weight"}
+    scales = {f"text_encoders.{name}.logit_scale" for name in ("clip_l", "t5xxl")}
+    assert set(dropped) == {*scales, "text_projection.weight"}
     assert sum(len(names_in(plan)) + len(plan.dropped) for _, plan in plans.values()) == 1442
 
 
 @pytest.mark.parametrize("prefix", ["model.diffusion_model.", "diffusion_model."])
 @pytest.mark.parametrize("name", ["bfl-transformer-dev", "comfy-transformer-krea-fp8_scaled", "gguf-flux-dev-Q4_K_S"])
 def test_prefixes_of_published_layouts_are_taken_off(name, prefix):
-    (found,) = layouts.identify(published(name, prefix))
-    assert layouts.make_plan(found)[1].parameters == PARAMETERS["transformer"]
+    (found,) = identify(published(name, prefix))
+    assert fit.make_plan(found)[1].parameters == PARAMETERS["transformer"]
 
 
 @pytest.mark.parametrize("name", ["mflux-q4-transformer", "mflux-q8-text_encoder_2", "gguf-t5xxl-Q5_K_M"])
 def test_the_rules_made_beside_the_published_files_say_the_same_as_our_tables(name):
     layout = "mflux" if "mflux" in name else "llama.cpp"
-    check_rules(*layouts.identify(published(name)), layout)
+    check_rules(*identify(published(name)), layout)
 
 
 @pytest.mark.parametrize("name", ["diffusers-transformer-dev", "diffusers-vae", "mflux-unquantized-vae"])
 def test_the_rules_of_diffusers_say_the_same_as_our_tables(name):
-    check_rules(*layouts.identify(published(name)), name.split("-")[0])
+    check_rules(*identify(published(name)), name.split("-")[0])
 
 
 def check_rules(found, layout):
     rules = foreign.rules(found.layout.component, layout)
-    targets = layouts.make_plan(found)[1].targets
+    targets = fit.make_plan(found)[1].targets
     assert {t.name for t in targets} == set(rules)
     for target in targets:
         how, names = rules[target.name]
@@ -222,11 +224,11 @@ def check_rules(found, layout):
 
 
 def test_the_types_of_quantized_layouts_are_read_for_each_tensor():
-    (found,) = layouts.identify(published("gguf-t5xxl-Q5_K_M"))
-    types = {t.name: t.sources[0].dtype for t in layouts.make_plan(found)[1].targets}
+    (found,) = identify(published("gguf-t5xxl-Q5_K_M"))
+    types = {t.name: t.sources[0].dtype for t in fit.make_plan(found)[1].targets}
     values = {types[f"encoder.block.{n}.layer.0.SelfAttention.v.weight"] for n in range(24)}
     assert values == {"Q5_K", "Q6_K"}
-    (found,) = layouts.identify(published("mflux-q4-transformer"))
+    (found,) = identify(published("mflux-q4-transformer"))
     types = {tensor.dtype for tensor in found.tensors.values()}
     assert types == {"4-bit MLX", "BF16"}
 
@@ -243,6 +245,31 @@ OTHERS = {  # tensors that give others away, of which no list is kept
     "Stable Diffusion XL": ["conditioner.embedders.1.model.ln_final.weight", "first_stage_model.x"],
     "Stable Diffusion XL ": ["add_embedding.linear_1.weight", "down_blocks.0.resnets.0.conv1.weight"],
     "Stable Diffusion 1, 2 or XL": ["model.diffusion_model.input_blocks.0.0.weight"],
+    "Qwen-Image": ["transformer_blocks.0.img_mod.1.weight", "transformer_blocks.0.attn.norm_added_q.weight"],
+    "HiDream": ["double_stream_blocks.0.block.adaLN_modulation.1.weight"],
+    "HunyuanVideo": ["txt_in.individual_token_refiner.blocks.0.norm1.weight", "double_blocks.0.img_mlp.fc1.weight"],
+    "Lumina 2 or Z-Image": ["noise_refiner.0.attention.qkv.weight"],
+    "a FLUX.1 in DiffusionKit": ["multimodal_transformer_blocks.0.image_transformer_block.attn.q_proj.weight"],
+    "an IP-Adapter": ["double_blocks.0.processor.ip_adapter_double_stream_k_proj.weight"],
+    "an IP-Adapter ": ["image_proj.proj.weight", "ip_adapter.1.to_k_ip.weight"],
+    "the autoencoder of FLUX.2": ["encoder.conv_in.weight", "bn.running_mean", "quant_conv.weight"],
+    "the autoencoder of Stable Diffusion": ["first_stage_model.quant_conv.weight", "first_stage_model.decoder.conv_in"],
+    "a tiny autoencoder": ["taesd_decoder.1.weight"],
+    "a tiny autoencoder ": ["encoder.layers.0.weight", "decoder.layers.1.weight", "decoder.layers.3.conv.0.weight"],
+    "a tiny autoencoder  ": ["1.weight", "3.conv.0.weight"],
+    "UMT5": [f"encoder.block.{n}.layer.0.SelfAttention.relative_attention_bias.weight" for n in range(3)],
+    "UMT5 ": [f"enc.blk.{n}.attn_rel_b.weight" for n in range(3)],
+    "T5 of version 1.0": ["shared.weight", "encoder.block.0.layer.1.DenseReluDense.wi.weight"],
+    "T5's decoder": ["decoder.block.0.layer.1.EncDecAttention.q.weight"],
+    "LongCLIP": ["positional_embedding_res", "token_embedding.weight"],
+    "CLIP in OpenAI's or OpenCLIP's names": ["transformer.resblocks.0.attn.in_proj_weight"],
+    "CLIP's encoder of pictures": ["vision_model.pre_layrnorm.weight"],
+    "a bitsandbytes int8": ["double_blocks.0.img_attn.qkv.weight", "double_blocks.0.img_attn.qkv.SCB"],
+    "a DFloat11": ["double_blocks.0.img_attn.encoded_exponent", "double_blocks.0.img_attn.sign_mantissa"],
+    "an Optimum Quanto": ["img_in.weight._data", "img_in.weight._scale"],
+    "a GPTQ or AWQ": ["layers.0.qkv.qweight", "layers.0.qkv.qzeros"],
+    "an HQQ": ["img_in.W_q", "img_in.meta"],
+    "a compressed-tensors": ["img_in.weight_packed", "img_in.weight_shape"],
     "a ControlNet": ["controlnet_blocks.0.weight", "x_embedder.weight"],
     "a LoRA": ["transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight"],
     "a bitsandbytes NF4": ["double_blocks.0.img_mlp.0.weight", "double_blocks.0.img_mlp.0.weight.absmax"],
@@ -255,7 +282,7 @@ OTHERS = {  # tensors that give others away, of which no list is kept
 @pytest.mark.parametrize(("name", "model"), REFUSED.items())
 def test_published_look_alikes_are_refused_by_name(name, model):
     with pytest.raises(ModelError, match=rf"{name}.* is {model}.*expected FLUX.1 Krea"):
-        layouts.identify(published(name))
+        identify(published(name))
 
 
 @pytest.mark.parametrize("model", OTHERS)
@@ -266,16 +293,6 @@ def test_other_look_alikes_are_refused_by_name_and_inspected_as_what_they_are(tm
         convert([file], tmp_path / "out")
     shown = CliRunner().invoke(cli.cli, ["inspect", str(file)], catch_exceptions=False)
     assert (shown.exit_code, f"is {model.strip()}" in shown.output) == (0, True)
-
-
-def test_e5m2_is_refused_by_name(tmp_path):
-    """Two bits of mantissa; MLX cannot read it either."""
-    file = tmp_path / "flux1-dev-fp8-e5m2.safetensors"
-    foreign.save(file, {"img_in.weight": ("F8_E5M2", (2, 2), bytes(4))})
-    with pytest.raises(ModelError, match=r"is an fp8 file of the kind e5m2.*\(img_in.weight\); expected FLUX.1"):
-        convert([file], tmp_path / "out")
-    shown = CliRunner().invoke(cli.cli, ["inspect", str(file)], catch_exceptions=False)
-    assert (shown.exit_code, "e5m2" in shown.output) == (0, True)
 
 
 def test_an_unknown_gguf_is_called_what_it_says_it_is(tmp_path):
@@ -375,16 +392,6 @@ def test_vectors_are_never_taken_for_packed_weights(dtype):
     assert join_parts(tensors) == tensors
 
 
-def test_two_names_that_become_one_are_refused(model, tmp_path):
-    source = foreign.write(model, tmp_path / "source", "all-in-one")
-    twice = {f"text_encoders.clip_l.{n}": mx.zeros((1,)) for n in ("logit_scale", "transformer.logit_scale")}
-    edit_tensors(source / "flux1-krea-dev-all.safetensors", lambda a: a.update(twice))
-    with pytest.raises(
-        ModelError, match=r"holds logit_scale twice, as text_encoders\.clip_l\.(transformer\.)?logit_scale"
-    ):
-        converted(source, tmp_path)
-
-
 @pytest.mark.parametrize("scale", [(64,), (64, 1), (2,)])
 def test_scales_of_another_shape_are_not_guessed_at(model, tmp_path, scale):
     """Per row or per block: other kinds of fp8."""
@@ -423,14 +430,6 @@ def test_the_record_of_an_all_in_one_file_names_it_once(model, tmp_path):
     assert [part.split(",")[0] for part in record.layout.split("; ")] == [
         "transformer", "CLIP text model", "T5 v1.1 encoder", "VAE",
     ]  # fmt: skip
-
-
-def test_what_else_an_all_in_one_file_holds_is_not_passed_over(model, tmp_path):
-    source = foreign.write(model, tmp_path / "source", "all-in-one")
-    file = source / "flux1-krea-dev-all.safetensors"
-    edit_tensors(file, lambda a: a.update({"model_ema.decay": mx.zeros((1,))}))
-    with pytest.raises(ModelError, match=r"holds more than the components of FLUX.1 \(model_ema.decay\)"):
-        converted(source, tmp_path)
 
 
 def test_a_model_folder_of_ours_is_a_source_like_others(model, tmp_path):
@@ -668,8 +667,8 @@ def test_names_in_a_gguf_are_held_to_what_prints(tmp_path):
 
 def refused_in_one_line(file: Path) -> bool:
     try:
-        for found in layouts.identify(open_sources([file])[0]):
-            layouts.make_plan(found)
+        for found in identify(open_sources([file])[0]):
+            fit.make_plan(found)
         return False
     except ModelError as error:
         text = str(error)
@@ -739,7 +738,7 @@ def test_fuzzed_indexes_are_read_or_refused_in_one_line(model, tmp_path):
     names = [
         f'"{name}"'.encode() for name in ("../a.safetensors", "/etc/passwd", "a\\u0000.safetensors", "x" * 300, "..")
     ]
-    for turn in range(500):
+    for turn in range(60):
         bad = damaged(good, len(good), choose, turn)
         if turn % 2:
             shards = list(re.finditer(rb'"model-[^"]+"', good))
@@ -748,7 +747,7 @@ def test_fuzzed_indexes_are_read_or_refused_in_one_line(model, tmp_path):
         index.write_bytes(bad)
         if not refused_in_one_line(folder):
             noted += len(open_sources([folder])[0].notes)
-    assert noted > 200
+    assert noted > 20
 
 
 def test_gguf_is_read_without_holding_more_than_a_tensor(tmp_path):

@@ -10,7 +10,7 @@ from mlx_flux_krea import home
 from mlx_flux_krea.adapters.installed import FACTS, Origin, installed, with_licence
 from mlx_flux_krea.adapters.parts import Facts, read_facts
 from mlx_flux_krea.adapters.reading import described, looks_like_adapter, outline
-from mlx_flux_krea.convert.layouts import identify
+from mlx_flux_krea.convert.identify import identify
 from mlx_flux_krea.convert.sources import open_sources
 from mlx_flux_krea.convert.walk import is_model_folder
 from mlx_flux_krea.errors import ModelError, amount, printable

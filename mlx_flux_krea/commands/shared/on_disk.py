@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mlx_flux_krea.convert.hub import cache_folder, cached
-from mlx_flux_krea.convert.layouts import identify
+from mlx_flux_krea.convert.identify import identify
 from mlx_flux_krea.convert.sources import open_sources
 from mlx_flux_krea.errors import FluxKreaError
 from mlx_flux_krea.files import read_small
