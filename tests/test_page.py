@@ -531,6 +531,7 @@ def test_models_and_their_plans_are_shown(tab):
 
 
 def test_everything_is_done_by_keys(tab, server):
+    server.make(prompt=RED, model="nano", steps=1)
     before = server.good("GET", "/api/pictures")["total"]
     tab.page.keyboard.press("Tab")
     expect(tab.page.get_by_role("link", name="Skip to the pictures")).to_be_focused()
