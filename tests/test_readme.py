@@ -170,6 +170,7 @@ def test_the_programs_of_the_page_about_python_run(tmp_path, i):
     things = {"circle.png": "red circle blue", "square.png": "white square black"}
     things |= {f"shape-{seed}.png": "red star white" for seed in (1, 2)}
     things |= {f"shape-{seed}.png": "blue ring white" for seed in (3, 4)}
+    things |= {f"after-4-steps-{seed}.png": "red star blue" for seed in (1, 2)}
     for path in tmp_path.glob("*.png"):
         colour, shape, ground = things[path.name].split()
         assert is_right(Image.open(path), [(shape, colour)], ground), path.name
