@@ -9,6 +9,7 @@ of Redux and the depth network.
     walk, sets, sources      find checkpoints below a path, group their files, and open them
     gguf_header              reads the header of a GGUF file
     choose                   the source of each component
+    tensors, formats         stored tensors, weights in several of them, and statements about them
     decode                   the types in which files store numbers
     layouts, lookalikes      the known layouts, and other models that are refused
     identify                 the networks in a file

@@ -1,13 +1,13 @@
 """Decodes stored bytes: a row for every type in which files store weights. One tensor at a time, for every layout.
 
 Types have the names of the headers of safetensors and GGUF. A weight that is stored in several tensors (codes and
-scales) has a type of its own, made by `COMPOUNDS`.
+scales) has a type of its own, made by `formats.COMPOUNDS`.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Protocol
 
 import mlx.core as mx
 import numpy as np
@@ -25,16 +25,6 @@ class Type:
     package: str | None = None  # that decoding needs
 
 
-class Stored(Protocol):
-    """Type and shape of a tensor, known before it is read."""
-
-    dtype: str
-    shape: tuple[int, ...]
-
-
-Combined = tuple[str, tuple[int, ...]]  # type and shape of a weight that is stored in several tensors
-
-
 def _plain(stored: type, view: mx.Dtype) -> Callable[..., mx.array]:
     return lambda data, shape: mx.array(data.view(stored).reshape(shape)).view(view)
 
@@ -49,8 +39,74 @@ def _e5m2(data: np.ndarray, shape: tuple[int, ...]) -> mx.array:
     return mx.array((data.astype(np.uint16) << 8).view(np.float16).reshape(shape))
 
 
-def _scaled_fp8(data: np.ndarray, shape: tuple[int, ...], scale: mx.array) -> mx.array:
-    return _fp8(data, shape).astype(mx.float32) * scale.astype(mx.float32).reshape(())
+def _int8(data: np.ndarray, shape: tuple[int, ...]) -> mx.array:
+    return mx.array(data.view(np.int8).reshape(shape)).astype(mx.float32)
+
+
+def _scaled(base: Callable[..., mx.array]) -> Callable[..., mx.array]:
+    """Returns the decoder of numbers with one scale, or one for each row."""
+
+    def decode(data: np.ndarray, shape: tuple[int, ...], scale: mx.array) -> mx.array:
+        scale = scale.astype(mx.float32).reshape(() if scale.size == 1 else (-1, *(1,) * (len(shape) - 1)))
+        return base(data, shape).astype(mx.float32) * scale
+
+    return decode
+
+
+@functools.cache
+def _hadamard(size: int) -> mx.array:
+    """Returns the regular Hadamard matrix of ones and minus ones: symmetric, and its own inverse times its size."""
+    four = np.array([[1, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]], np.float32)
+    whole = np.ones((1, 1), np.float32)
+    while len(whole) < size:
+        whole = np.kron(whole, four)
+    return mx.array(whole)
+
+
+def _rotated(size: int) -> Callable[..., mx.array]:
+    """Returns the decoder of int8 whose rows were rotated in groups before they were rounded (ConvRot).
+
+    Sums are of integers, and so exact.
+    """
+
+    def decode(data: np.ndarray, shape: tuple[int, ...], scale: mx.array) -> mx.array:
+        sums = (_int8(data, shape).reshape(shape[0], -1, size) @ _hadamard(size)).reshape(shape)
+        return sums * (scale.astype(mx.float32).reshape(-1, 1) / float(size**0.5))
+
+    return decode
+
+
+# --- blocks of small floats with scales in tiles: a tile of 128 rows x 4 columns is stored as 32 x (4 x 4) ---
+
+TILES, TILE_ROWS = "tiles", 128
+
+
+def _tiles(data: np.ndarray, shape: tuple[int, ...]) -> mx.array:
+    """Returns scales in their rows and columns, still padded to whole tiles."""
+    rows, columns = shape
+    tiles = mx.array(data).reshape(rows // TILE_ROWS, columns // 4, 32, 4, 4)
+    return tiles.transpose(0, 3, 2, 1, 4).reshape(rows, columns)
+
+
+_ONE = 0x38  # 1.0 in e4m3
+_EXPONENTS = np.array([2.0 ** (n - 127) for n in range(255)] + [np.nan], np.float32)  # of e8m0
+
+
+def _nvfp4_tiles(data: np.ndarray, shape: tuple[int, ...], scales: mx.array, whole: mx.array) -> mx.array:
+    """Decodes e2m1, the first number in the upper half of a byte, times a scale in e4m3 times one of the whole."""
+    rows, groups = shape[0], shape[1] // 16
+    codes = mx.array((data << 4 | data >> 4).view(np.uint32).reshape(rows, -1))
+    ones = mx.full((rows, groups), _ONE, mx.uint8)
+    values = mx.dequantize(codes, ones, group_size=16, bits=4, mode="nvfp4", dtype=mx.float32)
+    scale = mx.from_fp8(scales[:rows, :groups], mx.float32) * whole.astype(mx.float32).reshape(())
+    return (values.reshape(rows, groups, 16) * scale[..., None]).reshape(shape)
+
+
+def _mxfp8_tiles(data: np.ndarray, shape: tuple[int, ...], scales: mx.array) -> mx.array:
+    """Decodes e4m3 times a power of two."""
+    rows, groups = shape[0], shape[1] // 32
+    values = mx.from_fp8(mx.array(data.reshape(rows, groups, 32)), mx.float32)
+    return (values * mx.array(_EXPONENTS)[scales[:rows, :groups]][..., None]).reshape(shape)
 
 
 def _affine(data: np.ndarray, shape: tuple[int, ...], scales: mx.array, biases: mx.array) -> mx.array:
@@ -75,9 +131,9 @@ def _ggml(name: str) -> Callable[..., mx.array]:
     def decode(data: np.ndarray, shape: tuple[int, ...]) -> mx.array:
         import gguf
 
-        rows = data.reshape(*shape[:-1], -1)
+        blocks = data.reshape(-1, _BLOCKS[name][1])  # of the numbers in their order: rows may begin inside one
         with np.errstate(all="ignore"):  # NaN and infinities among the scales are found by whoever takes the result
-            return mx.array(gguf.dequantize(rows, gguf.GGMLQuantizationType[name]))
+            return mx.array(gguf.dequantize(blocks, gguf.GGMLQuantizationType[name]).reshape(shape))
 
     return decode
 
@@ -86,14 +142,20 @@ def _ggml(name: str) -> Callable[..., mx.array]:
 _BLOCKS = {
     "Q4_0": (32, 18), "Q4_1": (32, 20), "Q5_0": (32, 22), "Q5_1": (32, 24), "Q8_0": (32, 34),
     "Q2_K": (256, 84), "Q3_K": (256, 110), "Q4_K": (256, 144), "Q5_K": (256, 176), "Q6_K": (256, 210),
-    "IQ4_NL": (32, 18), "IQ4_XS": (256, 136),
+    "IQ1_S": (256, 50), "IQ1_M": (256, 56), "IQ2_XXS": (256, 66), "IQ2_XS": (256, 74), "IQ2_S": (256, 82),
+    "IQ3_XXS": (256, 98), "IQ3_S": (256, 110), "IQ4_NL": (32, 18), "IQ4_XS": (256, 136),
+    "TQ1_0": (256, 54), "TQ2_0": (256, 66), "MXFP4": (32, 17), "NVFP4": (64, 36),
 }  # fmt: skip
 GGML = {
     0: "F32", 1: "F16", 30: "BF16", 2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0",
-    10: "Q2_K", 11: "Q3_K", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K", 20: "IQ4_NL", 23: "IQ4_XS",
+    10: "Q2_K", 11: "Q3_K", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS",
+    19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0",
+    39: "MXFP4", 40: "NVFP4",
 }  # fmt: skip
 
-_MODES = (("mxfp4", 32, 4), ("nvfp4", 16, 4))  # name, group size, bits
+FLOAT_MODES = (("mxfp4", 32, 4), ("nvfp4", 16, 4), ("mxfp8", 32, 8))  # name, group size, bits
+
+ROTATIONS = (16, 64, 256, 1024)  # sizes of groups: powers of 4
 
 TYPES = {
     "F32": Type(1, 4, _plain(np.float32, mx.float32)),
@@ -101,48 +163,18 @@ TYPES = {
     "BF16": Type(1, 2, _plain(np.uint16, mx.bfloat16)),
     "F8_E4M3": Type(1, 1, _fp8),
     "F8_E5M2": Type(1, 1, _e5m2),
-    "scaled F8_E4M3": Type(1, 1, _scaled_fp8),
     **{name: Type(*block, _ggml(name), "gguf") for name, block in _BLOCKS.items()},
     **{f"{bits}-bit MLX": Type(32, 4 * bits, _affine) for bits in (2, 3, 4, 5, 6, 8)},
-    **{f"{mode} MLX": Type(8, bits, _float_blocks(mode, group, bits)) for mode, group, bits in _MODES},
+    **{f"{mode} MLX": Type(8, bits, _float_blocks(mode, group, bits)) for mode, group, bits in FLOAT_MODES},
+    "nvfp4 in tiles": Type(2, 1, _nvfp4_tiles),
+    "mxfp8 in tiles": Type(1, 1, _mxfp8_tiles),
+    **{f"I8 rotated by {size}": Type(1, 1, _rotated(size)) for size in ROTATIONS},
 }
-PARTS = {**TYPES, "U8": Type(1, 1, lambda data, shape: mx.array(data.reshape(shape)))}  # of scales
-
-
-def _scaled(weight: Stored, scale: Stored, group: int) -> Combined | None:
-    """Combines fp8 with one scale for the whole weight. Other kinds of fp8 have one for each row or block."""
-    return ("scaled F8_E4M3", weight.shape) if scale.dtype in _FLOATS and scale.shape in ((), (1,)) else None
-
-
-def _packed(weight: Stored, scales: Stored, biases: Stored, group: int) -> Combined | None:
-    """Combines affine codes, scales and biases; bits follow from the shapes and the group size."""
-    *rows, codes = weight.shape or (0,)
-    *same, groups = scales.shape or (0,)
-    bits, rest = divmod(32 * codes, group * groups) if groups else (0, 0)
-    fits = rows and rows == same and scales.shape == biases.shape and not rest and group in (32, 64, 128)
-    known = (name := f"{bits}-bit MLX") in TYPES and {scales.dtype, biases.dtype} <= _FLOATS
-    return (name, (*rows, group * groups)) if fits and known else None
-
-
-def _packed_floats(weight: Stored, scales: Stored, group: int) -> Combined | None:
-    """Combines codes and scales of small floats; the mode follows from the number of codes for each scale."""
-    *rows, codes = weight.shape or (0,)
-    for mode, numbers, bits in _MODES:
-        if rows and scales.dtype == "U8" and scales.shape == (*rows, 32 * codes // (bits * numbers)) and codes:
-            return f"{mode} MLX", (*rows, 32 * codes // bits)
-    return None
-
-
-_FLOATS = {"F32", "F16", "BF16"}
-# Weights in several tensors: (stored type of `L.weight`, names beside it, function that returns type and shape of the
-# weight, or None if they do not belong together)
-COMPOUNDS: tuple[tuple[str, tuple[str, ...], Callable[..., Combined | None]], ...] = (
-    ("F8_E4M3", ("scale_weight",), _scaled),  # ComfyUI's first files
-    ("F8_E4M3", ("weight_scale",), _scaled),  # ComfyUI's present files
-    ("U32", ("scales", "biases"), _packed),
-    ("U32", ("scales",), _packed_floats),
-)
-GROUP_SIZE = 64  # of MLX-quantized weights whose folder states none, as mflux writes them
+_PLAIN = ("F8_E4M3", "F8_E5M2", "BF16", "F16", "F32")
+TYPES |= {f"scaled {name}": Type(1, TYPES[name].bytes, _scaled(TYPES[name].decode)) for name in _PLAIN}
+TYPES["scaled I8"] = Type(1, 1, _scaled(_int8))
+# types of parts that are no weights by themselves
+PARTS = {**TYPES, "U8": Type(1, 1, lambda data, shape: mx.array(data.reshape(shape))), TILES: Type(1, 1, _tiles)}
 
 
 def check(dtype: str, where: str) -> None:

@@ -16,6 +16,7 @@ can be interrupted anywhere.
 import contextlib
 import hashlib
 import itertools
+import json
 import os
 import struct
 import threading
@@ -31,6 +32,7 @@ from typing import BinaryIO
 from mlx_flux_krea.errors import ModelError, UsageError
 from mlx_flux_krea.files import chunks, sha256, sync_path, try_lock
 
+from .formats import LONGEST, MARK
 from .hub import (
     INCOMPLETE,
     HubFile,
@@ -224,9 +226,16 @@ def _outline(listing: Listing, file: HubFile, path: Path) -> None:
     if place.suffix != INCOMPLETE:
         _put(place, path)
         return
+    header = _read_header(listing, file)
     with open(path, "wb") as outline:
-        outline.write(_read_header(listing, file))
+        outline.write(header)
         outline.truncate(file.size)
+        places = [place for place in _statements(header) if place[1] > len(header)]
+        with ThreadPoolExecutor(2 * _CONNECTIONS) as pool, explained(listing.repo, file.name, listing.gated):
+            read = pool.map(lambda place: patiently(lambda: _read(listing, file, *place)), places)
+            for (start, _), data in zip(places, read, strict=True):
+                outline.seek(start)
+                outline.write(data)
 
 
 # --- one file ---
@@ -242,6 +251,18 @@ def _read_header(listing: Listing, file: HubFile) -> bytes:
             if end > first:
                 header += patiently(lambda: _read(listing, file, first, end))
     return header
+
+
+def _statements(header: bytes) -> list[tuple[int, int]]:
+    """Returns the places of small tensors that say how others are stored; none where the header cannot be read."""
+    try:
+        (length,) = struct.unpack("<Q", header[:8])
+        infos = json.loads(header[8 : 8 + length])
+        names = [name for name in infos if name.endswith(MARK)]
+        places = [[8 + length + int(n) for n in infos[name]["data_offsets"]] for name in names]
+        return [(start, end) for start, end in places if 0 < end - start <= LONGEST]
+    except (ValueError, TypeError, KeyError, AttributeError, struct.error, RecursionError):
+        return []
 
 
 def _fetch(

@@ -7,7 +7,7 @@ value); for each tensor its name, axes (the fastest first), type and offset; and
 import math
 import os
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -23,6 +23,7 @@ from .decode import GGML, TYPES
 _MOST_TENSORS, _MOST_ENTRIES, _MOST_STRINGS, _LARGEST = 2**16, 2**12, 2**20, 2**26
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
+_ORIGINAL = "comfy.gguf.orig_shape."  # and a tensor's name
 
 
 @dataclass
@@ -89,7 +90,8 @@ def read_gguf(path: Path) -> tuple[dict[str, TensorInfo], dict[str, object]]:
             tensors, entries = header.count(_MOST_TENSORS, "tensors"), header.count(_MOST_ENTRIES, "entries")
             metadata: dict[str, object] = {header.string(): header.value() for _ in range(entries)}
             listed = [_tensor(header) for _ in range(tensors)]
-            return _placed(listed, _data_start(file.tell(), metadata), size), metadata
+            placed = _placed(listed, _data_start(file.tell(), metadata), size)
+            return {name: _reshaped(name, info, metadata) for name, info in placed.items()}, metadata
     except (OSError, ValueError, struct.error, MemoryError) as error:
         reason = getattr(error, "strerror", None) or printable(str(error))
         raise ModelError(
@@ -112,6 +114,17 @@ def _tensor(header: _Header) -> tuple[str, str, tuple[int, ...], int]:
     if any(n < 1 for n in shape) or (shape[-1] if shape else 1) % TYPES[GGML[kind]].numbers:
         raise ValueError(f"{name[:100]} of shape {list(shape)} cannot be stored as {GGML[kind]}")
     return name, GGML[kind], shape, offset
+
+
+def _reshaped(name: str, info: TensorInfo, metadata: dict[str, object]) -> TensorInfo:
+    """Returns a tensor in the shape that it had before its rows were made to fit blocks (city96's ComfyUI-GGUF)."""
+    shape = metadata.get(f"{_ORIGINAL}{name}")
+    if shape is None:
+        return info
+    lengths = tuple(int(n) for n in shape) if isinstance(shape, np.ndarray) and shape.dtype.kind in "iu" else ()
+    if not lengths or min(lengths) < 1 or math.prod(lengths) != math.prod(info.shape):
+        raise ValueError(f"{name[:100]} of shape {list(info.shape)} cannot have had the shape {str(shape)[:100]}")
+    return replace(info, shape=lengths)
 
 
 def _data_start(end: int, metadata: dict[str, object]) -> int:

@@ -13,7 +13,8 @@ from .fit import modules
 from .layouts import LAYOUTS, Layout, SourceComponent
 from .remap import deepest, matches
 from .sizes import short
-from .sources import Source, Tensor
+from .sources import Source
+from .tensors import Tensor
 
 # parts of names that wrappers of training frameworks put between a module's own
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "base_layer", "original_module"}

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from . import maps, sizes
-from .sources import Source, Tensor
+from .sources import Source
+from .tensors import Tensor
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ Facts: the public code and files of each model (diffusers' and transformers' mod
 
 import re
 
-from .sources import Tensor
+from .tensors import Tensor
 
 MODELS = (
     ("lora_", "a LoRA"),  # lora_A, lora_down, lora_unet_

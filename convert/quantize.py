@@ -13,7 +13,7 @@ from mlx_flux_krea.models.config import MODES, Quantization
 from mlx_flux_krea.weights import DTYPES, PACKED
 
 from .remap import ComponentPlan, Target
-from .sources import Data
+from .tensors import Data
 
 Layers = dict[str, Quantization | None]  # by path: how each quantizable layer is stored
 ITEM_BYTES = {DTYPES[name]: getattr(mx, name).size for name in DTYPES} | {t: d.size for d, t in PACKED.items()}

@@ -19,7 +19,7 @@ import numpy as np
 from mlx_flux_krea.errors import ModelError
 from mlx_flux_krea.files import PAGE, fill, forget, open_direct, unreadable
 
-from .sources import Tensor
+from .tensors import Tensor
 
 _CHUNK = 2**22  # bytes that are read at a time
 _LARGE = 2**18  # bytes; smaller tensors may be read out of order, and are read again for the hash

@@ -14,7 +14,7 @@ from mlx_flux_krea.errors import ModelError
 from mlx_flux_krea.models.config import MODES, Quantization
 
 from .maps import COPIES, NOT_NEEDED, Either, Pick, Swap
-from .sources import Data, Tensor
+from .tensors import Data, Tensor
 
 _SLOTS = {
     "{n}": r"(?P<n>\d+)",
@@ -41,8 +41,7 @@ class Target:
         if len(self.shape) != 2 or self.swap or not self.sources:
             return [(0, self)]
         most = max(1, _CHUNK // self.shape[1])
-        cut = [(tensor, first) for tensor in self.sources for first in range(0, tensor.shape[0], most)]
-        parts = [tensor.rows(first, min(most, tensor.shape[0] - first)) for tensor, first in cut]
+        parts = [part for tensor in self.sources for part in _cut(tensor, most)]
         rows = itertools.accumulate((part.shape[0] for part in parts), initial=0)
         chunks = [replace(self, shape=(part.shape[0], self.shape[1]), sources=(part,)) for part in parts]
         return list(zip(rows, chunks, strict=False))
@@ -89,6 +88,12 @@ class ComponentPlan:
     def parameters(self) -> int:
         """Numbers in all tensors."""
         return sum(math.prod(target.shape) for target in self.targets)
+
+
+def _cut(tensor: Tensor, most: int) -> list[Tensor]:
+    """Cuts a tensor into parts of about so many rows."""
+    step = max(most // tensor.step, 1) * tensor.step
+    return [tensor.rows(first, min(step, tensor.shape[0] - first)) for first in range(0, tensor.shape[0], step)]
 
 
 class Misfit(ModelError):

@@ -3,61 +3,21 @@
 A source is a list of tensors with their places in files. Layouts are unknown here.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-
-import mlx.core as mx
-import numpy as np
 
 from mlx_flux_krea.errors import ModelError, printable
 from mlx_flux_krea.files import read_json
 from mlx_flux_krea.first_bytes import GGUF, look
 from mlx_flux_krea.weights import read_header
 
-from .decode import COMPOUNDS, GROUP_SIZE, PARTS
+from .formats import GROUP_SIZE, join_parts, read_statements
 from .gguf_header import read_gguf
 from .sets import FileSet, listed_shards
+from .tensors import Tensor
 from .walk import Found, find
-
-
-@dataclass(frozen=True)
-class Tensor:
-    """A stored tensor, or a weight that is stored in several tensors."""
-
-    name: str
-    path: Path
-    dtype: str  # one of `decode.TYPES`, or a type that cannot be decoded
-    shape: tuple[int, ...]  # in torch's order of axes, as if not packed
-    start: int  # bytes from the start of the file
-    end: int
-    parts: tuple["Tensor", ...] = ()  # scales and the like, in the order of `decode.COMPOUNDS`
-
-    @property
-    def bytes(self) -> int:
-        """Bytes in the file, including parts."""
-        return self.end - self.start + sum(part.bytes for part in self.parts)
-
-    @property
-    def numbers(self) -> int:
-        """Count of its numbers."""
-        return math.prod(self.shape)
-
-    def rows(self, first: int, count: int) -> "Tensor":
-        """Returns some consecutive rows."""
-        size = (self.end - self.start) // self.shape[0]
-        start, shape = self.start + first * size, (count, *self.shape[1:])
-        parts = tuple(part.rows(first, count) if part.shape[:1] == self.shape[:1] else part for part in self.parts)
-        return replace(self, shape=shape, start=start, end=start + count * size, parts=parts)
-
-    def read(self, data: "Data") -> mx.array:
-        """Returns the tensor as an array, in a type that holds every value."""
-        return PARTS[self.dtype].decode(data(self), self.shape, *(part.read(data) for part in self.parts))
-
-
-Data = Callable[[Tensor], np.ndarray]  # returns the stored bytes of a tensor: `reading.Reading.data`
 
 
 @dataclass(frozen=True)
@@ -138,7 +98,8 @@ def _join_shards(files: FileSet) -> Source:
     _check_split(files, metadata)
     notes = tuple(note for index in files.indexes if (note := _contradiction(index, tensors)))
     source = Source(files.path, files.files, tensors, metadata, files.component, files.stem, notes)
-    return replace(source, tensors=join_parts(tensors, _group_sizes(source)))
+    joined = join_parts(tensors, _group_sizes(source), read_statements(tensors, metadata))
+    return replace(source, tensors=joined)
 
 
 def _check_split(files: FileSet, metadata: dict[str, str]) -> None:
@@ -176,29 +137,6 @@ def _is_gguf(path: Path) -> bool:
         return look(path) is GGUF
     except OSError as error:
         raise ModelError(f"{path} cannot be read: {error.strerror}", "a file") from None
-
-
-def join_parts(tensors: dict[str, Tensor], group_size=lambda layer: GROUP_SIZE) -> dict[str, Tensor]:
-    """Joins tensors that store one weight together, such as codes and scales.
-
-    Args:
-        tensors: as the files have them.
-        group_size: returns the group size of an MLX-quantized layer by its name.
-    """
-    joined = dict(tensors)
-    for full, tensor in tensors.items():
-        layer, _, last = full.rpartition(".")
-        for stored, beside, combine in COMPOUNDS:
-            parts = [tensors[name] for part in beside if (name := f"{layer}.{part}") in tensors]
-            if last == "weight" and tensor.dtype == stored and len(parts) == len(beside):
-                combined = combine(tensor, *parts, group_size(layer))
-                if combined:
-                    dtype, shape = combined
-                    joined[full] = replace(tensor, dtype=dtype, shape=shape, parts=tuple(parts))
-                    for part in parts:
-                        del joined[part.name]
-                    break
-    return joined
 
 
 def _group_sizes(source: Source) -> Callable[[str], int]:

@@ -585,7 +585,7 @@ def test_convert_refuses_in_one_line(command, tmp_path, arguments, code, says):
 
 
 def test_inspect_names_foreign_files_without_reading_tensors(command, monkeypatch):
-    from mlx_flux_krea.convert.sources import Tensor
+    from mlx_flux_krea.convert.tensors import Tensor
 
     monkeypatch.setattr(Tensor, "read", None)
     code, out, _ = command("inspect", derived.single_files())

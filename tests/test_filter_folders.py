@@ -14,7 +14,8 @@ from mlx_flux_krea.convert import convert as run_converter
 from mlx_flux_krea.convert import fit
 from mlx_flux_krea.convert.folder import check_manifest
 from mlx_flux_krea.convert.identify import identify
-from mlx_flux_krea.convert.sources import Source, Tensor
+from mlx_flux_krea.convert.sources import Source
+from mlx_flux_krea.convert.tensors import Tensor
 
 from mlx_flux_krea import cli
 from mlx_flux_krea import convert as converter

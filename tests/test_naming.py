@@ -16,7 +16,8 @@ from mlx_flux_krea.convert import convert, fit
 from mlx_flux_krea.convert.choose import choose
 from mlx_flux_krea.convert.identify import identify
 from mlx_flux_krea.convert.remap import generic
-from mlx_flux_krea.convert.sources import Source, Tensor
+from mlx_flux_krea.convert.sources import Source
+from mlx_flux_krea.convert.tensors import Tensor
 from test_layouts import LAYOUTS, PARAMETERS, names_in, published
 
 from mlx_flux_krea import nano

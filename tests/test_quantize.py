@@ -24,7 +24,7 @@ from mlx_flux_krea.convert.licence import ATTRIBUTION_NOTICE, licence_files
 from mlx_flux_krea.convert.quantize import RECIPES, choose, find_recipe
 from mlx_flux_krea.convert.reading import Reading
 from mlx_flux_krea.convert.remap import ComponentPlan, Target
-from mlx_flux_krea.convert.sources import Tensor
+from mlx_flux_krea.convert.tensors import Tensor
 
 from mlx_flux_krea import FluxPipeline, cli, presets
 from mlx_flux_krea.commands.convert import convert as convert_command

@@ -1,0 +1,64 @@
+"""A stored tensor: its place in a file, its type, and the parts that belong to it."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from .decode import PARTS, TILE_ROWS, TILES, TYPES
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A stored tensor, or a weight that is stored in several tensors."""
+
+    name: str
+    path: Path
+    dtype: str  # one of `decode.TYPES`, or a type that cannot be decoded
+    shape: tuple[int, ...]  # in torch's order of axes, as if not packed
+    start: int  # bytes from the start of the file
+    end: int
+    parts: tuple["Tensor", ...] = ()  # scales and the like, in the order of `formats.COMPOUNDS`
+
+    @property
+    def bytes(self) -> int:
+        """Bytes in the file, including parts."""
+        return self.end - self.start + sum(part.bytes for part in self.parts)
+
+    @property
+    def numbers(self) -> int:
+        """Count of its numbers."""
+        return math.prod(self.shape)
+
+    @property
+    def step(self) -> int:
+        """Rows at whose multiples it may be cut: tiles of scales and blocks of numbers stay whole."""
+        kind = TYPES.get(self.dtype)
+        if kind and math.prod(self.shape[1:]) % kind.numbers:
+            return max(1, self.shape[0])
+        return TILE_ROWS if any(part.dtype == TILES for part in self.parts) else 1
+
+    def rows(self, first: int, count: int) -> "Tensor":
+        """Returns some consecutive rows; the first is a multiple of `step`."""
+        if count == self.shape[0]:
+            return self
+        size = (self.end - self.start) // self.shape[0]
+        start, shape = self.start + first * size, (count, *self.shape[1:])
+        parts = tuple(part._rows_of(self.shape[0], first, count) for part in self.parts)
+        return replace(self, shape=shape, start=start, end=start + count * size, parts=parts)
+
+    def _rows_of(self, all_: int, first: int, count: int) -> "Tensor":
+        """Returns the part that belongs to some rows of a weight."""
+        if self.dtype == TILES:
+            return self.rows(first, -(-count // TILE_ROWS) * TILE_ROWS)
+        return self.rows(first, count) if self.shape[:1] == (all_,) else self
+
+    def read(self, data: "Data") -> mx.array:
+        """Returns the tensor as an array, in a type that holds every value."""
+        return PARTS[self.dtype].decode(data(self), self.shape, *(part.read(data) for part in self.parts))
+
+
+Data = Callable[[Tensor], np.ndarray]  # returns the stored bytes of a tensor: `reading.Reading.data`
