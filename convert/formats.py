@@ -27,7 +27,7 @@ _HARMLESS = {"full_precision_matrix_mult", "orig_dtype", "orig_shape", "input_sc
 
 @dataclass(frozen=True)
 class Statement:
-    """What a file says about the weight of one layer: a format, and the other fields."""
+    """A statement of a file about the weight of one layer: its format, and other fields."""
 
     format: str
     fields: Mapping = field(default_factory=dict)
