@@ -10,6 +10,7 @@ of Redux and the depth network.
     gguf_header              reads the header of a GGUF file
     choose                   the source of each component
     tensors, formats         stored tensors, weights in several of them, and statements about them
+    svdq, unpack             nunchaku's layers
     decode                   the types in which files store numbers
     layouts, lookalikes      the known layouts, and other models that are refused
     identify                 the networks in a file

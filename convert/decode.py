@@ -14,6 +14,8 @@ import numpy as np
 
 from mlx_flux_krea.errors import ModelError
 
+from . import unpack
+
 
 @dataclass(frozen=True)
 class Type:
@@ -76,9 +78,15 @@ def _rotated(size: int) -> Callable[..., mx.array]:
     return decode
 
 
+def _after(read: Callable[..., mx.array], function: Callable[..., mx.array]) -> Callable[..., mx.array]:
+    """Returns the decoder that applies a function to plain numbers, and to the parts beside them."""
+    return lambda data, shape, *parts: function(read(data, shape), *parts)
+
+
 # --- blocks of small floats with scales in tiles: a tile of 128 rows x 4 columns is stored as 32 x (4 x 4) ---
 
 TILES, TILE_ROWS = "tiles", 128
+WHOLE = "whole"  # before the type of a part that is not cut with the rows of a weight
 
 
 def _tiles(data: np.ndarray, shape: tuple[int, ...]) -> mx.array:
@@ -173,8 +181,17 @@ TYPES = {
 _PLAIN = ("F8_E4M3", "F8_E5M2", "BF16", "F16", "F32")
 TYPES |= {f"scaled {name}": Type(1, TYPES[name].bytes, _scaled(TYPES[name].decode)) for name in _PLAIN}
 TYPES["scaled I8"] = Type(1, 1, _scaled(_int8))
+TYPES |= {f"svdq {kind}": Type(2, 1, unpack.weight(kind)) for kind in ("int4", "fp4")}
+TYPES |= {f"awq {parts}": Type(2, 1, unpack.modulation(parts)) for parts in (3, 6)}
+for _name in ("BF16", "F16", "F32"):
+    _read, _size = TYPES[_name].decode, TYPES[_name].bytes
+    TYPES[f"svdq bias {_name}"] = Type(1, _size, _after(_read, unpack.bias))
+    for _parts in (3, 6):
+        _bias = functools.partial(unpack.modulation_bias, parts=_parts)
+        TYPES[f"awq bias {_parts} {_name}"] = Type(1, _size, _after(_read, _bias))
 # types of parts that are no weights by themselves
 PARTS = {**TYPES, "U8": Type(1, 1, lambda data, shape: mx.array(data.reshape(shape))), TILES: Type(1, 1, _tiles)}
+PARTS |= {f"{WHOLE} {name}": TYPES[name] for name in _PLAIN} | {"svdq shift": Type(2, 1, unpack.shift)}
 
 
 def check(dtype: str, where: str) -> None:

@@ -61,6 +61,12 @@ LAYOUTS = (
         maps.FLUX_MFLUX, (), maps.FLUX_MFLUX_LOST,
     ),
     Layout(
+        "transformer, nunchaku", "transformer",
+        ("transformer_blocks.0.qkv_proj.weight", "transformer_blocks.0.mlp_context_fc1.weight",
+         "single_transformer_blocks.0.mlp_fc1.weight"),
+        maps.FLUX_NUNCHAKU, (), (), sizes.diffusers_flux, ("FluxTransformer2DModel",),
+    ),
+    Layout(
         "VAE, Black Forest Labs", "vae",
         ("encoder.down.0.block.0.conv1.weight", "decoder.mid.attn_1.q.weight"),
         maps.VAE_BFL,

@@ -63,8 +63,8 @@ MODELS = (
     (".W_q", "an HQQ file"),
     (".weight_packed", "a compressed-tensors file"),
     (".tensor_impl.", "a torchao file"),
-    (".qweight", "a Nunchaku SVDQuant file"),
-    (".wscales", "a Nunchaku SVDQuant file"),
+    (".qweight", "a quantized file whose layers have no scales that are known"),
+    (".wscales", "a Nunchaku SVDQuant file without its weights"),
 )
 # parts of larger models, refused where the part that we need is not there: its component comes last
 ALONE = (

@@ -9,6 +9,8 @@ A source is a name (the same values; the order of a convolution's axes follows f
 
     Rows(a, b, ...)   the parts of a fused matrix, one after another
     Swap(a)           the two halves of its rows exchanged
+    Columns(a, b)     the same along the second axis
+    Sum(a, b)         the sum of those that are there
     Pick(a)           the few rows that are needed
     Either(a, b)      the first of these names that is there
 
@@ -32,6 +34,14 @@ class Rows(_Op):
 
 class Swap(_Op):
     """The halves of the first axis exchanged."""
+
+
+class Columns(_Op):
+    """Sources one after another along the second axis."""
+
+
+class Sum(_Op):
+    """The sum of those sources that the file has."""
 
 
 class Either(_Op):
@@ -133,6 +143,27 @@ FLUX_DIFFUSERS = (
 FLUX_MFLUX = _renamed(FLUX_DIFFUSERS, (".net.0.proj.", ".linear1."), (".net.2.", ".linear2."))
 FLUX_MFLUX_LOST = (
     ("final_layer.adaLN_modulation.1.bias", "mflux 0.16 and later drop it when they save; it cannot be recovered"),
+)
+
+FLUX_NUNCHAKU = (
+    ("double_blocks.{n}.img_attn.qkv.*", f"{_D}.qkv_proj.*"),
+    ("double_blocks.{n}.txt_attn.qkv.*", f"{_D}.qkv_proj_context.*"),
+    ("double_blocks.{n}.img_attn.proj.*", f"{_D}.out_proj.*"),
+    ("double_blocks.{n}.txt_attn.proj.*", f"{_D}.out_proj_context.*"),
+    ("double_blocks.{n}.img_mlp.0.*", f"{_D}.mlp_fc1.*"),
+    ("double_blocks.{n}.img_mlp.2.*", f"{_D}.mlp_fc2.*"),
+    ("double_blocks.{n}.txt_mlp.0.*", f"{_D}.mlp_context_fc1.*"),
+    ("double_blocks.{n}.txt_mlp.2.*", f"{_D}.mlp_context_fc2.*"),
+    ("double_blocks.{n}.img_attn.norm.query_norm.scale", f"{_D}.norm_q.weight"),
+    ("double_blocks.{n}.img_attn.norm.key_norm.scale", f"{_D}.norm_k.weight"),
+    ("double_blocks.{n}.txt_attn.norm.query_norm.scale", f"{_D}.norm_added_q.weight"),
+    ("double_blocks.{n}.txt_attn.norm.key_norm.scale", f"{_D}.norm_added_k.weight"),
+    ("single_blocks.{n}.linear1.*", Rows(f"{_S}.qkv_proj.*", f"{_S}.mlp_fc1.*")),
+    ("single_blocks.{n}.linear2.weight", Columns(f"{_S}.out_proj.weight", f"{_S}.mlp_fc2.weight")),
+    ("single_blocks.{n}.linear2.bias", Sum(f"{_S}.out_proj.bias", f"{_S}.mlp_fc2.bias")),
+    ("single_blocks.{n}.norm.query_norm.scale", f"{_S}.norm_q.weight"),
+    ("single_blocks.{n}.norm.key_norm.scale", f"{_S}.norm_k.weight"),
+    *FLUX_DIFFUSERS,
 )
 
 # --- the autoencoder ---

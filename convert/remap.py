@@ -13,7 +13,7 @@ import numpy as np
 from mlx_flux_krea.errors import ModelError
 from mlx_flux_krea.models.config import MODES, Quantization
 
-from .maps import COPIES, NOT_NEEDED, Either, Pick, Swap
+from .maps import COPIES, NOT_NEEDED, Columns, Either, Pick, Sum, Swap
 from .tensors import Data, Tensor
 
 _SLOTS = {
@@ -35,10 +35,11 @@ class Target:
     sources: tuple[Tensor, ...]  # none: zeros
     swap: bool
     torch_axes: bool  # of a convolution
+    op: type = str  # of `maps`: how several sources become one
 
     def chunks(self) -> list[tuple[int, "Target"]]:
         """Returns chunks that fit into a processor's cache, each with its first row."""
-        if len(self.shape) != 2 or self.swap or not self.sources:
+        if len(self.shape) != 2 or self.swap or not self.sources or self.op is Columns:
             return [(0, self)]
         most = max(1, _CHUNK // self.shape[1])
         parts = [part for tensor in self.sources for part in _cut(tensor, most)]
@@ -72,7 +73,9 @@ class Target:
         if not self.sources:
             return mx.zeros(self.shape)
         parts = [_in_our_axes(tensor.read(data), len(self.shape), self.torch_axes) for tensor in self.sources]
-        array = parts[0] if len(parts) == 1 else mx.concatenate(parts)
+        if self.op is Sum:
+            return sum(parts[1:], parts[0])
+        array = parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=int(self.op is Columns))
         return mx.concatenate(list(mx.split(array, 2))[::-1]) if self.swap else array
 
 
@@ -145,6 +148,8 @@ def plan(
         names, op = source_names(name, table, last)
         if op is Either:
             names = next(([n] for n in names if n in tensors), names[:1])
+        if op is Sum:
+            names = [n for n in names if n in tensors] or names[:1]
         absent = [n for n in names if n not in tensors]
         if absent and (reason := dict(lost).get(name)):
             zeros.append((name, reason))
@@ -157,11 +162,11 @@ def plan(
         sources = tuple(tensors[n] for n in names)
         if op is Pick:
             sources = tuple(sources[0].rows(number, 1) for number in picked if number < sources[0].shape[0])
-        shape_of_sources = _shape([_shape_in_our_axes(t.shape, len(shape), torch_axes) for t in sources])
+        shape_of_sources = _shape([_shape_in_our_axes(t.shape, len(shape), torch_axes) for t in sources], op)
         if shape_of_sources != tuple(shape):
             stored = " + ".join(str(list(t.shape)) for t in sources)
             shaped.append(f"{names[0]} has shape {stored}, expected parts of {list(shape)}")
-        targets.append(Target(name, tuple(shape), sources, op is Swap, torch_axes))
+        targets.append(Target(name, tuple(shape), sources, op is Swap, torch_axes, op))
     reasons, unknown, copies = _left([n for n in tensors if n not in used], dropped, modules, tensors)
     problems = [f"lacks {n}" for n in missing] + [f"has the unknown tensor {n}" for n in unknown] + shaped + copies
     if problems:
@@ -226,10 +231,16 @@ def _fill(template: str, slots: dict[str, str], last: int) -> str:
     return template
 
 
-def _shape(parts: list[tuple[int, ...]]) -> tuple[int, ...]:
-    if len(parts) > 1 and len({p[1:] for p in parts}) == 1 and all(parts):
-        return (sum(p[0] for p in parts), *parts[0][1:])
-    return parts[0] if len(parts) == 1 else ()
+def _shape(parts: list[tuple[int, ...]], op: type) -> tuple[int, ...]:
+    """Returns the shape that sources make together; (): they do not fit."""
+    if len(parts) == 1:
+        return parts[0]
+    axis = int(op is Columns)
+    if not all(len(part) > axis for part in parts) or len({(*p[:axis], *p[axis + 1 :]) for p in parts}) > 1:
+        return ()
+    if op is Sum:
+        return parts[0] if len(set(parts)) == 1 else ()
+    return (*parts[0][:axis], sum(part[axis] for part in parts), *parts[0][axis + 1 :])
 
 
 def _channels_last(tensors: dict[str, Tensor]) -> bool:

@@ -13,6 +13,7 @@ from mlx_flux_krea.files import read_json
 from mlx_flux_krea.first_bytes import GGUF, look
 from mlx_flux_krea.weights import read_header
 
+from . import svdq
 from .formats import GROUP_SIZE, join_parts, read_statements
 from .gguf_header import read_gguf
 from .sets import FileSet, listed_shards
@@ -98,7 +99,8 @@ def _join_shards(files: FileSet) -> Source:
     _check_split(files, metadata)
     notes = tuple(note for index in files.indexes if (note := _contradiction(index, tensors)))
     source = Source(files.path, files.files, tensors, metadata, files.component, files.stem, notes)
-    joined = join_parts(tensors, _group_sizes(source), read_statements(tensors, metadata))
+    statements = read_statements(tensors, metadata)
+    joined = join_parts(svdq.join(tensors, metadata), _group_sizes(source), statements)
     return replace(source, tensors=joined)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from .decode import PARTS, TILE_ROWS, TILES, TYPES
+from .decode import PARTS, TILE_ROWS, TILES, TYPES, WHOLE
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,9 @@ class Tensor:
         kind = TYPES.get(self.dtype)
         if kind and math.prod(self.shape[1:]) % kind.numbers:
             return max(1, self.shape[0])
-        return TILE_ROWS if any(part.dtype == TILES for part in self.parts) else 1
+        if self.dtype.startswith("awq"):
+            return max(1, self.shape[0])
+        return TILE_ROWS if self.dtype.startswith("svdq") or any(part.dtype == TILES for part in self.parts) else 1
 
     def rows(self, first: int, count: int) -> "Tensor":
         """Returns some consecutive rows; the first is a multiple of `step`."""
@@ -54,7 +56,8 @@ class Tensor:
         """Returns the part that belongs to some rows of a weight."""
         if self.dtype == TILES:
             return self.rows(first, -(-count // TILE_ROWS) * TILE_ROWS)
-        return self.rows(first, count) if self.shape[:1] == (all_,) else self
+        is_cut = self.shape[:1] == (all_,) and not self.dtype.startswith(WHOLE)
+        return self.rows(first, count) if is_cut else self
 
     def read(self, data: "Data") -> mx.array:
         """Returns the tensor as an array, in a type that holds every value."""

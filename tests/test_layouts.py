@@ -276,8 +276,7 @@ OTHERS = {  # tensors that give others away, of which no list is kept
     "a LoRA": ["transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight"],
     "a bitsandbytes NF4": ["double_blocks.0.img_mlp.0.weight", "double_blocks.0.img_mlp.0.weight.absmax"],
     "a bitsandbytes NF4 ": ["img_in.weight", "img_in.weight.quant_state.bitsandbytes__nf4"],
-    "a Nunchaku SVDQuant": ["transformer_blocks.0.qkv_proj.qweight", "transformer_blocks.0.qkv_proj.wscales"],
-    "a Nunchaku SVDQuant ": ["single_transformer_blocks.0.mlp_fc1.wscales"],
+    "a Nunchaku SVDQuant file without its weights": ["single_transformer_blocks.0.mlp_fc1.wscales"],
 }
 
 

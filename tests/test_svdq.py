@@ -1,0 +1,185 @@
+"""Nunchaku's files: every layer's numbers, whole models, names at full size; what is wrong with some."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import foreign
+import mlx.core as mx
+import numpy as np
+import nunchaku
+import pytest
+from mlx_flux_krea.convert import convert, fit
+from mlx_flux_krea.convert.identify import identify
+from mlx_flux_krea.convert.reading import Reading
+from mlx_flux_krea.convert.sources import Source, open_sources
+from mlx_flux_krea.convert.svdq import join
+from mlx_flux_krea.convert.tensors import Tensor
+from test_layouts import PARAMETERS, names_in
+
+from mlx_flux_krea import nano
+from mlx_flux_krea.errors import ModelError
+from mlx_flux_krea.models import config as configs
+from mlx_flux_krea.weights import open_model
+
+LAYER = "transformer_blocks.0.mlp_fc2"
+
+
+def read(file: Path, name: str) -> np.ndarray:
+    """A tensor as it is read: whole, and cut wherever it may be."""
+    (source,) = open_sources([file])
+    tensor = source.tensors[name]
+    with Reading([]) as reading:
+        whole = np.array(tensor.read(reading.data).astype(mx.float32))
+        if len(tensor.shape) == 2:
+            cut = [tensor.rows(k, tensor.step).read(reading.data) for k in range(0, tensor.shape[0], tensor.step)]
+            assert np.allclose(np.concatenate([np.array(part) for part in cut]), whole, atol=1e-6)
+    return whole
+
+
+def save(file: Path, parts: dict, layer: str = LAYER, metadata=None) -> Path:
+    foreign.save(file, {f"{layer}.{name}": stored for name, stored in parts.items()}, metadata)
+    return file
+
+
+@pytest.mark.parametrize("size", [(128, 128), (256, 384), (384, 256)])
+@pytest.mark.parametrize("kind", ["int4", "fp4"])
+@pytest.mark.parametrize("layer", [LAYER, "single_transformer_blocks.3.qkv_proj"])
+def test_a_layer_with_a_low_rank_branch_is_read_number_by_number(tmp_path, kind, size, layer):
+    """The bias of an int4 layer after GELU gets back what the shift of its inputs took."""
+    parts, weight, bias = nunchaku.quantized(kind, *size, is_shifted=kind == "int4" and layer == LAYER)
+    file = save(tmp_path / "x.safetensors", parts, layer)
+    assert np.abs(read(file, f"{layer}.weight") - weight).max() < 2e-7 * np.abs(weight).max()
+    assert np.abs(read(file, f"{layer}.bias") - bias).max() < 2e-6 * np.abs(bias).max()
+
+
+@pytest.mark.parametrize(("layer", "count"), [("norm1.linear", 6), ("norm1_context.linear", 6), ("norm.linear", 3)])
+def test_a_layer_of_modulation_is_read_number_by_number(tmp_path, layer, count):
+    parts, weight, bias = nunchaku.modulation(count, 128 * count, 192)
+    file = save(tmp_path / "x.safetensors", parts, f"blocks.0.{layer}")
+    assert np.abs(read(file, f"blocks.0.{layer}.weight") - weight).max() < 1e-6
+    assert np.array_equal(read(file, f"blocks.0.{layer}.bias"), bias.astype(np.float32))
+
+
+WRONG = {
+    "a part missing": (lambda p: p.pop("smooth"), "lacks smooth"),
+    "no branch": (lambda p: p.pop("lora_down"), "lacks lora_down"),
+    "a part of another shape": (lambda p: p.update(smooth=("BF16", (64,), bytes(128))), r"smooth has shape \[64\]"),
+    "codes in one row": (lambda p: p.update(qweight=("I8", (8192,), bytes(8192))), r"qweight has shape \[8192\]"),
+    "an unknown part": (lambda p: p.update(zeros=("BF16", (64,), bytes(128))), "has the unknown part zeros"),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_a_layer_that_is_not_whole_is_refused(tmp_path, kind):
+    parts, _, _ = nunchaku.quantized("int4", 128, 128)
+    change, says = WRONG[kind]
+    change(parts)
+    with pytest.raises(ModelError, match=f"{LAYER}.{{0,2}}{says}"):
+        open_sources([save(tmp_path / "x.safetensors", parts)])
+
+
+@pytest.mark.parametrize("said", ['{"method": "gptq"}', "{", "[1]"])
+def test_another_method_is_refused_by_its_word(tmp_path, said):
+    parts, _, _ = nunchaku.quantized("int4", 128, 128)
+    with pytest.raises(ModelError, match=r"says that its method is gptq|quantization_config cannot be read"):
+        open_sources([save(tmp_path / "x.safetensors", parts, metadata={"quantization_config": said})])
+
+
+# --- names at full size, by the rules of nunchaku's naming ---
+
+
+def full_size(kind: str) -> Source:
+    path = Path("nowhere") / f"svdq-{kind}_r32-flux.1-krea-dev.safetensors"
+    stored = foreign.published("diffusers-transformer-dev")
+    replaced = (".attn.to_", ".attn.add_", ".ff.", ".ff_context.", ".proj_mlp.", ".proj_out.", "norm1", ".norm.linear.")
+    kept = {n: t for n, t in stored.items() if not any(part in f"{n}" for part in replaced) or "_blocks." not in n}
+    kept = {n.replace(".attn.norm_", ".norm_"): t for n, t in kept.items()}
+    for layer, rows, width, how in nunchaku.layers(configs.FLUX_DEV):
+        parts = nunchaku.shapes("awq" if how == "awq" else kind, rows, width)
+        kept |= {f"{layer}.{name}": part for name, part in parts.items()}
+    tensors = {n: Tensor(n, path, dtype, shape, 0, 0) for n, (dtype, shape) in kept.items()}
+    return Source(path, (path,), join(tensors, {}), {})
+
+
+@pytest.mark.parametrize("kind", ["int4", "fp4"])
+def test_every_tensor_of_a_published_file_is_mapped(kind):
+    source = full_size(kind)
+    (found,) = identify(source)
+    config, plan = fit.make_plan(found)
+    assert (found.layout.name, config) == ("transformer, nunchaku", configs.FLUX_DEV)
+    assert plan.parameters == PARAMETERS["transformer"]
+    assert plan.dropped == ()
+    assert source.tensors.keys() <= names_in(plan)
+
+
+@pytest.mark.parametrize("lost", ["qkv_proj.weight", "mlp_fc2.weight", "norm.linear.bias", "norm_q.weight"])
+def test_a_missing_layer_is_named(lost):
+    source = full_size("int4")
+    name = f"single_transformer_blocks.7.{lost}"
+    with pytest.raises(ModelError, match=f"lacks {name}"):
+        fit.make_plan(*identify(replace(source, tensors={n: t for n, t in source.tensors.items() if n != name})))
+
+
+# --- whole models ---
+
+
+def model_in(kind: str, target: Path) -> tuple[Path, dict[str, np.ndarray]]:
+    """A random transformer of the small model's inputs and 128 channels; the folder, and the arrays expected of it."""
+    sizes = open_model(nano.FOLDER).sizes.flux
+    config = replace(
+        sizes, hidden_size=128, num_heads=2, axes_dim=(16, 24, 24), depth=1, depth_single_blocks=2, mlp_ratio=4
+    )
+    source = foreign.write(nano.FOLDER, target, "BFL")
+    (source / "config.json").write_text(json.dumps(foreign.config(nano.FOLDER) | {"flux": configs.to_json(config)}))
+    rng = np.random.default_rng(0)
+    wanted = {n: rng.standard_normal(s).astype(np.float32) for n, s in fit.target_shapes("transformer", config).items()}
+    theirs = foreign.take_apart({n: mx.array(a) for n, a in wanted.items()}, "transformer", "diffusers")
+    tensors = {}
+    for name, array in theirs.items():
+        new = name.replace(".attn.norm_", ".norm_")
+        if "_blocks." not in name or ".norm_" in new:
+            tensors[new] = foreign.plain(array, "F32")
+    made: dict[str, np.ndarray] = {}
+    for layer, rows, width, how in nunchaku.layers(config):
+        shifted = kind == "int4" and layer.endswith(("mlp_fc2", "mlp_context_fc2"))
+        call = nunchaku.modulation(6 if "norm1" in layer else 3, rows, width) if how == "awq" else None
+        parts, weight, bias = call or nunchaku.quantized(kind, rows, width, shifted)
+        tensors |= {f"{layer}.{name}": stored for name, stored in parts.items()}
+        made |= {f"{layer}.weight": weight, f"{layer}.bias": bias}
+    foreign.save(source / "flux1-krea-dev.safetensors", tensors)
+    return source, wanted | dict(_ours(made, config))
+
+
+def _ours(made: dict[str, np.ndarray], config):
+    """The arrays of our layers from nunchaku's."""
+    both = {"img_attn.qkv": "qkv_proj", "txt_attn.qkv": "qkv_proj_context", "img_attn.proj": "out_proj",
+            "txt_attn.proj": "out_proj_context", "img_mlp.0": "mlp_fc1", "img_mlp.2": "mlp_fc2",
+            "txt_mlp.0": "mlp_context_fc1", "txt_mlp.2": "mlp_context_fc2", "img_mod.lin": "norm1.linear",
+            "txt_mod.lin": "norm1_context.linear"}  # fmt: skip
+    for n in range(config.depth):
+        for ours, theirs in both.items():
+            for end in ("weight", "bias"):
+                yield f"double_blocks.{n}.{ours}.{end}", made[f"transformer_blocks.{n}.{theirs}.{end}"]
+    for n in range(config.depth_single_blocks):
+        at = f"single_transformer_blocks.{n}"
+        for end in ("weight", "bias"):
+            one, two = made[f"{at}.qkv_proj.{end}"], made[f"{at}.mlp_fc1.{end}"]
+            yield f"single_blocks.{n}.linear1.{end}", np.concatenate([one, two])
+            yield f"single_blocks.{n}.modulation.lin.{end}", made[f"{at}.norm.linear.{end}"]
+        columns = made[f"{at}.out_proj.weight"], made[f"{at}.mlp_fc2.weight"]
+        yield f"single_blocks.{n}.linear2.weight", np.concatenate(columns, axis=1)
+        yield f"single_blocks.{n}.linear2.bias", made[f"{at}.out_proj.bias"] + made[f"{at}.mlp_fc2.bias"]
+
+
+@pytest.mark.parametrize("kind", ["int4", "fp4"])
+@pytest.mark.core("int4")
+def test_a_model_of_nunchakus_becomes_the_model_of_its_values(tmp_path, kind):
+    source, wanted = model_in(kind, tmp_path / "source")
+    report = convert([source], tmp_path / "out", dtype="float32", quantize="none", tokenizers=nano.FOLDER)
+    made = foreign.arrays_of(report.path)["transformer"]
+    assert made.keys() == wanted.keys()
+    for name, array in made.items():
+        assert np.abs(np.array(array) - wanted[name]).max() < 2e-6 * np.abs(wanted[name]).max(), name
+    shutil.rmtree(source)
