@@ -310,9 +310,9 @@ def test_components_that_do_not_fit_are_refused_before_anything_is_written(sourc
 
 
 def test_a_scale_without_its_weight_is_refused_by_name(singles, tmp_path):
-    name = "double_blocks.0.img_mlp.0.scale_weight"
+    name = "double_blocks.0.img_mlp.1.scale_weight"
     edit_tensors(singles / "flux1-tiny.safetensors", lambda a: a.update({name: mx.zeros((1,))}))
-    with pytest.raises(ModelError, match=r"has the unknown tensor double_blocks\.0\.img_mlp\.0\.scale_weight"):
+    with pytest.raises(ModelError, match=r"has the unknown tensor double_blocks\.0\.img_mlp\.1\.scale_weight"):
         run(singles, out=tmp_path / "out")
 
 
