@@ -25,6 +25,7 @@ class Type:
     bytes: int
     decode: Callable[..., mx.array]  # (bytes as uint8, shape, *parts) to an array that holds every value exactly
     package: str | None = None  # that decoding needs
+    rows: int = 1  # that stay together where a tensor is cut; 0: all
 
 
 def _plain(stored: type, view: mx.Dtype) -> Callable[..., mx.array]:
@@ -174,21 +175,21 @@ TYPES = {
     **{name: Type(*block, _ggml(name), "gguf") for name, block in _BLOCKS.items()},
     **{f"{bits}-bit MLX": Type(32, 4 * bits, _affine) for bits in (2, 3, 4, 5, 6, 8)},
     **{f"{mode} MLX": Type(8, bits, _float_blocks(mode, group, bits)) for mode, group, bits in FLOAT_MODES},
-    "nvfp4 in tiles": Type(2, 1, _nvfp4_tiles),
-    "mxfp8 in tiles": Type(1, 1, _mxfp8_tiles),
+    "nvfp4 in tiles": Type(2, 1, _nvfp4_tiles, rows=TILE_ROWS),
+    "mxfp8 in tiles": Type(1, 1, _mxfp8_tiles, rows=TILE_ROWS),
     **{f"I8 rotated by {size}": Type(1, 1, _rotated(size)) for size in ROTATIONS},
 }
 _PLAIN = ("F8_E4M3", "F8_E5M2", "BF16", "F16", "F32")
 TYPES |= {f"scaled {name}": Type(1, TYPES[name].bytes, _scaled(TYPES[name].decode)) for name in _PLAIN}
 TYPES["scaled I8"] = Type(1, 1, _scaled(_int8))
-TYPES |= {f"svdq {kind}": Type(2, 1, unpack.weight(kind)) for kind in ("int4", "fp4")}
-TYPES |= {f"awq {parts}": Type(2, 1, unpack.modulation(parts)) for parts in (3, 6)}
+TYPES |= {f"svdq {kind}": Type(2, 1, unpack.weight(kind), rows=TILE_ROWS) for kind in ("int4", "fp4")}
+TYPES |= {f"awq {parts}": Type(2, 1, unpack.modulation(parts), rows=0) for parts in (3, 6)}
 for _name in ("BF16", "F16", "F32"):
     _read, _size = TYPES[_name].decode, TYPES[_name].bytes
-    TYPES[f"svdq bias {_name}"] = Type(1, _size, _after(_read, unpack.bias))
+    TYPES[f"svdq bias {_name}"] = Type(1, _size, _after(_read, unpack.bias), rows=TILE_ROWS)
     for _parts in (3, 6):
         _bias = functools.partial(unpack.modulation_bias, parts=_parts)
-        TYPES[f"awq bias {_parts} {_name}"] = Type(1, _size, _after(_read, _bias))
+        TYPES[f"awq bias {_parts} {_name}"] = Type(1, _size, _after(_read, _bias), rows=0)
 # types of parts that are no weights by themselves
 PARTS = {**TYPES, "U8": Type(1, 1, lambda data, shape: mx.array(data.reshape(shape))), TILES: Type(1, 1, _tiles)}
 PARTS |= {f"{WHOLE} {name}": TYPES[name] for name in _PLAIN} | {"svdq shift": Type(2, 1, unpack.shift)}

@@ -16,7 +16,6 @@ can be interrupted anywhere.
 import contextlib
 import hashlib
 import itertools
-import json
 import os
 import struct
 import threading
@@ -30,7 +29,7 @@ from tempfile import TemporaryDirectory
 from typing import BinaryIO
 
 from mlx_flux_krea.errors import ModelError, UsageError
-from mlx_flux_krea.files import chunks, sha256, sync_path, try_lock
+from mlx_flux_krea.files import chunks, parse_json, sha256, sync_path, try_lock
 
 from .formats import LONGEST, MARK
 from .hub import (
@@ -257,11 +256,11 @@ def _statements(header: bytes) -> list[tuple[int, int]]:
     """Returns the places of small tensors that say how others are stored; none where the header cannot be read."""
     try:
         (length,) = struct.unpack("<Q", header[:8])
-        infos = json.loads(header[8 : 8 + length])
+        infos = parse_json(header[8 : 8 + length])
         names = [name for name in infos if name.endswith(MARK)]
         places = [[8 + length + int(n) for n in infos[name]["data_offsets"]] for name in names]
         return [(start, end) for start, end in places if 0 < end - start <= LONGEST]
-    except (ValueError, TypeError, KeyError, AttributeError, struct.error, RecursionError):
+    except (ValueError, TypeError, KeyError, AttributeError, struct.error):
         return []
 
 

@@ -8,11 +8,12 @@ with int4 codes in groups of 64, or e2m1 codes in groups of 16 with scales in e4
 of modulation have plain 4-bit codes with `wscales` and `wzeros` (AWQ). `unpack.py` has the order of their numbers.
 """
 
-import json
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import replace
 
 from mlx_flux_krea.errors import ModelError, printable
+from mlx_flux_krea.files import parse_json
 
 from .tensors import WHOLE, Tensor
 
@@ -30,14 +31,16 @@ def join(tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> dict[str, T
     Raises:
         ModelError: the file states another method, or a layer lacks a part or has one of another shape.
     """
-    joined = dict(tensors)
-    for name, codes in tensors.items():
+    joined, layers = dict(tensors), defaultdict(dict)
+    for name, tensor in tensors.items():
         layer, _, last = name.rpartition(".")
-        if last != "qweight" or f"{layer}.wscales" not in tensors:
+        layers[layer][last] = tensor
+    for layer, own in layers.items():
+        if not layer or not {"qweight", "wscales"} <= own.keys():
             continue
+        codes = own["qweight"]
         if len(codes.shape) != 2:
-            raise _odd(codes, f"{name} has shape {list(codes.shape)}", "rows and columns")
-        own = {full[len(layer) + 1 :]: t for full, t in tensors.items() if full.rpartition(".")[0] == layer}
+            raise _odd(codes, f"{codes.name} has shape {list(codes.shape)}", "rows and columns")
         made = _modulation(layer, codes, own) if "wzeros" in own else _layer(layer, codes, own)
         for part in own:
             del joined[f"{layer}.{part}"]
@@ -50,9 +53,8 @@ def join(tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> dict[str, T
 def _check_method(tensor: Tensor, metadata: Mapping[str, str]) -> None:
     """Checks the statement of a file about itself, where it has one."""
     try:
-        config = json.loads(metadata.get(_CONFIG) or "{}")
-        method = config.get("method", "svdquant")
-    except (ValueError, AttributeError, RecursionError):
+        method = parse_json(metadata.get(_CONFIG) or "{}").get("method", "svdquant")
+    except (ValueError, AttributeError):
         raise ModelError(f"{tensor.path}: {_CONFIG} cannot be read", "a JSON object") from None
     if method != "svdquant":
         raise ModelError(f"{tensor.path} says that its method is {printable(str(method)[:100])}", "svdquant")

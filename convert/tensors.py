@@ -36,12 +36,9 @@ class Tensor:
     @property
     def step(self) -> int:
         """Rows at whose multiples it may be cut: tiles of scales and blocks of numbers stay whole."""
-        kind = TYPES.get(self.dtype)
-        if kind and math.prod(self.shape[1:]) % kind.numbers:
-            return max(1, self.shape[0])
-        if self.dtype.startswith("awq"):
-            return max(1, self.shape[0])
-        return TILE_ROWS if self.dtype.startswith("svdq") or any(part.dtype == TILES for part in self.parts) else 1
+        kind = TYPES[self.dtype]
+        is_whole = not kind.rows or math.prod(self.shape[1:]) % kind.numbers
+        return max(1, self.shape[0]) if is_whole else kind.rows
 
     def rows(self, first: int, count: int) -> "Tensor":
         """Returns some consecutive rows; the first is a multiple of `step`."""
