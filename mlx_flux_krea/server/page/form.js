@@ -2,7 +2,7 @@
 
 import { ask, pathOf, show } from "./api.js";
 import { byId, later, make, quoted, say, seconds, shown, size, tried, bytes, counted } from "./dom.js";
-import { Well, Wells, reveal } from "./images.js";
+import { Well, Wells } from "./images.js";
 import { Shapes } from "./shapes.js";
 
 const KEPT = "flux-krea-form"; // of the browser's storage for this address
@@ -248,7 +248,6 @@ export class Form {
   /** Uses a picture as the image to start from. */
   startFrom(value) {
     this.image.set(value);
-    reveal("image-options");
     byId("image-part").open = true;
     say("The picture is the image to start from");
     byId("prompt").focus();

@@ -1,7 +1,7 @@
 // Places of the form that hold an image: chosen, dropped, or taken from the pictures.
 
 import { pathOf, show, upload } from "./api.js";
-import { byId, make, say, size, tried } from "./dom.js";
+import { make, say, size, tried } from "./dom.js";
 
 /**
  * An image that a request names.
@@ -128,6 +128,3 @@ export function acceptDrops(element, call) {
     call(event.dataTransfer.files[0]);
   });
 }
-
-/** Opens the part of the form in which an element stands. */
-export const reveal = (id) => byId(id).closest("details")?.setAttribute("open", "");

@@ -32,10 +32,9 @@ export class Pictures {
 
   /** Reads the newest pictures that fit the search. */
   async read() {
-    const query = byId("search").value.trim();
-    const { changes } = this;
-    const found = await ask("GET", `/api/pictures?limit=${PAGE}&query=${encodeURIComponent(query)}`);
-    if (query !== byId("search").value.trim()) return undefined;
+    const { query, changes } = this;
+    const found = await this.page();
+    if (query !== this.query) return undefined;
     if (changes !== this.changes) return this.read(); // an event came meanwhile
     this.list = [];
     this.items.forEach((element) => this.watcher.unobserve(element));
@@ -45,8 +44,17 @@ export class Pictures {
     return this.add(found);
   }
 
+  /** The words that are searched. */
+  get query() {
+    return byId("search").value.trim();
+  }
+
+  page(before = "") {
+    return ask("GET", `/api/pictures?${new URLSearchParams({ limit: PAGE, query: this.query, before })}`);
+  }
+
   async older() {
-    this.add(await ask("GET", `/api/pictures?limit=${PAGE}&query=${encodeURIComponent(byId("search").value.trim())}&before=${encodeURIComponent(this.next)}`));
+    this.add(await this.page(this.next));
   }
 
   add({ pictures, next, total }) {
@@ -61,7 +69,7 @@ export class Pictures {
   change({ added, removed }) {
     this.changes += 1;
     for (const id of removed) this.remove(id);
-    const words = byId("search").value.trim().toLowerCase().split(/\s+/);
+    const words = this.query.toLowerCase().split(/\s+/);
     for (const one of added) {
       if (this.items.has(one.id) || !words.every((word) => (one.prompt ?? "").toLowerCase().includes(word))) continue;
       this.total += 1;
@@ -129,7 +137,7 @@ export class Pictures {
 
   count() {
     byId("pictures-empty").hidden = this.list.length > 0;
-    byId("pictures-empty").textContent = byId("search").value.trim() ? "No prompt has these words." : "No picture yet. Write a prompt and press Generate.";
+    byId("pictures-empty").textContent = this.query ? "No prompt has these words." : "No picture yet. Write a prompt and press Generate.";
     byId("older").hidden = !this.next;
     byId("total").value = counted(this.total, "picture");
     const first = byId("pictures").querySelector(".picture > button");

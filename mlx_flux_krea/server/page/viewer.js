@@ -43,14 +43,16 @@ export class Viewer {
   open(list, at) {
     this.list = [...list];
     this.at = at;
-    this.showAll([list[at]]);
-    openDialog(this.dialog);
-    byId("stage").focus();
+    this.present([list[at]]);
   }
 
   /** Shows two pictures side by side, which zoom and move together. */
   compare(pictures) {
     this.list = [];
+    this.present(pictures);
+  }
+
+  present(pictures) {
     this.showAll(pictures);
     openDialog(this.dialog);
     byId("stage").focus();
