@@ -1,13 +1,12 @@
 """Two small filters with real weights in a file: an eye for red pictures, and a reader that knows some names."""
 
-import hashlib
 import json
 import shutil
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
-from helpers import acknowledge, edit_json
+from helpers import acknowledge, edit_index
 
 from mlx_flux_krea.filters import judges as filters_judges
 from mlx_flux_krea.home import root as home
@@ -85,11 +84,7 @@ def load_judge(name: str, folder: Path, make_run=None):
 def as_required(model: Path, folder: Path, **changes) -> Path:
     """A copy of a model as one whose licence requires filters, its manifest included."""
     shutil.copytree(model, folder)
-    index = folder / "model_index.json"
-    edit_json(index, filters="required", **changes)
-    about = {"sha256": hashlib.sha256(index.read_bytes()).hexdigest(), "bytes": index.stat().st_size}
-    edit_json(folder / "manifest.json", **{index.name: about})
-    return folder
+    return edit_index(folder, filters="required", **changes)
 
 
 def filtered_copy(model: Path, folder: Path, monkeypatch, **changes) -> Path:

@@ -88,6 +88,11 @@ class Tab:
         self.prompt.fill(prompt)
         self.button("Generate").click()
 
+    def choose_size(self, width: int, height: int) -> None:
+        self.page.get_by_role("radio", name="Other").check()
+        self.page.get_by_label("Width").fill(str(width))
+        self.page.get_by_label("Height").fill(str(height))
+
     def view(self, number: int = 0):
         """Opens a picture; returns its full view."""
         self.pictures.nth(number).get_by_role("button").click()
@@ -199,9 +204,7 @@ def test_shapes_have_their_sizes(tab):
         tab.page.get_by_role("radio", name=area).check()
         tab.page.get_by_role("radio", name="3:2").check()
         expect(tab.page.locator("#size")).to_have_text(expected)
-    tab.page.get_by_role("radio", name="Other").check()
-    tab.page.get_by_label("Width").fill("64")
-    tab.page.get_by_label("Height").fill("100")
+    tab.choose_size(64, 100)
     tab.prompt.fill("a ring")
     expect(tab.page.locator("#plan")).to_contain_text("64 x 100 is no multiple of 16: the picture is 64 x 96")
 
@@ -387,9 +390,7 @@ def strict(tmp_path, model, monkeypatch):
 
 def test_review_asks_both_questions_and_shows_nothing_elsewhere(browser, strict):
     tab = Tab(browser, strict)
-    tab.page.get_by_role("radio", name="Other").check()
-    for label in ("Width", "Height"):
-        tab.page.get_by_label(label).fill("32")
+    tab.choose_size(32, 32)
     tab.page.get_by_label("Number", exact=True).fill("2")
     tab.generate("a cat", steps=2)
     tab.button("2 to review").click()
@@ -454,9 +455,7 @@ def test_previews_of_a_filtered_model_are_a_choice_and_pass_the_filters(browser,
         expect(choice).not_to_be_checked()
         choice.check()
         server.until(lambda s: s.good("GET", "/api/settings")["checked_previews"])
-        tab.page.get_by_role("radio", name="Other").check()
-        for label in ("Width", "Height"):
-            tab.page.get_by_label(label).fill("32")
+        tab.choose_size(32, 32)
         tab.generate("a bird", steps=12)
         expect(tab.page.get_by_role("img", name=re.compile("Preview at step [48] of 12"))).to_be_visible()
         expect(tab.pictures).to_have_count(1)
@@ -481,9 +480,7 @@ def test_editing_models_have_their_own_parts(browser, tmp_path, request):
         tab = Tab(browser, server)
         choose = tab.page.get_by_label("Model", exact=True)
         choose.select_option("control")
-        tab.page.get_by_role("radio", name="Other").check()
-        for label in ("Width", "Height"):
-            tab.page.get_by_label(label).fill("32")
+        tab.choose_size(32, 32)
         tab.page.get_by_text("Control image", exact=True).click()
         tab.page.get_by_label("Control image file", exact=True).set_input_files(file)
         tab.page.get_by_label("It is").select_option("canny")
@@ -505,9 +502,7 @@ def test_editing_models_have_their_own_parts(browser, tmp_path, request):
         choose.select_option("model")
         tab.button("Start over").click()
         choose.select_option("model")
-        tab.page.get_by_role("radio", name="Other").check()
-        for label in ("Width", "Height"):
-            tab.page.get_by_label(label).fill("32")
+        tab.choose_size(32, 32)
         tab.page.get_by_text("Style images", exact=True).click()
         tab.page.get_by_label("Style image 1", exact=True).set_input_files(file)
         tab.page.get_by_label("Weight of style image 1").fill("0.5")

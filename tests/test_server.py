@@ -1,19 +1,18 @@
 """flux-krea ui: the queue, the pictures, the door; with a real server on 127.0.0.1 and the small models."""
 
-import hashlib
 import http.client
 import io
 import json
 import random
 import re
-import shutil
 import signal
 import socket
 from datetime import datetime
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, edit_json, run_command
+from helpers import ROOT, run_command
+from judges import as_required
 from PIL import ExifTags, Image
 from served import Served, serving
 
@@ -520,13 +519,8 @@ def test_a_run_is_taken_up_where_the_database_is_lost_too(tmp_path):
 
 @pytest.mark.page
 def test_setup_on_the_page_shows_the_licence_and_takes_the_agreement(model, tmp_path):
-    folder = tmp_path / "home" / "models" / "tiny"
-    shutil.copytree(model, folder)
-    index = folder / "model_index.json"
     small = {"width": 32, "height": 32, "num_inference_steps": 2, "guidance_scale": 4.5}
-    edit_json(index, filters="required", defaults=small)
-    facts = {"sha256": hashlib.sha256(index.read_bytes()).hexdigest(), "bytes": index.stat().st_size}
-    edit_json(folder / "manifest.json", **{"model_index.json": facts})
+    folder = as_required(model, tmp_path / "home" / "models" / "tiny", defaults=small)
     with serving(tmp_path / "home") as server:
         assert server.good("GET", "/api/setup")["missing"] == ["filters", "licence"]
         for wrong in ({"check": "none"}, {"accept_licence": "x"}, {"model": "/tmp"}, {"offline": 1}):
