@@ -11,6 +11,7 @@ of Redux and the depth network.
     choose                   the source of each component
     tensors, formats         stored tensors, weights in several of them, and statements about them
     svdq, unpack             nunchaku's layers
+    packing                  packed weights that go over unchanged
     decode                   the types in which files store numbers
     layouts, lookalikes      the known layouts, and other models that are refused
     identify                 the networks in a file

@@ -6,13 +6,14 @@ scales) has a type of its own, made by `formats.COMPOUNDS`.
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_flux_krea.errors import ModelError
+from mlx_flux_krea.models.layers import whole_weight
 
 from . import unpack
 
@@ -77,6 +78,16 @@ def _rotated(size: int) -> Callable[..., mx.array]:
         return sums * (scale.astype(mx.float32).reshape(-1, 1) / float(size**0.5))
 
     return decode
+
+
+def _with_more(decode: Callable[..., mx.array], names: tuple[str, ...]) -> Callable[..., mx.array]:
+    """Returns the decoder of a layer with further arrays."""
+
+    def whole(data: np.ndarray, shape: tuple[int, ...], *parts: mx.array) -> mx.array:
+        own, more = parts[: -len(names)], parts[-len(names) :]
+        return whole_weight(decode(data, shape, *own), dict(zip(names, more, strict=True)))
+
+    return whole
 
 
 def _after(read: Callable[..., mx.array], function: Callable[..., mx.array]) -> Callable[..., mx.array]:
@@ -182,6 +193,21 @@ TYPES = {
 _PLAIN = ("F8_E4M3", "F8_E5M2", "BF16", "F16", "F32")
 TYPES |= {f"scaled {name}": Type(1, TYPES[name].bytes, _scaled(TYPES[name].decode)) for name in _PLAIN}
 TYPES["scaled I8"] = Type(1, 1, _scaled(_int8))
+# arrays that a layer of a folder of ours may have beside codes, scales and biases, by the end of the type's name
+_BRANCH = ("down", "up")
+BESIDE = {
+    " ".join((*gain, *intake, *branch)): (*gain, *intake, *branch)
+    for gain in ((), ("gain",))
+    for intake in ((), ("intake",))
+    for branch in ((), _BRANCH)
+}
+_PACKED = [name for name in TYPES if name.endswith(" MLX")]
+TYPES |= {
+    f"{name} with {end}": replace(TYPES[name], decode=_with_more(TYPES[name].decode, names), rows=int(end == "gain"))
+    for name in _PACKED
+    for end, names in BESIDE.items()
+    if names
+}
 TYPES |= {f"svdq {kind}": Type(2, 1, unpack.weight(kind), rows=TILE_ROWS) for kind in ("int4", "fp4")}
 TYPES |= {f"awq {parts}": Type(2, 1, unpack.modulation(parts), rows=0) for parts in (3, 6)}
 for _name in ("BF16", "F16", "F32"):
@@ -192,6 +218,7 @@ for _name in ("BF16", "F16", "F32"):
         TYPES[f"awq bias {_parts} {_name}"] = Type(1, _size, _after(_read, _bias), rows=0)
 # types of parts that are no weights by themselves
 PARTS = {**TYPES, "U8": Type(1, 1, lambda data, shape: mx.array(data.reshape(shape))), TILES: Type(1, 1, _tiles)}
+PARTS["U32"] = Type(1, 4, lambda data, shape: mx.array(data.view(np.uint32).reshape(shape)))
 PARTS |= {f"{WHOLE} {name}": TYPES[name] for name in _PLAIN} | {"svdq shift": Type(2, 1, unpack.shift)}
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from mlx_flux_krea.errors import ModelError, printable
 from mlx_flux_krea.files import open_regular, parse_json, unreadable
 
-from .decode import FLOAT_MODES, ROTATIONS, TILES, TYPES
+from .decode import BESIDE, FLOAT_MODES, ROTATIONS, TILES, TYPES
 from .tensors import Tensor
 
 GROUP_SIZE = 64  # of MLX-quantized weights whose folder states none, as mflux writes them
@@ -266,10 +266,29 @@ def _packed_floats(weight: Tensor, scales: Tensor, *, fields: Mapping, group: in
     return None
 
 
+def _with_more(base: Callable[..., Tensor | None], names: tuple[str, ...]) -> Callable[..., Tensor | None]:
+    """Returns the function that combines a layer that MLX packs with further arrays of our folders."""
+
+    def combine(weight: Tensor, *parts: Tensor, fields: Mapping, group: int) -> Tensor | None:
+        whole = base(weight, *parts[: len(parts) - len(names)], fields=fields, group=group)
+        if whole is None or not names:
+            return whole
+        more = {name: part.shape for name, part in zip(names, parts[-len(names) :], strict=True)}
+        rank = more["up"][:1] if "up" in names else (0,)
+        rows, width = whole.shape[:1], whole.shape[1:]
+        fits = {"gain": rows, "intake": width, "down": (*width, *rank), "up": (*rank, *rows)}
+        if any(more[name] != fits[name] for name in names):
+            return None
+        return replace(whole, dtype=f"{whole.dtype} with {' '.join(names)}", parts=parts)
+
+    return combine
+
+
 def _row(format: str, stored: str, beside: str, combine: Callable[..., Tensor | None]) -> Compound:
     return Compound(format, frozenset(stored.split()), tuple(beside.split()), combine)
 
 
+_MOST_FIRST = sorted(BESIDE.items(), key=lambda row: -len(row[1]))
 COMPOUNDS = (
     *(_row("", base, "scale_weight", _scaled(base)) for base in ("F8_E4M3", "F8_E5M2", "BF16", "F16", "F32")),
     *(_row("", base, "weight_scale", _scaled(base)) for base in ("F8_E4M3", "F8_E5M2")),
@@ -281,6 +300,6 @@ COMPOUNDS = (
     _row("int8_tensorwise", "I8 U8", "weight_scale", _int8),
     _row("nvfp4", "U8 I8", "weight_scale weight_scale_2", _tiled("nvfp4", 16, 2)),
     _row("mxfp8", "F8_E4M3 U8 I8", "weight_scale", _tiled("mxfp8", 32, 1)),
-    _row("", "U32", "scales biases", _packed),
-    _row("", "U32", "scales", _packed_floats),
+    *(_row("", "U32", f"scales biases {end}", _with_more(_packed, names)) for end, names in _MOST_FIRST),
+    *(_row("", "U32", f"scales {end}", _with_more(_packed_floats, names)) for end, names in _MOST_FIRST),
 )

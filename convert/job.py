@@ -117,16 +117,16 @@ def decide(
     if kind in BESIDE and quantize != "none":
         raise UsageError(f"{kind} with `quantize` {quantize}", "none: it is small", "leave `quantize` out")
     recipe = quantizing.find_recipe(quantize, group_size)
-    place = (home.COMPONENTS if kind in BESIDE else home.FILTERS, kind)
-    if kind == "model":
-        place = (home.MODELS, f"{index.name}-{_label(recipe, dtype)}")
-    path = Path(os.path.expanduser(out)) if out else home.path(*place)
-    tokens = find_tokenizers(components, plans, tokenizers)
     layers, left = {}, {}
     notes = said + ((found.note,) if found and found.note else ())
     for name in plans:
         layers[name], left[name], is_kept = _choose_layers(name, plans, recipe)
         notes += (f"`quantize` {quantize}: {_AS_IT_IS}",) if is_kept else ()
+    place = (home.COMPONENTS if kind in BESIDE else home.FILTERS, kind)
+    if kind == "model":
+        place = (home.MODELS, f"{index.name}-{_label(dtype, layers['transformer'])}")
+    path = Path(os.path.expanduser(out)) if out else home.path(*place)
+    tokens = find_tokenizers(components, plans, tokenizers)
     groups = {name: _groups(name, plan, dtype, layers[name]) for name, (_, plan) in plans.items()}
     return Conversion(
         kind=kind,
@@ -159,7 +159,7 @@ def _choose_layers(
     """Returns how each layer of a component is stored, layers left out with the reason, and if packing was kept."""
     config, plan = plans[name]
     layers, left = quantizing.choose(name, layer_widths(name, config), recipe)
-    kept = quantizing.keep_packed(plan, layers) if name == "pixtral" else layers
+    kept = quantizing.keep_packed(plan, layers, always=name == "pixtral")
     return kept, left, kept != layers
 
 
@@ -184,6 +184,7 @@ class Outline:
         licence: the LICENSE.md of the new folder; None: it would have none.
         bytes: size of all weight files.
         rooms: disk space in each precision.
+        labels: the ends of the folder's name; none for a filter or a component.
         is_unproven: whether filters are required is not known before the transformer's file is read: by its sizes it
             may be FLUX.1 [schnell], and nothing states its sha256.
     """
@@ -193,6 +194,7 @@ class Outline:
     licence: bytes | None
     bytes: int
     rooms: dict[str, Room]
+    labels: dict[str, str]
     is_unproven: bool = False
 
     @property
@@ -212,7 +214,7 @@ class Outline:
 
     def target(self, quantize: str) -> Path:
         """Returns where `convert` puts a model in this precision, and bfloat16."""
-        return home.path(home.MODELS, f"{self.index.name}-{_label(quantizing.find_recipe(quantize, None), 'bfloat16')}")
+        return home.path(home.MODELS, f"{self.index.name}-{self.labels[quantize]}")
 
 
 def examine(
@@ -241,6 +243,13 @@ def examine(
             rooms={
                 quantize: Room(to_fetch, tuple(_converted_bytes(name, plans, quantize) for name in order))
                 for quantize in quantizing.RECIPES
+            },
+            labels={
+                quantize: _label(
+                    "bfloat16", _choose_layers("transformer", plans, quantizing.find_recipe(quantize, None))[0]
+                )
+                for quantize in quantizing.RECIPES
+                if "transformer" in plans
             },
             is_unproven=evidence is not None and not own and _may_be_schnell(evidence),
         )
@@ -362,11 +371,21 @@ def _own(paths: list[Path]) -> OwnFolder | None:
     return open_own(ours)
 
 
-def _label(recipe: quantizing.QuantizationRecipe, dtype: str) -> str:
-    """Returns the part of a folder's name that tells its precision, with the type if it is not the usual one."""
-    if recipe.quantize == "none":
+def _label(dtype: str, layers: Layers) -> str:
+    """Returns the part of a folder's name that tells its precision, with the type if it is not the usual one.
+
+    Args:
+        dtype: type of arrays that are not packed.
+        layers: of the transformer.
+    """
+    quantized = Counter(q for q in layers.values() if q)
+    if not quantized:
         return _SHORT[dtype]
-    return recipe.label if dtype == "bfloat16" else f"{recipe.label}-{_SHORT[dtype]}"
+    q = quantized.most_common(1)[0][0]
+    parts = [f"{q.bits}bit" if q.mode == "affine" else q.mode]
+    parts += [f"g{q.group_size}"] if q.mode == "affine" and q.group_size != quantizing.GROUP_SIZE else []
+    parts += [f"rank{q.rank}"] if q.rank else []
+    return "-".join(parts + ([] if dtype == "bfloat16" else [_SHORT[dtype]]))
 
 
 def _groups(component: str, plan: ComponentPlan, dtype: str, layers: Layers) -> list[Group]:

@@ -1,7 +1,7 @@
 """Recipes as data: the bits of every group of layers. Quantizes tensors and measures their loss."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -10,6 +10,7 @@ import numpy as np
 
 from mlx_flux_krea.errors import UsageError
 from mlx_flux_krea.models.config import MODES, Quantization
+from mlx_flux_krea.models.layers import whole_weight
 from mlx_flux_krea.weights import DTYPES, PACKED
 
 from .remap import ComponentPlan, Target
@@ -85,12 +86,6 @@ class QuantizationRecipe:
     quantize: str
     group_size: int = GROUP_SIZE
 
-    @property
-    def label(self) -> str:
-        """Its name in names of folders."""
-        name = f"{self.quantize}bit" if self.quantize.isdigit() else self.quantize
-        return name if self.group_size == GROUP_SIZE else f"{name}-g{self.group_size}"
-
     def of(self, group: str) -> Quantization | None:
         """Returns how the layers of a group are quantized; None: they are not."""
         row = RECIPES[self.quantize].get(group)
@@ -140,9 +135,17 @@ def choose(component: str, widths: dict[str, int], recipe: QuantizationRecipe) -
     return layers | dict.fromkeys(left), left
 
 
-def keep_packed(plan: ComponentPlan, layers: Layers) -> Layers:
-    """Keeps the packing of source layers with as many bits or fewer, since more bits would restore nothing."""
-    packed = {t.name.removesuffix(".weight"): t.q for t in plan.targets if t.q}
+def keep_packed(plan: ComponentPlan, layers: Layers, always: bool) -> Layers:
+    """Keeps the packing of source layers with as many bits or fewer, since more bits would restore nothing.
+
+    Args:
+        plan: its targets.
+        layers: as the recipe has them.
+        always: also where the recipe has the same packing with more bits, or none.
+    """
+    packed = {t.name.removesuffix(".weight"): t.q for t in plan.targets if t.q and (always or not t.is_ours)}
+    if not always:
+        packed = {path: q for path, q in packed.items() if layers.get(path)}
     return {path: packed[path] if has_fewer_bits(packed.get(path), q) else q for path, q in layers.items()}
 
 
@@ -170,10 +173,17 @@ def stored(target: Target, dtype: str, q: Quantization | None) -> dict[str, tupl
     if q is None:
         return {target.name: (DTYPES[dtype], target.shape)}
     (rows, width), path = target.shape, target.name.removesuffix("weight")
-    affine = q.mode == "affine"
-    scales = (DTYPES[dtype] if affine else PACKED[mx.uint8], (rows, width // q.group_size))
-    parts = {target.name: (PACKED[mx.uint32], (rows, width * q.bits // 32)), f"{path}scales": scales}
-    return parts | {f"{path}biases": scales} if affine else parts
+    scales = (DTYPES[dtype] if q.mode == "affine" else PACKED[mx.uint8], (rows, width // q.group_size))
+    kinds = {
+        "weight": (PACKED[mx.uint32], (rows, width * q.bits // 32)),
+        "scales": scales,
+        "biases": scales,
+        "gain": (PACKED[mx.uint32], (rows,)),
+        "intake": (PACKED[mx.uint32], (width,)),
+        "down": (DTYPES[dtype], (width, q.rank)),
+        "up": (DTYPES[dtype], (q.rank, rows)),
+    }
+    return {f"{path}{name}": kinds[name] for name in q.arrays}
 
 
 def count_bytes(target: Target, dtype: str, q: Quantization | None) -> int:
@@ -224,29 +234,48 @@ def make(target: Target, chunk: Target, dtype: str, q: Quantization | None, data
     kind, step, loss = getattr(mx, dtype), max(1, target.shape[0] // _ROWS), None
     is_packed = q is not None and q == chunk.q
     with mx.stream(stream):
-        if is_packed:  # the source has this packing: rounding once is enough
+        if q and is_packed:  # the source has this packing: rounding once is enough
             sources = chunk.packed(data)
-            parts = tuple(part if part.dtype in PACKED else part.astype(kind) for part in sources)
-            checked = tuple(part for part in parts if part.dtype not in PACKED)
+            parts = tuple(mx.contiguous(part if part.dtype in PACKED else part.astype(kind)) for part in sources)
+            checked = tuple(_numbers(parts, q))
         else:
             sources = (chunk.make(data),)
             array = mx.contiguous(sources[0].astype(kind))
             parts = checked = (array,)
             if q:
-                parts = tuple(mx.quantize(array, group_size=q.group_size, bits=q.bits, mode=q.mode))
+                parts = tuple(mx.quantize(array, **q.packing))
         mx.async_eval(*checked, *parts)
     if q:
-        some = [source[::step] for source in sources]
-        some = dequantize(some, q) if is_packed else some[0].astype(mx.float32)
-        error = dequantize([part[::step] for part in parts], q) - some
+        some = _dequantized_rows(sources, q, step) if is_packed else sources[0][::step].astype(mx.float32)
+        error = _dequantized_rows(parts, q, step) - some
         loss = mx.stack([mx.square(error).sum(), mx.square(some).sum()]) * (chunk.shape[0] / len(some))
     return StoredChunk(target, chunk, tuple(sources), checked, parts, loss)
 
 
-def dequantize(parts: Sequence[mx.array], q: Quantization) -> mx.array:
-    """Returns the float32 values of `weight`, `scales` and, in mode affine, `biases`."""
-    weight, *rest = (part if part.dtype in PACKED else part.astype(mx.float32) for part in parts)
-    return mx.dequantize(weight, *rest, group_size=q.group_size, bits=q.bits, mode=q.mode, dtype=mx.float32)
+def _numbers(parts: Sequence[mx.array], q: Quantization) -> Iterator[mx.array]:
+    """Yields the parts of a layer whose packing is kept as numbers, for the check that they are finite."""
+    arrays = dict(zip(q.arrays, parts, strict=True))
+    if q.mode != "affine":  # codes and scales have NaN of their own
+        yield mx.dequantize(arrays["weight"], arrays["scales"], **q.packing, dtype=mx.bfloat16)
+    for name, part in arrays.items():
+        if name in ("gain", "intake"):
+            yield part.view(mx.float32)
+        elif part.dtype not in PACKED:
+            yield part
+
+
+def _dequantized_rows(parts: Sequence[mx.array], q: Quantization, step: int) -> mx.array:
+    """Returns every `step`th row of a packed layer, in float32."""
+    arrays = dict(zip(q.arrays, parts, strict=True))
+    rows = {name: arrays[name][::step] for name in ("weight", "scales", "biases", "gain") if name in arrays}
+    return dequantize(arrays | rows | ({"up": arrays["up"][:, ::step]} if "up" in arrays else {}), q)
+
+
+def dequantize(arrays: Mapping[str, mx.array], q: Quantization) -> mx.array:
+    """Returns the float32 values of a packed layer, from its arrays by name."""
+    parts = {name: part if part.dtype in PACKED else part.astype(mx.float32) for name, part in arrays.items()}
+    product = mx.dequantize(parts["weight"], parts["scales"], parts.get("biases"), **q.packing, dtype=mx.float32)
+    return whole_weight(product, parts)
 
 
 def _is_finite(array: mx.array) -> bool:

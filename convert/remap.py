@@ -5,14 +5,14 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, cached_property
 
 import mlx.core as mx
-import numpy as np
 
 from mlx_flux_krea.errors import ModelError
-from mlx_flux_krea.models.config import MODES, Quantization
+from mlx_flux_krea.models.config import Quantization
 
+from . import packing
 from .maps import COPIES, NOT_NEEDED, Columns, Either, Pick, Sum, Swap
 from .tensors import Data, Tensor
 
@@ -37,36 +37,34 @@ class Target:
     torch_axes: bool  # of a convolution
     op: type = str  # of `maps`: how several sources become one
 
-    def chunks(self) -> list[tuple[int, "Target"]]:
-        """Returns chunks that fit into a processor's cache, each with its first row."""
-        if len(self.shape) != 2 or self.swap or not self.sources or self.op is Columns:
+    def chunks(self, is_kept: bool = False) -> list[tuple[int, "Target"]]:
+        """Returns chunks that fit into a processor's cache, each with its first row.
+
+        Args:
+            is_kept: codes and scales go over unchanged, and with them arrays that do not belong to rows.
+        """
+        is_whole = self.op is Columns or (is_kept and self.q and self.q.intake)
+        if len(self.shape) != 2 or self.swap or not self.sources or is_whole:
             return [(0, self)]
         most = max(1, _CHUNK // self.shape[1])
         parts = [part for tensor in self.sources for part in _cut(tensor, most)]
         rows = itertools.accumulate((part.shape[0] for part in parts), initial=0)
-        chunks = [replace(self, shape=(part.shape[0], self.shape[1]), sources=(part,)) for part in parts]
-        return list(zip(rows, chunks, strict=False))
+        cut = [replace(self, shape=(part.shape[0], self.shape[1]), sources=(part,), op=str) for part in parts]
+        return list(zip(rows, cut, strict=False))
+
+    @cached_property
+    def q(self) -> Quantization | None:
+        """The quantization of its sources, if it is one that MLX has; None: they have another, or none."""
+        return None if self.swap else packing.find(self.sources, self.op)
 
     @property
-    def q(self) -> Quantization | None:
-        """The quantization of its source, if it is one of ours; None: the source has another or none."""
-        if len(self.sources) != 1 or self.swap:
-            return None
-        kind, _, mlx = self.sources[0].dtype.partition(" ")
-        if mlx != "MLX":
-            return None
-        q = Quantization(4, MODES[kind][1][0], kind) if kind in MODES else self._affine(kind)
-        return None if q.problem() else q
-
-    def _affine(self, kind: str) -> Quantization:
-        (tensor,) = self.sources
-        return Quantization(int(kind.removesuffix("-bit")), tensor.shape[-1] // tensor.parts[0].shape[-1])
+    def is_ours(self) -> bool:
+        """True where its sources are packed as recipes pack them."""
+        return all(source.dtype.endswith(" MLX") and source.dtype != "mxfp8 MLX" for source in self.sources)
 
     def packed(self, data: Data) -> list[mx.array]:
-        """Returns `weight`, `scales` and, in mode affine, `biases` as stored; only for a tensor with a `q`."""
-        (tensor,) = self.sources
-        codes = data(tensor).view(np.uint32).reshape(*tensor.shape[:-1], -1)
-        return [mx.array(codes), *(part.read(data) for part in tensor.parts)]
+        """Returns the arrays of `Quantization.arrays`; only where there is a `q`."""
+        return packing.packed(self.sources, self.op, data)
 
     def make(self, data: Data) -> mx.array:
         """Reads the sources and combines them, in a type that holds every value."""

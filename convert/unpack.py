@@ -26,9 +26,9 @@ def vectors(values: mx.array, groups: int = 1) -> mx.array:
     return tiles.transpose(0, 2, 4, 3, 5, 1).reshape(-1, groups)
 
 
-def small_scales(values: mx.array, groups: int) -> mx.array:
-    """Returns scales of groups of 16, in e4m3: float32, (rows, groups)."""
-    tiles = mx.from_fp8(values.reshape(-1), mx.float32).reshape(-1, groups // 4, 8, 4, 4, 4)
+def in_small_tiles(values: mx.array, groups: int) -> mx.array:
+    """Returns scales of groups of 16 as they are stored, in e4m3: bytes, (rows, groups)."""
+    tiles = values.reshape(-1, groups // 4, 8, 4, 4, 4)
     return tiles.transpose(0, 4, 3, 2, 1, 5).reshape(-1, groups)
 
 
@@ -44,6 +44,14 @@ def low_rank(values: mx.array, is_down: bool) -> mx.array:
     )
 
 
+def product(factors: tuple[mx.array, ...], rows: int) -> mx.array:
+    """Returns a factor for each output, (rows,): the product of those of each and of one of all."""
+    whole = mx.ones((rows,))
+    for factor in factors:
+        whole = whole * (vectors(factor).reshape(-1) if factor.size > 1 else factor.astype(mx.float32).reshape(()))
+    return whole
+
+
 def _quantized(
     kind: str, data: np.ndarray, shape: tuple[int, ...], scales: mx.array, smooth: mx.array, factors: tuple
 ) -> mx.array:
@@ -57,9 +65,8 @@ def _quantized(
     else:
         groups = width // 16
         values = mx.array(_E2M1 + tuple(-v for v in _E2M1))[four]
-        scale = small_scales(scales, groups)
-    for factor in factors:  # of all numbers, or of each output
-        scale = scale * (vectors(factor) if factor.size > 1 else factor.astype(mx.float32).reshape(()))
+        scale = mx.from_fp8(in_small_tiles(scales, groups), mx.float32)
+    scale = scale * product(factors, rows)[:, None]
     whole = (values.reshape(rows, groups, -1) * scale[..., None]).reshape(rows, width)
     return whole / vectors(smooth).reshape(-1)
 
@@ -85,17 +92,24 @@ def bias(values: mx.array, taken: mx.array | None = None) -> mx.array:
     return whole if taken is None else whole + taken
 
 
+def modulation_codes(
+    data: np.ndarray, shape: tuple[int, ...], scales: mx.array, zeros: mx.array, parts: int
+) -> tuple[mx.array, mx.array, mx.array]:
+    """Returns codes of 0 to 15 as uint32, (rows, width), and scales and zeros, (rows, groups): a code c is c s + z."""
+    rows, width = shape
+    words = mx.array(data.view(np.uint16)).reshape(rows // 4, width // 64, 4, 16)
+    words = words.transpose(0, 2, 1, 3).reshape(-1, 1, 8).astype(mx.uint32)
+    four = (words >> mx.arange(0, 16, 4, dtype=mx.uint32).reshape(1, 4, 1)) & 15
+    return _by_parts(four.reshape(rows, width), parts), _by_parts(scales.T, parts), _by_parts(zeros.T, parts)
+
+
 def modulation(parts: int):
-    """Returns the decoder of a layer of modulation: codes of 0 to 15 times a scale, plus another number (AWQ)."""
+    """Returns the decoder of a layer of modulation (AWQ)."""
 
     def decode(data: np.ndarray, shape: tuple[int, ...], scales: mx.array, zeros: mx.array) -> mx.array:
-        rows, width = shape
-        words = mx.array(data.view(np.uint16)).reshape(rows // 4, width // 64, 4, 16)
-        words = words.transpose(0, 2, 1, 3).reshape(-1, 1, 8).astype(mx.uint32)
-        four = (words >> mx.arange(0, 16, 4, dtype=mx.uint32).reshape(1, 4, 1)) & 15
-        scale, zero = (each.astype(mx.float32).T[..., None] for each in (scales, zeros))
-        values = four.astype(mx.float32).reshape(rows, width // 64, 64) * scale + zero
-        return _by_parts(values.reshape(rows, width), parts)
+        four, scale, zero = modulation_codes(data, shape, scales, zeros, parts)
+        scale, zero = (each.astype(mx.float32)[..., None] for each in (scale, zero))
+        return (four.astype(mx.float32).reshape(shape[0], -1, 64) * scale + zero).reshape(shape)
 
     return decode
 

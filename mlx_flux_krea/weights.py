@@ -18,7 +18,9 @@ shorter model_index.json (`filter_config.FilterIndex`). A component's folder has
 "dtype" is the type of every array that is not quantized, and of scales and biases. "quantization" has mlx-lm's form:
 bits, group_size and mode of most layers, then exceptions by path: an object of the same three fields, or false for a
 layer that is not quantized. A quantized layer has packed numbers in `weight` (U32), `scales` and, in mode affine,
-`biases`; scales of mxfp4 and nvfp4 are bytes (U8). The embeddings of FLUX.1's text encoders are never quantized.
+`biases`; scales of other modes are bytes (U8). Layers that others packed may have more: "gain" and "intake" (true:
+vectors of outputs and of inputs, U32 with the bits of float32) and "rank" (the matrices `down` and `up`). The
+embeddings of FLUX.1's text encoders are never quantized.
 Loading needs no other option: everything about precision is recorded here.
 
 Names are those of Black Forest Labs for the transformer and the VAE, those of transformers for the encoders. Loading is
@@ -64,7 +66,7 @@ from .models.config import (
 from .models.depth import DepthAnything
 from .models.depth_config import DepthConfig
 from .models.filter_config import FilterIndex, PixtralConfig, ViTConfig
-from .models.layers import adopt, choose_products, machine
+from .models.layers import add_arrays, adopt, choose_products, machine
 from .models.pixtral import Pixtral
 from .models.siglip import Redux, SigLIP
 from .models.t5 import T5Encoder
@@ -211,9 +213,12 @@ def build(component: str, sizes: Sizes, layers: Mapping[str, Quantization | None
     """
     high, low = mx.random.state[0].tolist()  # type: ignore[index]  # a list; the stubs say object
     module: nn.Module = NETWORKS[component][1](sizes)  # type: ignore[arg-type]  # the class that takes these sizes
-    quantized = {path: configs.to_json(q) for path, q in (layers or {}).items() if q}
-    nn.quantize(module, class_predicate=lambda path, _: quantized.get(path, False))
+    quantized = {path: q for path, q in (layers or {}).items() if q}
+    nn.quantize(module, class_predicate=lambda path, _: quantized[path].packing if path in quantized else False)
     adopt(module)
+    for path, layer in module.named_modules():
+        if isinstance(layer, nn.QuantizedLinear) and path in quantized:
+            add_arrays(layer, quantized[path])
     mx.random.seed(high << 32 | low)
     return module
 

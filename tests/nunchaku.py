@@ -37,8 +37,8 @@ def layers(config) -> Iterator[tuple[str, int, int, str]]:
         yield f"single_transformer_blocks.{n}.norm.linear", 3 * h, h, "awq"
 
 
-def shapes(kind: str, rows: int, width: int, rank: int = 32) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Type and shape of every part of a layer: kind "int4", "fp4" or "awq"."""
+def shapes(kind: str, rows: int, width: int, rank: int = 32, gains: str = "wcscales wtscale"):
+    """Type and shape of every part of a layer: kind "int4", "fp4" or "awq"; fp4 has these gains."""
     if kind == "awq":
         scales = ("BF16", (width // 64, rows))
         return {
@@ -51,7 +51,13 @@ def shapes(kind: str, rows: int, width: int, rank: int = 32) -> dict[str, tuple[
     parts = {"qweight": ("I8", (rows, width // 2)), "wscales": scales, "bias": ("BF16", (rows,))}
     parts |= {"smooth": ("BF16", (width,)), "smooth_orig": ("BF16", (width,))}
     parts |= {"lora_down": ("BF16", (width, rank)), "lora_up": ("BF16", (rows, rank))}
-    return parts | ({} if kind == "int4" else {"wcscales": ("BF16", (rows,)), "wtscale": ("BF16", ())})
+    more = {"wcscales": ("BF16", (rows,)), "wtscale": ("BF16", ())}
+    return parts | ({} if kind == "int4" else {name: more[name] for name in gains.split()})
+
+
+def gains_of(layer: str) -> str:
+    """The gains of a layer of a published fp4 file: of each output where three matrices are one."""
+    return "wcscales" if "qkv_proj" in layer else "wtscale"
 
 
 def halves(values: np.ndarray) -> tuple[bytes, np.ndarray]:
@@ -103,9 +109,11 @@ def put_factor(values: np.ndarray, is_down: bool) -> np.ndarray:
 Layer = tuple[dict[str, Stored], np.ndarray, np.ndarray]
 
 
-def quantized(kind: str, rows: int, width: int, is_shifted: bool = False) -> Layer:
-    """The parts of a layer, its weight and its bias."""
-    types = shapes(kind, rows, width, RANK)
+def quantized(
+    kind: str, rows: int, width: int, is_shifted: bool = False, smooth=None, gains: str = "wcscales wtscale"
+) -> Layer:
+    """The parts of a layer, its weight and its bias; `smooth` (width, 1): its factors of inputs."""
+    types = shapes(kind, rows, width, RANK, gains)
     stored: dict[str, bytes] = {}
 
     def half(name: str, values: np.ndarray, place) -> np.ndarray:
@@ -115,7 +123,7 @@ def quantized(kind: str, rows: int, width: int, is_shifted: bool = False) -> Lay
 
     codes = RNG.integers(0, 16, (rows, width))
     stored["qweight"] = put_codes(codes)
-    smooth = half("smooth", RNG.random((width, 1)) + 0.5, put_vector)
+    smooth = half("smooth", RNG.random((width, 1)) + 0.5 if smooth is None else smooth, put_vector)
     stored["smooth_orig"] = bytes(2 * width)
     bias = half("bias", RNG.standard_normal((rows, 1)), put_vector)
     down = half("lora_down", RNG.standard_normal((width, RANK)) / 30, lambda v: put_factor(v, True))
@@ -126,8 +134,8 @@ def quantized(kind: str, rows: int, width: int, is_shifted: bool = False) -> Lay
     else:
         small = RNG.integers(1, 100, (rows, width // 16)).astype(np.uint8)
         stored["wscales"] = put_small_scales(small).tobytes()
-        channel = half("wcscales", RNG.random((rows, 1)) / 30, put_vector)
-        stored["wtscale"], whole = halves(np.array(0.3))
+        channel = half("wcscales", RNG.random((rows, 1)) / 30, put_vector) if "wcscales" in gains else 1
+        stored["wtscale"], whole = halves(RNG.random(()) / 3) if "wtscale" in gains else (b"", 1)
         values = E2M1[codes] * foreign.e4m3()[small].astype(np.float64).repeat(16, 1) * channel * whole
     quantized_part = values / smooth.reshape(-1)
     if is_shifted:  # the file's bias is the true one without the shift of the inputs

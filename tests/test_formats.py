@@ -11,6 +11,7 @@ from pathlib import Path
 import foreign
 import gguf
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from helpers import DATA
@@ -18,8 +19,11 @@ from mlx_flux_krea.convert import convert
 from mlx_flux_krea.convert.reading import Reading
 from mlx_flux_krea.convert.sources import open_sources
 
-from mlx_flux_krea import nano
+from mlx_flux_krea import FluxPipeline, nano
 from mlx_flux_krea.errors import ModelError
+from mlx_flux_krea.models.config import Quantization
+from mlx_flux_krea.models.layers import add_arrays, adopt, dequantized
+from mlx_flux_krea.weights import open_model
 
 KITCHEN = DATA / "formats" / "kitchen.safetensors"
 KEPT = ["float8_e4m3fn_scalar", "float8_e4m3fn_rows", "float8_e5m2_scalar", "float8_e5m2_rows", "nvfp4", "mxfp8",
@@ -364,6 +368,89 @@ def model_in(how: str, target: Path, prefix: str = "") -> tuple[Path, dict[str, 
         tensors[f"{layer}.comfy_quant"] = mark(said)
     foreign.save(source / "flux1-krea-dev.safetensors", tensors)
     return source, held
+
+
+def assert_kept(path: Path, wanted: dict, kept: dict[str, str]) -> None:
+    """Layers of the folder hold the wanted values, those of `kept` in a form of others, and multiply by them."""
+    network = open_model(path).flux.load(mx.float32)
+    layers = {name: layer for name, layer in network.named_modules() if isinstance(layer, nn.QuantizedLinear)}
+    for name, stored in kept.items():
+        q = open_model(path).flux.layers()[name]
+        weight = np.array(wanted[f"{name}.weight"]).astype(np.float32)
+        assert str(q) == stored, name
+        assert np.abs(np.array(dequantized(layers[name])) - weight).max() < 3e-6 * np.abs(weight).max(), name
+        x = np.random.default_rng(0).standard_normal((3, weight.shape[1])).astype(np.float32)
+        y = x @ weight.T + np.array(layers[name].bias)
+        assert np.abs(np.array(layers[name](mx.array(x))) - y).max() < 1e-5 * np.abs(y).max(), name
+
+
+@pytest.mark.parametrize("how", ["nvfp4", "mxfp8"])
+@pytest.mark.core("nvfp4")
+def test_codes_and_scales_that_mlx_has_are_kept(tmp_path, how):
+    """Also when the folder is converted once more; fewer bits are rounded anew, and -q none keeps nothing."""
+    source, wanted = model_in(how, tmp_path / "source")
+    path = convert([source], tmp_path / "out", dtype="float32", quantize="8", tokenizers=nano.FOLDER).path
+    names = [name for name, q in open_model(path).flux.layers().items() if q and q.mode == how]
+    assert len(names) > 5
+    assert_kept(path, wanted, dict.fromkeys(names, how))
+    plain = convert([path], tmp_path / "plain", dtype="float32", quantize="none").path
+    for name, array in foreign.arrays_of(plain)["transformer"].items():
+        error = np.abs(np.array(array) - np.array(wanted[name].astype(mx.float32))).max()
+        assert error < 3e-6 * np.abs(np.array(array)).max() + 1e-12 or "_blocks." not in name
+    again = convert([path], tmp_path / "again", dtype="float32", quantize="8").path
+    assert_kept(again, wanted, dict.fromkeys(names, how))
+    few = open_model(convert([source], tmp_path / "few", quantize="3", tokenizers=nano.FOLDER).path).flux.layers()
+    assert {few[name].bits for name in names if "mod" not in name} == {3}
+
+
+@pytest.mark.slow
+def test_a_picture_of_kept_layers_is_that_of_their_values(tmp_path):
+    """Resident, streamed from the disk, with an adapter, and within the plan."""
+    source, _ = model_in("nvfp4", tmp_path / "source")
+    call = {"height": 64, "width": 64, "num_inference_steps": 2, "output_type": "latent", "seed": 1}
+    layer, rng, adapter = "double_blocks.0.img_attn.proj", np.random.default_rng(0), tmp_path / "lora.safetensors"
+    size = open_model(nano.FOLDER).sizes.flux.hidden_size
+    factors = {"lora_down": (4, size), "lora_up": (size, 4)}
+    arrays = {f"{layer}.{name}.weight": rng.standard_normal(s).astype(np.float32) / 9 for name, s in factors.items()}
+    mx.save_safetensors(str(adapter), {name: mx.array(array) for name, array in arrays.items()})
+    made, adapted = [], []
+    for quantize, memory in (("none", None), ("8", None), ("8", "least")):
+        path = tmp_path / quantize
+        if not path.exists():
+            convert([source], path, dtype="float32", quantize=quantize, tokenizers=nano.FOLDER)
+        pipe = FluxPipeline.from_pretrained(path, dtype="float32")
+        pipe.memory = pipe.plan(prompt="a red circle", height=64, width=64).least if memory else None
+        made.append(pipe("a red circle", **call).images)
+        assert (len(pipe._generator.blocks.resident) == 10) == (memory is None)
+        pipe.load_lora_weights(adapter)
+        adapted.append(pipe("a red circle", **call).images)
+    for whole, kept, streamed in (made, adapted):
+        assert mx.array_equal(kept, streamed)
+        assert mx.linalg.norm(kept - whole, stream=mx.cpu) < 2e-3 * mx.linalg.norm(whole, stream=mx.cpu)
+    assert not mx.array_equal(made[0], adapted[0])
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16])
+def test_a_layer_with_factors_keeps_to_the_range_of_its_type(dtype):
+    """The sum before the gain is 200 000: beyond float16."""
+    weight = mx.random.normal((32, 128), key=mx.random.key(0))
+    layer = nn.Linear(128, 32)
+    layer.weight = weight
+    layer = nn.QuantizedLinear.from_linear(layer, 16, 4, "nvfp4")
+    layer.scales = mx.full(layer.scales.shape, 0x7E, mx.uint8)  # 448, the largest
+    adopt(nn.Sequential(layer))
+    q = Quantization(4, 16, "nvfp4", gain=True, intake=True, rank=8)
+    add_arrays(layer, q)
+    layer.gain = (mx.arange(1, 33) * 1e-5).view(mx.uint32)
+    layer.intake = mx.linspace(0.5, 2, 128).view(mx.uint32)
+    layer.down, layer.up = mx.ones((128, 8), dtype) / 100, mx.ones((8, 32), dtype)
+    layer.bias = layer.bias.astype(dtype)
+    x = mx.full((3, 128), 4.0, dtype)
+    wanted = x.astype(mx.float32) @ dequantized(layer).T + layer.bias
+    assert mx.abs(wanted / (layer.gain.view(mx.float32))).max() > 65504
+    error = mx.abs(layer(x).astype(mx.float32) - wanted).max() / mx.abs(wanted).max()
+    assert layer(x).dtype == dtype
+    assert error < {mx.float32: 1e-6, mx.bfloat16: 2e-2, mx.float16: 3e-3}[dtype]
 
 
 @pytest.mark.parametrize("how", HOW)

@@ -441,7 +441,7 @@ def test_a_local_schnell_file_is_known_after_hashing(evidence, unproven):
 
 def test_until_then_no_filter_is_fetched_and_no_licence_shown(home, capsys):
     index, options = SimpleNamespace(filters="required"), {"check": None, "nsfw": None, "pixtral": None}
-    outline = Outline(index=index, sizes=None, licence=b"x", bytes=1, rooms={}, is_unproven=True)
+    outline = Outline(index=index, sizes=None, licence=b"x", bytes=1, rooms={}, labels={}, is_unproven=True)
     it = setup_verb.Installation(options, Console(), outlines={"model": outline})
     assert not it.requires_filters
     assert setup_verb._checks(it) == "known after conversion"

@@ -10,12 +10,13 @@ import mlx.core as mx
 import numpy as np
 import nunchaku
 import pytest
-from mlx_flux_krea.convert import convert, fit
+from mlx_flux_krea.convert import convert, examine, fit
 from mlx_flux_krea.convert.identify import identify
 from mlx_flux_krea.convert.reading import Reading
 from mlx_flux_krea.convert.sources import Source, open_sources
 from mlx_flux_krea.convert.svdq import join
 from mlx_flux_krea.convert.tensors import Tensor
+from test_formats import assert_kept
 from test_layouts import PARAMETERS, names_in
 
 from mlx_flux_krea import nano
@@ -97,7 +98,7 @@ def full_size(kind: str) -> Source:
     kept = {n: t for n, t in stored.items() if not any(part in f"{n}" for part in replaced) or "_blocks." not in n}
     kept = {n.replace(".attn.norm_", ".norm_"): t for n, t in kept.items()}
     for layer, rows, width, how in nunchaku.layers(configs.FLUX_DEV):
-        parts = nunchaku.shapes("awq" if how == "awq" else kind, rows, width)
+        parts = nunchaku.shapes("awq" if how == "awq" else kind, rows, width, gains=nunchaku.gains_of(layer))
         kept |= {f"{layer}.{name}": part for name, part in parts.items()}
     tensors = {n: Tensor(n, path, dtype, shape, 0, 0) for n, (dtype, shape) in kept.items()}
     return Source(path, (path,), join(tensors, {}), {})
@@ -125,8 +126,11 @@ def test_a_missing_layer_is_named(lost):
 # --- whole models ---
 
 
-def model_in(kind: str, target: Path) -> tuple[Path, dict[str, np.ndarray]]:
-    """A random transformer of the small model's inputs and 128 channels; the folder, and the arrays expected of it."""
+def model_in(kind: str, target: Path, shares: bool = True) -> tuple[Path, dict[str, np.ndarray]]:
+    """A random transformer of the small model's inputs and 128 channels; the folder, and the arrays expected of it.
+
+    As in published files, layers of the same inputs share their factors; else all layers have their own.
+    """
     sizes = open_model(nano.FOLDER).sizes.flux
     config = replace(
         sizes, hidden_size=128, num_heads=2, axes_dim=(16, 24, 24), depth=1, depth_single_blocks=2, mlp_ratio=4
@@ -142,10 +146,15 @@ def model_in(kind: str, target: Path) -> tuple[Path, dict[str, np.ndarray]]:
         if "_blocks." not in name or ".norm_" in new:
             tensors[new] = foreign.plain(array, "F32")
     made: dict[str, np.ndarray] = {}
+    smooth = rng.random((config.hidden_size, 1)) + 0.5
     for layer, rows, width, how in nunchaku.layers(config):
         shifted = kind == "int4" and layer.endswith(("mlp_fc2", "mlp_context_fc2"))
-        call = nunchaku.modulation(6 if "norm1" in layer else 3, rows, width) if how == "awq" else None
-        parts, weight, bias = call or nunchaku.quantized(kind, rows, width, shifted)
+        if how == "awq":
+            parts, weight, bias = nunchaku.modulation(6 if "norm1" in layer else 3, rows, width)
+        else:
+            is_shared = shares and layer.endswith(("qkv_proj", "mlp_fc1"))
+            gains = nunchaku.gains_of(layer) if shares else "wcscales wtscale"
+            parts, weight, bias = nunchaku.quantized(kind, rows, width, shifted, smooth if is_shared else None, gains)
         tensors |= {f"{layer}.{name}": stored for name, stored in parts.items()}
         made |= {f"{layer}.weight": weight, f"{layer}.bias": bias}
     foreign.save(source / "flux1-krea-dev.safetensors", tensors)
@@ -183,3 +192,45 @@ def test_a_model_of_nunchakus_becomes_the_model_of_its_values(tmp_path, kind):
     for name, array in made.items():
         assert np.abs(np.array(array) - wanted[name]).max() < 2e-6 * np.abs(wanted[name]).max(), name
     shutil.rmtree(source)
+
+
+PLAIN = "4 bits, groups of 64"
+
+
+@pytest.mark.parametrize("kind", ["int4", "fp4"])
+@pytest.mark.core("fp4")
+def test_codes_scales_and_branches_are_kept(tmp_path, kind):
+    """Also of the two layers that are one of ours, and when the folder is converted once more."""
+    source, wanted = model_in(kind, tmp_path / "source")
+    labels = examine([source], tokenizers=nano.FOLDER).labels
+    named = f"4bit-rank{nunchaku.RANK}" if kind == "int4" else f"nvfp4-rank{nunchaku.RANK}"
+    assert (labels["none"], labels["8"], labels["4"], labels["3"]) == ("bf16", named, named, "3bit")
+    path = convert([source], tmp_path / "out", dtype="float32", quantize="4", tokenizers=nano.FOLDER).path
+    own = PLAIN if kind == "int4" else "nvfp4"
+    names = [n.removesuffix(".weight") for n in wanted if "_blocks." in n and n.endswith(("0.weight", "2.weight"))]
+    names += [n.removesuffix(".weight") for n in wanted if n.endswith((".qkv.weight", ".proj.weight"))]
+    kept = dict.fromkeys(names, f"{own}, rank {nunchaku.RANK}")
+    for n in range(2):
+        kept |= {f"single_blocks.{n}.linear{one}": f"{own}, rank {2 * nunchaku.RANK}" for one in (1, 2)}
+        kept |= {f"single_blocks.{n}.modulation.lin": PLAIN}
+    assert len(kept) == 14
+    assert_kept(path, wanted, kept | {f"double_blocks.0.{stream}_mod.lin": PLAIN for stream in ("img", "txt")})
+    again = convert([path], tmp_path / "again", dtype="float32", quantize="4").path
+    assert_kept(again, wanted, {name: q for name, q in kept.items() if q != PLAIN})
+    fewer = open_model(convert([path], tmp_path / "fewer", quantize="3").path).flux.layers()
+    assert {str(fewer[name]) for name in names} == {"3 bits, groups of 64"}
+
+
+@pytest.mark.parametrize("kind", ["int4", "fp4"])
+@pytest.mark.slow
+def test_fused_layers_with_factors_of_their_own_are_rounded_anew(tmp_path, kind):
+    """One product cannot have two factors for an input, nor two gains for an output of a sum."""
+    source, wanted = model_in(kind, tmp_path / "source", shares=False)
+    report = convert([source], tmp_path / "out", dtype="float32", quantize="8", tokenizers=nano.FOLDER)
+    layers = open_model(report.path).flux.layers()
+    eight = "8 bits, groups of 64"
+    assert str(layers["single_blocks.0.linear1"]) == eight
+    assert str(layers["single_blocks.0.linear2"]) == (f"{PLAIN}, rank {2 * nunchaku.RANK}" if kind == "int4" else eight)
+    plain = convert([report.path], tmp_path / "plain", dtype="float32", quantize="none").path
+    for name, array in foreign.arrays_of(plain)["transformer"].items():
+        assert np.abs(np.array(array) - wanted[name]).max() < 0.01 * np.abs(wanted[name]).max(), name

@@ -11,7 +11,7 @@ import types
 import typing
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from ..errors import ModelError
 from ..licence import Architecture
@@ -279,6 +279,7 @@ MODES = {
     "affine": ((3, 4, 5, 6, 8), (32, 64, 128)),
     "mxfp4": ((4,), (32,)),
     "nvfp4": ((4,), (16,)),
+    "mxfp8": ((8,), (32,)),  # only of files that have it
 }
 
 
@@ -289,9 +290,25 @@ class Quantization:
     bits: int
     group_size: int
     mode: str = "affine"
+    gain: bool = False  # each output has a factor: layers that others packed
+    intake: bool = False  # each input has a factor
+    rank: Annotated[int, 0, 4096] = 0  # of a low-rank branch beside the product; 0: none
 
     def __str__(self) -> str:
-        return f"{self.bits} bits, groups of {self.group_size}" if self.mode == "affine" else self.mode
+        name = f"{self.bits} bits, groups of {self.group_size}" if self.mode == "affine" else self.mode
+        return f"{name}, rank {self.rank}" if self.rank else name
+
+    @property
+    def arrays(self) -> tuple[str, ...]:
+        """Names of the arrays of a layer, in their order."""
+        biases = ("biases",) if self.mode == "affine" else ()
+        rows = (("gain", self.gain), ("intake", self.intake), ("down", self.rank), ("up", self.rank))
+        return "weight", "scales", *biases, *(name for name, has in rows if has)
+
+    @property
+    def packing(self) -> dict[str, Any]:
+        """The arguments of MLX's functions."""
+        return {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
 
     def problem(self) -> str | None:
         """Returns the value that MLX does not have, or None."""
@@ -317,8 +334,13 @@ def quantization_to_json(layers: dict[str, Quantization | None]) -> dict | None:
     if not quantized:
         return None
     most = Counter(quantized).most_common(1)[0][0]
-    others = {path: to_json(q) if q else False for path, q in layers.items() if q != most}
-    return to_json(most) | others
+    others = {path: _brief(q) if q else False for path, q in layers.items() if q != most}
+    return _brief(most) | others
+
+
+def _brief(q: Quantization) -> dict:
+    """Returns the fields of a quantization without those that it does not use."""
+    return {name: value for name, value in to_json(q).items() if name in q.packing or value}
 
 
 def quantization_from_json(obj, where: str) -> tuple[Quantization, dict[str, Quantization | None]]:
@@ -333,11 +355,13 @@ def quantization_from_json(obj, where: str) -> tuple[Quantization, dict[str, Qua
     most = from_json(Quantization, {name: obj[name] for name in obj if name in names}, where)
     others: dict[str, Quantization | None] = {}
     for path, value in obj.items():
+        if path in names:
+            continue
         if isinstance(value, dict):
             others[path] = from_json(Quantization, value, f"{where}: {_short(path)}")
         elif isinstance(value, bool):
             others[path] = most if value else None
-        elif path not in names:
+        else:
             raise ModelError(f"{where}: {_short(path)} is {_kind(value)}", "false, or bits, group_size and mode")
     return most, others
 

@@ -12,12 +12,14 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from ..presets import CHIPS, SHARE_OF_PEAK
+from .config import Quantization
 
 # Rows, outputs and inputs of the timed products: few rows (a modulation), and many (tokens of a picture).
 _SHAPES = {"cpu": ((16, 64, 512), (128, 64, 512)), "gpu": ((32, 3072, 3072), (1024, 3072, 3072))}
@@ -28,20 +30,45 @@ LONGEST = 0.25  # seconds of one product on a GPU: the system may end longer one
 _ROWS = 64  # of which parts of a product are made, so that each row is computed by the same kernel in the same order
 _pieces = contextvars.ContextVar("pieces", default=1)  # of each product, beyond those that its time asks for
 
+_HEADROOM = 128.0  # in float16, inputs are made as much smaller before a product, and its gain larger
+
 Kind = tuple[int, int, str]  # group size, bits and mode
 _faster_dense: dict[tuple[int, int, str, mx.Dtype, bool], bool] = {}  # by kind, compute type, and "many rows"
 
 
 class QuantizedLinear(nn.QuantizedLinear):
-    """A quantized layer that multiplies in the way that `choose_products` chose."""
+    """A quantized layer that multiplies in the way that `choose_products` chose.
+
+    Layers of files of others may have further arrays (`add_arrays`), which are a branch of their own (`Branch`).
+    """
 
     def __call__(self, x: mx.array) -> mx.array:
+        own = self._own(x.dtype)
+        if own is None:
+            return self._product(x, self.get("bias"))
+        return own(self._product, self.weight.shape[1] * 32 // self.bits, x)
+
+    def _own(self, dtype: mx.Dtype) -> "Branch | None":
+        """Returns the further arrays as a branch, with the bias; None: the layer has none."""
+        gain, intake = (None if name not in self else self[name].view(mx.float32) for name in ("gain", "intake"))
+        down, up, bias = (self.get(name) for name in ("down", "up", "bias"))
+        if gain is None and intake is None and down is None:
+            return None
+        if gain is not None and dtype == mx.float16:  # products before the gain would be too large
+            gain, intake = gain * _HEADROOM, 1 / _HEADROOM * (mx.array(1.0) if intake is None else intake)
+        return Branch(down, up, gain=gain, intake=intake, offset=bias)
+
+    def _product(self, x: mx.array, bias: mx.array | None = None) -> mx.array:
         many = x.size // x.shape[-1] > _FEW
         if not _faster_dense.get((*kind(self), x.dtype, many), False):
-            return super().__call__(x)
+            group_size, bits, mode = kind(self)
+            y = mx.quantized_matmul(
+                x, self.weight, self.scales, self.get("biases"), True, group_size=group_size, bits=bits, mode=mode
+            )
+            return y if bias is None else y + bias
         if mx.default_device().type.name == "cpu":
-            return self._dense_in_chunks(x)
-        return self._dense(x, self.weight, self.scales, self.get("biases"), self.get("bias"))
+            return self._dense_in_chunks(x, bias)
+        return self._dense(x, self.weight, self.scales, self.get("biases"), bias)
 
     def _dense(
         self, x: mx.array, weight: mx.array, scales: mx.array, biases: mx.array | None, bias: mx.array | None
@@ -49,11 +76,11 @@ class QuantizedLinear(nn.QuantizedLinear):
         dense = _dequantized(weight, scales, biases, kind(self), x.dtype).T
         return x @ dense if bias is None else mx.addmm(bias, x, dense)
 
-    def _dense_in_chunks(self, x: mx.array) -> mx.array:
+    def _dense_in_chunks(self, x: mx.array, bias: mx.array | None) -> mx.array:
         """Multiplies some outputs at a time; each chunk is dequantized after the one before it was multiplied."""
         outputs, step = len(self.weight), max(1, CHUNK // x.shape[-1])
         result, before = mx.zeros((*x.shape[:-1], outputs), x.dtype), x
-        biases, bias = self.get("biases"), self.get("bias")
+        biases = self.get("biases")
         for first in range(0, outputs, step):
             rows = slice(first, first + step)
             weight = mx.depends([self.weight[rows]], [before])[0]
@@ -130,6 +157,12 @@ class Kronecker:
         return y if self.gain is None else y * self.gain
 
 
+@partial(mx.compile, shapeless=True)
+def _times(x: mx.array, factors: mx.array) -> mx.array:
+    """Returns x times factors, which may have more bits, in its own type."""
+    return (x * factors).astype(x.dtype)
+
+
 @dataclass(frozen=True)
 class Branch:
     """Everything that adapters change in one layer W x + b, whatever their number.
@@ -164,9 +197,9 @@ class Branch:
     def __call__(self, layer: Callable[[mx.array], mx.array], width: int, x: mx.array) -> mx.array:
         """Returns the layer's result with the changes. Inputs beyond the layer's own are for the branch alone."""
         inputs = x if x.shape[-1] == width else x[..., :width]
-        y = layer(inputs if self.intake is None else inputs * self.intake)
+        y = layer(inputs if self.intake is None else _times(inputs, self.intake))
         if self.gain is not None:
-            y = y * self.gain
+            y = _times(y, self.gain)
         if self.offset is not None:
             y = y + self.offset
         if self.down is not None and self.up is not None:
@@ -262,7 +295,39 @@ def dequantized(layer: nn.Module) -> mx.array:
     """Returns the matrix (out, in) of a linear layer, in float32 where it was quantized."""
     if not isinstance(layer, nn.QuantizedLinear):
         return layer["weight"]
-    return _dequantized(layer.weight, layer.scales, layer.get("biases"), kind(layer), mx.float32)
+    weight = _dequantized(layer.weight, layer.scales, layer.get("biases"), kind(layer), mx.float32)
+    return whole_weight(weight, layer)
+
+
+def whole_weight(product: mx.array, arrays: Mapping[str, mx.array]) -> mx.array:
+    """Returns the matrix (out, in) of a layer with the further arrays of `add_arrays`, in float32.
+
+    Args:
+        product: its dequantized codes.
+        arrays: its arrays by name.
+    """
+    if "intake" in arrays:
+        product = product * arrays["intake"].view(mx.float32)
+    if "gain" in arrays:
+        product = product * arrays["gain"].view(mx.float32)[:, None]
+    if "down" in arrays:
+        product = product + (arrays["down"].astype(mx.float32) @ arrays["up"].astype(mx.float32)).T
+    return product
+
+
+def add_arrays(layer: nn.QuantizedLinear, q: Quantization) -> None:
+    """Gives a quantized layer the arrays that its quantization has besides codes, scales and biases.
+
+    It computes ((x intake) W) gain + bias + (x down) up. Factors keep 32 bits in every compute type: they are stored as
+    integers with the bits of float32.
+    """
+    outputs, inputs = layer.weight.shape[0], layer.weight.shape[1] * 32 // layer.bits
+    if q.gain:
+        layer.gain = mx.zeros((outputs,), mx.uint32)
+    if q.intake:
+        layer.intake = mx.zeros((inputs,), mx.uint32)
+    if q.rank:
+        layer.down, layer.up = mx.zeros((inputs, q.rank)), mx.zeros((q.rank, outputs))
 
 
 def kind(layer: nn.QuantizedLinear) -> Kind:
