@@ -9,7 +9,8 @@ import reprlib
 from typing import Self
 
 __all__ = [
-    "FiltersError", "FluxKreaError", "Interrupted", "ModelError", "PartlyDone", "ResourceError", "UsageError",
+    "FiltersError", "FluxKreaError", "Interrupted", "MachineError", "ModelError", "PartlyDone",
+    "ResourceError", "UsageError",
     "Waiting", "Withheld", "amount", "gpu_error", "printable", "short_repr", "shortened",
 ]  # fmt: skip
 
@@ -53,6 +54,12 @@ class UsageError(FluxKreaError, ValueError):
 
 class ModelError(FluxKreaError):
     """A model or a source that is missing, damaged, not understood or not reachable."""
+
+    exit_code = 3
+
+
+class MachineError(FluxKreaError):
+    """A check of `flux-krea doctor --chip` that this machine does not pass: it may compute other pictures."""
 
     exit_code = 3
 

@@ -18,8 +18,11 @@ NEVER_INDEX = ".metadata_never_index"  # Spotlight ignores a folder that holds a
 
 
 @contextlib.contextmanager
-def awake() -> Iterator[None]:
-    """Keeps the machine from sleeping within the block, and no longer than this process lives."""
+def awake() -> Iterator[subprocess.Popen | None]:
+    """Keeps the machine from sleeping within the block, and no longer than this process lives.
+
+    Gives the process that does so; None: there is none.
+    """
     command = ["caffeinate", "-i", "-w", str(os.getpid())]
     process = None
     if sys.platform == "darwin":
@@ -28,7 +31,7 @@ def awake() -> Iterator[None]:
                 command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
             )
     try:
-        yield
+        yield process
     finally:
         if process:
             process.kill()  # a child inherits an ignored SIGTERM: `signals.finish` ignores it

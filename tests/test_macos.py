@@ -25,7 +25,7 @@ from mlx_flux_krea.convert import convert
 
 from mlx_flux_krea import checkpoint, macos, worker
 from mlx_flux_krea import convert as converter
-from mlx_flux_krea.commands import doctor
+from mlx_flux_krea.chip import wheel
 from mlx_flux_krea.errors import FiltersError, UsageError
 from mlx_flux_krea.filters.ledger import Ledger
 from mlx_flux_krea.home import find_model
@@ -257,7 +257,7 @@ def test_doctor_notices_a_library_of_mlx_for_another_mac(
     (tmp_path / "lib" / "mlx.metallib").write_bytes(b"\0" * 9999 + kernels + b"\0")
     mac.says("machdep.cpu.brand_string", chip)
     mac.says("kern.osproductversion", version)
-    monkeypatch.setattr(doctor, "find_spec", lambda name: SimpleNamespace(submodule_search_locations=[str(tmp_path)]))
+    monkeypatch.setattr(wheel, "find_spec", lambda name: SimpleNamespace(submodule_search_locations=[str(tmp_path)]))
     code, out, _ = command("doctor", "--json")
     found = json.loads(out)["findings"]["mlx's library"]
     assert (code, found) == (0, "fits this chip and this macOS") if problem is None else code == 2

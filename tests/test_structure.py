@@ -15,7 +15,7 @@ import mlx_flux_krea
 
 PACKAGE = "mlx_flux_krea"
 LEVELS = {
-    7: "cli commands server nano",
+    7: "cli commands server nano chip",
     6: "convert",
     5: "pipeline prior",
     4: "generator filters latents",

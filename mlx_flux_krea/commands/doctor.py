@@ -3,32 +3,31 @@
 Each examination imports its own libraries, so that one that cannot be imported becomes a finding.
 """
 
-import mmap
 import os
 import platform
-import random
-import re
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
 import click
 
 from mlx_flux_krea import __version__, home, macos
-from mlx_flux_krea.errors import FiltersError, FluxKreaError, ModelError, ResourceError, UsageError, amount
-from mlx_flux_krea.files import bypass, forget, may_exist, sync
+from mlx_flux_krea.errors import (
+    FiltersError,
+    FluxKreaError,
+    MachineError,
+    ModelError,
+    ResourceError,
+    UsageError,
+    amount,
+    printable,
+)
+from mlx_flux_krea.files import may_exist
 
 from .shared.text import json_text, size, table
-
-_SAMPLE = 2**26  # bytes of a file that shows the speed of a disk
-_SECONDS = 1.0  # of reading it, at most
-_ACCELERATED = 5  # number of the first chip with accelerators for matrix products: M5
-_ACCELERATORS_NEED = (26, 2)  # version of macOS
 
 
 class Finding(NamedTuple):
@@ -41,16 +40,27 @@ class Finding(NamedTuple):
 
 @click.command()
 @click.option("--full", is_flag=True, help="Also run the filters' self-tests, which takes a minute.")
+@click.option("--chip", is_flag=True, help="Check instead that this machine computes correctly, and how fast.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
-def doctor(full, as_json):
+def doctor(full, chip, as_json):
     """Examine this machine and the installation.
 
     Ends with an error if anything is wrong. The report holds no personal path, name or token.
 
+    --chip takes up to two minutes on a Mac and needs no weights. It runs the small built-in model in every type, and
+    products, attention and convolutions at FLUX.1's shapes, against stored or exact results; it streams blocks from
+    disk, and tries the disk, locks, sleep and the terminal. Each line says what was found and what is expected.
+
     \b
-    Example:
+    Examples:
       flux-krea doctor
+      flux-krea doctor --chip
     """
+    if chip:
+        if full:
+            raise UsageError("--chip, and --full", "one of them", "each is a report of its own")
+        _check_chip(as_json)
+        return
     rows, errors = [], []
     for name, examine in _EXAMINATIONS.items():
         try:
@@ -73,6 +83,43 @@ def doctor(full, as_json):
         raise type(errors[0])(f"{count}: see the lines marked WRONG")
 
 
+def _check_chip(as_json: bool) -> None:
+    """Makes the checks of this machine, and prints a line for each as soon as it is made.
+
+    Raises:
+        MachineError: something is wrong.
+    """
+    from mlx_flux_krea.chip.check import this_setting
+    from mlx_flux_krea.chip.table import CHECKS, make_checks
+
+    from .shared.estimates import device
+    from .shared.terminal import Console, counted
+
+    setting, console = this_setting(), Console()
+    width, start = max(len(check.name) for check in CHECKS), time.perf_counter()
+    console.say(f"{amount(len(CHECKS), 'check')} at {setting.in_words}")
+    rows, wrong = [], []
+    progress = counted(make_checks(setting), "checks", "check", len(CHECKS))
+    for check, result, seconds in progress:
+        wrong += [] if result.is_right else [check.name]
+        facts = {"found": result.found, "expected": result.expected, "right": result.is_right, "next": result.todo}
+        facts = {name: without_paths(text) if isinstance(text, str) else text for name, text in facts.items()}
+        rows.append({"name": check.name} | facts | {"seconds": round(seconds, 3), "figures": result.figures})
+        if as_json:
+            console.say(f"{len(rows)} of {len(CHECKS)}: {check.name}")
+            continue
+        with progress.external_write_mode():
+            click.echo(printable(f"{check.name:<{width}}  {without_paths(str(result))}"))
+    seconds = time.perf_counter() - start
+    console.say(f"took {seconds:.0f} s")
+    if as_json:
+        about = {"device": device(), "mlx": version("mlx"), "version": __version__, "divisor": setting.divisor}
+        click.echo(json_text(about | {"seconds": seconds, "checks": rows, "wrong": wrong}))
+    if wrong:
+        count = amount(len(wrong), "check shows", "checks show")
+        raise MachineError(f"{count} that something is wrong: {', '.join(wrong)}", "", "see the lines marked WRONG")
+
+
 def without_paths(text: str) -> str:
     """Replaces the home folders, which show a user's name, by ~ and $FLUX_KREA_HOME."""
     places = {str(Path.home()): "~"}
@@ -84,26 +131,6 @@ def without_paths(text: str) -> str:
     return text
 
 
-def read_speed(place: Path) -> float:
-    """Measures the bytes per second that a disk reads, from a new file that never was in the system's cache.
-
-    Raises:
-        OSError: the file cannot be written or read.
-    """
-    with tempfile.TemporaryFile(dir=place, buffering=0) as file:
-        bypass(file.fileno())  # before it is written: macOS takes no page back
-        file.write(random.Random(0).randbytes(2**20) * (_SAMPLE // 2**20))
-        sync(file.fileno())
-        forget(file.fileno())
-        buffer, count, start = bytearray(2**23), 0, time.perf_counter()
-        file.seek(0)
-        spent = 0.0
-        while spent < _SECONDS and (read := file.readinto(buffer)):
-            count += read
-            spent = time.perf_counter() - start
-        return count / max(spent, 1e-9)
-
-
 def _program(full: bool) -> list[Finding]:
     built = f"{platform.python_version()}, {platform.machine()}"
     libraries = ", ".join(f"{name} {version(name)}" for name in ("mlx", "huggingface-hub"))
@@ -111,58 +138,10 @@ def _program(full: bool) -> list[Finding]:
 
 
 def _mlx(full: bool) -> list[Finding]:
-    """Reads MLX's libraries on a Mac as files, for the faults of an installation that no import shows."""
-    spec = find_spec("mlx") if sys.platform == "darwin" else None
-    for place in (spec and spec.submodule_search_locations) or ():
-        library, kernels = Path(place, "lib", "libmlx.dylib"), Path(place, "lib", "mlx.metallib")
-        if not library.is_file():
-            continue
-        known = _holds(library, b"MLX_CONV_WINOGRAD")
-        problem = None if known else UsageError(
-            "this mlx does not know MLX_CONV_WINOGRAD, and decodes pictures with errors of several percent",
-            "a library of mlx 0.32.4 or later", "install it again: pip install --force-reinstall mlx",
-        )  # fmt: skip
-        problem = problem or _wrong_wheel(kernels)
-        return [Finding("mlx's library", "fits this chip and this macOS", problem)]
-    return []
+    from mlx_flux_krea.chip.wheel import library_problem
 
-
-def _wrong_wheel(kernels: Path) -> UsageError | None:
-    """Returns the error for a library that was made for another macOS than an M5 or a later chip needs.
-
-    Wheels for macOS 26 hold kernels (named *_nax) for the accelerators in these chips. They need macOS 26.2, and are
-    used on 26.0 and 26.1 too (ml-explore/mlx#4525).
-    """
-    chip = re.match(r"Apple M(\d+)", macos.sysctl("machdep.cpu.brand_string") or "")
-    if not chip or int(chip[1]) < _ACCELERATED or not kernels.is_file():
-        return None
-    found, has_kernels = _macos_version(), _holds(kernels, b"_nax")
-    is_enough = _numbers(found) >= _ACCELERATORS_NEED
-    if has_kernels and not is_enough:
-        ahead = f"this mlx uses the accelerators of the {chip[0]}, which macOS {found} cannot do"
-        return UsageError(ahead, "macOS 26.2 or later", "update macOS")
-    if is_enough and not has_kernels:
-        slow = (
-            "this mlx was made for an older macOS: without the chip's accelerators its products take 2.7 times as long"
-        )
-        todo = "make a new environment with a newer Python, which asks for it: uv venv --python 3.13"
-        return UsageError(slow, "the wheel of mlx-metal for macOS 26", todo)
-    return None
-
-
-def _macos_version() -> str:
-    """Returns the version of macOS; a Python made for an older one is told 16.0 for 26."""
-    return macos.sysctl("kern.osproductversion") or platform.mac_ver()[0]
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in re.findall(r"\d+", text))
-
-
-def _holds(path: Path, text: bytes) -> bool:
-    """Returns True where a file holds these bytes."""
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-        return mapped.find(text) >= 0
+    is_here, problem = library_problem()
+    return [Finding("mlx's library", "fits this chip and this macOS", problem)] if is_here else []
 
 
 def _types(full: bool) -> list[Finding]:
@@ -181,11 +160,12 @@ def _types(full: bool) -> list[Finding]:
 def _machine(full: bool) -> list[Finding]:
     import mlx.core as mx
 
+    from mlx_flux_krea.chip.wheel import macos_version
     from mlx_flux_krea.memory import machine_memory, physical_memory
 
     from .shared.estimates import device
 
-    system = f"macOS {_macos_version()}" if sys.platform == "darwin" else platform.system()
+    system = f"macOS {macos_version()}" if sys.platform == "darwin" else platform.system()
     wired = macos.sysctl("iogpu.wired_limit_mb")
     limit = "" if wired is None else f", wired limit {'the default' if wired == '0' else f'{wired} MB'}"
     backend = "Metal" if mx.default_device().type == mx.DeviceType.gpu else "CPU"
@@ -197,6 +177,8 @@ def _machine(full: bool) -> list[Finding]:
 
 
 def _disk(full: bool) -> list[Finding]:
+    from mlx_flux_krea.chip.streaming import read_speed
+
     from .shared.estimates import home_disk
 
     place, free = home_disk()

@@ -5,11 +5,14 @@ import contextlib
 import logging
 import os
 import re
+import select
 import shutil
 import subprocess
 import sys
+import termios
 import time
-from collections.abc import Iterator
+import tty
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import click
@@ -26,6 +29,13 @@ from .text import duration, json_text, size
 _BETWEEN = ("TMUX", "STY", "ZELLIJ", "SSH_CONNECTION", "SSH_CLIENT", "SSH_TTY")
 # Variables of terminals that show no pictures by the known protocols; those inside others inherit their names.
 _ANOTHER = {"VTE_VERSION", "KONSOLE_VERSION", "XTERM_VERSION", "INSIDE_EMACS", "VIM_TERMINAL", "NVIM"}
+# Of each protocol, a question that a terminal which shows pictures by it answers, and the beginning of the answer. All
+# terminals answer the one for their attributes, which comes after it.
+_QUESTIONS = {
+    "kitty": ("\x1b_Gi=31,s=1,v=1,a=q,t=d,f=24;AAAA\x1b\\", b"\x1b_Gi=31;OK"),
+    "iterm": ("\x1b]1337;ReportCellSize\x07", b"\x1b]1337;ReportCellSize="),
+}
+_ATTRIBUTES = "\x1b[c", re.compile(rb"\x1b\[\?[\d;]*c")
 _LOGGER = logging.getLogger("mlx_flux_krea")
 _EVERY = 5.0  # seconds between lines of progress that are not redrawn
 _FORMAT = (
@@ -201,9 +211,9 @@ class ByteProgress:
             self._bar = None
 
 
-def counted(items: list, label: str, unit: str) -> tqdm:
-    """Iterates over items with a progress line."""
-    return tqdm(items, desc=label, unit=unit, delay=0.5, disable=None, leave=False)
+def counted(items: Iterable, label: str, unit: str, total: int | None = None) -> tqdm:
+    """Iterates over items with a progress line; `total` is their number where they do not know it."""
+    return tqdm(items, desc=label, unit=unit, total=total, delay=0.5, disable=None, leave=False)
 
 
 def is_interactive() -> bool:
@@ -226,7 +236,7 @@ def confirmed(question: str, yes: bool) -> bool:
     return yes or click.confirm(f"{printable(question)}?", err=True)
 
 
-def _protocol() -> str | None:
+def protocol() -> str | None:
     """Returns the protocol ("iterm", "kitty") by which the terminal at hand shows pictures; None: none that is known.
 
     Only variables count that terminals themselves set; others are inherited from one terminal by the next.
@@ -247,6 +257,28 @@ def _is_between() -> bool:
     return multiplexed or any(os.environ.get(name) for name in _BETWEEN)
 
 
+def asked(kind: str, patience: float = 1.0) -> bool | None:
+    """Asks the terminal at hand whether it shows pictures by a protocol; None: there is none to ask.
+
+    Args:
+        kind: "iterm" or "kitty".
+        patience: seconds to wait for an answer.
+    """
+    if not is_interactive():
+        return None
+    question, answer = _QUESTIONS[kind]
+    keys, heard, end = sys.stdin.fileno(), b"", time.monotonic() + patience
+    before = termios.tcgetattr(keys)
+    try:
+        tty.setcbreak(keys)  # else the answer is shown, and waits for a new line
+        os.write(sys.stderr.fileno(), (question + _ATTRIBUTES[0]).encode())
+        while not _ATTRIBUTES[1].search(heard) and select.select([keys], [], [], max(0, end - time.monotonic()))[0]:
+            heard += os.read(keys, 1024)
+    finally:
+        termios.tcsetattr(keys, termios.TCSAFLUSH, before)
+    return answer in heard
+
+
 def say_path(path: Path | None) -> None:
     """Prints a path on standard output: as it is for a program, with control characters spelled out at a terminal."""
     click.echo(printable(str(path)) if sys.stdout.isatty() else path, color=True)  # which strips nothing
@@ -259,12 +291,12 @@ def inline_picture(data: bytes, rows: int | None = None) -> str | None:
         data: the file's bytes.
         rows: lines that it takes, with the cursor left in place; None: as many as its pixels need.
     """
-    protocol = _protocol()
+    kind = protocol()
     encoded = base64.b64encode(data).decode()
-    if protocol == "iterm":
+    if kind == "iterm":
         height = f"height={rows};" if rows else ""
         return f"\x1b]1337;File=inline=1;{height}preserveAspectRatio=1:{encoded}\x07"
-    if protocol == "kitty":
+    if kind == "kitty":
         place = f"r={rows},C=1,i=1,q=2," if rows else ""  # a later picture with the same number replaces it
         chunks = [encoded[i : i + 4096] for i in range(0, len(encoded), 4096)] or [""]
         heads = [f"a=T,f=100,{place}"] + [""] * (len(chunks) - 1)
