@@ -259,13 +259,13 @@ def test_too_large_an_allocation_raises_an_error_that_is_known_and_computing_goe
     assert machine.allocation(setting).is_right == is_right
 
 
-def test_the_disk_needs_the_more_the_less_memory_there_is(setting):
+def test_the_disk_needs_the_more_the_less_memory_there_is(setting, monkeypatch):
     needs = []
-    for memory in (1, 8, 12, 40):
+    monkeypatch.setattr(streaming, "read_speed", lambda *_: 1e9)
+    for memory in (1, 12, 40):
         result = streaming.disk(Setting(CPU_DIVISOR, setting.folder, memory * 10**9))
         needs.append(result.figures["bytes_per_step"])
-    assert needs[0] == needs[1] or needs[0] > needs[1]
-    assert needs[0] > needs[2] > needs[3] == 0
+    assert needs[0] > needs[1] > needs[2] == 0
 
 
 def test_numpy_unpacks_what_mlx_packs():
@@ -343,10 +343,11 @@ ASKS = "from mlx_flux_krea.chip import machine; print(machine.shows_pictures(Non
     [
         ({"TERM": "xterm-kitty"}, "\x1b_Gi=31;OK\x1b\\\x1b[?62;c", "by the protocol of kitty, and it answers"),
         ({"TERM": "xterm-kitty"}, "\x1b[?62;4c", "WRONG: by the protocol of kitty, but it does not answer"),
-        (
+        pytest.param(
             {"TERM": "xterm", "TERM_PROGRAM": "iTerm.app"},
             "\x1b]1337;ReportCellSize=17;8\x1b\\\x1b[?62;4c",
-            "by the prot",
+            "by the protocol of iterm, and it answers",
+            marks=pytest.mark.slow,
         ),
     ],
 )

@@ -222,7 +222,7 @@ def test_plan_and_bench_count_the_evaluations_of_the_chosen_mode(command, model)
         store_choice(model, CHOICE | {"mode": mode, "share": share})
         assert seconds("--fast") == pytest.approx(seconds() * share)
     store_choice(model, CHOICE)
-    size = ["--width", 32, "--height", 32, "--steps", 3]
+    size = ["--width", 32, "--height", 32, "--steps", 3, "--dtype", "float32", "--memory", "1GB"]
     facts = json.loads(command("bench", "-m", model, *size, "--json")[1])
     assert facts["evaluations"] == {"full": 28, "fast": 14}
     around = facts["stages"]["text"] + facts["stages"]["decode"]

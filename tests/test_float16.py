@@ -86,21 +86,6 @@ def test_bench_recommends_the_type_that_is_worth_it(seconds, says):
     assert says in estimates.recommendation(*seconds)
 
 
-@pytest.mark.slow
-def test_bench_measures_both_types_where_either_may_be_the_faster(command, tmp_path, monkeypatch):
-    folder = convert([PIPELINE], tmp_path / "half", tokenizers=TOKENIZERS, dtype="bfloat16").path
-    call = ["bench", "-m", folder, "--width", "32", "--height", "32", "--steps", "2"]
-    code, out, err = command(*call)
-    assert (code, [line.count(" float16 ") for line in out.splitlines()]) == (0, [0]), err
-    monkeypatch.setattr(estimates, "has_fast_halves", lambda: True)
-    code, out, err = command(*call)
-    assert (code, [line.count(", float16 ") for line in out.splitlines()]) == (0, [0, 1]), err
-    assert "float16 takes" in err
-    facts = json.loads(command(*call, "--json")[1])
-    assert (facts["dtype"], facts["float16"]["dtype"]) == ("bfloat16", "float16")
-    assert len(command(*call, "--dtype", "bfloat16")[1].splitlines()) == 1
-
-
 def test_doctor_compares_the_types_where_either_may_be_the_faster(command, monkeypatch):
     assert "16 bits" not in command("doctor")[1]
     monkeypatch.setattr(estimates, "has_fast_halves", lambda: True)

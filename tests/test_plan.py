@@ -3,11 +3,9 @@
 import gc
 import json
 import re
-import shutil
 
 import mlx.core as mx
 import pytest
-from helpers import edit_json
 from mlx_flux_krea.convert import convert
 from mlx_flux_krea.convert.quantize import QuantizationRecipe, choose
 from PIL import Image
@@ -249,24 +247,6 @@ def test_the_operations_of_a_step_are_those_of_the_research():
 
 def test_the_machine_offers_some_memory():
     assert 2**28 < machine_memory() < 2**43
-
-
-@pytest.mark.slow
-def test_the_bench_measures_a_run_and_releases_nothing(command, model, tmp_path):
-    """Also where filters are required and none is installed: nobody sees what was drawn."""
-    strict = shutil.copytree(model, tmp_path / "strict")
-    edit_json(strict / "model_index.json", filters="required")
-    code, line, _ = command("bench", "-m", strict, "--width", 64, "--height", 64, "--steps", 3)
-    assert code == 0
-    assert line.count(" | ") == 7
-    assert "s per step" in line
-    assert "5 of 5 blocks in memory" in line
-    assert [path.name for path in tmp_path.iterdir()] == ["strict"]
-    facts = json.loads(command("bench", "-m", model, "--width", 64, "--height", 64, "--steps", 3, "--json")[1])
-    sizes = open_model(model).flux.sizes
-    length = open_model(model).index.max_sequence_length
-    assert facts["tflops"] * facts["seconds_per_step"] * 1e12 == pytest.approx(step_flops(sizes, 64, 64, length))
-    assert facts["peaks"].keys() == {"text", "denoise", "decode"}
 
 
 def test_the_plan_says_whose_memory_it_is_and_shows_every_chip(command, monkeypatch):

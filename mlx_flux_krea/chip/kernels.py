@@ -12,7 +12,7 @@ from .check import CheckResult, Setting, as_numpy, distance, judged, normal
 
 _SAMPLED = 8  # queries, and rows of pixels, that are compared
 _LEAST = 64  # tokens and pixels that a divided shape keeps
-ATTENTION_BOUND = 0.01  # in bfloat16, whose kernels round the result (0.0017), and on a GPU the probabilities
+ATTENTION_BOUND = 0.015  # in bfloat16: rounding the result gives 0.0017, rounding scores too, as a CPU does, 0.008
 CONVOLUTION_BOUNDS = {"bfloat16": 0.004, "float16": 0.001}  # Winograd's algorithm in 16 bits gives 0.03 and more
 COMPILED_BOUNDS = {"float32": 1e-5, "bfloat16": 0.004}
 
@@ -113,7 +113,7 @@ def convolution(dtype: str, setting: Setting) -> CheckResult:
 
 def compiled(setting: Setting) -> CheckResult:
     """Checks the compiled functions of the transformer and the image decoder, in float32 and bfloat16."""
-    rows = 4608 // setting.divisor
+    rows = max(_LEAST, 1024 // setting.divisor)
     errors: dict[str, float] = {}
     for dtype, bound in COMPILED_BOUNDS.items():
         arrays = [normal((rows, 3072 // setting.divisor), getattr(mx, dtype), seed) for seed in range(4)]

@@ -1,29 +1,20 @@
-"""flux-krea bench: the speed of this machine with a model, as a line to share."""
-
-import platform
-import time
-from importlib.metadata import version
-from itertools import pairwise
-from statistics import median
-from typing import Any
+"""flux-krea bench: the speed of this machine with a model, as a block to share."""
 
 import click
 
-from mlx_flux_krea import FluxPipeline, Result, __version__
+from mlx_flux_krea import FluxPipeline, __version__
 from mlx_flux_krea.errors import UsageError
-from mlx_flux_krea.fast import chosen_mode
-from mlx_flux_krea.memory import step_flops
-from mlx_flux_krea.presets import CHIPS
-from mlx_flux_krea.sampling.rules import fast_skips
 
-from .shared import choosing, estimates
+from .shared import choosing, estimates, measuring
 from .shared.estimates import device, this_chip
+from .shared.measuring import StepBench
 from .shared.options import DTYPE, MODEL_DEFAULT, MODEL_HELP, SIDE
-from .shared.terminal import Console, PipelineProgress
-from .shared.text import duration, json_text, size, stage_times
+from .shared.terminal import Console
+from .shared.text import duration, json_text
 
-_PROMPT = "a large red circle on a white background"  # of words that every model knows: steps take the same for any
-_STEPS = 5
+_STEPS = 3
+_RUNS = 7  # of so many steps: three types, resident and streamed, and the first one's second picture
+SHARE = "https://github.com/mlx-flux-krea/mlx-flux-krea/issues/new?template=numbers.yml"
 
 
 @click.command()
@@ -33,19 +24,24 @@ _STEPS = 5
 @click.option(
     "--steps",
     type=click.IntRange(2, 100),
-    help=f"Number of steps; the first also loads the weights.  [default: {_STEPS}]",
+    help=f"Number of steps of a run; the first also loads the weights.  [default: {_STEPS}]",
 )
 @click.option("--fast", is_flag=True, help="Choose what --fast does with this model: 8 runs at 512 x 512, resumable.")
 @click.option(
-    "--memory", default="auto", show_default=True, help="Memory for this program (not the Mac's), such as 6GB."
+    "--memory",
+    default="auto",
+    show_default=True,
+    help="Memory for this program (not the Mac's), such as 6GB: measure with that alone.",
 )
-@click.option("--dtype", type=DTYPE, help="Compute type.  [default: the model's]")
+@click.option("--dtype", type=DTYPE, help="Measure this compute type alone.  [default: all three]")
 @click.option("--json", "as_json", is_flag=True, help="Print all measurements as JSON.")
 def bench(model, width, height, steps, fast, memory, dtype, as_json):
     """Measure the speed of this machine.
 
-    The picture is discarded, so that no filter is needed. On a GPU a model in bfloat16 is measured in float16 too, and
-    the better type for this machine is recommended.
+    Measures a step in each compute type, with as many blocks in memory as fit and with all of them streamed from disk;
+    a first and a second picture; and the filters, where they are installed. Pictures are discarded, so that no filter
+    is needed. It prints a block for the issue template "Share your Mac's numbers", whose last line is a row of the
+    README's table.
 
     --fast generates two pictures in several modes, compares their latents with those of the full run, and stores the
     nearest mode that computes at most two thirds of the steps. It says first how long that takes. After Ctrl-C, the
@@ -53,7 +49,8 @@ def bench(model, width, height, steps, fast, memory, dtype, as_json):
 
     \b
     Examples:
-      flux-krea bench -m krea --steps 5
+      flux-krea bench -m krea
+      flux-krea bench -m krea --dtype bfloat16 --steps 5
       flux-krea bench -m krea --fast
     """
     console = Console()
@@ -63,115 +60,47 @@ def bench(model, width, height, steps, fast, memory, dtype, as_json):
         with console.library_notes():
             _choose(model, dtype, memory=memory, as_json=as_json, console=console)
         return
-    steps = steps or _STEPS
     with console.library_notes():
-        facts = _bench(model, dtype, memory=memory, width=width, height=height, steps=steps, console=console)
-        compared = None
-        if dtype is None and facts["dtype"] == "bfloat16" and estimates.has_fast_halves():
-            compared = _bench(model, "float16", memory=memory, width=width, height=height, steps=steps, console=console)
+        measured = StepBench(model, (width, height), steps or _STEPS, console)
+        _say_duration(measured, dtype, memory)
+        facts = measuring.measure_model(measured, dtype, memory)
+        filters, in_words = measuring.filter_facts(measured.shape, console)
+    if as_json:
+        click.echo(json_text(facts | {"filters": filters}))
+    else:
+        click.echo(measuring.block(facts, in_words))
+    _conclude(facts, console)
+
+
+def _say_duration(measured: StepBench, dtype: str | None, memory: str) -> None:
+    """Says about how long the measurements take, where the speed of the chip is known."""
+    chip, runs = this_chip(), 2 if dtype or memory != "auto" else _RUNS
+    if chip is None:
+        return
+    index, (width, height) = measured.pipe.folder.index, measured.shape
+    step = estimates.step_seconds(
+        measured.pipe.folder.flux.sizes, width=width, height=height, length=index.max_sequence_length, chip=chip
+    )
+    about = duration(step * runs * measured.steps)
+    measured.console.say(f"takes about {about} at {estimates.SHARE_IN_WORDS}; fewer: --dtype, --memory, --steps 2")
+
+
+def _conclude(facts: dict, console: Console) -> None:
+    """Says which 16-bit type is the better one here, and where to share the numbers."""
     if facts["wanting"]:
         console.say(f"note: {facts['wanting']}")
-    if as_json:
-        click.echo(json_text(facts | ({} if compared is None else {"float16": compared})))
-        return
-    click.echo(_line(facts))
-    if compared:
-        click.echo(_line(compared))
-        console.say(estimates.recommendation(facts["seconds_per_step"], compared["seconds_per_step"]))
+    first = facts["measured"][0]["way"]
+    halves = {one["dtype"]: one["seconds"] for one in facts["measured"] if one["way"] == first}
+    if estimates.has_fast_halves() and {"bfloat16", "float16"} <= halves.keys():
+        console.say(estimates.recommendation(halves["bfloat16"], halves["float16"]))
+    console.say(f"to share these numbers: {SHARE}")
 
 
 def _choose(model: str | None, dtype: str | None, *, memory: str, as_json: bool, console: Console) -> None:
     """Chooses the mode of --fast for a model, after the speed of a step was measured."""
     pipe = FluxPipeline.from_pretrained(model, dtype=dtype, memory=memory)
     choosing.check_choice(pipe)
-    _, seconds = _measure(pipe, choosing.shape_of(pipe), steps=3, console=console, output_type="latent")
+    one = StepBench(model, choosing.shape_of(pipe), 3, console)
+    _, seconds = one.generate(pipe, 0, output_type="latent")
     facts = choosing.choose(pipe, seconds, console) | {"device": device(), "version": __version__}
     click.echo(json_text(facts) if as_json else choosing.shown(facts))
-
-
-def _bench(
-    model: str | None, dtype: str | None, *, memory: str, width: int | None, height: int | None, steps: int,
-    console: Console,
-) -> dict[str, Any]:  # fmt: skip
-    """Measures a model in one compute type. Returns the facts."""
-    pipe = FluxPipeline.from_pretrained(model, dtype=dtype, memory=memory)
-    index = pipe.folder.index
-    shape = width or index.defaults.width, height or index.defaults.height
-    result, seconds = _measure(pipe, shape, steps=steps, console=console)
-    return _facts(pipe, shape, result=result, seconds=seconds)
-
-
-def _measure(
-    pipe: FluxPipeline, shape: tuple[int, int], *, steps: int, console: Console, **options: Any
-) -> tuple[Result, float]:
-    """Generates and discards a picture of (width, height). Returns the result and the median seconds of a step."""
-    shown, ends = PipelineProgress(console), []
-
-    def progress(stage: str, done: float, total: int) -> None:
-        if stage == "denoise" and done + 1e-6 >= len(ends) + 1:
-            ends.append(time.perf_counter())
-        shown(stage, done, total)
-
-    given: dict[str, Any] = {"width": shape[0], "height": shape[1], "num_inference_steps": steps, "seed": 1}
-    try:
-        result = pipe.rehearse(_PROMPT, progress=progress, **given, **options)
-    finally:
-        shown.close()
-    return result, median(b - a for a, b in pairwise(ends))
-
-
-def _facts(pipe: FluxPipeline, shape: tuple[int, int], *, result: Result, seconds: float) -> dict[str, Any]:
-    """Collects the measurements, the share of the chip's peak, and versions."""
-    index, flux = pipe.folder.index, pipe.folder.flux.sizes
-    width, height = shape
-    tflops = step_flops(flux, width, height, index.max_sequence_length) / seconds / 1e12
-    name, chip = device(), this_chip()
-    peak = CHIPS[chip] if chip else None
-    most = pipe.folder.flux.quantization
-    plan = result.plan
-    taken = _evaluations(pipe)
-    around = sum(seconds for stage, seconds in result.seconds.items() if stage != "denoise")
-    return {
-        "device": name, "model": index.name,
-        "precision": f"{most.bits} bits, {most.mode}" if most else "16 bits or more",
-        "dtype": pipe.dtype, "width": width, "height": height, "seconds_per_step": seconds, "tflops": tflops,
-        "evaluations": taken, "seconds_per_picture": {mode: around + n * seconds for mode, n in taken.items()},
-        "share_of_peak": peak and tflops / peak, "stages": result.seconds, "peaks": result.peaks,
-        "predicted": plan and plan.stages, "blocks_in_memory": plan and plan.resident_blocks,
-        "blocks": plan and plan.total_blocks,
-        "mlx": version("mlx"), "version": __version__, "system": platform.platform(terse=True),
-        "wanting": None if peak else f"the peak speed of {name} is not known, so its share is not given",
-    }  # fmt: skip
-
-
-def _evaluations(pipe: FluxPipeline) -> dict[str, int]:
-    """Returns the evaluations of a picture in the model's own steps, and those with --fast where that skips some."""
-    index = pipe.folder.index
-    steps = index.defaults.num_inference_steps
-    is_fast = fast_skips(index.schedule.shift, steps)
-    return {"full": steps} | ({"fast": chosen_mode(pipe.folder.path)[0].evaluations(steps)} if is_fast else {})
-
-
-def _line(facts: dict[str, Any]) -> str:
-    """Formats the measurements for a table or a message."""
-    share = f" ({facts['share_of_peak']:.0%} of its peak)" if facts["share_of_peak"] else ""
-    stages = stage_times({stage: seconds for stage, seconds in facts["stages"].items() if stage != "denoise"})
-    return " | ".join(
-        (
-            facts["device"],
-            f"{facts['model']}, {facts['precision']}, {facts['dtype']}",
-            f"{facts['width']} x {facts['height']}",
-            f"{facts['seconds_per_step']:.3g} s per step, {facts['tflops']:.3g} TFLOP/s{share}",
-            stages,
-            _pictures(facts),
-            f"{size(max(facts['peaks'].values()))}, {facts['blocks_in_memory']} of {facts['blocks']} blocks in memory",
-            f"flux-krea {facts['version']}, mlx {facts['mlx']}",
-        )
-    )
-
-
-def _pictures(facts: dict[str, Any]) -> str:
-    """Formats the time of a picture in the model's own steps, and with --fast."""
-    times, steps = facts["seconds_per_picture"], facts["evaluations"]
-    fast = f", {duration(times['fast'])} with --fast ({steps['fast']} evaluations)" if "fast" in times else ""
-    return f"{steps['full']} steps in {duration(times['full'])}{fast}"
