@@ -6,6 +6,7 @@ Shapes are those that a CPU checks. Parts that only a Mac has are stand-ins (`ma
 import fcntl
 import functools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -19,9 +20,8 @@ import winograd
 from helpers import ROOT, at_terminal
 
 from mlx_flux_krea import macos, residency
-from mlx_flux_krea.chip import machine, outputs, streaming, table, wheel
-from mlx_flux_krea.chip.check import CPU_DIVISOR, Check, CheckResult, Setting
-from mlx_flux_krea.chip.products import unpacked
+from mlx_flux_krea.chip import machine, outputs, products, streaming, table, wheel
+from mlx_flux_krea.chip.check import CPU_DIVISOR, Check, CheckResult, Setting, as_numpy, distance
 from mlx_flux_krea.models import layers, transformer, vae
 
 CHECKS = {check.name: check.run for check in table.CHECKS}
@@ -111,8 +111,9 @@ def lost_products(patch):
 
 
 def shifted_groups(patch):
+    """Packed numbers one place further, beside the scales of others."""
     whole = mx.dequantize
-    patch.setattr(mx, "dequantize", lambda w, scales, *more, **others: whole(w, mx.roll(scales, 1, 0), *more, **others))
+    patch.setattr(mx, "dequantize", lambda w, *more, **others: whole(mx.roll(w, 1, 1), *more, **others))
 
 
 def winograd_on(patch):
@@ -184,6 +185,10 @@ BROKEN = {
     "products, 8 bits, float16": (lost_products, "error"),
     "products, 4 bits, bfloat16": (lost_products, "error"),
     "products, 4 bits, float16": (shifted_groups, "error"),
+    "products, mxfp4, bfloat16": (shifted_groups, "error"),
+    "products, mxfp4, float16": (lost_products, "error"),
+    "products, nvfp4, bfloat16": (lost_products, "error"),
+    "products, nvfp4, float16": (shifted_groups, "error"),
     "attention, width 128": (unscaled_queries, "error 0."),
     "attention, width 64 with mask": (without_mask, "error"),
     "attention, width 72": (chunks_of_another_kind, "chunks differ by 0.02"),
@@ -270,9 +275,12 @@ def test_the_disk_needs_the_more_the_less_memory_there_is(setting, monkeypatch):
 
 def test_numpy_unpacks_what_mlx_packs():
     weight = mx.random.normal((8, 128), key=mx.random.key(1))
-    for bits in (8, 4):
-        packed = mx.quantize(weight, 64, bits)
-        assert np.allclose(unpacked(packed, bits), np.array(mx.dequantize(*packed, 64, bits)), atol=1e-6)
+    exact = np.array(weight)
+    for bound, (name, how) in zip((0.01, 0.12, 0.2, 0.2), products.QUANTIZED.items(), strict=True):
+        packed = mx.quantize(weight, **how)
+        found = products.unpacked(packed, how)
+        assert np.allclose(found, as_numpy(mx.dequantize(*packed, **how, dtype=mx.float32)), atol=1e-6), name
+        assert distance(found, exact) < bound, name
 
 
 def test_a_picture_of_another_shape_is_wrong():
@@ -305,9 +313,9 @@ def test_the_wheel_fits_chip_and_macos(mac, setting, tmp_path, monkeypatch, chip
 
 def test_metal_is_the_default_of_a_mac(mac, setting, monkeypatch):
     monkeypatch.setattr(mx, "device_info", dict)
-    assert str(CHECKS["device"](setting)).startswith("WRONG: Apple M2, MLX computes on the CPU")
+    assert str(CHECKS["device"](setting)).startswith("WRONG: Apple M2, flux-krea ")
     monkeypatch.setattr(machine, "is_gpu", lambda: True)
-    assert str(CHECKS["device"](setting)) == "Apple M2, MLX computes on its GPU, peak 3.6 TFLOP/s; expected Metal"
+    assert str(CHECKS["device"](setting)).endswith(" on its GPU, peak 3.6 TFLOP/s; expected Metal")
 
 
 def test_a_disk_that_cannot_write_down_is_named(mac, setting):
@@ -371,13 +379,14 @@ def test_without_a_terminal_nobody_is_asked(setting, monkeypatch):
 
 
 def broken(setting):
+    """As where a command of the GPU fails."""
     raise RuntimeError("[metal::malloc] no")
 
 
 FEW = (
     Check("first", broken),
     Check("second", lambda setting: CheckResult("3", "3", figures={"count": 3})),
-    Check("third", lambda setting: CheckResult("4", "3", False, "mend it")),
+    Check("third", lambda setting: CheckResult("4", "3", False, "mend it", {"error": math.inf})),
 )
 
 
@@ -399,7 +408,7 @@ def test_the_command_makes_every_check_and_ends_with_3_where_one_is_wrong(comman
         ["first", "third"],
         [False, True, False],
     )
-    assert facts["checks"][1]["figures"] == {"count": 3}
+    assert [one["figures"] for one in facts["checks"]] == [{}, {"count": 3}, {"error": None}]
     assert "2 of 3: second" in err
     monkeypatch.setattr(table, "CHECKS", FEW[1:2])
     assert command("doctor", "--chip")[:2] == (0, "second  3; expected 3\n")

@@ -15,7 +15,6 @@ import numpy as np
 from ..commands.shared.estimates import home_disk
 
 CPU_DIVISOR = 48  # the largest that leaves each row of a matrix whole groups of 64
-GROUP = 64  # weights that share a scale, the most usual number
 NO_MAC = "not on a Mac"
 NO_GPU = "MLX computes on the CPU here"
 

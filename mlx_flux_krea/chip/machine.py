@@ -5,12 +5,13 @@ import os
 import subprocess
 import sys
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter
 
 import mlx.core as mx
 
-from .. import macos
+from .. import __version__, macos
 from ..commands.shared import terminal
 from ..commands.shared.estimates import device, this_chip
 from ..errors import gpu_error
@@ -53,12 +54,12 @@ def library(setting: Setting) -> CheckResult:
 
 def backend(setting: Setting) -> CheckResult:
     """Checks that MLX computes on Metal by default, on a Mac."""
-    found = f"{device()}, MLX computes on {'its GPU' if is_gpu() else 'the CPU'}"
+    found = f"{device()}, flux-krea {__version__}, mlx {version('mlx')} on {'its GPU' if is_gpu() else 'the CPU'}"
     if sys.platform != "darwin":
         return CheckResult(f"{NO_MAC}: {found}")
     peak = CHIPS.get(this_chip() or "")
     known = f"{found}, peak {peak} TFLOP/s" if peak else f"{found}, peak not known"
-    return CheckResult(known, "Metal", is_gpu(), "a virtual machine has no GPU; on a Mac, unset mx.set_default_device")
+    return CheckResult(known, "Metal", is_gpu(), "a virtual machine may have no GPU: run it on the Mac itself")
 
 
 def switch(name: str, setting: Setting) -> CheckResult:

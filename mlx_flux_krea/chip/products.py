@@ -5,14 +5,15 @@ at least 10240 inputs, and three times as many as rows or outputs, gave other nu
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from ..commands.shared.estimates import this_chip
 from ..presets import CHIPS
-from .check import GROUP, CheckResult, Setting, as_numpy, distance, is_gpu, judged, normal
+from .check import CheckResult, Setting, as_numpy, distance, is_gpu, judged, normal
 
 # Rows, inputs and outputs: linear1 and linear2 of a single block, the second layer of a double block's MLP.
 SHAPES = ((4608, 3072, 21504), (4608, 15360, 3072), (4096, 12288, 3072))
@@ -22,6 +23,13 @@ _SAMPLED = 16  # rows that are compared
 # their dequantized weights too. TF32 would give 0.0003 in float32.
 BOUNDS = {"float32": 1e-5, "bfloat16": 0.004, "float16": 0.001}
 QUANTIZED_BOUNDS = {"bfloat16": 0.008, "float16": 0.0015}
+# Ways to quantize, as arguments of MLX.
+QUANTIZED: dict[str, dict[str, Any]] = {
+    "8 bits": {"group_size": 64, "bits": 8, "mode": "affine"},
+    "4 bits": {"group_size": 64, "bits": 4, "mode": "affine"},
+    "mxfp4": {"group_size": 32, "bits": 4, "mode": "mxfp4"},
+    "nvfp4": {"group_size": 16, "bits": 4, "mode": "nvfp4"},
+}
 
 Product = Callable[[mx.array], mx.array]
 
@@ -35,36 +43,61 @@ def dense(dtype: str, setting: Setting) -> CheckResult:
     return _check(dtype, make, BOUNDS[dtype], setting)
 
 
-def quantized(bits: int, dtype: str, setting: Setting) -> CheckResult:
-    """Checks the product with a quantized matrix, in both of the ways that layers choose from.
+def quantized(name: str, dtype: str, setting: Setting) -> CheckResult:
+    """Checks the product with a matrix of one row of `QUANTIZED`, in both of the ways that layers choose from.
 
     On a CPU only the one is checked that layers choose there: MLX's quantized product sums in 16 bits on it, with an
     error of several percent.
     """
 
+    how = QUANTIZED[name]
+
     def make(weight: mx.array) -> tuple[np.ndarray, dict[str, Product]]:
-        packed = mx.quantize(weight, GROUP, bits)
+        packed = mx.quantize(weight, **how)
         mx.eval(packed)
-        ways: dict[str, Product] = {"dequantized": lambda x: mx.matmul(x, mx.dequantize(*packed, GROUP, bits).T)}
+        ways: dict[str, Product] = {
+            "dequantized": lambda x: mx.matmul(x, _dequantized(packed, how, x.dtype).T),
+        }
         if is_gpu():
-            ways["quantized"] = lambda x: mx.quantized_matmul(x, *packed, transpose=True, group_size=GROUP, bits=bits)
-        return unpacked(packed, bits), ways
+            ways["quantized"] = lambda x: mx.quantized_matmul(x, *packed, transpose=True, **how)
+        return unpacked(packed, how), ways
 
     return _check(dtype, make, QUANTIZED_BOUNDS[dtype], setting)
 
 
-def unpacked(packed: tuple[mx.array, ...] | list[mx.array], bits: int) -> np.ndarray:
-    """Returns a matrix of 8 or 4 bits in float32, without MLX's kernels.
+def unpacked(packed: Sequence[mx.array], how: Mapping[str, Any]) -> np.ndarray:
+    """Returns a quantized matrix in float32, without MLX's kernels.
 
     Args:
-        packed: (out, in bits / 32) uint32, and (out, in / 64) scales and biases, from `mx.quantize`.
-        bits: 8 or 4.
+        packed: (out, in bits / 32) uint32, and scales (out, in / group) with, in mode affine, biases of that shape.
+        how: a row of `QUANTIZED`.
     """
     numbers = np.array(packed[0]).view(np.uint8)
-    if bits == 4:
+    if how["bits"] == 4:
         numbers = np.stack([numbers & 15, numbers >> 4], axis=-1)
-    scales, biases = (as_numpy(array)[..., None] for array in packed[1:])
-    return (numbers.reshape(*scales.shape[:-1], GROUP) * scales + biases).reshape(len(scales), -1)
+    rows, groups = packed[1].shape
+    numbers = numbers.reshape(rows, groups, how["group_size"])
+    if how["mode"] == "affine":
+        scales, biases = (as_numpy(array)[..., None] for array in packed[1:])
+        return (numbers * scales + biases).reshape(rows, -1)
+    scales = _SCALES[how["mode"]](np.array(packed[1]).astype(np.int32))[..., None]
+    return (_E2M1[numbers] * scales).reshape(rows, -1).astype(np.float32)
+
+
+def _e4m3(codes: np.ndarray) -> np.ndarray:
+    """Returns the positive numbers of fp8 codes: 4 bits of exponent, 3 of mantissa."""
+    exponents, mantissas = codes >> 3 & 15, codes & 7
+    return np.where(exponents > 0, (8 + mantissas) * 2.0 ** (exponents - 10), mantissas * 2.0**-9).astype(np.float32)
+
+
+# Numbers of 4 bits, 2 of exponent and 1 of mantissa, and the scales of their modes (OCP MX 1.0, and NVIDIA's nvfp4).
+_E2M1 = np.array([sign * one for sign in (1, -1) for one in (0, 0.5, 1, 1.5, 2, 3, 4, 6)], np.float32)
+_SCALES = {"mxfp4": lambda codes: (2.0 ** (codes - 127)).astype(np.float32), "nvfp4": _e4m3}
+
+
+def _dequantized(packed: Sequence[mx.array], how: Mapping[str, Any], dtype: mx.Dtype) -> mx.array:
+    weight, scales, *rest = packed
+    return mx.dequantize(weight, scales, rest[0] if rest else None, **how, dtype=dtype)
 
 
 def _check(
@@ -96,7 +129,7 @@ def _measure(multiply: Product, x: mx.array, exact: np.ndarray) -> tuple[float, 
     """Returns the distance of sampled rows from float32, and the seconds of the product."""
     sampled = np.unique(np.linspace(0, len(x) - 1, _SAMPLED).astype(int))
     y = multiply(x)
-    error = distance(as_numpy(y[mx.array(sampled)]), as_numpy(x)[sampled] @ exact.T)
+    error = distance(as_numpy(y[mx.array(sampled)]), as_numpy(x[mx.array(sampled)]) @ exact.T)
     del y
     start = time.perf_counter()  # after the first, which compiles the kernel
     mx.eval(multiply(x))

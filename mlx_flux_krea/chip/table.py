@@ -15,8 +15,8 @@ CHECKS = (
     *(Check(f"small model, {kind}", partial(outputs.small_model, kind)) for kind in outputs.KINDS),
     *(Check(f"products, {dtype}", partial(products.dense, dtype)) for dtype in products.BOUNDS),
     *(
-        Check(f"products, {bits} bits, {dtype}", partial(products.quantized, bits, dtype))
-        for bits in (8, 4)
+        Check(f"products, {name}, {dtype}", partial(products.quantized, name, dtype))
+        for name in products.QUANTIZED
         for dtype in products.QUANTIZED_BOUNDS
     ),
     *(Check(f"attention, width {name}", check) for name, check in kernels.ATTENTION_CHECKS.items()),

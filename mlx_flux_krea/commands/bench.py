@@ -2,7 +2,7 @@
 
 import click
 
-from mlx_flux_krea import FluxPipeline, __version__
+from mlx_flux_krea import FluxPipeline, __version__, macos
 from mlx_flux_krea.errors import UsageError
 
 from .shared import choosing, estimates, measuring
@@ -60,7 +60,7 @@ def bench(model, width, height, steps, fast, memory, dtype, as_json):
         with console.library_notes():
             _choose(model, dtype, memory=memory, as_json=as_json, console=console)
         return
-    with console.library_notes():
+    with console.library_notes(), macos.awake():
         measured = StepBench(model, (width, height), steps or _STEPS, console)
         _say_duration(measured, dtype, memory)
         facts = measuring.measure_model(measured, dtype, memory)

@@ -27,7 +27,7 @@ from mlx_flux_krea.errors import (
 )
 from mlx_flux_krea.files import may_exist
 
-from .shared.text import json_text, size, table
+from .shared.text import finite, json_text, size, table
 
 
 class Finding(NamedTuple):
@@ -59,7 +59,8 @@ def doctor(full, chip, as_json):
     if chip:
         if full:
             raise UsageError("--chip, and --full", "one of them", "each is a report of its own")
-        _check_chip(as_json)
+        with macos.awake():
+            _check_chip(as_json)
         return
     rows, errors = [], []
     for name, examine in _EXAMINATIONS.items():
@@ -104,7 +105,7 @@ def _check_chip(as_json: bool) -> None:
         wrong += [] if result.is_right else [check.name]
         facts = {"found": result.found, "expected": result.expected, "right": result.is_right, "next": result.todo}
         facts = {name: without_paths(text) if isinstance(text, str) else text for name, text in facts.items()}
-        rows.append({"name": check.name} | facts | {"seconds": round(seconds, 3), "figures": result.figures})
+        rows.append({"name": check.name} | facts | {"seconds": round(seconds, 3), "figures": finite(result.figures)})
         if as_json:
             console.say(f"{len(rows)} of {len(CHECKS)}: {check.name}")
             continue

@@ -1,6 +1,7 @@
 """Numbers, durations and tables as text for people."""
 
 import json
+import math
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -17,6 +18,15 @@ def json_text(value: Any, indent: int | None = None) -> str:
     """
     text = json.dumps(value, ensure_ascii=False, indent=indent)
     return re.sub(r"[^\n -~]", _escaped, text)
+
+
+def finite(value: Any) -> Any:
+    """Returns facts for JSON, which has no infinite numbers and no NaN: None stands for them."""
+    if isinstance(value, dict):
+        return {name: finite(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _escaped(found: re.Match) -> str:
