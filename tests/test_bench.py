@@ -41,8 +41,12 @@ def test_a_step_is_measured_resident_and_streamed_and_a_second_picture(command, 
     assert facts["peaks"].keys() == {"text", "denoise", "decode"}
     assert (facts["filters"], facts["steps"], facts["dtype"]) == (None, 2, "float32")
     assert [path.name for path in tmp_path.iterdir()] == ["short"]
+    block = measuring.block(facts | {"filters": None}, "not installed").splitlines()
+    assert len(block) == 8
+    assert block[-1].split(" | ")[2] == f"{resident['seconds']:.3g} s"
 
 
+@pytest.mark.slow
 def test_the_block_says_everything_and_ends_with_a_row_of_the_readme(command, short, monkeypatch):
     monkeypatch.setattr(measuring, "device", lambda: "Apple M2 Pro")
     monkeypatch.setattr(measuring, "this_chip", lambda: "M2 Pro")
@@ -75,6 +79,7 @@ def test_every_type_is_measured_and_the_better_16_bits_recommended(command, tmp_
     assert "float16 takes" in command("bench", "-m", folder, *SIZE)[2]
 
 
+@pytest.mark.slow
 def test_one_amount_of_memory_is_measured_alone_and_the_duration_said_first(command, short, monkeypatch):
     monkeypatch.setattr(bench_verb, "this_chip", lambda: "M1")
     code, out, err = command("bench", "-m", short, *ONE, "--memory", "1GB", "--json")
@@ -99,6 +104,7 @@ def test_a_type_that_does_not_fit_is_left_out_and_none_at_all_is_an_error(comman
     assert "note: bfloat16 is not measured: " in err
 
 
+@pytest.mark.slow
 def test_filters_are_measured_where_they_are_installed(command, short, home, monkeypatch):
     judges.install()
     monkeypatch.setattr(filters_judges, "load_judge", judges.load_judge)

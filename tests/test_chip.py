@@ -211,6 +211,9 @@ def test_every_check_is_broken_on_purpose():
     assert CHECKS.keys() == BROKEN.keys() | ON_A_MAC | {"pictures in the terminal"}
 
 
+SLOW.append("small model, float32")  # whose stored outputs are broken below
+
+
 @pytest.mark.parametrize("name", [quick(name) for name in BROKEN])
 def test_a_check_notices_that_its_part_is_broken(name, setting, monkeypatch):
     break_it, says = BROKEN[name]
@@ -265,12 +268,12 @@ def test_too_large_an_allocation_raises_an_error_that_is_known_and_computing_goe
 
 
 def test_the_disk_needs_the_more_the_less_memory_there_is(setting, monkeypatch):
-    needs = []
     monkeypatch.setattr(streaming, "read_speed", lambda *_: 1e9)
-    for memory in (1, 12, 40):
-        result = streaming.disk(Setting(CPU_DIVISOR, setting.folder, memory * 10**9))
-        needs.append(result.figures["bytes_per_step"])
-    assert needs[0] > needs[1] > needs[2] == 0
+    least, some = (streaming.disk(Setting(CPU_DIVISOR, setting.folder, gigabytes * 10**9)) for gigabytes in (1, 12))
+    assert least.figures["bytes_per_step"] > some.figures["bytes_per_step"] > 0
+    assert "streamed blocks" in str(some)
+    plenty = streaming.disk(Setting(CPU_DIVISOR, setting.folder, 40 * 10**9))
+    assert (plenty.figures["needed"], plenty.is_right) == (0, True)
 
 
 def test_numpy_unpacks_what_mlx_packs():
@@ -349,7 +352,12 @@ ASKS = "from mlx_flux_krea.chip import machine; print(machine.shows_pictures(Non
 @pytest.mark.parametrize(
     ("variables", "answer", "says"),
     [
-        ({"TERM": "xterm-kitty"}, "\x1b_Gi=31;OK\x1b\\\x1b[?62;c", "by the protocol of kitty, and it answers"),
+        pytest.param(
+            {"TERM": "xterm-kitty"},
+            "\x1b_Gi=31;OK\x1b\\\x1b[?62;c",
+            "by the protocol of kitty, and it answers",
+            marks=pytest.mark.slow,
+        ),
         ({"TERM": "xterm-kitty"}, "\x1b[?62;4c", "WRONG: by the protocol of kitty, but it does not answer"),
         pytest.param(
             {"TERM": "xterm", "TERM_PROGRAM": "iTerm.app"},
