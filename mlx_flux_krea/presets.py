@@ -250,6 +250,25 @@ PRECISIONS = ("none", "8", "6", "5", "4", "3", "mxfp4", "nvfp4")  # of the large
 PROPOSED_PRECISIONS = PRECISIONS[:5]  # those that `setup` offers, the best first
 GROUP_SIZES = (64, 32, 128)  # weights that share a scale
 
+# Prompts, and steps of each, whose inputs decide how `convert --gptq` rounds: subjects, styles, light and lettering of
+# many kinds. Shapes in plain colours are for the small model, which knows nothing else.
+GPTQ = "GPTQ"  # ends the record of the converter in folders that it has rounded
+CALIBRATION_TIMES = 6
+CALIBRATION_PROMPTS = (
+    "a portrait of an old fisherman in soft window light, film photograph, visible grain",
+    "a city street in the rain at night, neon signs reflected in puddles, people with umbrellas",
+    "a bowl of ramen on a dark wooden table, seen from above, steam rising",
+    "a mountain lake at dawn with mist over the water, wide landscape photograph",
+    "a red fox in fresh snow looking at the camera, shallow depth of field",
+    "a watercolour of a small harbour with white boats and yellow houses",
+    'a poster with the words "OPEN LATE" in bold white letters on a red background',
+    "the interior of an old library with tall windows, a spiral staircase and green lamps",
+    "three children playing football on a beach in the evening, long shadows",
+    "a flat illustration of a yellow star above a small blue circle on a white background",
+    "a large green triangle to the left of a small pink ring on a black background",
+    "a macro photograph of a bee on a purple flower, every hair in focus",
+)
+
 QUALITY = 95  # of JPEG and WebP
 NSFW_THRESHOLD = 0.85  # probability below which a picture passes; a user may only lower it
 INTEGRITY_MARGIN = 0.0  # by which the filter must clear a picture; a user may only raise it

@@ -17,10 +17,10 @@ PACKAGE = "mlx_flux_krea"
 LEVELS = {
     7: "cli commands server nano chip",
     6: "convert",
-    5: "pipeline prior",
+    5: "pipeline prior calibration",
     4: "generator filters latents",
     3: "request memory residency adapters checkpoint inputs prompts",
-    2: "weights provenance credentials home files first_bytes fast beside",
+    2: "weights provenance credentials home files first_bytes fast beside samples",
     1: "models sampling tokenizers worker progress macos",
     0: "errors presets licence compat",
 }
