@@ -24,6 +24,7 @@ of Redux and the depth network.
     index, tokenizers, licence     facts and files that weights do not contain
     job                      all decisions, taken before a weight is read
     room                     disk space that conversions take
+    gptq, blockwise          rounds the layers of a transformer by the inputs that they have
     reading, write, folder   read the weights, write shards, give the complete folder its name
 """
 
@@ -43,10 +44,12 @@ from mlx_flux_krea import __version__
 from mlx_flux_krea.errors import UsageError, printable
 from mlx_flux_krea.models import config as configs
 from mlx_flux_krea.models.filter_config import FilterIndex
+from mlx_flux_krea.presets import GPTQ
 from mlx_flux_krea.weights import CLASS_NAMES, DTYPES
 from mlx_flux_krea.worker import limit_cache
 
 from . import quantize as quantizing
+from .blockwise import Gptq, Rounding
 from .evidence import confirm
 from .fetch import Fetching, Remote, outlined
 from .filters import check_sizes, describe, published_by, with_weights
@@ -61,7 +64,7 @@ from .reading import Reading
 from .room import Room, shares_disk
 from .write import write_component
 
-__all__ = ["Component", "Group", "Outline", "Report", "convert", "examine"]
+__all__ = ["Component", "Gptq", "Group", "Outline", "Report", "convert", "examine"]
 Losses = dict[str, dict[str, tuple[float, float]]]  # by component: the result of `write_component`
 
 
@@ -92,6 +95,7 @@ class Report:
     groups: tuple[Group, ...]  # the largest loss first
     notes: tuple[str, ...]
     task: str = ""  # of a model, with the kind of a control model's maps
+    gptq: bool = False
 
 
 def convert(
@@ -108,6 +112,7 @@ def convert(
     discard_source: bool = False,
     allow_unknown_filter: bool = False,
     task: str | None = None,
+    gptq: Gptq | None = None,
     progress: Callable[[str, int, int], None] | None = None,
     placing: Callable[[], AbstractContextManager] = nullcontext,
 ) -> Report:
@@ -136,9 +141,12 @@ def convert(
             the log of every run with it.
         task: what the transformer reads besides a prompt, where its files do not say it: "text-to-image", "kontext",
             "fill", "control", or "canny" or "depth" for a control model of that kind; None: found out.
+        gptq: rounds the blocks of the transformer by the inputs that this collects, so that a step's error falls by a
+            third (`blockwise`); for 4 and 3 bits, from a model folder in 16 bits. It takes hours, and after any end
+            the same call continues. None: each number is rounded for itself.
         progress: called with a label, the bytes done and all bytes. The label is the name of the component being
             written, "fetching" or "checking" (files from the hub), or at last "reading back" (the folder). Calls come
-            from several threads, one at a time.
+            from several threads, one at a time. With `gptq`, "rounding" comes with inputs of layers instead of bytes.
         placing: returns the context in which the complete folder takes its name, for callers who handle signals.
 
     Raises:
@@ -161,11 +169,23 @@ def convert(
         job = decide(remote, out, dtype, quantize, group_size, tokenizers, task)
         if not allow_unknown_filter:
             check_sizes(job)
+        rounding = Rounding(job, gptq) if gptq else None
+        if rounding and not out:
+            job = replace(job, path=job.path.with_name(f"{job.path.name}-{GPTQ.lower()}"))
         progress = progress or (lambda *_: None)
         index, losses = _write(
-            job, remote, force, allow_nonfinite, discard_source, allow_unknown_filter, offline, progress, placing
+            job,
+            remote,
+            force,
+            allow_nonfinite,
+            discard_source,
+            allow_unknown_filter,
+            offline,
+            progress,
+            placing,
+            rounding,
         )
-    return _report(job, index, losses)
+    return _report(job, index, losses, rounding)
 
 
 def _write(
@@ -178,6 +198,7 @@ def _write(
     offline: bool,
     progress: Callable,
     placing,
+    rounding: Rounding | None,
 ) -> tuple[configs.ModelIndex | configs.ComponentIndex, Losses]:
     """Writes the folder, the smallest component first, while files of later ones may still be fetched.
 
@@ -193,15 +214,21 @@ def _write(
     coming = {file: remote.files[file] for file in last if file in remote.files}
     hashes, written, losses = {}, 0, {}
     with (
+        rounding.working() if rounding else nullcontext(),
         new_folder(target, force, [*remote.paths, *sizes], placing) as folder,
         Reading(file for file in sizes if file not in coming) as reading,
         Fetching(coming, keep=not discard) as fetching,
     ):
         to_fetch = tuple(fetching.left(file for file in last if last[file] == name) for name in order)
-        _check_disk(target, Room(to_fetch, tuple(job.bytes(name) for name in order)), discard)
+        room = Room(to_fetch, tuple(job.bytes(name) for name in order))
+        _check_disk(target, room, discard)
+        plans = job.plans
+        if rounding:
+            rounding.check_disk(target, room.needs(discard=discard, shared=True)[0])
+            plans = plans | {"transformer": (plans["transformer"][0], rounding.plan(progress))}
         fetching.start()
         for component in order:
-            config, plan = job.plans[component]
+            config, plan = plans[component]
             fetching.wait(files[component], progress)
 
             def done(count: int, component: str = component) -> None:
@@ -223,7 +250,8 @@ def _write(
             for file in (file for file in files[component] if last[file] == component):
                 hashes[file] = reading.finish(file) or fetching.hashes[file].result()
                 fetching.discard([file])
-        index = _write_rest(job, remote, folder, hashes, sizes, allow_unknown, offline)
+        losses["transformer"] = losses.get("transformer", {}) | (rounding.losses if rounding else {})
+        index = _write_rest(job, remote, folder, hashes, sizes, allow_unknown, offline, rounding)
         facts = {"_class_name": CLASS_NAMES[job.kind], **configs.to_json(index)}
         folder.finish(facts, partial(progress, "reading back"))
     return index, losses
@@ -237,6 +265,7 @@ def _write_rest(
     sizes: dict[Path, int],
     allow_unknown: bool,
     offline: bool,
+    rounding: Rounding | None,
 ) -> configs.ModelIndex | configs.ComponentIndex:
     """Writes tokenizers and licence; returns the index, with the records of all sources, for `NewFolder.finish`."""
     for name, data in job.tokens.items():
@@ -257,16 +286,21 @@ def _write_rest(
         for file, (name, layout) in _records(job.components).items()
     )
     before = job.own.index.source if job.own else ()
-    index = replace(index, source=before + records, converter=__version__)
+    is_by_gptq = rounding or (job.own and job.own.is_by_gptq and job.layers == job.own.layers)
+    index = replace(index, source=before + records, converter=f"{__version__}, {GPTQ}" if is_by_gptq else __version__)
     if isinstance(index, FilterIndex):
         index = with_weights(index, job.kind, allow_unknown=allow_unknown)
     stored = [f"{name}: {job.stored(name)}" for name in job.plans]
+    if is_by_gptq:
+        stored.append(f"blocks of the transformer: rounded by {GPTQ}, with the inputs that they have for some prompts")
     for name, data in licence_files(index, roots(job.components), stored).items():
         folder.write(name, data)
     return index
 
 
-def _report(job: Conversion, index: configs.ModelIndex | configs.ComponentIndex, losses: Losses) -> Report:
+def _report(
+    job: Conversion, index: configs.ModelIndex | configs.ComponentIndex, losses: Losses, rounding: Rounding | None
+) -> Report:
     """Returns the report of a conversion."""
     components = tuple(
         Component(
@@ -286,6 +320,7 @@ def _report(job: Conversion, index: configs.ModelIndex | configs.ComponentIndex,
     measured.sort(key=lambda group: -1 if group.error is None else group.error, reverse=True)
     notes = job.notes + (_more_bits(job.own.layers, job.layers) if job.own else ())
     notes += tuple(f"{g.name}: {g.stored} lost {g.error:.0%} of it; take more bits" for g in measured if _is_bad(g))
+    notes += (rounding.note(),) if rounding else ()
     if isinstance(index, FilterIndex) and index.weights == "unknown":
         notes += (f"{index.name}: an unknown filter, and not {describe(job.kind)}; the log of every run will say so",)
     return Report(
@@ -297,6 +332,7 @@ def _report(job: Conversion, index: configs.ModelIndex | configs.ComponentIndex,
         groups=tuple(measured),
         notes=notes,
         task=index.task_and_kind if isinstance(index, configs.ModelIndex) else "",
+        gptq=rounding is not None,
     )
 
 

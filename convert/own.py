@@ -37,6 +37,11 @@ class OwnFolder:
             return replace(self.folder.index, filters="required" if self.folder.requires_filters else "none")
         return self.folder.index
 
+    @property
+    def is_by_gptq(self) -> bool:
+        """True where the folder was rounded by GPTQ."""
+        return isinstance(self.folder, ModelFolder) and self.folder.index.is_by_gptq
+
     def check(self, hashes: dict[Path, str]) -> None:
         """Compares hashes of its shards with its manifest, so that no new folder is made from a damaged one.
 

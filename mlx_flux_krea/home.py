@@ -47,7 +47,7 @@ _PUBLISHED = {
 }
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".heic", ".tif", ".tiff", ".bmp", ".avif")
 _WEIGHTS = (".safetensors", ".gguf", ".sft", ".ckpt", ".pt", ".pth", ".bin", ".npz")
-_PRECISION = re.compile(r"-(?:\d+bit|none|mxfp4|nvfp4)$", re.I)  # end of an installed model's name
+_PRECISION = re.compile(r"-(?:\d+bit|none|mxfp4|nvfp4)(?:-gptq)?$", re.I)  # end of an installed model's name
 _LIKENESS = 0.7  # of a name and the nearest installed one, from 0 to 1
 
 NANO_NAME = "nano"  # of the small model

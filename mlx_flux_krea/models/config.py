@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from ..errors import ModelError
 from ..licence import Architecture
-from ..presets import KINDS, TASKS, Defaults, Schedule
+from ..presets import GPTQ, KINDS, TASKS, Defaults, Schedule
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -395,6 +395,11 @@ class ModelIndex:
     task: str = TASKS[0]  # of a folder without it: the usual one of its in_channels (`weights.open_folder`)
     kind: str | None = None  # of the maps that a control model reads, where that is known: one of `presets.KINDS`
     format: Annotated[int, 1, 2**30] = 1
+
+    @property
+    def is_by_gptq(self) -> bool:
+        """True where GPTQ rounded the transformer; in `converter`, since older versions refuse other fields."""
+        return self.converter.endswith(GPTQ)
 
     @property
     def task_and_kind(self) -> str:
