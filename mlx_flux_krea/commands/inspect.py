@@ -16,6 +16,7 @@ from mlx_flux_krea.convert.walk import is_model_folder
 from mlx_flux_krea.errors import ModelError, amount, printable
 from mlx_flux_krea.files import sha256
 from mlx_flux_krea.models.config import FLUX_DEV_MODEL, quantization_to_json, to_json
+from mlx_flux_krea.presets import GPTQ
 from mlx_flux_krea.provenance import FORMATS, read_picture
 from mlx_flux_krea.weights import ComponentFolder, ModelFolder, count_parameters, open_folder, open_model
 
@@ -97,6 +98,8 @@ def _model(path: Path) -> tuple[dict[str, Any], str]:
     if isinstance(folder, ComponentFolder):
         required = folder.kind == "redux"
         about.append(("filters", f"{'required' if required else 'not required'}: its licence is {index['license']}"))
+    if isinstance(folder, ModelFolder) and folder.index.is_by_gptq:
+        about.append(("rounded by", f"{GPTQ}: blocks of the transformer, by the inputs that they have"))
     about.append(("converted from", ", ".join(source["file"] for source in index["source"])))
     if isinstance(folder, ModelFolder):
         index["control_kind"] = index.pop("kind")  # "kind" is of the thing inspected

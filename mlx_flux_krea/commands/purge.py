@@ -109,7 +109,7 @@ def _delete_runs(folder: Path) -> tuple[int, list[Path]]:
     """Deletes unfinished runs, except those that a process is working on."""
     for path in unfinished_runs():
         path.unlink(missing_ok=True)
-    for runs in folder.glob("bench-*"):  # of `bench --fast`
+    for runs in [*folder.glob("bench-*"), *folder.glob("gptq-*")]:  # of `bench --fast` and of `convert --gptq`
         if (lock := try_lock(runs / "lock")) is not None:
             shutil.rmtree(runs, ignore_errors=True)
             os.close(lock)

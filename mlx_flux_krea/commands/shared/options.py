@@ -324,6 +324,7 @@ _OPTION_OF |= {"style_images": "style", "style_weights": "style"}
 _CONVERTING = {  # arguments of `convert`, which has options of its own
     "out": "-o",
     "quantize": "-q",
+    "gptq": "--gptq",
     "tokenizers": "--tokenizers",
     "offline": "--offline",
     "discard_source": "--discard-source",

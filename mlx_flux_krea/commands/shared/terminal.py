@@ -12,7 +12,7 @@ import sys
 import termios
 import time
 import tty
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import click
@@ -187,9 +187,14 @@ class _Lines:
 
 
 class ByteProgress:
-    """Progress in bytes, with speed and time left; without a terminal a line every few seconds."""
+    """Progress in bytes, with speed and time left; without a terminal a line every few seconds.
 
-    def __init__(self):
+    Args:
+        units: of labels that count something else.
+    """
+
+    def __init__(self, units: Mapping[str, str] | None = None):
+        self._units = units or {}
         self._bar: tqdm | None = None
         self._lines = _Lines(Console())
 
@@ -198,11 +203,15 @@ class ByteProgress:
         if self._bar is not None and self._bar.total != total:  # the next kind of work
             self.close()
         if self._bar is None:
-            self._bar = tqdm(total=total, initial=done, unit="B", unit_scale=True, delay=0.5, disable=None, leave=False)
+            other = self._units.get(label)
+            unit = f" {other}s" if other else "B"
+            self._bar = tqdm(
+                total=total, initial=done, unit=unit, unit_scale=not other, delay=0.5, disable=None, leave=False
+            )
         self._bar.set_description(f"{label:<16}", refresh=False)
         self._bar.update(done - self._bar.n)
         if self._bar.disable:
-            self._lines.tell(label, "B", done, total)
+            self._lines.tell(label, self._units.get(label, "B"), done, total)
 
     def close(self) -> None:
         """Removes the line."""
