@@ -3,14 +3,14 @@
     HOME/interrupted/gptq-KEY/        KEY: of the source, the recipe and the prompts
       samples.safetensors             inputs of the transformer, collected by `mlx_flux_krea.calibration`
       modulations.safetensors         shifts, scales and gates of every block, a row for each sample
-      stream-003.bin                  (N, S + L, C): text and image stream of each sample before block 3
+      stream-003-007.safetensors      x, (1, S + L, C): text and image stream of sample 7 before block 3
       block-002.safetensors           the rounded layers of a block; its metadata have their errors
       config.json                     how they are quantized, as in a model folder
 
-For each block the streams behind it are computed first, then each of its layers is rounded: the samples run through the
-block up to that layer, whose inputs add to its second moment. So two streams lie on disk, 2 GB each for FLUX.1, and one
-moment is in memory. The streams are those of exact weights: on the small model as good as those of rounded ones, with a
-pass less for each block (docs/precision.md).
+The layers of a block are rounded one by one: the samples run through the block up to a layer, whose inputs add to its
+second moment. Then each sample's stream is replaced by that behind the block. So the inputs of one block lie on disk,
+2 GB for FLUX.1, and one moment is in memory. The streams are those of exact weights: on the small model as good as
+those of rounded ones, with a pass less for each block (docs/precision.md).
 """
 
 import contextlib
@@ -19,7 +19,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -120,7 +120,7 @@ class Rounding:
         count = len(self._gptq.prompts) * CALIBRATION_TIMES
         image = index.defaults.width * index.defaults.height // (2 * self.folder.vae.sizes.downsampling) ** 2
         tokens = image + index.max_sequence_length
-        streams = 2 * count * tokens * flux.hidden_size * self._dtype.size
+        streams = (count + 1) * tokens * flux.hidden_size * self._dtype.size
         rows = count * (12 * flux.depth + 3 * flux.depth_single_blocks) * flux.hidden_size * self._dtype.size
         samples = 4 * count * image * flux.out_channels
         samples += 4 * len(self._gptq.prompts) * (index.max_sequence_length * flux.context_in_dim + flux.vec_in_dim)
@@ -177,7 +177,6 @@ class Rounding:
         Raises:
             ModelError: weights or inputs are missing or damaged, or gave NaN.
             ResourceError: not enough memory or disk.
-            OSError: a file cannot be written.
         """
         flux = self.folder.flux
         total = flux.sizes.depth + flux.sizes.depth_single_blocks
@@ -185,9 +184,8 @@ class Rounding:
         self._gptq.begin(self.folder, done)
         if done < total:
             samples = self._samples()
-            if not self._stream(done).exists():
-                done = 0
-                self._prepare(samples)
+            if not any(self.path.glob("block-*")) and not any(self.path.glob("stream-001-*")):
+                self._prepare(samples)  # again, if it was not finished
             self._run(samples, done, progress)
         return self._replaced()
 
@@ -205,8 +203,9 @@ class Rounding:
     def _block(self, place: int) -> Path:
         return self.path / f"block-{place:03d}.safetensors"
 
-    def _stream(self, place: int) -> Path:
-        return self.path / f"stream-{place:03d}.bin"
+    def _streams(self, place: int, count: int) -> list[Path]:
+        """Returns the files of all samples' streams before a block."""
+        return [self.path / f"stream-{place:03d}-{number:03d}.safetensors" for number in range(count)]
 
     def _samples(self) -> Samples:
         """Returns the inputs, collected if they are not there."""
@@ -228,13 +227,11 @@ class Rounding:
         blocks = Blocks(flux, self.folder.flux.tensors(), flux.modulated, dtype=dtype, budget=0)
         with blocks.streaming(1) as run:
             modulations = flux.modulations(vec, run)[:-1]  # the last is of the final layer
-        with replacing(self.path / "modulations.safetensors") as file:
-            mx.save_safetensors(file, dict(tree_flatten(modulations)))  # type: ignore[arg-type]  # files are taken too
+        with replacing(self.path / "modulations.safetensors") as opened:
+            mx.save_safetensors(opened, dict(tree_flatten(modulations)))  # type: ignore[arg-type]
         texts = [evaluated(flux.txt_in, mx.array(one[None]).astype(dtype)) for one in samples.embeds]
-        with replacing(self._stream(0)) as file:
-            for latents, prompt in zip(samples.latents, samples.prompts, strict=True):
-                img = flux.img_in(mx.array(latents[None]).astype(dtype))
-                file.write(_raw(mx.concatenate([texts[prompt], img], axis=1)))
+        for latents, prompt, file in zip(samples.latents, samples.prompts, self._streams(0, len(samples)), strict=True):
+            _save(file, mx.concatenate([texts[prompt], flux.img_in(mx.array(latents[None]).astype(dtype))], axis=1))
 
     def _run(self, samples: Samples, first: int, progress: Callable[[str, int, int], None]) -> None:
         """Rounds the blocks from one on."""
@@ -252,16 +249,13 @@ class Rounding:
             done += passes
             progress(LABEL, done, total)
 
-        for place in range(first, len(blocks)):
-            block, following = blocks[place], self._stream(place + 1)
-            passes = _Passes(block, self._stream(place), modulations[place], pe, text, count, self._dtype, tell)
-            if place + 1 == len(blocks) or following.exists():
-                tell(count)
-            else:
-                passes.write(following)
-            self._round(layers[place], self._block(place), passes)
-            self._stream(place).unlink()
-            block.update(tree_map(lambda _: mx.zeros(()), block.parameters()))  # frees its weights
+        for place in range(max(first - 1, 0), len(blocks)):  # streams may still be before a block that is rounded
+            passes = _Passes(blocks[place], self._streams(place, count), modulations[place], pe, text, tell)
+            if place >= first:
+                self._round(layers[place], self._block(place), passes)
+            if place + 1 < len(blocks):
+                passes.move(self._streams(place + 1, count))
+            blocks[place].update(tree_map(lambda _: mx.zeros(()), blocks[place].parameters()))  # frees its weights
             mx.clear_cache()
 
     def _round(self, layers: dict[str, nn.Linear], file: Path, passes: "_Passes") -> None:
@@ -310,40 +304,33 @@ class _Passes:
 
     Args:
         block: of the transformer; weights are read when they are needed.
-        stream: file of the samples' streams before it.
+        streams: files of the samples' streams before it.
         modulation: of the block, a row for each sample.
         pe: from `rope`.
         text: S.
-        count: number of samples.
-        dtype: of the streams.
         tell: called after each sample.
     """
 
-    def __init__(self, block, stream: Path, modulation, pe, text: int, count: int, dtype: mx.Dtype, tell: Callable):
-        self._block, self._stream, self._modulation, self._pe = block, stream, modulation, pe
-        self._text, self._count, self._dtype, self._tell = text, count, dtype, tell
-        self._bytes = stream.stat().st_size // count
+    def __init__(self, block, streams: Sequence[Path], modulation, pe, text: int, tell: Callable):
+        self._block, self._streams, self._modulation, self._pe = block, streams, modulation, pe
+        self._text, self._tell = text, tell
 
-    def _outputs(self) -> Iterator[mx.array]:
-        """Yields the streams (1, S + L, C) behind the block, not yet computed."""
-        kind = np.float32 if self._dtype == mx.float32 else np.uint16
-        with open(self._stream, "rb") as file:
-            for number in range(self._count):
-                raw = np.frombuffer(file.read(self._bytes), kind).reshape(1, len(self._pe[0]), -1)
-                x = mx.array(raw).view(self._dtype)
-                mod = tree_map(lambda rows, number=number: rows[number : number + 1], self._modulation)
-                if isinstance(self._block, SingleStreamBlock):
-                    yield self._block(x, mod, self._pe)
-                else:
-                    img, txt = self._block(x[:, self._text :], x[:, : self._text], mod, self._pe)
-                    yield mx.concatenate([txt, img], axis=1)
+    def _output(self, number: int) -> mx.array:
+        """Returns the streams (1, S + L, C) of a sample behind the block, not yet computed."""
+        x = mx.load(str(self._streams[number]))["x"]  # type: ignore[call-overload]
+        mod = tree_map(lambda rows: rows[number : number + 1], self._modulation)
+        if isinstance(self._block, SingleStreamBlock):
+            return self._block(x, mod, self._pe)
+        img, txt = self._block(x[:, self._text :], x[:, : self._text], mod, self._pe)
+        return mx.concatenate([txt, img], axis=1)
 
-    def write(self, path: Path) -> None:
-        """Writes the streams behind the block."""
-        with replacing(path) as file:
-            for x in self._outputs():
-                file.write(_raw(x))
-                self._tell()
+    def move(self, following: Sequence[Path]) -> None:
+        """Writes the streams behind the block, each in place of that before it; those that are there stay."""
+        for number, (stream, file) in enumerate(zip(self._streams, following, strict=True)):
+            if not file.exists():
+                _save(file, self._output(number))
+            stream.unlink(missing_ok=True)
+            self._tell()
 
     def moment(self, layer: nn.Linear) -> np.ndarray:
         """Returns the lower triangle of the second moment (I, I) of a layer's inputs, divided by their number, float32.
@@ -356,7 +343,8 @@ class _Passes:
         recorder = Recorder()
         set_branch(layer, recorder)
         try:
-            for _ in self._outputs():  # of which nothing is computed beyond the inputs of the layer
+            for number in range(len(self._streams)):
+                self._output(number)  # of which nothing is computed beyond the inputs of the layer
                 x = mx.concatenate(recorder.seen, axis=1).reshape(-1, width).astype(mx.float32)
                 recorder.seen.clear()
                 mx.eval(x)
@@ -373,9 +361,9 @@ class _Passes:
         return moment
 
 
-def _raw(x: mx.array) -> memoryview:
-    """Returns the bytes of an array."""
-    return np.array(mx.contiguous(x).view(mx.uint8)).data
+def _save(file: Path, x: mx.array) -> None:
+    with replacing(file) as opened:
+        mx.save_safetensors(opened, {"x": x})  # type: ignore[arg-type]  # files are taken too
 
 
 def _checked(job: Conversion) -> ModelFolder:

@@ -4,12 +4,14 @@ Prompts are denoised in one step more than there are inputs of each, from the se
 as good as those of 28 on the small model, at a quarter of the time. No latent is decoded, so that there is no picture.
 """
 
+import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 
+from .files import replacing
 from .generator import Generator, Observers
 from .memory import make_plan, weigh_folder
 from .presets import CALIBRATION_PROMPTS, CALIBRATION_TIMES
@@ -35,7 +37,7 @@ def collect(
 
     Args:
         folder: a model that reads nothing besides a prompt.
-        file: is written when all are there.
+        file: is written when all are there. After a kill the next call continues, with files beside it.
         prompts: one or more.
         memory: bytes that the run may take; None: as many as the machine offers.
         progress: called with a label, the evaluations that are done, and all.
@@ -43,16 +45,19 @@ def collect(
     Raises:
         ModelError: weights are missing or damaged, or gave NaN.
         ResourceError: not enough memory for the model's own size.
-        OSError: the file cannot be written.
+        UsageError: the file cannot be written.
         Interrupted: the run was stopped.
     """
     worker = Worker()
-    worker.run(_collect, folder, worker, prompts, memory, progress).save(file)
+    worker.run(_collect, folder, worker, file, prompts, memory, progress).save(file)
+    for part in file.parent.glob(f"{file.name}.*.npy"):
+        part.unlink()
 
 
 def _collect(
     folder: ModelFolder,
     worker: Worker,
+    file: Path,
     prompts: Sequence[str],
     memory: int | None,
     progress: Callable[[str, int, int], None],
@@ -85,12 +90,16 @@ def _collect(
     )
     latents: list[np.ndarray] = []
 
-    def keep(step: int, sigma: float, after: mx.array) -> None:
-        latents.append(np.array(after[0].astype(mx.float32)))
-
     pairs = [pair for request in requests for pair in request.pairs()]
     encoded = generator.encode(pairs, requests[0].max_sequence_length)
     for number, request in enumerate(requests):
+        part, some = _part(file, folder, prompts[number]), []
+        if part.exists():
+            latents.append(np.load(part))
+            continue
+
+        def keep(step: int, sigma: float, after: mx.array, some: list[np.ndarray] = some) -> None:
+            some.append(np.array(after[0].astype(mx.float32)))
 
         def tell(stage: str, done: float, parts: int, before: int = number * CALIBRATION_TIMES) -> None:
             if stage == "denoise":
@@ -98,11 +107,14 @@ def _collect(
 
         with generator.reporting(tell):
             generator.generate(request, plan, Observers(callback=keep))
+        latents.append(np.stack(some))
+        with replacing(part) as opened:
+            np.save(opened, latents[-1])
     down = folder.vae.sizes.downsampling
     tokens = width * height // (2 * down) ** 2
     sigmas = sampler.make_sigmas(folder.index.schedule, tokens, CALIBRATION_TIMES + 1)[1:-1]
     return Samples(
-        latents=np.stack(latents),
+        latents=np.concatenate(latents),
         sigmas=np.tile(sigmas, len(prompts)),
         prompts=np.repeat(np.arange(len(prompts), dtype=np.int32), CALIBRATION_TIMES),
         embeds=np.concatenate([np.array(one.embeds.astype(mx.float32)) for one in encoded]),
@@ -112,3 +124,9 @@ def _collect(
         guidance=requests[0].guidance_scale,
         rounding=find_recipe(requests[0].noise).timestep_rounding,
     )
+
+
+def _part(file: Path, folder: ModelFolder, prompt: str) -> Path:
+    """Returns the file of the latents of one prompt."""
+    key = hashlib.sha256((folder.path / "manifest.json").read_bytes() + prompt.encode()).hexdigest()[:16]
+    return file.with_name(f"{file.name}.{key}.npy")
