@@ -1,5 +1,6 @@
 """Fits a component to its sizes: from its own config.json, else the published sizes; then every tensor is mapped."""
 
+import re
 from dataclasses import fields, replace
 from functools import cache
 
@@ -162,7 +163,9 @@ def _plan(component: SourceComponent, config: Sizes) -> ComponentPlan:
         source=str(component.source.path),
         picked=picked,
     )
-    return replace(made, dropped=(*made.dropped, *outside))
+    reasons = dict((*made.dropped, *outside))
+    said = tuple((n, reason if reason != maps.NOT_NEEDED else aside(n) or reason) for n, reason in reasons.items())
+    return replace(made, dropped=said)
 
 
 @cache
@@ -173,6 +176,13 @@ def modules(layout: Layout) -> frozenset[str]:
     names = {n for ours in target_shapes(layout.component, config) for n in source_names(ours, layout.table, last)[0]}
     parts = (generic(name).split(".")[:-1] for name in names)
     return frozenset(".".join(split[:n]) for split in parts for n in range(1, len(split) + 1))
+
+
+@cache
+def aside(prefix: str) -> str | None:
+    """Returns why a copy of a network under a prefix is no network to convert; None: it is one."""
+    rows = ((pattern, reason) for pattern, reason in maps.ASIDE)
+    return next((why for pattern, why in rows if re.fullmatch(pattern, prefix.rstrip("."), re.IGNORECASE)), None)
 
 
 _NOT_SIZES = ("dtype", "quantization")  # fields of a config.json of ours about the arrays

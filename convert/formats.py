@@ -19,10 +19,13 @@ from .tensors import Tensor
 GROUP_SIZE = 64  # of MLX-quantized weights whose folder states none, as mflux writes them
 _FLOATS = {"F32", "F16", "BF16"}
 _SCALES = ("weight_scale", "scale_weight")
+_OTHER = "download it again, or take another file"
 LONGEST = 2**12  # bytes of a statement about one layer; published ones have under a hundred
+METHOD = "svdquant"
 MARK, _METADATA = "comfy_quant", "_quantization_metadata"
 # fields of statements that change no weight: how products are computed, and the type and shape before
-_HARMLESS = {"full_precision_matrix_mult", "orig_dtype", "orig_shape", "input_scale", "params"}
+_HARMLESS = {"full_precision_matrix_mult", "orig_dtype", "input_scale"}
+_VERSIONS = ("1.0", "1", 1, 1.0)  # of the header's statements
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,8 @@ def join_parts(
                 continue
             if len(parts) != len(row.beside) or (not row.beside and any(f"{layer}.{n}" in tensors for n in _SCALES)):
                 continue
-            if whole := row.combine(tensor, *parts, fields=said.fields if said else {}, group=group_size(layer)):
+            whole = row.combine(tensor, *parts, fields=said.fields if said else {}, group=group_size(layer))
+            if whole and tuple((said.fields.get("orig_shape") if said else 0) or whole.shape) == whole.shape:
                 joined[full] = whole
                 for part in parts:
                     del joined[part.name]
@@ -116,23 +120,51 @@ def read_statements(tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> 
         found[layer] = _statement(f"{tensor.path}: {name}", _bytes(tensor))
     if text := metadata.get(_METADATA):
         where = f"{path}: {_METADATA}"
-        layers = _json(where, text).get("layers")
+        whole = _json(where, text)
+        layers = whole.get("layers")
         if not isinstance(layers, dict):
-            raise ModelError(f"{where} has no layers", "an object of layers")
+            raise ModelError(f"{where} has no layers", "an object of layers", _OTHER)
+        if odd := sorted(whole.keys() - {"layers", "format_version"}):
+            raise ModelError(f"{where} says {printable(odd[0][:100])}, which is not read", "layers alone", _OTHER)
+        if (version := whole.get("format_version", "1.0")) not in _VERSIONS:
+            raise ModelError(f"{where} is of version {printable(str(version)[:20])}", "version 1.0", _OTHER)
         for name, value in layers.items():
             layer = _full(name, tensors)
             said = _statement(f"{where}: {printable(name[:200])}", value)
             if layer in found and found[layer] != said:
-                raise ModelError(f"{where} says {said.format} of {layer}, and its {MARK} {found[layer].format}")
+                contradiction = f"{where} says {said.format} of {layer}, and its {MARK} {found[layer].format}"
+                raise ModelError(contradiction, "one statement", _OTHER)
             if layer is not None:
                 found[layer] = said
     return found
 
 
+def check_method(config: Mapping, tensors: Mapping[str, Tensor], where: str) -> None:
+    """Checks the statement of a config.json, or of a header, about the method by which weights were quantized.
+
+    Args:
+        config: JSON with perhaps a `quantization_config`; one without a method is MLX's.
+        tensors: of the file; where all are plain numbers, the statement is about another file.
+        where: the JSON's place, for errors.
+
+    Raises:
+        ModelError: a method that is not read, by its own name.
+    """
+    own = config.get("quantization_config")
+    own = own if isinstance(own, dict) else {}
+    method = own.get("quant_method", own.get("method", METHOD))
+    if method != METHOD and any(t.dtype not in _FLOATS for t in tensors.values()):
+        found = f"{where} says that its method is {printable(str(method)[:100])}, which is not read"
+        raise ModelError(found, f"plain weights, or {METHOD}", "take another file of the same model")
+
+
 def _full(layer: str, tensors: Mapping[str, Tensor]) -> str | None:
-    """Returns the layer's name in the file, which may have a prefix more; None: the file does not hold it."""
-    if f"{layer}.weight" in tensors:
-        return layer
+    """Returns the layer's name in the file, which may have a prefix more or less; None: the file does not hold it."""
+    layer = layer.removesuffix(".weight")
+    parts = layer.split(".")
+    for shorter in (".".join(parts[n:]) for n in range(len(parts))):
+        if f"{shorter}.weight" in tensors:
+            return shorter
     ends = [name.removesuffix(".weight") for name in tensors if name.endswith(f".{layer}.weight")]
     return ends[0] if len(ends) == 1 else None
 
@@ -145,16 +177,19 @@ def _statement(where: str, value) -> Statement:
     """
     value = _json(where, value) if isinstance(value, bytes | str) else value
     if not isinstance(value, dict) or not isinstance(value.get("format"), str):
-        raise ModelError(f"{where} names no format", 'JSON like {"format": "float8_e4m3fn"}')
-    fields = {
-        name: v for name, v in value.items() if name != "format" and name not in _HARMLESS and v not in (None, False)
-    }
+        raise ModelError(f"{where} names no format", 'JSON like {"format": "float8_e4m3fn"}', _OTHER)
+    inner = value.get("params")
+    value = {**value, **(inner if isinstance(inner, dict) else {})}  # fields may stand one level deeper
+    fields = {n: v for n, v in value.items() if n not in ("format", *_HARMLESS) and v is not None and v is not False}
+    if fields.get("params") == inner and isinstance(inner, dict):
+        del fields["params"]
+    shape = fields.get("orig_shape", [])
+    if not isinstance(shape, list) or not all(type(n) is int for n in shape):
+        raise ModelError(f"{where} says orig_shape = {printable(json.dumps(shape)[:100])}", "a list of sizes", _OTHER)
     known = _FIELDS.get(value["format"])
-    if known is not None and (odd := sorted(fields.keys() - known)):
+    if known is not None and (odd := sorted(fields.keys() - known - {"orig_shape"})):
         said = f"{printable(odd[0][:100])} = {printable(json.dumps(fields[odd[0]])[:100])}"
-        raise ModelError(
-            f"{where} says {said}, which is not read", f"{value['format']} without it", "take another file"
-        )
+        raise ModelError(f"{where} says {said}, which is not read", f"{value['format']} without it", _OTHER)
     return Statement(value["format"], fields)
 
 
@@ -170,7 +205,7 @@ _FIELDS = {
 
 def _json(where: str, text: bytes | str) -> dict:
     try:
-        value = parse_json(text.rstrip(b"\0 ") if isinstance(text, bytes) else text)
+        value = parse_json(text.rstrip(b"\0 ") if isinstance(text, bytes) else text.removeprefix("\ufeff"))
     except ValueError as error:
         raise ModelError(f"{where} cannot be read: {printable(str(error))}", "JSON", "download it again") from None
     if not isinstance(value, dict):
@@ -219,10 +254,13 @@ def _int8(weight: Tensor, scale: Tensor, *, fields: Mapping, group: int) -> Tens
     """Combines int8 with its scales, whose rows may be rotated in groups."""
     if len(weight.shape) != 2 or not _is_scale(scale, weight):
         return None
-    if not fields.get("convrot"):
+    if "convrot" not in fields:
         return replace(weight, dtype="scaled I8", parts=(scale,))
     size = fields.get("convrot_groupsize", 256)
-    if size not in ROTATIONS or weight.shape[1] % size:
+    if fields["convrot"] is not True:
+        found = f"{weight.path}: {weight.name} says convrot = {printable(json.dumps(fields['convrot'])[:100])}"
+        raise ModelError(found, "true or false", _OTHER)
+    if type(size) is not int or size not in ROTATIONS or weight.shape[1] % size:
         found = f"{weight.path}: {weight.name} says convrot_groupsize = {size}, and has rows of {weight.shape[1]}"
         raise ModelError(found, "a power of 4 that divides them", "take another file")
     return replace(weight, dtype=f"I8 rotated by {size}", parts=(scale,))

@@ -4,12 +4,10 @@ A tensor belongs to the network with the longest prefix of its name. What a netw
 `remap.py` refuses what matters and is not understood.
 """
 
-import re
-
 from mlx_flux_krea.errors import ModelError
 
-from . import lookalikes
-from .fit import modules
+from . import lookalikes, maps
+from .fit import aside, modules
 from .layouts import LAYOUTS, Layout, SourceComponent
 from .remap import deepest, matches
 from .sizes import short
@@ -17,8 +15,8 @@ from .sources import Source
 from .tensors import Tensor
 
 # parts of names that wrappers of training frameworks put between a module's own
-_WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "base_layer", "original_module"}
-_AVERAGED = re.compile(r"(?:.*[._])?ema(?:_model)?(?:[._].*)?", re.IGNORECASE)  # prefixes of copies
+_WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"}
+_WRAPPERS |= {"base_layer", "original_module", "orig_module", "module"}
 _WANTED = "FLUX.1 Krea [dev] or one of its kin, in fp8, GGUF, MLX's quantization, or 16 or 32 bits"
 
 Names = dict[str, Tensor]
@@ -79,15 +77,21 @@ def _unwrapped(source: Source) -> Names:
 
 
 def _networks(source: Source, names: Names) -> list[tuple[str, Layout]]:
-    """Returns the networks whose identifying tensors are there, each with its prefix; averaged copies are left out.
+    """Returns the networks whose identifying tensors are there, each with its prefix.
+
+    Copies of training are left out, but for an averaged one of a network that stands there only so.
 
     Raises:
         ModelError: the same network stands there twice.
     """
+    there = [(prefix, layout) for layout in LAYOUTS for prefix in _prefixes(layout, names)]
+    reasons = {prefix: aside(prefix) for prefix, _ in there}
     found: dict[str, tuple[str, Layout]] = {}
-    for layout in LAYOUTS:
-        for prefix in _prefixes(layout, names):
-            if _is_part(prefix, layout, found) or _AVERAGED.fullmatch(prefix.removesuffix(".")):
+    for reason in (None, maps.ASIDE[0][1]):
+        before = set(found)
+        for prefix, layout in there:
+            is_other = reasons[prefix] != reason or layout.component in before
+            if is_other or _is_part(prefix, layout, found):
                 continue
             if layout.component in found:
                 other, known = found[layout.component]

@@ -81,17 +81,22 @@ ANY_DROPPED = (
     ("comfy_attention.config", "a setting of ComfyUI's"),
     *((name, _TRAINING) for name in ("global_step", "epoch", "iteration", "step", "num_updates", "alphas_cumprod")),
     ("{rest}.num_batches_tracked", _TRAINING),
-    ("optimizer.{rest}", _TRAINING),
-    ("optimizer_states.{rest}", _TRAINING),
+    *(
+        (f"{{rest}}.{name}", _TRAINING)
+        for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "grad", "_extra_state")
+    ),
     ("lr_schedulers.{rest}", _TRAINING),
-    ("model_ema.{rest}", "an averaged copy of training (EMA)"),
-    ("ema.{rest}", "an averaged copy of training (EMA)"),
-    ("ema_model.{rest}", "an averaged copy of training (EMA)"),
     ("loss.{rest}", _TRAINING),
     ("{rest}.inv_freq", "computed, not stored"),
     ("{rest}.position_ids", "positions are counted, not stored"),
     ("{rest}.logit_scale", "belongs to an encoder's training"),
 )
+# prefixes of copies of a network that training leaves in files, as regular expressions of whole prefixes
+AVERAGED = r"(?:.*[._-])?(?:ema|swa|averaged|moving_average|shadow)(?:[._-].*)?"
+OF_TRAINING = (
+    r"(?:.*\.)?(?:optim(?:izer\w*)?|opt(?:_state)?|adam\w*|exp_avg\w*|momentum\w*|grad\w*|master_weights)(?:\..*)?"
+)
+ASIDE = ((AVERAGED, "an averaged copy of training (EMA)"), (OF_TRAINING, _TRAINING))
 NOT_NEEDED = "not needed"
 # tensors that are second copies of others: their shapes must be the same
 COPIES = {"encoder.embed_tokens.weight": "shared.weight"}

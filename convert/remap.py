@@ -179,7 +179,7 @@ def _left(
     reasons, unknown, copies = {}, [], []
     for name in left:
         reason = matches(name, dropped)
-        if reason is None and deepest(name, modules):
+        if reason is None and (deepest(name, modules) or generic(name) in modules):
             unknown.append(name)
         else:
             reasons[name] = reason or NOT_NEEDED

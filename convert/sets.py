@@ -12,7 +12,10 @@ from pathlib import Path
 from mlx_flux_krea.errors import ModelError
 from mlx_flux_krea.files import read_json
 
-_PART = re.compile(r"(.*?)([-_. ]?)(\d{1,5})([-_ ]?of[-_ ]?)(\d{1,5})(?=[-_. ]|\Z)(.*)", re.IGNORECASE | re.DOTALL)
+_PART = re.compile(r"(.*?)([-_. ]?)(\d{1,9})([-_. ]*of[-_. ]*)(\d{1,9})(?=[-_. )\]}]|\Z)(.*)", re.I | re.DOTALL)
+_COPY = re.compile(
+    r"(?: ?\(\d\)| - copy(?: \(\d\))?| copy(?: \d)?)(?=\.\w+\Z|\Z)", re.IGNORECASE
+)  # of a browser or Finder
 _INDEX = re.compile(r".*\.index(\.\w+)?\.json", re.IGNORECASE)
 _ENDING = re.compile(r"\.(safetensors|sft|gguf|bin|pt|pth|ckpt)\Z", re.IGNORECASE)
 # words in names of files that say how the same weights are stored
@@ -78,7 +81,7 @@ def group(files: Iterable[Path], component: str | None = None) -> tuple[list[Fil
     Returns:
         The complete sets, and for each that lacks a part its stem and the error.
     """
-    files = list(files)
+    files = _without_copies(files)
     parts: dict[tuple, dict[int, Path]] = {}
     alone: list[Path] = []
     for file in files:
@@ -110,6 +113,18 @@ def group(files: Iterable[Path], component: str | None = None) -> tuple[list[Fil
             sets.append(FileSet(numbered[0].parent, tuple(numbers[n] for n in sorted(numbers)), component))
     sets += [FileSet(file, (file,), component, tuple(_beside(file, indexes))) for file in alone]
     return [_with_indexes(one, indexes) for one in sets], errors
+
+
+def _without_copies(files: Iterable[Path]) -> list[Path]:
+    """Returns files without second downloads of a part, such as `NAME-00001-of-00003 (1).safetensors`."""
+    files = list(files)
+    there = {(file.parent, file.name.lower()) for file in files}
+    return [
+        file
+        for file in files
+        if not (split_part(file.name) and _COPY.search(file.name))
+        or (file.parent, _COPY.sub("", file.name).lower()) not in there
+    ]
 
 
 _AGAIN = "download it again"

@@ -10,11 +10,11 @@ from pathlib import Path
 
 from mlx_flux_krea.errors import ModelError, printable
 from mlx_flux_krea.files import read_json
-from mlx_flux_krea.first_bytes import GGUF, look
+from mlx_flux_krea.first_bytes import GGUF, look, promises
 from mlx_flux_krea.weights import read_header
 
 from . import svdq
-from .formats import GROUP_SIZE, join_parts, read_statements
+from .formats import GROUP_SIZE, check_method, join_parts, read_statements
 from .gguf_header import read_gguf
 from .sets import FileSet, listed_shards
 from .tensors import Tensor
@@ -81,9 +81,9 @@ def _open(found: Found) -> OpenedArgument:
         try:
             sources.append(_join_shards(files))
         except ModelError as error:
-            if not found.is_tree:
+            if not found.is_tree and any(map(promises, files.files)):
                 raise
-            passed.append(error)
+            passed.append(error)  # a file whose name promises nothing is often half of one
     return OpenedArgument(found.path, tuple(sources), tuple(passed), found.is_tree)
 
 
@@ -99,6 +99,8 @@ def _join_shards(files: FileSet) -> Source:
     _check_split(files, metadata)
     notes = tuple(note for index in files.indexes if (note := _contradiction(index, tensors)))
     source = Source(files.path, files.files, tensors, metadata, files.component, files.stem, notes)
+    if files.component:
+        check_method(source.config() or {}, tensors, str(source.folder / "config.json"))
     statements = read_statements(tensors, metadata)
     joined = join_parts(svdq.join(tensors, metadata), _group_sizes(source), statements)
     return replace(source, tensors=joined)

@@ -12,9 +12,10 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import replace
 
-from mlx_flux_krea.errors import ModelError, printable
+from mlx_flux_krea.errors import ModelError
 from mlx_flux_krea.files import parse_json
 
+from .formats import check_method
 from .tensors import WHOLE, Tensor
 
 _GROUPS = {"int4": 64, "fp4": 16}
@@ -45,19 +46,20 @@ def join(tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> dict[str, T
         for part in own:
             del joined[f"{layer}.{part}"]
         joined |= made
-    if joined.keys() != tensors.keys():
-        _check_method(next(iter(tensors.values())), metadata)
+    _check_method(tensors, metadata)
     return joined
 
 
-def _check_method(tensor: Tensor, metadata: Mapping[str, str]) -> None:
+def _check_method(tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Checks the statement of a file about itself, where it has one."""
+    path = next((t.path for t in tensors.values()), None)
     try:
-        method = parse_json(metadata.get(_CONFIG) or "{}").get("method", "svdquant")
-    except (ValueError, AttributeError):
-        raise ModelError(f"{tensor.path}: {_CONFIG} cannot be read", "a JSON object") from None
-    if method != "svdquant":
-        raise ModelError(f"{tensor.path} says that its method is {printable(str(method)[:100])}", "svdquant")
+        own = parse_json(metadata.get(_CONFIG) or "{}")
+    except ValueError:
+        own = None
+    if not isinstance(own, dict):
+        raise ModelError(f"{path}: {_CONFIG} cannot be read", "a JSON object", "download it again")
+    check_method({_CONFIG: own}, tensors, f"{path}")
 
 
 def _layer(layer: str, codes: Tensor, own: dict[str, Tensor]) -> dict[str, Tensor]:

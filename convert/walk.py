@@ -5,7 +5,7 @@ Hidden files are skipped and capitals ignored everywhere. Only names, first byte
 
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mlx_flux_krea import first_bytes
@@ -101,14 +101,26 @@ def _with_parts(path: Path, named: list[Path]) -> list[Path]:
 
 def _folder(path: Path) -> Found:
     """Finds the checkpoints of a folder."""
-    path = _snapshot(path) or path
+    if first_bytes.is_downloading(path):
+        raise first_bytes.refused(path, first_bytes.DOWNLOADING)
+    root, path = path, _snapshot(path) or path
+    coming = _coming(root)
+    if path == root and (other := _other_pipeline(path)):
+        raise other
     if folders := _components(path):
-        return _pipeline(path, folders)
+        found = _pipeline(path, folders)
+        return replace(found, passed=(*coming, *found.passed))
     if (path / "model_index.json").exists():
         raise ModelError(f"{path} has a model_index.json and no component folder", f"{', '.join(COMPONENTS)}")
-    sets, passed, is_tree = [], [], False
+    sets, passed, is_tree = [], [*coming], False
     for place, files in _walk(_models_in(path) or path):
         is_tree |= place != path
+        if first_bytes.is_downloading(place):
+            passed.append(first_bytes.refused(place, first_bytes.DOWNLOADING))
+            continue
+        if place != path and (other := _other_pipeline(place)):
+            passed.append(other)
+            continue
         if is_model_folder(place):
             passed.append(ModelError(f"{place} is a model folder of ours", "", "name it alone"))
             continue
@@ -173,7 +185,8 @@ def _look(file: Path) -> first_bytes.Kind | ModelError | None:
     weights."""
     try:
         if not file.exists():
-            return ModelError(f"{file} is a link to nothing", "a file") if first_bytes.is_named(file) else None
+            todo = "download it again, or name the folder where it is"
+            return ModelError(f"{file} is a link to nothing", "a file", todo) if first_bytes.is_named(file) else None
         if not first_bytes.is_weights(file):
             return None
         _check_path(file)
@@ -197,6 +210,34 @@ def _refuse(file: Path) -> None:
         raise ModelError(f"{file} cannot be read: {error.strerror}", "a file") from None
     if kind not in first_bytes.READABLE:
         raise first_bytes.refused(file, kind)
+
+
+def _other_pipeline(path: Path) -> ModelError | None:
+    """Returns the error about the pipeline of another model, whose encoders may be FLUX.1's; None: it is none."""
+    if (path / "unet").is_dir() and not (path / "transformer").is_dir():
+        kind = "a pipeline of Stable Diffusion"
+    elif not (path / "model_index.json").exists() or is_model_folder(path):
+        return None
+    else:
+        name = read_json(path / "model_index.json").get("_class_name")
+        if not isinstance(name, str) or "Flux" in name or not name.endswith("Pipeline"):
+            return None
+        kind = f"a {printable(name[:100])}"
+    return ModelError(f"{path} is {kind}", "a pipeline of FLUX.1", "name the folder or the files of FLUX.1")
+
+
+def _coming(path: Path) -> list[ModelError]:
+    """Returns the error about unfinished downloads of the hub's programs into a folder, which are in hidden places."""
+    inside = path / ".cache" / "huggingface" / "download"
+    folders = [path / "blobs"] if (path / "snapshots").is_dir() else [inside, *(inside / name for name in NETWORKS)]
+    for folder in folders:
+        try:
+            names = [name for name in sorted(os.listdir(folder)) if name.endswith(".incomplete")]
+        except OSError:
+            continue
+        if names:
+            return [first_bytes.refused(folder / names[0], first_bytes.DOWNLOADING)]
+    return []
 
 
 # --- folders ---
@@ -246,7 +287,9 @@ def _walk(root: Path) -> Iterator[tuple[Path, list[Path]]]:
             todo = "name the files, or a folder nearer to them"
             raise ModelError(f"{root} holds more than {_MOST} files", "a folder of models", todo)
         yield folder, _once([entry for entry in entries if not entry.is_dir()], seen)
-        is_unit = depth and (_components(folder) or is_model_folder(folder))
+        is_unit = first_bytes.is_downloading(folder) or (
+            depth and (_components(folder) or is_model_folder(folder) or (folder / "unet").is_dir())
+        )
         if depth < _DEEPEST and not is_unit:
             waiting += [(entry, depth + 1) for entry in entries if entry.is_dir()]
 
@@ -279,18 +322,29 @@ def _models_in(path: Path) -> Path | None:
 
 
 def _snapshot(path: Path) -> Path | None:
-    """Returns the folder of files of a repository in the hub's cache, of its main branch; None: it is none."""
+    """Returns the folder of files of a repository in the hub's cache; None: it is none.
+
+    It is that of the main branch, or the newest with weights where that holds none: programs that ask for a
+    configuration alone leave such folders.
+    """
     snapshots = path / "snapshots"
     if not snapshots.is_dir() or (not (path / "refs").is_dir() and not path.name.startswith("models--")):
         return None
     try:
         main = snapshots / read_small(path / "refs" / "main", most=1000).decode().strip()
-        if main != snapshots and main.is_dir():
+        if main != snapshots and main.is_dir() and _has_weights(main):
             return main
     except (OSError, UnicodeDecodeError):
         pass
     there = [entry for entry in _entries(snapshots) if entry.is_dir()]
-    return max(there, key=lambda entry: entry.stat().st_mtime, default=None)
+    return max(there, key=lambda entry: (_has_weights(entry), entry.stat().st_mtime), default=None)
+
+
+def _has_weights(folder: Path) -> bool:
+    """Returns True for a folder with files named as weights in it, or in its own folders."""
+    inside = _entries(folder)
+    inside += [entry for one in inside if one.is_dir() for entry in _entries(one)]
+    return any(map(first_bytes.is_named, inside))
 
 
 def _check_path(path: Path) -> None:

@@ -16,6 +16,7 @@ from .errors import ModelError
 from .files import open_regular
 
 _START = 600  # bytes: a tar archive has its mark at 257
+_SHORTEST = 8  # bytes of a file that is called a text without a name that promises anything
 _LONGEST_HEADER = 10**8  # bytes of a safetensors header, the limit of its library
 
 
@@ -35,15 +36,19 @@ _SAME = "take the .safetensors of the same model"
 PICKLE = Kind("a pickle, which can run any program when opened", _SAME)
 DOWNLOADING = Kind("still downloading", "wait for the download, or start it again")
 UNKNOWN = Kind("of no format that is known", _AGAIN)
+_EMPTY = Kind("empty", _AGAIN)
+_PROSE, _ANSWER = Kind("a text"), Kind("a text, and no weights: perhaps a server's answer", _AGAIN)
 
+_UNFINISHED = (
+    ".part", ".partial", ".crdownload", ".download", ".opdownload", ".incomplete", ".aria2", ".aria2__temp", ".!qb",
+    ".!ut", ".!bt", ".bc!", ".td", ".xltd", ".filepart", ".fdmdownload", ".dtapart", ".dctmp", ".downloading",
+    ".unfinished", ".tmp",
+)  # fmt: skip
 # Ends of names that say what a file is, whatever its bytes are: programs give unfinished downloads names of their own.
 _ENDINGS = {
-    **dict.fromkeys(
-        (".part", ".partial", ".crdownload", ".download", ".opdownload", ".incomplete", ".aria2", ".!qb", ".!ut"),
-        DOWNLOADING,
-    ),
-    ".tmp": DOWNLOADING,
+    **dict.fromkeys(_UNFINISHED, DOWNLOADING),
     ".icloud": Kind("kept in iCloud, and not on this disk", "download it in the Finder"),
+    ".ckpt-tensordata": Kind("the numbers of a model of Draw Things", _SAME),
     ".onnx": Kind("an ONNX graph", _SAME),
     ".engine": Kind("a TensorRT engine, made for one graphics card", _SAME),
     ".trt": Kind("a TensorRT engine, made for one graphics card", _SAME),
@@ -64,11 +69,16 @@ _OTHERS = (
     ".webp", ".gif", ".mp4",
 )  # fmt: skip
 
+_TEXT = rb"(?:\xef\xbb\xbf|\xff\xfe)?\s*"  # a byte order mark and blanks, with which texts may begin
+
 # First bytes; the first that matches counts. Matched without regard to case.
 _MARKS: tuple[tuple[bytes, Kind], ...] = (
     (rb"GGUF", GGUF),
     (rb"(?:lmgg|fmgg|tjgg|algg|GGML)", Kind("of ggml, from before GGUF", "take a GGUF of the same model")),
-    (rb"version https://git-lfs", Kind("a pointer of Git LFS", "fetch the file itself: git lfs pull")),
+    (rb"(?:\xef\xbb\xbf)?\s*version https://(?:git-lfs|hawser)",
+     Kind("a pointer of Git LFS", "fetch the file itself: git lfs pull")),
+    (rb"[./]*(?:\.git)?/annex/objects/", Kind("a pointer of git-annex", "fetch the file itself: git annex get")),
+    (rb"# xet version", Kind("a pointer of Xet", _AGAIN)),
     (rb"SQLite format 3\0", Kind("an SQLite database, as Draw Things keeps its models", _SAME)),
     (rb"\x89PNG|\xff\xd8\xff|GIF8|RIFF....WEBP", Kind("a picture")),
     (rb"%PDF-", Kind("a document")),
@@ -81,15 +91,19 @@ _MARKS: tuple[tuple[bytes, Kind], ...] = (
     (rb"\x1f\x8b|7z\xbc\xaf\x27|Rar!|\xfd7zXZ|\x28\xb5\x2f\xfd|BZh|.{257}ustar",
      Kind("an archive", "unpack it, and name the files in it")),
     (rb"\x80[\x02-\x05]", PICKLE),
+    # protocols 0 and 1
+    (rb"\([dl]p\d+\n|[}\]]q\0|c(?:__builtin__|builtins|collections|copy_reg|numpy[\w.]*|torch[\w.]*)\n", PICKLE),
     (rb"[pf]trt", _ENDINGS[".engine"]),
-    (rb"\x08[\x01-\x14][\x12:\x1a].{0,3}(?:pytorch|onnx|tf2onnx|optimum|torch)", _ENDINGS[".onnx"]),
+    # a version of the graph's format, then who made it, the graph itself, or the sets of operators
+    (rb"\x08[\x01-\x14](?:\x12[\0-\x40][ -~]*[\x1a\x22\x28:B]|:[\x80-\xff]|B[\x02-\x20]\x0a)", _ENDINGS[".onnx"]),
     (rb"\x89HDF\r\n", _ENDINGS[".h5"]),
     (rb"\x93NUMPY", Kind("a NumPy array", _SAME)),
     (rb"bplist00", Kind("a property list of macOS", _AGAIN)),
     (rb"....TFL3", Kind("a TensorFlow Lite model", _SAME)),
-    (rb"(?:\xef\xbb\xbf)?\s*<(?:!doctype|html|head|body|\?xml|!--)", Kind("a web page", _AGAIN)),
-    (rb"(?:\xef\xbb\xbf)?\s*[\[{]\s*[\"\[{\]}]", Kind("JSON, and no weights: perhaps a server's answer", _AGAIN)),
-    (rb"[\t\n\r -~\x80-\xff]{8,}\Z", Kind("a text")),
+    (rb"book\0\0\0\0mark\0\0\0\0", Kind("an alias of the Finder", "name the file that it stands for")),
+    (_TEXT + rb"<\0?[!?a-z]", Kind("a web page", _AGAIN)),
+    (_TEXT + rb"(?:[\[{]\0?\s*(?:[\"\[{\]}]|-?\d|true|false|null)|\"[^\"]*\"\s*\Z)",
+     Kind("JSON, and no weights: perhaps a server's answer", _AGAIN)),
     (rb"\0{16,}", Kind("all zeros at its start, as an unfinished download is", DOWNLOADING.todo)),
 )  # fmt: skip
 
@@ -102,7 +116,12 @@ def look(path: Path) -> Kind:
     """
     with open_regular(path) as file:
         size, start = os.fstat(file.fileno()).st_size, file.read(_START)
-    return _by_name(path) or _by_bytes(start, size) or (PICKLE if _ends(path, _PICKLED) else UNKNOWN)
+    kind = _by_name(path) or _by_bytes(start, size)
+    if kind is _EMPTY and _is_placeholder(path):
+        return DOWNLOADING
+    if kind is None and _is_text(start, size):
+        kind = _ANSWER if is_named(path) else _PROSE if size >= _SHORTEST else None
+    return kind or (PICKLE if _ends(path, _PICKLED) else UNKNOWN)
 
 
 def is_weights(path: Path) -> bool:
@@ -127,6 +146,11 @@ def promises(path: Path) -> bool:
     return _ends(path, READABLE_NAMES)
 
 
+def is_downloading(path: Path) -> bool:
+    """Returns True for a file or folder with the name of an unfinished download: Safari keeps one in a folder."""
+    return _by_name(path) is DOWNLOADING
+
+
 def refused(path: Path, kind: Kind) -> ModelError:
     """Returns the error about a file that is of a kind without weights that can be read."""
     todo = kind.todo or "name the files or the folder of the weights"
@@ -140,9 +164,30 @@ def _by_name(path: Path) -> Kind | None:
     return kind or (DOWNLOADING if os.path.lexists(beside) else None)
 
 
+def _is_placeholder(path: Path) -> bool:
+    """Returns True for an empty file beside the download that will replace it: Firefox's NAME.MARK.safetensors.part."""
+    try:
+        names = os.listdir(path.parent)
+    except OSError:
+        return False
+    starts = f"{path.stem}.".lower()
+    return any(n.lower().startswith(starts) and n.lower().endswith((".part", ".crdownload")) for n in names)
+
+
+def _is_text(start: bytes, size: int) -> bool:
+    """Returns True for UTF-8 without control characters; the last character may be cut."""
+    try:
+        text = start.decode()
+    except UnicodeDecodeError as error:
+        if size <= len(start) or error.start < len(start) - 3:
+            return False
+        text = start[: error.start].decode()
+    return all(letter.isprintable() or letter.isspace() for letter in text)
+
+
 def _by_bytes(start: bytes, size: int) -> Kind | None:
     if not start:
-        return Kind("empty", _AGAIN)
+        return _EMPTY
     if len(start) > 8 and start[8:9] == b"{":
         (length,) = struct.unpack("<Q", start[:8])
         if length <= _LONGEST_HEADER:

@@ -157,9 +157,11 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
         kind = None if isinstance(error, OSError) else look(path)
         if kind and kind not in (SAFETENSORS, UNKNOWN):
             raise refused(path, kind) from None
-        raise ModelError(
-            f"{path} cannot be read: {reason}", "a complete safetensors file", "copy or download it again"
-        ) from None
+        todo = "copy or download it again"
+        if isinstance(error, SafetensorError) and (size := _promised(path)) and size > path.stat().st_size:
+            reason += f" (it ends after {path.stat().st_size:,} of {size:,} bytes, as an unfinished download does)"
+            todo = "wait for its download, or copy or download it again"
+        raise ModelError(f"{path} cannot be read: {reason}", "a complete safetensors file", todo) from None
     metadata = header.pop("__metadata__", None) or {}
     base = 8 + length
     infos = {
@@ -167,6 +169,20 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
         for name, t in header.items()
     }
     return infos, metadata
+
+
+def _promised(path: Path) -> int:
+    """Returns the bytes that the header of a damaged safetensors file asks for; 0: it does not tell."""
+    try:
+        with open_regular(path) as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > (here := path.stat().st_size - 8):
+                return 8 + length if here > 0 else 0
+            header = json.loads(file.read(length))
+        ends = (t["data_offsets"][1] for name, t in header.items() if name != "__metadata__")
+        return 8 + length + max(ends, default=0)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, struct.error):
+        return 0
 
 
 def check_tensors(where: Path, found: Mapping[str, tuple], expected: Mapping[str, tuple]) -> None:

@@ -5,6 +5,8 @@ Each row of a table arranges a folder and says what is to come of it: the files 
 
 import json
 import os
+import pickle
+import re
 import shutil
 import struct
 import subprocess
@@ -92,10 +94,23 @@ KINDS = {
     "an archive": b"\x1f\x8b\x08" + bytes(60),
     "a NumPy array": b"\x93NUMPY\x01\x00",
     "an HDF5 file": b"\x89HDF\r\n\x1a\n",
+    "a pointer of Git LFS ": b"\xef\xbb\xbfversion https://hawser.github.com/spec/v1\noid sha256:ab\n",
+    "a pointer of git-annex": b"/annex/objects/SHA256E-s23802932552--abc.safetensors\n",
+    "a web page  ": b"<Error><Code>AccessDenied</Code></Error>",
+    "a web page   ": "<html>".encode("utf-16"),
+    "JSON  ": b'"Entry not found"',
+    "JSON   ": b"[1, 2]",
+    "a pickle ": pickle.dumps({"a": 1}, 0),
+    "a pickle  ": pickle.dumps({"a": 1}, 1),
+    "an ONNX graph ": b"\x08\x08\x12\x08skl2onnx\x1a\x06",
+    "an ONNX graph  ": b"\x08\x08:\xd6\x12\n\x10",
+    "an alias of the Finder": b"book\0\0\0\0mark\0\0\0\0" + bytes(60),
     "a picture": b"\x89PNG\r\n\x1a\n" + bytes(60),
     "empty": b"",
     "all zeros at its start": bytes(4096),
     "a text": b"just some words in a file",
+    "a text ": b"404",
+    "a text  ": "Zugriff verweigert f\u00fcr \u00c4".encode(),
     "of no format that is known": b"\x01\x02\x03\x04\xff" * 20,
 }
 NAMES = ("x.safetensors", "X.SafeTensors", "x.gguf", "x.sft")
@@ -115,7 +130,10 @@ def test_a_file_that_holds_no_weights_is_called_what_it_is(files, kind):
         file.unlink()
 
 
-@pytest.mark.parametrize("ending", [".part", ".crdownload", ".incomplete", ".PART", ".download", ".!qB", ".aria2"])
+ENDINGS = [".part", ".crdownload", ".incomplete", ".PART", ".download", ".!qB", ".aria2", ".filepart", ".xltd", ".bc!"]
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
 def test_an_unfinished_download_is_named_where_it_is_missing_and_no_hindrance_elsewhere(files, ending):
     shutil.copy(files / V, files / f"more.safetensors{ending}")
     assert choose([files]).components.keys() == COMPONENTS.keys()
@@ -129,6 +147,49 @@ def test_a_file_beside_the_record_of_its_download_is_unfinished(files):
     (files / f"{V}.aria2").write_bytes(b"\0\1")
     with pytest.raises(ModelError, match=r"ae\.safetensors is still downloading"):
         choose([files / V])
+
+
+@pytest.mark.parametrize("cut", [9, 100, 40_000, -1])
+def test_a_file_that_ends_too_early_is_unfinished_and_no_hindrance_under_any_other_name(files, cut):
+    half = (files / V).read_bytes()[:cut]
+    for name in ("ae.safetensors.mine", "tmpabc", "ae.safetensors~"):
+        (files / name).write_bytes(half)
+        with pytest.raises(ModelError, match=r"it ends after [\d,]+ of [\d,]+ bytes, as an unfinished.*; wait for"):
+            choose([files / T, files / C, files / E, files / name])
+    assert choose([files]).components["vae"].source.path == files / V
+    (files / V).unlink()
+    (files / V).write_bytes(half)
+    with pytest.raises(ModelError, match=rf"{V} cannot be read: .* \(it ends after"):
+        choose([files])
+
+
+def firefox(folder: Path, half: bytes) -> None:
+    (folder / V).write_bytes(b"")
+    (folder / "ae.Xy12ab.safetensors.part").write_bytes(half)
+
+
+def safari(folder: Path, half: bytes) -> None:
+    (folder / f"{V}.download").mkdir()
+    (folder / f"{V}.download" / V).write_bytes(half)
+    (folder / f"{V}.download" / "Info.plist").write_bytes(b"bplist00")
+
+
+def hugging_face(folder: Path, half: bytes) -> None:
+    (place := folder / ".cache" / "huggingface" / "download").mkdir(parents=True)
+    (place / "abc=.0123.incomplete").write_bytes(half)
+
+
+@pytest.mark.parametrize("program", [firefox, safari, hugging_face])
+def test_the_places_of_half_downloads_of_each_program_are_known(files, program):
+    half = (files / V).read_bytes()[:40_000]
+    if program is not firefox:
+        program(files, half)
+        assert choose([files]).components["vae"].source.path == files / V
+        shutil.rmtree(files / (".cache" if program is hugging_face else f"{V}.download"))
+    (files / V).unlink()
+    program(files, half)
+    with pytest.raises(ModelError, match=r"is still downloading.*; wait for the download"):
+        choose([files])
 
 
 def test_a_file_that_only_icloud_has_is_named(files):
@@ -180,6 +241,11 @@ SETS = {
     "with other marks": ("ae_{}_of_{}.sft", 1),
     "without an ending": ("ae.{}of{}", 1),
     "with a variant": ("ae-{:05d}-of-{:05d}.fp16.safetensors", 1),
+    "in round brackets": ("ae ({} of {}).safetensors", 1),
+    "in square brackets": ("ae[{}of{}].safetensors", 1),
+    "of many digits": ("ae-{:08d}-of-{:08d}.safetensors", 1),
+    "after the ending": ("ae.safetensors.part{}of{}", 1),
+    "with a copy's mark": ("ae-{}-of-{} (1).safetensors", 1),
 }
 
 
@@ -194,9 +260,16 @@ def test_a_set_is_joined_without_an_index_and_a_missing_part_is_named(files, kin
     (away := files.parent / "away").mkdir()
     moved = Path(shutil.move(parts[-1], away))
     for sources in ([files], [parts[0]], [files / T, *parts[:-1]]):
-        with pytest.raises(ModelError, match=f"lacks the shard {parts[-1].name}, part {2 + first} of 3"):
+        with pytest.raises(ModelError, match=re.escape(f"lacks the shard {parts[-1].name}, part {2 + first} of 3")):
             choose(sources)
     assert choose([files / T, files / C, files / E, *parts[:-1], moved]).components["vae"].source.files[-1] == moved
+
+
+@pytest.mark.parametrize("mark", [" (1)", " copy", " - Copy", " copy 2"])
+def test_a_part_that_was_downloaded_twice_is_no_hindrance(files, mark):
+    parts = split(files, "ae-{:05d}-of-{:05d}.safetensors")
+    shutil.copy(parts[1], parts[1].with_name(f"{parts[1].stem}{mark}.safetensors"))
+    assert choose([files]).components["vae"].source.files == tuple(parts)
 
 
 def test_shards_of_any_names_are_joined_by_their_index(files):
@@ -412,6 +485,50 @@ def test_a_tree_without_a_component_says_what_was_passed_over(tmp_path):
     (root / "models" / "vae" / "ae.safetensors").write_bytes(KINDS["a pointer of Git LFS"])
     with pytest.raises(ModelError, match=r"ae\.safetensors is a pointer of Git LFS.*also vae; fetch the file"):
         choose([root])
+
+
+OTHERS = {
+    "StableDiffusionXLPipeline": '{"_class_name": "StableDiffusionXLPipeline"}',
+    "StableDiffusion3Pipeline": '{"_class_name": "StableDiffusion3Pipeline"}',
+    "a pipeline of Stable Diffusion": None,
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_the_encoders_of_another_models_pipeline_are_not_taken(tmp_path, kind):
+    """Its CLIP has the names and sizes of FLUX.1's."""
+    root = tmp_path / "models"
+    shutil.copytree(PIPELINE, root / "flux")
+    other = Path(shutil.copytree(PIPELINE, root / "a" / "other"))
+    (other / "model_index.json").unlink()
+    if text := OTHERS[kind]:
+        (other / "model_index.json").write_text(text)
+    else:
+        (other / "transformer").rename(other / "unet")
+    components = choose([root]).components
+    assert all(root / "flux" in one.source.path.parents or one.source.path.parent == root / "flux"
+               for one in components.values())  # fmt: skip
+    with pytest.raises(ModelError, match=f"is a.*{kind.removeprefix('a ')}.*; name the folder"):
+        choose([other])
+
+
+def test_of_snapshots_the_one_with_weights_is_taken_and_half_of_one_is_said_to_be_coming(tmp_path):
+    """Programs that ask for a configuration alone leave snapshots without weights."""
+    repo = in_hub(tmp_path)
+    whole, main = repo / "snapshots" / ("0" * 40), repo / "snapshots" / COMMIT
+    for file in main.rglob("*.safetensors"):
+        file.unlink()
+    assert all(whole in one.source.path.parents or one.source.path.parent == whole
+               for one in choose([repo]).components.values())  # fmt: skip
+    shutil.rmtree(whole / "vae")
+    (repo / "blobs").mkdir()
+    (repo / "blobs" / "abc.incomplete").write_bytes(b"x")
+    with pytest.raises(ModelError, match=r"abc\.incomplete is still downloading.*also vae; wait for"):
+        choose([repo])
+    (whole / "vae").mkdir()
+    (whole / "vae" / "x.safetensors").symlink_to("../../../blobs/abc")
+    with pytest.raises(ModelError, match=r"x\.safetensors is a link to nothing; expected a file; download it again"):
+        choose([repo])
 
 
 def test_draw_things_models_are_named(tmp_path):

@@ -225,6 +225,10 @@ REFUSED = {
     "a list": ("[1]", "is no JSON object"),
     "another kind of numbers": ({"format": "nvfp4"}, r"stored as nvfp4, and holds weight F8_E4M3 \[136, 64\]"),
     "int8": ({"format": INT8}, "stored as int8_tensorwise, and holds weight F8_E4M3"),
+    "a rotation one level deeper": ({"format": FP8, "params": {"convrot": True}}, "says convrot = true, which"),
+    "another shape": ({"format": FP8, "orig_shape": [8, 8]}, r"holds weight F8_E4M3 \[136, 64\]"),
+    "a shape that is none": ({"format": FP8, "orig_shape": "x"}, 'says orig_shape = "x"'),
+    "a zero": ({"format": FP8, "rotation": 0}, "says rotation = 0, which is not read"),
 }
 
 
@@ -266,7 +270,18 @@ def test_two_statements_that_contradict_each_other_are_refused(tmp_path):
         open_sources([file])
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"layers": 3}', '{"layers": {"a": 3}}', '{"layers": {"a": {}}}'])
+@pytest.mark.parametrize("said", [{"convrot": "yes"}, {"convrot": 1}, {"convrot": True, "convrot_groupsize": 16.0},
+                                  {"convrot": True, "convrot_groupsize": 32}])  # fmt: skip
+def test_a_rotation_that_is_not_understood_is_refused(tmp_path, said):
+    with pytest.raises(ModelError, match="says convrot"):
+        open_sources([save(tmp_path / "x.safetensors", int8((SHAPE[0], 1))[0], {"format": INT8} | said)])
+
+
+BROKEN = ["{", "[]", '{"layers": 3}', '{"layers": {"a": 3}}', '{"layers": {"a": {}}}',
+          '{"layers": {}, "convrot": true}', '{"layers": {}, "format_version": "2.0"}']  # fmt: skip
+
+
+@pytest.mark.parametrize("text", BROKEN)
 def test_metadata_that_cannot_be_read_is_refused(tmp_path, text):
     with pytest.raises(ModelError, match="_quantization_metadata"):
         open_sources([save(tmp_path / "x.safetensors", fp8("F8_E4M3", ())[0], text, "metadata")])
@@ -280,6 +295,26 @@ def test_a_statement_about_a_layer_under_a_prefix_is_found_and_one_about_none_is
         file := tmp_path / "x.safetensors", tensors, {"_quantization_metadata": json.dumps({"layers": layers})}
     )
     assert np.array_equal(values_of(file, "model.blocks.0.a.weight"), expected)
+
+
+@pytest.mark.parametrize("name", ["a.weight", "model.a", "model.diffusion_model.a.weight"])
+def test_a_statement_about_a_layer_by_a_longer_name_is_found(tmp_path, name):
+    """And a byte order mark is skipped."""
+    parts, expected = nvfp4()
+    text = "\ufeff" + json.dumps({"format_version": "1.0", "layers": {name: {"format": "nvfp4"}}})
+    assert np.array_equal(values_of(save(tmp_path / "x.safetensors", parts, text, "metadata")), expected)
+
+
+@pytest.mark.parametrize("method", ["torchao", "fp8", "bitsandbytes", 3])
+def test_a_method_that_a_config_states_is_refused_by_its_word_unless_the_weights_are_plain(tmp_path, method):
+    (folder := tmp_path / "text_encoder_2").mkdir()
+    (tmp_path / "model_index.json").write_text("{}")
+    (folder / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": method}}))
+    save(folder / "model.safetensors", fp8("F8_E4M3", ())[0])
+    with pytest.raises(ModelError, match=f"says that its method is {method}, which is not read.*; take another"):
+        open_sources([tmp_path])
+    save(folder / "model.safetensors", {"weight": ("F32", (1,), bytes(4))})
+    assert open_sources([tmp_path])
 
 
 @pytest.mark.parametrize("kind", ["U8", "I8"])

@@ -30,7 +30,7 @@ PREFIXES = [
     "state_dict.model.", "generator.module.0.",
 ]  # fmt: skip
 INNER = [r"^(\w+\.)", r"^((?:\w+\.){2})"]  # places for a wrapper inside a name
-WRAPPERS = ["_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module."]
+WRAPPERS = ["module.", "_forward_module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module."]
 # tensors that other tools leave in files, and the reason that is given for dropping them
 PASSENGERS = {
     "__index_timestep_zero__": "a mark of ComfyUI's",
@@ -87,7 +87,9 @@ def test_a_name_with_and_without_a_wrapper_is_one_tensor_twice():
         identify(with_tensors(published("bfl-transformer-dev"), "_orig_mod.img_in.weight"))
 
 
-@pytest.mark.parametrize("copy", ["model_ema.", "ema.", "ema_model.module.", "model.ema_model."])
+@pytest.mark.parametrize(
+    "copy", ["model_ema.", "ema.", "ema_model.module.", "model.ema_model.", "ema_net.", "swa_model."]
+)
 def test_an_averaged_copy_is_dropped_and_another_copy_refused(copy):
     source = published("bfl-transformer-dev")
     for prefix, is_average in ((copy, True), ("teacher.", False)):
@@ -95,10 +97,34 @@ def test_an_averaged_copy_is_dropped_and_another_copy_refused(copy):
         if is_average:
             plan = plan_of(twice)[1]
             assert plan.parameters == PARAMETERS["transformer"]
-            assert len(plan.dropped) == len(source.tensors)
+            assert [reason for _, reason in plan.dropped] == ["an averaged copy of training (EMA)"] * len(
+                source.tensors
+            )
         else:
             with pytest.raises(ModelError, match=r"holds a transformer twice, as .* and as teacher\."):
                 identify(twice)
+
+
+@pytest.mark.parametrize("copy", ["ema.", "model_ema.", "transformer_ema.", "EMA.module.", "shadow."])
+@pytest.mark.parametrize("name", ["bfl-transformer-dev", "gguf-t5xxl-Q8_0"])
+def test_an_averaged_copy_that_stands_alone_is_the_network(name, copy):
+    assert plan_of(with_names(published(name), lambda n: copy + n))[1].parameters == PARAMETERS[LAYOUTS[name][0]]
+
+
+OF_TRAINING = ["optimizer.state.{}.exp_avg", "optimizer.fp32.{}", "{}.exp_avg", "exp_avg_sq.{}", "opt_state.mu.{}",
+               "{}.grad", "{}.momentum_buffer", "state.exp_avg.{}", "master_weights.{}"]  # fmt: skip
+
+
+@pytest.mark.parametrize("place", OF_TRAINING)
+def test_the_state_of_training_is_dropped_wherever_it_stands(place):
+    source = published("bfl-transformer-dev")
+    twice = {place.format(n): replace(t, name=place.format(n)) for n, t in source.tensors.items()}
+    plan = plan_of(replace(source, tensors=source.tensors | twice))[1]
+    assert plan.parameters == PARAMETERS["transformer"]
+    assert {reason for _, reason in plan.dropped} == {"bookkeeping of training"}
+    if "{}." not in place:
+        with pytest.raises(ModelError, match="no known layout"):
+            identify(replace(source, tensors=twice))
 
 
 # --- passengers ---
@@ -137,7 +163,8 @@ def test_t5_with_one_copy_of_its_embedding_under_either_name():
 
 
 INSIDE = ["double_blocks.0.img_attn.qkv.weight.q", "double_blocks.0.extra", "double_blocks.19.img_attn.proj.weight",
-          "img_in.weight_scale", "img_in.scales", "final_layer.linear.zero", "single_blocks.3.new.weight"]  # fmt: skip
+          "img_in.weight_scale", "img_in.scales", "img_in",
+          "final_layer.linear.zero", "single_blocks.3.new.weight"]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", INSIDE)
