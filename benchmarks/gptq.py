@@ -1,6 +1,7 @@
 """How far a step of the small model is from the exact one, by bits and by the way of rounding: the evidence for --gptq.
 
     python benchmarks/gptq.py [--prompts 16]
+    python benchmarks/gptq.py --pictures 100    how many pictures of held-out sentences are entirely right, in 12 steps
     python benchmarks/gptq.py --hours       the time that GPTQ takes for FLUX.1 Krea [dev], computed, by chip
 
 A step's error is the distance of the velocity from that of the unquantized transformer, relative to its length, at the
@@ -24,7 +25,7 @@ import numpy as np
 from mlx_flux_krea.convert import Gptq, convert
 from mlx_flux_krea.convert import gptq as rounding
 from mlx_flux_krea.convert.quantize import group_of
-from nano import scenes_to_judge
+from nano import measure, scenes_to_judge
 
 from mlx_flux_krea import FluxPipeline, calibration, nano
 from mlx_flux_krea.commands.shared.rounding import seconds
@@ -121,16 +122,32 @@ def searched(flux: Flux, bits: int, dtype: mx.Dtype = mx.bfloat16) -> Flux:
     return flux
 
 
+def judge_pictures(count: int) -> None:
+    """Prints the share of pictures that are entirely right, with plain rounding and with GPTQ."""
+    asked, rows = scenes_to_judge(count), {}
+    with tempfile.TemporaryDirectory() as work:
+        for bits in ("4", "3"):
+            for name, how in ((f"{bits} bits", None), (f"{bits} bits, GPTQ", Gptq(calibration.collect))):
+                path = convert([nano.FOLDER], Path(work) / "model", quantize=bits, gptq=how, force=True).path
+                rows[name] = measure(path, asked, 12)
+                print(f"{name:20}{rows[name][1]:9.0%}{rows[name][2]:9.0%}", flush=True)
+    print(json.dumps(rows))
+
+
 def main() -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--prompts", type=int, default=16)
+    parser.add_argument("--pictures", type=int, metavar="N", help="Judge so many pictures instead.")
     parser.add_argument("--hours", action="store_true", help="Print the time by chip instead.")
     given = parser.parse_args()
     if given.hours:
         times = {chip: seconds(FLUX_DEV, chip, width=1024, height=1024, length=MAX_SEQUENCE_LENGTH) for chip in CHIPS}
         print(table([("chip", "takes about"), *((chip, duration(time)) for chip, time in times.items())], right=(1,)))
         print(json.dumps(times))
+        return
+    if given.pictures:
+        judge_pictures(given.pictures)
         return
     steps, rows = Steps(given.prompts), {}
 

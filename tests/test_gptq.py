@@ -24,6 +24,7 @@ from mlx_flux_krea.commands.inspect import inspect
 from mlx_flux_krea.commands.purge import purge
 from mlx_flux_krea.commands.shared import rounding
 from mlx_flux_krea.errors import ModelError, ResourceError, UsageError
+from mlx_flux_krea.generator import Generator
 from mlx_flux_krea.models.config import FLUX_DEV, Quantization
 from mlx_flux_krea.presets import CHIPS
 from mlx_flux_krea.samples import Samples
@@ -149,8 +150,12 @@ def source(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def samples(source, tmp_path_factory):
+    """The file of one prompt, collected by a generator that cannot decode."""
     file = tmp_path_factory.mktemp("samples") / "samples.safetensors"
-    calibration.collect(open_model(source), file, prompts=PROMPTS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delattr(Generator, "_decode")
+        patch.delattr(Generator, "_vae")
+        calibration.collect(open_model(source), file, prompts=PROMPTS)
     return file
 
 
