@@ -15,7 +15,7 @@ import numpy as np
 from mlx_flux_krea.errors import ModelError
 from mlx_flux_krea.models.layers import whole_weight
 
-from . import unpack
+from . import exponents, unpack
 
 
 @dataclass(frozen=True)
@@ -218,6 +218,9 @@ for _name in ("BF16", "F16", "F32"):
         TYPES[f"awq bias {_parts} {_name}"] = Type(1, _size, _after(_read, _bias), rows=0)
 # types of parts that are no weights by themselves
 PARTS = {**TYPES, "U8": Type(1, 1, lambda data, shape: mx.array(data.reshape(shape))), TILES: Type(1, 1, _tiles)}
+TYPES["DFloat11"] = Type(1, 1, exponents.decode, rows=0)
+PARTS |= {"DFloat11": TYPES["DFloat11"], f"{WHOLE} U8": PARTS["U8"]}
+PARTS["count"] = Type(1, 0, lambda data, shape: mx.array(shape[0]))  # a number that its shape tells
 PARTS["U32"] = Type(1, 4, lambda data, shape: mx.array(data.view(np.uint32).reshape(shape)))
 PARTS |= {f"{WHOLE} {name}": TYPES[name] for name in _PLAIN} | {"svdq shift": Type(2, 1, unpack.shift)}
 
@@ -241,7 +244,12 @@ def check(dtype: str, where: str) -> None:
 
 
 # bits by which a type tells values apart, for types whose size says something else
-_TELLING = {"BF16": 15.0, "F8_E4M3": 5.8, "F8_E5M2": 4.8}  # float16 has more bits of precision than bfloat16
+_TELLING = {
+    "BF16": 15.0,
+    "DFloat11": 15.0,
+    "F8_E4M3": 5.8,
+    "F8_E5M2": 4.8,
+}  # float16 has more bits of precision than bfloat16
 
 
 def precision(dtype: str) -> float:

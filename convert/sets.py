@@ -102,6 +102,12 @@ def group(files: Iterable[Path], component: str | None = None) -> tuple[list[Fil
     sets += listed
     errors += dict.fromkeys((stem(file.name), error) for file, error in lost.items())
     alone = [file for file in alone if file not in lost and not any(file in one.files for one in listed)]
+    by_block, lost = _by_block(alone, component)
+    sets += by_block
+    errors += lost
+    alone = [
+        file for file in alone if not any(file in one.files for one in by_block) and (not lost or not _block(file))
+    ]
     numbered = [file for file in alone if file.stem.isdigit()]
     if len(numbered) > 1:  # as mflux writes them
         numbers = {int(file.stem): file for file in numbered}
@@ -113,6 +119,34 @@ def group(files: Iterable[Path], component: str | None = None) -> tuple[list[Fil
             sets.append(FileSet(numbered[0].parent, tuple(numbers[n] for n in sorted(numbers)), component))
     sets += [FileSet(file, (file,), component, tuple(_beside(file, indexes))) for file in alone]
     return [_with_indexes(one, indexes) for one in sets], errors
+
+
+def _block(file: Path) -> re.Match | None:
+    """Returns the parts of a name like single_blocks_12.safetensors: a file for each block, as DFloat11 has them."""
+    return re.fullmatch(r"(\w*blocks_)(\d+)", file.stem)
+
+
+def _by_block(alone: list[Path], component: str | None) -> tuple[list[FileSet], list[tuple[str, ModelError]]]:
+    """Returns sets of a file for each block, with the file of all other tensors, and errors of incomplete ones."""
+    sets, errors = [], []
+    for folder in dict.fromkeys(file.parent for file in alone):
+        here = [file for file in alone if file.parent == folder]
+        blocks = [(found[1], int(found[2]), file) for file in here if (found := _block(file))]
+        if len(blocks) < 2:
+            continue
+        rest = [file for file in here if not _block(file) and not names_a_model(stem(file.name))]
+        absent = next(
+            (f"{base}{n}" for base in sorted({base for base, _, _ in blocks})
+             for numbers in [{n for b, n, _ in blocks if b == base}] for n in range(max(numbers)) if n not in numbers),
+            None if rest else "model",
+        )  # fmt: skip
+        if absent:
+            found = f"{folder} lacks the shard {absent}{blocks[0][2].suffix}"
+            errors.append((stem(blocks[0][2].name), ModelError(found, "a file for each block", _AGAIN)))
+            continue
+        ordered = (file for *_, file in sorted(blocks))
+        sets.append(FileSet(folder, (*ordered, *rest), component))
+    return sets, errors
 
 
 def _without_copies(files: Iterable[Path]) -> list[Path]:

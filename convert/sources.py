@@ -13,7 +13,7 @@ from mlx_flux_krea.files import read_json
 from mlx_flux_krea.first_bytes import GGUF, look, promises
 from mlx_flux_krea.weights import read_header
 
-from . import svdq
+from . import dfloat11, svdq
 from .formats import GROUP_SIZE, check_method, join_parts, read_statements
 from .gguf_header import read_gguf
 from .sets import FileSet, listed_shards
@@ -102,7 +102,8 @@ def _join_shards(files: FileSet) -> Source:
     if files.component:
         check_method(source.config() or {}, tensors, str(source.folder / "config.json"))
     statements = read_statements(tensors, metadata)
-    joined = join_parts(svdq.join(tensors, metadata), _group_sizes(source), statements)
+    whole = dfloat11.join(svdq.join(tensors, metadata), lambda: source.config() or {})
+    joined = join_parts(whole, _group_sizes(source), statements)
     return replace(source, tensors=joined)
 
 

@@ -8,7 +8,10 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
+from mlx_flux_krea.errors import ModelError
+
 from .decode import PARTS, TILE_ROWS, TILES, TYPES, WHOLE
+from .exponents import Damaged
 
 
 @dataclass(frozen=True)
@@ -57,8 +60,19 @@ class Tensor:
         return self.rows(first, count) if is_cut else self
 
     def read(self, data: "Data") -> mx.array:
-        """Returns the tensor as an array, in a type that holds every value."""
-        return PARTS[self.dtype].decode(data(self), self.shape, *(part.read(data) for part in self.parts))
+        """Returns the tensor as an array, in a type that holds every value.
+
+        Raises:
+            ModelError: its stream of codes is damaged.
+        """
+        is_last = self.parts and all(part.start <= self.start for part in self.parts)
+        stored = None if is_last else data(self)  # in the order of the file where that can be
+        parts = [part.read(data) for part in self.parts]
+        try:
+            return PARTS[self.dtype].decode(data(self) if stored is None else stored, self.shape, *parts)
+        except Damaged as error:
+            found = f"{self.path}: the {self.dtype} stream of {self.name} holds {error}"
+            raise ModelError(found, "a complete file", "download it again") from None
 
 
 Data = Callable[[Tensor], np.ndarray]  # returns the stored bytes of a tensor: `reading.Reading.data`
