@@ -28,6 +28,12 @@ _NO_MODELS = {
     "custom_nodes",
 }
 _MODELS = "models"  # the folder of ComfyUI's, Forge's, InvokeAI's and Draw Things' roots that counts
+# beginnings of the classes of pipelines whose encoders or autoencoder have FLUX.1's names and sizes
+_OTHER_PIPELINES = (
+    "StableDiffusion", "LatentConsistency", "Chroma", "Flux2", "QwenImage", "ZImage", "Wan", "Hunyuan", "Lumina",
+    "HiDream", "PixArt", "AuraFlow", "Sana", "CogV", "LTX", "Mochi", "Kandinsky", "Kolors", "Cosmos", "Bria", "Ovis",
+    "LongCat", "AllegroPipeline", "Krea2",
+)  # fmt: skip
 _WANTED = ".safetensors or .gguf files"
 
 
@@ -220,7 +226,7 @@ def _other_pipeline(path: Path) -> ModelError | None:
         return None
     else:
         name = read_json(path / "model_index.json").get("_class_name")
-        if not isinstance(name, str) or "Flux" in name or not name.endswith("Pipeline"):
+        if not isinstance(name, str) or not name.startswith(_OTHER_PIPELINES):
             return None
         kind = f"a {printable(name[:100])}"
     return ModelError(f"{path} is {kind}", "a pipeline of FLUX.1", "name the folder or the files of FLUX.1")

@@ -489,6 +489,7 @@ def test_a_tree_without_a_component_says_what_was_passed_over(tmp_path):
 
 OTHERS = {
     "StableDiffusionXLPipeline": '{"_class_name": "StableDiffusionXLPipeline"}',
+    "ChromaPipeline": '{"_class_name": "ChromaPipeline"}',
     "StableDiffusion3Pipeline": '{"_class_name": "StableDiffusion3Pipeline"}',
     "a pipeline of Stable Diffusion": None,
 }
