@@ -91,7 +91,7 @@ def group(files: Iterable[Path], component: str | None = None) -> tuple[list[Fil
         else:
             parts.setdefault(key_of(file.name) or (), {}).setdefault(part[1], file)
     folders = dict.fromkeys(file.parent for file in files)
-    indexes = [index for folder in folders for index in _indexes(folder)]
+    indexes = [index for folder in folders for index in indexes_in(folder)]
     sets, errors = [], []
     for numbers in parts.values():
         try:
@@ -186,7 +186,7 @@ def _renumbered(name: str, number: int) -> str:
     return f"{found[1]}{found[2]}{number:0{len(found[3])}d}{found[4]}{found[5]}{found[6]}" if found else name
 
 
-def _indexes(folder: Path) -> list[Path]:
+def indexes_in(folder: Path) -> list[Path]:
     """Returns the indexes in a folder."""
     try:
         names = sorted(os.listdir(folder))
@@ -205,6 +205,13 @@ def listed_shards(index: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise ModelError(f"{index} has no weight_map", "an index of shards")
     return weight_map
+
+
+def missing_shard(index: Path) -> ModelError | None:
+    """Returns the error about an index none of whose shards is there; None: it lists none."""
+    if not (shards := _shards(index)):
+        return None
+    return ModelError(f"{index.parent} lacks the shard {min(shards)}", "every file of the index", _AGAIN)
 
 
 def _shards(index: Path) -> set[str]:

@@ -13,7 +13,7 @@ from mlx_flux_krea.errors import ModelError, printable
 from mlx_flux_krea.files import identity, read_json, read_small
 from mlx_flux_krea.weights import COMPONENTS, NETWORKS
 
-from .sets import FileSet, group, key_of
+from .sets import FileSet, group, indexes_in, key_of, missing_shard
 
 _DEEPEST, _MOST = 8, 50_000  # levels of folders, and entries in them, that are searched
 # folders that hold no models, in trees of programs and on disks of other systems
@@ -72,15 +72,15 @@ def find(paths: Iterable[Path]) -> list[Found]:
             set is missing; a folder has too many files to search.
     """
     paths = list(paths)
-    found, joined = [], set()
+    found, joined, more = [], set(), _parts_in(paths)
     for path in paths:
         _check_path(path)
         if not os.path.exists(path):
             raise ModelError(f"there is nothing at {path}", "a folder, a .safetensors or a .gguf file")
         if not path.is_file():
-            found.append(_folder(path))
+            found.append(_folder(path, more))
         elif path not in joined:
-            files = _with_parts(path, paths)
+            files = _with_parts(path, more)
             joined |= {*files}
             found.append(Found(path, _read_all(files)))
     return found
@@ -96,17 +96,24 @@ def _read_all(files: list[Path]) -> tuple[FileSet, ...]:
     return tuple(sets)
 
 
-def _with_parts(path: Path, named: list[Path]) -> list[Path]:
-    """Returns a file and the other parts of its set: named ones come before those that lie beside it."""
+def _parts_in(paths: list[Path]) -> list[Path]:
+    """Returns the parts of sets that are named, beside those, or in named folders; a set may be spread over several."""
+    files = [path for path in paths if key_of(path.name) and path.is_file()]
+    folders = [path for path in paths if path.is_dir()] if len(paths) > 1 else []
+    beside = [entry for folder in (*folders, *(file.parent for file in files)) for entry in _entries(folder)]
+    return list(dict.fromkeys((*files, *(entry for entry in beside if key_of(entry.name) and entry.is_file()))))
+
+
+def _with_parts(path: Path, more: list[Path]) -> list[Path]:
+    """Returns a file and the other parts of its set, of which the first of each name counts."""
     if (key := key_of(path.name)) is None:
         return [path]
-    beside = [path.parent / name for name in sorted(os.listdir(path.parent))]
-    others = [file for file in (path, *named, *beside) if key_of(file.name) == key and not file.name.startswith(".")]
-    return list({file.name.lower(): file for file in reversed(others) if file.is_file()}.values())[::-1]
+    others = [file for file in (path, *more) if key_of(file.name) == key]
+    return list({file.name.lower(): file for file in reversed(others)}.values())[::-1]
 
 
-def _folder(path: Path) -> Found:
-    """Finds the checkpoints of a folder."""
+def _folder(path: Path, more: list[Path]) -> Found:
+    """Finds the checkpoints of a folder; parts of its sets may lie elsewhere."""
     if first_bytes.is_downloading(path):
         raise first_bytes.refused(path, first_bytes.DOWNLOADING)
     root, path = path, _snapshot(path) or path
@@ -135,6 +142,8 @@ def _folder(path: Path) -> Found:
             sets += nested.sets
             passed += nested.passed
             continue
+        keys, names = {key_of(file.name) for file in files}, {file.name.lower() for file in files}
+        files += [part for part in more if key_of(part.name) in keys and part.name.lower() not in names]
         here, others = _here(place, files, is_tree=is_tree)
         sets += here
         passed += others
@@ -180,6 +189,8 @@ def _here(
             readable.append(file)
     sets, lost = group(readable, component)
     whole = {one.stem for one in sets}
+    if not readable and (absent := next(filter(None, map(missing_shard, indexes_in(folder))), None)):
+        broken.append(absent)
     broken += [error for name, error in lost if name not in whole]
     if broken and not is_tree:
         raise broken[0]

@@ -262,7 +262,15 @@ def test_a_set_is_joined_without_an_index_and_a_missing_part_is_named(files, kin
     for sources in ([files], [parts[0]], [files / T, *parts[:-1]]):
         with pytest.raises(ModelError, match=re.escape(f"lacks the shard {parts[-1].name}, part {2 + first} of 3")):
             choose(sources)
-    assert choose([files / T, files / C, files / E, *parts[:-1], moved]).components["vae"].source.files[-1] == moved
+    rest = [files / T, files / C, files / E]
+    for sources in (
+        [*rest, *parts[:-1], moved],
+        [files, moved],
+        [moved, files],
+        [files, away],
+        [*rest, parts[0], away],
+    ):
+        assert choose(sources).components["vae"].source.tensors.keys() == whole
 
 
 @pytest.mark.parametrize("mark", [" (1)", " copy", " - Copy", " copy 2"])
@@ -297,6 +305,15 @@ def test_an_index_only_orders_and_its_contradictions_are_named(files, lie):
     choice = choose([files])
     assert choice.components["vae"].source.tensors.keys() == whole
     assert len(choice.notes) == (lie != "a path outside")
+
+
+def test_an_index_of_shards_that_are_not_there_names_the_first(files, tmp_path):
+    pipeline = Path(shutil.copytree(PIPELINE, tmp_path / "pipeline"))
+    for shard in (pipeline / "transformer").glob("*.safetensors"):
+        shard.unlink()
+    for source in (pipeline, pipeline / "transformer"):
+        with pytest.raises(ModelError, match=r"lacks the shard .*-00001-of-00002\.safetensors.*download it again"):
+            choose([source])
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"weight_map": 3}', "", "\0"])
