@@ -38,7 +38,8 @@ def choose(paths: Sequence[Path]) -> Choice:
     choice = Choice()
     for argument in open_arguments(paths):
         for name, component in _of_argument(argument, choice).items():
-            if before := choice.components.get(name):
+            before = choice.components.get(name)
+            if before and before.source.files != component.source.files:
                 choice.notes.append(f"{name}: {_where(component)} replaces {_where(before)}, which was named before it")
             choice.components[name] = component
     sources = {id(one.source): one.source for one in choice.components.values()}

@@ -77,7 +77,9 @@ def find(paths: Iterable[Path]) -> list[Found]:
         _check_path(path)
         if not os.path.exists(path):
             raise ModelError(f"there is nothing at {path}", "a folder, a .safetensors or a .gguf file")
-        if not path.is_file():
+        if not path.is_file() and not path.is_dir():
+            raise ModelError(f"{path} is a device or a pipe", "a folder, or a file of weights", "name the file itself")
+        if path.is_dir():
             found.append(_folder(path, more))
         elif path not in joined:
             files = _with_parts(path, more)
@@ -164,7 +166,7 @@ def _pipeline(path: Path, folders: list[Path], is_tree: bool = False) -> Found:
     """Finds the checkpoints of a folder with one folder for each component."""
     sets, passed = [], []
     for folder in folders:
-        here, others = _here(folder, _files(folder), folder.name, is_tree)
+        here, others = _here(folder, _files(folder), folder.name.lower(), is_tree)
         sets += here
         passed += others or ([] if here else [ModelError(f"{folder} holds no weights", _WANTED)])
     if not sets and not is_tree:
@@ -231,7 +233,7 @@ def _refuse(file: Path) -> None:
 
 def _other_pipeline(path: Path) -> ModelError | None:
     """Returns the error about the pipeline of another model, whose encoders may be FLUX.1's; None: it is none."""
-    if (path / "unet").is_dir() and not (path / "transformer").is_dir():
+    if _has_unet(path):
         kind = "a pipeline of Stable Diffusion"
     elif not (path / "model_index.json").exists() or is_model_folder(path):
         return None
@@ -241,6 +243,14 @@ def _other_pipeline(path: Path) -> ModelError | None:
             return None
         kind = f"a {printable(name[:100])}"
     return ModelError(f"{path} is {kind}", "a pipeline of FLUX.1", "name the folder or the files of FLUX.1")
+
+
+def _has_unet(path: Path) -> bool:
+    """Returns True for a pipeline in diffusers' layout with a U-Net; ComfyUI keeps transformers in `models/unet`."""
+    config = path / "unet" / "config.json"
+    if (path / "transformer").is_dir() or not config.is_file():
+        return False
+    return str(read_json(config).get("_class_name")).startswith("UNet")
 
 
 def _coming(path: Path) -> list[ModelError]:
@@ -305,7 +315,7 @@ def _walk(root: Path) -> Iterator[tuple[Path, list[Path]]]:
             raise ModelError(f"{root} holds more than {_MOST} files", "a folder of models", todo)
         yield folder, _once([entry for entry in entries if not entry.is_dir()], seen)
         is_unit = first_bytes.is_downloading(folder) or (
-            depth and (_components(folder) or is_model_folder(folder) or (folder / "unet").is_dir())
+            depth and (_components(folder) or is_model_folder(folder) or _has_unet(folder))
         )
         if depth < _DEEPEST and not is_unit:
             waiting += [(entry, depth + 1) for entry in entries if entry.is_dir()]
@@ -323,11 +333,12 @@ def _once(files: list[Path], seen: set) -> list[Path]:
 
 def _components(path: Path) -> list[Path]:
     """Returns the component folders of a pipeline; none if it is no pipeline. mflux writes no model_index.json."""
-    has_transformer = (path / "transformer").is_dir()
-    if not has_transformer and not (path / "model_index.json").exists():
+    there = {entry.name.lower(): entry for entry in _entries(path) if entry.is_dir()}
+    has_index = (path / "model_index.json").exists()
+    if not has_index and ("transformer" not in there or not _entries(there["transformer"])):
         return []
-    names = COMPONENTS if has_transformer else NETWORKS  # a model may have an encoder of pictures
-    return [path / name for name in names if (path / name).is_dir()]
+    names = COMPONENTS if "transformer" in there else NETWORKS  # a model may have an encoder of pictures
+    return [there[name] for name in names if name in there]
 
 
 def _models_in(path: Path) -> Path | None:

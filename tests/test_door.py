@@ -428,6 +428,23 @@ def derived_model() -> Path:
     return nano.FOLDER
 
 
+def in_old_comfyui(root: Path) -> Path:
+    """With the names of folders of before."""
+    root = in_comfyui(root)
+    (root / "models" / "diffusion_models").rename(root / "models" / "unet")
+    (root / "models" / "text_encoders").rename(root / "models" / "clip")
+    (root / "models" / "transformer").mkdir()
+    return root
+
+
+def in_capitals(root: Path) -> Path:
+    """A pipeline on a disk that ignores capitals."""
+    pipeline = Path(shutil.copytree(PIPELINE, root / "Pipeline"))
+    for name in COMPONENTS:
+        (pipeline / name).rename(pipeline / name.upper())
+    return pipeline
+
+
 def in_forge(root: Path) -> Path:
     source = foreign.write(derived_model(), root / "raw", "ComfyUI")
     names = {"diffusion_models": "Stable-diffusion", "text_encoders": "text_encoder", "vae": "VAE"}
@@ -462,6 +479,9 @@ def in_hub(root: Path) -> Path:
 PLACES = {
     "ComfyUI's root": in_comfyui,
     "ComfyUI's models": lambda root: in_comfyui(root) / "models",
+    "ComfyUI's root of before": in_old_comfyui,
+    "ComfyUI's models of before": lambda root: in_old_comfyui(root) / "models",
+    "a pipeline in capitals": in_capitals,
     "Forge's root": in_forge,
     "InvokeAI's root": in_invokeai,
     "a repository in the hub's cache": in_hub,
@@ -523,6 +543,7 @@ def test_the_encoders_of_another_models_pipeline_are_not_taken(tmp_path, kind):
         (other / "model_index.json").write_text(text)
     else:
         (other / "transformer").rename(other / "unet")
+        (other / "unet" / "config.json").write_text('{"_class_name": "UNet2DConditionModel"}')
     components = choose([root]).components
     assert all(root / "flux" in one.source.path.parents or one.source.path.parent == root / "flux"
                for one in components.values())  # fmt: skip
