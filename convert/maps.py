@@ -11,7 +11,7 @@ A source is a name (the same values; the order of a convolution's axes follows f
     Swap(a)           the two halves of its rows exchanged
     Columns(a, b)     the same along the second axis
     Sum(a, b)         the sum of those that are there
-    Pick(a)           the few rows that are needed
+    Pick(a, b)        the few rows of a that are needed; b has the same shape
     Either(a, b)      the first of these names that is there
 
 A table of dropped tensors lists tensors that some files hold and we leave out on purpose: (their name, the reason). A
@@ -49,7 +49,7 @@ class Either(_Op):
 
 
 class Pick(_Op):
-    """Some rows; their numbers are in the config."""
+    """Some rows of the first, which has the shape of the second; their numbers are in the config."""
 
 
 SAME = (("{rest}", "{rest}"),)
@@ -274,7 +274,7 @@ PIXTRAL = (
     ("layers.{n}.attention.{rest}", f"{_L}.self_attn.{{rest}}"),
     ("layers.{n}.ffn_norm.weight", f"{_L}.post_attention_layernorm.weight"),
     ("layers.{n}.feed_forward.{rest}", f"{_L}.mlp.{{rest}}"),
-    ("lm_head.weight", Pick("language_model.lm_head.weight")),
+    ("lm_head.weight", Pick("language_model.lm_head.weight", "language_model.model.embed_tokens.weight")),
     ("vision_tower.layers.{rest}", "vision_tower.transformer.layers.{rest}"),
     ("vision_tower.{rest}", "vision_tower.{rest}"),
     ("multi_modal_projector.{rest}", "multi_modal_projector.{rest}"),

@@ -159,14 +159,21 @@ def plan(
         used.update(names)
         sources = tuple(tensors[n] for n in names)
         if op is Pick:
-            sources = tuple(sources[0].rows(number, 1) for number in picked if number < sources[0].shape[0])
+            whole, like = sources
+            fits = whole.shape == like.shape and len(whole.shape) == 2
+            sources = tuple(whole.rows(n, 1) for n in picked if n < whole.shape[0]) if fits else ()
         shape_of_sources = _shape([_shape_in_our_axes(t.shape, len(shape), torch_axes) for t in sources], op)
         if shape_of_sources != tuple(shape):
-            stored = " + ".join(str(list(t.shape)) for t in sources)
+            stored = " + ".join(str(list(tensors[n].shape)) for n in names)
             shaped.append(f"{names[0]} has shape {stored}, expected parts of {list(shape)}")
         targets.append(Target(name, tuple(shape), sources, op is Swap, torch_axes, op))
     reasons, unknown, copies = _left([n for n in tensors if n not in used], dropped, modules, tensors)
-    problems = [f"lacks {n}" for n in missing] + [f"has the unknown tensor {n}" for n in unknown] + shaped + copies
+    problems = (
+        [f"lacks {n}" for n in dict.fromkeys(missing)]
+        + [f"has the unknown tensor {n}" for n in unknown]
+        + shaped
+        + copies
+    )
     if problems:
         raise Misfit(source, problems, same_sizes=not shaped)
     return ComponentPlan(tuple(targets), tuple(sorted(reasons.items())), tuple(zeros))
@@ -234,7 +241,11 @@ def _shape(parts: list[tuple[int, ...]], op: type) -> tuple[int, ...]:
     if len(parts) == 1:
         return parts[0]
     axis = int(op is Columns)
-    if not all(len(part) > axis for part in parts) or len({(*p[:axis], *p[axis + 1 :]) for p in parts}) > 1:
+    if (
+        not parts
+        or not all(len(part) > axis for part in parts)
+        or len({(*p[:axis], *p[axis + 1 :]) for p in parts}) > 1
+    ):
         return ()
     if op is Sum:
         return parts[0] if len(set(parts)) == 1 else ()

@@ -215,6 +215,12 @@ def test_a_transformer_of_fewer_blocks_is_called_by_its_name(name):
         plan_of(replace(source, tensors=few))
 
 
+@pytest.mark.parametrize("shape", [(2, 5120), (1,), (), (5120, 131072), (131073, 5120)])
+def test_a_head_without_the_rows_that_are_needed_is_refused(shape):
+    with pytest.raises(ModelError, match=r"lm_head\.weight"):
+        plan_of(resized("hf-pixtral-12b-llava", {"language_model.lm_head.weight": shape}))
+
+
 def test_in_a_folder_of_both_the_network_of_the_right_shapes_is_taken(tmp_path):
     """CLIP L and G, both in the names of transformers."""
     source = foreign.write(nano.FOLDER, tmp_path / "models", "ComfyUI")
