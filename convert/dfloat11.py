@@ -127,7 +127,8 @@ def _weights(
         rows = bias.numbers if bias else 0
         if not rows or (end - first) % rows:
             found = f"the shape of {name}.weight, which has {end - first} numbers, is not stored"
-            raise _odd(own["sign_mantissa"], found, "a bias beside it, whose length divides them")
+            todo = "name the folder of all files of the model"
+            raise _odd(own["sign_mantissa"], found, "a bias beside it, whose length divides them", todo)
         weights.append(_weight(f"{name}.weight", (rows, (end - first) // rows), own, positions, first))
     return weights
 
@@ -175,6 +176,8 @@ def _read(tensor: Tensor, dtype: np.dtype) -> np.ndarray:
         raise unreadable(tensor.path, error) from None
 
 
-def _odd(tensor: Tensor, found: str, expected: str) -> ModelError:
+def _odd(
+    tensor: Tensor, found: str, expected: str, todo: str = "download it again, or take another file"
+) -> ModelError:
     found = f"{tensor.path} is a DFloat11 file, and {found}"
-    return ModelError(found, expected, "download it again, or take another file")
+    return ModelError(found, expected, todo)

@@ -263,13 +263,7 @@ def test_a_set_is_joined_without_an_index_and_a_missing_part_is_named(files, kin
         with pytest.raises(ModelError, match=re.escape(f"lacks the shard {parts[-1].name}, part {2 + first} of 3")):
             choose(sources)
     rest = [files / T, files / C, files / E]
-    for sources in (
-        [*rest, *parts[:-1], moved],
-        [files, moved],
-        [moved, files],
-        [files, away],
-        [*rest, parts[0], away],
-    ):
+    for sources in ([*rest, *parts[:-1], moved], [files, moved], [*rest, parts[0], away]):
         assert choose(sources).components["vae"].source.tensors.keys() == whole
 
 
