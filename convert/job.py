@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from mlx_flux_krea import home
 from mlx_flux_krea.errors import ModelError, UsageError
+from mlx_flux_krea.first_bytes import ends_in_zeros
 from mlx_flux_krea.licence import FLUX_1_SCHNELL, Evidence
 from mlx_flux_krea.licence import decide as decide_filters
 from mlx_flux_krea.models import config as configs
@@ -296,7 +297,11 @@ def _understand(remote: Remote, task: str | None) -> _Understood:
     if own := _own(remote.paths):
         return _Understood(own, own.components, own.plans, _as_asked(own, task), None, None)
     choice = choose(remote.paths)
-    components, notes = choice.components, tuple(choice.notes)
+    components = choice.components
+    here = {file for component in components.values() for file in component.source.files if file not in remote.files}
+    empty = (f"{file} ends in zeros, as an unfinished download does: is it whole?" for file in sorted(here)
+             if ends_in_zeros(file))  # fmt: skip
+    notes = (*choice.notes, *empty)
     plans = {name: make_plan(component) for name, component in components.items()}
     sizes = _model_sizes(plans)
     if (kind := _kind(components)) in BESIDE:

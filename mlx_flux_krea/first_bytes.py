@@ -15,6 +15,7 @@ from pathlib import Path
 from .errors import ModelError
 from .files import open_regular
 
+_END = 2**14  # bytes of the end of a file
 _START = 600  # bytes: a tar archive has its mark at 257
 _SHORTEST = 8  # bytes of a file that is called a text without a name that promises anything
 _LONGEST_HEADER = 10**8  # bytes of a safetensors header, the limit of its library
@@ -132,6 +133,17 @@ def is_weights(path: Path) -> bool:
         return False
     try:
         return look(path) in READABLE
+    except OSError:
+        return False
+
+
+def ends_in_zeros(path: Path) -> bool:
+    """Returns True for a file of some size whose end is all zeros: programs may allot the whole length at once."""
+    try:
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            file.seek(max(0, size - _END))
+            return size >= 8 * _END and not any(file.read(_END))
     except OSError:
         return False
 

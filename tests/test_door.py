@@ -163,6 +163,15 @@ def test_a_file_that_ends_too_early_is_unfinished_and_no_hindrance_under_any_oth
         choose([files])
 
 
+def test_a_file_that_ends_in_zeros_is_doubted(files, tmp_path, model):
+    """Some programs allot the whole length at once."""
+    data = (files / V).read_bytes()
+    (files / V).unlink()
+    (files / V).write_bytes(data[: len(data) // 2] + bytes(len(data) - len(data) // 2))
+    report = convert([files], tmp_path / "out", tokenizers=TOKENIZERS)
+    assert [note for note in report.notes if f"{V} ends in zeros, as an unfinished download does" in note]
+
+
 def firefox(folder: Path, half: bytes) -> None:
     (folder / V).write_bytes(b"")
     (folder / "ae.Xy12ab.safetensors.part").write_bytes(half)
