@@ -15,7 +15,7 @@ import random
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from mlx_flux_krea import FluxPipeline
-from mlx_flux_krea.models.config import Quantization, to_json
+from mlx_flux_krea.models.config import Quantization
 from mlx_flux_krea.nano import scenes
 from mlx_flux_krea.weights import open_model
 
@@ -196,29 +196,47 @@ def rounded(
     """
     if isinstance(chosen, QuantizationRecipe):
         chosen = {group: chosen.of(group) for group in RECIPES[chosen.quantize]}
+    layers = {component: network.layers() for component, network in open_model(source).networks.items()}
+
+    def value(component: str, name: str, stored: mx.array) -> mx.array:
+        path = name.removesuffix(".weight")
+        q = chosen.get(group_of(component, name)) if path in layers[component] and path != name else None
+        array = requantized(stored, q) if q else stored.astype(mx.float32)
+        if changes and name in changes:
+            merged = (array + changes[name]).astype(stored.dtype)
+            array = requantized(merged, q) if q else merged.astype(mx.float32)
+        return array
+
+    return replaced(source, target, value)
+
+
+def replaced(source: Path, target: Path, value: Callable[[str, str, mx.array], mx.array]) -> Path:
+    """A copy of a model folder, in float32, with other values.
+
+    Args:
+        source: the folder.
+        target: the copy.
+        value: from a component, a name and an array as it is stored, the array of the copy.
+    """
     shutil.copytree(source, target)
-    folder = open_model(target)
-    for component, network in folder.networks.items():
-        how = {f"{p}.weight": chosen.get(group_of(component, f"{p}.weight")) for p in network.layers()}
+    for component in open_model(target).networks:
         for path in sorted((target / component).glob("*.safetensors")):
-            stored = mx.load(str(path))  # scales are rounded to its type, as the converter's are
-            arrays = {name: array.astype(mx.float32) for name, array in stored.items()}
-            for name in arrays.keys() & how.keys():
-                if q := how[name]:
-                    arrays[name] = dequantize(mx.quantize(stored[name], **to_json(q)), q)
-                if changes and name in changes:
-                    merged = (arrays[name] + changes[name]).astype(stored[name].dtype)
-                    arrays[name] = dequantize(mx.quantize(merged, **to_json(q)), q) if q else merged.astype(mx.float32)
+            arrays = {n: value(component, n, stored) for n, stored in mx.load(str(path)).items()}
             mx.eval(arrays)
-            mx.save_safetensors(str(path), arrays)
+            mx.save_safetensors(str(path), {name: array.astype(mx.float32) for name, array in arrays.items()})
         config = target / component / "config.json"
         config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}))
     return target
 
 
+def requantized(weight: mx.array, q: Quantization) -> mx.array:
+    """The float32 values of a matrix that went through `mx.quantize`."""
+    return dequantize(dict(zip(q.arrays, mx.quantize(weight, **q.packing), strict=True)), q)
+
+
 def direct(model: Path, work: Path, recipe: QuantizationRecipe, folder: Path) -> float:
     """How far the converted model, computed from its packed weights, is from the rounded one, in final latents."""
-    report = convert([model], work / f"direct-{recipe.label}", quantize=recipe.quantize, group_size=_group(recipe))
+    report = convert([model], work / f"direct-{folder.name}", quantize=recipe.quantize, group_size=_group(recipe))
     made = []
     for path in (report.path, folder):
         pipe = FluxPipeline.from_pretrained(path, dtype="float32")
@@ -295,7 +313,7 @@ def main() -> None:
             folder = rounded(given.model, Path(work) / label, how) if how else given.model
             row(label, measure(folder, asked, 28))
             if how:
-                print(f"{'':24}computed from {how.label}: {direct(given.model, Path(work), how, folder):.1e} away")
+                print(f"{'':24}computed from {label}: {direct(given.model, Path(work), how, folder):.1e} away")
         for steps in (50, 20, 12, 8, 4):
             label = f"bf16, {steps} steps"
             if not given.rows or label in given.rows:

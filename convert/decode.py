@@ -58,7 +58,7 @@ def _scaled(base: Callable[..., mx.array]) -> Callable[..., mx.array]:
 
 
 @functools.cache
-def _hadamard(size: int) -> mx.array:
+def hadamard(size: int) -> mx.array:
     """Returns the regular Hadamard matrix of ones and minus ones: symmetric, and its own inverse times its size."""
     four = np.array([[1, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]], np.float32)
     whole = np.ones((1, 1), np.float32)
@@ -74,7 +74,7 @@ def _rotated(size: int) -> Callable[..., mx.array]:
     """
 
     def decode(data: np.ndarray, shape: tuple[int, ...], scale: mx.array) -> mx.array:
-        sums = (_int8(data, shape).reshape(shape[0], -1, size) @ _hadamard(size)).reshape(shape)
+        sums = (_int8(data, shape).reshape(shape[0], -1, size) @ hadamard(size)).reshape(shape)
         return sums * (scale.astype(mx.float32).reshape(-1, 1) / float(size**0.5))
 
     return decode
