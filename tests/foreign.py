@@ -71,6 +71,12 @@ def published(layout: str) -> dict[str, tuple[str, tuple[int, ...]]]:
     }
 
 
+def keys(name: str) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Type and shape of every tensor of a file that is known by its maker's rules (data/make_keys.py)."""
+    with gzip.open(DATA / "formats" / "keys.json.gz") as file:
+        return {tensor: (dtype, tuple(shape)) for tensor, (dtype, shape) in json.load(file)[name].items()}
+
+
 @functools.cache
 def rules(component: str, layout: str) -> dict[str, tuple[str, list[str]]] | None:
     """How each of our tensors comes from a layout: an operation, and names; None: all have the same names as ours."""

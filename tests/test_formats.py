@@ -16,12 +16,17 @@ import numpy as np
 import pytest
 from helpers import DATA
 from mlx_flux_krea.convert import convert
+from mlx_flux_krea.convert.fit import make_plan
+from mlx_flux_krea.convert.formats import Statement, join_parts
+from mlx_flux_krea.convert.identify import identify
 from mlx_flux_krea.convert.reading import Reading
-from mlx_flux_krea.convert.sources import open_sources
+from mlx_flux_krea.convert.sources import Source, open_sources
+from mlx_flux_krea.convert.tensors import Tensor
+from test_layouts import PARAMETERS, names_in
 
 from mlx_flux_krea import FluxPipeline, nano
 from mlx_flux_krea.errors import ModelError
-from mlx_flux_krea.models.config import Quantization
+from mlx_flux_krea.models.config import FLUX_DEV, Quantization
 from mlx_flux_krea.models.layers import add_arrays, adopt, dequantized
 from mlx_flux_krea.weights import open_model
 
@@ -372,6 +377,25 @@ def test_an_original_shape_of_another_size_is_refused(tmp_path):
     data = gguf.quantize(np.zeros((16, 32), np.float32), gguf.GGMLQuantizationType.Q8_0)
     with pytest.raises(ModelError, match=r"a\.weight of shape \[16, 32\] cannot have had the shape \[ *8 65\]"):
         open_sources([gguf_file(tmp_path / "x.gguf", "a.weight", data, "Q8_0", (8, 65))])
+
+
+# --- full size, without weights ---
+
+
+@pytest.mark.parametrize("kind", ["nvfp4", "mxfp8"])
+def test_every_tensor_of_a_whole_file_is_mapped_and_its_codes_are_kept(kind):
+    """Names, types and shapes by ComfyUI's rules (data/make_keys.py)."""
+    path, keys = Path("nowhere") / f"flux1-krea-dev-{kind}.safetensors", foreign.keys(kind)
+    said = {n.removesuffix(".comfy_quant"): Statement(kind) for n in keys if n.endswith(".comfy_quant")}
+    stored = {n: Tensor(n, path, dtype, shape, 0, 0) for n, (dtype, shape) in keys.items() if "comfy_quant" not in n}
+    (found,) = identify(Source(path, (path,), join_parts(stored, statements=said), {}))
+    config, plan = make_plan(found)
+    assert (found.layout.name, config) == ("transformer, Black Forest Labs", FLUX_DEV)
+    assert (plan.parameters, plan.dropped) == (PARAMETERS["transformer"], ())
+    assert names_in(plan) == stored.keys()
+    wanted = Quantization(4, 16, "nvfp4", gain=True) if kind == "nvfp4" else Quantization(8, 32, "mxfp8")
+    assert {t.q for t in plan.targets if f"{t.name}_scale" in stored} == {wanted}
+    assert {t.q for t in plan.targets if f"{t.name}_scale" not in stored} == {None}
 
 
 # --- whole models ---

@@ -88,19 +88,14 @@ def test_another_method_is_refused_by_its_word(tmp_path, said):
         open_sources([save(tmp_path / "x.safetensors", parts, metadata={"quantization_config": said})])
 
 
-# --- names at full size, by the rules of nunchaku's naming ---
+# --- names at full size ---
 
 
 def full_size(kind: str) -> Source:
+    """A source with the tensors of a published file, by the rules of nunchaku's naming (data/make_keys.py)."""
     path = Path("nowhere") / f"svdq-{kind}_r32-flux.1-krea-dev.safetensors"
-    stored = foreign.published("diffusers-transformer-dev")
-    replaced = (".attn.to_", ".attn.add_", ".ff.", ".ff_context.", ".proj_mlp.", ".proj_out.", "norm1", ".norm.linear.")
-    kept = {n: t for n, t in stored.items() if not any(part in f"{n}" for part in replaced) or "_blocks." not in n}
-    kept = {n.replace(".attn.norm_", ".norm_"): t for n, t in kept.items()}
-    for layer, rows, width, how in nunchaku.layers(configs.FLUX_DEV):
-        parts = nunchaku.shapes("awq" if how == "awq" else kind, rows, width, gains=nunchaku.gains_of(layer))
-        kept |= {f"{layer}.{name}": part for name, part in parts.items()}
-    tensors = {n: Tensor(n, path, dtype, shape, 0, 0) for n, (dtype, shape) in kept.items()}
+    keys = foreign.keys(f"svdq-{kind}_r32")
+    tensors = {n: Tensor(n, path, dtype, shape, 0, 0) for n, (dtype, shape) in keys.items()}
     return Source(path, (path,), join(tensors, {}), {})
 
 
