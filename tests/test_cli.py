@@ -620,7 +620,7 @@ def test_inspect_says_what_it_does_not_know(command, tmp_path):
     assert (code, out) == (0, "plain.png has no record of ours\n")
     refused(command("inspect", "nothing"), 3, "there is nothing at nothing")
     (tmp_path / "text.safetensors").write_text("text")
-    refused(command("inspect", "text.safetensors"), 3, "cannot be read")
+    refused(command("inspect", "text.safetensors"), 3, "is a text, and no weights")
     (tmp_path / "broken.png").write_text("text")
     refused(command("inspect", "broken.png"), 2, "cannot be opened")
 
