@@ -15,11 +15,14 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from helpers import DATA
-from mlx_flux_krea.convert import convert
+from mlx_flux_krea.convert import convert, remap
 from mlx_flux_krea.convert.fit import make_plan
 from mlx_flux_krea.convert.formats import Statement, join_parts
 from mlx_flux_krea.convert.identify import identify
+from mlx_flux_krea.convert.maps import Rows
+from mlx_flux_krea.convert.quantize import dequantize
 from mlx_flux_krea.convert.reading import Reading
+from mlx_flux_krea.convert.remap import Target
 from mlx_flux_krea.convert.sources import Source, open_sources
 from mlx_flux_krea.convert.tensors import Tensor
 from test_layouts import PARAMETERS, names_in
@@ -377,6 +380,34 @@ def test_an_original_shape_of_another_size_is_refused(tmp_path):
     data = gguf.quantize(np.zeros((16, 32), np.float32), gguf.GGMLQuantizationType.Q8_0)
     with pytest.raises(ModelError, match=r"a\.weight of shape \[16, 32\] cannot have had the shape \[ *8 65\]"):
         open_sources([gguf_file(tmp_path / "x.gguf", "a.weight", data, "Q8_0", (8, 65))])
+
+
+# --- codes that go over unchanged ---
+
+
+@pytest.mark.parametrize("write", [nvfp4, mxfp8])
+@pytest.mark.parametrize("most", [2**21, 64], ids=["whole", "cut"])
+def test_parts_of_a_fused_matrix_keep_their_codes(tmp_path, monkeypatch, write, most):
+    """As queries, keys and values of diffusers: each with a scale of its own, cut at tiles of scales."""
+    monkeypatch.setattr(remap, "_CHUNK", most)
+    parts, values = zip(*(write() for _ in range(3)), strict=True)
+    kind = "nvfp4" if write is nvfp4 else "mxfp8"
+    tensors = {f"{n}.{part}": stored for n, one in enumerate(parts) for part, stored in one.items()}
+    if kind == "nvfp4":
+        tensors |= {f"{n}.weight_scale_2": f32(0.3 * (n + 1)) for n in range(3)}
+    foreign.save(tmp_path / "a.safetensors", tensors | {f"{n}.comfy_quant": mark({"format": kind}) for n in range(3)})
+    (source,) = open_sources([tmp_path / "a.safetensors"])
+    sources = tuple(source.tensors[f"{n}.weight"] for n in range(3))
+    target = Target("w.weight", (3 * SHAPE[0], SHAPE[1]), sources, swap=False, torch_axes=False, op=Rows)
+    wanted = np.concatenate([v * (n + 1 if kind == "nvfp4" else 1) for n, v in enumerate(values)])
+    with Reading([]) as reading:
+        rows = [chunk.packed(reading.data) for _, chunk in target.chunks(is_kept=True)]
+        whole = target.packed(reading.data)
+    assert len(rows) == (3 if most > 64 else 6)
+    q = target.q
+    for made in (whole, [mx.concatenate(arrays) for arrays in zip(*rows, strict=True)]):
+        found = np.array(dequantize(dict(zip(q.arrays, made, strict=True)), q))
+        assert np.abs(found - wanted).max() <= 1e-6 * np.abs(wanted).max()
 
 
 # --- full size, without weights ---
