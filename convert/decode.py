@@ -243,6 +243,13 @@ def check(dtype: str, where: str) -> None:
         raise ModelError(f"{where} is stored as {dtype}", f"the package {package}, which decodes it", todo)
 
 
+def in_words(dtype: str) -> str:
+    """Returns the name of a type for people: nunchaku's without the places of its numbers."""
+    if " bias " in dtype:
+        return dtype.rpartition(" ")[2]
+    return "awq" if dtype.startswith("awq") else dtype
+
+
 # bits by which a type tells values apart, for types whose size says something else
 _TELLING = {
     "BF16": 15.0,

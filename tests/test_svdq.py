@@ -189,6 +189,12 @@ def test_a_model_of_nunchakus_becomes_the_model_of_its_values(tmp_path, kind):
     shutil.rmtree(source)
 
 
+def test_inspect_says_how_layers_are_stored(command, tmp_path):
+    source, _ = model_in("fp4", tmp_path / "source")
+    code, out, _ = command("inspect", source / "flux1-krea-dev.safetensors")
+    assert (code, "20 BF16, 28 F32, 4 awq, 16 svdq fp4" in " ".join(out.split())) == (0, True), out
+
+
 PLAIN = "4 bits, groups of 64"
 
 

@@ -1,6 +1,7 @@
 """flux-krea inspect: describes a file or folder from its headers, without reading tensors."""
 
 import math
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from mlx_flux_krea import home
 from mlx_flux_krea.adapters.installed import FACTS, Origin, installed, with_licence
 from mlx_flux_krea.adapters.parts import Facts, read_facts
 from mlx_flux_krea.adapters.reading import described, looks_like_adapter, outline
+from mlx_flux_krea.convert.decode import in_words
 from mlx_flux_krea.convert.identify import identify
 from mlx_flux_krea.convert.sources import open_sources
 from mlx_flux_krea.convert.walk import is_model_folder
@@ -170,9 +172,7 @@ def _foreign(path: Path) -> tuple[dict[str, Any], str]:
         except ModelError as error:
             layouts, problem = [("unknown", None, source.tensors.values())], str(error)
         for layout, component, tensors in layouts:
-            dtypes: dict[str, int] = {}
-            for tensor in tensors:
-                dtypes[tensor.dtype] = dtypes.get(tensor.dtype, 0) + 1
+            dtypes = Counter(in_words(tensor.dtype) for tensor in tensors)
             count = sum(1 + len(tensor.parts) for tensor in tensors)
             parameters = sum(math.prod(tensor.shape) for tensor in tensors)
             stored = sum(tensor.bytes for tensor in tensors)
