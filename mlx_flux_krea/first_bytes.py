@@ -171,7 +171,7 @@ def refused(path: Path, kind: Kind) -> ModelError:
 
 
 def _by_name(path: Path) -> Kind | None:
-    beside = path.with_name(f"{path.name}.aria2")  # which aria2 deletes when it is done
+    beside = Path(f"{path}.aria2")  # which aria2 deletes when it is done
     kind = next((kind for end, kind in _ENDINGS.items() if _ends(path, (end,))), None)
     return kind or (DOWNLOADING if os.path.lexists(beside) else None)
 

@@ -673,3 +673,15 @@ def test_a_header_is_looked_at_and_no_more(tmp_path):
     assert first_bytes.look(file) is first_bytes.SAFETENSORS
     (source,) = open_sources([file])
     assert source.tensors["img_in.weight"].bytes == size
+
+
+@pytest.mark.parametrize("way", [".", "..", "./", "sub/..", "../inside", "{absolute}/."])
+def test_a_folder_is_opened_by_any_way_to_it(tmp_path, monkeypatch, way):
+    inside = tmp_path / "inside"
+    (inside / "sub").mkdir(parents=True)
+    held = {"a": foreign.plain(mx.zeros((2, 2)), "F32")}
+    foreign.save(inside / "one.safetensors", held)
+    foreign.save(tmp_path / "two.safetensors", held)
+    monkeypatch.chdir(inside)
+    found = {file.name for source in open_sources([Path(way.format(absolute=inside))]) for file in source.files}
+    assert found == {"one.safetensors", *(["two.safetensors"] if way == ".." else [])}
