@@ -81,15 +81,15 @@ def rename_in_header(file: Path, old: bytes, new: bytes) -> None:
 def test_any_value_in_any_field_is_taken_or_refused_by_name(config, tmp_path):
     folder = Path(shutil.copytree(config.parent, tmp_path / config.parent.name))
     good, refused = json.loads(config.read_text()), 0
-    for field in good:
-        for value in BAD:
+    for number, field in enumerate(good):
+        for value in BAD[number % 2 :: 2]:
             (folder / "config.json").write_text(json.dumps(good | {field: value}))
             refused += refused_in_one_line(
                 lambda: fit.make_plan(*identify(open_sources([folder])[0])),
                 "config.json",
                 *MISFIT,
             )
-    assert refused > 5 * len(BAD)
+    assert refused > 2.5 * len(BAD)
 
 
 @pytest.mark.slow

@@ -497,7 +497,7 @@ def test_codes_and_scales_that_mlx_has_are_kept(tmp_path, how):
 def test_a_picture_of_kept_layers_is_that_of_their_values(tmp_path):
     """Resident, streamed from the disk, with an adapter, and within the plan."""
     source, _ = model_in("nvfp4", tmp_path / "source")
-    call = {"height": 64, "width": 64, "num_inference_steps": 2, "output_type": "latent", "seed": 1}
+    call = {"height": 64, "width": 64, "num_inference_steps": 1, "output_type": "latent", "seed": 1}
     layer, rng, adapter = "double_blocks.0.img_attn.proj", np.random.default_rng(0), tmp_path / "lora.safetensors"
     size = open_model(nano.FOLDER).sizes.flux.hidden_size
     factors = {"lora_down": (4, size), "lora_up": (size, 4)}

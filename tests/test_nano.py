@@ -19,7 +19,7 @@ from mlx_flux_krea.models import transformer
 BAR = 6  # of the eight pictures
 
 
-def are_right(pipe, steps: int = 6) -> bool:
+def are_right(pipe, steps: int = 4) -> bool:
     """True if so many of the eight pictures are right; no more are made than that takes."""
     found = []
     for prompt, things, ground in THINGS:

@@ -1,6 +1,7 @@
 """Words that everybody reads: docstrings and help of the whole tree, and one meaning for each name of a class."""
 
 import ast
+import functools
 import re
 import subprocess
 from collections import Counter
@@ -16,7 +17,12 @@ DOCUMENTED = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def trees(files: list[Path]) -> dict[Path, ast.Module]:
-    return {path.relative_to(ROOT): ast.parse(path.read_text(encoding="utf-8")) for path in files}
+    return {path.relative_to(ROOT): tree_of(path) for path in files}
+
+
+@functools.cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
 
 
 def docstrings(tree: ast.Module) -> Iterator[str]:
