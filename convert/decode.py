@@ -236,7 +236,8 @@ def check(dtype: str, where: str) -> None:
         ModelError: naming the types that can be decoded, or the missing package.
     """
     if dtype not in TYPES:
-        raise ModelError(f"{where} is stored as {dtype}", f"one of {', '.join(TYPES)}")
+        known = dict.fromkeys(in_words(name).partition(" with ")[0] for name in TYPES)
+        raise ModelError(f"{where} is stored as {dtype}", f"one of {', '.join(known)}")
     package = TYPES[dtype].package
     if package and not find_spec(package):
         todo = f"pip install 'mlx-flux-krea[{package}]'"

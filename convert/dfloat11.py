@@ -13,10 +13,9 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from mlx_flux_krea.errors import ModelError, printable
-from mlx_flux_krea.files import open_regular, unreadable
 
 from .exponents import BLOCK, GAPS, WINDOW
-from .tensors import WHOLE, Tensor
+from .tensors import WHOLE, Tensor, stored_bytes
 
 _TYPES = {
     "encoded_exponent": ("U8", 1), "sign_mantissa": ("U8", 1), "luts": ("U8", 2), "gaps": ("U8", 1),
@@ -113,8 +112,8 @@ def _weights(
 ) -> list[Tensor]:
     """Returns the weights of a group."""
     layers, numbers = _layers(group, stated, own), own["sign_mantissa"].numbers
-    positions = _read(own["output_positions"], np.dtype("<u4")).astype(np.int64)
-    ends = [*map(int, _read(own["split_positions"], np.dtype("<i8"))), numbers]
+    positions = np.frombuffer(stored_bytes(own["output_positions"]), "<u4").astype(np.int64)
+    ends = [*map(int, np.frombuffer(stored_bytes(own["split_positions"]), "<i8")), numbers]
     if len(ends) != len(layers) or sorted({0, *ends}) != [0, *ends]:
         found = f"the group {group} has {len(ends)} weights that end at {ends[:20]}"
         raise _odd(own["split_positions"], found, f"{len(layers)}, of {numbers} numbers in all")
@@ -164,16 +163,6 @@ def _weight(name: str, shape: tuple[int, int], own: dict[str, Tensor], positions
     )
     start = signs.start + first
     return Tensor(name, signs.path, "DFloat11", shape, start, start + numbers, parts)
-
-
-def _read(tensor: Tensor, dtype: np.dtype) -> np.ndarray:
-    """Reads a small tensor when the file is opened."""
-    try:
-        with open_regular(tensor.path) as file:
-            file.seek(tensor.start)
-            return np.frombuffer(file.read(tensor.end - tensor.start), dtype)
-    except OSError as error:
-        raise unreadable(tensor.path, error) from None
 
 
 def _odd(

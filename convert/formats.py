@@ -11,10 +11,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 from mlx_flux_krea.errors import ModelError, printable
-from mlx_flux_krea.files import open_regular, parse_json, unreadable
+from mlx_flux_krea.files import parse_json
 
 from .decode import BESIDE, FLOAT_MODES, ROTATIONS, TILES, TYPES
-from .tensors import Tensor
+from .tensors import Tensor, stored_bytes
 
 GROUP_SIZE = 64  # of MLX-quantized weights whose folder states none, as mflux writes them
 _FLOATS = {"F32", "F16", "BF16"}
@@ -222,12 +222,7 @@ def _bytes(tensor: Tensor) -> bytes:
     if tensor.end - tensor.start > LONGEST or tensor.dtype not in ("U8", "I8"):
         found = f"{tensor.path}: {tensor.name} is {tensor.dtype} {list(tensor.shape)}"
         raise ModelError(found, f"JSON in at most {LONGEST} bytes", "download it again")
-    try:
-        with open_regular(tensor.path) as file:
-            file.seek(tensor.start)
-            return file.read(tensor.end - tensor.start)
-    except OSError as error:
-        raise unreadable(tensor.path, error) from None
+    return stored_bytes(tensor)
 
 
 # --- how parts make a weight ---

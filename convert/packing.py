@@ -13,20 +13,23 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 
-from mlx_flux_krea.files import open_regular
 from mlx_flux_krea.models.config import MODES, Quantization
 
 from . import unpack
 from .decode import BESIDE
 from .maps import Columns, Rows
-from .tensors import Data, Tensor
+from .tensors import Data, Tensor, stored_bytes
 
 Layer = dict[str, mx.array]  # by the names of `Quantization.arrays`
 _CHUNK = 2**21  # codes that are unpacked at a time
 
 
 def find(sources: Sequence[Tensor], op: type) -> Quantization | None:
-    """Returns the quantization of stored weights, one or several that are parts of one, if MLX has it."""
+    """Returns the quantization of stored weights, one or several that are parts of one, if MLX has it.
+
+    Raises:
+        ModelError: a file cannot be read.
+    """
     kinds = [_of(source) for source in sources]
     first = kinds[0] if kinds else None
     if first is None or first.problem() or op not in (str, Rows, Columns):
@@ -40,7 +43,7 @@ def find(sources: Sequence[Tensor], op: type) -> Quantization | None:
         return None
     if op is Columns and not all(factor.numbers == 1 for source in sources for factor in source.parts[4:]):
         return None
-    if op is Rows and first.intake and len({_stored(source.parts[1]) for source in sources}) > 1:
+    if op is Rows and first.intake and len({stored_bytes(source.parts[1]) for source in sources}) > 1:
         return None
     return replace(first, rank=sum(kind.rank for kind in kinds if kind))
 
@@ -76,13 +79,6 @@ def _of_mlx(tensor: Tensor, kind: str, more: tuple[str, ...]) -> Quantization:
         own = Quantization(int(kind.removesuffix("-bit")), tensor.shape[-1] // tensor.parts[0].shape[-1])
     rank = tensor.parts[-1].shape[0] if "up" in more else 0
     return replace(own, gain="gain" in more, intake="intake" in more, rank=rank)
-
-
-def _stored(tensor: Tensor) -> bytes:
-    """Reads a vector as it is stored."""
-    with open_regular(tensor.path) as file:
-        file.seek(tensor.start)
-        return file.read(tensor.end - tensor.start)
 
 
 def packed(sources: Sequence[Tensor], op: type, data: Data) -> list[mx.array]:

@@ -37,13 +37,14 @@ class Target:
     torch_axes: bool  # of a convolution
     op: type = str  # of `maps`: how several sources become one
 
-    def chunks(self, is_kept: bool = False) -> list[tuple[int, "Target"]]:
+    def chunks(self, stored: Quantization | None = None) -> list[tuple[int, "Target"]]:
         """Returns chunks that fit into a processor's cache, each with its first row.
 
         Args:
-            is_kept: codes and scales go over unchanged, and with them arrays that do not belong to rows.
+            stored: how it will be quantized. If its sources are so already, codes and scales go over unchanged, and
+                with them arrays that do not belong to rows.
         """
-        is_whole = self.op is Columns or (is_kept and self.q and self.q.intake)
+        is_whole = self.op is Columns or (stored is not None and stored.intake and stored == self.q)
         if len(self.shape) != 2 or self.swap or not self.sources or is_whole:
             return [(0, self)]
         most = max(1, _CHUNK // self.shape[1])

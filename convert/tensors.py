@@ -9,6 +9,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_flux_krea.errors import ModelError
+from mlx_flux_krea.files import open_regular, unreadable
 
 from .decode import PARTS, TILE_ROWS, TILES, TYPES, WHOLE
 from .exponents import Damaged
@@ -73,6 +74,20 @@ class Tensor:
         except Damaged as error:
             found = f"{self.path}: the {self.dtype} stream of {self.name} holds {error}"
             raise ModelError(found, "a complete file", "download it again") from None
+
+
+def stored_bytes(tensor: Tensor) -> bytes:
+    """Reads the bytes of a small tensor while a file is opened; weights are read by `reading.Reading`.
+
+    Raises:
+        ModelError: the file cannot be read.
+    """
+    try:
+        with open_regular(tensor.path) as file:
+            file.seek(tensor.start)
+            return file.read(tensor.end - tensor.start)
+    except OSError as error:
+        raise unreadable(tensor.path, error) from None
 
 
 Data = Callable[[Tensor], np.ndarray]  # returns the stored bytes of a tensor: `reading.Reading.data`

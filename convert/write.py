@@ -101,11 +101,9 @@ def _chunks(plan: ComponentPlan, dtype: str, layers: Layers, reading: Reading) -
 
     They are in the order of the sources, so that each is read once, and alternate between two streams.
     """
-    kept = {
-        target.name: layer_of(target, layers) is not None and layer_of(target, layers) == target.q
-        for target in plan.targets
-    }
-    chunks = [(row, target, chunk_) for target in plan.targets for row, chunk_ in target.chunks(kept[target.name])]
+    chunks = [
+        (row, target, chunk_) for target in plan.targets for row, chunk_ in target.chunks(layer_of(target, layers))
+    ]
     chunks.sort(key=lambda cut: [(str(tensor.path), tensor.start) for tensor in cut[2].sources[:1]])
     started: deque[tuple[int, StoredChunk]] = deque()
     for (row, target, chunk_), stream in zip(chunks, itertools.cycle(_streams()), strict=False):

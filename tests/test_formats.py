@@ -401,7 +401,7 @@ def test_parts_of_a_fused_matrix_keep_their_codes(tmp_path, monkeypatch, write, 
     target = Target("w.weight", (3 * SHAPE[0], SHAPE[1]), sources, swap=False, torch_axes=False, op=Rows)
     wanted = np.concatenate([v * (n + 1 if kind == "nvfp4" else 1) for n, v in enumerate(values)])
     with Reading([]) as reading:
-        rows = [chunk.packed(reading.data) for _, chunk in target.chunks(is_kept=True)]
+        rows = [chunk.packed(reading.data) for _, chunk in target.chunks(target.q)]
         whole = target.packed(reading.data)
     assert len(rows) == (3 if most > 64 else 6)
     q = target.q

@@ -229,7 +229,7 @@ def test_prompts_that_are_done_are_not_run_again(source, samples, tmp_path):
 
 
 def test_the_folder_is_one_of_its_precision(source, rounded, tmp_path):
-    """The same files, arrays, types and shapes as plain rounding gives, and the same config: older versions read it."""
+    """Plain rounding gives the same files, arrays, types, shapes and config: older versions read it."""
     plain = convert([source], tmp_path / "plain", dtype="bfloat16", quantize="4").path
     folder, other = open_model(rounded.path), open_model(plain)
     folder.check()
@@ -274,7 +274,7 @@ def test_each_layer_and_each_step_are_nearer_than_by_plain_rounding(source, samp
 @pytest.mark.slow
 @pytest.mark.parametrize(("end", "expected"), [(0.55, 1), (0.8, 2)])  # 0.55: streams are moved
 def test_blocks_that_are_done_are_not_repeated(source, how, rounded, tmp_path, end, expected):
-    """The same call continues after any end, and makes the same bytes."""
+    """Continues by the same call after any end, and makes the same bytes."""
     gptq, calls = how
     stopped = []
 
