@@ -17,7 +17,7 @@ from PIL import ExifTags, Image
 from served import Served, serving
 
 from mlx_flux_krea.filters import acknowledgement
-from mlx_flux_krea.server import errors, fields, openai, store, trash, uploads
+from mlx_flux_krea.server import errors, fields, openai, pictures, store, trash, uploads
 from mlx_flux_krea.server.api import Services
 from mlx_flux_krea.server.app import routes_of
 from mlx_flux_krea.server.events import KEPT, Events
@@ -127,6 +127,30 @@ def test_a_mask_of_openai_is_white_where_it_is_transparent_and_the_only_file_tha
     assert path == uploads.find(key)
     with Image.open(path) as kept:
         assert kept.convert("L").tobytes() == bytes([0, 0, 0, 0, 100, 0, 0, 255])
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda shown, key: shown.page("", "", 9),
+        lambda shown, key: shown.find(key),
+        lambda shown, key: shown.path(key),
+        lambda shown, key: shown.thumbnail(key, 64),
+        lambda shown, key: shown.scan(),
+    ],
+)
+def test_whoever_reads_a_new_picture_first_takes_the_news_of_it_from_nobody(tmp_path, read):
+    events = Events()
+    shown = pictures.Pictures(Store(tmp_path / "page.sqlite"), events)
+    told = []
+    for name in ("a.png", "b.png"):  # the second one within the same tick of the folder's time
+        (pictures.folder() / name).write_bytes(png())
+        read(shown, pictures.identity(name))
+        told.append(pictures.identity(name))
+        assert [one["id"] for _, _, data in events._after(0) for one in data["added"]] == told
+    (pictures.folder() / "a.png").unlink()
+    shown.scan()
+    assert events._after(2)[0][1:] == ("pictures", {"added": [], "removed": told[:1]})
 
 
 def test_a_damaged_database_is_set_aside(tmp_path):

@@ -32,7 +32,7 @@ class Services:
 
     def __init__(self, store: Store):
         self.store, self.events = store, Events()
-        self.pictures = Pictures(store)
+        self.pictures = Pictures(store, self.events)
         self.queue = Queue(store, self.pictures, self.events)
         self.reviews = Reviews()
         self.setup = Setup(self._tell_setup)
@@ -42,7 +42,7 @@ class Services:
         self.events.publish("setup", state)
         if not state["running"]:
             self.events.publish("models", {})
-            self.queue.tell_pictures()  # the first one is of another process
+            self.pictures.scan()  # the first one is of another process
             self.queue.tell_review()
 
 
@@ -175,7 +175,6 @@ def _thumbnail(asked: Asked) -> Any:
 def _remove_picture(asked: Asked) -> Any:
     key = asked.path["id"]
     asked.services.pictures.remove(key)
-    asked.services.events.publish("pictures", {"added": [], "removed": [key]})
     return {"id": key, "trash": True}
 
 
@@ -274,9 +273,8 @@ def _judge(asked: Asked) -> Any:
     services = asked.services
     found = services.reviews.judge(asked.path["id"], asked.data)
     path, job, number = found.pop("file"), found.pop("job"), found.pop("number")
-    services.queue.tell_pictures()
+    services.pictures.scan()
     if path:
-        services.pictures.scan()
         found["picture"] = pictures.brief(services.pictures.find(pictures.identity(path.name)))
     if job:
         told = {"outcome": "released", "picture": pictures.identity(path.name)} if path else {}

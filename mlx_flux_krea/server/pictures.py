@@ -12,6 +12,7 @@ import json
 import os
 import re
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from mlx_flux_krea.errors import FluxKreaError
 from mlx_flux_krea.provenance import FORMATS, opened, read_record
 
 from .errors import HTTPProblem, invalid, not_found
+from .events import Events
 from .store import Store, matching
 from .trash import to_trash
 
@@ -31,6 +33,7 @@ SIDES = (64, 1024)  # of a thumbnail, in pixels
 _BRIEF = ("id", "created", "width", "height", "bytes", "format", "prompt", "job")
 _JOB_FILE = re.compile(r"([0-9a-f]{16})-(\d+)(?:-\d+)?\.\w+")  # of a job's picture
 _HIDDEN = ("output", "folder", "path")  # fields of a record that could name a file
+_TICK = 50_000_000  # nanoseconds; two changes of a folder that are nearer may bear one time
 _few = threading.BoundedSemaphore(2)  # pictures that are decoded at a time
 
 
@@ -39,20 +42,24 @@ class Pictures:
 
     Args:
         store: the database.
+        events: where pictures that came or went are published.
     """
 
-    def __init__(self, store: Store):
-        self._store = store
+    def __init__(self, store: Store, events: Events):
+        self._store, self._events = store, events
         self._seen = 0  # time of the folder's last change that was indexed
         self._lock = threading.Lock()
         make_folder(folder())
 
-    def scan(self) -> tuple[list[dict[str, Any]], list[str]]:
-        """Compares the index with the folder. Returns the pictures that are new, and the ids of those that are gone."""
+    def scan(self) -> None:
+        """Compares the index with the folder, and publishes the pictures that came or went.
+
+        Whoever sees a picture first publishes it, so that a reader of the index takes no news from those who listen.
+        """
         with self._lock:
             changed = folder().stat().st_mtime_ns
             if changed == self._seen:
-                return [], []
+                return
             known = {row["name"]: row["changed"] for row in self._store.rows("SELECT name, changed FROM pictures")}
             files = _files()
             gone = [identity(name) for name in known.keys() - files.keys()]
@@ -63,8 +70,9 @@ class Pictures:
                     self._store.insert("pictures", row)
                     self._store.remember(row["prompt"], row["created"])
                     added.append(brief(row))
-            self._seen = changed
-            return added, gone
+            self._seen = changed if time.time_ns() - changed > _TICK else 0
+            if added or gone:
+                self._events.publish("pictures", {"added": added, "removed": gone})
 
     def page(self, query: str, before: str, limit: int) -> dict[str, Any]:
         """Returns a page of pictures, newest first.
@@ -135,6 +143,7 @@ class Pictures:
         except OSError as error:
             raise HTTPProblem(409, "conflict", f"the picture cannot be moved to the Trash: {error.strerror}") from None
         self._store.delete("pictures", [key])
+        self._events.publish("pictures", {"added": [], "removed": [key]})
 
 
 def folder() -> Path:

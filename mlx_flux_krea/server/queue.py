@@ -188,12 +188,6 @@ class Queue:
         except HTTPProblem:
             raise not_found("upload or picture") from None
 
-    def tell_pictures(self) -> None:
-        """Publishes pictures that came or went."""
-        added, removed = self._pictures.scan()
-        if added or removed:
-            self._events.publish("pictures", {"added": added, "removed": removed})
-
     def tell_review(self) -> None:
         """Publishes how many pictures wait for review."""
         self._events.publish("review", {"waiting": reviews.count()})
@@ -239,7 +233,7 @@ class Queue:
             self._runner.forget(job)
         with self._change:
             self._end(job, state)
-        self.tell_pictures()
+        self._pictures.scan()
         self._publish(job, is_moved=True)
 
     def _state_after(self, job: PageJob, error: FluxKreaError) -> str:
@@ -260,7 +254,7 @@ class Queue:
         else:
             self._keep(job)
             if name == "picture":
-                self.tell_pictures()
+                self._pictures.scan()
                 if any(one["outcome"] == "waiting" for one in job.pictures):
                     self.tell_review()
 
