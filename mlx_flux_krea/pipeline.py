@@ -22,6 +22,7 @@ from . import compat
 from .adapters.formulas import branch_bytes
 from .adapters.loaded import AdapterMethods, LoadedAdapters, Weights, has_tags, take_tags
 from .checkpoint import Checkpoint
+from .credentials import watermark as watermarks
 from .errors import FluxKreaError, ModelError, ResourceError, UsageError, short_repr
 from .files import read_json, sha256_if_exists
 from .filters.acknowledgement import check_acknowledged
@@ -217,6 +218,7 @@ class FluxPipeline(AdapterMethods, compat.DiffusersMethods):
         control: str | None = None,
         fit: str | None = None,
         auto_resize: bool = True,
+        watermark: bool = False,
         output_type: str = "pil",
         callback_on_step_end: Callable | None = None,
         max_sequence_length: int | None = None,
@@ -283,6 +285,8 @@ class FluxPipeline(AdapterMethods, compat.DiffusersMethods):
             style_weights: a number for all of them, or one for each; None: 1.
             style_rule: "grid" (the default: weights from 0 to 1 let the prompt count the more, the lower they are),
                 "concat" or "sum" (`inputs/style.py`).
+            watermark: adds the invisible watermark of black-forest-labs/flux to the finished picture, which the filters
+                then judge; 65,536 pixels or more.
             output_type: "pil", "np" ((B, H, W, 3) float32 in [0, 1]) or "latent" ((B, L, 64) packed).
             callback_on_step_end: called as (pipe, step, timestep, {"latents": ...}) in the worker's thread. If it
                 returns {"latents": ...}, arrays of any library, they replace those of the run.
@@ -349,6 +353,7 @@ class FluxPipeline(AdapterMethods, compat.DiffusersMethods):
             control=control,
             fit=fit,
             auto_resize=auto_resize,
+            watermark=watermark,
             output_type=output_type,
             max_sequence_length=max_sequence_length,
             adapters=self._with_scale(_scale(joint_attention_kwargs)),
@@ -803,12 +808,16 @@ class FluxPipeline(AdapterMethods, compat.DiffusersMethods):
         notes += gate.notes
         for note in notes:
             logger.warning(note)
-        as_floats = request.output_type == "np" and not self.policy  # else from the bytes that are judged
+        as_floats = request.output_type == "np" and not (
+            self.policy or request.watermark
+        )  # else from the bytes that are judged
         uses = self._loaded.uses(request.adapters or ())
         made = self._generator.generate(
             request, plan, observers, uses=uses, redux=self._redux, depth=self._depth, as_floats=as_floats
         )
         images: Any = made.images
+        if request.watermark:
+            images = list(map(watermarks.embed, images))
         records = tuple(
             record | request.record(i) | {"evaluations": request.evaluations_in(steps)}
             for i, steps in enumerate(made.steps)
@@ -817,7 +826,7 @@ class FluxPipeline(AdapterMethods, compat.DiffusersMethods):
         if request.output_type == "pil" or self.policy:
             outcomes, images = gate.release(images, records)
         if request.output_type == "np":
-            pixels = [np.asarray(image, np.float32) / 255 if self.policy else image for image in images]
+            pixels = [image if as_floats else np.asarray(image, np.float32) / 255 for image in images]
             width, height = request.picture_size
             images = pixels[0][None] if len(pixels) == 1 else np.array(pixels, np.float32).reshape(-1, height, width, 3)
         return Result(

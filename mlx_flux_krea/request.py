@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from . import compat, presets
+from .credentials import watermark
 from .errors import UsageError, amount, short_repr
 from .fast import FastMode, chosen_mode
 from .inputs import style as styles
@@ -76,6 +77,7 @@ class Request(ImageArguments):
     style_weights: float | Sequence[float] | None = None  # a number for all, or one for each
     style_rule: str | None = None  # one of presets.STYLE_RULES
     style_pooled_weights: float | Sequence[float] | None = None  # of the pooled vector, by the rule sum
+    watermark: bool = False  # adds the one of credentials/watermark.py
     output_type: str = "pil"  # one of OUTPUT_TYPES
     max_sequence_length: int | None = None  # of T5
     adapters: Sequence[tuple[str, float]] | None = None  # names and weights; None: those that the pipeline has set
@@ -136,6 +138,8 @@ class Request(ImageArguments):
         width, height, notes = self._size(index, multiple, inputs)
         inputs = at_size(inputs, self, width, height, multiple, is_asked=bool(self.width or self.height))
         self._check_arrays(flux, width * height // multiple**2)
+        if self.watermark:
+            watermark.check_size(*inputs.picture_size(width, height))
         sigmas = tuple(self.sigmas or ())
         steps = self.num_inference_steps or len(sigmas) or index.defaults.num_inference_steps
         strength = inputs.usual_strength if self.strength is None else self.strength
@@ -177,6 +181,7 @@ class Request(ImageArguments):
             negative_pooled_prompt_embeds=self.negative_pooled_prompt_embeds,
             inputs=inputs,
             strength=strength,
+            watermark=self.watermark,
             output_type=self.output_type,
             max_sequence_length=self.max_sequence_length
             or (index.max_sequence_length if has_text else presets.MAX_SEQUENCE_LENGTH),
@@ -243,7 +248,7 @@ class Request(ImageArguments):
         _check_float("true_cfg_scale", self.true_cfg_scale, low=0.0, high=MAX_SCALE)
         _check_float("strength", self.strength, low=0.0, high=1.0)
         _check_int("padding_mask_crop", self.padding_mask_crop, low=0, high=2**20)
-        for name in ("soft_mask", "paste", "auto_resize"):
+        for name in ("soft_mask", "paste", "auto_resize", "watermark"):
             if not isinstance(getattr(self, name), bool):
                 raise UsageError(f"`{name}` is {reprlib.repr(getattr(self, name))}", "True or False")
         if self.sigmas is not None:
@@ -292,6 +297,8 @@ class Request(ImageArguments):
             raise UsageError("`strength` does nothing without an image", "", "add an image, or leave it out")
         if self.output_type not in OUTPUT_TYPES:
             raise UsageError(f"`output_type` is {self.output_type!r}", f"one of {', '.join(OUTPUT_TYPES)}")
+        if self.watermark and self.output_type == "latent":
+            raise UsageError("`watermark` does nothing to latents", '`output_type` "pil" or "np"', "leave it out")
         self._check_steps()
         if not isinstance(self.noise, str):
             raise UsageError(f"`noise` is {self.noise!r}", "the name of a recipe")
@@ -398,6 +405,7 @@ class ResolvedRequest:
     inputs: Inputs  # images
     strength: float  # without effect where there is no image to start from
     style: styles.Style | None
+    watermark: bool
     output_type: str
     max_sequence_length: int  # S
     adapters: tuple[tuple[str, float], ...] | None  # names and weights; None: those that the pipeline has set
@@ -484,6 +492,7 @@ class ResolvedRequest:
             "batch": [i, self.batch] if one_stream and self.batch > 1 else None,  # place among the images of one stream
             "strength": self.strength if self.inputs.canvas else None,
             "max_sequence_length": self.max_sequence_length,
+            "watermark": True if self.watermark else None,
             "given": [name for name in ("latents", *_EMBEDS) if getattr(self, name) is not None] or None,
         }
         if self.style is not None:

@@ -697,6 +697,19 @@ def test_a_shell_takes_images_as_generate_does(run, kontext, control, tmp_path):
         assert len({(tmp_path / out.strip()).read_bytes() for code, out, err in runs}) == 1, runs
 
 
+@shows("generate", "--watermark")
+@shows("shell", "--watermark")
+def test_a_watermark_is_asked_for_and_needs_a_large_picture(run):
+    """A large one is in test_watermark.py."""
+    for ran in (
+        run("generate", CROSS, "-m", "nano", *QUICK, "--watermark"),
+        run("shell", "-m", "nano", *QUICK, "--watermark", reads=CROSS),
+        run("shell", "-m", "nano", *QUICK, reads="\n".join(["/watermark true", CROSS])),
+    ):
+        assert ran[0] == 2, ran
+        assert "watermark, and the picture is 32 x 32; expected 65536 pixels" in ran[2]
+
+
 # --- all of them ---
 
 

@@ -42,6 +42,7 @@ BAD = {  # for each argument that an option sets, calls that are refused because
     "fit": [{"fit": "crop"}, {"fit": 3}],
     "auto_resize": [{"auto_resize": False}],
     "style_rule": [{"style_rule": "grid"}],
+    "watermark": [{"watermark": 1}, {"watermark": True, "width": 48, "height": 32}],
     "solver": [{"solver": "lms"}, {"solver": 3}, {"solver": "heun", "cache": "skip"}, {"solver": "heun", "fast": True}],
     "schedule": [{"schedule": "karras"}, {"schedule": "beta", "num_inference_steps": 1000}],
     "cache": [{"cache": "tea"}, {"cache": 3}, {"cache": "skip", "fast": True}, {"cache": "skip", "solver": "heun"}],

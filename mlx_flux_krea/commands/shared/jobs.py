@@ -41,6 +41,7 @@ _FLAGS = {  # options that set an argument to a value
     "no_paste": ("paste", False),
     "no_auto_resize": ("auto_resize", False),
     "fast": ("fast", True),
+    "watermark": ("watermark", True),
 }
 _FROM_RECORD = ("prompt_2", "negative_prompt_2", "sigmas", "max_sequence_length")  # arguments that only a record sets
 _FROM_RECORD += ("padding_mask_crop",)

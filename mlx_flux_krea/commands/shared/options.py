@@ -297,6 +297,7 @@ OPTIONS = [
             default=presets.QUALITY),
     _option("--metadata", type=METADATA, help="Record in the file: all settings, or only that an AI made it.",
             default="full"),
+    _option("--watermark", is_flag=True, help="Add the invisible watermark of BFL's programs: 65,536 pixels or more."),
     _option("--check", type=click.Choice(presets.CHECKS),
             help="Who checks pictures before release: filters, you (review), or both.  [default: filters if required]"),
     _option("--nsfw-threshold", type=_NSFW, help="NSFW probability from which a picture is withheld.",
