@@ -280,7 +280,7 @@ def filter_graphs(dtype: mx.Dtype, rows: int = 32, columns: int = 32, text: int 
         "ViT": count(classifier, zeros((1, NSFW_VIT.image_size, NSFW_VIT.image_size, 3), mx.float32)),
         "Pixtral block": count(lambda x: network.layers[0](x, turn), x),
         "Pixtral tower block": count(lambda x: network.vision_tower.layers[0](x, turn_patches), patches),
-        "Pixtral": count(lambda pixels: network(ids, [pixels]), pixels),
+        "Pixtral": count(lambda pixels: network.logits([(ids, [pixels])])[0], pixels),
     }
 
 

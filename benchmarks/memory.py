@@ -133,7 +133,7 @@ def pixtral_peaks(folder: Path) -> dict[str, int]:
         mx.reset_peak_memory()
         blocks = Blocks(network, found, stages if images else network.layers, dtype=mx.bfloat16, budget=0)
         with blocks.streaming(1) as run:
-            network.margin(ids, seen, run).item()
+            network.margins([(ids, seen)], run)[0].item()
         peaks[what] = mx.get_peak_memory() - base
     return peaks
 

@@ -132,7 +132,7 @@ def filters(folder: Path):
             allow_unknown_filter=True,
         ).path
         network = open_filter("pixtral", path).network.load(getattr(mx, dtype))
-        cases = [(network.head(network.hidden(*case(name))), expected(network, name)) for name in GOLDEN_CASES]
+        cases = [(network.head(network.hidden([case(name)])[0]), expected(network, name)) for name in GOLDEN_CASES]
         what = dtype if quantize == "none" else f"{quantize} bits"
         yield f"Pixtral, logits of every position, {what}, rel", max(rel(*one) for one in cases), bar
         margins = [float(mx.abs((a - b)[0, -1, 0] - (a - b)[0, -1, 1]) / (b[0, -1].std() * 2**0.5)) for a, b in cases]

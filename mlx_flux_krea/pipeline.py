@@ -557,7 +557,8 @@ class FluxPipeline(AdapterMethods, compat.DiffusersMethods):
             with self._generator.reporting(progress):
                 check_acknowledged(self.folder)
                 if self.policy:
-                    with self._gate(self._record()) as gate:
+                    texts = [text for request in passed for text in request.texts()]
+                    with self._gate(self._record(), texts) as gate:
                         passed = gate.passing(passed) if isinstance(gate, Gate) else passed
                 self._generator.check_folder()
                 together: dict[tuple[int, Weights], list[tuple[str, str]]] = {}
@@ -756,7 +757,7 @@ class FluxPipeline(AdapterMethods, compat.DiffusersMethods):
                 before_release()
             self._worker.check()
 
-        with self._generator.reporting(progress), self._gate(record, ready) as gate:
+        with self._generator.reporting(progress), self._gate(record, resolved.texts(), ready) as gate:
             if isinstance(gate, Gate):
                 gate.run.meant_for = meant_for
                 if checked_preview:
@@ -779,13 +780,16 @@ class FluxPipeline(AdapterMethods, compat.DiffusersMethods):
             self.memory = before
         return self.plan(request), None
 
-    def _gate(self, record: dict, ready: Callable[[], None] = lambda: None) -> AbstractContextManager[Gate | OpenGate]:
-        """Returns a gate whose log names this model, by the fields of a picture's record."""
+    def _gate(
+        self, record: dict, texts: Sequence[str], ready: Callable[[], None] = lambda: None
+    ) -> AbstractContextManager[Gate | OpenGate]:
+        """Returns a gate, for these texts first, whose log names this model by the fields of a picture's record."""
         about = {name: record[name] for name in _LOGGED} | {
             "license": self.folder.index.license,
             "license_sha256": sha256_if_exists(self.folder.path / "LICENSE.md"),
         }
-        return open_gate(self.policy, partial(self._generator.runner, "check"), self._margins, ready, **about)
+        run = partial(self._generator.runner, "check")
+        return open_gate(self.policy, run, self._margins, ready, texts, **about)
 
     def _generate_checked(
         self,
@@ -800,11 +804,12 @@ class FluxPipeline(AdapterMethods, compat.DiffusersMethods):
         """Runs the generator: prompts and input image pass the gate before it, pictures after it."""
         self._generator.check_folder()
         gate.check_prompts(request.texts())
-        if isinstance(gate, Gate):
-            for _, image in request.inputs.seen(request.width, request.height):
-                gate.check_input(partial(np.asarray, image))
-        for image in request.style.images if request.style else ():
-            gate.check_input(partial(styles.seen, image, self._redux))
+        inputs = request.inputs.seen(request.width, request.height) if isinstance(gate, Gate) else ()
+        style = request.style.images if request.style else ()
+        gate.check_inputs(
+            [partial(np.asarray, image) for _, image in inputs]
+            + [partial(styles.seen, image, self._redux) for image in style]
+        )
         notes += gate.notes
         for note in notes:
             logger.warning(note)

@@ -140,6 +140,16 @@ class Reader:
                 )
         return futures
 
+    def read_some(self, path: Path, tensor: str, offsets: Sequence[int], target: np.ndarray) -> None:
+        """Fills each row of the target, (N, bytes) uint8, from its place in a tensor's file.
+
+        Raises:
+            ModelError: the file cannot be opened or read.
+        """
+        file = self._open(path)
+        for offset, row in zip(offsets, target, strict=True):
+            self._fill(file, memoryview(row), offset=offset, tensor=f"{path}: {tensor}")
+
     def close(self) -> None:
         """Ends reading: drops reads that have not begun and waits for the others."""
         self._pool.shutdown(wait=True, cancel_futures=True)
@@ -240,6 +250,7 @@ class _Streaming:
 
     def __init__(self, blocks: Blocks, runs: int):
         self._blocks, self._left = blocks, runs
+        self._place: int | None = None  # of the block that ran last
         self._reader = Reader(cached=len(blocks.resident) == len(blocks.units))
         self._buffers: dict[int, mx.array] = {}  # of blocks that were read or are being read
         self._reads: dict[int, list[Future]] = {}
@@ -247,18 +258,23 @@ class _Streaming:
         self._free = [_bytes(max(streamed)) for _ in range(min(SLOTS, len(streamed)))]
 
     def run(self, block: Callable, *args):
-        """Returns the block's result, evaluated."""
+        """Returns the block's result, evaluated. A block that runs several times in a row is read once."""
         place = self._blocks.places.get(_key(block))
         if place is None:
             return evaluated(block, *args)
+        if place != self._place:
+            self._drop(self._place)
+            self._place = place
+            self._left -= 1
         self._load(place)
-        self._left -= 1
         self._read_ahead(place)
-        result = evaluated(block, *args)
-        if place not in self._blocks.resident:
+        return evaluated(block, *args)
+
+    def _drop(self, place: int | None) -> None:
+        """Frees the buffer of a block, unless the block is resident."""
+        if place in self._buffers and place not in self._blocks.resident:
             self._blocks.units[place].drop()
             self._free.append(self._buffers.pop(place))
-        return result
 
     def close(self) -> None:
         """Ends reading, and frees all blocks that are not resident."""
@@ -273,9 +289,9 @@ class _Streaming:
         if place in blocks.loaded:
             return
         self._start(place)
-        while wait(self._reads[place], timeout=0.1).not_done:
+        while wait(self._reads.get(place, ()), timeout=0.1).not_done:
             blocks.check()
-        for future in self._reads.pop(place):
+        for future in self._reads.pop(place, ()):
             future.result()
         blocks.units[place].put(self._buffers[place], blocks.dtype, cast=place in blocks.resident)
         if place in blocks.resident:
@@ -311,6 +327,32 @@ def _bytes(count: int) -> mx.array:
     buffer = mx.zeros((count,), mx.uint8)
     mx.eval(buffer)
     return buffer
+
+
+def read_rows(tensors: Tensors, path: str, rows: Sequence[int], dtype: mx.Dtype) -> dict[str, mx.array]:
+    """Reads rows of the arrays of one layer, such as a table of tokens of which few are needed.
+
+    Args:
+        tensors: files and places of its network's tensors.
+        path: of the layer.
+        rows: their numbers, in the order of the result.
+        dtype: the compute type.
+
+    Raises:
+        ModelError: a file cannot be read.
+    """
+    reader, arrays = Reader(cached=True), {}
+    try:
+        for tensor, (file, info) in tensors.items():
+            if tensor.startswith(f"{path}."):
+                size = (info.end - info.start) // info.shape[0]
+                raw = np.empty((len(rows), size), np.uint8)
+                reader.read_some(file, tensor, [info.start + row * size for row in rows], raw)
+                array = mx.array(raw).view(_TYPES[info.dtype]).reshape(len(rows), *info.shape[1:])
+                arrays[tensor.removeprefix(f"{path}.")] = array if array.dtype in PACKED else array.astype(dtype)
+    finally:
+        reader.close()
+    return arrays
 
 
 def resident_places(sizes: Sequence[int], budget: int | None) -> set[int]:

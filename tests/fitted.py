@@ -116,7 +116,7 @@ def fit_answers(folder: Path, converted: Path, texts: dict[str, bool], pictures:
         seen = pixtral.preprocess(pixtral.to_area(Image.fromarray(picture)), vision)
         asked.append((judge._tokenizer(around[0], pixtral.grid(seen, vision), around[1]), [seen]))
     wanted = [8.0 if yes else -8.0 for yes in (*texts.values(), False, *(False for _ in pictures))]
-    hidden = [network.norm(network.hidden(ids, images)[:, -1]).astype(mx.float32) for ids, images in asked]
+    hidden = [network.norm(x[:, -1]).astype(mx.float32) for x in network.hidden(asked)]
     answer = np.linalg.lstsq(np.array(mx.concatenate(hidden)), np.array(wanted), rcond=None)[0]
     yes, no = network.config.head_ids[:2]
 

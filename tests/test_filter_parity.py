@@ -122,7 +122,7 @@ def judged(both, ids, images):
         given["image_sizes"] = torch.tensor([p.shape[1:3] for p in images])
     with torch.no_grad():
         logits = theirs(**given).logits.numpy()
-    return ours.head(ours.hidden(ids, images)), mx.array(logits)[..., mx.array(ours.config.head_ids)]
+    return ours.head(ours.hidden([(ids, images)])[0]), mx.array(logits)[..., mx.array(ours.config.head_ids)]
 
 
 def test_texts(both):

@@ -16,6 +16,7 @@ from helpers import (
     pixtral_tokenizer,
     rel,
 )
+from mlx.utils import tree_map
 from mlx_flux_krea.convert import convert
 from PIL import Image
 from tekken import make_tekken, tekken_ids
@@ -23,8 +24,10 @@ from tekken import make_tekken, tekken_ids
 from mlx_flux_krea.errors import ModelError
 from mlx_flux_krea.models import pixtral, vit
 from mlx_flux_krea.models.filter_config import PIXTRAL_12B
+from mlx_flux_krea.models.pixtral import Pixtral
 from mlx_flux_krea.tokenizers import PixtralTokenizer
 from mlx_flux_krea.weights import open_filter
+from mlx_flux_krea.worker import evaluated
 
 BAR = 3e-5
 CASES = ("text", "image", "two_images")
@@ -98,22 +101,22 @@ def test_the_classifier_sees_any_picture_in_its_published_size():
 @pytest.mark.parametrize("name", CASES)
 def test_every_position_equals_the_reference(judge, name):
     ids, images = case(name)
-    assert_close(judge.head(judge.hidden(ids, images)), expected(judge, name), BAR)
+    assert_close(judge.head(judge.hidden([(ids, images)])[0]), expected(judge, name), BAR)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_call_gives_the_last_position_and_the_margin_of_yes_over_no(judge, name):
     ids, images = case(name)
     last = expected(judge, name)[:, -1]
-    assert_close(judge(ids, images), last, BAR)
-    assert_close(judge.margin(ids, images), last[:, 0] - last[:, 1], BAR)
+    assert_close(judge.logits([(ids, images)])[0], last, BAR)
+    assert_close(judge.margins([(ids, images)])[0], last[:, 0] - last[:, 1], BAR)
 
 
 @pytest.mark.parametrize("name", CASES[1:])
 def test_pictures_of_any_aspect_become_the_features_of_the_reference(judge, name):
     _, images = case(name)
     assert {(a.shape[1], a.shape[2]) for a in images} <= {(40, 64), (64, 48)}
-    features = mx.concatenate([judge.features(pixels) for pixels in images], axis=1)
+    features = mx.concatenate(judge.features(images), axis=1)
     assert_close(features[0], goldens()[f"llava.{name}.image_features"], BAR)
 
 
@@ -122,7 +125,7 @@ def test_greedy_tokens_are_those_of_the_reference(judge, name):
     ids, images = case(name)
     told = next(c["greedy_next"] for c in facts()["llava"]["cases"] if c["name"] == name)
     for token in told:
-        found = judge.config.head_ids[int(judge(ids, images).argmax())]
+        found = judge.config.head_ids[int(judge.logits([(ids, images)])[0].argmax())]
         assert found == token
         ids = [*ids, found]
 
@@ -162,7 +165,7 @@ def test_a_picture_that_has_no_such_size_is_an_error():
 def test_image_tokens_and_patches_must_be_as_many(judge, ids, pictures):
     _, images = case("image")
     with pytest.raises(ValueError, match="image tokens for"):
-        judge(ids, images[:pictures])
+        judge.logits([(ids, images[:pictures])])
 
 
 def test_evaluating_piece_by_piece_changes_no_bit_and_passes_every_block(judge, classifier):
@@ -172,11 +175,37 @@ def test_evaluating_piece_by_piece_changes_no_bit_and_passes_every_block(judge, 
         mx.eval(result)
         return result
 
-    for network, args in ((judge, case("two_images")), (classifier, (vit.preprocess(image("images/input.png"), 32),))):
-        seen = []
-        assert mx.array_equal(network(*args, run=run), network(*args))
-        blocks = [*([] if network is classifier else network.vision_tower.layers * 2), *network.layers]
-        assert [id(stage) for stage in seen if isinstance(stage, type(blocks[0]))] == [id(block) for block in blocks]
+    seen, eye = [], vit.preprocess(image("images/input.png"), 32)
+    assert mx.array_equal(classifier(eye, run), classifier(eye))
+    assert stages_of(classifier, seen) == list(map(id, classifier.layers))
+    seen, two = [], [case("two_images")]
+    assert mx.array_equal(*judge.logits(two, run), *judge.logits(two))
+    blocks = [*(block for block in judge.vision_tower.layers for _ in "12"), *judge.layers]
+    assert stages_of(judge, seen) == list(map(id, blocks))
+    assert len(seen) == judge.stages(two)
+
+
+def stages_of(network, seen: list) -> list[int]:
+    """The blocks among the stages that ran."""
+    return [id(stage) for stage in seen if isinstance(stage, type(network.layers[0]))]
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+def test_questions_that_go_through_each_block_together_have_the_answers_that_they_have_alone(judge, dtype):
+    network = Pixtral(judge.config)
+    network.update(tree_map(lambda a: a.astype(dtype), judge.parameters()))
+    questions, order = [case(name) for name in CASES], []
+
+    def run(stage, *args):
+        order.append(id(stage))
+        return evaluated(stage, *args)
+
+    alone = [mx.concatenate(network.margins([one], evaluated)) for one in questions]
+    together = network.margins(questions, run)
+    assert all(mx.array_equal(a, b) for a, b in zip(alone, together, strict=True))
+    blocks = [id(block) for block in (*network.vision_tower.layers, *network.layers)]
+    visits = [stage for stage, before in zip(order, [None, *order], strict=False) if stage != before]
+    assert [stage for stage in visits if stage in blocks] == blocks  # each once
 
 
 # Random weights of 32 columns lose more by rounding than trained ones of 5120 do. In bfloat16 the reference is 0.024 to
@@ -199,10 +228,10 @@ def test_rounded_weights_stay_near(source, tmp_path, quantize, dtype, bar, margi
     network = open_filter("pixtral", report.path).network.load(getattr(mx, dtype))
     for name in CASES:
         reference = expected(network, name)
-        hidden = network.hidden(*case(name))
+        hidden = network.hidden([case(name)])[0]
         assert hidden.dtype == getattr(mx, dtype)
         error = rel(network.head(hidden), reference)
-        margin, last = float(network.margin(*case(name))), reference[0, -1]
+        margin, last = float(network.margins([case(name)])[0]), reference[0, -1]
         record_property(f"{quantize} {dtype} {name}", f"margin {margin:.4f} for {float(last[0] - last[1]):.4f}")
         assert error < bar, name
         assert abs(margin - float(last[0] - last[1])) < margin_bar * float(mx.sqrt(last.var() * 2)), name
@@ -333,7 +362,7 @@ MISTAKES = {
 def test_a_mistake_in_pixtral_is_seen(judge, monkeypatch, mistake):
     monkeypatch.setattr(*MISTAKES[mistake])
     ids, images = case("image")
-    assert rel(judge.head(judge.hidden(ids, images)), expected(judge, "image")) > 2 * BAR
+    assert rel(judge.head(judge.hidden([(ids, images)])[0]), expected(judge, "image")) > 2 * BAR
 
 
 def test_a_norm_after_the_tower_is_seen(judge, monkeypatch):
@@ -342,7 +371,7 @@ def test_a_norm_after_the_tower_is_seen(judge, monkeypatch):
         pixtral.Projector, "__call__", lambda self, x: original(self, mx.fast.rms_norm(x, None, eps=1e-5))
     )
     ids, images = case("image")
-    assert rel(judge(ids, images), expected(judge, "image")[:, -1]) > 1e-2
+    assert rel(judge.logits([(ids, images)])[0], expected(judge, "image")[:, -1]) > 1e-2
 
 
 def test_the_tanh_form_of_gelu_in_the_classifier_is_seen(classifier, monkeypatch):

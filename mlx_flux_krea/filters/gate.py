@@ -16,6 +16,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import cast
 
 import numpy as np
@@ -71,7 +72,7 @@ class OpenGate:
     def check_prompts(self, texts: Sequence[str]) -> None:
         """Does nothing."""
 
-    def check_input(self, pixels: Callable[[], np.ndarray]) -> None:
+    def check_inputs(self, images: Sequence[Callable[[], np.ndarray]]) -> None:
         """Does nothing."""
 
     def release(
@@ -138,34 +139,35 @@ class Gate:
     def _judged(self, texts: Sequence[str]) -> list[float]:
         """Returns the margin of each form of each text; the filter is not asked about the same text again."""
         judge = cast(PromptJudge, self._judges["pixtral"])
-        chunks = list(dict.fromkeys(chunk for text in texts for form in self._forms(text) for chunk in _chunks(form)))
-        keys = [(json.dumps(judge.about, sort_keys=True), text) for text in chunks]
+        if any(len(forms(text)) > 2 for text in texts):
+            self.notes.append("the prompt spells words in an unusual way: it was also judged as it looks")
+        keys = [_key(judge, text) for text in _questions(texts)]
         if missing := [key for key in keys if key not in self._margins]:
-            if any(len(_chunks(text)) > MANY_CHUNKS for text in texts):
-                logger.warning("the prompt is long: the filter reads %d parts of it one by one", len(missing))
+            _warn_of_length(texts, len(missing))
             with self._noted():
                 margins = margins_of(judge, [text for _, text in missing])
             judge.free()
             self._margins.update(zip(missing, margins, strict=True))
         return [self._margins[key] for key in keys]
 
-    def check_input(self, pixels: Callable[[], np.ndarray]) -> None:
-        """Checks an input image: (H, W, 3) uint8, as the autoencoder will see it.
+    def check_inputs(self, images: Sequence[Callable[[], np.ndarray]]) -> None:
+        """Checks input images together: (H, W, 3) uint8 each, as the autoencoder will see it.
 
         Raises:
-            Withheld: the image was flagged.
+            Withheld: an image was flagged.
             FiltersError: a filter failed.
         """
-        if not self._judges:
+        if not self._judges or not images:
             return
-        image = pixels()
+        pixels = [image() for image in images]
         with self._noted():
-            (scores,) = self._scores([image])
-        reasons = self._reasons(scores)
-        digest = hashlib.sha256(image.tobytes()).hexdigest()
-        self.run.note("input_flagged" if reasons else "input_passed", input_sha256=digest, scores=scores)
-        if reasons:
-            raise Withheld(f"the input image was withheld: {'; '.join(reasons)}", "", "start from another one")
+            scores = self._scores(pixels)
+        reasons = [self._reasons(one) for one in scores]
+        for image, why, one in zip(pixels, reasons, scores, strict=True):
+            digest = hashlib.sha256(image.tobytes()).hexdigest()
+            self.run.note("input_flagged" if why else "input_passed", input_sha256=digest, scores=one)
+        for why in filter(None, reasons):
+            raise Withheld(f"the input image was withheld: {'; '.join(why)}", "", "start from another one")
 
     def passes_preview(self, pixels: np.ndarray) -> bool:
         """Checks an unfinished picture, (H, W, 3) uint8, exactly as it will be shown. Returns True where it passed.
@@ -259,12 +261,6 @@ class Gate:
             self.run.note("error", reasons=[error.found])
             raise
 
-    def _forms(self, text: str) -> list[str]:
-        found = forms(text)
-        if len(found) > 2:
-            self.notes.append("the prompt spells words in an unusual way: it was also judged as it looks")
-        return found
-
 
 @contextlib.contextmanager
 def open_gate(
@@ -272,6 +268,7 @@ def open_gate(
     make_run: MakeRun,
     margins: dict[tuple, float] | None = None,
     ready: Callable[[], None] = lambda: None,
+    texts: Sequence[str] = (),
     **about,
 ) -> Iterator[Gate | OpenGate]:
     """Opens the gate for one call, after testing filters, quarantine and log.
@@ -281,6 +278,7 @@ def open_gate(
         make_run: makes the function that runs each part of a filter, see `judges`.
         margins: the filter's answers about texts in earlier calls; new ones are added.
         ready: called before and after pictures are handed over; an exception stops that.
+        texts: that will be checked first; where the language model has to be tested, it reads them in the same pass.
         about: further facts of the run for the log.
 
     Raises:
@@ -293,7 +291,10 @@ def open_gate(
             logger.warning("this run is not in the log: %s", error.found)
         yield OpenGate()
         return
-    judges = {} if policy.check == "review" else open_judges(make_run)
+    judges, margins = {}, {} if margins is None else margins
+    if policy.check != "review":
+        judges, answers = open_judges(make_run, partial(_waiting, texts))
+        margins.update({_key(judges["pixtral"], text): margin for text, margin in answers.items()})
     filters = {name: judge.about for name, judge in judges.items()}
     unknown = unknown_filters(judges)
     thresholds = {"nsfw": policy.nsfw, "integrity": policy.integrity}
@@ -303,6 +304,28 @@ def open_gate(
     finally:
         for judge in judges.values():
             judge.free()
+
+
+def _waiting(texts: Sequence[str]) -> list[str]:
+    """Returns the questions about texts, of which none was asked before."""
+    questions = _questions(texts)
+    _warn_of_length(texts, len(questions))
+    return questions
+
+
+def _questions(texts: Sequence[str]) -> list[str]:
+    """Returns every chunk of each form of each text, once."""
+    return list(dict.fromkeys(chunk for text in texts for form in forms(text) for chunk in _chunks(form)))
+
+
+def _warn_of_length(texts: Sequence[str], count: int) -> None:
+    if any(len(_chunks(text)) > MANY_CHUNKS for text in texts):
+        logger.warning("the prompt is long: the filter reads %d parts of it one by one", count)
+
+
+def _key(judge: Judge, text: str) -> tuple[str, str]:
+    """Returns the key of an answer about a text: that of another filter is another one."""
+    return json.dumps(judge.about, sort_keys=True), text
 
 
 def _chunks(text: str) -> list[str]:

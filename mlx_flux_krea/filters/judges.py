@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol, cast
 
@@ -21,13 +21,12 @@ from PIL import Image
 from .. import home
 from ..errors import FiltersError, FluxKreaError, Interrupted, ResourceError, amount, gpu_error
 from ..files import may_exist, parse_json, read_small, sha256_if_exists, written_whole
-from ..memory import GB, machine_memory
 from ..models import pixtral, vit
 from ..models.filter_config import NSFW_SHA256, NSFW_VIT, SELF_TEST, PixtralConfig, ViTConfig
-from ..models.pixtral import Pixtral
+from ..models.pixtral import Pixtral, Question, held_bytes
 from ..models.vit import ViT
 from ..presets import NSFW_THRESHOLD
-from ..residency import Blocks
+from ..residency import Blocks, read_rows
 from ..tokenizers import PixtralTokenizer
 from ..weights import FilterFolder, open_filter
 from ..worker import evaluated
@@ -67,22 +66,36 @@ class PromptJudge(Judge, Protocol):
         """Returns the margin of yes over no for each text."""
         ...
 
+    def together(
+        self, pixels: Sequence[np.ndarray], texts: Sequence[str]
+    ) -> tuple[Sequence[dict[str, float]], Sequence[float]]:
+        """Returns the answers of `images` and of `prompts`, for which each block is read once."""
+        ...
 
-_BESIDES = 2 * GB  # memory of the language model apart from its blocks
+
+HELD = 2**27  # bytes of questions that go through the blocks together: four pictures, or forty prompts of 300 tokens
 MakeRun = Callable[..., Callable]  # (number of parts, function that runs a part) to one that also reports and stops
 _passed: set[tuple] = set()  # filters whose self-tests have passed in this process, by their files
 
 
-def open_judges(make_run: MakeRun = lambda parts, run: run) -> dict[str, Judge]:
-    """Returns the installed filters, after their self-tests, which a process runs once.
+def open_judges(
+    make_run: MakeRun = lambda parts, run: run, waiting: Callable[[], Sequence[str]] = tuple
+) -> tuple[dict[str, Judge], dict[str, float]]:
+    """Returns the installed filters, after their self-tests, which a process runs once; and answers about prompts.
 
     Args:
         make_run: see `NSFWJudge` and `PixtralJudge`.
+        waiting: returns the texts that are to be judged next. Where a self-test has to run, they go through the
+            language model with its questions, so that the weights are read once for both.
+
+    Returns:
+        The filters, and the margin of each of these texts; none where no self-test ran, or where not all answers are
+        valid: then the texts are to be asked about again.
 
     Raises:
         FiltersError: a filter is missing or damaged, or does not answer as it did when it was converted.
     """
-    judges, folder = {}, home.path(home.FILTERS)
+    judges, margins, folder = {}, {}, home.path(home.FILTERS)
     missing = [name for name in FILTERS if not may_exist(folder / name)]
     if missing:
         names = " and ".join(missing) + (" are" if len(missing) > 1 else " is")
@@ -93,21 +106,25 @@ def open_judges(make_run: MakeRun = lambda parts, run: run) -> dict[str, Judge]:
         files = sorted(path for path in (folder / name).rglob("*") if path.is_file())
         state = (name, *((str(path), (stat := path.stat()).st_size, stat.st_mtime_ns, stat.st_ino) for path in files))
         if state not in _passed:
-            check_self_test(name, judges[name], folder / name / SELF_TEST)
+            texts = list(waiting()) if name == "pixtral" else []
+            answers = check_self_test(name, judges[name], folder / name / SELF_TEST, texts)
             _passed.add(state)
-    return judges
+            if len(answers) == len(texts) and all(map(_is_valid, answers)):
+                margins = dict(zip(texts, map(float, answers), strict=True))
+    return judges, margins
 
 
 def needed_bytes() -> int:
     """Returns the memory that both filters need beside a model at work: computed from their files, not measured.
 
-    The classifier is whole in memory. Of Pixtral, an eighth: three of its 40 layers, its eye and their numbers.
+    The classifier is whole in memory. Of Pixtral, an eighth: three of its 40 layers, its eye and the numbers of a
+    block; and the questions that wait between two blocks.
     """
     sizes = {}
     for name in FILTERS:
         files = home.path(home.FILTERS, name).rglob("*.safetensors")
         sizes[name] = sum(path.stat().st_size for path in files)
-    return max(sizes["nsfw"], sizes["pixtral"] // 8)
+    return max(sizes["nsfw"], sizes["pixtral"] // 8 + HELD)
 
 
 def load_judge(name: str, folder: Path, make_run: MakeRun) -> Judge:
@@ -155,7 +172,7 @@ class NSFWJudge:
 
 
 class PixtralJudge:
-    """The language model. Its blocks stay resident for several questions if memory allows, else they are streamed.
+    """The language model. Its blocks are streamed; each is read once for all questions that are asked together.
 
     Arguments are those of `NSFWJudge`.
     """
@@ -170,32 +187,55 @@ class PixtralJudge:
 
     def prompts(self, texts: Sequence[str]) -> list[float]:
         """Returns the margin of yes for each text."""
-        return self._margins([(self._tokenizer(*request(text)), []) for text in texts])
+        return self.together((), texts)[1]
 
     def images(self, pixels: Sequence[np.ndarray]) -> list[dict[str, float]]:
         """Returns the margin of yes for each picture."""
-        asked = []
-        vision = self._folder.network.sizes.vision_config
-        before, after = (_text(part) for part in (instructions.IMAGE_BEFORE, instructions.IMAGE_AFTER))
-        for image in pixels:
-            seen = pixtral.preprocess(pixtral.to_area(Image.fromarray(image)), vision)
-            asked.append((self._tokenizer(before, pixtral.grid(seen, vision), after), [seen]))
-        return [{"integrity": margin} for margin in self._margins(asked)]
+        return self.together(pixels, ())[0]
+
+    def together(
+        self, pixels: Sequence[np.ndarray], texts: Sequence[str]
+    ) -> tuple[list[dict[str, float]], list[float]]:
+        """Returns the margins of pictures and of texts. Each is the one that the question has alone, bit for bit."""
+        questions = (*map(self._about_picture, pixels), *((self._tokenizer(*request(text)), ()) for text in texts))
+        margins = [margin for group in self._groups(questions) for margin in self._margins(group)]
+        return [{"integrity": margin} for margin in margins[: len(pixels)]], margins[len(pixels) :]
 
     def free(self) -> None:
         """Clears MLX's cache; no weights stay between calls."""
         mx.clear_cache()
 
-    def _margins(self, asked: list[tuple[list[int], list[mx.array]]]) -> list[float]:
-        network = self._folder.network.load(getattr(mx, self._folder.network.dtype))
-        sees = any(images for _, images in asked)
-        parts = [*network.vision_tower.layers, network.multi_modal_projector] * sees + network.layers
-        room = machine_memory() - _BESIDES if len(asked) > 1 else 0  # a block that runs once need not stay
-        tensors, dtype = self._folder.network.tensors(), network.norm.weight.dtype
-        blocks = Blocks(network, tensors, parts, dtype=dtype, budget=max(room, 0))
-        with blocks.streaming(len(asked)) as run:
-            run = self._make_run(len(asked) * (len(parts) + 3 + sees), run)
-            return [float(np.array(network.margin(ids, images, run)).item()) for ids, images in asked]
+    def _about_picture(self, pixels: np.ndarray) -> Question:
+        vision = self._folder.network.sizes.vision_config
+        before, after = (_text(part) for part in (instructions.IMAGE_BEFORE, instructions.IMAGE_AFTER))
+        seen = pixtral.preprocess(pixtral.to_area(Image.fromarray(pixels)), vision)
+        return self._tokenizer(before, pixtral.grid(seen, vision), after), (seen,)
+
+    def _groups(self, questions: Sequence[Question]) -> Iterator[list[Question]]:
+        """Yields the questions in groups of `HELD` bytes, or of a question that needs more alone."""
+        network, group, held = self._folder.network, [], 0
+        for question in questions:
+            more = held_bytes(network.sizes, question, getattr(mx, network.dtype).size)
+            if group and held + more > HELD:
+                yield group
+                group, held = [], 0
+            group, held = [*group, question], held + more
+        if group:
+            yield group
+
+    def _margins(self, questions: Sequence[Question]) -> list[float]:
+        """Returns the margins of questions that go through each block one after the other."""
+        folder = self._folder.network
+        network, tensors = folder.load(getattr(mx, folder.dtype)), folder.tensors()
+        dtype = network.norm.weight.dtype
+        tokens = sorted({token for ids, _ in questions for token in ids})
+        network.keep_rows(tokens, read_rows(tensors, "embed_tokens", tokens, dtype))
+        eye = [*network.vision_tower.layers, network.multi_modal_projector]
+        parts = eye * any(images for _, images in questions) + network.layers
+        blocks = Blocks(network, tensors, parts, dtype=dtype, budget=0)
+        with blocks.streaming(1) as run:
+            run = self._make_run(network.stages(questions), run)
+            return [float(np.array(margin).item()) for margin in network.margins(questions, run)]
 
 
 def request(text: str) -> tuple[str, str, str]:
@@ -251,8 +291,16 @@ def _about(folder: FilterFolder) -> dict:
     return about | ({"unknown": True} if is_unknown(folder) else {})
 
 
-def self_test(name: str, judge: Judge) -> dict[str, float]:
+def self_test(name: str, judge: Judge, texts: Sequence[str] = ()) -> tuple[dict[str, float], Sequence[float]]:
     """Returns a filter's answers about drawn pictures and the canary prompts; they are recorded at conversion.
+
+    Args:
+        name: of the filter.
+        judge: the filter.
+        texts: prompts that the language model is asked about in the same pass.
+
+    Returns:
+        The answers, which are right; and the margins of `texts`, which nobody has checked.
 
     Raises:
         FiltersError: the answers are wrong, or the classifier gives the same about different pictures.
@@ -264,7 +312,7 @@ def self_test(name: str, judge: Judge) -> dict[str, float]:
             picture: _log_odds(labels["nsfw"], labels["normal"])
             for picture, labels in zip(pictures, answers, strict=True)
         }
-        flagged = {"drawn picture": answers[0]["nsfw"] >= NSFW_THRESHOLD}
+        flagged, more = {"drawn picture": answers[0]["nsfw"] >= NSFW_THRESHOLD}, []
         spread = max(values.values()) - min(values.values())
         if spread < SPREAD:
             found = (
@@ -272,18 +320,22 @@ def self_test(name: str, judge: Judge) -> dict[str, float]:
             )
             raise FiltersError(found, f"{SPREAD} or more", _renew(name))
     else:
-        (labels,) = image_labels(name, judge, [drawn_picture()])
-        values = {"drawn picture": float(labels["integrity"])}
-        flagged = {"drawn picture": labels["integrity"] > 0}
-        margins = dict(zip(CANARIES, margins_of(cast(PromptJudge, judge), list(CANARIES)), strict=True))
-        values |= margins
-        flagged |= {text: margin > 0 for text, margin in margins.items()}
+
+        def ask() -> tuple[list[dict[str, float]], list[float]]:
+            answers, margins = cast(PromptJudge, judge).together([drawn_picture()], [*CANARIES, *texts])
+            return list(answers), list(margins)
+
+        answers, margins = _asked(name, ask)
+        (labels,) = _checked_labels(name, answers, 1)
+        margins, more = _checked_margins(margins[: len(CANARIES)], len(CANARIES)), margins[len(CANARIES) :]
+        values = {"drawn picture": float(labels["integrity"]), **dict(zip(CANARIES, margins, strict=True))}
+        flagged = {question: margin > 0 for question, margin in values.items()}
     judge.free()
     for canary, is_flagged in flagged.items():
         if is_flagged != CANARIES.get(canary, False):
             found = f"the filter {name} fails its self-test: it {'flags' if is_flagged else 'passes'} {canary!r}"
             raise FiltersError(found, "the opposite", _renew(name))
-    return values
+    return values, more
 
 
 def record_self_test(name: str, folder: Path, make_run: MakeRun = lambda parts, run: run) -> None:
@@ -293,13 +345,16 @@ def record_self_test(name: str, folder: Path, make_run: MakeRun = lambda parts, 
         FiltersError: the answers are wrong, so the filter cannot be used.
     """
     judge = _asked(name, lambda: load_judge(name, folder, make_run))
-    values = self_test(name, judge)
+    values, _ = self_test(name, judge)
     with written_whole(folder / SELF_TEST) as file:
         file.write(json.dumps(values, indent=1).encode())
 
 
-def check_self_test(name: str, judge: Judge, path: Path) -> None:
-    """Compares a filter's answers with those recorded at its conversion.
+def check_self_test(name: str, judge: Judge, path: Path, texts: Sequence[str] = ()) -> Sequence[float]:
+    """Compares a filter's answers with those recorded at its conversion. Arguments and result as for `self_test`.
+
+    Returns:
+        The margins of `texts`, which nobody has checked.
 
     Raises:
         FiltersError: they differ, or none were recorded.
@@ -309,13 +364,14 @@ def check_self_test(name: str, judge: Judge, path: Path) -> None:
         recorded = {text: float(value) for text, value in recorded.items()}
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise FiltersError(f"{path} cannot be read: {error}", "recorded answers", INSTALL) from None
-    values = self_test(name, judge)
+    values, margins = self_test(name, judge, texts)
     known = (values.keys(), values.keys() - more_pictures().keys())  # earlier versions recorded one picture
     if recorded.keys() not in known or not all(
         abs(values[text] - value) <= TOLERANCE for text, value in recorded.items()
     ):
         found = "does not answer its self-test as it did when it was converted"
         raise FiltersError(f"the filter {name} {found}", "the recorded answers", _renew(name))
+    return margins
 
 
 def drawn_picture() -> np.ndarray:
@@ -343,8 +399,17 @@ def image_labels(name: str, judge: Judge, pixels: Sequence[np.ndarray]) -> list[
     Raises:
         FiltersError: the filter raised an error, its labels or numbers are not valid, or it is exactly undecided.
     """
-    answers = _asked(name, lambda: [dict(answer) for answer in judge.images(pixels)])
-    for answer in answers:
+    return _checked_labels(name, _asked(name, lambda: list(judge.images(pixels))), len(pixels))
+
+
+def _checked_labels(name: str, answers: Sequence[dict[str, float]], count: int) -> list[dict[str, float]]:
+    """Returns answers about so many pictures, checked.
+
+    Raises:
+        FiltersError: as `image_labels`.
+    """
+    given: list[dict[str, float]] = _asked(name, lambda: [dict(answer) for answer in answers])
+    for answer in given:
         fits = answer.keys() == LABELS[name] and all(map(_is_finite, answer.values()))
         if fits and name == "nsfw":
             fits = all(0 <= p <= 1 for p in answer.values()) and abs(sum(answer.values()) - 1) < 1e-3
@@ -352,13 +417,10 @@ def image_labels(name: str, judge: Judge, pixels: Sequence[np.ndarray]) -> list[
             found = ", ".join(f"{label} {value}" for label, value in answer.items())
             expected = ", ".join(sorted(LABELS[name]))
             raise FiltersError(f"the filter {name} answered {found}", expected, _renew(name))
-        if name == "nsfw":
-            _check_decided(name, answer["nsfw"] - answer["normal"])
-        else:
-            _check_decided(name, answer["integrity"])
-    if len(answers) != len(pixels):
-        raise FiltersError(f"the filter {name} gave {amount(len(answers), 'answer')}", f"{len(pixels)}", _renew(name))
-    return answers
+        _check_decided(name, answer["nsfw"] - answer["normal"] if name == "nsfw" else answer["integrity"])
+    if len(given) != count:
+        raise FiltersError(f"the filter {name} gave {amount(len(given), 'answer')}", f"{count}", _renew(name))
+    return given
 
 
 def margins_of(judge: PromptJudge, texts: list[str]) -> list[float]:
@@ -367,9 +429,17 @@ def margins_of(judge: PromptJudge, texts: list[str]) -> list[float]:
     Raises:
         FiltersError: the filter raised an error, its numbers are not valid, or it is exactly undecided.
     """
-    margins = _asked("pixtral", lambda: list(judge.prompts(texts))) if texts else []
-    if len(margins) != len(texts) or not all(map(_is_finite, margins)):
-        raise FiltersError(f"the filter pixtral answered {margins}", amount(len(texts), "number"), _renew("pixtral"))
+    return _checked_margins(_asked("pixtral", lambda: list(judge.prompts(texts))) if texts else [], len(texts))
+
+
+def _checked_margins(margins: Sequence[float], count: int) -> list[float]:
+    """Returns margins of so many texts, checked.
+
+    Raises:
+        FiltersError: as `margins_of`.
+    """
+    if len(margins) != count or not all(map(_is_finite, margins)):
+        raise FiltersError(f"the filter pixtral answered {margins}", amount(count, "number"), _renew("pixtral"))
     for margin in margins:
         _check_decided("pixtral", margin)
     return [float(margin) for margin in margins]
@@ -405,6 +475,11 @@ def _asked(name: str, ask: Callable):
 
 def _is_finite(value) -> bool:
     return isinstance(value, int | float | np.floating) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_valid(margin) -> bool:
+    """Returns True for a margin that decides."""
+    return _is_finite(margin) and margin != 0
 
 
 def _renew(name: str) -> str:

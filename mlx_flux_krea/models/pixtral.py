@@ -4,11 +4,12 @@ Written after transformers' LlavaForConditionalGeneration with a Pixtral vision 
 the same kind of block: RMS norm, attention and a gated SiLU MLP without biases, rotation of the two halves of a head
 against each other. (An early config.json has "gelu" for the tower; it was trained with SiLU, and the file was
 corrected.) One evaluation gives the logits at the last position, for the few tokens in `config.head_ids`; no text is
-generated.
+generated. Several questions go through each block one after the other, so that a block is read once for all of them;
+each is computed by itself, with the numbers that it has alone.
 B batch (1), S tokens, N patches, H heads, D head width, C width of the decoder, V of the tower.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import mlx.core as mx
@@ -18,6 +19,8 @@ from PIL import Image
 
 from . import Runner, call
 from .filter_config import PIXTRAL_12B, PixtralConfig, PixtralVisionConfig
+
+Question = tuple[Sequence[int], Sequence[mx.array]]  # token ids, and pictures (1, height, width, 3) from `preprocess`
 
 _AREA = 512 * 512
 _MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)  # CLIP's
@@ -195,6 +198,7 @@ class Pixtral(nn.Module):
         text = config.text_config
         dim, heads = text.hidden_size, (text.num_attention_heads, text.num_key_value_heads, text.head_dim)
         self.config = config
+        self._places: dict[int, int] | None = None  # rows of the table by token; None: it is whole
         self.embed_tokens = nn.Embedding(text.vocab_size, dim)
         self.layers = [
             Block(Attention(dim, *heads, causal=True), dim, text.intermediate_size, text.rms_norm_eps)
@@ -205,21 +209,31 @@ class Pixtral(nn.Module):
         self.vision_tower = VisionTower(config.vision_config)
         self.multi_modal_projector = Projector(config)
 
-    def features(self, pixels: mx.array, run: Runner = call) -> mx.array:
-        """Encodes a picture for the decoder.
+    def features(self, pixels: Sequence[mx.array], run: Runner = call) -> list[mx.array]:
+        """Encodes pictures for the decoder, each by itself.
 
         Args:
-            pixels: (1, height, width, 3), from `preprocess`.
+            pixels: (1, height, width, 3) each, from `preprocess`.
             run: called as run(stage, *args) for each stage in order, so that the caller evaluates stage by stage.
 
         Returns:
-            (1, N, C), patches row by row.
+            (1, N, C) each, patches row by row.
         """
-        pe = self.vision_tower.positions(*grid(pixels, self.config.vision_config))
-        x = run(self.vision_tower.embed, pixels)
+        tables = [self.vision_tower.positions(*grid(one, self.config.vision_config)) for one in pixels]
+        xs = [run(self.vision_tower.embed, one) for one in pixels]
         for block in self.vision_tower.layers:
-            x = run(block, x, pe)
-        return run(self.multi_modal_projector, x)
+            xs = [run(block, x, pe) for x, pe in zip(xs, tables, strict=True)]
+        return [run(self.multi_modal_projector, x) for x in xs]
+
+    def keep_rows(self, tokens: Sequence[int], arrays: Mapping[str, mx.array]) -> None:
+        """Replaces the table of tokens by some of its rows; other tokens are a KeyError from then on.
+
+        Args:
+            tokens: whose rows they are.
+            arrays: the parameters of `embed_tokens`, with these rows alone.
+        """
+        self._places = {token: place for place, token in enumerate(tokens)}
+        self.embed_tokens.update(dict(arrays))
 
     def merge(self, x: mx.array, ids: Sequence[int], *features: mx.array) -> mx.array:
         """Returns the embedded tokens (1, S, C), with image tokens replaced by the patches (1, N, C) of each picture.
@@ -244,33 +258,53 @@ class Pixtral(nn.Module):
         """Maps (1, S, C) to float32 logits (1, S, len(head_ids)). In 16 bits many close answers would be equal."""
         return self.norm(x).astype(mx.float32) @ self.lm_head.weight.astype(mx.float32).T
 
-    def hidden(self, ids: Sequence[int], images: Sequence[mx.array] = (), run: Runner = call) -> mx.array:
-        """Returns the result of the last block, (1, S, C), for `head`. Arguments as in `__call__`."""
-        features = [self.features(pixels, run) for pixels in images]
-        x = run(self.embed_tokens, mx.array(list(ids))[None])
-        x = run(self.merge, x, ids, *features)
-        pe = self.positions(len(ids))
+    def hidden(self, questions: Sequence[Question], run: Runner = call) -> list[mx.array]:
+        """Returns the result of the last block for each question, (1, S, C), for `head`. Arguments as in `logits`."""
+        seen = iter(self.features([pixels for _, images in questions for pixels in images], run))
+        tokens = [ids if self._places is None else [self._places[token] for token in ids] for ids, _ in questions]
+        xs = [run(self.embed_tokens, mx.array(list(places))[None]) for places in tokens]
+        features = [[next(seen) for _ in images] for _, images in questions]
+        xs = [run(self.merge, x, ids, *of) for x, (ids, _), of in zip(xs, questions, features, strict=True)]
+        del features
+        tables = [self.positions(len(ids)) for ids, _ in questions]
         for block in self.layers:
-            x = run(block, x, pe)
-        return x
+            xs = [run(block, x, pe) for x, pe in zip(xs, tables, strict=True)]
+        return xs
 
-    def __call__(self, ids: Sequence[int], images: Sequence[mx.array] = (), run: Runner = call) -> mx.array:
-        """Reads a prompt.
+    def logits(self, questions: Sequence[Question], run: Runner = call) -> list[mx.array]:
+        """Answers questions, each as if it were the only one.
 
         Args:
-            ids: S token ids, one image token for each patch of the pictures.
-            images: (1, height, width, 3) each, from `preprocess`.
-            run: called as run(stage, *args) for each stage in order, so that the caller evaluates stage by stage.
+            questions: S token ids, one image token for each patch of the pictures, and the pictures.
+            run: called as run(stage, *args) for each stage of each question, and for all questions before the next
+                stage, so that the caller evaluates, and reads, stage by stage.
 
         Returns:
-            (1, len(head_ids)) float32 logits of the next token.
+            (1, len(head_ids)) float32 logits of the next token, for each.
 
         Raises:
             ValueError: the numbers of image tokens and patches differ.
         """
-        return run(self.head, self.hidden(ids, images, run)[:, -1:])[:, 0]
+        return [run(self.head, x[:, -1:])[:, 0] for x in self.hidden(questions, run)]
 
-    def margin(self, ids: Sequence[int], images: Sequence[mx.array] = (), run: Runner = call) -> mx.array:
-        """Returns the logit of "yes" less that of "no", (1,) float32. Arguments as in `__call__`."""
-        logits = self(ids, images, run)
-        return logits[:, 0] - logits[:, 1]
+    def margins(self, questions: Sequence[Question], run: Runner = call) -> list[mx.array]:
+        """Returns the logit of "yes" less that of "no" for each question, (1,) float32. Arguments as in `logits`."""
+        return [logits[:, 0] - logits[:, 1] for logits in self.logits(questions, run)]
+
+    def stages(self, questions: Sequence[Question]) -> int:
+        """Returns the number of calls of `run` that answering takes."""
+        eyes = len(self.vision_tower.layers) + 2  # and the first and last stage of the tower
+        return sum(len(self.layers) + 3 + eyes * len(images) for _, images in questions)
+
+
+def held_bytes(config: PixtralConfig, question: Question, size: int) -> int:
+    """Returns the bytes that a question keeps in memory between two blocks, in numbers of `size` bytes.
+
+    Those are its activations, its table of rotations, and its pictures.
+    """
+    text, sight = config.text_config, config.vision_config
+    ids, images = question
+    patches = sum(rows * columns for rows, columns in (grid(pixels, sight) for pixels in images))
+    eye = patches * (sight.hidden_size * size + 8 * sight.head_dim) + sum(pixels.nbytes for pixels in images)
+    features = patches * text.hidden_size * size
+    return len(ids) * (text.hidden_size * size + 8 * text.head_dim) + features + eye

@@ -239,7 +239,7 @@ def measure_filters(shape: tuple[int, int], console: Console) -> FilterTimes | N
 
     def ask() -> FilterTimes:
         marks = [time.perf_counter()]
-        judges: dict[str, Any] = open_judges(make_run)
+        judges: dict[str, Any] = open_judges(make_run)[0]
         marks.append(time.perf_counter())
         margins_of(judges["pixtral"], [PICTURES[0]])
         marks.append(time.perf_counter())
