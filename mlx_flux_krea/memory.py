@@ -30,7 +30,7 @@ INDEXABLE = 2**31  # elements of an array, from which on kernels of Metal that c
 _MOST_GB = 4096  # a number up to this, without a unit, is of gigabytes
 # Arrays of T x C that a double and a single block hold at one time, and strips that a convolution needs: on the CPU in
 # float32 and in 16 bits (whose element-wise kernels compute in float32 there), and on Metal.
-_BLOCK = {"cpu": {4: (15, 28), 2: (26, 55)}, "gpu": {4: (12, 18), 2: (12, 18)}}
+_BLOCK = {"cpu": {4: (15, 28), 2: (26, 41)}, "gpu": {4: (12, 18), 2: (12, 18)}}
 _DENSE = {4: 9, 2: 10}  # bytes a weight that the CPU dequantizes takes on its way to float32 and to 16 bits
 # Bytes of a pixel of the image that a picture comes back into, its mask included, and of a pixel of the picture at the
 # size of its part: where pixels are bytes, and where they are float32.

@@ -269,7 +269,7 @@ def test_too_large_an_allocation_raises_an_error_that_is_known_and_computing_goe
 
 def test_the_disk_needs_the_more_the_less_memory_there_is(setting, monkeypatch):
     monkeypatch.setattr(streaming, "read_speed", lambda *_: 1e9)
-    least, some = (streaming.disk(Setting(CPU_DIVISOR, setting.folder, gigabytes * 10**9)) for gigabytes in (1, 12))
+    least, some = (streaming.disk(Setting(CPU_DIVISOR, setting.folder, gigabytes * 10**9)) for gigabytes in (1, 8))
     assert least.figures["bytes_per_step"] > some.figures["bytes_per_step"] > 0
     assert "streamed blocks" in str(some)
     plenty = streaming.disk(Setting(CPU_DIVISOR, setting.folder, 40 * 10**9))

@@ -4,17 +4,20 @@ What the GPU would be asked for at 1024 x 1024 in bfloat16 is listed without run
 primitives that MLX implements on the GPU, only types that it has, no float32 product, no more passes than the budget.
 """
 
+import io
 import os
+import re
 
 import graph
 import mlx.core as mx
+import numpy as np
 import pytest
 import winograd
 from mlx.utils import tree_flatten, tree_map
 
 from mlx_flux_krea import memory
 from mlx_flux_krea.home import NANO
-from mlx_flux_krea.models import tiles, vae
+from mlx_flux_krea.models import pixtral, tiles, transformer, vae
 from mlx_flux_krea.models.config import FLUX_VAE
 from mlx_flux_krea.presets import MAX_SIDE
 from mlx_flux_krea.weights import open_model
@@ -72,6 +75,27 @@ def test_inside_the_kernels_is_only_what_the_gpu_has(dtype):
         assert set(count.dtypes) <= {given, "float32"} | ({"uint8"} if name == "bytes" else set()), name
         results = dict.fromkeys(("squared_deviation", "gelu of T5", "gelu of CLIP"), mx.float32) | {"bytes": mx.uint8}
         assert count.results == [results.get(name, dtype)], name
+
+
+COMPILED = {
+    "gelu": (transformer.gelu, 1),
+    "gated_residual": (transformer.gated_residual, 3),
+    "rotate": (transformer.rotate, 4),
+    "rotate of Pixtral": (lambda x: pixtral.rotate(x, pixtral.rotations(np.zeros((8, 4)))), 1),
+    "swiglu": (pixtral.swiglu, 2),
+    "affine": (vae.affine, 3),
+    "affine_silu": (vae.affine_silu, 3),
+    "squared_deviation": (vae.squared_deviation, 2),
+}
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_each_compiled_function_is_one_kernel(name):
+    """Beyond some depth and number of arrays MLX cuts a function in parts, without a word."""
+    function, arrays = COMPILED[name]
+    text = io.StringIO()
+    mx.export_to_dot(text, function(*(mx.zeros((1, 2, 8, 8), mx.bfloat16) for _ in range(arrays))))
+    assert re.findall(r'label ="(\w+?)[A-Z]', text.getvalue()) == ["Compiled"]
 
 
 @pytest.mark.parametrize("name", sorted(BUDGET.keys() - FLOAT32))
@@ -182,8 +206,6 @@ def test_strides_are_followed_as_metal_follows_them(name):
 
 def test_a_silent_promotion_would_be_seen(monkeypatch):
     """One float32 vector in the stream, as in a peer: the count must show it."""
-    from mlx_flux_krea.models import transformer
-
     original = transformer.modulated_norm
     monkeypatch.setattr(
         transformer, "modulated_norm", lambda x, shift, scale: original(x, shift, scale.astype(mx.float32))

@@ -24,7 +24,7 @@ from .layers import constant, in_rows
 # --- small kernels. Inside they compute in float32 and round once; on a GPU each is one pass over memory. ---
 
 
-@partial(mx.compile, shapeless=True)
+@mx.compile  # with shapeless=True, which puts a broadcast before each operation, it would be too long for one kernel
 def gelu(x: mx.array) -> mx.array:
     """GELU in its tanh form (Hendrycks and Gimpel 2016, section 2), which FLUX.1 uses in both streams.
 
