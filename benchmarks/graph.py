@@ -41,7 +41,7 @@ VIEWS = {"Transpose", "ExpandDims", "Squeeze", "Broadcast", "Slice", "Split", "R
 MARKERS = {
     "ArcSinh": "fast.rms_norm",
     "ArcTanh": "fast.layer_norm",
-    "Depends": "fast.scaled_dot_product_attention",
+    "Depends": "fast.scaled_dot_product_attention",  # with one result; the moments of the autoencoder have two
     "Expm1": "gelu",
     "Log1p": "rope",
     "Remainder": "gated_residual",
@@ -52,7 +52,7 @@ MARKERS = {
     "ArcTan2": "swiglu",
     "Floor": "contiguous",  # no fused kernel, but a primitive that cannot be exported
 }
-NORMS, ATTENTION = ("ArcSinh", "ArcTanh"), "Depends"
+NORMS, DEPENDS = ("ArcSinh", "ArcTanh"), "Depends"
 FUSED_HEADS = (64, 72, 80, 96, 128)  # widths whose attention Metal has in one kernel (ScaledDotProductAttention)
 
 
@@ -121,7 +121,9 @@ def count(function, *args, fused: bool = True) -> Count:
                 result.float32_products += dtypes[outputs[0]] == mx.float32
             elif name == "SliceUpdate":  # in place
                 kernel(name, inputs[1:2], inputs[1:2])
-            elif name == ATTENTION:
+            elif name == DEPENDS and len(outputs) == 2:  # two more inputs give them their types
+                kernel("moments", inputs[2:], outputs)
+            elif name == DEPENDS:
                 for array in inputs:
                     if layouts[array].strides[-1] != 1:
                         kernel("copy before attention", [array], [array])
@@ -198,6 +200,7 @@ def as_on_a_gpu():
         mock.patch.object(transformer, "gated_residual", lambda x, gate, y: mx.remainder(x, y)),
         mock.patch.object(pixtral, "rotate", lambda x, pe: mx.log1p(x)),
         mock.patch.object(pixtral, "swiglu", mx.arctan2),
+        mock.patch.object(vae, "moments", lambda *parts: mx.depends([zeros(parts[0].shape, mx.float32)] * 2, parts)),
         mock.patch.object(vae, "squared_deviation", lambda x, mean: mx.negative(x.astype(mx.float32))),
         mock.patch.object(vae, "affine", lambda x, scale, shift: mx.power(x, (scale + shift).astype(x.dtype))),
         mock.patch.object(vae, "affine_silu", lambda x, scale, shift: mx.logaddexp(x, (scale + shift).astype(x.dtype))),
@@ -315,6 +318,7 @@ def kernel_graphs(dtype: mx.Dtype) -> dict[str, Count]:
         "affine": (vae.affine, x, row, row),
         "affine_silu": (vae.affine_silu, x, row, row),
         "squared_deviation": (vae.squared_deviation, x, row),
+        "moments": (vae.moments, *[x] * 16),
         "silu": (nn.silu, x),
         "rope of Pixtral": (lambda x: pixtral.rotate(x, turns), x),
         "swiglu": (pixtral.swiglu, x, x),

@@ -114,15 +114,27 @@ def test_an_image_of_another_size_is_resized_as_the_reference_does():
     assert max_abs(resized, nhwc(goldens()["vae.input_resized"])) <= bar
 
 
-def test_group_statistics_do_not_depend_on_the_chunks(monkeypatch):
-    x = mx.random.normal((1, 37, 20, 16), key=mx.random.key(0)) * 3 + 100  # a mean far from zero, chunks of uneven size
-    whole = vae.group_statistics(x, 4)
-    monkeypatch.setattr(vae, "_STATISTICS_CHUNK", 5 * 20 * 16)
-    chunked = vae.group_statistics(x, 4)
-    exact = np.array(x, np.float64).reshape(1, -1, 4, 4)
-    for mean, variance in (whole, chunked):
-        np.testing.assert_allclose(mean, exact.mean((1, 3)), rtol=1e-6)
-        np.testing.assert_allclose(variance, exact.var((1, 3)), rtol=1e-5)
+@pytest.mark.parametrize("mean", [0, 100, 1000])
+@pytest.mark.parametrize(("dtype", "width"), [(mx.float32, 16), (mx.bfloat16, 16), (mx.float16, 16), (mx.float32, 5)])
+def test_group_statistics_are_those_in_float64_whatever_the_chunks(monkeypatch, mean, dtype, width):
+    x = (mx.random.normal((2, 37, width, 16), key=mx.random.key(0)) + mean).astype(dtype)
+    assert_statistics(vae.group_statistics(x, 4), x, 4)
+    monkeypatch.setattr(vae, "_STATISTICS_CHUNK", 2 * 5 * width * 16)
+    assert_statistics(vae.group_statistics(x, 4), x, 4)
+
+
+def test_group_statistics_of_millions_of_values_far_from_zero_are_exact():
+    x = (mx.random.normal((1, 1024, 1024, 4), key=mx.random.key(0)) + 1000).astype(mx.bfloat16)
+    assert_statistics(vae.group_statistics(x, 1), x, 1)
+    y = x.astype(mx.float32)
+    with pytest.raises(AssertionError):  # what one pass over squares makes of it
+        assert_statistics((y.mean()[None, None], (mx.square(y).mean() - mx.square(y.mean()))[None, None]), x, 1)
+
+
+def assert_statistics(found, x, groups):
+    exact = np.array(x.astype(mx.float32), np.float64).reshape(len(x), -1, groups, x.shape[-1] // groups)
+    np.testing.assert_allclose(found[0], exact.mean((1, 3)), rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(found[1], exact.var((1, 3)), rtol=2e-5)
 
 
 def test_attention_in_chunks_equals_attention_at_once(networks, monkeypatch):

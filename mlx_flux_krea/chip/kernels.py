@@ -141,6 +141,8 @@ _COMPILED: dict[str, tuple[Callable[[], Callable], Callable, int]] = {
     "affine": (lambda: vae.affine, lambda x, scale, shift: x * scale + shift, 3),
     "affine_silu": (lambda: vae.affine_silu, lambda x, scale, shift: _silu(x * scale + shift), 3),
     "squared_deviation": (lambda: vae.squared_deviation, lambda x, mean: (x - mean) ** 2, 2),
+    "mean": (lambda: lambda *parts: vae.moments(*parts)[0], lambda *parts: np.mean(parts, axis=0), 4),
+    "variance": (lambda: lambda *parts: vae.moments(*parts)[1], lambda *parts: np.var(parts, axis=0), 4),
 }
 
 ATTENTION_CHECKS = {name: partial(attention, shape) for name, shape in ATTENTIONS.items()}

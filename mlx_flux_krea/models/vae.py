@@ -8,6 +8,7 @@ activations are computed in strips of rows with the statistics of the whole imag
 Some activations must be in memory whole, 1 KiB a pixel in 16 bits; `tiles.py` is for pictures too large for that.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -19,8 +20,9 @@ from PIL import Image
 from . import Runner, call
 from .config import VAEConfig
 
-# Values whose float32 copies exist at one time while group statistics are taken (64 MiB).
-_STATISTICS_CHUNK = 2**24
+# Values whose group statistics are taken at one time, and neighbours of which one kernel leaves mean and squared
+# deviations alone (two float32 arrays of 32 MiB).
+_STATISTICS_CHUNK, _NEIGHBOURS = 2**27, 16
 # Values of one strip, where an activation is computed in strips (32 MiB in 16 bits).
 STRIP = 2**24
 # Queries of the mid attention at one time: its head width, 512, has no fused kernel, so scores are materialised.
@@ -48,11 +50,32 @@ def squared_deviation(x: mx.array, mean: mx.array) -> mx.array:
     return mx.square(x.astype(mx.float32) - mean)
 
 
+@mx.compile
+def moments(*parts: mx.array) -> tuple[mx.array, mx.array]:
+    """Returns mean and variance over arrays of one shape, place by place, in float32.
+
+    One pass on a GPU, which reads each array once. Deviations from the first are small where the values are alike, so
+    that nothing cancels. MLX fuses at most eleven operations one after the other, and two results only where one is
+    needed for the other. Therefore sums are taken in pairs, the variance asks for the mean, and the function is
+    compiled for each shape (shapeless=True would put a broadcast before each operation).
+    """
+    values = [part.astype(mx.float32) for part in parts]
+    deviations = [value - values[0] for value in values]
+    shift = _sum(deviations) / len(parts)
+    mean = values[0] + shift
+    return mean, _sum([mx.square(one) for one in deviations]) / len(parts) - shift * (mean - values[0])
+
+
+def _sum(terms: list[mx.array]) -> mx.array:
+    half = len(terms) // 2
+    return _sum(terms[:half]) + _sum(terms[half:]) if half else terms[0]
+
+
 def group_statistics(x: mx.array, groups: int) -> tuple[mx.array, mx.array]:
     """Returns mean and variance of each group over the whole image, in float32 for any type of x.
 
-    Rows are taken in chunks, so that no float32 copy of a large activation exists. The moments of the chunks are joined
-    after Chan, Golub and LeVeque (1979), as accurate as two passes.
+    x is read once, and never copied to float32: the moments of neighbouring positions are an eighth as many values.
+    They, and those of chunks of rows, are joined after Chan, Golub and LeVeque (1979), as accurate as two passes.
 
     Args:
         x: (B, H, W, C).
@@ -63,20 +86,28 @@ def group_statistics(x: mx.array, groups: int) -> tuple[mx.array, mx.array]:
     """
     b, h, w, c = x.shape
     rows = max(1, _STATISTICS_CHUNK // (b * w * c))
-    count, mean, m2 = 0, mx.zeros(0), mx.zeros(0)  # the first chunk sets them
+    count, mean, variance = 0, mx.zeros(0), mx.zeros(0)  # the first chunk sets them
     for top in range(0, h, rows):
-        part = x[:, top : top + rows].reshape(b, -1, groups, c // groups)
-        n = part.shape[1] * part.shape[3]
-        part_mean = part.astype(mx.float32).mean(axis=(1, 3))
-        part_m2 = squared_deviation(part, part_mean[:, None, :, None]).sum(axis=(1, 3))
+        part = x[:, top : top + rows]
+        n, near = part.shape[1] * w, math.gcd(part.shape[1] * w, _NEIGHBOURS)
+        part = part.reshape(b, -1, near, groups, c // groups)
+        means, variances = moments(*(part[:, :, i] for i in range(near)))
+        part_mean = _mean(means)
+        part_variance = _mean(variances) + _mean(squared_deviation(means, part_mean[:, None, :, None]))
         if not count:
-            mean, m2 = part_mean, part_m2
+            mean, variance = part_mean, part_variance
         else:
-            delta = part_mean - mean
-            mean = mean + delta * (n / (count + n))
-            m2 = m2 + part_m2 + mx.square(delta) * (count * n / (count + n))
+            delta, share = part_mean - mean, n / (count + n)
+            mean = mean + delta * share
+            variance = variance * (1 - share) + part_variance * share + mx.square(delta) * share * (1 - share)
         count += n
-    return mean, m2 / count
+    return mean, variance
+
+
+def _mean(x: mx.array) -> mx.array:
+    """Returns means of groups, (B, N, G, C/G) to (B, G), in two steps: the CPU adds one value after the other."""
+    b, n, groups, per_group = x.shape
+    return x.reshape(b, math.gcd(n, 512), -1, groups, per_group).mean(axis=(2, 4)).mean(axis=1)
 
 
 class GroupNorm(nn.Module):
