@@ -17,6 +17,7 @@ from mlx_flux_krea.provenance import read_record
 from mlx_flux_krea.weights import open_filter, open_model
 
 BEFORE = DATA / "written_before"
+ROUNDING = 3  # levels between these pictures, which are of bfloat16, and the same in float32
 CAT = {"prompt": "a cat", "seed": 7, "width": 32, "height": 32, "num_inference_steps": 2, "guidance_scale": 4.5}
 
 
@@ -30,7 +31,7 @@ def earlier_home(home):
 def test_a_model_folder_gives_its_picture_again():
     pipe = FluxPipeline.from_pretrained(BEFORE / "model")
     image = pipe("a cat", seed=7, width=32, height=32, num_inference_steps=2).images[0]
-    assert levels(image, Image.open(BEFORE / "cat.png")) <= 1
+    assert levels(image, Image.open(BEFORE / "cat.png")) <= ROUNDING
 
 
 @pytest.mark.parametrize("name", ["cat.png", "cat.jpg", "cat.webp"])
@@ -46,7 +47,7 @@ def test_a_picture_is_made_again_from_its_record(command, tmp_path):
     code, _, err = command("generate", "--from", BEFORE / "cat.png", "-m", BEFORE / "model", "-o", "again.png")
     assert code == 0, err
     assert "other weights" not in err
-    assert levels(Image.open(tmp_path / "again.png"), Image.open(BEFORE / "cat.png")) <= 1
+    assert levels(Image.open(tmp_path / "again.png"), Image.open(BEFORE / "cat.png")) <= ROUNDING
 
 
 def test_a_contact_sheet_is_known_as_one(command):
