@@ -9,7 +9,10 @@ would launch; what is inside them is listed apart (`kernels`). Strides are follo
 copies where a kernel cannot read them: a reshape that is no view, a norm of rows that do not lie side by side, a mask.
 
 A pass is a kernel that reads or writes an array at least as large as the text stream (512 x 3072 values) and is no
-matrix product, convolution or attention. Traffic is what passes read and write. Ends with one JSON line.
+matrix product, convolution or attention. Traffic is what passes read and write. What products, convolutions and
+attention read and write is counted apart: each array once for each product that reads it, also packed weights, and the
+array that AddMM adds. So a product in parts reads its weights again, and layers apart read their input again. Ends with
+one JSON line.
 """
 
 import argparse
@@ -27,7 +30,7 @@ from mlx.utils import tree_flatten, tree_map
 from numpy.lib.stride_tricks import as_strided
 
 from mlx_flux_krea.inputs import style as styles
-from mlx_flux_krea.models import clip, depth, pixtral, siglip, t5, transformer, vae, vit
+from mlx_flux_krea.models import clip, depth, layers, pixtral, siglip, t5, transformer, vae, vit
 from mlx_flux_krea.models.config import CLIP_L, FLUX_DEV, FLUX_VAE, REDUX_DEV, SIGLIP_SO400M, T5_XXL
 from mlx_flux_krea.models.depth_config import DEPTH_ANYTHING_V2_SMALL
 from mlx_flux_krea.models.filter_config import NSFW_VIT, PIXTRAL_12B
@@ -35,13 +38,12 @@ from mlx_flux_krea.sampling import sampler
 
 TEXT_TOKENS, STEPS = 512, 28
 BIG = TEXT_TOKENS * FLUX_DEV.hidden_size
-PRODUCTS = {"Matmul", "AddMM", "QuantizedMatmul", "GatherMM", "Convolution"}
 VIEWS = {"Transpose", "ExpandDims", "Squeeze", "Broadcast", "Slice", "Split", "Reshape", "Flatten", "Unflatten"}
 # one primitive stands for each fused kernel; none of them is used by the networks themselves
 MARKERS = {
     "ArcSinh": "fast.rms_norm",
     "ArcTanh": "fast.layer_norm",
-    "Depends": "fast.scaled_dot_product_attention",  # with one result; the moments of the autoencoder have two
+    "Depends": "fast.scaled_dot_product_attention",  # or a stand-in, see there
     "Expm1": "gelu",
     "Log1p": "rope",
     "Remainder": "gated_residual",
@@ -56,6 +58,35 @@ NORMS, DEPENDS = ("ArcSinh", "ArcTanh"), "Depends"
 FUSED_HEADS = (64, 72, 80, 96, 128)  # widths whose attention Metal has in one kernel (ScaledDotProductAttention)
 
 
+STAND_INS = {1: "dequantize", 2: "moments"}  # by the number of results
+
+
+def has_a_leading_axis(x: np.ndarray) -> bool:
+    """True for a matrix that Metal's dense product reads: rows or columns whose values lie side by side."""
+    return 1 in x.strides[-2:]
+
+
+def has_matrices_side_by_side(x: np.ndarray) -> bool:
+    """True for the layout that Metal's quantized product needs of all that it reads."""
+    return x.strides[-1] == 1 and x.strides[-2] in (x.shape[-1], 0)
+
+
+def is_gapless(x: np.ndarray) -> bool:
+    """True for an array whose values lie in memory in their order, which convolutions need."""
+    expected = layout(x.shape).strides
+    return all(n == 1 or a == b for n, a, b in zip(x.shape, x.strides, expected, strict=True))
+
+
+# What each product reads without a copy (check_transpose, ensure_row_contiguous_matrix of MLX's Metal backend)
+PRODUCTS = {
+    "Matmul": has_a_leading_axis,
+    "AddMM": has_a_leading_axis,
+    "GatherMM": has_a_leading_axis,
+    "QuantizedMatmul": has_matrices_side_by_side,
+    "Convolution": is_gapless,
+}
+
+
 @dataclass
 class Count:
     """Counts of one graph."""
@@ -67,6 +98,7 @@ class Count:
     small: int = 0  # kernels on small arrays
     largest: int = 0  # elements of the largest array that a kernel writes
     traffic: int = 0  # bytes of the passes
+    operands: int = 0  # bytes that products, convolutions and attention read and write
     names: Counter = field(default_factory=Counter)  # all primitives
     big: Counter = field(default_factory=Counter)  # the passes
     dtypes: Counter = field(default_factory=Counter)  # of all outputs
@@ -78,7 +110,7 @@ def count(function, *args, fused: bool = True) -> Count:
     events, result = [], Count()
     with as_on_a_gpu() if fused else contextlib.nullcontext():
         mx.export_function(events.append, function, *args)
-    layouts, dtypes = {}, {}
+    layouts, dtypes, constants = {}, {}, set()
 
     def nbytes(name):  # what is broadcast is read once
         read = (n for n, stride in zip(layouts[name].shape, layouts[name].strides, strict=True) if stride)
@@ -98,6 +130,7 @@ def count(function, *args, fused: bool = True) -> Count:
             layouts.update({name: layout(shape) for name, shape, _ in event[event["type"]]})
             result.results = [dtype for _, _, dtype in event[event["type"]]]  # the outputs come last
         elif event["type"] == "constants":
+            constants.update(name for name, _ in event["constants"])
             dtypes.update({name: array.dtype for name, array in event["constants"]})
             layouts.update({name: layout(array.shape) for name, array in event["constants"]})
         elif event["type"] == "primitive":
@@ -119,16 +152,21 @@ def count(function, *args, fused: bool = True) -> Count:
             if name in PRODUCTS:
                 result.products += 1
                 result.float32_products += dtypes[outputs[0]] == mx.float32
+                for array in inputs:
+                    if array not in inputs[2:] * (name == "AddMM") and not PRODUCTS[name](layouts[array]):
+                        kernel(f"copy before {name}", [array], [array])
+                result.operands += sum(map(nbytes, (*inputs, *outputs)))
             elif name == "SliceUpdate":  # in place
                 kernel(name, inputs[1:2], inputs[1:2])
-            elif name == DEPENDS and len(outputs) == 2:  # two more inputs give them their types
-                kernel("moments", inputs[2:], outputs)
+            elif name == DEPENDS and inputs[0] in constants:
+                kernel(STAND_INS[len(outputs)], inputs[len(outputs) :], outputs)
             elif name == DEPENDS:
                 for array in inputs:
                     if layouts[array].strides[-1] != 1:
                         kernel("copy before attention", [array], [array])
                 b, h, s, d = layouts[outputs[0]].shape  # it writes heads side by side
                 layouts[outputs[0]] = layout((b, s, h, d)).transpose(0, 2, 1, 3)
+                result.operands += sum(map(nbytes, (*inputs, *outputs)))
             else:
                 if name in NORMS and not has_rows_side_by_side(layouts[inputs[0]]):
                     kernel(f"copy before {MARKERS[name]}", inputs, outputs)
@@ -186,6 +224,12 @@ def as_on_a_gpu():
         others = [array for array in (k, v, mask) if isinstance(array, mx.array)]
         return mx.depends([q.astype(promoted(q, k, v))], others)[0]
 
+    def dequantized(weight, scales, biases, kind, dtype):
+        return stand_in((len(weight), weight.shape[1] * 32 // kind[1]), dtype, (weight, scales, biases))[0]
+
+    def dense(layer, x, bias):
+        return layer._dense(x, layer.weight, layer.scales, layer.get("biases"), bias)
+
     patches = [
         mock.patch.object(mx.fast, "rms_norm", rms_norm),
         mock.patch.object(mx.fast, "layer_norm", layer_norm),
@@ -200,7 +244,9 @@ def as_on_a_gpu():
         mock.patch.object(transformer, "gated_residual", lambda x, gate, y: mx.remainder(x, y)),
         mock.patch.object(pixtral, "rotate", lambda x, pe: mx.log1p(x)),
         mock.patch.object(pixtral, "swiglu", mx.arctan2),
-        mock.patch.object(vae, "moments", lambda *parts: mx.depends([zeros(parts[0].shape, mx.float32)] * 2, parts)),
+        mock.patch.object(vae, "moments", lambda *parts: stand_in(parts[0].shape, mx.float32, parts, 2)),
+        mock.patch.object(layers, "_dequantized", dequantized),
+        mock.patch.object(layers.QuantizedLinear, "_dense_in_chunks", dense),  # in chunks on the CPU alone
         mock.patch.object(vae, "squared_deviation", lambda x, mean: mx.negative(x.astype(mx.float32))),
         mock.patch.object(vae, "affine", lambda x, scale, shift: mx.power(x, (scale + shift).astype(x.dtype))),
         mock.patch.object(vae, "affine_silu", lambda x, scale, shift: mx.logaddexp(x, (scale + shift).astype(x.dtype))),
@@ -218,6 +264,11 @@ def zeros(shape, dtype: mx.Dtype) -> mx.array:
     return array
 
 
+def stand_in(shape, dtype: mx.Dtype, inputs, outputs: int = 1) -> list[mx.array]:
+    """Results of one kernel that reads the inputs; constants, which are not read, give shape and type."""
+    return mx.depends([zeros(shape, dtype)] * outputs, list(inputs))
+
+
 def weightless(module, dtype: mx.Dtype):
     """The module with weights that take no memory; packed ones stay integers."""
     kinds = {mx.uint32: mx.uint32}
@@ -225,10 +276,17 @@ def weightless(module, dtype: mx.Dtype):
     return module
 
 
-def transformer_graphs(width: int, height: int, dtype: mx.Dtype, config=FLUX_DEV) -> dict[str, Count]:
+def transformer_graphs(
+    width: int, height: int, dtype: mx.Dtype, config=FLUX_DEV, bits: int | None = None
+) -> dict[str, Count]:
     """One double block, one single block, a whole step, and the work that is done once for all steps."""
     tokens, size = (width // 16) * (height // 16), config.hidden_size
-    flux = weightless(transformer.Flux(config), dtype)
+    flux = transformer.Flux(config)
+    if bits:
+        for block in flux.blocks:
+            nn.quantize(block, group_size=64, bits=bits)
+        layers.adopt(flux)
+    weightless(flux, dtype)
     ids = sampler.position_ids(TEXT_TOKENS, width // 8, height // 8)
     pe = transformer.rope(ids, config.axes_dim, config.theta)
     vec, mods = zeros((1, size), dtype), []
@@ -252,6 +310,17 @@ def transformer_graphs(width: int, height: int, dtype: mx.Dtype, config=FLUX_DEV
         ),
         "conditioning": count(conditioning, *rows, text, ids),
     }
+
+
+def quantized_graphs(width: int, height: int, dtype: mx.Dtype, bits: int) -> dict[str, Count]:
+    """The step of quantized blocks, whose layers multiply directly, or by their dequantized weights."""
+    result = {}
+    for way, is_dense in (("", False), (", dequantized", True)):
+        kinds = {(64, bits, "affine", dtype, many): is_dense for many in (False, True)}
+        with mock.patch.object(layers, "_faster_dense", kinds):
+            graphs = transformer_graphs(width, height, dtype, bits=bits)
+        result |= {f"{name}, {bits} bits{way}": graphs[name] for name in ("single block", "step")}
+    return result
 
 
 def text_graphs(dtype: mx.Dtype, t5_config=T5_XXL, clip_config=CLIP_L) -> dict[str, Count]:
@@ -344,7 +413,7 @@ def vae_graphs(width: int, height: int, dtype: mx.Dtype, config=FLUX_VAE) -> dic
         def run(stage, *args, total=total):
             arrays = [arg for arg in args if isinstance(arg, mx.array)]
             one = count(lambda *traced, stage=stage, args=args: stage(*_with(args, traced)), *arrays)
-            for attribute in ("primitives", "products", "float32_products", "passes", "small", "traffic"):
+            for attribute in ("primitives", "products", "float32_products", "passes", "small", "traffic", "operands"):
                 setattr(total, attribute, getattr(total, attribute) + getattr(one, attribute))
             for attribute in ("names", "big", "dtypes"):
                 getattr(total, attribute).update(getattr(one, attribute))
@@ -366,19 +435,22 @@ def main():
     parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--height", type=int, default=1024)
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
+    parser.add_argument("--bits", type=int, default=8, choices=[3, 4, 5, 6, 8], help="of the quantized step")
     parser.add_argument("-v", "--verbose", action="store_true")
     args = parser.parse_args()
     dtype = getattr(mx, args.dtype)
     graphs = transformer_graphs(args.width, args.height, dtype) | vae_graphs(args.width, args.height, dtype)
+    graphs |= quantized_graphs(args.width, args.height, dtype, args.bits)
     graphs |= text_graphs(dtype) | filter_graphs(dtype) | map_graphs() | style_graphs(dtype)
-    print("| graph | primitives | products (float32) | passes | traffic, GB | small kernels |")
-    print("|---|---|---|---|---|---|")
+    print("| graph | primitives | products (float32) | passes | traffic, GB | of products, GB | small kernels |")
+    print("|---|---|---|---|---|---|---|")
     for name, c in graphs.items():
         products = f"{c.products} ({c.float32_products})"
-        print(f"| {name} | {c.primitives} | {products} | {c.passes} | {c.traffic / 1e9:.2f} | {c.small} |")
+        both = f"{c.traffic / 1e9:.2f} | {c.operands / 1e9:.2f}"
+        print(f"| {name} | {c.primitives} | {products} | {c.passes} | {both} | {c.small} |")
         if args.verbose:
             print("   ", dict(c.big), "|", dict(c.names), "|", dict(c.dtypes))
-    fields = ("primitives", "products", "float32_products", "passes", "small", "traffic")
+    fields = ("primitives", "products", "float32_products", "passes", "small", "traffic", "operands")
     print(json.dumps({name: {f: getattr(c, f) for f in fields} for name, c in graphs.items()}))
 
 

@@ -14,11 +14,12 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import winograd
+from mlx import nn
 from mlx.utils import tree_flatten, tree_map
 
 from mlx_flux_krea import memory
 from mlx_flux_krea.home import NANO
-from mlx_flux_krea.models import pixtral, tiles, transformer, vae
+from mlx_flux_krea.models import layers, pixtral, tiles, transformer, vae
 from mlx_flux_krea.models.config import FLUX_VAE
 from mlx_flux_krea.presets import MAX_SIDE
 from mlx_flux_krea.weights import open_model
@@ -31,24 +32,28 @@ ALLOWED = {
     "SliceUpdate", "Subtract", "Tanh",
 }  # fmt: skip
 INDICES = {"int32", "uint32"}
-# primitives, passes, gigabytes of traffic
+# primitives, passes, gigabytes of traffic, gigabytes that products read and write
 BUDGET = {
-    "double block": (90, 23, 1.05),
-    "single block": (35, 10, 1.0),
-    "step": (2800, 820, 58),
-    "conditioning": (330, 0, 0),
-    "T5": (1050, 200, 4.5),
-    "CLIP": (560, 0, 0),
-    "decode": (4200, 720, 44),
-    "encode": (2700, 410, 26.5),
-    "ViT": (550, 0, 0),
-    "Pixtral tower block": (45, 2, 0.03),
-    "Pixtral block": (25, 7, 0.3),
-    "Pixtral": (2000, 280, 11.5),
-    "depth": (800, 28, 0.75),
-    "SigLIP": (1150, 28, 0.35),
-    "Redux": (12, 2, 0.04),
-    "shrunk grid": (10, 2, 0.02),
+    "double block": (90, 23, 1.05, 1.05),
+    "single block": (35, 10, 1.0, 0.75),
+    "step": (2800, 820, 58, 48),
+    "single block, 8 bits": (35, 12, 1.45, 0.65),
+    "step, 8 bits": (2300, 1050, 85, 40),
+    "single block, 8 bits, dequantized": (40, 12, 1.35, 0.75),
+    "step, 8 bits, dequantized": (2800, 1050, 84, 48),
+    "conditioning": (330, 0, 0, 7),
+    "T5": (1050, 200, 4.5, 12.5),
+    "CLIP": (560, 0, 0, 0.21),
+    "decode": (4200, 720, 44, 12),
+    "encode": (2700, 410, 26.5, 7.1),
+    "ViT": (550, 0, 0, 0.55),
+    "Pixtral tower block": (45, 2, 0.03, 0.1),
+    "Pixtral block": (25, 7, 0.3, 0.45),
+    "Pixtral": (2000, 280, 11.5, 18.5),
+    "depth": (800, 28, 0.75, 1.5),
+    "SigLIP": (1150, 28, 0.35, 1.85),
+    "Redux": (12, 2, 0.04, 0.2),
+    "shrunk grid": (10, 2, 0.02, 0.04),
 }
 # all through, but for Pixtral, where it becomes logits, and for means of few tokens, which are rounded once
 FLOAT32 = {"ViT", "depth", "Pixtral", "shrunk grid"}
@@ -58,6 +63,7 @@ FLOAT32 = {"ViT", "depth", "Pixtral", "shrunk grid"}
 def graphs():
     full = (1024, 1024, mx.bfloat16)
     graphs = graph.transformer_graphs(*full) | graph.vae_graphs(*full) | graph.text_graphs(mx.bfloat16)
+    graphs |= graph.quantized_graphs(*full, bits=8)
     return graphs | graph.filter_graphs(mx.bfloat16) | graph.map_graphs() | graph.style_graphs(mx.bfloat16)
 
 
@@ -143,11 +149,12 @@ def test_nothing_in_the_transformer_is_float32_outside_a_fused_kernel(graphs, na
 
 @pytest.mark.parametrize("name", BUDGET)
 def test_the_budget_holds(graphs, name):
-    primitives, passes, gigabytes = BUDGET[name]
+    primitives, passes, gigabytes, of_products = BUDGET[name]
     count = graphs[name]
     assert count.primitives <= primitives
     assert count.passes <= passes
     assert count.traffic <= gigabytes * 1e9
+    assert count.operands <= of_products * 1e9
 
 
 def test_products_are_those_of_the_model(graphs):
@@ -196,6 +203,46 @@ LAYOUTS = {
         lambda x: attend(*[x.reshape(1, -1, 128, 4608).swapaxes(2, 3)] * 3), {"copy before attention": 3},
     ),
 }  # fmt: skip
+
+
+X, W, C = (
+    4608 * 3072 * 2,
+    3072 * 3072 * 2,
+    3072 * 2,
+)  # bytes of an input, which is as large as its result; weights; a bias
+PACKED = 3072 * (3072 + 2 * 2 * 3072 // 64)  # 8 bits, scales and biases
+OPERANDS = {
+    "a bias": (lambda x, w: mx.addmm(w[0], x, w.T), 2 * X + W + C, {}),
+    "a residual": (lambda x, w: mx.addmm(x, x, w.T), 3 * X + W, {}),
+    "an input of two layers": (lambda x, w: [x @ w.T, x @ w], 4 * X + 2 * W, {}),
+    "half of the columns": (lambda x, w: x[..., :1536] @ w[:, :1536].T, 1.5 * X + W / 2, {}),
+    "packed weights": (lambda x, w: packed(x), 2 * X + PACKED, {}),
+    "half of their columns": (lambda x, w: packed(x, 1536), 1.5 * X + PACKED / 2, {"copy before QuantizedMatmul": 1}),
+    "attention": (lambda x, w: attend(*[heads(x)] * 3), 4 * X, {}),
+}
+
+
+def packed(x, columns=3072):
+    arrays = [graph.zeros((3072, n), dtype) for n, dtype in ((768, mx.uint32), (48, mx.bfloat16), (48, mx.bfloat16))]
+    weight, scales, biases = (a[:, : a.shape[1] * columns // 3072] for a in arrays)
+    return mx.quantized_matmul(x[..., :columns], weight, scales, biases, transpose=True, group_size=64, bits=8)
+
+
+@pytest.mark.parametrize("name", OPERANDS)
+def test_what_products_read_and_write_is_counted(name):
+    function, operands, copies = OPERANDS[name]
+    x, w = graph.zeros((1, 4608, 3072), mx.bfloat16), graph.zeros((3072, 3072), mx.bfloat16)
+    count = graph.count(function, x, w)
+    assert (count.operands, {key: n for key, n in count.big.items() if key.startswith("copy")}) == (operands, copies)
+
+
+def test_products_in_parts_read_their_weights_again():
+    layer, x = nn.Linear(3072, 3072), graph.zeros((1, 4608, 3072), mx.bfloat16)
+    graph.weightless(layer, mx.bfloat16)
+    whole = graph.count(lambda x: transformer.multiply(layer, x), x)
+    with layers.smaller(4):
+        parts = graph.count(lambda x: transformer.multiply(layer, x), x)
+    assert (parts.products, parts.operands - whole.operands) == (4, 3 * (W + C))
 
 
 def heads(x):
