@@ -1,6 +1,7 @@
 """Memory of each stage, predicted and measured, with blocks of full width: kept and streamed, at 16, 8 and 4 bits.
 
     python benchmarks/memory.py [--side 128] [--text 64] [--steps 2] [--precision none 8 4]
+    python benchmarks/memory.py --process        what the process takes besides MLX's arrays, and nothing else
 
 Random weights, one double and three single blocks, two layers of T5-XXL; the autoencoder is measured by itself. It
 runs on MLX's CPU backend and says which part of the prediction belongs to it. "hidden" is the share of the time for
@@ -8,9 +9,11 @@ reading that streaming did not add to a step.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
+import subprocess
 import sys
 import tempfile
 import time
@@ -138,6 +141,50 @@ def pixtral_peaks(folder: Path) -> dict[str, int]:
     return peaks
 
 
+_PICTURE = """
+import json, resource, sys
+import mlx.core as mx
+from mlx_flux_krea import FluxPipeline
+peaks = [mx.get_peak_memory()]
+pipe = FluxPipeline.from_pretrained("nano")
+for seed in (1, 2):
+    made = pipe("a red circle", seed=seed, width=512, height=512, num_inference_steps=1, progress=False)
+    peaks.append(max(made.peaks.values()))
+most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+print(json.dumps(most - max(peaks)))
+"""
+_VOCABULARY = """
+import json, os, subprocess, sys
+from pathlib import Path
+from mlx_flux_krea import tokenizers
+def now():
+    return 1024 * int(subprocess.check_output(["ps", "-o", "rss=", "-p", str(os.getpid())]))
+before, folder = now(), Path(sys.argv[2])
+if sys.argv[1] == "pixtral":
+    opened = tokenizers.PixtralTokenizer(folder, (13_059, 2649))
+else:
+    opened = tokenizers.CLIPTokenizer(folder / "clip"), tokenizers.T5Tokenizer(folder / "t5")
+print(json.dumps(now() - before))
+"""
+
+
+def process_bytes(folder: Path) -> dict[str, int]:
+    """Measured bytes of processes that MLX does not count: one that makes pictures, and what vocabularies add.
+
+    Pixtral's vocabulary is made of the one in `mistral-common` (`tests/tekken.py`); those of CLIP and T5 are published
+    ones in $FLUX_KREA_TOKENIZERS. Without them they are left out.
+    """
+    found = {"a picture of the small model": [_PICTURE]}
+    if published := os.environ.get("FLUX_KREA_TOKENIZERS"):
+        found["vocabularies of CLIP and T5"] = [_VOCABULARY, "encoders", published]
+    with contextlib.suppress(ImportError):
+        from tekken import make_tekken
+
+        make_tekken(folder / "tokenizer.json", PIXTRAL_12B.text_config.vocab_size)
+        found["vocabulary of Pixtral"] = [_VOCABULARY, "pixtral", str(folder)]
+    return {what: json.loads(subprocess.check_output([sys.executable, "-c", *call])) for what, call in found.items()}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--side", type=int, default=128, help="pixels")
@@ -148,7 +195,15 @@ def main():
     parser.add_argument(
         "--decode", type=int, default=256, help="pixels of the picture that is encoded and decoded; 0: none"
     )
+    parser.add_argument("--process", action="store_true", help="measure the process alone")
     args = parser.parse_args()
+    if args.process:
+        with tempfile.TemporaryDirectory() as folder:
+            found = process_bytes(Path(folder))
+        for what, count in found.items():
+            print(f"| {what} | {count / 1e9:.2f} GB |")
+        print(json.dumps(found))
+        return
     rows = []
     print("| precision | blocks | stage | predicted, GB | measured, GB | ratio | s/step | hidden |")
     print("|---|---|---|---|---|---|---|---|")

@@ -26,6 +26,9 @@ from .residency import SLOTS, matrices, resident_places
 from .weights import PACKED, ModelFolder, build, count_parameters, parameters
 
 GB = 10**9
+# Bytes of the process that MLX does not count: the interpreter, libraries, the vocabularies of CLIP and T5, pixels; and
+# Pixtral's vocabulary where filters check. Measured by `benchmarks/memory.py --process`.
+PROCESS, VOCABULARY = 180_000_000, 190_000_000
 INDEXABLE = 2**31  # elements of an array, from which on kernels of Metal that count in 32 bits go wrong
 _MOST_GB = 4096  # a number up to this, without a unit, is of gigabytes
 # Arrays of T x C that a double and a single block hold at one time, and strips that a convolution needs: on the CPU in
@@ -158,18 +161,20 @@ class MemoryPlan:
 
     Attributes:
         budget: bytes that may be used.
-        stages: the peak of each stage, in the order in which they run.
+        process: bytes of the process apart from arrays, all the time.
+        stages: the peak of each stage in arrays, in the order in which they run.
         resident_blocks: number of the transformer's blocks that stay in memory.
         total_blocks: number of all of them.
         resident_bytes: bytes for those that stay.
         read_per_step: bytes read from disk in each step.
-        least: the peak with no resident block, and with decoding in tiles where that takes less.
-        most: the peak with all blocks resident.
+        least: `peak` with no resident block, and with decoding in tiles where that takes less.
+        most: `peak` with all blocks resident.
         tiled: True where the VAE decodes, and encodes an input image, in tiles, since strips would not fit or would
             make arrays too large for a kernel.
     """
 
     budget: int
+    process: int
     stages: dict[str, int]
     resident_blocks: int
     total_blocks: int
@@ -181,13 +186,14 @@ class MemoryPlan:
 
     @property
     def peak(self) -> int:
-        """The highest peak of any stage."""
-        return max(self.stages.values())
+        """The bytes of the process in the stage that takes most."""
+        return self.process + max(self.stages.values())
 
     def to_json(self) -> dict[str, Any]:
         """Returns the plan in the names that programs read."""
         return {
             "budget": self.budget,
+            "process": self.process,
             "stages": self.stages,
             "blocks": self.resident_blocks,
             "of": self.total_blocks,
@@ -394,6 +400,7 @@ def make_plan(
     references: Sequence[tuple[int, int]] = (),
     adapters: int = 0,
     cached: int = 0,
+    filtered: bool = False,
     budget: int | None = None,
     device: str | None = None,
 ) -> MemoryPlan:
@@ -414,13 +421,15 @@ def make_plan(
         map_bytes: from `map_needs`; 0: no map is made.
         adapters: bytes of their branches, which are in memory all the time.
         cached: bytes of the step cache.
+        filtered: filters check the pictures.
         budget: bytes; None: as many as the machine offers.
         device: "cpu" or "gpu"; None: the one in use.
 
     Raises:
         ResourceError: not even the smallest plan fits.
     """
-    budget = budget or machine_memory()
+    budget, process = budget or machine_memory(), PROCESS + filtered * VOCABULARY
+    arrays = budget - process  # bytes for these
     working = WorkingMemory(dtype, device or mx.default_device().type.name)
     flux, blocks = sizes.flux, weights.blocks
     more = style.tokens if style else 0
@@ -461,30 +470,31 @@ def make_plan(
     strips, tiles = needs_with(working.strips), needs_with(working.tiles)
     countable = max(areas) / (width * height) * largest_array(sizes.vae, width=width, height=height) < INDEXABLE
     smaller = tiles if tiles["decode"] < strips["decode"] or not countable else strips
-    tiled = smaller is tiles and (not countable or max(strips.values()) > budget >= max(tiles.values()))
+    tiled = smaller is tiles and (not countable or max(strips.values()) > arrays >= max(tiles.values()))
     needs = tiles if tiled else strips
     least, most = _peaks(smaller, blocks, set()), max(needs.values()) + sum(blocks.computed)
-    if max(least.values()) > budget:
+    if max(least.values()) > arrays:
         worst = max(least, key=lambda stage: least[stage])
         smaller_one = "input image or picture" if images else "picture"
         raise ResourceError(
-            f"{width} x {height} needs {_size(least[worst])} of memory to {_VERBS[worst]}, "
+            f"{width} x {height} needs {_size(process + least[worst])} of memory to {_VERBS[worst]}, "
             f"and {_size(budget)} may be used",
             todo=f"a smaller {smaller_one} needs less; `memory` sets the limit",
         )
-    room = max(budget - max(max(needs.values()), needs["denoise"] + _slots(blocks.stored, blocks.cast)), 0)
-    if most <= budget:
+    room = max(arrays - max(max(needs.values()), needs["denoise"] + _slots(blocks.stored, blocks.cast)), 0)
+    if most <= arrays:
         room = sum(blocks.computed)
     places = resident_places(blocks.computed, room)
     return MemoryPlan(
         budget=budget,
+        process=process,
         stages=_peaks(needs, blocks, places),
         resident_blocks=len(places),
         total_blocks=len(blocks.stored),
         resident_bytes=room,
         read_per_step=sum(size for place, size in enumerate(blocks.stored) if place not in places),
-        least=max(least.values()),
-        most=most,
+        least=process + max(least.values()),
+        most=process + most,
         tiled=tiled,
     )
 

@@ -655,6 +655,7 @@ class FluxPipeline(AdapterMethods, compat.DiffusersMethods):
             map_bytes=self._map_needs(resolved),
             adapters=branch_bytes(self._loaded.uses(resolved.adapters or ()), self.folder.sizes, self._dtype),
             cached=self._cached(resolved),
+            filtered=self.policy is not None and self.policy.check != "review",
             budget=self.memory,
         )
 

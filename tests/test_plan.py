@@ -15,6 +15,8 @@ from mlx_flux_krea.commands import plan as plan_verb
 from mlx_flux_krea.errors import ResourceError, UsageError
 from mlx_flux_krea.memory import (
     GB,
+    PROCESS,
+    VOCABULARY,
     input_needs,
     machine_memory,
     make_plan,
@@ -91,7 +93,7 @@ def test_a_folder_weighs_what_its_files_do(model):
 
 def test_an_8_gb_mac_draws_the_unquantized_model_at_a_megapixel():
     """Two thirds of its memory are the GPU's; a fifth of that is left to others."""
-    made = plan_of(weights_of(), budget=int(8 * 2**30 * 2 / 3 * 0.8))
+    made = plan_of(weights_of(), budget=int(8 * 2**30 * 2 / 3 * 0.8), filtered=True)
     assert made.peak <= made.budget
     assert made.least < 2 * GB
     assert made.resident_blocks < made.total_blocks == 57
@@ -128,9 +130,9 @@ def test_an_input_image_is_counted_for_as_long_as_it_is_held(model):
     more = {stage: held.stages[stage] - need for stage, need in without.stages.items()}
     assert set(more.values()) == {96_000_000}
     assert plan_of(weights, images=large).stages["image"] > plan_of(weights, images=small).stages["image"]
-    pipe = FluxPipeline.from_pretrained(model, memory="60MB")
+    pipe = FluxPipeline.from_pretrained(model, memory="240MB")
     sizes = {"prompt": "a", "width": 32, "height": 32}
-    assert pipe.plan(**sizes, image=Image.new("RGB", (64, 64))).peak < 60e6
+    assert pipe.plan(**sizes, image=Image.new("RGB", (64, 64))).peak < 240e6
     with pytest.raises(ResourceError, match="a smaller input image or picture needs less"):
         pipe.plan(**sizes, image=Image.new("RGB", (6000, 4000)))
 
@@ -150,6 +152,20 @@ def test_a_budget_too_small_for_one_block_is_refused_with_the_numbers():
     ) as no:
         plan_of(weights_of(), budget=GB)
     assert no.value.exit_code == 8
+
+
+def test_the_process_itself_is_counted_in_the_peak_and_in_the_budget():
+    """Beside the arrays of each stage; with filters, Pixtral's vocabulary too."""
+    weights = weights_of()
+    free, filtered = (plan_of(weights, budget=6 * GB, filtered=one) for one in (False, True))
+    assert (free.process, filtered.process) == (PROCESS, PROCESS + VOCABULARY)
+    for made in (free, filtered):
+        assert made.peak == made.process + max(made.stages.values()) <= made.budget
+    assert free.resident_bytes - filtered.resident_bytes == VOCABULARY
+    exact = plan_of(weights, budget=filtered.least, filtered=True)
+    assert (exact.resident_blocks, exact.peak) == (0, filtered.least)
+    with pytest.raises(ResourceError):
+        plan_of(weights, budget=filtered.least - 1, filtered=True)
 
 
 @pytest.mark.slow

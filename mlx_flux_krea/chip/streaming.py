@@ -149,7 +149,14 @@ def _streamed(budget: int) -> tuple[int, int]:
     weights = estimates.weigh_recipe(config.FLUX_DEV_MODEL, "8", "bfloat16")
     try:
         plan = make_plan(
-            weights, config.FLUX_DEV_MODEL, mx.bfloat16, width=_SIDE, height=_SIDE, text_length=_LENGTH, budget=budget
+            weights,
+            config.FLUX_DEV_MODEL,
+            mx.bfloat16,
+            width=_SIDE,
+            height=_SIDE,
+            text_length=_LENGTH,
+            filtered=True,
+            budget=budget,
         )
     except ResourceError:  # not even streamed: as if every block were
         return sum(weights.blocks.stored), len(weights.blocks.stored)

@@ -169,6 +169,7 @@ def _model(
         map_bytes=_map_bytes(control, width, height),
         style=_styles(style, compute),
         adapters=sum(one["bytes"] for one in adapters),
+        filtered=folder.requires_filters,
         budget=budget,
     )
     disk = disk_bytes(folder.path.resolve())
@@ -188,6 +189,7 @@ def _model(
         _BACKEND[mx.default_device().type.name],
         *("with a reference of {} x {}, whose tokens stand beside the picture's".format(*one) for one in references),
         table([("stage", "peak"), *((name, size(count)) for name, count in plan.stages.items())], right=(1,)),
+        f"besides, {size(plan.process)} all the time: the program itself, and its vocabularies",
         f"{plan.resident_blocks} of {plan.total_blocks} transformer blocks are resident in memory; {reads}",
         *(["the picture is decoded in tiles, since memory is too small for the whole"] if plan.tiled else []),
         *_shown_adapters(adapters),
@@ -235,6 +237,7 @@ def _published(
             images=planning.input_needs([planning.HELD * width * height] if control else []),
             style=_styles(style, compute),
             adapters=branches,
+            filtered=True,
             budget=budget,
         )
 

@@ -151,7 +151,7 @@ def plan(request: dict[str, Any], find_image: fields.FindImage, *, checked_previ
         "steps": wanted.num_inference_steps,
         "evaluations": wanted.evaluations,
         "pictures": len(made),
-        "peak": max(found.peak, found.stages["denoise"] + beside),
+        "peak": max(found.peak, found.process + found.stages["denoise"] + beside),
         "stages": {name: peak + beside * (name == "denoise") for name, peak in found.stages.items()},
         "resident_blocks": found.resident_blocks,
         "total_blocks": found.total_blocks,

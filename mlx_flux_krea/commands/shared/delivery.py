@@ -154,5 +154,6 @@ def _memory(result: Result) -> str:
     for stage, seconds in result.seconds.items():
         expected = max(predicted[name] for name in stages.get(stage, (stage,)) if name in predicted)
         rows.append((stage, f"{seconds:.1f}", size(expected), size(result.peaks[stage])))
-    resident = f"{result.plan.resident_blocks} of {result.plan.total_blocks} transformer blocks resident in memory"
-    return f"{table(rows, right=(1, 2, 3))}\n{resident}"
+    plan = result.plan
+    resident = f"{plan.resident_blocks} of {plan.total_blocks} transformer blocks resident in memory"
+    return f"{table(rows, right=(1, 2, 3))}\nbesides, {size(plan.process)} of the program itself\n{resident}"

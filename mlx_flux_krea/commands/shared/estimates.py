@@ -73,7 +73,7 @@ def precisions(
         weights = weigh_recipe(sizes, precision, "bfloat16")
         try:
             plan = memory.make_plan(
-                weights, sizes, mx.bfloat16, width=width, height=height, text_length=length, **machine
+                weights, sizes, mx.bfloat16, width=width, height=height, text_length=length, filtered=True, **machine
             )
             peak, whole = plan.peak, plan.resident_blocks == plan.total_blocks
         except ResourceError:
