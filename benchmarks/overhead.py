@@ -1,23 +1,32 @@
-"""Cost of a step beyond its matrix products and attention, which are timed alone, in alternation, in the same run.
+"""Cost of a step beyond its matrix products and attention, and of a picture beyond its networks.
 
     LD_PRELOAD=libopenblas.so.0 python benchmarks/overhead.py [--side 512] [--double 1] [--single 2] [--rounds 3]
+
+Products and attention are timed alone, in alternation with the step, in the same run. The cost of a picture is the
+processor's time of Python's own threads, by parts: MLX computes in threads of its own.
 
 Blocks of FLUX.1's full width with random weights. MLX's own products on the CPU are slow, and would hide everything
 else: preload OpenBLAS (Debian: libopenblas0-pthread). The ratio is the pipeline's overhead.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import statistics
+import tempfile
+import threading
 import time
+from collections import Counter
+from unittest import mock
 
 import mlx.core as mx
 from mlx.utils import tree_map
 
+from mlx_flux_krea import FluxPipeline, generator, prompts, provenance, weights, worker
+from mlx_flux_krea.home import NANO
 from mlx_flux_krea.models import config, transformer
 from mlx_flux_krea.sampling import sampler
-from mlx_flux_krea.worker import evaluated
 
 
 def step_of(flux: transformer.Flux, tokens: int, side: int, dtype: mx.Dtype):
@@ -29,7 +38,7 @@ def step_of(flux: transformer.Flux, tokens: int, side: int, dtype: mx.Dtype):
     mods = flux.modulations(vec)
     mx.eval(img, txt, pe, mods)
 
-    return lambda: mx.eval(flux.forward(img, txt, mods, pe, evaluated))
+    return lambda: mx.eval(flux.forward(img, txt, mods, pe, worker.evaluated))
 
 
 def products_of(flux: transformer.Flux, tokens: int, dtype: mx.Dtype):
@@ -88,6 +97,59 @@ def parts_of(flux: transformer.Flux, tokens: int, dtype: mx.Dtype) -> dict:
     }
 
 
+# Parts of a picture besides its networks: where their functions are looked up. The last has all that is in no other.
+PICTURE_PARTS = {
+    "request": (FluxPipeline, "_resolve"),
+    "memory plan": (FluxPipeline, "plan"),
+    "facts of the record": (FluxPipeline, "_record"),
+    "tokens": (prompts, "tokenize"),
+    "noise": (generator, "make_latents"),
+    "encoders and autoencoder, opened again": (weights.NetworkFolder, "load"),
+    "PNG": (provenance.Picture, "save"),
+    "everything else": (worker.WorkerJob, "call"),
+}
+
+
+def picture_parts(rounds: int, steps: int = 28) -> dict[str, float]:
+    """Seconds of the processor of each part of a picture of the small model, medians; the first picture is left out."""
+    seconds, threads = Counter(), threading.local()
+
+    def timed(name, function):
+        def call(*args, **kwargs):
+            inner = threads.__dict__.setdefault("inner", [0.0])  # time of the parts inside each part at hand
+            inner.append(0.0)
+            begin = time.thread_time()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                spent = time.thread_time() - begin
+                seconds[name] += spent - inner.pop()
+                inner[-1] += spent
+
+        return call
+
+    def evaluate(part, *args):
+        result = timed("graphs of the networks", part)(*args)
+        timed("handing them to MLX", mx.eval)(result)
+        return result
+
+    found = []
+    with contextlib.ExitStack() as stack, tempfile.TemporaryDirectory() as folder:
+        stack.enter_context(mock.patch.dict("os.environ", {"FLUX_KREA_HOME": f"{folder}/home"}))  # with an empty log
+        pipe = FluxPipeline.from_pretrained(NANO)
+        stack.enter_context(mock.patch.object(worker, "_evaluate", evaluate))
+        for name, (owner, attribute) in PICTURE_PARTS.items():
+            stack.enter_context(mock.patch.object(owner, attribute, timed(name, getattr(owner, attribute))))
+        for i in range(rounds + 1):
+            seconds.clear()
+            image = timed("everything else", pipe)(
+                f"{i + 1} rings", seed=i, width=64, height=64, num_inference_steps=steps
+            )
+            image.images[0].save(f"{folder}/{i}.png")
+            found.append(dict(seconds))
+    return {name: statistics.median(one.get(name, 0) for one in found[1:]) for name in found[-1]}
+
+
 def processor_seconds(call) -> float:
     begin = time.process_time()
     mx.eval(call())
@@ -127,7 +189,11 @@ def main():
     print(f"| besides, in a single block | {' | '.join(parts)} |")
     print(f"|{'---|' * (len(parts) + 1)}")
     print(f"| seconds of a processor | {' | '.join(f'{one:.3f}' for one in of_parts.values())} |")
-    print(json.dumps({"ratio": ratio, **seconds, "pieces": of_parts}))
+    of_picture = picture_parts(args.rounds)
+    print("| of a picture of 28 steps, besides its networks | seconds of a processor |\n|---|---|")
+    for name, one in {**of_picture, "all": sum(of_picture.values())}.items():
+        print(f"| {name} | {one:.3f} |")
+    print(json.dumps({"ratio": ratio, **seconds, "pieces": of_parts, "picture": of_picture}))
 
 
 if __name__ == "__main__":
