@@ -71,7 +71,7 @@ VERBS = {
     "demo": Verb("demo", "demo", "Make a picture with the small built-in model."),
     "doctor": Verb("doctor", "doctor", "Examine this machine and the installation."),
     "generate": Verb("generate", "generate", "Generate pictures from PROMPT."),
-    "inspect": Verb("inspect", "inspect", "Describe a model, an adapter, weights, or a picture made here."),
+    "inspect": Verb("inspect", "inspect", "Describe a model, an adapter, weights, or a picture."),
     "log": Verb("log", "log", "Verify or export the log of checks and releases."),
     "models": Verb("models", "models", "List installed models, adapters, components, filters."),
     "plan": Verb("plan", "plan", "Predict memory and disk of a picture, without loading."),

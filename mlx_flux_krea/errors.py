@@ -9,7 +9,7 @@ import reprlib
 from typing import Self
 
 __all__ = [
-    "FiltersError", "FluxKreaError", "Interrupted", "MachineError", "ModelError", "PartlyDone",
+    "CredentialsError", "FiltersError", "FluxKreaError", "Interrupted", "MachineError", "ModelError", "PartlyDone",
     "ResourceError", "UsageError",
     "Waiting", "Withheld", "amount", "gpu_error", "printable", "short_repr", "shortened",
 ]  # fmt: skip
@@ -78,6 +78,12 @@ class Waiting(FluxKreaError):
 
 class FiltersError(FluxKreaError):
     """Filters that the model's licence requires, or their log, are missing or unhealthy; nothing was released."""
+
+    exit_code = 6
+
+
+class CredentialsError(FluxKreaError):
+    """A picture that must be signed cannot be: its certificate, its key or the signature is at fault."""
 
     exit_code = 6
 

@@ -23,6 +23,7 @@ LOG = "log"  # the chained log of checks and releases
 CHECKPOINTS = "interrupted"  # a file for each unfinished run
 PICTURES = "pictures"  # those of the page, and the first one of `setup`
 SETTINGS = "config.json"  # of `flux-krea config`
+CREDENTIALS = "credentials"  # the certificate that signs pictures, and its key
 LICENCES = "licences.json"  # texts that a person has agreed to
 PRODUCTS = "products.json"  # how quantized layers multiply fastest on this machine
 FAST = "fast.json"  # the mode of `fast` that was measured to be nearest, of each model

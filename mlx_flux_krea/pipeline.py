@@ -869,6 +869,7 @@ class FluxPipeline(AdapterMethods, compat.DiffusersMethods):
             "mlx": version("mlx"),
             "model": self.folder.index.name,
             "base": self.folder.index.base,
+            "license": self.folder.index.license,
             "manifest_sha256": sha256_if_exists(self.folder.path / "manifest.json"),
             "dtype": self.dtype,
             "quantization": {name: str(n.quantization) for name, n in self.folder.networks.items() if n.quantization},

@@ -239,6 +239,7 @@ KONTEXT_SIZES = (*_HALF, (1024, 1024), *((height, width) for width, height in re
 # Choices of options, the usual one first.
 COMPUTE_TYPES = ("bfloat16", "float16", "float32")
 METADATA = ("full", "minimal")  # everything that decides the picture, or only that an AI made it
+CREDENTIALS = ("off", "on", "require")  # pictures are signed or not; or none is released unsigned
 STYLE_RULES = ("grid", "concat", "sum")  # how the tokens of style images stand beside the text's: inputs/style.py
 SOLVERS = ("euler", "dpmpp_2m", "heun")  # sampling/solvers.py
 SCHEDULES = ("beta", "simple")  # of noise levels, besides the model's: sampler.schedule_levels

@@ -25,7 +25,8 @@ from typing import Any, BinaryIO, Self
 from PIL import ExifTags, Image, JpegImagePlugin, PngImagePlugin, UnidentifiedImageError
 
 from . import __version__
-from .errors import UsageError, printable
+from .credentials import signing
+from .errors import CredentialsError, UsageError, printable
 from .files import open_regular, parse_json, replacing
 from .presets import MAX_PIXELS, METADATA, QUALITY
 
@@ -52,6 +53,7 @@ _RAW_STARTS = (
 _NO_RAW_STARTS = (b"\x89PNG", b"\xff\xd8", b"RIFF", b"BM", b"GIF8")  # of what may have a RAW file's name
 _DNG_VERSION, _SUBFILE_TYPE, _SUB_IFDS, _CFA_PATTERN = 0xC612, 0x00FE, 0x014A, 0x828E  # tags of TIFF
 _SIPS = "convert it first; on a Mac: sips -s format jpeg IN --out OUT.jpg"
+SIGNED = {"credentials": True}  # in the record of a signed file: a copy without them has lost them
 _KEY = "flux-krea"  # of the JSON text in a PNG
 _A1111_KEY = "parameters"  # of A1111's text in a PNG
 _XMP_KEY = "XML:com.adobe.xmp"  # of XMP in a PNG
@@ -98,6 +100,7 @@ class Picture(Image.Image):
         *,
         metadata="full",
         quality: int | None = None,
+        credentials: str | signing.Signing = "off",
         force=True,
         before: Callable[[bytes], None] = lambda encoded: None,
         **params,
@@ -109,6 +112,8 @@ class Picture(Image.Image):
             format: "PNG", "JPEG" or "WEBP"; None: from the ending of the path.
             metadata: "full", or "minimal": only that a machine made it.
             quality: 1 to 100, of JPEG and WebP; WebP at 100 loses nothing; None: 95.
+            credentials: "off"; "on": the file is signed, or saved without where that fails, with a warning in the log;
+                "require": signed, or not saved. `signing.Signing` names one's own certificate, and input images.
             force: replaces a file at the path.
             before: called with the file's bytes before any of them is written.
             params: Pillow's own, over the defaults. The contents of `exif` and `pnginfo` are written beside ours.
@@ -118,6 +123,7 @@ class Picture(Image.Image):
                 is ours.
             FileExistsError: without `force`, the path is taken.
             ResourceError: the disk is full.
+            CredentialsError: the file must be signed, and cannot be.
         """
         if metadata not in METADATA:
             raise UsageError(f"`metadata` is {metadata!r}", f"one of {', '.join(METADATA)}")
@@ -128,13 +134,30 @@ class Picture(Image.Image):
             raise UsageError(f"{found} cannot hold the record of a picture", f"one of {', '.join(FORMATS)}")
         check_quality(quality, encoding)
         params |= {} if quality is None else {"quality": quality}
-        params = _parameters(encoding, self.record, metadata, **params)
-        encoded = io.BytesIO()
-        super().save(encoded, encoding, **params)
-        before(encoded.getvalue())
-        self._write(fp, encoded.getvalue(), force)
+        encoded, unsigned = self._signed(encoding, metadata, signing.chosen(credentials), params)
+        before(encoded)
+        self._write(fp, encoded, force, unsigned)
 
-    def _write(self, fp, encoded: bytes, force: bool) -> None:
+    def _signed(
+        self, encoding: str, metadata: str, how: signing.Signing | None, params: dict
+    ) -> tuple[bytes, bytes | None]:
+        """Returns the file's bytes; and those that were signed, or None: it is not signed."""
+        if how is not None:
+            encoded = self._encoded(encoding, metadata, self.record | SIGNED, params)
+            try:
+                return signing.sign(encoded, encoding, self.record, how, metadata=metadata), encoded
+            except CredentialsError as error:
+                if how.mode != "on":
+                    raise
+                logger.warning("the picture is saved without credentials: %s", error)
+        return self._encoded(encoding, metadata, self.record, params), None
+
+    def _encoded(self, encoding: str, metadata: str, record: dict, params: dict) -> bytes:
+        encoded = io.BytesIO()
+        super().save(encoded, encoding, **_parameters(encoding, record, metadata, **params))
+        return encoded.getvalue()
+
+    def _write(self, fp, encoded: bytes, force: bool, unsigned: bytes | None) -> None:
         with contextlib.nullcontext(fp) if hasattr(fp, "write") else replacing(Path(fp), force) as file:
             file.write(encoded)
 

@@ -30,6 +30,7 @@ from mlx_flux_krea.commands import demo
 from mlx_flux_krea.commands.shared.jobs import size_of
 from mlx_flux_krea.commands.shared.options import given_options
 from mlx_flux_krea.commands.shared.preview import Preview
+from mlx_flux_krea.credentials.reading import has_credentials
 from mlx_flux_krea.filters import judges as filters_judges
 from mlx_flux_krea.filters.log import Log
 from mlx_flux_krea.nano import scenes
@@ -695,6 +696,19 @@ def test_a_shell_takes_images_as_generate_does(run, kontext, control, tmp_path):
             run("shell", "-m", model, *QUICK, reads="\n".join([*lines, CROSS])),
         )
         assert len({(tmp_path / out.strip()).read_bytes() for code, out, err in runs}) == 1, runs
+
+
+@shows("generate", "--credentials")
+@shows("shell", "--credentials")
+def test_pictures_are_signed_where_that_is_asked_for(run, tmp_path):
+    """More is in test_credentials.py."""
+    pytest.importorskip("c2pa", reason="needs c2pa-python, the extra `credentials`")
+    runs = (
+        run("generate", CROSS, "-m", "nano", *QUICK, "--credentials", "require"),
+        run("shell", "-m", "nano", *QUICK, "--credentials", "on", reads="\n".join([CROSS, "/credentials off", CROSS])),
+    )
+    paths = [tmp_path / name for _, out, _ in runs for name in out.split()]
+    assert list(map(has_credentials, paths)) == [True, True, False], runs
 
 
 @shows("generate", "--watermark")

@@ -1,5 +1,6 @@
 """flux-krea config: generate's default options, kept in a file."""
 
+import os
 import shlex
 
 import click
@@ -7,7 +8,7 @@ import click
 from mlx_flux_krea.errors import UsageError, printable
 
 from .shared import settings
-from .shared.options import LASTING, cast, find_name
+from .shared.options import CONFIG, SIGNING, cast, find_name
 from .shared.terminal import Console
 from .shared.text import json_text, table
 
@@ -20,7 +21,8 @@ from .shared.text import json_text, table
 def config(option, value, unset, as_json):
     """Show or change generate's default options.
 
-    OPTION is an option of generate. Command-line options override it.
+    OPTION is an option of generate; command-line options override it. certificate and certificate-key name PEM files to
+    sign with, instead of the certificate that is made for this installation.
 
     \b
     Examples:
@@ -56,7 +58,7 @@ def config(option, value, unset, as_json):
 
 def _only(options: dict, option: str, console: Console) -> dict:
     """Returns one of the options that are set; without it, says that generate's own default holds."""
-    name = find_name(option, LASTING)
+    name = find_name(option, CONFIG)
     if name not in options:
         console.say(f"{name} is not set: generate's default holds")
     return {n: value for n, value in options.items() if n == name}
@@ -67,9 +69,9 @@ def _changed(options: dict, option: str, *, value: str, unset: bool) -> dict:
     if value and unset:
         raise UsageError(f"{option} has a value, and --unset", "one of them")
     if value:
-        name, _ = cast(option, value, LASTING)
-        return options | {name: value}
-    name = find_name(option, LASTING)
+        name, _ = cast(option, value, CONFIG)
+        return options | {name: os.path.abspath(os.path.expanduser(value)) if name in SIGNING else value}
+    name = find_name(option, CONFIG)
     if name not in options:
         raise UsageError(f"{option} is not set", f"one of {', '.join(options)}" if options else "")
     return {n: v for n, v in options.items() if n != name}

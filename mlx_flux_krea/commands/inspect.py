@@ -1,13 +1,11 @@
 """flux-krea inspect: describes a file or folder from its headers, without reading tensors."""
 
-import contextlib
 import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
 
 from mlx_flux_krea import home
 from mlx_flux_krea.adapters.installed import FACTS, Origin, installed, with_licence
@@ -17,28 +15,29 @@ from mlx_flux_krea.convert.decode import in_words
 from mlx_flux_krea.convert.identify import identify
 from mlx_flux_krea.convert.sources import open_sources
 from mlx_flux_krea.convert.walk import is_model_folder
-from mlx_flux_krea.credentials import watermark
-from mlx_flux_krea.errors import ModelError, UsageError, amount, printable
+from mlx_flux_krea.errors import ModelError, amount, printable
 from mlx_flux_krea.files import sha256
 from mlx_flux_krea.models.config import FLUX_DEV_MODEL, quantization_to_json, to_json
 from mlx_flux_krea.presets import GPTQ
-from mlx_flux_krea.provenance import FORMATS, opened, read_picture
+from mlx_flux_krea.provenance import FORMATS
 from mlx_flux_krea.weights import ComponentFolder, ModelFolder, count_parameters, open_folder, open_model
 
 from .shared.answers import nearest
 from .shared.installed import formulas
 from .shared.loras import FEW_STEPS, known_models
 from .shared.options import FILE
-from .shared.text import flattened, json_text, number, size, table
+from .shared.picture_facts import describe_picture
+from .shared.text import json_text, number, size, table
 
 
 @click.command()
 @click.argument("path", type=FILE)
 @click.option("--json", "as_json", is_flag=True, help="Print all facts as JSON.")
 def inspect(path, as_json):
-    """Describe a model, an adapter, weights, or a picture made here.
+    """Describe a model, an adapter, weights, or a picture.
 
-    PATH is a file or folder, or the name of an installed model, adapter or component.
+    PATH is a file or folder, or the name of an installed model, adapter or component. Of pictures, also those made
+    elsewhere, it reads and validates content credentials (C2PA).
 
     \b
     Examples:
@@ -53,7 +52,7 @@ def inspect(path, as_json):
         near = nearest(path.name, [home.NANO_NAME, *home.installed_models(), *installed(), *beside])
         raise ModelError(f"there is nothing at {path}", "a file or a folder", f"did you mean {near}?" if near else "")
     if path.suffix.lower() in FORMATS:
-        facts, lines = _picture(path)
+        facts, lines = describe_picture(path)
     elif is_model_folder(path):
         facts, lines = _model(path)
     elif (path / FACTS).is_file():
@@ -61,31 +60,6 @@ def inspect(path, as_json):
     else:
         facts, lines = _foreign_adapter(path) if looks_like_adapter(path) else _foreign(path)
     click.echo(json_text(facts) if as_json else "\n".join(map(printable, lines.split("\n"))))
-
-
-def _picture(path: Path) -> tuple[dict[str, Any], str]:
-    """Describes a picture by its record."""
-    facts = read_picture(path)
-    mark = _watermark(path)
-    marked = {"watermark read": f"flux, {mark.right} of {mark.of} bits"} if mark else {}
-    if not any(facts.values()):
-        facts |= {"watermark": mark and vars(mark)}
-        return {"kind": "picture", **facts}, "\n".join(
-            [f"{path} has no record of ours", *map(": ".join, marked.items())]
-        )
-    about = {"made by": facts["source_type"] or "unknown", "software": facts["software"] or "unknown"} | marked
-    facts |= {"watermark": mark and vars(mark)}
-    if facts["record"] is None and facts["parameters"]:
-        about["parameters"] = facts["parameters"]
-    return {"kind": "picture", **facts}, table(flattened(about | (facts["record"] or {})))
-
-
-def _watermark(path: Path) -> watermark.FoundWatermark | None:
-    """Looks for the invisible watermark of flux in a picture; None: it has none, or is too large to be decoded."""
-    with contextlib.suppress(UsageError), opened(path) as image:
-        found = watermark.read(np.asarray(image.convert("RGB")))
-        return found if found and found.is_there else None
-    return None
 
 
 def _model(path: Path) -> tuple[dict[str, Any], str]:

@@ -9,9 +9,11 @@ import click
 from mlx_flux_krea.errors import Waiting, amount, printable
 from mlx_flux_krea.files import replacing
 from mlx_flux_krea.filters.ledger import Ledger, QuarantinedImage, Verdict
+from mlx_flux_krea.presets import CREDENTIALS
 from mlx_flux_krea.provenance import FORMATS
 
 from .shared import signals
+from .shared.credentials import check_credentials
 from .shared.jobs import default_output, output_name
 from .shared.options import FILE, METADATA, QUALITY
 from .shared.output import check_output, meant_file
@@ -37,8 +39,13 @@ ANSWERS = ("yes", "no", "later")
     type=METADATA,
     help="Record in the file: all settings, or only that an AI made it.  [default: as given to generate, or full]",
 )
+@click.option(
+    "--credentials",
+    type=click.Choice(CREDENTIALS),
+    help="Sign pictures (C2PA): on, or require, which saves none without.  [default: as given to generate, or off]",
+)
 @click.option("--contact-sheet", is_flag=True, help="Show all of them small and numbered first, to choose from.")
-def review(output, reviewer, quality, metadata, contact_sheet):
+def review(output, reviewer, quality, metadata, credentials, contact_sheet):
     """Review waiting pictures, and release or reject them.
 
     The licence asks that nobody passes on a picture before a person has checked that it is neither unlawful nor
@@ -54,7 +61,9 @@ def review(output, reviewer, quality, metadata, contact_sheet):
       flux-krea review -o frog.png
       flux-krea review --contact-sheet
     """
-    typed = {name: value for name, value in (("quality", quality), ("metadata", metadata)) if value is not None}
+    check_credentials(credentials)
+    options = {"quality": quality, "metadata": metadata, "credentials": credentials}
+    typed = {name: value for name, value in options.items() if value is not None}
     if output:
         check_output(output_name(output, prompt="", seed=0, number=1), quality)
     console, ledger = Console(), Ledger()
@@ -177,7 +186,7 @@ def _answer(question: str) -> str:
 
 
 def _target(picture: QuarantinedImage, output: Path | None, number: int, *, meant: dict, typed: dict) -> ReviewTarget:
-    """Returns the file to save a picture in and options of `Picture.save`: as typed, else as given to generate.
+    """Returns the file to save a picture in and options for it: as typed, else as given to generate.
 
     Raises:
         UsageError: --output has an unknown field, or cannot be written.

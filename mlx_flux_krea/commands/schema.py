@@ -15,6 +15,7 @@ NAMES = (
     "prompt", "negative_prompt", "true_cfg_scale", "aspect", "megapixels", "width", "height", "steps", "guidance",
     "seed", "num_images", "noise", "lora", "style", "style_rule", "fast", "solver", "schedule", "cache",
     "image", "reference", "mask", "strength", "expand", "crop_to_mask", "control_image", "control", "fit",
+    "credentials", "watermark",
 )  # fmt: skip
 _MASKED, _CONTROL = {"mask", "expand", "crop_to_mask", "strength"}, {"control_image", "control"}
 _NOT_OF = {"kontext": _MASKED | _CONTROL, "fill": _CONTROL | {"reference"}}  # what a task does not read

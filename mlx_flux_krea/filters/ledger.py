@@ -95,8 +95,8 @@ class Released(Picture):
     root: Path
     _copied = ("record", "image", "root")
 
-    def _write(self, fp, encoded: bytes, force: bool) -> None:
-        Ledger(self.root).release(self, encoded, fp, force)
+    def _write(self, fp, encoded: bytes, force: bool, unsigned: bytes | None) -> None:
+        Ledger(self.root).release(self, encoded, fp, force, unsigned)
 
 
 def pixel_hash(pixels: np.ndarray) -> str:
@@ -288,7 +288,7 @@ class Ledger:
         meant = _about(quarantined.path).get("meant_for")
         return meant if isinstance(meant, dict) else {}
 
-    def release(self, picture: Released, encoded: bytes, fp, force: bool) -> None:
+    def release(self, picture: Released, encoded: bytes, fp, force: bool, unsigned: bytes | None = None) -> None:
         """Writes a released picture; pictures of a model that requires filters are written by no other function.
 
         Order: the log confirms the release of these pixels; the encoded file is decoded and compared; a temporary file
@@ -300,6 +300,7 @@ class Ledger:
             encoded: the file's bytes.
             fp: a path, or a file open for writing.
             force: replace an existing file.
+            unsigned: the file's bytes before it was signed, whose hash the log has too; None: it is not signed.
 
         Raises:
             UsageError: the pixels were changed since, or the path cannot be written.
@@ -315,6 +316,7 @@ class Ledger:
             raise UsageError("the picture was changed after it was released", "the same pixels", todo)
         _compare(pixels, encoded)
         digest = hashlib.sha256(encoded).hexdigest()
+        files = {"file_sha256": digest, "unsigned_sha256": unsigned and hashlib.sha256(unsigned).hexdigest()}
         try:
             if not hasattr(fp, "write"):
                 self._note_target(picture.image, Path(fp), force)
@@ -325,7 +327,7 @@ class Ledger:
                     sync(file.fileno())
                     if hashlib.sha256(Path(file.name).read_bytes()).hexdigest() != digest:
                         raise FiltersError(f"{fp} was changed while it was written", "", "write it elsewhere")
-                self.log.append("written", image=picture.image, pixels=facts["pixels"], file_sha256=digest)
+                self.log.append("written", image=picture.image, pixels=facts["pixels"], **_known(files))
             if not file:
                 fp.write(encoded)
         except BaseException:
@@ -422,6 +424,11 @@ class LedgerRun:
     def note(self, event: str, **facts) -> None:
         """Logs an event that is not about a picture of this run, such as a flagged prompt."""
         self.ledger.log.append(event, run=self.name, **facts, **self._common)
+
+
+def _known(facts: dict[str, Any]) -> dict[str, Any]:
+    """Returns the facts that have a value."""
+    return {name: value for name, value in facts.items() if value is not None}
 
 
 def _hash_json(record: dict | None) -> str:

@@ -8,6 +8,7 @@ from mlx_flux_krea import home
 from mlx_flux_krea.commands.doctor import without_paths
 from mlx_flux_krea.commands.shared.options import ARGUMENTS
 from mlx_flux_krea.errors import (
+    CredentialsError,
     FiltersError,
     FluxKreaError,
     Interrupted,
@@ -25,6 +26,7 @@ STATUSES: tuple[tuple[type[FluxKreaError], int, str], ...] = (
     (Withheld, 400, "content_policy_violation"),
     (Waiting, 409, "review_required"),
     (FiltersError, 503, "filters_unavailable"),
+    (CredentialsError, 503, "credentials_unavailable"),
     (ResourceError, 507, "insufficient_resources"),
     (Interrupted, 499, "cancelled"),
     (ModelError, 404, "model_not_found"),

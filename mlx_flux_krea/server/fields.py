@@ -31,7 +31,7 @@ PLAIN = (
     "prompt", "negative_prompt", "true_cfg_scale", "width", "height", "aspect", "megapixels", "steps", "guidance",
     "strength", "fast", "solver", "schedule", "cache", "noise", "like", "expand", "crop_to_mask", "soft_mask",
     "no_paste", "no_auto_resize", "control", "fit", "style_rule", "quality", "metadata",
-    "watermark",
+    "credentials", "watermark",
 )  # fmt: skip
 _IMAGES = ("image", "mask", "control_image")  # ids
 _ID = {"type": "string", "pattern": "^[0-9a-f]{16}$"}

@@ -8,6 +8,7 @@ from mlx_flux_krea import Result
 from mlx_flux_krea.errors import Withheld, printable
 from mlx_flux_krea.provenance import FORMATS, Picture, read_record
 
+from .credentials import parts_of, signed, sources_of
 from .jobs import PictureJob, PreparedJob
 from .options import with_option_names
 from .output import names_from, save, save_bytes
@@ -78,7 +79,9 @@ class Delivery:
 
     def deliver_sheet(self, sheet: Picture, name: Path) -> None:
         """Saves and reports the contact sheet."""
-        how = _how(self._run.jobs[0].options)
+        options = self._run.jobs[0].options
+        parts = parts_of([path for _, path in self._run.done if path])
+        how = _how(options) | signed(options.get("credentials"), parts)
         if FORMATS.get(name.suffix.lower()) == "PNG":
             how.pop("quality", None)
         self._tell_sheet(save(sheet, names_from(name), force=self._run.force, before=self._run.claim, **how))
@@ -91,7 +94,9 @@ class Delivery:
     def _save(self, job: PictureJob, picture: Picture) -> Path:
         """Saves a picture; a note tells if the first picture of a name gets another one."""
         first, names = job.output not in self._names, self._names.setdefault(job.output, names_from(job.output))
-        path = save(picture, names, force=self._run.force, before=self._run.claim, **_how(job.options))
+        mode = job.options.get("credentials")
+        how = _how(job.options) | (signed(mode, sources_of(job.options, picture.record)) if mode else {})
+        path = save(picture, names, force=self._run.force, before=self._run.claim, **how)
         if first and path != job.output:
             self._console.say(f"note: {printable(str(job.output))} exists; writing {printable(str(path))}")
         return path
@@ -141,7 +146,7 @@ class Delivery:
 
 
 def _how(options: dict[str, Any]) -> dict[str, Any]:
-    """Picks the options of `Picture.save`."""
+    """Picks the options of `Picture.save`, but for credentials."""
     return {name: options[name] for name in ("metadata", "quality") if name in options}
 
 

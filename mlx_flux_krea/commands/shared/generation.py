@@ -19,6 +19,7 @@ from mlx_flux_krea.weights import open_model
 
 from . import signals
 from .candidates import kept_message, stopped_early
+from .credentials import check_credentials, sources_of, to_json
 from .delivery import Delivery
 from .images import close_images
 from .jobs import (
@@ -222,7 +223,7 @@ class Generation:
                         checked_preview=self._checked_preview,
                         checkpoint=run.checkpoint,
                         before_release=signals.hold,  # pictures that the log calls released are saved despite a signal
-                        meant_for=meant_for(_output(run, job.job), job.job.options),
+                        meant_for=_meant_for(run, job),
                     )
                 except Withheld as error:
                     if len(run.jobs) == 1:
@@ -248,6 +249,14 @@ class Generation:
             delivery.report()
 
 
+def _meant_for(run: Run, job: PreparedJob) -> dict:
+    """Returns the file that a picture is meant for, and the images that it is made of if it is to be signed."""
+    meant = meant_for(_output(run, job.job), job.job.options)
+    if job.job.options.get("credentials"):
+        meant["sources"] = to_json(sources_of(job.job.options, job.request.record(job.pick)))
+    return meant
+
+
 def _output(run: Run, job: PictureJob) -> Path:
     """Returns the file that a picture is meant for; a predicted one has a name of its own."""
     number = len(run.done) + 1
@@ -258,6 +267,7 @@ def _output(run: Run, job: PictureJob) -> Path:
 
 def _with_checked_output(job: PictureJob) -> PictureJob:
     check_output(job.output, job.options.get("quality"))
+    check_credentials(job.options.get("credentials"))
     return job
 
 

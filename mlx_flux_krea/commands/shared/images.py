@@ -87,6 +87,11 @@ def restored_images(options: dict, arrays: dict[str, np.ndarray]) -> Opened:
     return opened
 
 
+def image_files(options: dict) -> dict[str, Path]:
+    """Returns the files of a job's images, by the names that their hashes have in a record."""
+    return {name: path for name, (_, path) in _paths(options).items()}
+
+
 def recorded_images(record: dict) -> dict[str, str]:
     """Returns sizes and hashes of a picture's input images in its record, by name."""
     found = {}

@@ -51,7 +51,7 @@ _MODE = "fast_mode"  # of --fast, as it was when the run began
 _PRIVATE = (OPENED, "candidate", _MODE)  # options that no record sets
 # Options that `options.py` does not declare, checked where they are used.
 UNTYPED = (*_FROM_RECORD, *_CIRCUMSTANCES, *_PRIVATE)
-_FILE_OPTIONS = ("output", "quality", "metadata", "keep_map")  # per picture, but not in its record
+_FILE_OPTIONS = ("output", "quality", "metadata", "credentials", "keep_map")  # per picture, but not in its record
 _PICTURE = (*PER_PICTURE, *UNTYPED, "dtype")
 
 

@@ -297,6 +297,8 @@ OPTIONS = [
             default=presets.QUALITY),
     _option("--metadata", type=METADATA, help="Record in the file: all settings, or only that an AI made it.",
             default="full"),
+    _option("--credentials", type=click.Choice(presets.CREDENTIALS),
+            help="Sign pictures (C2PA): on, or require, which saves none without.", default=presets.CREDENTIALS[0]),
     _option("--watermark", is_flag=True, help="Add the invisible watermark of BFL's programs: 65,536 pixels or more."),
     _option("--check", type=click.Choice(presets.CHECKS),
             help="Who checks pictures before release: filters, you (review), or both.  [default: filters if required]"),
@@ -310,6 +312,8 @@ OPTIONS = [
     _option("--json", "as_json", is_flag=True, help="Print a JSON report; events go to stderr."),
 ]  # fmt: skip
 BY_NAME = {str(option.name): option for option in OPTIONS} | {"prompt": _option("--prompt", help="Text to generate.")}
+SIGNING = ("certificate", "certificate_key")  # files of one's own to sign with, in the config file alone
+BY_NAME |= {name: _option(f"--{name.replace('_', '-')}", type=FILE, help="PEM file.") for name in SIGNING}
 # Options that the library's arguments name differently.
 ARGUMENTS = {
     "steps": "num_inference_steps",
@@ -338,9 +342,10 @@ _BACKQUOTED = re.compile(
 )
 POLICY = ("check", "nsfw_threshold", "integrity_margin")
 _LASTING = ("model", "dtype", "memory", "contact_sheet", "preview", "verbose", *POLICY)
-_RUN = (*_LASTING, "candidates", "prompts", "from_", "force", "as_json")  # options of a whole run
+_RUN = (*_LASTING, *SIGNING, "candidates", "prompts", "from_", "force", "as_json")  # options of a whole run
 PER_PICTURE = tuple(name for name in BY_NAME if name not in _RUN)
-LASTING = (*_LASTING, *(name for name in PER_PICTURE if name != "prompt"))  # may stand in the config file
+LASTING = (*_LASTING, *(name for name in PER_PICTURE if name != "prompt"))  # of a shell
+CONFIG = (*LASTING, *SIGNING)  # may stand in the config file
 
 # Options of an outer layer that an option of an inner layer replaces: row before file, command before config.
 _SIZE = ("width", "height", "aspect", "megapixels")

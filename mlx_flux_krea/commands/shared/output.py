@@ -11,7 +11,7 @@ from pathlib import Path
 
 from mlx_flux_krea.errors import UsageError, Waiting, Withheld, amount
 from mlx_flux_krea.files import sha256_if_exists, try_writing, written_whole
-from mlx_flux_krea.presets import METADATA
+from mlx_flux_krea.presets import CREDENTIALS, METADATA
 from mlx_flux_krea.provenance import FORMATS, Picture, check_quality
 
 from . import signals
@@ -105,12 +105,13 @@ def save_bytes(data: bytes, names: Iterator[Path], *, force: bool) -> Path:
 
 def meant_for(output: Path, options: dict) -> dict:
     """Returns the file that a picture is meant for, as JSON that is kept with it while it waits for review."""
-    how = {name: options[name] for name in ("quality", "metadata") if name in options}
+    how = {name: options[name] for name in ("quality", "metadata", "credentials") if name in options}
     return {"folder": os.getcwd(), "output": str(output), **how}
 
 
 def meant_file(meant: dict) -> tuple[Path | None, dict]:
-    """Reads the JSON of `meant_for`. Returns the file (None: not known) and options of `Picture.save`."""
+    """Reads the JSON of `meant_for`. Returns the file (None: not known) and options of the command
+    for it: metadata, credentials and quality."""
     folder, output = meant.get("folder"), meant.get("output")
     if not (isinstance(folder, str) and isinstance(output, str)):
         return None, {}
@@ -122,8 +123,9 @@ def meant_file(meant: dict) -> tuple[Path | None, dict]:
         check_output(path, meant.get("quality"))
     except UsageError:
         return None, {}
-    metadata = {"metadata": meant["metadata"]} if meant.get("metadata") in METADATA else {}
-    return path, metadata | ({"quality": meant["quality"]} if meant.get("quality") is not None else {})
+    known = {"metadata": METADATA, "credentials": CREDENTIALS}
+    how = {name: meant[name] for name, values in known.items() if meant.get(name) in values}
+    return path, how | ({"quality": meant["quality"]} if meant.get("quality") is not None else {})
 
 
 def check_outcomes(outcomes: list[str]) -> None:

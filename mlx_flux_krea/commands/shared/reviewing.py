@@ -9,6 +9,7 @@ from mlx_flux_krea.filters.ledger import Ledger, QuarantinedImage, Verdict
 from mlx_flux_krea.provenance import read_record
 
 from . import signals
+from .credentials import from_json, signed
 from .output import names_from, save
 
 DELETE = "delete"  # typed in full: a reflex does not reject
@@ -20,7 +21,7 @@ QUESTIONS = {
 
 @dataclass(frozen=True)
 class ReviewTarget:
-    """The file that a released picture gets, and options of `Picture.save`."""
+    """The file that a released picture gets, and options for it: metadata, credentials and quality."""
 
     path: Path
     how: dict[str, Any] = field(default_factory=dict)
@@ -51,10 +52,13 @@ def carry_out(verdict: Verdict, picture: QuarantinedImage, ledger: Ledger, targe
     Raises:
         FiltersError: the picture's state does not allow it, or the log cannot be written.
         UsageError: the file cannot be written; the picture waits on.
+        CredentialsError: it must be signed and cannot be; the picture waits on.
     """
     with signals.held():
         settled, path = ledger.settle(picture, verdict), None
         if verdict.event == "approved":
-            path = save(ledger.hand_over(settled), names_from(target.path), force=False, **target.how)
+            how = {name: value for name, value in target.how.items() if name != "credentials"}
+            how |= signed(target.how.get("credentials"), from_json(ledger.meant_for(picture).get("sources")))
+            path = save(ledger.hand_over(settled), names_from(target.path), force=False, **how)
         ledger.discard(settled)
     return path

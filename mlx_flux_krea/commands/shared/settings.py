@@ -10,7 +10,7 @@ from mlx_flux_krea import home
 from mlx_flux_krea.errors import UsageError
 from mlx_flux_krea.files import parse_json, read_small, replacing
 
-from .options import LASTING, cast, check_together
+from .options import CONFIG, SIGNING, cast, check_together
 
 
 def path() -> Path:
@@ -42,7 +42,7 @@ def checked(options: dict) -> dict:
         UsageError: an unknown option, a value that it does not take, or options that exclude each other.
     """
     try:
-        typed = dict(cast(name, value, LASTING) for name, value in options.items())
+        typed = dict(cast(name, value, CONFIG) for name, value in options.items())
         check_together(typed)
         return typed
     except UsageError as error:
@@ -50,12 +50,28 @@ def checked(options: dict) -> dict:
 
 
 def read_options() -> dict:
-    """Reads the options that were set.
+    """Reads the options that were set, without the files to sign with.
 
     Raises:
         UsageError: the file is damaged, or holds a wrong option.
     """
-    return {name: value for name, value in checked(read()).items() if value is not False}
+    return {name: value for name, value in checked(read()).items() if value is not False and name not in SIGNING}
+
+
+def own_certificate() -> tuple[Path | None, Path | None]:
+    """Returns the files of one's own certificate and its key that were set; None: the installation's own is used.
+
+    Raises:
+        UsageError: as `read_options`, or one of the two is missing.
+    """
+    options = checked(read())
+    certificate, key = (options.get(name) for name in SIGNING)
+    if (certificate is None) != (key is None):
+        missing = SIGNING[key is None].replace("_", "-")
+        raise UsageError(
+            f"{path()} has one of certificate and certificate-key", "both", f"flux-krea config {missing} FILE"
+        )
+    return certificate, key
 
 
 def write(options: dict) -> None:
