@@ -26,6 +26,7 @@ SETTINGS = "config.json"  # of `flux-krea config`
 CREDENTIALS = "credentials"  # the certificate that signs pictures, and its key
 LICENCES = "licences.json"  # texts that a person has agreed to
 PRODUCTS = "products.json"  # how quantized layers multiply fastest on this machine
+DISKS = "disks.json"  # how fast the disks of models read
 FAST = "fast.json"  # the mode of `fast` that was measured to be nearest, of each model
 HISTORY = "history"  # lines typed in the shell
 PAGE = "page.sqlite"  # of the page: jobs, an index of the pictures

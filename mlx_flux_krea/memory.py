@@ -9,7 +9,7 @@ import contextlib
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
@@ -22,7 +22,7 @@ from .models.depth_config import DepthConfig
 from .models.layers import CHUNK
 from .models.tiles import SIDE
 from .models.vae import STRIP
-from .residency import SLOTS, matrices, resident_places
+from .residency import SLOTS, hidden_places, matrices, resident_places
 from .weights import PACKED, ModelFolder, build, count_parameters, parameters
 
 GB = 10**9
@@ -30,6 +30,7 @@ GB = 10**9
 # Pixtral's vocabulary where filters check. Measured by `benchmarks/memory.py --process`.
 PROCESS, VOCABULARY = 180_000_000, 190_000_000
 INDEXABLE = 2**31  # elements of an array, from which on kernels of Metal that count in 32 bits go wrong
+HIDING = 0.8  # of the least time that a block computes, that reading the next one may take
 _MOST_GB = 4096  # a number up to this, without a unit, is of gigabytes
 # Arrays of T x C that a double and a single block hold at one time, and strips that a convolution needs: on the CPU in
 # float32 and in 16 bits (whose element-wise kernels compute in float32 there), and on Metal.
@@ -156,6 +157,14 @@ class StyleNeeds:
 
 
 @dataclass(frozen=True)
+class Speeds:
+    """Speeds of a machine: bytes a second that its disk reads, and operations a second of its chip's peak."""
+
+    disk: float
+    peak: float
+
+
+@dataclass(frozen=True)
 class MemoryPlan:
     """Memory of a run, in bytes.
 
@@ -167,6 +176,7 @@ class MemoryPlan:
         total_blocks: number of all of them.
         resident_bytes: bytes for those that stay.
         read_per_step: bytes read from disk in each step.
+        hidden: more blocks would fit, and need not stay: this disk reads the others while a step computes.
         least: `peak` with no resident block, and with decoding in tiles where that takes less.
         most: `peak` with all blocks resident.
         tiled: True where the VAE decodes, and encodes an input image, in tiles, since strips would not fit or would
@@ -180,6 +190,7 @@ class MemoryPlan:
     total_blocks: int
     resident_bytes: int
     read_per_step: int
+    hidden: bool
     least: int
     most: int
     tiled: bool
@@ -199,6 +210,7 @@ class MemoryPlan:
             "of": self.total_blocks,
             "keep": self.resident_bytes,
             "read": self.read_per_step,
+            "hidden": self.hidden,
             "least": self.least,
             "most": self.most,
             "tiled": self.tiled,
@@ -402,9 +414,10 @@ def make_plan(
     cached: int = 0,
     filtered: bool = False,
     budget: int | None = None,
+    speeds: Speeds | None = None,
     device: str | None = None,
 ) -> MemoryPlan:
-    """Plans the memory of a run, with as many resident blocks as the budget allows.
+    """Plans the memory of a run, with as many resident blocks as the budget allows, or as its machine needs.
 
     Args:
         weights: from `weigh`.
@@ -423,6 +436,7 @@ def make_plan(
         cached: bytes of the step cache.
         filtered: filters check the pictures.
         budget: bytes; None: as many as the machine offers.
+        speeds: of the machine, where no more blocks need stay than its disk cannot hide; None: as many stay as fit.
         device: "cpu" or "gpu"; None: the one in use.
 
     Raises:
@@ -484,7 +498,13 @@ def make_plan(
     room = max(arrays - max(max(needs.values()), needs["denoise"] + _slots(blocks.stored, blocks.cast)), 0)
     if most <= arrays:
         room = sum(blocks.computed)
-    places = resident_places(blocks.computed, room)
+    places, hidden = resident_places(blocks.computed, room), None
+    if speeds:
+        beside = more + sum(areas[1:]) // (2 * sizes.vae.downsampling) ** 2
+        seconds = _block_seconds(flux, width, height, text_length + beside, speeds.peak)
+        hidden = hidden_places(blocks.computed, room, blocks.stored, [HIDING * one for one in seconds], speeds.disk)
+    if hidden is not None and len(hidden) < len(places):
+        places, room = hidden, sum(blocks.computed[place] for place in hidden)
     return MemoryPlan(
         budget=budget,
         process=process,
@@ -493,10 +513,20 @@ def make_plan(
         total_blocks=len(blocks.stored),
         resident_bytes=room,
         read_per_step=sum(size for place, size in enumerate(blocks.stored) if place not in places),
+        hidden=places is hidden,
         least=process + max(least.values()),
         most=process + most,
         tiled=tiled,
     )
+
+
+def _block_seconds(flux: configs.FluxConfig, width: int, height: int, beside: int, peak: float) -> list[float]:
+    """Returns the least seconds that each block computes, with so many tokens beside those of the picture."""
+    double, single = (
+        step_flops(replace(flux, depth=depth, depth_single_blocks=1 - depth), width, height, beside) / peak
+        for depth in (1, 0)
+    )
+    return [double] * flux.depth + [single] * flux.depth_single_blocks
 
 
 def largest_array(vae: configs.VAEConfig, *, width: int, height: int) -> int:

@@ -23,6 +23,7 @@ from .adapters.formulas import branch_bytes
 from .adapters.loaded import AdapterMethods, LoadedAdapters, Weights, has_tags, take_tags
 from .checkpoint import Checkpoint
 from .credentials import watermark as watermarks
+from .disks import speeds
 from .errors import FluxKreaError, ModelError, ResourceError, UsageError, short_repr
 from .files import read_json, sha256_if_exists
 from .filters.acknowledgement import check_acknowledged
@@ -142,7 +143,7 @@ class FluxPipeline(AdapterMethods, compat.DiffusersMethods):
             dtype: the compute type: "bfloat16", "float32", or "float16" (experimental), or a type of that name; None:
                 the folder's.
             memory: memory that a run may use, such as "8GB"; weights beyond it are read from disk in every step.
-                "auto": as much as the machine offers.
+                "auto": as much as the machine offers, and no more than saves time where the disk's speed is known.
             check: "filters", "review" (pictures wait for `flux-krea review`) or "both"; None: "filters", and
                 nothing for a model whose licence asks for nothing.
             nsfw_threshold: a picture passes below this probability; at most 0.85.
@@ -620,11 +621,14 @@ class FluxPipeline(AdapterMethods, compat.DiffusersMethods):
             check_free(checkpoint, self.folder)
         checkpoint.filters = "required" if self.policy else "none"
 
-    def plan(self, request: Request | ResolvedRequest | None = None, **arguments: Any) -> MemoryPlan:
+    def plan(
+        self, request: Request | ResolvedRequest | None = None, *, beside: int = 0, **arguments: Any
+    ) -> MemoryPlan:
         """Returns the memory that each stage of a request takes, and how much of the transformer may be resident.
 
         Args:
             request: the arguments of a call.
+            beside: bytes of the memory that something else takes meanwhile.
             arguments: the same, one by one, instead of `request`.
 
         Raises:
@@ -656,7 +660,8 @@ class FluxPipeline(AdapterMethods, compat.DiffusersMethods):
             adapters=branch_bytes(self._loaded.uses(resolved.adapters or ()), self.folder.sizes, self._dtype),
             cached=self._cached(resolved),
             filtered=self.policy is not None and self.policy.check != "review",
-            budget=self.memory,
+            budget=(self.memory or machine_memory()) - beside,
+            speeds=None if self.memory else speeds(self.folder.path),
         )
 
     def _style_needs(self, request: ResolvedRequest) -> StyleNeeds | None:
@@ -771,14 +776,10 @@ class FluxPipeline(AdapterMethods, compat.DiffusersMethods):
         """Returns the plan of a request, and the preview where memory has room for filters beside the transformer."""
         if checked_preview is None:
             return self.plan(request), None
-        before = self.memory
-        self.memory = (before or machine_memory()) - needed_bytes()
         try:
-            return self.plan(request), checked_preview
+            return self.plan(request, beside=needed_bytes()), checked_preview
         except ResourceError:
             notes.append("there is no preview: memory is too small for the filters beside the transformer")
-        finally:
-            self.memory = before
         return self.plan(request), None
 
     def _gate(

@@ -225,9 +225,10 @@ class Blocks:
             unit.drop()
 
     def set_budget(self, budget: int) -> None:
-        """Changes the bytes that may be resident. Blocks that were read stay as far as the new budget allows."""
-        if sum(self.sizes[place] for place in self.resident) > budget or sum(self.sizes) <= budget:
-            self.resident = resident_places(self.sizes, budget)
+        """Changes the bytes that may be resident. Blocks that were read stay as far as the new budget has them."""
+        places = resident_places(self.sizes, budget)
+        if len(places) != len(self.resident) or sum(self.sizes[place] for place in self.resident) > budget:
+            self.resident = places
         for place in self.loaded - self.resident:
             self.units[place].drop()
         self.loaded &= self.resident
@@ -366,10 +367,50 @@ def resident_places(sizes: Sequence[int], budget: int | None) -> set[int]:
     if budget is None or sum(sizes) <= budget:
         return everything
     for count in range(len(sizes) - 1, 0, -1):
-        chosen = {(2 * i + 1) * len(sizes) // (2 * count) for i in range(count)}
+        chosen = spread(count, len(sizes))
         if sum(sizes[place] for place in chosen) <= budget:
             return chosen
     return set()
+
+
+def hidden_places(
+    sizes: Sequence[int], budget: int, stored: Sequence[int], seconds: Sequence[float], disk: float
+) -> set[int] | None:
+    """Chooses the fewest resident blocks with which each of the others is read while those before it compute.
+
+    A streamed block is read from when the streamed one before it begins, until its own turn.
+
+    Args:
+        sizes: bytes of each block in memory.
+        budget: bytes for the resident ones.
+        stored: bytes of each in its file.
+        seconds: of each, computing; the time that reading may take.
+        disk: bytes a second that are read.
+
+    Returns:
+        Their places, of which `resident_places` makes the same; None: there are none within the budget.
+    """
+    for count in range(len(sizes) + 1):
+        chosen = spread(count, len(sizes))
+        if resident_places(sizes, sum(sizes[place] for place in chosen)) != chosen:
+            continue
+        if sum(sizes[place] for place in chosen) > budget:
+            return None
+        others = [place for place in range(len(sizes)) if place not in chosen]
+        turns = list(zip(others[-1:] + others, others, strict=False))  # the streamed block before, and the block
+        if all(stored[place] <= disk * sum(_between(seconds, before, place)) for before, place in turns):
+            return chosen
+    return None
+
+
+def _between(seconds: Sequence[float], first: int, end: int) -> Sequence[float]:
+    """Returns the seconds from one block to the next, which may be of the next round, or itself in that."""
+    return seconds[first:end] if first < end else [*seconds[first:], *seconds[:end]]
+
+
+def spread(count: int, total: int) -> set[int]:
+    """Returns `count` of `total` places, spread evenly."""
+    return {(2 * i + 1) * total // (2 * count) for i in range(count)}
 
 
 def _key(block: Callable) -> tuple[int, str]:

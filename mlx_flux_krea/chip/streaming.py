@@ -1,10 +1,8 @@
 """Blocks that are streamed from disk against blocks in memory, bit for bit, and the speed of the disk itself."""
 
-import random
 import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 
@@ -14,8 +12,8 @@ import numpy as np
 
 from ..commands.shared import estimates
 from ..commands.shared.text import size
+from ..disks import SAMPLE, THREADS, read_speed
 from ..errors import ResourceError
-from ..files import bypass, fill, forget, sync
 from ..memory import machine_memory, make_plan, step_flops
 from ..models import config
 from ..residency import SLOTS, Blocks
@@ -25,10 +23,6 @@ from .products import SHAPES
 
 BLOCKS, WIDTH, TOKENS = 4, 6144, 4608  # 75 MB a block in bfloat16
 ROUNDS = 3  # through all blocks, so that each is read again into a buffer that held another
-SAMPLE = 2**28  # bytes of a file that shows the speed of a disk
-_SECONDS = 1.0  # of reading it, at most
-_CHUNK = 2**23
-_THREADS = 4  # that read at one time, as while blocks are streamed
 _SIDE, _LENGTH = 1024, 512  # pixels and tokens of T5 of a usual picture
 
 
@@ -82,47 +76,13 @@ def same_bits(setting: Setting) -> CheckResult:
     return CheckResult("; ".join(wrong) or found, "the same bits", not wrong, todo, {"differ": wrong})
 
 
-def read_speed(place: Path, sample: int = SAMPLE // 4, threads: int = 1) -> float:
-    """Measures the bytes per second that a disk reads, from a new file that never was in the system's cache.
-
-    Args:
-        place: a folder on the disk.
-        sample: bytes of the file.
-        threads: that read at one time.
-
-    Raises:
-        OSError: the file cannot be written or read.
-    """
-    with tempfile.TemporaryFile(dir=place, buffering=0) as file:
-        number = file.fileno()
-        bypass(number)  # before it is written: macOS takes no page back
-        block = random.Random(0).randbytes(2**20)
-        for _ in range(sample // len(block)):
-            file.write(block)
-        sync(number)
-        forget(number)
-        start = time.perf_counter()
-
-        def read(first: int) -> int:
-            buffer, count = memoryview(bytearray(_CHUNK)), 0
-            for offset in range(first * _CHUNK, sample, threads * _CHUNK):
-                if time.perf_counter() - start > _SECONDS:
-                    break
-                count += _CHUNK if fill(number, buffer, offset, min(_CHUNK, sample - offset)) else 0
-            return count
-
-        with ThreadPoolExecutor(threads) as pool:
-            count = sum(pool.map(read, range(threads)))
-        return min(count, sample) / max(time.perf_counter() - start, 1e-9)
-
-
 def disk(setting: Setting) -> CheckResult:
     """Compares the disk, past the system's cache, with the speed at which streaming costs no time.
 
     That is for FLUX.1 in 8 bits at 1024 x 1024, with the blocks that do not fit in this program's memory, at the rate
     that this machine's products have.
     """
-    speed = read_speed(setting.folder, SAMPLE if setting.divisor == 1 else SAMPLE // 8, _THREADS)
+    speed = read_speed(setting.folder, SAMPLE if setting.divisor == 1 else SAMPLE // 8, THREADS)
     rate = _operations_a_second(setting)
     read, blocks = _streamed(setting.budget or machine_memory())
     seconds = step_flops(config.FLUX_DEV, _SIDE, _SIDE, _LENGTH) / rate

@@ -3,6 +3,7 @@
 import click
 
 from mlx_flux_krea import FluxPipeline, __version__, macos
+from mlx_flux_krea.disks import remember_speed
 from mlx_flux_krea.errors import UsageError
 
 from .shared import choosing, estimates, measuring
@@ -62,6 +63,7 @@ def bench(model, width, height, steps, fast, memory, dtype, as_json):
         return
     with console.library_notes(), macos.awake():
         measured = StepBench(model, (width, height), steps or _STEPS, console)
+        remember_speed(measured.pipe.folder.path)
         _say_duration(measured, dtype, memory)
         facts = measuring.measure_model(measured, dtype, memory)
         filters, in_words = measuring.filter_facts(measured.shape, console)

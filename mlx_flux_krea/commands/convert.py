@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 
 from mlx_flux_krea.convert import Report
+from mlx_flux_krea.disks import remember_speed
 from mlx_flux_krea.presets import KINDS, PRECISIONS, TASKS
 
 from .shared import signals
@@ -73,6 +74,7 @@ def convert(sources: tuple[Path, ...], output: Path | None, as_json: bool, **opt
     start, console = time.perf_counter(), Console()
     report = convert_sources(sources, output, console, placing=_placing, **options)
     signals.finish()
+    remember_speed(report.path)
     _tell(report, console)
     task = f", {report.task}" if report.task not in ("", TASKS[0]) else ""
     console.say(f"{report.base}{task}, in {time.perf_counter() - start:.1f} s")

@@ -178,7 +178,7 @@ def _machine(full: bool) -> list[Finding]:
 
 
 def _disk(full: bool) -> list[Finding]:
-    from mlx_flux_krea.chip.streaming import read_speed
+    from mlx_flux_krea.disks import read_speed
 
     from .shared.estimates import home_disk
 

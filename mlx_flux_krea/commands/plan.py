@@ -12,6 +12,7 @@ import mlx.core as mx
 
 from mlx_flux_krea import memory as planning
 from mlx_flux_krea.adapters.formulas import branch_bytes
+from mlx_flux_krea.disks import speeds
 from mlx_flux_krea.errors import ModelError, UsageError
 from mlx_flux_krea.fast import FastMode, chosen_mode
 from mlx_flux_krea.home import find_model, is_krea
@@ -35,7 +36,7 @@ from mlx_flux_krea.presets import (
 from mlx_flux_krea.sampling.rules import count_evaluations, fast_skips
 from mlx_flux_krea.weights import open_model
 
-from .shared.estimates import SHARE_IN_WORDS, filter_seconds, step_seconds, this_chip, weigh_recipe
+from .shared.estimates import SHARE_IN_WORDS, filter_seconds, home_disk, step_seconds, this_chip, weigh_recipe
 from .shared.installed import disk_bytes
 from .shared.loras import planned
 from .shared.options import DTYPE, LORA, NO_CACHE, Cache, check_together
@@ -46,6 +47,7 @@ _BACKEND = {
     "gpu": "peaks on Metal: computed, not measured",
     "cpu": "peaks as measured on MLX's CPU backend, which this machine has; times are computed for Macs",
 }
+_ENDLESS = 2**60  # bytes
 _MULTIPLE = 16  # pixels; sides are multiples of it
 _READ = {"text-to-image": 0, "kontext": 1, "fill": 2, "control": 1}  # images that a picture is made from, by task
 _SIDE = click.IntRange(_MULTIPLE, MAX_SIDE)
@@ -94,19 +96,29 @@ def plan(model, width, height, memory, dtype, lora, style, control, fast, cache,
     if (fast or cache) and solver == "heun":
         raise UsageError(f"--{'fast' if fast else 'cache'} does not work with --solver heun", "euler or dpmpp_2m")
     taken = partial(_evaluations, is_fast=fast, cache=cache, solver=solver)
-    budget = planning.parse_memory(memory) or planning.machine_memory()
+    given = planning.parse_memory(memory)
+    budget = given or planning.machine_memory()
     if budget > (built_in := planning.physical_memory()):
         Console().note(f"{size(budget)} is more than this machine has, {size(built_in)}: the plan is one for another")
     if model is None or (is_krea(model) and not _is_installed(model)):
         sides, dtype = (width or 1024, height or 1024), dtype or "bfloat16"
         facts, text = _published(
-            *sides, budget=budget, dtype=dtype, lora=lora, style=style, control=control, taken=taken
+            *sides, budget=budget, given=bool(given), dtype=dtype, lora=lora, style=style, control=control, taken=taken
         )
     else:
         facts, text = _model(
-            model, width, height, budget=budget, dtype=dtype, lora=lora, style=style, control=control, taken=taken
+            model,
+            width,
+            height,
+            budget=budget,
+            given=bool(given),
+            dtype=dtype,
+            lora=lora,
+            style=style,
+            control=control,
+            taken=taken,
         )
-    if planning.parse_memory(memory):
+    if given:
         first, _, rest = text.partition("\n")
         text = f"{first}\n{_SHARE}\n{rest}"
     if cache and cache != "skip":
@@ -143,6 +155,7 @@ def _model(
     height: int | None,
     *,
     budget: int,
+    given: bool,
     dtype: str | None,
     lora: Sequence[str],
     style: int,
@@ -171,6 +184,7 @@ def _model(
         adapters=sum(one["bytes"] for one in adapters),
         filtered=folder.requires_filters,
         budget=budget,
+        speeds=None if given else speeds(folder.path),
     )
     disk = disk_bytes(folder.path.resolve())
     beside = (
@@ -184,6 +198,7 @@ def _model(
         if plan.read_per_step
         else "none is streamed"
     )
+    reads += ", in the time that it computes" if plan.hidden else ""
     lines = [
         f"{folder.index.name} at {width} x {height}, {dtype}, in {size(budget)} of memory; {size(disk)} on disk",
         _BACKEND[mx.default_device().type.name],
@@ -210,6 +225,7 @@ def _published(
     height: int,
     *,
     budget: int,
+    given: bool,
     dtype: str,
     lora: Sequence[str],
     style: int,
@@ -239,11 +255,12 @@ def _published(
             adapters=branches,
             filtered=True,
             budget=budget,
+            speeds=None if given or budget == _ENDLESS else speeds(home_disk()[0]),
         )
 
     for precision in PRECISIONS:
         weights = weigh_recipe(sizes, precision, dtype)
-        plan = predict(weights, 2**60)
+        plan = predict(weights, _ENDLESS)
         here = "too little", "", ""
         if plan.least <= budget:
             plan = predict(weights, budget)

@@ -11,6 +11,7 @@ import click
 from mlx_flux_krea import FluxPipeline, Request, home, licence, macos
 from mlx_flux_krea.convert import hub
 from mlx_flux_krea.convert.folder import check_disk
+from mlx_flux_krea.disks import remember_speed
 from mlx_flux_krea.errors import FiltersError, ModelError, ResourceError, UsageError, printable
 from mlx_flux_krea.files import may_exist, sha256_if_exists
 from mlx_flux_krea.filters import acknowledgement
@@ -296,6 +297,7 @@ def _check(it: Installation) -> str:
     for name in FILTERS if it.check == "filters" else ():
         if problem := trials.problem(name):
             raise FiltersError(f"the filter {name}: {problem}", "a complete one", "start setup again")
+    remember_speed(it.model.path)
     return "every file has its size and header"
 
 

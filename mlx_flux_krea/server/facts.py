@@ -207,8 +207,7 @@ def _memory(first: PreparedJob, pipe: FluxPipeline, *, checked_previews: bool) -
     beside = branch_bytes(uses, folder.sizes, getattr(mx, pipe.dtype))
     if checked_previews and pipe.policy and pipe.policy.check == "filters":
         beside += needed_bytes()
-    pipe.memory = (pipe.memory or memory.machine_memory()) - beside
-    return pipe.plan(first.request), beside
+    return pipe.plan(first.request, beside=beside), beside
 
 
 def _model(one: Installed, *, loaded: str | None, usual: str | None) -> dict[str, Any]:

@@ -161,4 +161,5 @@ def _memory(result: Result) -> str:
         rows.append((stage, f"{seconds:.1f}", size(expected), size(result.peaks[stage])))
     plan = result.plan
     resident = f"{plan.resident_blocks} of {plan.total_blocks} transformer blocks resident in memory"
+    resident += "; the others are read in the time that it computes" if plan.hidden else ""
     return f"{table(rows, right=(1, 2, 3))}\nbesides, {size(plan.process)} of the program itself\n{resident}"

@@ -104,7 +104,8 @@ class StepBench:
         plan = self.plan(dtype, memory)
         if memory != "auto":
             return {memory: memory}
-        return ({RESIDENT: memory} if plan.resident_blocks else {}) | {STREAMED: plan.least}
+        resident: dict[str, str | int] = {RESIDENT: plan.budget} if plan.resident_blocks or plan.hidden else {}
+        return resident | {STREAMED: plan.least}
 
     def measure(self, dtype: str, way: str, memory: str | int, pictures: int = 1) -> tuple[StepTimes, list[Result]]:
         """Generates pictures, each of another prompt. Returns the times of a step of the last one, and the results."""
