@@ -170,6 +170,20 @@ def test_a_prompt_becomes_a_picture_and_is_found_again(tab, server):
     expect(tab.page.get_by_label("Keep seed")).to_be_checked()
 
 
+def test_a_signed_picture_has_a_badge_that_is_also_read_aloud(tab, server):
+    pytest.importorskip("c2pa", reason="needs c2pa-python, the extra `credentials`")
+    tab.page.locator("#more-part summary").click()
+    tab.page.get_by_label("Sign the file").select_option("require")
+    tab.generate("a yellow ring on a black background")
+    expect(tab.pictures.first).to_contain_text("signed")
+    expect(
+        tab.page.get_by_role("button", name=re.compile("^a yellow ring on a black background, .*, signed$"))
+    ).to_be_visible()
+    assert newest(server)["signed"] is True
+    expect(tab.view()).to_contain_text("signed (C2PA)")
+    assert axe(tab) == []
+
+
 def test_a_new_seed_is_another_picture_and_a_deleted_one_is_in_the_trash(tab, server):
     made = server.make(prompt=RED, model="nano", seed=2**63 + 1, steps=2)
     assert made["seeds"] == [2**63 + 1]

@@ -16,6 +16,7 @@ from judges import as_required
 from PIL import ExifTags, Image
 from served import Served, serving
 
+from mlx_flux_krea.credentials.reading import read_credentials
 from mlx_flux_krea.filters import acknowledgement
 from mlx_flux_krea.server import errors, fields, openai, pictures, store, trash, uploads
 from mlx_flux_krea.server.api import Services
@@ -346,6 +347,24 @@ def test_pictures_are_those_of_generate_and_are_found_again(server, made, tmp_pa
     assert first["pictures"][0]["id"] != second["pictures"][0]["id"]
     assert server.good("GET", "/api/pictures?query=zebra")["total"] == 0
     assert server.good("GET", "/api/prompts?query=red")["prompts"][0]["prompt"] == RED["prompt"]
+
+
+@pytest.mark.page
+def test_a_signed_picture_has_a_badge_and_its_download_is_the_signed_file(server, made, tmp_path):
+    pytest.importorskip("c2pa", reason="needs c2pa-python, the extra `credentials`")
+    key = made["pictures"][0]["picture"]
+    assert server.good("GET", f"/api/pictures/{key}")["signed"] is False
+    job = server.make(
+        prompt="a red cross", model="nano", steps=1, seed=3, format="webp", credentials="require", image=key
+    )
+    key = job["pictures"][0]["picture"]
+    assert server.good("GET", f"/api/pictures/{key}")["signed"] is True
+    assert [one["signed"] for one in server.good("GET", "/api/pictures?query=red+cross")["pictures"]] == [True]
+    (tmp_path / "a.webp").write_bytes(server.raw("GET", f"/api/pictures/{key}/file?download=1")[2])
+    found = read_credentials(tmp_path / "a.webp")  # by the home folder of the tests, which did not sign it
+    assert (found["state"], found["ingredients"][0]["relation"]) == ("valid", "parentOf")
+    status, answer = server.ask("POST", "/api/queue", {"prompt": "a", "model": "nano", "credentials": "yes"})
+    assert (status, answer["error"]["param"]) == (400, "credentials")
 
 
 @pytest.mark.page

@@ -9,6 +9,7 @@ from typing import Any
 from mlx_flux_krea import home
 from mlx_flux_krea.checkpoint import Checkpoint
 from mlx_flux_krea.commands.shared import settings
+from mlx_flux_krea.commands.shared.credentials import check_credentials
 from mlx_flux_krea.commands.shared.generation import over_config
 from mlx_flux_krea.commands.shared.jobs import PictureJob, make_jobs, prepare
 from mlx_flux_krea.errors import UsageError
@@ -98,6 +99,7 @@ def new_job(request: dict[str, Any], find_image: fields.FindImage) -> PageJob:
     base, made = picture_jobs(key, request, find_image)
     folder = open_model(find_model(base.get("model")))
     prepare(made[0], folder, {})
+    check_credentials(base.get("credentials"))
     seeds = [job.seed for job in made]
     asked = request if isinstance(request.get("seed"), list) else request | {"seed": seeds[0]}
     return PageJob(id=key, request=asked, model=fields.model_name(folder), seeds=seeds, created=time.time())

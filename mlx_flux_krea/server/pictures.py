@@ -20,6 +20,7 @@ from PIL import Image
 
 from mlx_flux_krea import home
 from mlx_flux_krea.commands.shared.settings import make_folder
+from mlx_flux_krea.credentials.reading import has_credentials
 from mlx_flux_krea.errors import FluxKreaError
 from mlx_flux_krea.provenance import FORMATS, opened, read_record
 
@@ -219,6 +220,7 @@ def _row(path: Path) -> dict[str, Any] | None:
         "prompt": prompt if isinstance(prompt, str) else "",
         "record": record,
         "job": job[0] if job else "",
+        "signed": int(has_credentials(path)),
     }
 
 
@@ -226,7 +228,7 @@ def brief(row: dict[str, Any]) -> dict[str, Any]:
     """Returns the facts of a picture that lists have, by its row."""
     record = row["record"]
     about = {name: record.get(name) for name in ("seed", "model")}
-    return {name: row[name] for name in _BRIEF} | about | {"job": row["job"] or None}
+    return {name: row[name] for name in _BRIEF} | about | {"job": row["job"] or None, "signed": bool(row["signed"])}
 
 
 def _cursor(row: dict[str, Any]) -> str:

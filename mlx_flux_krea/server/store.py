@@ -34,6 +34,7 @@ MIGRATIONS = (
     CREATE TABLE prompts (prompt TEXT PRIMARY KEY, used REAL NOT NULL);
     CREATE TABLE settings (name TEXT PRIMARY KEY, value TEXT NOT NULL);
     """,
+    "ALTER TABLE pictures ADD COLUMN signed INTEGER NOT NULL DEFAULT 0;",  # the file has content credentials
 )
 _JSON = ("request", "seeds", "pictures", "notes", "error", "record")  # columns that hold JSON
 _PROMPTS = 1000  # that are remembered

@@ -9,8 +9,8 @@ const KEPT = "flux-krea-form"; // of the browser's storage for this address
 // Fields whose elements have their names: numbers that are sent where they differ from the model's own, others where set.
 const OF_MODEL = ["steps", "guidance"];
 const NUMBERS = ["strength", "true_cfg_scale", "quality"];
-const TEXTS = ["negative_prompt", "solver", "schedule", "format", "metadata", "style_rule", "fit", "control"];
-const MARKS = ["fast", "crop_to_mask", "soft_mask"];
+const TEXTS = ["negative_prompt", "solver", "schedule", "format", "metadata", "credentials", "style_rule", "fit", "control"];
+const MARKS = ["fast", "crop_to_mask", "soft_mask", "watermark"];
 // Fields of a request for which the form has no element; they are kept from "Use again" until "Start over".
 const CARRIED = ["cache", "noise", "like", "no_paste", "no_auto_resize"];
 // Fields that say nothing without an image, a mask, a control image, style images.
@@ -68,6 +68,7 @@ export class Form {
     }
     byId("format").replaceChildren(...[["", "PNG"], ["jpeg", "JPEG"], ["webp", "WebP"]].map(([value, text]) => make("option", { value }, text)));
     byId("metadata").replaceChildren(make("option", { value: "" }, "all settings"), make("option", { value: "minimal" }, "only that an AI made it"));
+    byId("credentials").replaceChildren(...[["", "usual"], ["off", "no"], ["on", "yes (C2PA)"], ["require", "yes, or keep none"]].map(([value, text]) => make("option", { value }, text)));
     const kept = restored();
     await this.setModels(models);
     await this.write(kept);

@@ -102,12 +102,12 @@ export class Pictures {
 
   item(one) {
     const image = make("img", { alt: "", width: 256, height: 256 });
-    const name = `${shown(one.prompt) || "Picture"}, ${one.width} by ${one.height}`;
+    const name = `${shown(one.prompt) || "Picture"}, ${one.width} by ${one.height}${one.signed ? ", signed" : ""}`;
     const open = () => this.calls.open(this.list, this.list.findIndex((other) => other.id === one.id));
     const mark = make("input", { type: "checkbox", "aria-label": `Select: ${shown(one.prompt)}`, onchange: () => this.mark(one.id, mark.checked) });
     const element = make("li.picture", {},
       make("button", { type: "button", "aria-label": name, title: shown(one.prompt), onclick: open, tabIndex: this.items.size ? -1 : 0 }, image, make("span.prompt", {}, quoted(one.prompt))),
-      make("span.select", {}, mark));
+      make("span.select", {}, mark), ...(one.signed ? [make("span.badge.signed", { "aria-hidden": "true", title: "It has content credentials (C2PA)" }, "signed")] : []));
     Object.assign(element, { image, mark, picture: one });
     this.items.set(one.id, element);
     this.watcher.observe(element);

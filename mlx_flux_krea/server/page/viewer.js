@@ -98,7 +98,7 @@ export class Viewer {
         button("Copy prompt", async () => (await navigator.clipboard.writeText(picture.prompt ?? ""), say("The prompt is copied"))),
         button("Download", () => this.download(picture)),
         button("Delete", () => this.delete(picture), { className: "danger" })),
-      facts({ Size: size(picture.width, picture.height), File: `${picture.format.toUpperCase()}, ${bytes(picture.bytes)}`, Made: moment(picture.created) }),
+      facts({ Size: size(picture.width, picture.height), File: `${picture.format.toUpperCase()}, ${bytes(picture.bytes)}`, Made: moment(picture.created), Credentials: picture.signed ? "signed (C2PA); flux-krea inspect checks the file" : "" }),
       make("h3", {}, "Settings"), facts(picture.record ?? { Settings: "none in the file" }));
   }
 
