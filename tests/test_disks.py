@@ -139,7 +139,7 @@ def test_a_disk_that_cannot_be_measured_stays_unknown(home, tmp_path, measured, 
 def test_a_default_run_streams_what_is_hidden_and_one_with_an_amount_keeps_what_fits(
     model, command, measured, monkeypatch
 ):
-    """Of the tiny model, whose picture is the same to the bit; and as many stay in a second one as its plan says."""
+    """The tiny model draws the same bits either way; in a second picture as many blocks stay as its plan says."""
     small = {"height": 32, "width": 48, "num_inference_steps": 2, "seed": 3, "output_type": "np"}
     monkeypatch.setattr(disks, "rate", lambda: 1e6)  # of a chip that is slow enough for so small a picture
     pipe = FluxPipeline.from_pretrained(model)
