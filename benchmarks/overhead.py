@@ -1,6 +1,7 @@
 """Cost of a step beyond its matrix products and attention, and of a picture beyond its networks.
 
     LD_PRELOAD=libopenblas.so.0 python benchmarks/overhead.py [--side 512] [--double 1] [--single 2] [--rounds 3]
+    python benchmarks/overhead.py --picture
 
 Products and attention are timed alone, in alternation with the step, in the same run. The cost of a picture is the
 processor's time of Python's own threads, by parts: MLX computes in threads of its own.
@@ -163,7 +164,10 @@ def main():
     parser.add_argument("--single", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--picture", action="store_true", help="a picture beyond its networks, and not a step")
     args = parser.parse_args()
+    if args.picture:
+        return print_picture(args.rounds)
     dtype, tokens = getattr(mx, args.dtype), (args.side // 16) ** 2
     sizes = dataclasses.replace(config.FLUX_DEV, depth=args.double, depth_single_blocks=args.single)
     flux = transformer.Flux(sizes)
@@ -189,11 +193,15 @@ def main():
     print(f"| besides, in a single block | {' | '.join(parts)} |")
     print(f"|{'---|' * (len(parts) + 1)}")
     print(f"| seconds of a processor | {' | '.join(f'{one:.3f}' for one in of_parts.values())} |")
-    of_picture = picture_parts(args.rounds)
+    print(json.dumps({"ratio": ratio, **seconds, "pieces": of_parts}))
+
+
+def print_picture(rounds: int):
+    of_picture = picture_parts(rounds)
     print("| of a picture of 28 steps, besides its networks | seconds of a processor |\n|---|---|")
     for name, one in {**of_picture, "all": sum(of_picture.values())}.items():
-        print(f"| {name} | {one:.3f} |")
-    print(json.dumps({"ratio": ratio, **seconds, "pieces": of_parts, "picture": of_picture}))
+        print(f"| {name} | {one:.4f} |")
+    print(json.dumps({"picture": of_picture}))
 
 
 if __name__ == "__main__":
