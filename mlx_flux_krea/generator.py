@@ -8,7 +8,7 @@ made: `pipeline.py` does. All of it happens in the worker's thread.
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -24,10 +24,10 @@ from .errors import ModelError, ResourceError, UsageError, amount
 from .inputs import style as styles
 from .inputs.canvas import fit_to
 from .inputs.maps import MapMaker
-from .latents import Latents, make_latents
+from .latents import Encode, Latents, enlarged_latents, make_latents
 from .memory import MemoryPlan
 from .models import tiles
-from .models.transformer import Flux, rope
+from .models.transformer import Flux
 from .models.vae import VAE, pixels_to_bytes
 from .progress import Passes
 from .prompts import EncodedPrompt, PromptEncoder
@@ -37,6 +37,7 @@ from .sampling import noise as noises
 from .sampling import preview as previews
 from .sampling import sampler
 from .sampling.caches import Uncached, make_cache
+from .sampling.enlarge import LowPass, View, guided, second_seed, second_view
 from .sampling.rules import count_evaluations
 from .sampling.solvers import SOLVERS, State
 from .weights import ComponentFolder, ModelFolder
@@ -96,22 +97,29 @@ class _Steps:
     """The steps of a run.
 
     Attributes:
-        width: of the latents.
-        height: of the latents.
+        view: how the transformer sees the latents.
         sigmas: noise levels of the steps that run, and 0; an input image skips the first ones of the schedule.
         done: steps that an interrupted run has behind it.
         stop: steps after which the run ends; fewer than all where the picture is predicted.
         cache: what the run remembers of them.
         solver: a key of `SOLVERS`.
+        behind: steps of the pass before this one.
+        total: steps of all passes.
     """
 
-    width: int
-    height: int
+    view: View
     sigmas: np.ndarray
     done: int
     stop: int
     cache: Uncached
     solver: str
+    behind: int
+    total: int
+
+    @property
+    def stage(self) -> str:
+        """The stage of the progress."""
+        return "denoise" if self.view.trained == 0 else "enlarge"
 
     @property
     def evaluations(self) -> int:
@@ -132,6 +140,23 @@ class _StreamedFlux:
     network: Flux
     blocks: Blocks
     modulation: Blocks
+
+
+@dataclass(frozen=True)
+class _Second:
+    """The second pass of a run.
+
+    Attributes:
+        request: the pass, at its size, with a seed of its own.
+        first: the request of both passes.
+        plan: of both passes.
+        kept: arrays of a checkpoint that the pass depends on: "first", (B, L, 64), latents of the first pass.
+    """
+
+    request: ResolvedRequest
+    first: ResolvedRequest
+    plan: MemoryPlan
+    kept: dict[str, mx.array]
 
 
 class Generator:
@@ -222,8 +247,18 @@ class Generator:
                 if request.style and redux:
                     with _measured("style", seconds, peaks):
                         conditions = self._styled(request, request.style, conditions, redux)
-            with _measured("denoise", seconds, peaks):
-                latents, computed = self._denoise(request, conditions, plan, observers, uses)
+            latents, computed = None, _computed_before(request, observers.checkpoint)
+            if request.first_steps and not _is_enlarging(request, observers.checkpoint):
+                with _measured("denoise", seconds, peaks):
+                    latents, computed = self._denoise(request, conditions, plan, observers, uses)
+            if request.enlarges and plan.second:
+                with _measured("enlarge", seconds, peaks):
+                    second = self._second(request, plan, latents, observers.checkpoint)
+                    second.kept.update({f"computed.{i}": mx.array(s, mx.float32) for i, s in enumerate(computed)})
+                    latents, more = self._denoise(second.request, conditions, plan.second, observers, uses, second)
+                request, plan = second.request, plan.second
+                computed = tuple((*one, *other) for one, other in zip(computed, more, strict=True))
+            assert latents is not None  # one of the passes has made them
             with _measured("decode", seconds, peaks):
                 is_latent = request.output_type == "latent"
                 images = latents if is_latent else self._decode(request, latents, as_floats=as_floats, tiled=plan.tiled)
@@ -306,7 +341,13 @@ class Generator:
         return replace(request, inputs=request.inputs.with_map(made)), made
 
     def _denoise(
-        self, request: ResolvedRequest, conditions: Conditions, plan: MemoryPlan, observers: Observers, uses: Uses
+        self,
+        request: ResolvedRequest,
+        conditions: Conditions,
+        plan: MemoryPlan,
+        observers: Observers,
+        uses: Uses,
+        second: _Second | None = None,
     ) -> tuple[mx.array, tuple[tuple[int, ...], ...]]:
         """Returns latents (B, L, 64) at the end of the schedule, from its start or from a checkpoint.
 
@@ -314,12 +355,16 @@ class Generator:
         the steps that were computed in full, of each picture.
         """
         checkpoint, state, predicted = observers.checkpoint, None, None
-        steps = self._steps(request)
-        if checkpoint and (saved := checkpoint.latents(self._shape(request), steps.count)) is not None:
-            steps, state, predicted = self._continued(steps, request, checkpoint, saved)
+        steps = self._steps(request, second)
+        if checkpoint and checkpoint.done >= steps.behind + bool(second):
+            saved = checkpoint.latents(self._shape(request), steps.total)
+            if saved is not None:
+                steps, state, predicted = self._continued(steps, request, checkpoint, saved)
         cache = steps.cache
         if state is None or steps.done < steps.stop:
-            if state is None or request.inputs.is_read_beside:
+            if second:
+                made = self._enlarged(second, float(steps.sigmas[0]), plan)
+            elif state is None or request.inputs.is_read_beside:
                 made = self._latents(request, float(steps.sigmas[0]), tiled=plan.tiled)
             else:
                 made = Latents(state.latents)
@@ -328,6 +373,9 @@ class Generator:
                 if self._dtype == mx.float16:
                     velocity = self._repeating_overflows(velocity, request, conditions, steps, made, uses)
                 velocity, take_step = cache.wrap(velocity), SOLVERS[request.solver]
+                if made.enlarged is not None:
+                    low = LowPass(steps.view.width, steps.view.height, steps.view.cutoff)
+                    velocity = guided(velocity, steps.sigmas, made.enlarged, low, steps.view.recipe)
                 for step in range(steps.done, steps.stop):
                     before, state = state.latents, take_step(velocity, state, steps.sigmas, step)
                     _check_finite(f"step {step + 1} of the transformer", state.latents)
@@ -336,30 +384,89 @@ class Generator:
                         predicted = _predicted(made, steps, step, before=before, after=state.latents)
                     state = replace(state, latents=self._kept(made, steps, step, state.latents))
                     sigma = float(steps.sigmas[step])
-                    returned = observers.callback(step, sigma, state.latents) if observers.callback else None
+                    number = steps.behind + step
+                    returned = observers.callback(number, sigma, state.latents) if observers.callback else None
                     state = state if returned is None else replace(state, latents=returned)
                     if checkpoint:
-                        _save(checkpoint, step + 1, steps, state, predicted)
+                        _save(checkpoint, step + 1, steps, state, predicted, second and second.kept)
         latents = state.latents if predicted is None else predicted
         computed = (cache.computed(f"{i}.") for i in range(request.batch))
-        return latents, tuple(tuple(step for step in of_one if step < steps.stop) for of_one in computed)
+        return latents, tuple(tuple(steps.behind + step for step in of_one if step < steps.stop) for of_one in computed)
 
-    def _steps(self, request: ResolvedRequest) -> _Steps:
-        """Returns all steps of a request that starts anew."""
+    def _second(
+        self, request: ResolvedRequest, plan: MemoryPlan, latents: mx.array | None, checkpoint: Checkpoint | None
+    ) -> _Second:
+        """Returns the second pass of a request.
+
+        Args:
+            request: the request.
+            plan: of both passes.
+            latents: of the first pass; None: a checkpoint holds them, or an image is enlarged.
+            checkpoint: of the run.
+
+        Raises:
+            UsageError: the checkpoint's latents have another shape.
+        """
+        assert request.large is not None  # where the second pass runs
+        large, kept = request.large, {}
+        if request.first_steps:
+            if latents is None and checkpoint:
+                latents = mx.array(checkpoint.state().get("first", np.zeros(0, np.float32)))
+                if latents.shape != self._shape(request) or not mx.isfinite(latents).all().item():
+                    raise checkpoint.damaged()
+            assert latents is not None
+            kept["first"] = latents
+        if checkpoint:
+            kept["tiles"] = mx.array([float(plan.tiles > 1)])
+        seeds = tuple(map(second_seed, request.seeds))
+        pass_ = replace(
+            request,
+            width=large.width,
+            height=large.height,
+            seed=seeds[0] if isinstance(request.seed, int) else seeds,
+            cache=None,
+            fast=None,
+            inputs=replace(request.inputs, canvas=None),
+        )
+        return _Second(pass_, request, plan, kept)
+
+    def _enlarged(self, second: _Second, sigma: float, plan: MemoryPlan) -> Latents:
+        """Returns the latents of the second pass's first step: those of the first pass's pictures, or of the image."""
+        first, size = second.first, (second.request.width, second.request.height)
+        if first.inputs.canvas:
+            pictures = [first.inputs.canvas.part(*size)]
+        else:
+            made = self._decode(first, second.kept["first"], as_floats=False, tiled=second.plan.tiled)
+            pictures = [fit_to(Image.fromarray(pixels), *size, "stretch") for pixels in made]
+        return self._encoded(
+            lambda encode: enlarged_latents(
+                second.request, pictures, sigma, self.folder.vae.sizes, self._dtype, encode
+            ),
+            tiled=plan.tiled,
+        )
+
+    def _steps(self, request: ResolvedRequest, second: _Second | None = None) -> _Steps:
+        """Returns all steps of a pass that starts anew."""
         levels = request.sigmas or sampler.schedule_levels(request.schedule, request.num_inference_steps)
         schedule, n = self.folder.index.schedule, request.num_inference_steps
-        _, length, _ = self._shape(request)
-        sigmas = sampler.make_sigmas(schedule, length, n, () if levels is None else tuple(levels))[request.first_step :]
-        cache = make_cache(request.cache, sigmas)
         down = self.folder.vae.sizes.downsampling
+        view = View(request.width // down, request.height // down)
+        _, length, _ = self._shape(request)
+        first = request.first_step
+        if second and request.large:  # the levels of the model's own area, from those of the last steps on
+            own = request.large.own[0] // down, request.large.own[1] // down
+            length, first = own[0] * own[1] // 4, n - request.second_steps
+            view = second_view(view, own, request.large.factor, tiled=second.plan.tiles > 1)
+        sigmas = sampler.make_sigmas(schedule, length, n, () if levels is None else tuple(levels))[first:]
         return _Steps(
-            width=request.width // down,
-            height=request.height // down,
+            view=view,
             sigmas=sigmas,
             done=0,
             stop=request.stop_after or len(sigmas) - 1,
-            cache=cache,
+            cache=make_cache(request.cache, sigmas),
             solver=request.solver,
+            behind=second.first.first_steps if second else 0,
+            total=second.first.total_steps if second else request.total_steps,
         )
 
     def _shape(self, request: ResolvedRequest) -> tuple[int, int, int]:
@@ -375,7 +482,7 @@ class Generator:
         Raises:
             UsageError: the checkpoint is damaged, or beyond the step at which the run stops.
         """
-        done = checkpoint.done
+        done = checkpoint.done - steps.behind
         down = self.folder.vae.sizes.downsampling
         shape, tokens = self._shape(request), request.inputs.reference_tokens(2 * down)
         stream = 1, shape[1] + tokens, self.folder.flux.sizes.hidden_size
@@ -410,11 +517,17 @@ class Generator:
         if observers.preview and latent_rgb:
             sigma, following = map(float, steps.sigmas[step:][:2])
             clean = previews.predicted(before, after, sigma, following)
-            unpacked = sampler.unpack(clean, width=steps.width, height=steps.height)
-            observers.preview(step + 1, steps.count, previews.colours(unpacked, latent_rgb))
+            unpacked = sampler.unpack(clean, width=steps.view.width, height=steps.view.height)
+            observers.preview(steps.behind + step + 1, steps.total, previews.colours(unpacked, latent_rgb))
 
     def _latents(self, request: ResolvedRequest, sigma: float, *, tiled: bool) -> Latents:
         """Returns the latents of the first step, and of images that take part in all of them."""
+        return self._encoded(
+            lambda encode: make_latents(request, sigma, self.folder.vae.sizes, self._dtype, encode), tiled=tiled
+        )
+
+    def _encoded(self, make: Callable[[Encode], Latents], *, tiled: bool) -> Latents:
+        """Returns the latents that a function makes with the encoder, which is read when it is first used."""
         vae: VAE | None = None
 
         def encode(pixels: mx.array) -> tuple[mx.array, mx.array]:
@@ -427,7 +540,7 @@ class Generator:
             mean, logvar = (moment.transpose(0, 3, 1, 2).astype(mx.float32) for moment in posterior)
             return mean, logvar
 
-        return make_latents(request, sigma, self.folder.vae.sizes, self._dtype, encode)
+        return make(encode)
 
     @contextlib.contextmanager
     def _velocity(
@@ -442,23 +555,25 @@ class Generator:
         pooled = [c.pooled for c in conditions.both]
         modulations = self._modulate(flux, sigmas, request.guidance_scale, pooled, rounding)
         texts = [evaluated(flux.txt_in, c.embeds.astype(flux.dtype)) for c in conditions.both]
-        place = partial(sampler.position_ids, width=steps.width, height=steps.height, references=made.grids)
-        positions = [place(text.shape[1]) for text in texts]
-        tables = [rope(ids, flux.config.axes_dim, flux.config.theta) for ids in positions]
-        mx.eval(tables)
-        rounds = steps.evaluations * request.batch * (2 if conditions.negative else 1)
-        passes = Passes(self._progress, rounds, len(flux.blocks) + 2, steps.stop - steps.done)
+        view = steps.view
+        tables = [
+            {size: view.tables(flux.config, text.shape[1], size, made.grids) for size in view.sizes} for text in texts
+        ]
+        mx.eval([list(of_one.values()) for of_one in tables])
+        rounds = steps.evaluations * request.batch * (2 if conditions.negative else 1) * view.count
+        passes = Passes(self._progress, rounds, len(flux.blocks) + 2, steps.stop - steps.done, steps.stage)
 
         def forward(latents: mx.array, i: int, condition: int, step: int) -> mx.array:
             row = condition * steps.count + step
             mods: Any = tree_map(lambda m: m[row : row + 1], modulations)
-            read = made.around(latents, i)
-            half = steps.cache.shortcut(f"{i}.{int(condition >= request.prompts)}.", step)
-            v = flux.forward(read, texts[condition], mods, tables[condition], run, half)
-            passes.end()
-            v = v if made.tokens is None else v[:, : latents.shape[1]]
-            _check_varied(f"step {step + 1} of the transformer", v)
-            return v.astype(mx.float32)
+            half, seen = steps.cache.shortcut(f"{i}.{int(condition >= request.prompts)}.", step), []
+            for part, size in view.parts(made.around(latents, i), step):
+                v = flux.forward(part, texts[condition], mods, tables[condition][size], run, half)
+                passes.end()
+                v = v if made.tokens is None else v[:, : latents.shape[1]]
+                _check_varied(f"step {step + 1} of the transformer", v)
+                seen.append(v)
+            return view.joined(seen, step).astype(mx.float32)
 
         def velocity(latents: mx.array, step: int) -> mx.array:
             velocities = []
@@ -472,7 +587,7 @@ class Generator:
             return mx.concatenate(velocities)
 
         with self._streaming(self.blocks, rounds) as run:
-            run = self.runner("denoise", rounds, run=run, report=passes.part)
+            run = self.runner(steps.stage, rounds, run=run, report=passes.part)
             yield velocity
 
     def _repeating_overflows(
@@ -648,15 +763,62 @@ def _predicted(made: Latents, steps: _Steps, step: int, *, before: mx.array, aft
     return clean
 
 
-def _save(checkpoint: Checkpoint, done: int, steps: _Steps, state: State, predicted: mx.array | None = None) -> None:
-    """Saves a run after a step, and at once where it stops with a predicted picture."""
+def as_begun(request: ResolvedRequest, checkpoint: Checkpoint | None) -> ResolvedRequest:
+    """Returns a request whose second pass sees tiles, or the whole, as it does in a checkpoint that has begun it."""
+    if not (checkpoint and request.large and _is_enlarging(request, checkpoint)):
+        return request
+    tiles = checkpoint.state().get("tiles")
+    if tiles is None or tiles.shape != (1,):
+        raise checkpoint.damaged()
+    return replace(request, large=replace(request.large, tiles=bool(tiles[0])))
+
+
+def _computed_before(request: ResolvedRequest, checkpoint: Checkpoint | None) -> tuple[tuple[int, ...], ...]:
+    """Returns the steps of a first pass that a checkpoint has behind it which were computed in full, of each picture.
+
+    Raises:
+        UsageError: the checkpoint's are impossible.
+    """
+    if not (checkpoint and _is_enlarging(request, checkpoint)):
+        return ((),) * request.batch
+    found = [checkpoint.state().get(f"computed.{i}", np.zeros(0)) for i in range(request.batch)]
+    known = {*range(request.first_steps)}
+    if any(not {*steps.tolist()} <= known for steps in found):
+        raise checkpoint.damaged()
+    return tuple(tuple(map(int, steps)) for steps in found)
+
+
+def _is_enlarging(request: ResolvedRequest, checkpoint: Checkpoint | None) -> bool:
+    """Returns True where a checkpoint has the first pass behind it."""
+    return request.enlarges and checkpoint is not None and checkpoint.done > request.first_steps
+
+
+def _save(
+    checkpoint: Checkpoint,
+    done: int,
+    steps: _Steps,
+    state: State,
+    predicted: mx.array | None = None,
+    kept: Mapping[str, mx.array] | None = None,
+) -> None:
+    """Saves a run after a step, and at once where it stops with a predicted picture, or a pass has ended.
+
+    Args:
+        checkpoint: of the run.
+        done: steps of the pass.
+        steps: of the pass.
+        state: after the step.
+        predicted: the picture's latents, where the run stops here.
+        kept: what a second pass depends on.
+    """
     if type(checkpoint) is not Checkpoint:  # its class was changed since the pipeline looked
         raise UsageError(f"`checkpoint` is {type(checkpoint).__name__}", "a Checkpoint")
     held = steps.cache.arrays() | ({} if state.denoised is None else {"denoised": state.denoised})
     held |= {} if predicted is None else {"predicted": predicted}
+    held |= kept or {}
     arrays = {name: _packed(array) for name, array in held.items()}
-    checkpoint.save_step(done, steps.count, np.array(state.latents.astype(mx.float32)), arrays)
-    if predicted is not None:
+    checkpoint.save_step(steps.behind + done, steps.total, np.array(state.latents.astype(mx.float32)), arrays)
+    if predicted is not None or done == steps.count < steps.total:
         checkpoint.write()
 
 

@@ -10,11 +10,12 @@ The order in which one seed's numbers are drawn is the reference's, and decides 
     control                    control posterior of each picture, noise
     control, image to image    control posteriors, image posterior, noise
     control, inpainting        a posterior that nothing reads, control posteriors, image posterior, noise
+    second pass                noise of a stream of its own; enlarged pictures are the posterior's mean
 
 Recipes that take the posterior's mean draw the noise alone. B batch, L image tokens, h and w latent size.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -68,6 +69,7 @@ class Latents:
         tokens: (1, R, 64) of references, which it reads after them, or None.
         grids: height and width in tokens of each reference.
         kept: what stays outside of a mask, or None.
+        enlarged: (B, L, 64) clean latents of the pictures that a second pass starts from, or None.
     """
 
     start: mx.array
@@ -75,6 +77,7 @@ class Latents:
     tokens: mx.array | None = None
     grids: tuple[tuple[int, int], ...] = ()
     kept: Kept | None = None
+    enlarged: mx.array | None = None
 
     def around(self, latents: mx.array, i: int) -> mx.array:
         """Returns what the transformer reads for picture i, whose latents are (1, L, 64)."""
@@ -98,6 +101,27 @@ def make_latents(request: ResolvedRequest, sigma: float, vae: VAEConfig, dtype: 
         encode: the autoencoder's encoder.
     """
     return _Drawing(request, vae, dtype, encode).latents(sigma)
+
+
+def enlarged_latents(
+    request: ResolvedRequest,
+    pictures: Sequence[Image.Image],
+    sigma: float,
+    vae: VAEConfig,
+    dtype: mx.Dtype,
+    encode: Encode,
+) -> Latents:
+    """Draws noise and encodes the pictures that a second pass starts from, one for each of the batch, or one for all.
+
+    Args:
+        request: the second pass, at its size.
+        pictures: of this size.
+        sigma: the noise level of its first step.
+        vae: sizes of the autoencoder.
+        dtype: the compute type.
+        encode: the autoencoder's encoder.
+    """
+    return _Drawing(request, vae, dtype, encode).enlarged(pictures, sigma)
 
 
 class _Drawing:
@@ -146,6 +170,13 @@ class _Drawing:
             tuple((one.shape[2] // 2, one.shape[3] // 2) for one in tokens),
             kept,
         )
+
+    def enlarged(self, pictures: Sequence[Image.Image], sigma: float) -> Latents:
+        """Returns the start of a second pass, and the latents of the pictures."""
+        clean = mx.concatenate([sampler.pack(self._scaled(self._posterior(one)[0])) for one in pictures])
+        noise = mx.concatenate([stream.noise(self._shape) for stream in self._streams]).astype(mx.float32)
+        start = sampler.add_noise(clean, sampler.pack(noise), sigma)
+        return Latents(start, enlarged=mx.broadcast_to(clean, start.shape))
 
     def _control(self, control: Image.Image) -> mx.array:
         """Returns (B or 1, L, 64): a sample of the posterior for each picture, or its mean."""

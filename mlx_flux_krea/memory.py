@@ -23,6 +23,7 @@ from .models.layers import CHUNK
 from .models.tiles import SIDE
 from .models.vae import STRIP
 from .residency import SLOTS, hidden_places, matrices, resident_places
+from .sampling.enlarge import View
 from .weights import PACKED, ModelFolder, build, count_parameters, parameters
 
 GB = 10**9
@@ -181,6 +182,8 @@ class MemoryPlan:
         most: `peak` with all blocks resident.
         tiled: True where the VAE decodes, and encodes an input image, in tiles, since strips would not fit or would
             make arrays too large for a kernel.
+        view: how the transformer sees the second pass, whole or in tiles; None: there is none.
+        second: the plan of the second pass, of a picture that is enlarged; stages, least and most are those of both.
     """
 
     budget: int
@@ -194,6 +197,26 @@ class MemoryPlan:
     least: int
     most: int
     tiled: bool
+    view: View | None = None
+    second: "MemoryPlan | None" = None
+
+    def after(self, first: "MemoryPlan | None") -> "MemoryPlan":
+        """Returns the plan of both passes from that of the second, which decodes and encodes the first one's picture.
+
+        Args:
+            first: of the first pass; None: an image is enlarged.
+        """
+        both, own = first or self, ("image", "modulation", "denoise")
+        enlarge = max([self.stages[name] for name in own] + ([first.stages["decode"]] if first else []))
+        kept = {name: peak for name, peak in both.stages.items() if first or name not in own}
+        stages = {**kept, "enlarge": enlarge, "decode": self.stages["decode"]}
+        least, most = max(both.least, self.least), max(both.most, self.most)
+        return replace(both, stages=stages, least=least, most=most, view=self.view, second=self)
+
+    @property
+    def tiles(self) -> int:
+        """Parts of the picture that the transformer sees one after the other in a step of the second pass."""
+        return self.view.count if self.view else 1
 
     @property
     def peak(self) -> int:
@@ -214,6 +237,7 @@ class MemoryPlan:
             "least": self.least,
             "most": self.most,
             "tiled": self.tiled,
+            "tiles": self.tiles,
         }
 
 
@@ -413,6 +437,7 @@ def make_plan(
     adapters: int = 0,
     cached: int = 0,
     filtered: bool = False,
+    view: View | None = None,
     budget: int | None = None,
     speeds: Speeds | None = None,
     device: str | None = None,
@@ -435,6 +460,7 @@ def make_plan(
         adapters: bytes of their branches, which are in memory all the time.
         cached: bytes of the step cache.
         filtered: filters check the pictures.
+        view: how the transformer sees a second pass; None: the whole.
         budget: bytes; None: as many as the machine offers.
         speeds: of the machine, where no more blocks need stay than its disk cannot hide; None: as many stay as fit.
         device: "cpu" or "gpu"; None: the one in use.
@@ -449,6 +475,8 @@ def make_plan(
     more = style.tokens if style else 0
     areas = [width * height, *(wide * high for wide, high in references)]
     tokens = text_length + more + sum(areas) // (2 * sizes.vae.downsampling) ** 2
+    if view:
+        tokens = text_length + more + max(wide * high for wide, high in view.sizes) // 4
     modulations = 12 * flux.depth + 3 * flux.depth_single_blocks + 2
     rows = steps * conditions * modulations * flux.hidden_size * dtype.size
     always = weights.rest + rows  # of the transformer, from one picture to the next
@@ -501,7 +529,10 @@ def make_plan(
     places, hidden = resident_places(blocks.computed, room), None
     if speeds:
         beside = more + sum(areas[1:]) // (2 * sizes.vae.downsampling) ** 2
-        seconds = _block_seconds(flux, width, height, text_length + beside, speeds.peak)
+        seen = (width, height)
+        if view and view.tile:  # blocks are streamed for each tile
+            seen = view.tile[0] * sizes.vae.downsampling, view.tile[1] * sizes.vae.downsampling
+        seconds = _block_seconds(flux, *seen, text_length + beside, speeds.peak)
         hidden = hidden_places(blocks.computed, room, blocks.stored, [HIDING * one for one in seconds], speeds.disk)
     if hidden is not None and len(hidden) < len(places):
         places, room = hidden, sum(blocks.computed[place] for place in hidden)
@@ -517,6 +548,7 @@ def make_plan(
         least=process + max(least.values()),
         most=process + most,
         tiled=tiled,
+        view=view,
     )
 
 
@@ -527,6 +559,37 @@ def _block_seconds(flux: configs.FluxConfig, width: int, height: int, beside: in
         for depth in (1, 0)
     )
     return [double] * flux.depth + [single] * flux.depth_single_blocks
+
+
+def pass_flops(flux: configs.FluxConfig, view: View, text_length: int) -> float:
+    """Counts the operations of a step of a second pass: of all tiles, or of the whole."""
+    largest = max(view.sizes, key=lambda size: size[0] * size[1])
+    return view.count * step_flops(flux, *largest, text_length, patch=2)
+
+
+def choose_view(
+    flux: configs.FluxConfig, whole: View, tiles: View, text_length: int, plan: Callable[[View], MemoryPlan]
+) -> tuple[MemoryPlan, str]:
+    """Returns the plan of a second pass, whole or in tiles, and why it is in tiles; "": it is whole.
+
+    Args:
+        flux: sizes of the transformer.
+        whole: the latents, seen whole.
+        tiles: the latents, seen in tiles.
+        text_length: tokens.
+        plan: of a view.
+
+    Raises:
+        ResourceError: neither fits.
+    """
+    if tiles.count > 1 and pass_flops(flux, tiles, text_length) < pass_flops(flux, whole, text_length):
+        return plan(tiles), "they are faster"
+    try:
+        return plan(whole), ""
+    except ResourceError:
+        if tiles.count == 1:
+            raise
+        return plan(tiles), "memory is too little for the whole"
 
 
 def largest_array(vae: configs.VAEConfig, *, width: int, height: int) -> int:
@@ -543,6 +606,7 @@ _VERBS = {
     "image": "read the image",
     "modulation": "prepare",
     "denoise": "denoise",
+    "enlarge": "denoise the second pass",
     "decode": "decode",
 }
 

@@ -29,14 +29,17 @@ from .files import read_json, sha256_if_exists
 from .filters.acknowledgement import check_acknowledged
 from .filters.gate import Gate, OpenGate, Policy, open_gate
 from .filters.judges import needed_bytes
-from .generator import Generator, Observers, Progress
+from .generator import Generator, Observers, Progress, as_begun
 from .home import find_model
 from .inputs import style as styles
+from .inputs.large import Large
 from .inputs.maps import depth_sha256, open_depth
 from .memory import (
+    HELD,
     MemoryPlan,
     StyleNeeds,
     WeightSizes,
+    choose_view,
     input_needs,
     machine_memory,
     make_plan,
@@ -54,6 +57,7 @@ from .progress import ProgressBars, check_options
 from .provenance import SOFTWARE
 from .request import Request, ResolvedRequest, Result, as_array, check_values
 from .sampling.caches import cache_bytes
+from .sampling.enlarge import View, second_view
 from .weights import DTYPES, ComponentFolder, ModelFolder, open_model
 from .worker import Worker
 
@@ -61,6 +65,7 @@ __all__ = ["FluxPipeline", "Request", "ResolvedRequest", "Result"]
 
 logger = logging.getLogger("mlx_flux_krea")
 
+_GUIDED = 8  # arrays of latents that the guidance of a second pass holds at one time
 _LOGGED = ("mlx", "model", "base", "manifest_sha256", "dtype", "quantization")  # of a picture's record, in the log
 
 
@@ -196,6 +201,7 @@ class FluxPipeline(AdapterMethods, compat.DiffusersMethods):
         cache: str | None = None,
         fast: bool = False,
         stop_after: int | None = None,
+        upscale: float | None = None,
         guidance_scale: float | None = None,
         num_images_per_prompt: int = 1,
         seed: int | Sequence[int] | None = None,
@@ -253,6 +259,8 @@ class FluxPipeline(AdapterMethods, compat.DiffusersMethods):
                 for few steps, or fewer than 12 run.
             stop_after: ends the run after so many steps, with the picture that the last one predicts, to choose among
                 seeds early. With a `checkpoint`, the same call without it computes the remaining steps.
+            upscale: 1 to 4, such as 1.5, 2 or 4: enlarges the picture, or `image`, so many times in a second pass,
+                whose share of the schedule is `strength` (docs/large.md).
             guidance_scale: of the guidance that was distilled into the model; 0 for one without, such as [schnell].
             num_images_per_prompt: pictures of each prompt, in the order of the prompts.
             seed: an int: one stream draws the whole batch, as a diffusers generator does; a list: one stream for each
@@ -267,7 +275,7 @@ class FluxPipeline(AdapterMethods, compat.DiffusersMethods):
                 (Kontext, which takes a list too): a PIL image, a path, or an array (H, W, 3), uint8 or floats in
                 [0, 1].
             strength: 0 to 1, the share of the schedule that the image goes through; 0.6 where an image is given, 0.85
-                with a mask, 1 where it is filled or expanded.
+                with a mask, 1 where it is filled or expanded; with `upscale`, that of the second pass.
             mask_image: white where the image is repainted; without it, what is transparent in the image is.
             expand: borders to add around the image and to paint: top, right, bottom and left in pixels or percent, such
                 as "0,25%,0,25%".
@@ -331,6 +339,7 @@ class FluxPipeline(AdapterMethods, compat.DiffusersMethods):
             cache=cache,
             fast=fast,
             stop_after=stop_after,
+            upscale=upscale,
             guidance_scale=guidance_scale,
             num_images_per_prompt=num_images_per_prompt,
             seed=_seed(seed, generator),
@@ -638,28 +647,50 @@ class FluxPipeline(AdapterMethods, compat.DiffusersMethods):
         if (request is None) == (not arguments):
             raise UsageError("a plan needs a request", "a Request, or the arguments of one")
         resolved = self._resolve(Request(**arguments) if request is None else request)
+        plan = self._plan_pass(resolved, resolved.width, resolved.height, beside) if resolved.first_steps else None
+        if not (resolved.large and resolved.enlarges):
+            assert plan is not None  # only an image that is enlarged has no first pass
+            return plan
+        return self._plan_second(resolved, resolved.large, beside).after(plan)
+
+    def _plan_second(self, request: ResolvedRequest, large: Large, beside: int) -> MemoryPlan:
+        """Returns the plan of the second pass."""
+        down = self.folder.vae.sizes.downsampling
+        own = large.own[0] // down, large.own[1] // down
+        latents = View(large.width // down, large.height // down)
+        views = [second_view(latents, own, large.factor, tiled=tiled) for tiled in (False, True)]
+
+        def plan(view: View) -> MemoryPlan:
+            return self._plan_pass(request, large.width, large.height, beside, view)
+
+        if large.tiles is not None:
+            return plan(views[large.tiles])
+        return choose_view(self.folder.flux.sizes, views[0], views[1], request.max_sequence_length, plan)[0]
+
+    def _plan_pass(
+        self, resolved: ResolvedRequest, width: int, height: int, beside: int, view: View | None = None
+    ) -> MemoryPlan:
+        """Returns the plan of one pass at its size; `view` is the second's."""
         self._weights = self._weights or weigh_folder(self.folder, self._dtype)
+        needs = partial(input_needs, made=resolved.inputs.made, as_floats=resolved.output_type == "np")
+        read = (HELD * width * height,) if view and not resolved.inputs.canvas else ()
         return make_plan(
             self._weights,
             self.folder.sizes,
             self._dtype,
-            width=resolved.width,
-            height=resolved.height,
+            width=width,
+            height=height,
             text_length=resolved.max_sequence_length,
             steps=resolved.num_inference_steps,
             conditions=resolved.prompts * (2 if resolved.true_cfg else 1),
-            images=input_needs(
-                resolved.inputs.bytes,
-                *resolved.inputs.pasted_pixels,
-                made=resolved.inputs.made,
-                as_floats=resolved.output_type == "np",
-            ),
+            images=needs((*resolved.inputs.bytes, *read), *resolved.inputs.pasted_pixels),
             references=resolved.inputs.sizes,
             style=self._style_needs(resolved),
             map_bytes=self._map_needs(resolved),
             adapters=branch_bytes(self._loaded.uses(resolved.adapters or ()), self.folder.sizes, self._dtype),
-            cached=self._cached(resolved),
             filtered=self.policy is not None and self.policy.check != "review",
+            cached=self._cached(resolved, view),
+            view=view,
             budget=(self.memory or machine_memory()) - beside,
             speeds=None if self.memory else speeds(self.folder.path),
         )
@@ -679,10 +710,13 @@ class FluxPipeline(AdapterMethods, compat.DiffusersMethods):
             prompts=request.prompts,
         )
 
-    def _cached(self, request: ResolvedRequest) -> int:
-        """Returns the bytes of the step cache, and of the prediction that a solver keeps."""
+    def _cached(self, request: ResolvedRequest, view: View | None) -> int:
+        """Returns the bytes of the step cache, which the second pass has not, and of what a solver keeps."""
         flux, patch = self.folder.flux.sizes, 2 * self.folder.vae.sizes.downsampling
         tokens = request.width * request.height // patch**2
+        if view:
+            velocities = request.batch * view.width * view.height // 4 * flux.out_channels
+            return 4 * velocities * (_GUIDED + (2 if request.solver != SOLVERS[0] else 0))
         velocities = request.batch * tokens * flux.out_channels
         streams = (tokens + request.inputs.reference_tokens(patch)) * flux.hidden_size * request.batch
         size = 4 if self.dtype == "float16" else self._dtype.size  # whose stream is float32
@@ -742,7 +776,7 @@ class FluxPipeline(AdapterMethods, compat.DiffusersMethods):
         before_release: Callable[[], None] | None,
         meant_for: dict,
     ) -> Result:
-        resolved = self._resolve(request)
+        resolved = as_begun(self._resolve(request), observers.checkpoint)
         check_acknowledged(self.folder)
         record, notes = self._record(), list(resolved.notes)
         plan, checked_preview = self._plan_with_checks(resolved, checked_preview, notes)
@@ -752,9 +786,12 @@ class FluxPipeline(AdapterMethods, compat.DiffusersMethods):
             record |= {"redux_sha256": sha256_if_exists(self._redux.path / "manifest.json")}
         if resolved.inputs.kind == "depth":
             record |= {"depth_sha256": depth_sha256()}
-        if plan.tiled:
+        if resolved.enlarges:
+            record |= {"upscale_tiles": plan.tiles > 1}
+        last = plan.second or plan
+        if last.tiled:
             record |= {"tiled": True}
-            reason = f"memory is too little to decode {resolved.width} x {resolved.height} as a whole"
+            reason = f"memory is too little to decode {_named(resolved.picture_size)} as a whole"
             notes.append(f"{reason}: it is decoded in tiles, which changes the picture a little")
 
         def ready() -> None:
@@ -876,6 +913,10 @@ class FluxPipeline(AdapterMethods, compat.DiffusersMethods):
             "quantization": {name: str(n.quantization) for name, n in self.folder.networks.items() if n.quantization},
             "schedule": to_json(self.folder.index.schedule),
         }
+
+
+def _named(size: tuple[int, int]) -> str:
+    return "{} x {}".format(*size)
 
 
 def _kind_of_map(request: Request | ResolvedRequest) -> str | None:

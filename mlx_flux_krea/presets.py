@@ -143,7 +143,8 @@ ASPECTS = {
     "2.35:1": (1568, 672), "21:9": (1536, 640), "4:5": (896, 1088), "3:4": (896, 1152), "2:3": (832, 1216),
     "9:16": (768, 1344), "9:21": (640, 1536),
 }  # fmt: skip
-MEGAPIXELS = (0.001, 2.3)
+MEGAPIXELS = (0.001, 16.0)
+MOST_ENLARGED = 4.0  # times as wide and as high, in a second pass
 # Shares of a model's own area between which it draws well: below, shapes get lost (BFL names 0.1 megapixels for
 # FLUX.1); above, things repeat and stripes appear (lllyasviel/stable-diffusion-webui-forge#1712).
 GOOD_AREAS = (0.1, 1.8)
@@ -295,6 +296,7 @@ STAGES = {
     "image": Stage("reading the image", "stage", "read the image"),
     "modulation": Stage("preparing", "layer", "prepare"),
     "denoise": Stage("denoising", "step", "denoise"),
+    "enlarge": Stage("denoising, second pass", "step", "denoise the second pass"),
     "decode": Stage("decoding", "stage", "decode"),
 }
 

@@ -27,7 +27,7 @@ class ProgressBars:
         """Takes a report of a pipeline."""
         if self._bar is None or stage != self._stage:
             self.close()
-            about = {"desc": STAGES[stage].label, "unit": STAGES[stage].unit, "leave": stage == "denoise"}
+            about = {"desc": STAGES[stage].label, "unit": STAGES[stage].unit, "leave": stage in ("denoise", "enlarge")}
             layout = {"delay": 0.5, "disable": None, "bar_format": _LAYOUT}
             self._stage, self._bar = stage, tqdm(**{"total": total, **about, **layout, **self._options})
         self._bar.update(max(0, int(done + 1e-6) - self._bar.n))
@@ -65,10 +65,19 @@ class Passes:
         passes: that are expected.
         parts: of a pass.
         total: steps.
+        stage: "denoise", or "enlarge" in the second pass.
     """
 
-    def __init__(self, progress: Callable[[str, float, int], None] | None, passes: int, parts: int, total: int):
+    def __init__(
+        self,
+        progress: Callable[[str, float, int], None] | None,
+        passes: int,
+        parts: int,
+        total: int,
+        stage: str = "denoise",
+    ):
         self._progress, self._passes, self._parts, self._total = progress, max(passes, 1), parts, total
+        self._stage = stage
         self._ended = self._done = 0
 
     def part(self, done: int) -> None:
@@ -85,4 +94,4 @@ class Passes:
 
     def _report(self, passes: float) -> None:
         if self._progress:
-            self._progress("denoise", self._total * min(passes / self._passes, 1), self._total)
+            self._progress(self._stage, self._total * min(passes / self._passes, 1), self._total)

@@ -353,6 +353,8 @@ def a1111_parameters(record: dict) -> str:
         ("Model hash", (record.get("manifest_sha256") or "")[:10] or None),
         ("Model", record.get("model")),
         ("Denoising strength", record.get("strength")),
+        ("Hires upscale", None if "image" in record else record.get("upscale")),
+        ("Hires steps", None if "image" in record else record.get("upscale_steps")),
         ("Version", record.get("software")),
     ):
         text = f"{value:g}" if isinstance(value, float) else str(value)

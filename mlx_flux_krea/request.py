@@ -24,9 +24,11 @@ from .inputs import style as styles
 from .inputs.arguments import ARGUMENTS as IMAGES
 from .inputs.arguments import ImageArguments, opened_inputs
 from .inputs.gather import Inputs, at_size, gather_inputs, natural_size
+from .inputs.large import Large, enlarged, make_large, takes_second_pass
 from .memory import MemoryPlan
 from .models.config import FluxConfig, ModelIndex
 from .presets import MAX_BATCH, MAX_PROMPT, MAX_SCALE, MAX_SIDE, MAX_STEPS, MAX_WEIGHT
+from .sampling.enlarge import RECIPE
 from .sampling.noise import find_recipe
 from .sampling.rules import CacheRule, count_evaluations, fast_skips, parse_cache, skip_steps
 from .sampling.sampler import first_step, schedule_levels
@@ -78,6 +80,8 @@ class Request(ImageArguments):
     style_rule: str | None = None  # one of presets.STYLE_RULES
     style_pooled_weights: float | Sequence[float] | None = None  # of the pooled vector, by the rule sum
     watermark: bool = False  # adds the one of credentials/watermark.py
+    upscale: float | None = None  # 1 to 4: enlarges the picture, or `image`, in a second pass (inputs/large.py)
+    upscale_tiles: bool | None = None  # the second pass sees tiles, or the whole; None: as the plan finds
     output_type: str = "pil"  # one of OUTPUT_TYPES
     max_sequence_length: int | None = None  # of T5
     adapters: Sequence[tuple[str, float]] | None = None  # names and weights; None: those that the pipeline has set
@@ -134,18 +138,20 @@ class Request(ImageArguments):
         self._check_options(flux, index.task)
         check_adapters(self.adapters)
         task = index.task if with_images else presets.TASKS[0]
+        takes_second_pass(self, index.task)  # says what does not go together with it before any image is read
         inputs = gather_inputs(self, task, has_control=has_control, kind=index.kind)
-        width, height, notes = self._size(index, multiple, inputs)
+        width, height, notes, large = self._sizes(index, multiple, inputs)
         inputs = at_size(inputs, self, width, height, multiple, is_asked=bool(self.width or self.height))
         self._check_arrays(flux, width * height // multiple**2)
         if self.watermark:
-            watermark.check_size(*inputs.picture_size(width, height))
+            watermark.check_size(*(large.size if large else inputs.picture_size(width, height)))
         sigmas = tuple(self.sigmas or ())
         steps = self.num_inference_steps or len(sigmas) or index.defaults.num_inference_steps
-        strength = inputs.usual_strength if self.strength is None else self.strength
+        usual = RECIPE.strength if large else inputs.usual_strength
+        strength = usual if self.strength is None else self.strength
         fast, said = self._fast(folder, steps - (first_step(steps, strength) if inputs.canvas else 0))
         steps = fast.taken(steps) if fast and not sigmas else steps
-        if inputs.canvas and first_step(steps, strength) >= steps:
+        if (inputs.canvas or large) and first_step(steps, strength) >= steps:
             raise UsageError(f"`strength` {strength:g} of {amount(steps, 'step')} runs no step", "more of either")
         levels = schedule_levels(self.schedule, steps)
         if levels is not None and len({*levels}) < steps:
@@ -182,6 +188,7 @@ class Request(ImageArguments):
             inputs=inputs,
             strength=strength,
             watermark=self.watermark,
+            large=large,
             output_type=self.output_type,
             max_sequence_length=self.max_sequence_length
             or (index.max_sequence_length if has_text else presets.MAX_SEQUENCE_LENGTH),
@@ -293,8 +300,9 @@ class Request(ImageArguments):
     def _check_options(self, flux: FluxConfig, task: str) -> None:
         if self.guidance_scale and not flux.guidance_embed:  # 0 is the published call of FLUX.1 [schnell]
             raise UsageError("`guidance_scale` does nothing: this model has no guidance embedding", "", "leave it out")
-        if self.strength is not None and self.image is None:
-            raise UsageError("`strength` does nothing without an image", "", "add an image, or leave it out")
+        if self.strength is not None and self.image is None and (self.upscale or 1) == 1:
+            todo = "add an image or `upscale`, or leave it out"
+            raise UsageError("`strength` does nothing without an image", "", todo)
         if self.output_type not in OUTPUT_TYPES:
             raise UsageError(f"`output_type` is {self.output_type!r}", f"one of {', '.join(OUTPUT_TYPES)}")
         if self.watermark and self.output_type == "latent":
@@ -351,6 +359,31 @@ class Request(ImageArguments):
                 raise UsageError(f"`{name}` has shape {array.shape}", f"{shapes[name]}")
             check_values(f"`{name}`", array)
 
+    def _sizes(
+        self, index: ModelIndex, multiple: int, inputs: Inputs
+    ) -> tuple[int, int, tuple[str, ...], Large | None]:
+        """Returns width and height of the first pass, a note about them, and the second pass if there is one.
+
+        Of an image that is enlarged, which has one pass, they are those of the finished picture.
+        """
+        own = index.defaults.width, index.defaults.height
+        if not takes_second_pass(self, index.task):
+            return *self._size(index, multiple, inputs), None
+        factor = self.upscale or 1.0
+        if not inputs.canvas:
+            width, height, notes = self._size(index, multiple, inputs)
+            target = enlarged((width, height), factor, multiple)
+            return width, height, notes, make_large(self, (width, height), target, own, multiple)
+        if inputs.is_masked:
+            todo = "flatten the image, or leave out `upscale`"
+            raise UsageError("`upscale` with an image whose transparent part is its mask", "an image without", todo)
+        size = inputs.canvas.size
+        target, notes = enlarged(size, factor, multiple), ()
+        if target != (size[0] * factor, size[1] * factor):
+            found = f"the image is {size[0]} x {size[1]}, the picture {target[0]} x {target[1]}"
+            notes = (f"{found}: sides are multiples of {multiple}",)
+        return *target, notes, make_large(self, None, target, own, multiple)
+
     def _size(self, index: ModelIndex, multiple: int, inputs: Inputs) -> tuple[int, int, tuple[str, ...]]:
         """Returns width and height as the model can make them, and a note where they are not the size asked for."""
         default, width, height = index.defaults, self.width, self.height
@@ -403,7 +436,8 @@ class ResolvedRequest:
     negative_prompt_embeds: mx.array | None
     negative_pooled_prompt_embeds: mx.array | None
     inputs: Inputs  # images
-    strength: float  # without effect where there is no image to start from
+    strength: float  # without effect where there is no image to start from, and no second pass
+    large: Large | None  # the second pass
     style: styles.Style | None
     watermark: bool
     output_type: str
@@ -430,15 +464,44 @@ class ResolvedRequest:
         return first_step(self.num_inference_steps, self.strength) if self.inputs.canvas else 0
 
     @property
+    def second_steps(self) -> int:
+        """Number of steps of the second pass, whether it runs or the run stops before it; 0: there is none."""
+        return self.num_inference_steps - first_step(self.num_inference_steps, self.strength) if self.large else 0
+
+    @property
+    def first_steps(self) -> int:
+        """Number of steps of the first pass; 0: an image is enlarged."""
+        return 0 if self.large and not self.large.has_first else self.num_inference_steps - self.first_step
+
+    @property
+    def total_steps(self) -> int:
+        """Number of steps of both passes."""
+        return self.first_steps + self.second_steps
+
+    @property
+    def enlarges(self) -> bool:
+        """True where the second pass runs."""
+        return self.large is not None and self.stop_after is None
+
+    @property
+    def second_evaluations(self) -> int:
+        """Number of those of the second pass."""
+        return count_evaluations(self.solver, self.second_steps) if self.enlarges else 0
+
+    @property
     def evaluations(self) -> int:
         """Expected number of full evaluations of the transformer for a picture; with first-block, the most."""
-        steps = range(self.num_inference_steps - self.first_step)
+        steps = range(self.first_steps)
         computed = skip_steps(len(steps)) if self.cache and self.cache.name == "skip" else steps
-        return self.evaluations_in([step for step in computed if step < (self.stop_after or len(steps))])
+        second = range(len(steps), len(steps) + self.second_steps)
+        return self.evaluations_in([step for step in (*computed, *second) if step < (self.stop_after or second.stop)])
 
     def evaluations_in(self, computed: Sequence[int]) -> int:
-        """Returns the number of full evaluations for a picture whose computed steps are known."""
-        return count_evaluations(self.solver, len(computed), to_end=self.stop_after is None)
+        """Returns the number of full evaluations for a picture whose computed steps, of both passes, are known."""
+        first = sum(step < self.first_steps for step in computed)
+        ends = self.stop_after is None
+        counts = (count_evaluations(self.solver, count, to_end=ends) for count in (first, len(computed) - first))
+        return sum(counts)
 
     @property
     def true_cfg(self) -> bool:
@@ -458,7 +521,12 @@ class ResolvedRequest:
     @property
     def picture_size(self) -> tuple[int, int]:
         """Width and height of a finished picture: of the image that a generated part comes back into, or its own."""
-        return self.inputs.picture_size(self.width, self.height)
+        size = self.large.size if self.large and self.enlarges else (self.width, self.height)
+        return self.inputs.picture_size(*size)
+
+    @property
+    def _is_pasted(self) -> bool:
+        return self.inputs.picture_size(self.width, self.height) != (self.width, self.height)
 
     def pairs(self, negative: bool = False) -> list[tuple[str, str]]:
         """Returns (text for CLIP, text for T5) of each prompt, or of each negative one; none where embeds are given."""
@@ -478,7 +546,7 @@ class ResolvedRequest:
             "true_cfg_scale": self.true_cfg_scale if self.true_cfg else None,
             "width": self.width,
             "height": self.height,
-            "pasted_size": list(self.picture_size) if self.picture_size != (self.width, self.height) else None,
+            "pasted_size": list(self.picture_size) if self._is_pasted else None,
             "num_inference_steps": self.num_inference_steps,
             "sigmas": list(self.sigmas) or None,
             "levels": self.schedule,  # its name here: "schedule" is the model's
@@ -490,11 +558,14 @@ class ResolvedRequest:
             "seed": self.seeds[0 if one_stream else i] if self.seeds else None,
             "noise": self.noise,
             "batch": [i, self.batch] if one_stream and self.batch > 1 else None,  # place among the images of one stream
-            "strength": self.strength if self.inputs.canvas else None,
+            "strength": self.strength if self.inputs.canvas or self.enlarges else None,
             "max_sequence_length": self.max_sequence_length,
             "watermark": True if self.watermark else None,
             "given": [name for name in ("latents", *_EMBEDS) if getattr(self, name) is not None] or None,
         }
+        if self.large and self.enlarges:
+            record |= {"upscale": self.large.factor, "upscaled_size": list(self.large.size)}
+            record["upscale_steps"] = self.second_steps
         if self.style is not None:
             record["style"] = self.style.record()
         record |= self.inputs.record()

@@ -112,7 +112,7 @@ def test_what_lies_outside_the_schema_is_refused(command, model, tmp_path):
             code, out, err = command("generate", "--prompts", "a.jsonl", "-m", model)
             assert (code, out) == (2, ""), (name, value, err)
             tried += 1
-    assert tried == 26
+    assert tried == 28
 
 
 def test_the_schema_has_the_defaults_of_the_model_that_is_named(command, model):

@@ -154,8 +154,15 @@ def test_the_picture_is_as_wide_and_high_as_asked_for_and_shows_it(draw):
 def test_an_aspect_at_a_quarter_of_a_megapixel_is_replicates(draw):
     """cog-flux halves 1344 x 768."""
     assert size_of("16:9", 0.25, (1, 1)) == (672, 384)
-    (path,) = draw("--aspect", "16:9", "--megapixels", "0.02", how=["--steps", "1"])
-    assert Image.open(path).size == size_of("16:9", 0.02, (1, 1)) == (192, 112)
+    (path,) = draw("--aspect", "16:9", "--megapixels", "0.014", how=["--steps", "1"])
+    assert Image.open(path).size == size_of("16:9", 0.014, (1, 1)) == (160, 96)
+
+
+@shows("generate", "--upscale")
+@pytest.mark.slow
+def test_an_enlarged_picture_is_so_many_times_as_wide_and_says_so(draw):
+    (path,) = draw("--upscale", "1.5", how=QUICK)
+    assert (Image.open(path).size, (read_record(path) or {})["upscale"]) == ((48, 48), 1.5)
 
 
 @pytest.mark.slow
@@ -553,12 +560,13 @@ def test_options_of_a_shell_and_of_its_lines_do_what_they_do_in_generate(run, dr
     assert left("shell", "--model", model, reads="\n".join([*lines, CROSS])) == expected
 
 
-@shows("shell", "--aspect", "--megapixels", "--check", "--nsfw-threshold", "--integrity-margin")
+@shows("shell", "--aspect", "--megapixels", "--upscale", "--check", "--nsfw-threshold", "--integrity-margin")
 @pytest.mark.slow
 def test_what_a_shell_may_not_draw_it_does_not_draw_whenever_that_is_said(run, filters, tmp_path):
     """Too large for the memory, flagged, waiting for a person: before the first line, and in a line."""
     for options, says in (
-        ({"aspect": "16:9", "megapixels": "0.25", "memory": "20MB"}, "672 x 384 needs"),
+        ({"aspect": "16:9", "megapixels": "0.14", "memory": "20MB"}, "512 x 256 needs"),
+        ({"upscale": "4", "memory": "20MB"}, "128 x 128 needs"),
         ({"check": "filters", "nsfw-threshold": "0"}, "1 of 1 picture withheld by a filter"),
         ({"check": "filters", "integrity-margin": "5"}, "(margin -4.00); expected at most -5"),
         ({"check": "review"}, "1 of 1 picture waiting for review"),

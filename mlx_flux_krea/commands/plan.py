@@ -1,8 +1,10 @@
 """flux-krea plan: predicts memory, disk and bandwidth of a picture, before anything is loaded or downloaded."""
 
+import contextlib
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,9 +15,10 @@ import mlx.core as mx
 from mlx_flux_krea import memory as planning
 from mlx_flux_krea.adapters.formulas import branch_bytes
 from mlx_flux_krea.disks import speeds
-from mlx_flux_krea.errors import ModelError, UsageError
+from mlx_flux_krea.errors import ModelError, ResourceError, UsageError
 from mlx_flux_krea.fast import FastMode, chosen_mode
 from mlx_flux_krea.home import find_model, is_krea
+from mlx_flux_krea.inputs.large import enlarged
 from mlx_flux_krea.inputs.reference import preferred_size
 from mlx_flux_krea.models import config
 from mlx_flux_krea.models.config import REDUX_DEV, SIGLIP_SO400M
@@ -29,14 +32,25 @@ from mlx_flux_krea.presets import (
     MAX_SEQUENCE_LENGTH,
     MAX_SIDE,
     MAX_STYLES,
+    MOST_ENLARGED,
     PRECISIONS,
     SOLVERS,
     Schedule,
 )
+from mlx_flux_krea.sampling.enlarge import RECIPE, View, second_view
 from mlx_flux_krea.sampling.rules import count_evaluations, fast_skips
+from mlx_flux_krea.sampling.sampler import first_step
 from mlx_flux_krea.weights import open_model
 
-from .shared.estimates import SHARE_IN_WORDS, filter_seconds, home_disk, step_seconds, this_chip, weigh_recipe
+from .shared.estimates import (
+    SHARE_IN_WORDS,
+    filter_seconds,
+    home_disk,
+    second_step_seconds,
+    step_seconds,
+    this_chip,
+    weigh_recipe,
+)
 from .shared.installed import disk_bytes
 from .shared.loras import planned
 from .shared.options import DTYPE, LORA, NO_CACHE, Cache, check_together
@@ -49,6 +63,7 @@ _BACKEND = {
 }
 _ENDLESS = 2**60  # bytes
 _MULTIPLE = 16  # pixels; sides are multiples of it
+_LATENT = 8  # pixels of a latent
 _READ = {"text-to-image": 0, "kontext": 1, "fill": 2, "control": 1}  # images that a picture is made from, by task
 _SIDE = click.IntRange(_MULTIPLE, MAX_SIDE)
 _AMOUNT = re.compile(r"\d+(\.\d+)? *[kmgt]i?b?", re.I)
@@ -74,11 +89,12 @@ _FIRST_BLOCK = "first-block computes fewer steps than that, depending on the pic
 )
 @click.option("--style", type=click.IntRange(0, MAX_STYLES), default=0, help="Number of style images, at weight 1.")
 @click.option("--control", type=click.Choice(KINDS), help="Map that the picture has made of a photo.")
+@click.option("--upscale", type=click.FloatRange(1, MOST_ENLARGED), help="Second pass of the picture, times its size.")
 @click.option("--fast", is_flag=True, help="Times of a picture with --fast.")
 @click.option("--cache", type=Cache(), metavar="NAME", help="Times of a picture with this cache.")
 @click.option("--solver", type=click.Choice(SOLVERS), default=SOLVERS[0], help="Times of a picture with this solver.")
 @click.option("--json", "as_json", is_flag=True, help="Print the prediction as JSON.")
-def plan(model, width, height, memory, dtype, lora, style, control, fast, cache, solver, as_json):
+def plan(model, width, height, memory, dtype, lora, style, control, upscale, fast, cache, solver, as_json):
     """Predict memory and disk of a picture, without loading.
 
     With MODEL, a folder or an installed name: each stage of a run. Without, or with krea where none of that name is
@@ -88,6 +104,7 @@ def plan(model, width, height, memory, dtype, lora, style, control, fast, cache,
     Examples:
       flux-krea plan
       flux-krea plan krea --width 1536 --memory 8GB
+      flux-krea plan krea --upscale 4 --memory 16GB
     """
     width, height = (side and side // _MULTIPLE * _MULTIPLE for side in (width, height))
     _check_model(model)
@@ -98,12 +115,21 @@ def plan(model, width, height, memory, dtype, lora, style, control, fast, cache,
     taken = partial(_evaluations, is_fast=fast, cache=cache, solver=solver)
     given = planning.parse_memory(memory)
     budget = given or planning.machine_memory()
+    enlarging = _Enlarging(None if upscale == 1 else upscale, solver)
     if budget > (built_in := planning.physical_memory()):
         Console().note(f"{size(budget)} is more than this machine has, {size(built_in)}: the plan is one for another")
     if model is None or (is_krea(model) and not _is_installed(model)):
         sides, dtype = (width or 1024, height or 1024), dtype or "bfloat16"
         facts, text = _published(
-            *sides, budget=budget, given=bool(given), dtype=dtype, lora=lora, style=style, control=control, taken=taken
+            *sides,
+            budget=budget,
+            given=bool(given),
+            dtype=dtype,
+            lora=lora,
+            style=style,
+            control=control,
+            taken=taken,
+            enlarging=enlarging,
         )
     else:
         facts, text = _model(
@@ -117,6 +143,7 @@ def plan(model, width, height, memory, dtype, lora, style, control, fast, cache,
             style=style,
             control=control,
             taken=taken,
+            enlarging=enlarging,
         )
     if given:
         first, _, rest = text.partition("\n")
@@ -124,6 +151,51 @@ def plan(model, width, height, memory, dtype, lora, style, control, fast, cache,
     if cache and cache != "skip":
         text += f"\n{_FIRST_BLOCK}"
     click.echo(json_text(facts) if as_json else text)
+
+
+@dataclass(frozen=True)
+class _Enlarging:
+    """The second pass of a picture.
+
+    Attributes:
+        factor: times the size; None: there is none.
+        solver: of the picture.
+    """
+
+    factor: float | None
+    solver: str
+
+    def plan(
+        self, predict: Callable[..., planning.MemoryPlan], flux: config.FluxConfig, width: int, height: int, length: int
+    ) -> tuple[planning.MemoryPlan, str]:
+        """Returns the plan of all passes, and a sentence about the second; "" without one.
+
+        Args:
+            predict: plans a pass, as predict(width, height, view, images).
+            flux: sizes of the transformer.
+            width: of the first pass, pixels.
+            height: of the first pass, pixels.
+            length: tokens besides the picture's.
+
+        Raises:
+            ResourceError: memory is too little.
+        """
+        first = predict(width, height, None, [])
+        if not self.factor:
+            return first, ""
+        size = enlarged((width, height), self.factor, _MULTIPLE)
+        whole, own = View(size[0] // _LATENT, size[1] // _LATENT), (width // _LATENT, height // _LATENT)
+        views = [second_view(whole, own, self.factor, tiled=tiled) for tiled in (False, True)]
+        read = [planning.HELD * size[0] * size[1]]
+        second, why = planning.choose_view(flux, views[0], views[1], length, lambda view: predict(*size, view, read))
+        seen = f"in {second.tiles} tiles of {width} x {height}: {why}" if why else "whole"
+        said = f"its second pass, at {size[0]} x {size[1]}, is seen {seen}"
+        return second.after(first), said
+
+    def steps(self, steps: int) -> int:
+        """Returns the evaluations of the second pass, for a picture of so many steps."""
+        count = steps - first_step(steps, RECIPE.strength)
+        return count_evaluations(self.solver, count) if self.factor else 0
 
 
 def _check_model(name: str | None) -> None:
@@ -161,6 +233,7 @@ def _model(
     style: int,
     control: str | None,
     taken: Callable[..., int],
+    enlarging: _Enlarging,
 ) -> tuple[dict[str, Any], str]:
     """Predicts the stages of a run with one model folder."""
     folder = open_model(find_model(name))
@@ -170,27 +243,33 @@ def _model(
     references = [preferred_size(width, height)] if folder.index.task == "kontext" else []
     weights = planning.weigh_folder(folder, compute)
     adapters = _adapters(lora, folder.sizes, compute)
-    plan = planning.make_plan(
-        weights,
-        folder.sizes,
-        compute,
-        width=width,
-        height=height,
-        text_length=length,
-        images=planning.input_needs(_READ[folder.index.task] * [planning.HELD * width * height]),
-        references=references,
-        map_bytes=_map_bytes(control, width, height),
-        style=_styles(style, compute),
-        adapters=sum(one["bytes"] for one in adapters),
-        filtered=folder.requires_filters,
-        budget=budget,
-        speeds=None if given else speeds(folder.path),
-    )
+
+    def predict(wide: int, high: int, view: View | None, images: list[int]) -> planning.MemoryPlan:
+        return planning.make_plan(
+            weights,
+            folder.sizes,
+            compute,
+            width=wide,
+            height=high,
+            text_length=length,
+            images=planning.input_needs(_READ[folder.index.task] * [planning.HELD * wide * high] + images),
+            references=references,
+            map_bytes=_map_bytes(control, wide, high),
+            style=_styles(style, compute),
+            adapters=sum(one["bytes"] for one in adapters),
+            view=view,
+            filtered=folder.requires_filters,
+            budget=budget,
+            speeds=None if given else speeds(folder.path),
+        )
+
     disk = disk_bytes(folder.path.resolve())
     beside = (
         length + style * SIGLIP_SO400M.positions + sum(wide * high for wide, high in references) // _MULTIPLE**2
     )  # tokens, besides the picture's
+    plan, enlarges = enlarging.plan(predict, folder.flux.sizes, width, height, beside)
     shape = {"width": width, "height": height, "length": beside}
+    last = plan.second or plan
     bandwidth = _bandwidth(plan.read_per_step, folder.flux.sizes, **shape)
     facts = {"model": folder.index.name, "width": width, "height": height, "dtype": dtype, "disk": disk}
     reads = (
@@ -206,7 +285,8 @@ def _model(
         table([("stage", "peak"), *((name, size(count)) for name, count in plan.stages.items())], right=(1,)),
         f"besides, {size(plan.process)} all the time: the program itself, and its vocabularies",
         f"{plan.resident_blocks} of {plan.total_blocks} transformer blocks are resident in memory; {reads}",
-        *(["the picture is decoded in tiles, since memory is too small for the whole"] if plan.tiled else []),
+        *([enlarges] if enlarges else []),
+        *(["the picture is decoded in tiles, since memory is too small for the whole"] if last.tiled else []),
         *_shown_adapters(adapters),
         *_streaming(bandwidth, folder.index.name),
     ]
@@ -214,6 +294,7 @@ def _model(
         folder.flux.sizes,
         evaluations=taken(folder.index.schedule, folder.index.defaults.num_inference_steps, folder.path),
         is_filtered=folder.requires_filters,
+        second=(plan.view, enlarging.steps(folder.index.defaults.num_inference_steps)),
         **shape,
     )
     facts |= plan.to_json() | {"adapters": adapters, "bandwidth": bandwidth, "seconds": times}
@@ -231,55 +312,67 @@ def _published(
     style: int,
     control: str | None,
     taken: Callable[..., int],
+    enlarging: _Enlarging,
 ) -> tuple[dict[str, Any], str]:
     """Predicts FLUX.1 Krea [dev] at every precision of `convert`."""
     sizes, compute = config.FLUX_DEV_MODEL, getattr(mx, dtype)
     rows: list[tuple] = [
         ("precision", "disk", "all in memory", "all streamed", "here", "resident blocks", "streamed per step")
     ]
-    by_precision, reads, streamed = {}, 0, ""
+    by_precision, reads, streamed, enlarges, view = {}, 0, "", "", None
+    length = MAX_SEQUENCE_LENGTH + style * SIGLIP_SO400M.positions
     adapters = _adapters(lora, sizes, compute)
     branches = sum(one["bytes"] for one in adapters)
 
-    def predict(weights: planning.WeightSizes, budget: int) -> planning.MemoryPlan:
-        return planning.make_plan(
-            weights,
-            sizes,
-            compute,
-            width=width,
-            height=height,
-            text_length=MAX_SEQUENCE_LENGTH,
-            map_bytes=_map_bytes(control, width, height),
-            images=planning.input_needs([planning.HELD * width * height] if control else []),
-            style=_styles(style, compute),
-            adapters=branches,
-            filtered=True,
-            budget=budget,
-            speeds=None if given or budget == _ENDLESS else speeds(home_disk()[0]),
-        )
+    def predict(weights: planning.WeightSizes, budget: int) -> tuple[planning.MemoryPlan, str]:
+        def one_pass(wide: int, high: int, view: View | None, images: list[int]) -> planning.MemoryPlan:
+            return planning.make_plan(
+                weights,
+                sizes,
+                compute,
+                width=wide,
+                height=high,
+                text_length=MAX_SEQUENCE_LENGTH,
+                map_bytes=_map_bytes(control, wide, high),
+                images=planning.input_needs([planning.HELD * wide * high] * bool(control) + images),
+                style=_styles(style, compute),
+                adapters=branches,
+                view=view,
+                filtered=True,
+                budget=budget,
+                speeds=None if given or budget == _ENDLESS else speeds(home_disk()[0]),
+            )
+
+        return enlarging.plan(one_pass, sizes.flux, width, height, length)
 
     for precision in PRECISIONS:
         weights = weigh_recipe(sizes, precision, dtype)
-        plan = predict(weights, _ENDLESS)
-        here = "too little", "", ""
-        if plan.least <= budget:
-            plan = predict(weights, budget)
+        plan, enlarges = predict(weights, _ENDLESS)
+        here, fits = ("too little", "", ""), False
+        with contextlib.suppress(ResourceError):
+            plan, enlarges = predict(weights, budget)
+            fits = True
             read = size(plan.read_per_step) if plan.read_per_step else "nothing"
             here = size(plan.peak), f"{plan.resident_blocks} of {plan.total_blocks}", read
             streamed = streamed or (precision if plan.read_per_step else "")
             reads = reads or plan.read_per_step
         rows.append((precision, size(weights.disk), size(plan.most), size(plan.least), *here))
-        by_precision[precision] = {"disk": weights.disk, "fits": plan.least <= budget, **plan.to_json()}
-    length = MAX_SEQUENCE_LENGTH + style * SIGLIP_SO400M.positions
+        by_precision[precision] = {"disk": weights.disk, "fits": fits, **plan.to_json()}
+        view = plan.view
     shape = {"width": width, "height": height, "length": length}
     bandwidth = _bandwidth(reads, sizes.flux, **shape)
     times = model_times(
-        sizes.flux, evaluations=taken(DYNAMIC_SHIFT, KREA.defaults.num_inference_steps), is_filtered=True, **shape
+        sizes.flux,
+        evaluations=taken(DYNAMIC_SHIFT, KREA.defaults.num_inference_steps),
+        is_filtered=True,
+        second=(view, enlarging.steps(KREA.defaults.num_inference_steps)),
+        **shape,
     )
     lines = [
         f"FLUX.1 Krea [dev] at {width} x {height}, {dtype}, in {size(budget)} of memory",
         _BACKEND[mx.default_device().type.name],
         table(rows, right=tuple(range(1, 7))),
+        *([enlarges] if enlarges else []),
         *_shown_adapters(adapters),
         *_streaming(bandwidth, f"precision {streamed}"),
         *_shown_times(times),
@@ -354,7 +447,12 @@ def _evaluations(
 
 
 def model_times(
-    flux: config.FluxConfig, *, evaluations: int, is_filtered: bool, **shape: int
+    flux: config.FluxConfig,
+    *,
+    evaluations: int,
+    is_filtered: bool,
+    second: tuple[View | None, int] = (None, 0),
+    **shape: int,
 ) -> dict[str, dict[str, float]]:
     """Returns seconds of a picture, of its filters, and of these at a program's start: here, or on each chip.
 
@@ -362,11 +460,14 @@ def model_times(
         flux: sizes of the transformer.
         evaluations: of the transformer for a picture.
         is_filtered: the model's licence requires filters.
+        second: how the transformer sees a second pass, and its evaluations.
         shape: width, height and length, as for `step_seconds`.
     """
-    this, times = this_chip(), {}
+    this, times, (view, count) = this_chip(), {}, second
     for chip in [this] if this else CHIPS:
         times[chip] = {"picture": evaluations * step_seconds(flux, chip=chip, **shape)}
+        if view:
+            times[chip]["picture"] += count * second_step_seconds(flux, view, shape["length"], chip)
         if is_filtered and (filters := filter_seconds(chip)):
             times[chip] |= {"filters": filters[0], "filters_at_start": filters[1]}
     return times

@@ -12,16 +12,21 @@ from .shared.options import BY_NAME, DEFAULTS, Seeds
 from .shared.text import json_text
 
 NAMES = (
-    "prompt", "negative_prompt", "true_cfg_scale", "aspect", "megapixels", "width", "height", "steps", "guidance",
-    "seed", "num_images", "noise", "lora", "style", "style_rule", "fast", "solver", "schedule", "cache",
+    "prompt", "negative_prompt", "true_cfg_scale", "aspect", "megapixels", "upscale", "width", "height", "steps",
+    "guidance", "seed", "num_images", "noise", "lora", "style", "style_rule", "fast", "solver", "schedule", "cache",
     "image", "reference", "mask", "strength", "expand", "crop_to_mask", "control_image", "control", "fit",
     "credentials", "watermark",
 )  # fmt: skip
 _MASKED, _CONTROL = {"mask", "expand", "crop_to_mask", "strength"}, {"control_image", "control"}
-_NOT_OF = {"kontext": _MASKED | _CONTROL, "fill": _CONTROL | {"reference"}}  # what a task does not read
+_NOT_OF = {
+    "kontext": _MASKED | _CONTROL | {"upscale"},
+    "fill": _CONTROL | {"reference", "upscale"},
+    "control": {"reference", "upscale"},
+}  # what a task does not read
 _NEEDS = {  # options that say something about another
     "style_rule": "style", "control": "control_image", "crop_to_mask": "image and mask",
-    "fit": "image or control_image", **dict.fromkeys(("reference", "mask", "strength", "expand"), "image"),
+    "fit": "image or control_image", "strength": "image or upscale",
+    **dict.fromkeys(("reference", "mask", "expand"), "image"),
 }  # fmt: skip
 # Names that language models know; other bases are remarks about a model's origin.
 _BASES = {family.base for family in (presets.KREA, presets.DEV, presets.SCHNELL, *presets.EDITING)}
@@ -69,7 +74,7 @@ def tool_schema(model):
     schema = {
         "name": "generate_image",
         "description": f"Generates pictures from a description in words, with {base} on this machine. "
-        f"width and height exclude aspect and megapixels.{task}",
+        f"width and height exclude aspect and megapixels; upscale excludes megapixels.{task}",
         "parameters": {
             "type": "object",
             "properties": properties,

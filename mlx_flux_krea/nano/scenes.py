@@ -180,9 +180,9 @@ def _row(rng: random.Random, length: int, radii: list[int]) -> list[float] | Non
 # --- pictures ---
 
 
-def draw(scene: Scene) -> Image.Image:
-    """The picture, with smooth edges."""
-    fine = 4
+def draw(scene: Scene, times: int = 1) -> Image.Image:
+    """The picture, with smooth edges; larger, so many times as wide and as high."""
+    fine = 4 * times
     top, bottom = (np.array(COLOURS[c], float) for c in scene.background)
     share = np.linspace(0, 1, scene.height * fine)[:, None, None]
     rows = np.round(top * (1 - share) + bottom * share).astype(np.uint8)
@@ -193,7 +193,7 @@ def draw(scene: Scene) -> Image.Image:
         stencil = Image.new("L", (2 * r + 4, 2 * r + 4))
         outline(ImageDraw.Draw(stencil), thing.shape, thing.x * fine - left, thing.y * fine - top, r)
         picture.paste(COLOURS[thing.colour], (left, top), stencil)
-    return picture.resize((scene.width, scene.height), Image.Resampling.BOX)
+    return picture.resize((scene.width * times, scene.height * times), Image.Resampling.BOX)
 
 
 def outline(pen: ImageDraw.ImageDraw, shape: str, x: float, y: float, r: float) -> None:

@@ -130,9 +130,11 @@ def plan(request: dict[str, Any], find_image: fields.FindImage, *, checked_previ
     first = prepare(made[0], folder, {})
     wanted = first.request
     found, beside = _memory(first, pipe, checked_previews=checked_previews)
+    halves = 2 if wanted.true_cfg else 1
     times = model_times(
         folder.flux.sizes,
-        evaluations=wanted.evaluations * (2 if wanted.true_cfg else 1),
+        evaluations=(wanted.evaluations - wanted.second_evaluations) * halves,
+        second=(found.view, wanted.second_evaluations * halves),
         is_filtered=folder.requires_filters,
         width=wanted.width,
         height=wanted.height,
@@ -145,17 +147,19 @@ def plan(request: dict[str, Any], find_image: fields.FindImage, *, checked_previ
     elif seconds["filters"] is not None:
         seconds["previews"] = 2 * seconds["filters"]
     width, height = wanted.picture_size
+    stages = {name: peak + beside * (name in ("denoise", "enlarge")) for name, peak in found.stages.items()}
     return {
         "width": width,
         "height": height,
         "steps": wanted.num_inference_steps,
         "evaluations": wanted.evaluations,
         "pictures": len(made),
-        "peak": max(found.peak, found.process + found.stages["denoise"] + beside),
-        "stages": {name: peak + beside * (name == "denoise") for name, peak in found.stages.items()},
+        "peak": found.process + max(stages.values()),
+        "stages": stages,
         "resident_blocks": found.resident_blocks,
         "total_blocks": found.total_blocks,
         "tiled": found.tiled,
+        "tiles": found.tiles,
         "seconds": seconds,
         "chip": chip,
         "notes": [plain(note) for note in (*first.notes, *wanted.notes)],

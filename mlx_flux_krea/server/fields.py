@@ -28,16 +28,17 @@ FindImage = Callable[[str], Path]
 
 # Fields that are options of the same name and type.
 PLAIN = (
-    "prompt", "negative_prompt", "true_cfg_scale", "width", "height", "aspect", "megapixels", "steps", "guidance",
-    "strength", "fast", "solver", "schedule", "cache", "noise", "like", "expand", "crop_to_mask", "soft_mask",
-    "no_paste", "no_auto_resize", "control", "fit", "style_rule", "quality", "metadata",
+    "prompt", "negative_prompt", "true_cfg_scale", "width", "height", "aspect", "megapixels", "upscale", "steps",
+    "guidance", "strength", "fast", "solver", "schedule", "cache", "noise", "like", "expand", "crop_to_mask",
+    "soft_mask", "no_paste", "no_auto_resize", "control", "fit", "style_rule", "quality", "metadata",
     "credentials", "watermark",
 )  # fmt: skip
 _IMAGES = ("image", "mask", "control_image")  # ids
 _ID = {"type": "string", "pattern": "^[0-9a-f]{16}$"}
 _TYPES = {"integer": int, "number": (int, float), "boolean": bool, "string": str}
 _OF_RECORDS = ("prompt_2", "negative_prompt_2", "sigmas", "max_sequence_length", "padding_mask_crop", "batch")
-_OF_RECORDS += ("image_seed", "style_recorded")  # options that a record may need, and a request cannot give
+# Options that a record may need, and a request cannot give.
+_OF_RECORDS += ("image_seed", "upscale_tiles", "style_recorded")
 
 
 def properties() -> dict[str, dict[str, Any]]:

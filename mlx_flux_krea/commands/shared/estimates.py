@@ -17,6 +17,7 @@ from mlx_flux_krea.errors import ResourceError
 from mlx_flux_krea.filters.instructions import CANARIES
 from mlx_flux_krea.models.config import FluxConfig, ModelSizes
 from mlx_flux_krea.models.filter_config import NSFW_VIT, PIXTRAL_12B, PixtralConfig, ViTConfig
+from mlx_flux_krea.sampling.enlarge import View
 from mlx_flux_krea.weights import build, layer_widths
 
 _NETWORK = 12.5e6  # bytes per second: 100 Mbit/s
@@ -125,6 +126,11 @@ def picture_seconds(
 def step_seconds(flux: FluxConfig, *, width: int, height: int, length: int, chip: str) -> float:
     """Estimates the seconds of a step on a chip of `presets.CHIPS`."""
     return memory.step_flops(flux, width, height, length) / (presets.SHARE_OF_PEAK * presets.CHIPS[chip] * 1e12)
+
+
+def second_step_seconds(flux: FluxConfig, view: View, length: int, chip: str) -> float:
+    """Estimates the seconds of a step of a second pass, whole or in tiles, with so many text tokens."""
+    return memory.pass_flops(flux, view, length) / (presets.SHARE_OF_PEAK * presets.CHIPS[chip] * 1e12)
 
 
 def question_flops(config: PixtralConfig, tokens: int, patches: int = 0) -> float:

@@ -33,7 +33,7 @@ from .styles import RECORDED, recorded_style, style_arguments
 
 # Options that are arguments of the pipeline, by the arguments' names.
 _SAME = ("prompt", "negative_prompt", "true_cfg_scale", "width", "height", "noise", "strength", "expand", "fit")
-_SAME += ("control", "solver", "schedule", "cache")
+_SAME += ("control", "solver", "schedule", "cache", "upscale")
 _REQUEST = {"steps": ARGUMENTS["steps"], "guidance": ARGUMENTS["guidance"], **{name: name for name in _SAME}}
 _FLAGS = {  # options that set an argument to a value
     "crop_to_mask": ("padding_mask_crop", presets.CROP_PADDING),
@@ -44,7 +44,7 @@ _FLAGS = {  # options that set an argument to a value
     "watermark": ("watermark", True),
 }
 _FROM_RECORD = ("prompt_2", "negative_prompt_2", "sigmas", "max_sequence_length")  # arguments that only a record sets
-_FROM_RECORD += ("padding_mask_crop",)
+_FROM_RECORD += ("padding_mask_crop", "upscale_tiles")
 _CIRCUMSTANCES = ("batch", "image_seed", "images_sha256", "manifest_sha256", "tiled", RECORDED)  # how it was made
 _CIRCUMSTANCES += ("depth_sha256",)
 _MODE = "fast_mode"  # of --fast, as it was when the run began
@@ -126,7 +126,8 @@ def record_options(path: Path) -> dict:
         raise UsageError(f"{path} was made in Python from arrays that its record does not hold: {record['given']}")
     names = {name: option for option, name in _REQUEST.items()} | {"seed": "seed", "dtype": "dtype"}
     values = {**record, "schedule": record.get("levels")}  # a record's schedule is the model's
-    if "pasted_size" in record and "padding_mask_crop" not in record:  # the sizes follow from the image
+    follows = "upscale" in record and "image" in record
+    if follows or ("pasted_size" in record and "padding_mask_crop" not in record):  # the sizes follow from the image
         values = {name: value for name, value in values.items() if name not in ("width", "height")}
     if isinstance(borders := record.get("expand"), list):
         values["expand"] = ",".join(map(str, borders))
@@ -328,11 +329,11 @@ def _size_notes(request: ResolvedRequest, folder: ModelFolder) -> list[str]:
     """Returns a note where a picture is far larger or smaller than those that the model was made for."""
     own, (least, most) = folder.index.defaults, presets.GOOD_AREAS
     share = request.width * request.height / (own.width * own.height)
-    if least <= share <= most:
+    if least <= share <= most or request.large:
         return []
     times = f"{share:.2g}" if share < 99 else f"{share:.0f}"
     found = f"{request.width} x {request.height} has {times} times the area that this model was made for"
-    effect = "it repeats objects and adds stripes" if share > most else "shapes get lost"
+    effect = "it repeats objects and adds stripes; --upscale keeps it whole" if share > most else "shapes get lost"
     return [f"{found}, {own.width} x {own.height}: {effect}"]
 
 
@@ -354,6 +355,9 @@ def _pipeline_arguments(
             arguments[name] = [""]
     if "aspect" in options or "megapixels" in options:
         megapixels = options.get("megapixels", area)
+        if not shape and folder.index.task == presets.TASKS[0] and megapixels > area * presets.GOOD_AREAS[1]:
+            arguments["upscale"] = _factor(megapixels, area)
+            megapixels = area
         arguments["width"], arguments["height"] = size_of(options.get("aspect"), megapixels, shape or usual)
     if not tool:
         return arguments
@@ -369,6 +373,19 @@ def _pipeline_arguments(
         tokens = tokenize(folder, arguments["prompt"], arguments["prompt"], longest)[1]
         arguments["max_sequence_length"] = min(longest, max(tool.t5_length, tokens.count))
     return arguments
+
+
+def _factor(megapixels: float, own: float) -> float:
+    """Returns how many times a picture of the model's own area is enlarged to another area.
+
+    Raises:
+        UsageError: more times than a second pass can.
+    """
+    factor, most = math.sqrt(megapixels / own), presets.MOST_ENLARGED
+    if factor > most * (1 + 1e-6):
+        found = f"--megapixels {megapixels:g} is {megapixels / own:.0f} times the area that this model draws"
+        raise UsageError(found, f"{own * most**2:.3g} at most", f"a second pass enlarges up to {most:g} times each way")
+    return min(factor, most)
 
 
 def _multiple(folder: ModelFolder) -> int:

@@ -245,7 +245,10 @@ OPTIONS = [
     _option("--width", type=SIDE, help="Width in pixels, a multiple of 16.", default=_OF_MODEL),
     _option("--height", type=SIDE, help="Height in pixels, a multiple of 16.", default=_OF_MODEL),
     _option("--aspect", type=click.Choice(list(presets.ASPECTS)), help="Aspect ratio, instead of width and height."),
-    _option("--megapixels", type=_AREA, help="Area in megapixels, at the aspect ratio.", default=_OF_MODEL),
+    _option("--megapixels", type=_AREA, default=_OF_MODEL,
+            help="Area in megapixels, at the aspect ratio; above what the model draws well, in two passes."),
+    _option("--upscale", type=click.FloatRange(1, presets.MOST_ENLARGED), metavar="1.5|2|4",
+            help="Enlarge the picture, or --image, so many times in a second pass."),
     _option("--steps", type=_STEPS, help="Number of denoising steps.", default=_OF_MODEL),
     _option("--fast", is_flag=True, help="Compute 16 of 28 steps: like --cache skip, or as bench --fast chose."),
     _option("--solver", type=click.Choice(presets.SOLVERS), help="Method of a step; heun takes twice the time.",
@@ -276,7 +279,8 @@ OPTIONS = [
             help="How style images stand beside the prompt.", default=presets.STYLE_RULES[0]),
     _option("--image", type=FILE, help="Image to start from, to repaint, to fill, or Kontext's reference."),
     _option("--reference", type=FILE, multiple=True, help="Further reference for Kontext; repeatable."),
-    _option("--strength", type=click.FloatRange(0, 1), help="Share of the steps that change the image.  "
+    _option("--strength", type=click.FloatRange(0, 1),
+            help="Share of the steps that change the image; of a second pass too.  "
             f"[default: {presets.STRENGTH}; {presets.MASK_STRENGTH} with a mask; 1 where it is filled or expanded]"),
     _option("--mask", type=FILE, help="Mask of the image, white where it is repainted."),
     _option("--expand", metavar="T,R,B,L", help="Borders to paint around the image: pixels, or percent: 0,25%,0,25%."),
@@ -349,11 +353,13 @@ CONFIG = (*LASTING, *SIGNING)  # may stand in the config file
 
 # Options of an outer layer that an option of an inner layer replaces: row before file, command before config.
 _SIZE = ("width", "height", "aspect", "megapixels")
+_TILES = ("tiled", "upscale_tiles")
 REPLACES = {
-    "width": ("aspect", "megapixels", "tiled"),
-    "height": ("aspect", "megapixels", "tiled"),
-    "aspect": ("width", "height", "tiled"),
-    "megapixels": ("width", "height", "tiled"),
+    "width": ("aspect", "megapixels", *_TILES),
+    "height": ("aspect", "megapixels", *_TILES),
+    "aspect": ("width", "height", *_TILES),
+    "megapixels": ("width", "height", "upscale", *_TILES),
+    "upscale": ("megapixels", *_TILES),
     "steps": ("sigmas",),
     "schedule": ("sigmas",),
     "cache": ("fast",),
@@ -367,7 +373,13 @@ REPLACES = {
     "like": (*_SIZE, "steps", "sigmas", "schedule", "guidance", "noise", "max_sequence_length"),
 }
 EXCLUSIVE = [(side, other) for side in ("width", "height") for other in ("aspect", "megapixels")]
-EXCLUSIVE += [("like", "from_"), ("prompt", "prompts"), ("fast", "cache"), ("candidates", "num_images")]
+EXCLUSIVE += [
+    ("upscale", "megapixels"),
+    ("like", "from_"),
+    ("prompt", "prompts"),
+    ("fast", "cache"),
+    ("candidates", "num_images"),
+]
 
 
 def spelled(name: str) -> str:

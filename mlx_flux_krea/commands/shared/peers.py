@@ -16,7 +16,7 @@ _MAP = "write --control-image {FILE} --control canny (or depth), with a model or
 _STYLE = "write --style FILE=0.5, once for each image; it needs FLUX.1 Redux, and takes no IP-Adapter"
 _REFERENCE = "write --image {FILE} with FLUX.1 Kontext, and --reference for each further one"
 _SHORTCUT = "write --fast, which computes 16 of 28 steps, or --cache first-block:0.08"
-_ENLARGING = "enlarging is not supported yet"
+_ENLARGING = "write --upscale 2"
 _T5 = "leave it out: the model's own length is used; --like comfy has 256"
 _MASK = "write --image FILE --mask {MASK}, white where the image is repainted"
 _AUTOMATIC = "leave it out: memory is planned, and --memory 8GB sets a limit"
@@ -133,7 +133,7 @@ OPTIONS = (
     ("terminal_image show open", "draw-things-cli", "write --preview; the picture's path is printed"),
     ("add_sampling_metadata exif", "BFL", "write --metadata full, or minimal"),
     # other stages
-    ("upscale upscaler upscale_model hires hires_fix hires_scale hr", "A1111, sd.cpp, Draw Things", _ENLARGING),
+    ("upscaler upscale_model hires hires_fix hires_scale hr", "A1111, sd.cpp, Draw Things", _ENLARGING),
     ("refiner refiner_start face_restore restore_faces adetailer", "A1111", "there is no second model here"),
     ("tiling seamless", "A1111, InvokeAI", "seamless pictures are not supported"),
     ("enable_safety_checker safety_checker nsfw", "fal, diffusers", _CHECKED),
@@ -225,7 +225,7 @@ VERBS = {
 # Verbs of other tools for work that is not done here.
 MISSING_VERBS = {
     "train": "training is not supported",
-    "upscale": _ENLARGING,
+    "upscale": "flux-krea generate TEXT --image FILE --upscale 2",
     "inpaint": "flux-krea generate TEXT --image FILE --mask MASK",
     "lora": "write flux-krea models add FILE, then generate --lora NAME=0.8",
     "help": "write flux-krea --help",

@@ -8,13 +8,13 @@ import { Shapes } from "./shapes.js";
 const KEPT = "flux-krea-form"; // of the browser's storage for this address
 // Fields whose elements have their names: numbers that are sent where they differ from the model's own, others where set.
 const OF_MODEL = ["steps", "guidance"];
-const NUMBERS = ["strength", "true_cfg_scale", "quality"];
+const NUMBERS = ["strength", "upscale", "true_cfg_scale", "quality"];
 const TEXTS = ["negative_prompt", "solver", "schedule", "format", "metadata", "credentials", "style_rule", "fit", "control"];
 const MARKS = ["fast", "crop_to_mask", "soft_mask", "watermark"];
 // Fields of a request for which the form has no element; they are kept from "Use again" until "Start over".
 const CARRIED = ["cache", "noise", "like", "no_paste", "no_auto_resize"];
 // Fields that say nothing without an image, a mask, a control image, style images.
-const NEEDS = { strength: "image", fit: "image", crop_to_mask: "mask", soft_mask: "mask", control: "control_image", style_rule: "styles" };
+const NEEDS = { fit: "image", crop_to_mask: "mask", soft_mask: "mask", control: "control_image", style_rule: "styles" };
 const CHOICES = { solver: "solvers", schedule: "schedules", fit: "fits", control: "controls", style_rule: "style_rules" };
 const WORDS = {
   solver: { "": "Euler", dpmpp_2m: "DPM++ 2M", heun: "Heun: twice the time" },
@@ -203,6 +203,7 @@ export class Form {
     }
     if (!takes.guidance) delete request.guidance;
     for (const [name, needed] of Object.entries(NEEDS)) if (!(needed in request)) delete request[name];
+    if (!("image" in request || "upscale" in request)) delete request.strength;
     return request;
   }
 
