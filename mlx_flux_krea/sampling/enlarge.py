@@ -130,7 +130,7 @@ class Tiling:
 
     @classmethod
     def along(cls, length: int, side: int) -> "Tiling":
-        """Places tiles of so many tokens along a side; neighbours share a quarter of a tile or more."""
+        """Places tiles of so many tokens along a side; neighbours share a fifth of a tile or more."""
         side = min(side, length)
         shared = shared_tokens(side)
         count = tile_count(length, side)
@@ -151,14 +151,14 @@ class Tiling:
 
 
 def tile_count(length: int, side: int) -> int:
-    """Returns how many tiles of a side cover a length, with a quarter of a side shared."""
+    """Returns how many tiles of a side cover a length, with a fifth of a side shared."""
     shared = shared_tokens(side)
     return 1 if side >= length else -(-(length - shared) // (side - shared))
 
 
 def shared_tokens(side: int) -> int:
-    """Returns the tokens that neighbouring tiles of a side share, at least: a quarter of it."""
-    return max(side // 4, 1) if side > 1 else 0
+    """Returns the tokens that neighbouring tiles of a side share, at least: a fifth of it."""
+    return max(side // 5, 1) if side > 1 else 0
 
 
 @dataclass(frozen=True)
