@@ -223,6 +223,52 @@ def test_broken_files_have_no_credentials(data):
     assert reading.read_credentials(Path("a.png")) is None
 
 
+def test_pictures_of_other_formats_are_checked_too(command):
+    import c2pa
+
+    identity = certificate.find_identity()
+    info, plain, out = c2pa.C2paSignerInfo(b"es256", identity.chain, identity.key, None), io.BytesIO(), io.BytesIO()
+    Image.fromarray(PIXELS).save(plain, "TIFF")
+    manifest = signing.make_manifest(RECORD, metadata="full")
+    with c2pa.Signer.from_info(info) as signer, c2pa.Builder(manifest) as builder:
+        builder.sign(signer, "image/tiff", plain, out)
+    Path("scan.tiff").write_bytes(out.getvalue())
+    assert "good: nothing was changed" in command("inspect", "scan.tiff")[1]
+    Image.fromarray(PIXELS).save("scan.gif")
+    assert "credentials  none" in command("inspect", "scan.gif")[1]
+    Path("photo.heic").write_bytes(b"\0\0\0\x18ftypheic" + bytes(40))
+    code, _, err = command("inspect", "photo.heic")
+    assert (code, "it is HEIC or AVIF" in err or "cannot be opened" in err) == (2, True)
+
+
+def mutants(value, odd):
+    """Copies of a JSON value, each with another part of it replaced."""
+    yield odd
+    if isinstance(value, dict):
+        for name, part in value.items():
+            yield from (value | {name: one} for one in mutants(part, odd))
+    elif isinstance(value, list):
+        for place, part in enumerate(value):
+            yield from ([*value[:place], one, *value[place + 1 :]] for one in mutants(part, odd))
+
+
+@pytest.mark.parametrize("odd", [None, 3, "\x1b[2J" * 999, ["a"], {"a": [1]}, [[{}]]], ids=repr)
+def test_statements_of_any_type_break_nothing(odd):
+    """Anybody writes them: the parts of real credentials, each replaced in turn."""
+    import c2pa
+
+    picture().save("in.png", credentials="require")
+    picture(image={}).save("a.png", credentials=signing.Signing("require", sources=[signing.parent(Path("in.png"))]))
+    with c2pa.Reader("a.png") as reader:
+        store = json.loads(reader.json())
+    tried = 0
+    for one in mutants(store, odd):
+        found = reading._facts(one if isinstance(one, dict) else {}, set())
+        assert all(len(text) < 1500 for _, text in reading.in_words(found))
+        tried += 1
+    assert tried > 100
+
+
 # --- the certificate ---
 
 

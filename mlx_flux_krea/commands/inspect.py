@@ -19,14 +19,13 @@ from mlx_flux_krea.errors import ModelError, amount, printable
 from mlx_flux_krea.files import sha256
 from mlx_flux_krea.models.config import FLUX_DEV_MODEL, quantization_to_json, to_json
 from mlx_flux_krea.presets import GPTQ
-from mlx_flux_krea.provenance import FORMATS
 from mlx_flux_krea.weights import ComponentFolder, ModelFolder, count_parameters, open_folder, open_model
 
 from .shared.answers import nearest
 from .shared.installed import formulas
 from .shared.loras import FEW_STEPS, known_models
 from .shared.options import FILE
-from .shared.picture_facts import describe_picture
+from .shared.picture_facts import PICTURES, describe_picture
 from .shared.text import json_text, number, size, table
 
 
@@ -51,7 +50,7 @@ def inspect(path, as_json):
         beside = [at.name for at in path.parent.glob("*")] if path.parent.is_dir() else []
         near = nearest(path.name, [home.NANO_NAME, *home.installed_models(), *installed(), *beside])
         raise ModelError(f"there is nothing at {path}", "a file or a folder", f"did you mean {near}?" if near else "")
-    if path.suffix.lower() in FORMATS:
+    if path.suffix.lower() in PICTURES and path.is_file():
         facts, lines = describe_picture(path)
     elif is_model_folder(path):
         facts, lines = _model(path)

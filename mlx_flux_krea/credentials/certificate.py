@@ -68,19 +68,22 @@ def find_identity(certificate: Path | None = None, key: Path | None = None) -> I
     return _checked(chain, secret, certificate=certificate, key=key, todo=todo)
 
 
-def known_roots(certificate: Path | None = None) -> bytes:
-    """Returns PEM of the certificates that this installation signs by, to recognise its own pictures; b"": none.
+def known_certificates(certificate: Path | None = None) -> tuple[bytes, set[str]]:
+    """Returns the certificates that this installation signs by, to recognise its own pictures.
 
     Args:
         certificate: a file of the user's besides the installation's own.
+
+    Returns:
+        PEM of their chains, b"" if there are none; and the serial numbers of those that sign, in decimals.
     """
-    found = []
+    chains, serials = [], set()
     for path in filter(None, (home.path(home.CREDENTIALS, "certificate.pem"), certificate)):
         with contextlib.suppress(OSError, ValueError):
             data = read_small(path, most=_MOST)
-            _x509().load_pem_x509_certificates(data)
-            found.append(data.strip() + b"\n")
-    return b"".join(found)
+            serials.add(str(_x509().load_pem_x509_certificates(data)[0].serial_number))
+            chains.append(data.strip() + b"\n")
+    return b"".join(chains), serials
 
 
 def _local() -> tuple[Path, Path]:

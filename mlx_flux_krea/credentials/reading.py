@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 
 from ..errors import UsageError
 from ..files import open_regular
-from .certificate import known_roots
+from .certificate import known_certificates
 from .signing import RECORD, SETTINGS, library, media_type
 
 STATES = {
@@ -43,6 +43,7 @@ _PROBLEMS = {  # codes of the C2PA specification, in words
 _NOT_OF_THE_FILE = ("signingCredential.untrusted",)  # a failure by its name, which says nothing about the file
 _RELATIONS = {"parentOf": "made from", "componentOf": "shows", "inputTo": "made with"}
 _MOST_PARTS, _MOST_DEPTH = 20, 3  # actions and ingredients that are named
+_LONGEST = 200  # characters of a text in them
 _MOST_CHUNKS = 10_000  # of a file that is searched
 _JPEG_ENDS = (0xD9, 0xDA)  # markers: end of the image, and the start of its pixels
 
@@ -68,8 +69,8 @@ def read_credentials(path: Path, certificate: Path | None = None) -> dict[str, A
         certificate: a file of certificates that are known besides this installation's own.
 
     Returns:
-        As JSON: "state" (a key of `STATES`), "signer", "own" (true: the signer is known here), "software", "actions",
-        "ingredients" of the same form with "title" and "relation", and "problems", sentences.
+        As JSON: "state" (a key of `STATES`), "signer", "own" (true: by a certificate of this installation), "software",
+        "actions", "ingredients" of the same form with "title" and "relation", and "problems", sentences.
 
     Raises:
         UsageError: the file cannot be opened.
@@ -78,7 +79,7 @@ def read_credentials(path: Path, certificate: Path | None = None) -> dict[str, A
         c2pa = library()
     except UsageError:
         return {"state": "unread"} if has_credentials(path) else None
-    roots = known_roots(certificate)
+    roots, serials = known_certificates(certificate)
     settings = SETTINGS | ({"trust": {"user_anchors": roots.decode()}} if roots else {})
     try:
         with open_regular(path) as file, c2pa.Context.from_dict(settings) as context:
@@ -88,7 +89,7 @@ def read_credentials(path: Path, certificate: Path | None = None) -> dict[str, A
             if reader is None:
                 return None
             with reader:
-                return _facts(json.loads(reader.json()))
+                return _facts(json.loads(reader.json()), serials)
     except c2pa.C2paError as error:
         reason = " ".join(str(error).split())
         if reason.startswith("Remote:"):
@@ -104,7 +105,8 @@ def in_words(found: dict[str, Any] | None) -> list[tuple[str, str]]:
         return [("credentials", "none; a program that saves a picture again may have removed them")]
     rows = [("credentials", STATES[found["state"]]), *(("problem", text) for text in found.get("problems", ()))]
     if "signer" in found:
-        known = "this installation's own certificate, or yours" if found["own"] else "unknown: in no list here"
+        known = "issued by a root of yours" if found["state"] == "trusted" else "unknown: in no list here"
+        known = "this installation's own certificate, or yours" if found["own"] else known
         rows.append(("signed by", f"{found['signer']} ({known})"))
     rows += [("signed with", found["software"])] if found.get("software") else []
     rows += [("model", f"{found['model']}, licence {found.get('license', 'not stated')}")] if "model" in found else []
@@ -122,63 +124,83 @@ def _words_of_parts(parts: Any, depth: int) -> Iterator[tuple[str, str]]:
         yield from _words_of_parts(part.get("ingredients", ()), depth + 1)
 
 
-def _facts(store: dict[str, Any]) -> dict[str, Any]:
-    """Returns the facts of the active manifest of a file, whose validation is in the store."""
-    results = (store.get("validation_results") or {}).get("activeManifest") or {}
-    problems = _problems(results)
-    state = str(store.get("validation_state", "")).lower()
+def _facts(store: dict[str, Any], serials: set[str]) -> dict[str, Any]:
+    """Returns the facts of the active manifest of a file.
+
+    Args:
+        store: manifests and their validation, as c2pa gives them. Much in it may be of any type: anybody wrote it.
+        serials: of the certificates that are this installation's own.
+    """
+    results = _object(_object(store.get("validation_results")).get("activeManifest"))
+    problems, state = _problems(results), str(store.get("validation_state", "")).lower()
     state = "invalid" if problems or state not in ("trusted", "valid") else state
-    about = _manifest(store, store.get("active_manifest"), 0)
-    known = any(one.get("code") == "signingCredential.trusted" for one in results.get("success", ()))
-    return {"state": state, "own": known, **about, "problems": problems}
+    about = {"signer": "nobody named"} | _manifest(store, store.get("active_manifest"), 0)
+    trusted = any(_object(one).get("code") == "signingCredential.trusted" for one in _list(results.get("success")))
+    own = trusted and about.get("serial") in serials
+    return {"state": state, "own": own, **about, "problems": problems}
 
 
 def _manifest(store: dict[str, Any], label: Any, depth: int) -> dict[str, Any]:
-    """Returns signer, software, actions and ingredients of a manifest in the store."""
-    manifest = (store.get("manifests") or {}).get(label)
-    if not isinstance(manifest, dict):
+    """Returns signer, software, actions and ingredients of a manifest in the store; {}: it is not there."""
+    manifest = _object(_object(store.get("manifests")).get(str(label)))
+    if not manifest:
         return {}
-    signature = manifest.get("signature_info") or {}
-    software = (manifest.get("claim_generator_info") or [{}])[0]
-    about: dict[str, Any] = {"signer": str(signature.get("common_name") or signature.get("issuer") or "nobody named")}
-    about["software"] = " ".join(str(software[name]) for name in ("name", "version") if software.get(name))
-    about |= {"signed_at": signature["time"]} if signature.get("time") else {}
-    about["actions"] = [
-        text
-        for assertion in manifest.get("assertions", ())
-        if str(assertion.get("label", "")).startswith("c2pa.actions")
-        for text in map(_action, (assertion.get("data") or {}).get("actions", ())[:_MOST_PARTS])
-    ]
-    ours = next((one.get("data") for one in manifest.get("assertions", ()) if one.get("label") == RECORD), None)
-    about |= (
-        {name: str(ours[name]) for name in ("model", "license") if ours.get(name)} if isinstance(ours, dict) else {}
-    )
-    about["ingredients"] = [_part(store, one, depth) for one in manifest.get("ingredients", ())[:_MOST_PARTS]]
-    return about
+    signature = _object(manifest.get("signature_info"))
+    software = _object(next(iter(_list(manifest.get("claim_generator_info"))), None))
+    assertions = {str(one.get("label")): _object(one.get("data")) for one in _objects(manifest.get("assertions"))}
+    about: dict[str, Any] = {
+        "signer": _text(signature.get("common_name") or signature.get("issuer") or "nobody named"),
+        "serial": _text(signature.get("cert_serial_number", "")),
+        "software": " ".join(_text(software[name]) for name in ("name", "version") if software.get(name)),
+    }
+    about |= {"signed_at": _text(signature["time"])} if signature.get("time") else {}
+    ours = assertions.get(RECORD, {})
+    about |= {name: _text(ours[name]) for name in ("model", "license") if ours.get(name)}
+    lists = [_objects(data.get("actions")) for name, data in assertions.items() if name.startswith("c2pa.actions")]
+    about["actions"] = [_action(action) for actions in lists for action in actions[:_MOST_PARTS]][:_MOST_PARTS]
+    parts = _objects(manifest.get("ingredients"))[:_MOST_PARTS]
+    return about | {"ingredients": [_part(store, part, depth) for part in parts]}
 
 
 def _part(store: dict[str, Any], ingredient: dict[str, Any], depth: int) -> dict[str, Any]:
     """Returns the facts of an image that the picture was made of."""
-    about = {"title": str(ingredient.get("title", "untitled")), "relation": str(ingredient.get("relationship", ""))}
+    about = {"title": _text(ingredient.get("title", "untitled")), "relation": _text(ingredient.get("relationship", ""))}
     if depth >= _MOST_DEPTH or not ingredient.get("active_manifest"):
         return about
-    results = (ingredient.get("validation_results") or {}).get("activeManifest") or {}
+    results = _object(_object(ingredient.get("validation_results")).get("activeManifest"))
     return about | _manifest(store, ingredient["active_manifest"], depth + 1) | {"problems": _problems(results)}
 
 
 def _action(action: dict[str, Any]) -> str:
     """Returns an action in words: its name, the kind of its source, and the software."""
-    agent = action.get("softwareAgent") or {}
-    agent = " ".join(str(agent.get(name, "")) for name in ("name", "version")) if isinstance(agent, dict) else agent
-    kind = str(action.get("digitalSourceType", "")).rpartition("/")[2]
-    name = str(action.get("action", "")).removeprefix("c2pa.")
-    return f"{name}{f' ({kind})' if kind else ''}{f' by {agent}'.rstrip() if str(agent).strip() else ''}"
+    agent = action.get("softwareAgent")
+    names = [agent.get("name"), agent.get("version")] if isinstance(agent, dict) else [agent]
+    by = " ".join(_text(name) for name in names if name)
+    kind = _text(action.get("digitalSourceType") or "").rpartition("/")[2]
+    name = _text(action.get("action", "")).removeprefix("c2pa.")
+    return f"{name}{f' ({kind})' if kind else ''}{f' by {by}' if by else ''}"
 
 
 def _problems(results: dict[str, Any]) -> list[str]:
-    """Returns what a validation found wrong, as sentences."""
-    codes = [str(one.get("code")) for one in results.get("failure", ())]
+    """Returns everything that a validation found wrong, as sentences."""
+    codes = [_text(one.get("code")) for one in _objects(results.get("failure"))]
     return list(dict.fromkeys(_PROBLEMS.get(code, code) for code in codes if code not in _NOT_OF_THE_FILE))
+
+
+def _object(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _objects(value: Any) -> list[dict[str, Any]]:
+    return [one for one in _list(value) if isinstance(one, dict)]
+
+
+def _text(value: Any) -> str:
+    return str(value)[:_LONGEST]
 
 
 def _chunks(file: BinaryIO, place: int, byte_order: str, order: str) -> Iterator[tuple[bytes, int]]:

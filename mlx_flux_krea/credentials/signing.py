@@ -213,7 +213,8 @@ _MARKS = {  # media types, with the bytes that are at a place in their files
     "image/gif": ((0, b"GIF8"),),
     "image/tiff": ((0, b"II*\0"), (0, b"MM\0*")),
     "image/avif": ((4, b"ftypavif"),),
-    "image/heic": ((4, b"ftypheic"), (4, b"ftypheix"), (4, b"ftypmif1")),
+    "image/heic": ((4, b"ftypheic"), (4, b"ftypheix")),
+    "image/heif": ((4, b"ftypmif1"),),
 }
 
 

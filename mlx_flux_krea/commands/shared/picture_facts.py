@@ -9,10 +9,13 @@ import numpy as np
 from mlx_flux_krea.credentials import watermark
 from mlx_flux_krea.credentials.reading import has_credentials, in_words, read_credentials
 from mlx_flux_krea.errors import UsageError
-from mlx_flux_krea.provenance import SIGNED, opened, read_picture
+from mlx_flux_krea.provenance import FORMATS, SIGNED, opened, read_picture
 
 from . import settings
 from .text import flattened, table
+
+# Endings of files that are pictures: those that are written here, and those of cameras and other programs.
+PICTURES = {*FORMATS, ".avif", ".dng", ".gif", ".heic", ".heif", ".tif", ".tiff"}
 
 
 def describe_picture(path: Path) -> tuple[dict[str, Any], str]:
@@ -21,9 +24,8 @@ def describe_picture(path: Path) -> tuple[dict[str, Any], str]:
     Raises:
         UsageError: not a picture.
     """
-    facts = read_picture(path)
+    facts, found = _read(path)
     record, mark = facts["record"], _watermark(path)
-    found = _credentials(path, record)
     about = {}
     if any(facts.values()):
         about = {"made by": facts["source_type"] or "unknown", "software": facts["software"] or "unknown"}
@@ -35,6 +37,21 @@ def describe_picture(path: Path) -> tuple[dict[str, Any], str]:
     first = [] if any(facts.values()) else [f"{path} has no record of ours"]
     facts |= {"watermark": mark and {"right": mark.right, "of": mark.of}, "credentials": found}
     return {"kind": "picture", **facts}, "\n".join([*first, table(rows)])
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """Reads metadata and credentials of a picture; of one whose format Pillow does not open, the latter alone.
+
+    Raises:
+        UsageError: neither can be read.
+    """
+    try:
+        facts = read_picture(path)
+    except UsageError:
+        if (found := _credentials(path, None)) is None or "signer" not in found:
+            raise
+        return dict.fromkeys(("source_type", "software", "parameters", "record")), found
+    return facts, _credentials(path, facts["record"])
 
 
 def _credentials(path: Path, record: dict[str, Any] | None) -> dict[str, Any] | None:
