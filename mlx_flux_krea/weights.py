@@ -66,7 +66,7 @@ from .models.config import (
 from .models.depth import DepthAnything
 from .models.depth_config import DepthConfig
 from .models.filter_config import FilterIndex, PixtralConfig, ViTConfig
-from .models.layers import add_arrays, adopt, choose_products, machine
+from .models.layers import ROWS, add_arrays, adopt, choose_products, machine
 from .models.pixtral import Pixtral
 from .models.siglip import Redux, SigLIP
 from .models.t5 import T5Encoder
@@ -355,7 +355,7 @@ class NetworkFolder(Generic[S, N]):
                 arrays.append((name, array if array.dtype in PACKED else array.astype(dtype)))
         module.load_weights(arrays, strict=True)
         module.eval()
-        _choose_products(module, dtype)
+        _choose_products(module, dtype, ROWS.get(self.component, 512))
         return module
 
     def _skeleton(self) -> tuple[N, dict[str, tuple[Path, TensorInfo]]]:
@@ -640,7 +640,7 @@ def _load(shard: Path) -> dict[str, mx.array]:
     return arrays
 
 
-def _choose_products(network: nn.Module, dtype: mx.Dtype) -> None:
+def _choose_products(network: nn.Module, dtype: mx.Dtype, rows: int) -> None:
     """Chooses how quantized layers multiply, and remembers it: a seed should give the same picture tomorrow.
 
     Failing to remember is harmless: the layers are timed again.
@@ -652,7 +652,7 @@ def _choose_products(network: nn.Module, dtype: mx.Dtype) -> None:
         remembered = {}
     known = remembered.get(machine())
     known = known if isinstance(known, dict) else {}
-    if chosen := choose_products(network, dtype, known):
+    if chosen := choose_products(network, dtype, known, rows):
         text = json.dumps(remembered | {machine(): known | chosen}, indent=1)
         with contextlib.suppress(OSError):
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -21,7 +21,7 @@ from mlx.utils import tree_flatten
 from mlx_flux_krea.convert import convert, quantize, write
 from mlx_flux_krea.convert.folder import check_manifest
 from mlx_flux_krea.convert.licence import ATTRIBUTION_NOTICE, licence_files
-from mlx_flux_krea.convert.quantize import RECIPES, choose, find_recipe
+from mlx_flux_krea.convert.quantize import RECIPES, QuantizationRecipe, choose, find_recipe
 from mlx_flux_krea.convert.reading import Reading
 from mlx_flux_krea.convert.remap import ComponentPlan, Target
 from mlx_flux_krea.convert.tensors import Tensor
@@ -809,3 +809,50 @@ def test_what_was_timed_is_remembered_so_that_a_seed_gives_the_same_picture_tomo
 def test_on_the_cpu_many_rows_in_16_bits_are_multiplied_densely():
     """50 times slower is no matter of chance (research: 0.25 against 5 GFLOP/s)."""
     assert quantized._is_dense_faster((64, 4, "affine"), mx.bfloat16, True)
+
+
+def test_on_a_gpu_products_are_timed_at_the_shapes_of_the_networks_own_layers():
+    """FLUX.1's at 8 bits; and the time that they take of an M1 of 1.3 TFLOP/s, where one way is four times slower."""
+    layers = choose("transformer", layer_widths("transformer", configs.FLUX_DEV), QuantizationRecipe("8"))[0]
+    by_kind = quantized._by_kind(build("transformer", configs.FLUX_DEV, layers))
+    timed = {kind: list(map(quantized._shape, quantized.timed_layers(of_kind))) for kind, of_kind in by_kind.items()}
+    assert timed == {(64, 8, "affine"): [(21504, 3072), (18432, 3072), (3072, 15360), (3072, 12288)]}
+    weights = sum(outputs * inputs for shapes in timed.values() for outputs, inputs in shapes)
+    products = sum((1 + 4) * 2 * rows * weights / 1.3e12 for rows in quantized._TIMED)
+    dequantized = len(quantized._TIMED) * weights * 3 / 60e9  # bytes read and written
+    assert 2 * (products + dequantized) < 0.5
+
+
+def test_a_choice_on_a_gpu_is_of_the_shapes_of_its_network_and_renewed_with_them(monkeypatch):
+    def network(*shapes):
+        layers = [nn.QuantizedLinear(inputs, outputs, True, 64, 4) for outputs, inputs in shapes]
+        quantized.adopt(made := nn.Sequential(*layers))
+        return made
+
+    timed, answers = [], iter([True, False, False, True])
+    monkeypatch.setattr(quantized, "_faster_dense", {})
+    monkeypatch.setattr(quantized, "_on_gpu", lambda: True)
+    monkeypatch.setattr(quantized, "_is_dense_faster_in", lambda *what: timed.append(what) or next(answers))
+    first, second = network((64, 128), (128, 64), (64, 128)), network((192, 64))
+    chosen = quantized.choose_products(first, mx.float32, rows=4608)
+    assert chosen == {f"64 4 affine mlx.core.float32 {many} 64x128 128x64": not many for many in (False, True)}
+    assert quantized.choose_products(network((128, 64), (64, 128)), mx.float32, rows=4608) == {}
+    assert [many for *_, many, rows in timed if rows == 4608] == [False, True]
+    remembered = chosen | quantized.choose_products(second, mx.float32)
+    assert len(timed) == len(remembered) == 4
+    kinds = []
+    monkeypatch.setattr(quantized, "_dequantized", lambda *what: kinds.append(what) or mx.zeros((192, 64)))
+    second.layers[0](mx.ones((2, 64)))
+    assert not kinds
+    second.layers[0](mx.ones((100, 64)))  # many rows: dense, by its own choice
+    assert len(kinds) == 1
+    monkeypatch.setattr(quantized, "_faster_dense", {})
+    quantized.choose_products(first, mx.float32, remembered)
+    assert len(timed) == 4
+
+
+@pytest.mark.parametrize("kind", [(64, 4, "affine"), (32, 4, "mxfp4")])
+def test_both_products_of_a_layer_are_timed_on_arrays_like_its_own(kind):
+    """With the CPU's products, of which the direct one in 16 bits is 50 times slower."""
+    layer = nn.QuantizedLinear(512, 64, False, *kind)
+    assert quantized._is_dense_faster_in([layer], mx.bfloat16, True, 4608)

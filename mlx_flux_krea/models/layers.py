@@ -2,18 +2,19 @@
 
 The faster way depends on the chip, the rows, the bits and the type. Metal's quantized product is up to four times
 slower than the dense one on an M1 or M2, and equal on an M3; the CPU's is 10 to 50 times slower. So both are timed
-once, for about a tenth of a second, and the result is stored: the two ways agree to rounding only, and a seed should
-give the same picture tomorrow.
+once, on a GPU at the shapes of the network's own layers, and the result is stored: the two ways agree to rounding only,
+and a seed should give the same picture tomorrow.
 """
 
 import contextlib
 import contextvars
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -21,8 +22,12 @@ import mlx.nn as nn
 from ..presets import CHIPS, SHARE_OF_PEAK
 from .config import Quantization
 
-# Rows, outputs and inputs of the timed products: few rows (a modulation), and many (tokens of a picture).
+# Rows, outputs and inputs of products that are timed: few rows (a modulation), and many (tokens of a picture). On a GPU
+# products of quantized layers have the outputs and inputs of the network's own layers, the `_MOST` largest of a kind,
+# and 32 or 96 rows: less than half a second of an M1, where the slower way takes four times as long as the faster one.
 _SHAPES = {"cpu": ((16, 64, 512), (128, 64, 512)), "gpu": ((32, 3072, 3072), (1024, 3072, 3072))}
+_TIMED, _MOST = (32, 96), 4
+ROWS = {"transformer": 4608}  # of a network: tokens of a picture of 1024 x 1024 and of its text; of others 512
 _FEW = 64  # a product of at most so many rows follows the timing for few rows
 CHUNK = 2**22  # weights dequantized at one time on the CPU, where the intermediate arrays take five times their size
 
@@ -33,7 +38,8 @@ _pieces = contextvars.ContextVar("pieces", default=1)  # of each product, beyond
 _HEADROOM = 128.0  # in float16, inputs are made as much smaller before a product, and its gain larger
 
 Kind = tuple[int, int, str]  # group size, bits and mode
-_faster_dense: dict[tuple[int, int, str, mx.Dtype, bool], bool] = {}  # by kind, compute type, and "many rows"
+# By kind, compute type, "many rows", and on a GPU the shapes of the network's layers of that kind.
+_faster_dense: dict[tuple[Any, ...], bool] = {}
 
 
 class QuantizedLinear(nn.QuantizedLinear):
@@ -60,7 +66,7 @@ class QuantizedLinear(nn.QuantizedLinear):
 
     def _product(self, x: mx.array, bias: mx.array | None = None) -> mx.array:
         many = x.size // x.shape[-1] > _FEW
-        if not _faster_dense.get((*kind(self), x.dtype, many), False):
+        if not _faster_dense.get((*kind(self), x.dtype, many, *self.__dict__.get("_timed", ())), False):
             group_size, bits, mode = kind(self)
             y = mx.quantized_matmul(
                 x, self.weight, self.scales, self.get("biases"), True, group_size=group_size, bits=bits, mode=mode
@@ -261,7 +267,7 @@ def adopt(network: nn.Module) -> None:
 
 
 def choose_products(
-    network: nn.Module, dtype: mx.Dtype, remembered: Mapping[str, object] | None = None
+    network: nn.Module, dtype: mx.Dtype, remembered: Mapping[str, object] | None = None, rows: int = 512
 ) -> dict[str, bool]:
     """Chooses how the quantized layers of a network multiply, by timing each kind that is not yet known.
 
@@ -269,21 +275,40 @@ def choose_products(
         network: its layers went through `adopt`.
         dtype: the compute type.
         remembered: earlier results on this machine (`machine`), as this function returned them.
+        rows: that products of many rows usually have, see `ROWS`.
 
     Returns:
         Results that this process did not have: whether the dense product of a kind of layers is faster, by its name.
     """
-    keys = {(*kind(layer), dtype, many) for layer in _layers(network) for many in (False, True)}
     chosen = {}
-    for key in keys - _faster_dense.keys():
-        name = " ".join(map(str, key))
-        known = remembered.get(name) if remembered else None
-        group_size, bits, mode, _, many = key
-        _faster_dense[key] = (
-            known if isinstance(known, bool) else _is_dense_faster((group_size, bits, mode), dtype, many)
-        )
-        chosen[name] = _faster_dense[key]
+    for of_kind, layers in _by_kind(network).items():
+        timed = timed_layers(layers) if _on_gpu() else []
+        shapes = tuple(f"{outputs}x{inputs}" for outputs, inputs in map(_shape, timed))
+        for layer in layers:
+            layer.__dict__["_timed"] = shapes
+        for many in (False, True):
+            key = (*of_kind, dtype, many, *shapes)
+            if key in _faster_dense:
+                continue
+            name = " ".join(map(str, key))
+            known = remembered.get(name) if remembered else None
+            if not isinstance(known, bool):
+                known = (
+                    _is_dense_faster_in(timed, dtype, many, rows) if timed else _is_dense_faster(of_kind, dtype, many)
+                )
+            chosen[name] = _faster_dense[key] = known
     return chosen
+
+
+def _on_gpu() -> bool:
+    return mx.default_device().type.name == "gpu"
+
+
+def timed_layers(layers: Sequence[nn.QuantizedLinear]) -> list[nn.QuantizedLinear]:
+    """Returns a layer of each of the largest shapes among layers of one kind, the largest first."""
+    by_shape = {_shape(layer): layer for layer in layers}
+    largest = sorted(by_shape, key=lambda shape: (-shape[0] * shape[1], shape))
+    return [by_shape[shape] for shape in largest[:_MOST]]
 
 
 def machine() -> str:
@@ -354,6 +379,48 @@ def _is_dense_faster(kind: Kind, dtype: mx.Dtype, many: bool) -> bool:
         return x @ _dequantized(weight, scales, biases, kind, dtype).T
 
     return _seconds(dense) < _seconds(quantized)
+
+
+def _is_dense_faster_in(layers: Sequence[nn.QuantizedLinear], dtype: mx.Dtype, many: bool, rows: int) -> bool:
+    """Times both products of layers, on arrays like theirs, which are not read.
+
+    A dense product dequantizes once, whatever its rows: what is timed with fewer is multiplied, but for that.
+
+    Args:
+        layers: of one kind.
+        dtype: the compute type.
+        many: for products of many rows.
+        rows: of these.
+    """
+    timed = _TIMED[many]
+    more, quantized, dense = rows / timed if many else 1.0, 0.0, 0.0
+    for layer in layers:
+        outputs, inputs = _shape(layer)
+        x, whole = mx.ones((timed, inputs), dtype), mx.ones((outputs, inputs), dtype)
+        weight, scales = (mx.ones_like(layer[name]) for name in ("weight", "scales"))
+        scales = scales if scales.dtype == mx.uint8 else scales.astype(dtype)
+        biases = mx.zeros_like(scales) if "biases" in layer else None
+        mx.eval(x, whole, weight, scales, biases)
+        own = kind(layer)
+        group_size, bits, mode = own
+        quantized += more * _seconds(
+            partial(mx.quantized_matmul, x, weight, scales, biases, True, group_size=group_size, bits=bits, mode=mode)
+        )
+        dense += more * _seconds(partial(mx.matmul, x, whole.T))
+        dense += _seconds(partial(_dequantized, weight, scales, biases, own, dtype))
+    return dense < quantized
+
+
+def _shape(layer: nn.QuantizedLinear) -> tuple[int, int]:
+    """Returns the outputs and inputs of a layer."""
+    return layer.weight.shape[0], layer.weight.shape[1] * 32 // layer.bits
+
+
+def _by_kind(network: nn.Module) -> dict[Kind, list[nn.QuantizedLinear]]:
+    found: dict[Kind, list[nn.QuantizedLinear]] = {}
+    for layer in _layers(network):
+        found.setdefault(kind(layer), []).append(layer)
+    return found
 
 
 def seconds_of_product(dtype: mx.Dtype) -> float:
