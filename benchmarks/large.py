@@ -38,7 +38,6 @@ ROWS: dict[str, tuple[dict[str, Any], dict[str, Any], bool]] = {
     "without guidance": ({"upscale_tiles": False}, {"guidance": 0.0}, True),
     "tiles without guidance": ({"upscale_tiles": True}, {"guidance": 0.0}, True),
     "without the shifted grid": ({"upscale_tiles": False}, {"shifts": False}, True),
-    "with proportional attention": ({"upscale_tiles": False}, {"attends": True}, True),
     "strength 0.5": ({"upscale_tiles": False, "strength": 0.5}, {}, True),
 }
 PLAIN = ("Lanczos", "Lanczos, through the autoencoder", "drawn")

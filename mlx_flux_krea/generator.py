@@ -37,9 +37,10 @@ from .sampling import noise as noises
 from .sampling import preview as previews
 from .sampling import sampler
 from .sampling.caches import Uncached, make_cache
-from .sampling.enlarge import LowPass, View, guided, second_seed, second_view
+from .sampling.enlarge import View, guided, low_frequencies, second_view
 from .sampling.rules import count_evaluations
 from .sampling.solvers import SOLVERS, State
+from .second import Second, computed_before, is_enlarging, second_pass
 from .weights import ComponentFolder, ModelFolder
 from .worker import Worker, evaluated, limit_cache
 
@@ -119,7 +120,7 @@ class _Steps:
     @property
     def stage(self) -> str:
         """The stage of the progress."""
-        return "denoise" if self.view.trained == 0 else "enlarge"
+        return "denoise" if self.view.factor == 1 else "enlarge"
 
     @property
     def evaluations(self) -> int:
@@ -140,23 +141,6 @@ class _StreamedFlux:
     network: Flux
     blocks: Blocks
     modulation: Blocks
-
-
-@dataclass(frozen=True)
-class _Second:
-    """The second pass of a run.
-
-    Attributes:
-        request: the pass, at its size, with a seed of its own.
-        first: the request of both passes.
-        plan: of both passes.
-        kept: arrays of a checkpoint that the pass depends on: "first", (B, L, 64), latents of the first pass.
-    """
-
-    request: ResolvedRequest
-    first: ResolvedRequest
-    plan: MemoryPlan
-    kept: dict[str, mx.array]
 
 
 class Generator:
@@ -247,14 +231,13 @@ class Generator:
                 if request.style and redux:
                     with _measured("style", seconds, peaks):
                         conditions = self._styled(request, request.style, conditions, redux)
-            latents, computed = None, _computed_before(request, observers.checkpoint)
-            if request.first_steps and not _is_enlarging(request, observers.checkpoint):
+            latents, computed = None, computed_before(request, observers.checkpoint)
+            if request.first_steps and not is_enlarging(request, observers.checkpoint):
                 with _measured("denoise", seconds, peaks):
                     latents, computed = self._denoise(request, conditions, plan, observers, uses)
             if request.enlarges and plan.second:
                 with _measured("enlarge", seconds, peaks):
-                    second = self._second(request, plan, latents, observers.checkpoint)
-                    second.kept.update({f"computed.{i}": mx.array(s, mx.float32) for i, s in enumerate(computed)})
+                    second = second_pass(request, plan, latents, computed, observers.checkpoint, self._shape(request))
                     latents, more = self._denoise(second.request, conditions, plan.second, observers, uses, second)
                 request, plan = second.request, plan.second
                 computed = tuple((*one, *other) for one, other in zip(computed, more, strict=True))
@@ -347,7 +330,7 @@ class Generator:
         plan: MemoryPlan,
         observers: Observers,
         uses: Uses,
-        second: _Second | None = None,
+        second: Second | None = None,
     ) -> tuple[mx.array, tuple[tuple[int, ...], ...]]:
         """Returns latents (B, L, 64) at the end of the schedule, from its start or from a checkpoint.
 
@@ -374,7 +357,7 @@ class Generator:
                     velocity = self._repeating_overflows(velocity, request, conditions, steps, made, uses)
                 velocity, take_step = cache.wrap(velocity), SOLVERS[request.solver]
                 if made.enlarged is not None:
-                    low = LowPass(steps.view.width, steps.view.height, steps.view.cutoff)
+                    low = low_frequencies(steps.view.width, steps.view.height, steps.view.cutoff)
                     velocity = guided(velocity, steps.sigmas, made.enlarged, low, steps.view.recipe)
                 for step in range(steps.done, steps.stop):
                     before, state = state.latents, take_step(velocity, state, steps.sigmas, step)
@@ -393,44 +376,7 @@ class Generator:
         computed = (cache.computed(f"{i}.") for i in range(request.batch))
         return latents, tuple(tuple(steps.behind + step for step in of_one if step < steps.stop) for of_one in computed)
 
-    def _second(
-        self, request: ResolvedRequest, plan: MemoryPlan, latents: mx.array | None, checkpoint: Checkpoint | None
-    ) -> _Second:
-        """Returns the second pass of a request.
-
-        Args:
-            request: the request.
-            plan: of both passes.
-            latents: of the first pass; None: a checkpoint holds them, or an image is enlarged.
-            checkpoint: of the run.
-
-        Raises:
-            UsageError: the checkpoint's latents have another shape.
-        """
-        assert request.large is not None  # where the second pass runs
-        large, kept = request.large, {}
-        if request.first_steps:
-            if latents is None and checkpoint:
-                latents = mx.array(checkpoint.state().get("first", np.zeros(0, np.float32)))
-                if latents.shape != self._shape(request) or not mx.isfinite(latents).all().item():
-                    raise checkpoint.damaged()
-            assert latents is not None
-            kept["first"] = latents
-        if checkpoint:
-            kept["tiles"] = mx.array([float(plan.tiles > 1)])
-        seeds = tuple(map(second_seed, request.seeds))
-        pass_ = replace(
-            request,
-            width=large.width,
-            height=large.height,
-            seed=seeds[0] if isinstance(request.seed, int) else seeds,
-            cache=None,
-            fast=None,
-            inputs=replace(request.inputs, canvas=None),
-        )
-        return _Second(pass_, request, plan, kept)
-
-    def _enlarged(self, second: _Second, sigma: float, plan: MemoryPlan) -> Latents:
+    def _enlarged(self, second: Second, sigma: float, plan: MemoryPlan) -> Latents:
         """Returns the latents of the second pass's first step: those of the first pass's pictures, or of the image."""
         first, size = second.first, (second.request.width, second.request.height)
         if first.inputs.canvas:
@@ -445,7 +391,7 @@ class Generator:
             tiled=plan.tiled,
         )
 
-    def _steps(self, request: ResolvedRequest, second: _Second | None = None) -> _Steps:
+    def _steps(self, request: ResolvedRequest, second: Second | None = None) -> _Steps:
         """Returns all steps of a pass that starts anew."""
         levels = request.sigmas or sampler.schedule_levels(request.schedule, request.num_inference_steps)
         schedule, n = self.folder.index.schedule, request.num_inference_steps
@@ -761,36 +707,6 @@ def _predicted(made: Latents, steps: _Steps, step: int, *, before: mx.array, aft
         clean = made.kept.restore(clean, 0.0, 1 - (step + 1) / steps.count)
     _check_finite("the prediction of the picture", clean)
     return clean
-
-
-def as_begun(request: ResolvedRequest, checkpoint: Checkpoint | None) -> ResolvedRequest:
-    """Returns a request whose second pass sees tiles, or the whole, as it does in a checkpoint that has begun it."""
-    if not (checkpoint and request.large and _is_enlarging(request, checkpoint)):
-        return request
-    tiles = checkpoint.state().get("tiles")
-    if tiles is None or tiles.shape != (1,):
-        raise checkpoint.damaged()
-    return replace(request, large=replace(request.large, tiles=bool(tiles[0])))
-
-
-def _computed_before(request: ResolvedRequest, checkpoint: Checkpoint | None) -> tuple[tuple[int, ...], ...]:
-    """Returns the steps of a first pass that a checkpoint has behind it which were computed in full, of each picture.
-
-    Raises:
-        UsageError: the checkpoint's are impossible.
-    """
-    if not (checkpoint and _is_enlarging(request, checkpoint)):
-        return ((),) * request.batch
-    found = [checkpoint.state().get(f"computed.{i}", np.zeros(0)) for i in range(request.batch)]
-    known = {*range(request.first_steps)}
-    if any(not {*steps.tolist()} <= known for steps in found):
-        raise checkpoint.damaged()
-    return tuple(tuple(map(int, steps)) for steps in found)
-
-
-def _is_enlarging(request: ResolvedRequest, checkpoint: Checkpoint | None) -> bool:
-    """Returns True where a checkpoint has the first pass behind it."""
-    return request.enlarges and checkpoint is not None and checkpoint.done > request.first_steps
 
 
 def _save(

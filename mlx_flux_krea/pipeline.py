@@ -29,7 +29,7 @@ from .files import read_json, sha256_if_exists
 from .filters.acknowledgement import check_acknowledged
 from .filters.gate import Gate, OpenGate, Policy, open_gate
 from .filters.judges import needed_bytes
-from .generator import Generator, Observers, Progress, as_begun
+from .generator import Generator, Observers, Progress
 from .home import find_model
 from .inputs import style as styles
 from .inputs.large import Large
@@ -58,6 +58,7 @@ from .provenance import SOFTWARE
 from .request import Request, ResolvedRequest, Result, as_array, check_values
 from .sampling.caches import cache_bytes
 from .sampling.enlarge import View, second_view
+from .second import as_begun
 from .weights import DTYPES, ComponentFolder, ModelFolder, open_model
 from .worker import Worker
 

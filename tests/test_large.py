@@ -11,6 +11,7 @@ import pytest
 from click.testing import CliRunner
 from helpers import rel
 from PIL import Image
+from test_metal import ALLOWED, graph
 from test_plan import weights_of
 from test_resume import CAT, failing, files, struck
 
@@ -23,7 +24,7 @@ from mlx_flux_krea.home import NANO
 from mlx_flux_krea.models.config import FLUX_DEV, FLUX_DEV_MODEL
 from mlx_flux_krea.provenance import read_picture, read_record
 from mlx_flux_krea.sampling import enlarge
-from mlx_flux_krea.sampling.enlarge import LowPass, Recipe, Tiling, View, guided, low_pass, second_seed
+from mlx_flux_krea.sampling.enlarge import Recipe, Tiling, View, guided, low_frequencies, low_pass, second_seed
 from mlx_flux_krea.sampling.sampler import pack, unpack
 from mlx_flux_krea.weights import open_model
 
@@ -55,13 +56,13 @@ def test_the_low_frequencies_of_latents_are_those_of_both_axes():
     x = latents(10, 6)
     plain = np.array(unpack(x, 10, 6))
     expected = np.einsum("ij,bcjk,lk->bcil", low_pass(6, 0.4), plain, low_pass(10, 0.4))
-    assert rel(unpack(LowPass(10, 6, 0.4)(x), 10, 6), mx.array(expected)) < 1e-5
+    assert rel(unpack(low_frequencies(10, 6, 0.4)(x), 10, 6), mx.array(expected)) < 1e-5
 
 
 @pytest.mark.parametrize("weight", [1.0, 0.5])
 def test_a_guided_velocity_heads_for_the_enlarged_pictures_low_frequencies(weight):
     """x0 + a (low(reference) - low(x0)), where x0 = x - sigma v."""
-    x, v, reference, low = latents(8, 8), latents(8, 8, 1), latents(8, 8, 2), LowPass(8, 8, 0.5)
+    x, v, reference, low = latents(8, 8), latents(8, 8, 1), latents(8, 8, 2), low_frequencies(8, 8, 0.5)
     sigmas = np.array([0.6, 0.3, 0], np.float32)
     model = guided(lambda _, __: v, sigmas, reference, low, Recipe(guidance=weight))
     for step, sigma in enumerate((0.6, 0.3)):
@@ -392,3 +393,23 @@ def test_no_step_in_brightness_at_the_borders_of_tiles():
         for border in borders:
             assert abs(lines[border] - lines[border - 1]) <= 1
     assert math.isfinite(made.mean())
+
+
+# --- on Metal ---
+
+
+def test_what_a_second_pass_adds_to_a_step_is_what_the_gpu_has():
+    """The guidance at 2048 x 2048, with the grid aside and in tiles: primitives and types."""
+    view = enlarge.second_view(View(256, 256), (128, 128), 2, tiled=True)
+    low = low_frequencies(256, 256, view.cutoff)
+    sigmas = np.array([0.6, 0.3, 0], np.float32)
+
+    def step(x: mx.array, reference: mx.array) -> mx.array:
+        def model(latents: mx.array, number: int) -> mx.array:
+            return view.joined([part for part, _ in view.parts(latents, number)], number)
+
+        return guided(model, sigmas, reference, low, Recipe())(x, 1)
+
+    count = graph.count(step, *(graph.zeros((1, 128 * 128, 64), mx.float32) for _ in range(2)))
+    assert set(count.names) <= ALLOWED
+    assert set(count.dtypes) <= {"float32", "int32", "uint32"}

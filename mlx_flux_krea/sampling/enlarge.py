@@ -32,14 +32,12 @@ class Recipe:
         guidance: weight of the enlarged picture's low frequencies.
         cutoff: frequency below which they are taken, as a share of the highest one that the first pass could hold.
         shifts: the patch grid lies one latent aside in every second step.
-        attends: attention is scaled by the number of tokens.
     """
 
     strength: float = 0.3
     guidance: float = 1.0
     cutoff: float = 1.5
     shifts: bool = True
-    attends: bool = False
 
 
 RECIPE = Recipe()
@@ -66,25 +64,20 @@ def low_pass(length: int, cutoff: float) -> np.ndarray:
     return (basis.T @ (passed[:, None] * basis)).astype(np.float32)
 
 
-@dataclass(frozen=True)
-class LowPass:
-    """The low frequencies of latents of one size.
+def low_frequencies(width: int, height: int, cutoff: float) -> Callable[[mx.array], mx.array]:
+    """Returns a function that takes the low frequencies of packed latents (B, L, 64), in float32.
 
-    Attributes:
+    Args:
         width: of the latents.
         height: of the latents.
         cutoff: of `low_pass`.
     """
+    down, across = (mx.array(low_pass(side, cutoff)) for side in (height, width))
 
-    width: int
-    height: int
-    cutoff: float
+    def low(latents: mx.array) -> mx.array:
+        return pack(down @ unpack(latents.astype(mx.float32), width, height) @ across.T)
 
-    def __call__(self, latents: mx.array) -> mx.array:
-        """Returns the low frequencies of packed latents (B, L, 64), in float32."""
-        x = unpack(latents.astype(mx.float32), self.width, self.height)
-        down, across = (mx.array(low_pass(side, self.cutoff)) for side in (self.height, self.width))
-        return pack(down @ x @ across.T)
+    return low
 
 
 def guided(
@@ -109,15 +102,6 @@ def guided(
         return v - (recipe.guidance / sigma) * missing
 
     return velocity
-
-
-def attention_gain(tokens: int, trained: int) -> float:
-    """Returns the factor of attention's scale for more tokens than the model was trained for.
-
-    Proportional attention (Jin et al. 2023, arXiv:2306.08645): the scale is sqrt(log_trained(tokens) / d), so that
-    the entropy of the weights stays what it was.
-    """
-    return math.sqrt(math.log(tokens) / math.log(trained))
 
 
 @dataclass(frozen=True)
@@ -170,8 +154,7 @@ class View:
         height: of the latents.
         tile: width and height of what is seen at once, in latents; None: the whole.
         shifts: in every second step the patch grid lies one latent aside; borders are repeated for it.
-        trained: tokens of a picture that the model was trained for; 0: nothing is scaled.
-        factor: by which the picture was enlarged.
+        factor: by which the picture was enlarged; 1: this is no second pass.
         recipe: of the second pass.
     """
 
@@ -179,7 +162,6 @@ class View:
     height: int
     tile: Size | None = None
     shifts: bool = False
-    trained: int = 0
     factor: float = 1.0
     recipe: Recipe = RECIPE
 
@@ -199,30 +181,16 @@ class View:
     @property
     def count(self) -> int:
         """Number of tiles in a step, the most of any."""
-        more = 2 * self.shifts
-        wide, high = (self.width + more, self.height + more)
-        return (
-            1
-            if self.tile is None
-            else tile_count(wide // 2, self.tile[0] // 2) * tile_count(high // 2, self.tile[1] // 2)
-        )
+        if self.tile is None:
+            return 1
+        sides = zip((self.width, self.height), self.tile, strict=True)
+        return math.prod(tile_count((side + 2 * self.shifts) // 2, tile // 2) for side, tile in sides)
 
     def tables(
         self, config: FluxConfig, text: int, size: Size, references: Sequence[Size] = ()
     ) -> tuple[mx.array, mx.array]:
         """Returns rope's tables for so many text tokens, a size of `sizes`, and references that follow."""
-        tables = rope(position_ids(text, *size, references), config.axes_dim, config.theta)
-        gain = self.gain(text, size)
-        return tables if gain == 1 else (gain * tables[0], gain * tables[1])
-
-    def gain(self, text: int, size: Size) -> float:
-        """Returns the factor of rope's tables that scales attention, for so many text tokens and a size in latents.
-
-        Queries and keys are both multiplied, so it is the square root of `attention_gain`.
-        """
-        if not self.trained or not self.recipe.attends or self.tile is not None:
-            return 1.0
-        return math.sqrt(attention_gain(text + size[0] * size[1] // 4, text + self.trained))
+        return rope(position_ids(text, *size, references), config.axes_dim, config.theta)
 
     def parts(self, latents: mx.array, step: int) -> list[tuple[mx.array, Size]]:
         """Returns what is seen at a step of packed latents (1, L, 64): packed parts with their sizes in latents."""
@@ -281,8 +249,7 @@ def second_view(whole: View, own: Size, factor: float, *, tiled: bool) -> View:
         factor: by which the picture was enlarged.
         tiled: in tiles of that size.
     """
-    tokens = own[0] * own[1] // 4
-    return View(whole.width, whole.height, own if tiled else None, RECIPE.shifts, tokens, factor, RECIPE)
+    return View(whole.width, whole.height, own if tiled else None, RECIPE.shifts, factor, RECIPE)
 
 
 def second_seed(seed: int) -> int:
