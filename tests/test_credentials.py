@@ -383,9 +383,8 @@ except Exception as error:
     assert reading.read_credentials(Path("a.png"))["state"] == "trusted"
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["ed25519", "p384", "rsa"])
-def test_ones_own_chain_signs_with_other_algorithms(kind):
+def own_chain(kind: str, *more) -> tuple[Path, Path]:
+    """Files of a chain and its key, issued by a root of others; with more extensions."""
     from cryptography import x509
     from cryptography.hazmat.primitives import hashes, serialization
     from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
@@ -395,27 +394,40 @@ def test_ones_own_chain_signs_with_other_algorithms(kind):
         "p384": lambda: ec.generate_private_key(ec.SECP384R1()),
         "rsa": lambda: rsa.generate_private_key(65537, 2048),
     }[kind]()
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "A Studio")])
     issuer = ec.generate_private_key(ec.SECP256R1())
-    root = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "A Root")])
+    name, root = (x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, one)]) for one in ("A Studio", "A Root"))
     may = dict.fromkeys(("content_commitment", "key_encipherment", "data_encipherment", "key_agreement"), False)
-    may |= dict.fromkeys(("key_cert_sign", "crl_sign", "encipher_only", "decipher_only"), False)
+    may |= dict.fromkeys(("crl_sign", "encipher_only", "decipher_only"), False)
+    above = x509.CertificateBuilder(root, root, issuer.public_key(), 6, NOW - DAY, NOW + DAY)
+    above = above.add_extension(x509.BasicConstraints(True, None), True)
+    above = above.add_extension(x509.KeyUsage(digital_signature=False, key_cert_sign=True, **may), True)
+    above = above.add_extension(x509.SubjectKeyIdentifier.from_public_key(issuer.public_key()), False)
     builder = x509.CertificateBuilder(root, name, made.public_key(), 7, NOW - DAY, NOW + DAY)
     builder = builder.add_extension(x509.BasicConstraints(False, None), True)
-    builder = builder.add_extension(x509.KeyUsage(digital_signature=True, **may), True)
+    builder = builder.add_extension(x509.KeyUsage(digital_signature=True, key_cert_sign=False, **may), True)
     builder = builder.add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(issuer.public_key()), False)
     builder = builder.add_extension(x509.ExtendedKeyUsage([x509.oid.ExtendedKeyUsageOID.EMAIL_PROTECTION]), False)
-    Path("c.pem").write_bytes(builder.sign(issuer, hashes.SHA256()).public_bytes(serialization.Encoding.PEM))
+    for extension in more:
+        builder = builder.add_extension(extension, False)
     pem, pkcs8 = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
+    chain = [one.sign(issuer, hashes.SHA256()).public_bytes(pem) for one in (builder, above)]
+    Path("c.pem").write_bytes(b"".join(chain))
     Path("k.pem").write_bytes(made.private_bytes(pem, pkcs8, serialization.NoEncryption()))
-    os.chmod("k.pem", 0o600)
-    how = signing.Signing("require", Path("c.pem"), Path("k.pem"))
-    picture().save("a.png", credentials=how)
+    Path("locked.pem").write_bytes(made.private_bytes(pem, pkcs8, serialization.BestAvailableEncryption(b"x")))
+    for path in ("k.pem", "locked.pem"):
+        os.chmod(path, 0o600)
+    return Path("c.pem"), Path("k.pem")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ed25519", "p384", "rsa"])
+def test_ones_own_chain_signs_with_other_algorithms(kind):
+    chain, key = own_chain(kind)
+    picture().save("a.png", credentials=signing.Signing("require", chain, key))
     assert reading.read_credentials(Path("a.png"))["signer"] == "A Studio"
     assert read_elsewhere("a.png")[0][0] == "Valid"
-    Path("k.pem").write_bytes(made.private_bytes(pem, pkcs8, serialization.BestAvailableEncryption(b"x")))
-    with pytest.raises(CredentialsError, match=r"k\.pem needs a password"):
-        picture().save("b.png", credentials=how)
+    with pytest.raises(CredentialsError, match=r"locked\.pem needs a password"):
+        picture().save("b.png", credentials=signing.Signing("require", chain, Path("locked.pem")))
 
 
 # --- the command ---
@@ -532,10 +544,11 @@ def test_one_of_certificate_and_key_alone_is_refused(command, model):
 
 @pytest.mark.slow
 def test_an_address_in_a_file_is_not_opened(folder):
-    """The reader as it comes opens it: so this would see a connection."""
+    """Neither that of credentials elsewhere, nor that of revoked certificates. A reader that may opens both."""
     import socket
 
     import c2pa
+    from cryptography import x509
 
     with socket.create_server(("127.0.0.1", 0)) as server:
         server.settimeout(0.3)
@@ -559,13 +572,20 @@ def test_an_address_in_a_file_is_not_opened(folder):
         picture(image={}).save(
             "b.png", credentials=signing.Signing("require", sources=[signing.parent(Path("remote.png"))])
         )
+        asked = x509.AccessDescription(x509.AuthorityInformationAccessOID.OCSP, x509.UniformResourceIdentifier(address))
+        chain, key = own_chain("p384", x509.AuthorityInformationAccess([asked]))
+        picture().save("c.png", credentials=signing.Signing("require", chain, key))
+        assert reading.read_credentials(Path("c.png"), chain)["state"] == "trusted"
         with pytest.raises(TimeoutError):
             server.accept()
-        opener = [sys.executable, "-c", "import c2pa, sys; c2pa.Reader(sys.argv[1])", "remote.png"]
-        process = subprocess.Popen(opener, stderr=subprocess.DEVNULL)
         server.settimeout(20)
-        server.accept()[0].close()
-        process.wait()
+        anchors = chain.read_text()
+        ocsp = f"c2pa.Context.from_dict({{'verify': {{'ocsp_fetch': True}}, 'trust': {{'user_anchors': {anchors!r}}}}})"
+        for name, context in (("remote.png", "None"), ("c.png", ocsp)):
+            script = f"import c2pa; c2pa.Reader('{name}', context={context})"
+            process = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.DEVNULL)
+            server.accept()[0].close()
+            process.wait()
 
 
 @pytest.mark.slow
