@@ -23,7 +23,7 @@ FULL = RECORD | {
     "negative_prompt_2": "x", "true_cfg_scale": 1.5, "width": 24, "height": 16, "num_inference_steps": 2,
     "sigmas": [0.9, 0.4], "noise": "mflux", "batch": [0, 2], "strength": 0.6, "max_sequence_length": 512,
     "schedule": {"shift": "dynamic"}, "image": {"width": 9, "height": 9, "rgb_sha256": "0" * 64}, "image_seed": 3,
-    "given": ["latents"], "evaluations": 2, "notes": None,
+    "given": ["latents"], "license": "dev", "evaluations": 2, "notes": None,
 }  # fmt: skip
 PIXELS = np.arange(24 * 16 * 3, dtype=np.uint8).reshape(16, 24, 3)
 
