@@ -8,7 +8,7 @@ made: `pipeline.py` does. All of it happens in the worker's thread.
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -25,10 +25,11 @@ from .inputs import style as styles
 from .inputs.canvas import fit_to
 from .inputs.maps import MapMaker
 from .latents import Encode, Latents, enlarged_latents, make_latents
-from .memory import MemoryPlan
+from .memory import MemoryPlan, modulation_bytes
 from .models import tiles
 from .models.transformer import Flux
 from .models.vae import VAE, pixels_to_bytes
+from .modulation import Modulations, Moments
 from .progress import Passes
 from .prompts import EncodedPrompt, PromptEncoder
 from .request import ResolvedRequest
@@ -162,8 +163,7 @@ class Generator:
         self._streamed: _StreamedFlux | None = None
         self._whole_flux: Flux | None = None
         self._whole_vae: VAE | None = None
-        self._modulations: tuple[tuple, list] | None = None  # of the last call, after all that they depend on
-        self._stale: set[int] = set()  # places of those that adapters have changed since
+        self._modulations = Modulations()
         self._base = Base(folder, dtype)
         self._attached: Attached | None = None  # adapters on the transformer that is in use
         self._progress: Progress | None = None
@@ -217,7 +217,7 @@ class Generator:
             UsageError: the checkpoint is of another picture.
             Interrupted: the run was stopped.
         """
-        limit_cache(max(plan.budget - plan.peak, 2**26))
+        limit_cache(max(plan.budget - plan.peak - self._modulations.ahead_bytes, 2**26))
         seconds: dict[str, float] = {}
         peaks: dict[str, int] = {}
         conditions, made = Conditions([], []), None
@@ -278,7 +278,8 @@ class Generator:
             self._encoder.forget()
             self._styles.forget()
             self._maps.forget()
-            self._modulations = self._streamed = self._attached = None
+            self._modulations.forget()
+            self._streamed = self._attached = None
             raise
 
     def _conditions(self, request: ResolvedRequest, uses: Uses) -> Conditions:
@@ -496,10 +497,8 @@ class Generator:
 
         A resumed run computes all modulations again too: a product of fewer rows may round otherwise.
         """
-        sigmas = steps.sigmas[:-1]
-        rounding = noises.find_recipe(request.noise).timestep_rounding
-        pooled = [c.pooled for c in conditions.both]
-        modulations = self._modulate(flux, sigmas, request.guidance_scale, pooled, rounding)
+        moments, streaming = self._moments(request, conditions, steps), partial(self._modulating, flux)
+        modulations = self._modulations.of(moments, flux, streaming, partial(self.runner, "modulation"))
         texts = [evaluated(flux.txt_in, c.embeds.astype(flux.dtype)) for c in conditions.both]
         view = steps.view
         tables = [
@@ -507,7 +506,7 @@ class Generator:
         ]
         mx.eval([list(of_one.values()) for of_one in tables])
         rounds = steps.evaluations * request.batch * (2 if conditions.negative else 1) * view.count
-        passes = Passes(self._progress, rounds, len(flux.blocks) + 2, steps.stop - steps.done, steps.stage)
+        passes = Passes(self._progress, rounds, len(flux.blocks) + 3, steps.stop - steps.done, steps.stage)
 
         def forward(latents: mx.array, i: int, condition: int, step: int) -> mx.array:
             row = condition * steps.count + step
@@ -586,48 +585,46 @@ class Generator:
     def _adapt(self, flux: Flux, uses: Uses) -> None:
         """Makes these adapters those of the transformer, and forgets the modulations that they change."""
         if self._attached is None or self._attached.network is not flux:
-            self._attached, self._modulations = Attached(flux, "transformer", self._dtype), None
+            self._attached = Attached(flux, "transformer", self._dtype)
+            self._modulations.forget()
         changed = self._attached.use(uses, self._base.lengths)
         if any(path.startswith(("time_in.", "guidance_in.", "vector_in.")) for path in changed):
-            self._modulations = None
-        for place, stage in enumerate(flux.modulated):
-            if self._attached.touches(stage, changed):
-                self._stale.add(place)
+            self._modulations.forget()
+        stages = enumerate(flux.modulated)
+        self._modulations.change(place for place, stage in stages if self._attached.touches(stage, changed))
 
-    def _modulate(
-        self, flux: Flux, sigmas: np.ndarray, guidance: float | None, pooled: list[mx.array], rounding: str
-    ) -> list:
-        """Returns the modulations of all steps of each condition, computed in one pass over weights that do not stay.
+    def read_ahead(self, requests: Sequence[ResolvedRequest], plan: MemoryPlan, uses: Uses) -> None:
+        """Computes the modulations of requests that follow, for as many as have room beside the first one's plan.
 
-        A second picture of the same prompt, guidance and schedule uses them again, but for those that other adapters
-        change.
+        Their prompts were encoded with `encode`. A request with style images is left out: they change what it reads.
         """
-        vectors = mx.concatenate(pooled)
-        key = sigmas.tobytes(), guidance, rounding, vectors.shape, np.array(vectors.astype(mx.float32)).tobytes()
-        known = self._modulations[1] if self._modulations and self._modulations[0] == key else None
-        stale = sorted(self._stale) if known else list(range(len(flux.modulated)))
-        if known and not stale:
-            return known
-        self._modulations = None
-        times = mx.tile(sampler.embedded_times(sigmas, rounding, self._dtype), len(vectors))
-        scales = None
-        if guidance is not None:
-            scales = mx.broadcast_to(sampler.embedded_guidance(guidance, rounding, self._dtype), times.shape)
-        vec_of = partial(flux.vec, in_float32=rounding == "once")
-        with self._streaming(self._modulation_blocks(flux, stale), 1) as run:
-            run = self.runner("modulation", len(stale) + 1, run=run)
-            vec = run(vec_of, times, scales, mx.repeat(vectors, len(sigmas), axis=0))
-            computed = dict(zip(stale, flux.modulations(vec, run, stale), strict=True))
-        modulations = [computed.get(place, known and known[place]) for place in range(len(flux.modulated))]
-        self._modulations, self._stale = (key, modulations), set()
-        return modulations
+        requests = [request for request in requests if not request.style]
+        if self._whole_flux or not requests:  # nothing is read for them
+            return
+        flux = self._flux(plan.resident_bytes, uses)
+        runs = [self._moments(request, self._conditions(request, uses), self._steps(request)) for request in requests]
+        size = modulation_bytes(flux.config, max(len(run.sigmas) * len(run.pooled) for run in runs), self._dtype)
+        runs = runs[: 1 + max(plan.budget - plan.peak, 0) // size]
+        if len(runs) > 1:
+            self._modulations.read_ahead(
+                runs, flux, partial(self._modulating, flux), partial(self.runner, "modulation")
+            )
 
-    def _modulation_blocks(self, flux: Flux, places: list[int]) -> Blocks | None:
-        """Returns what streams the modulation layers at these places; None: all weights are in memory."""
-        if self._streamed is None or len(places) == len(flux.modulated):
-            return self._streamed and self._streamed.modulation
-        some = [flux.modulated[place] for place in places]
-        return Blocks(flux, self.folder.flux.tensors(), some, dtype=self._dtype, budget=0, check=self._worker.check)
+    @staticmethod
+    def _moments(request: ResolvedRequest, conditions: Conditions, steps: _Steps) -> Moments:
+        rounding = noises.find_recipe(request.noise).timestep_rounding
+        pooled = mx.concatenate([c.pooled for c in conditions.both])
+        return Moments(steps.sigmas[:-1], request.guidance_scale, pooled, rounding)
+
+    def _modulating(self, flux: Flux, places: Sequence[int]) -> contextlib.AbstractContextManager[Callable]:
+        """Gives the `run` of the modulation layers at these places, while their weights are read."""
+        blocks = self._streamed and self._streamed.modulation
+        if blocks and len(places) < len(flux.modulated):
+            some = [flux.modulated[place] for place in places]
+            blocks = Blocks(
+                flux, self.folder.flux.tensors(), some, dtype=self._dtype, budget=0, check=self._worker.check
+            )
+        return self._streaming(blocks, 1)
 
     @staticmethod
     def _streaming(blocks: Blocks | None, rounds: int) -> contextlib.AbstractContextManager[Callable]:

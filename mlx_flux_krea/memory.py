@@ -25,6 +25,7 @@ from .models.vae import STRIP
 from .residency import SLOTS, hidden_places, matrices, resident_places
 from .sampling.enlarge import View
 from .weights import PACKED, ModelFolder, build, count_parameters, parameters
+from .worker import is_in_flight
 
 GB = 10**9
 # Bytes of the process that MLX does not count: the interpreter, libraries, the vocabularies of CLIP and T5, pixels; and
@@ -36,6 +37,7 @@ _MOST_GB = 4096  # a number up to this, without a unit, is of gigabytes
 # Arrays of T x C that a double and a single block hold at one time, and strips that a convolution needs: on the CPU in
 # float32 and in 16 bits (whose element-wise kernels compute in float32 there), and on Metal.
 _BLOCK = {"cpu": {4: (15, 28), 2: (26, 41)}, "gpu": {4: (12, 18), 2: (12, 18)}}
+_IN_FLIGHT = 9  # more of them, since the next block starts before a block has ended
 _DENSE = {4: 9, 2: 10}  # bytes a weight that the CPU dequantizes takes on its way to float32 and to 16 bits
 # Bytes of a pixel of the image that a picture comes back into, its mask included, and of a pixel of the picture at the
 # size of its part: where pixels are bytes, and where they are float32.
@@ -477,9 +479,7 @@ def make_plan(
     tokens = text_length + more + sum(areas) // (2 * sizes.vae.downsampling) ** 2
     if view:
         tokens = text_length + more + max(wide * high for wide, high in view.sizes) // 4
-    modulations = 12 * flux.depth + 3 * flux.depth_single_blocks + 2
-    rows = steps * conditions * modulations * flux.hidden_size * dtype.size
-    always = weights.rest + rows  # of the transformer, from one picture to the next
+    always = weights.rest + modulation_bytes(flux, steps * conditions, dtype)  # from one picture to the next
     always += (images.held if images else 0) + adapters
     texts = conditions * text_length * flux.hidden_size * dtype.size
     if style:
@@ -592,6 +592,11 @@ def choose_view(
         return plan(tiles), "memory is too little for the whole"
 
 
+def modulation_bytes(flux: configs.FluxConfig, rows: int, dtype: mx.Dtype) -> int:
+    """Returns the bytes of the modulations of so many rows: steps times conditions."""
+    return rows * (12 * flux.depth + 3 * flux.depth_single_blocks + 2) * flux.hidden_size * dtype.size
+
+
 def largest_array(vae: configs.VAEConfig, *, width: int, height: int) -> int:
     """Returns the number of elements of the largest array that decodes or encodes a picture in strips."""
     widths = [vae.ch * m for m in vae.ch_mult]
@@ -655,7 +660,7 @@ class WorkingMemory:
     def block(self, flux: configs.FluxConfig, tokens: int) -> int:
         """Returns the bytes of a block of the transformer."""
         double, single = _BLOCK[self.device][self.dtype.size]
-        wide = max(double, single) if flux.depth_single_blocks else double
+        wide = (max(double, single) if flux.depth_single_blocks else double) + is_in_flight() * _IN_FLIGHT
         scores = flux.num_heads * tokens**2 * self.dtype.size if self.device == "cpu" else 0
         return wide * tokens * flux.hidden_size * self.dtype.size + scores
 

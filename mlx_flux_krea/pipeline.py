@@ -548,6 +548,8 @@ class FluxPipeline(AdapterMethods, compat.DiffusersMethods):
     def read_ahead(self, requests: Sequence[Request | ResolvedRequest], progress: Progress | None = None) -> None:
         """Judges and encodes the prompts of several requests, so that filters and encoders are loaded once for all.
 
+        The modulations of as many as have room in memory are computed together, too.
+
         The results are used by the calls that follow. Flagged prompts are not encoded; their calls raise `Withheld`.
 
         Args:
@@ -578,6 +580,10 @@ class FluxPipeline(AdapterMethods, compat.DiffusersMethods):
                     together.setdefault(key, []).extend(request.pairs() + request.pairs(negative=True))
                 for (length, adapters), pairs in together.items():
                     self._generator.encode(pairs, length, self._loaded.uses(adapters))
+                alike = [request for request in passed if request.adapters == passed[0].adapters]
+                if len(alike) > 1:
+                    uses = self._loaded.uses(alike[0].adapters or ())
+                    self._generator.read_ahead(alike, self.plan(alike[0]), uses)
 
         self._worker.run(run)
 

@@ -2,8 +2,9 @@
 
 The large networks (transformer, T5, the filters' language model) run block by block, and a block needs its matrices
 only while it computes. `Blocks` runs such blocks. It makes as many resident as its budget allows, and reads the others
-ahead of their turn into two buffers: one is filled while the block in the other computes. The networks do not know it:
-they call `run(block, *args)`.
+ahead of their turn into two buffers: one is filled while the block in the other computes. A block that is in memory
+starts before the one before it has ended, so that a GPU never waits for its commands (`worker.Flight`). The networks do
+not know it: they call `run(block, *args)`.
 
 Reading is done here and not by `mx.load`, for three reasons. A failing read names its file and tensor. Weights that are
 streamed again and again do not push other programs' pages out of memory. And the buffers are MLX's own memory, filled
@@ -14,6 +15,7 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ from mlx.utils import tree_unflatten
 from .errors import ModelError
 from .files import bypass, forget, open_descriptor
 from .weights import DTYPES, PACKED, TensorInfo
-from .worker import evaluated
+from .worker import Flight
 
 SLOTS = 2  # buffers for streamed blocks: one computes, one is read
 _CHUNK = 32 * 2**20  # bytes of one read; several run at a time, as fast disks need
@@ -251,46 +253,60 @@ class _Streaming:
 
     def __init__(self, blocks: Blocks, runs: int):
         self._blocks, self._left = blocks, runs
-        self._place: int | None = None  # of the block that ran last
         self._reader = Reader(cached=len(blocks.resident) == len(blocks.units))
         self._buffers: dict[int, mx.array] = {}  # of blocks that were read or are being read
         self._reads: dict[int, list[Future]] = {}
         streamed = [unit.size for place, unit in enumerate(blocks.units) if place not in blocks.resident]
         self._free = [_bytes(max(streamed)) for _ in range(min(SLOTS, len(streamed)))]
+        self._flight = Flight()
+        self._newest: int | None = None  # place of the block that was started last; None: that was no block
 
     def run(self, block: Callable, *args):
-        """Returns the block's result, evaluated. A block that runs several times in a row is read once."""
-        place = self._blocks.places.get(_key(block))
-        if place is None:
-            return evaluated(block, *args)
-        if place != self._place:
-            self._drop(self._place)
-            self._place = place
-            self._left -= 1
-        self._load(place)
-        self._read_ahead(place)
-        return evaluated(block, *args)
+        """Returns the block's result. It is still computed, unless the block is the last one, or none of the network's.
 
-    def _drop(self, place: int | None) -> None:
-        """Frees the buffer of a block, unless the block is resident."""
-        if place in self._buffers and place not in self._blocks.resident:
-            self._blocks.units[place].drop()
-            self._free.append(self._buffers.pop(place))
+        So whatever follows the blocks of a round finds them computed. A block that runs several times in a row is read
+        once.
+        """
+        place, before = self._blocks.places.get(_key(block)), self._newest
+        if place != before:
+            self._newest = place
+            self._left -= place is not None
+            if self._flight.is_empty:
+                self._free_buffer(before)
+        if place is None:
+            return self._flight.run(block, args)
+        self._load(place, args)
+        self._read_ahead(place)
+        result = self._flight.start(block, args, partial(self._free_buffer, place))
+        if place == len(self._blocks.units) - 1:
+            self._flight.settle()
+        self._read_ahead(place)
+        return result
 
     def close(self) -> None:
         """Ends reading, and frees all blocks that are not resident."""
         self._reader.close()
+        self._flight.end()
         for place in self._buffers.keys() - self._blocks.loaded:
             self._blocks.units[place].drop()
-        del self._blocks, self._buffers, self._reads, self._free  # a traceback may hold `run`, and must hold no buffers
+        # a traceback may hold `run`, and must hold no buffers
+        del self._blocks, self._buffers, self._reads, self._free, self._flight
 
-    def _load(self, place: int) -> None:
-        """Waits until a block's matrices are in memory."""
+    def _free_buffer(self, place: int | None) -> None:
+        """Takes the buffer of a block that has ended for the next ones, unless the block may run again at once."""
+        if place in self._buffers and place != self._newest and place not in self._blocks.resident:
+            self._blocks.units[place].drop()
+            self._free.append(self._buffers.pop(place))
+
+    def _load(self, place: int, args: tuple) -> None:
+        """Waits until a block's matrices are in memory; `args` are those of its call."""
         blocks = self._blocks
-        if place in blocks.loaded:
+        if place in blocks.loaded or (place in self._buffers and place not in self._reads):
             return
-        self._start(place)
-        while wait(self._reads.get(place, ()), timeout=0.1).not_done:
+        if place in blocks.resident or not self._start(place):  # it is cast, or the block in flight has its buffer
+            self._flight.settle(args)
+            self._start(place)
+        while wait(self._reads[place], timeout=0.1).not_done:
             blocks.check()
         for future in self._reads.pop(place, ()):
             future.result()

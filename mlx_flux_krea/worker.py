@@ -11,11 +11,14 @@ A fork copies no thread: the child of a process that has computed gets an error,
 """
 
 import atexit
+import contextlib
 import os
 import queue
 import threading
+import weakref
 from collections.abc import Callable
 from concurrent.futures import Future, wait
+from dataclasses import dataclass
 from typing import Any, Generic, ParamSpec, TypeVar
 
 import mlx.core as mx
@@ -24,6 +27,7 @@ from .errors import Interrupted, UsageError, gpu_error
 from .models.layers import smaller
 
 _CACHED = 10**9  # bytes of freed memory, at most
+_SWITCH = "FLUX_KREA_IN_FLIGHT"  # in the environment; 0: each part starts when the one before it has ended
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -179,13 +183,150 @@ def evaluated(part: Callable, *args):
     try:
         return _evaluate(part, *args)
     except RuntimeError as error:
-        if gpu_error(error) is None:
-            raise
+        return _repeated(part, args, error)
+
+
+def is_in_flight() -> bool:
+    """Returns False where the environment switches `Flight` off."""
+    return os.environ.get(_SWITCH) != "0"
+
+
+@dataclass(frozen=True)
+class _Started:
+    """A part in flight: its call, its results, and what to do when it has ended."""
+
+    part: Callable
+    args: tuple
+    results: tuple[mx.array, ...]
+    ended: Callable[[], None]
+
+    def repeat(self, error: RuntimeError) -> None:
+        """Computes the part once more, and puts the new results in the place of the old ones.
+
+        Raises:
+            ResourceError: it failed again.
+            RuntimeError: the error, where it is none of the GPU.
+        """
+        for old, new in zip(self.results, _arrays(_repeated(self.part, self.args, error)), strict=True):
+            old[:] = new
+        mx.eval(self.results)
+
+
+class Flight:
+    """Evaluates the parts of a network with one in flight: each starts before the one before it is waited for.
+
+    So a GPU finds its next commands while it still computes, and does not wait until Python has written them. Results
+    are those of `evaluated`, to the bit.
+
+    MLX raises the failure of a command when the next one is written, or when a result is waited for (mlx 0.32,
+    backend/metal/device.cpp). Then both parts are computed once more, in smaller commands: the one in flight, whose
+    results are replaced where they are, and the one that has read them. What else was computed from the old results
+    would stay wrong; so only a part that gets results as they are starts before the one in flight has ended.
+    """
+
+    def __init__(self):
+        self._last: _Started | None = None
+        self._results: weakref.WeakValueDictionary[int, mx.array] = weakref.WeakValueDictionary()  # by id
+
+    @property
+    def is_empty(self) -> bool:
+        """True where no part is in flight."""
+        return self._last is None
+
+    def start(self, part: Callable, args: tuple, ended: Callable[[], None]) -> Any:
+        """Starts a part, waits for the one before it, and returns the part's result, which is still computed.
+
+        Args:
+            part: to compute.
+            args: of the call.
+            ended: called once the part has ended, and is not computed again.
+
+        Raises:
+            ResourceError: it failed again.
+        """
+        if not self._are_results(args) or not is_in_flight():
+            result = self.run(part, args)
+            ended()
+            return result
+        before, self._last = self._last, None
+        try:
+            result = _start(part, *args)
+            if before:
+                _wait(before.results)
+        except RuntimeError as error:
+            with contextlib.suppress(RuntimeError):
+                mx.synchronize()  # what comes next meets no failure of these commands
+            if before:
+                before.repeat(error)
+            result = _repeated(part, args, error)
+        if before:
+            before.ended()
+        self._last = _Started(part, args, self._noted(result), ended)
+        return result
+
+    def run(self, part: Callable, args: tuple) -> Any:
+        """Returns the result of a part, evaluated, after the one in flight.
+
+        Raises:
+            ResourceError: one of them failed again.
+        """
+        self.settle(args)
+        result = evaluated(part, *args)
+        self._noted(result)
+        return result
+
+    def settle(self, args: tuple = ()) -> None:
+        """Waits for the part in flight.
+
+        Args:
+            args: of the next part.
+
+        Raises:
+            ResourceError: it failed again, or it failed and the arguments may be computed from its old results.
+        """
+        last, self._last = self._last, None
+        if last is None:
+            return
+        try:
+            _wait(last.results)
+        except RuntimeError as error:
+            if args and not self._are_results(args):
+                raise explained(error) from None
+            last.repeat(error)
+        last.ended()
+
+    def end(self) -> None:
+        """Waits for the part in flight, whose result nobody will read."""
+        last, self._last = self._last, None
+        if last:
+            with contextlib.suppress(RuntimeError):
+                _wait(last.results)
+
+    def _are_results(self, args: tuple) -> bool:
+        """True where some of the arguments are results as they are, so that the others are computed from none."""
+        return any(self._results.get(id(one)) is one for one in args if isinstance(one, mx.array))
+
+    def _noted(self, result: Any) -> tuple[mx.array, ...]:
+        """Returns the arrays of a result, which are known from now on."""
+        arrays = _arrays(result)
+        self._results.update({id(array): array for array in arrays})
+        return arrays
+
+
+def _repeated(part: Callable, args: tuple, error: RuntimeError) -> Any:
+    """Computes a part once more, in smaller commands, after an error.
+
+    Raises:
+        ResourceError: it failed again.
+        RuntimeError: the error, where it is none of the GPU.
+    """
+    if gpu_error(error) is None:
+        raise error
     with smaller():
         try:
             return _evaluate(part, *args)
-        except RuntimeError as error:
-            raise explained(error) from None
+        except RuntimeError as again:
+            raise explained(again) from None
 
 
 def explained(error: BaseException) -> BaseException:
@@ -197,6 +338,20 @@ def _evaluate(part: Callable, *args):
     result = part(*args)
     mx.eval(result)
     return result
+
+
+def _start(part: Callable, *args):
+    result = part(*args)
+    mx.async_eval(result)
+    return result
+
+
+def _wait(results: tuple[mx.array, ...]) -> None:
+    mx.eval(results)
+
+
+def _arrays(result: Any) -> tuple[mx.array, ...]:
+    return tuple(result) if isinstance(result, tuple | list) else (result,)
 
 
 _waiting: "queue.SimpleQueue[WorkerJob]" = queue.SimpleQueue()

@@ -19,7 +19,7 @@ import pytest
 import winograd
 from helpers import ROOT, at_terminal
 
-from mlx_flux_krea import macos, residency
+from mlx_flux_krea import macos, worker
 from mlx_flux_krea.chip import machine, outputs, products, streaming, table, wheel
 from mlx_flux_krea.chip.check import CPU_DIVISOR, Check, CheckResult, Setting, as_numpy, distance
 from mlx_flux_krea.models import layers, transformer, vae
@@ -129,7 +129,8 @@ def wrong_compiled(patch):
 
 def early_refill(patch):
     """A buffer is free before its block was computed."""
-    patch.setattr(residency, "evaluated", lambda block, *args: block(*args))
+    patch.setattr(worker, "_start", lambda block, *args: block(*args))
+    patch.setattr(worker, "_wait", lambda result: None)
 
 
 ATTENTION = 4 * (16896 // CPU_DIVISOR) ** 2 * 128  # operations of the longest one, divided

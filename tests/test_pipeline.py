@@ -43,6 +43,7 @@ from mlx_flux_krea.models.transformer import Flux
 from mlx_flux_krea.presets import RECIPES, SCHNELL_FILES
 from mlx_flux_krea.provenance import SOFTWARE
 from mlx_flux_krea.request import Request
+from mlx_flux_krea.residency import Reader
 from mlx_flux_krea.sampling import noise, sampler
 from mlx_flux_krea.sampling.solvers import SOLVERS
 from mlx_flux_krea.weights import NetworkFolder
@@ -602,6 +603,24 @@ def test_prompts_are_read_ahead_of_requests_as_a_caller_writes_them(model, monke
     monkeypatch.setattr(NetworkFolder, "load", None)
     embeds, _ = pipe.encode_prompt(["a", "b", "c"])
     assert len(embeds) == 3
+
+
+def test_modulations_of_prompts_that_are_read_together_are_computed_together(model, monkeypatch):
+    """Each layer is read once for all of them, and the pictures are those of the prompts alone."""
+    calls = [SMALL | {"prompt": text, "seed": 1, "guidance_scale": scale} for text, scale in (("a", 2), ("b c", 3))]
+    alone = [FluxPipeline.from_pretrained(model, dtype="float32")(**call, output_type="np").images for call in calls]
+    pipe, stages = FluxPipeline.from_pretrained(model, dtype="float32", memory="2GB"), []
+    read, original = [], Reader.read
+    monkeypatch.setattr(Reader, "read", lambda self, unit, buffer: read.append(unit) or original(self, unit, buffer))
+    pipe.read_ahead([Request(**call) for call in calls], progress=lambda stage, *_: stages.append(stage))
+    assert "modulation" in stages
+    modulated = [unit for unit in read if any("mod" in name for name, *_ in unit.tensors)]
+    assert len(modulated) == len(pipe._generator._streamed.modulation.units)
+    for call, images in zip(calls, alone, strict=True):
+        stages.clear()
+        together = pipe(**call, output_type="np", progress=lambda stage, *_: stages.append(stage)).images
+        assert np.array_equal(together, images)
+        assert not {"text", "modulation"} & set(stages)
 
 
 def test_a_request_opens_its_image(pipe, tmp_path):

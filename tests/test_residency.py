@@ -18,7 +18,7 @@ from helpers import rel
 from mac import path_of
 from mlx_flux_krea.convert import convert
 
-from mlx_flux_krea import FluxPipeline, residency
+from mlx_flux_krea import FluxPipeline, residency, worker
 from mlx_flux_krea.errors import Interrupted, ModelError
 from mlx_flux_krea.models import vae
 from mlx_flux_krea.models.config import FLUX_VAE
@@ -167,6 +167,53 @@ def test_at_most_two_blocks_are_in_buffers(model, monkeypatch):
     monkeypatch.setattr(residency._Streaming, "run", counted)
     pipe_with_resident(model, 0)(CAT, seed=3, **SMALL)
     assert max(counts) == residency.SLOTS == 2
+
+
+class Watched:
+    """Counts blocks: those that were started, and the most that were started and not waited for."""
+
+    def __init__(self, monkeypatch):
+        self.started = self.in_flight = self.most = 0
+        start, wait = worker._start, worker._wait
+
+        def counted_start(part, *args):
+            self.started, self.in_flight = self.started + 1, self.in_flight + 1
+            self.most = max(self.most, self.in_flight)
+            return start(part, *args)
+
+        def counted_wait(results):
+            wait(results)
+            self.in_flight -= 1
+
+        monkeypatch.setattr(worker, "_start", counted_start)
+        monkeypatch.setattr(worker, "_wait", counted_wait)
+
+
+@pytest.mark.parametrize("share", [1, 0.6, 0])
+def test_a_block_starts_before_the_one_before_it_has_ended(model, monkeypatch, share):
+    images = []
+    for switch, most in (("1", 2), ("0", 0)):
+        with monkeypatch.context() as patch:
+            patch.setenv("FLUX_KREA_IN_FLIGHT", switch)
+            watched = Watched(patch)
+            images.append(pipe_with_resident(model, share)(CAT, seed=3, output_type="np", **SMALL).images)
+        assert (watched.most, watched.in_flight) == (most, 0)
+    assert np.array_equal(*images)
+
+
+def test_an_interrupt_ends_within_two_blocks_and_leaves_none_in_flight(model, monkeypatch):
+    watched, started = Watched(monkeypatch), []
+    pipe = pipe_with_resident(model, 0)
+
+    def interrupt(stage, done, total):
+        if stage == "denoise" and watched.in_flight:
+            started.append(watched.started)
+            pipe.interrupt()
+
+    with pytest.raises(Interrupted):
+        pipe(CAT, seed=3, progress=interrupt, **SMALL)
+    assert (watched.started, watched.in_flight) == (started[0] + 1, 0)
+    assert pipe(CAT, seed=3, **SMALL).images[0].size == (48, 32)
 
 
 @pytest.mark.slow

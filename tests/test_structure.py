@@ -19,7 +19,7 @@ LEVELS = {
     6: "convert",
     5: "pipeline prior calibration",
     4: "generator filters latents second",
-    3: "request memory disks residency adapters checkpoint inputs prompts",
+    3: "modulation request memory disks residency adapters checkpoint inputs prompts",
     2: "weights provenance credentials home files first_bytes fast beside samples",
     1: "models sampling tokenizers worker progress macos",
     0: "errors presets licence compat",

@@ -299,6 +299,16 @@ class LastLayer(nn.Module):
         return self.linear(modulated_norm(x, shift, scale))
 
 
+def _joined(txt: mx.array, img: mx.array) -> mx.array:
+    """Returns both streams as one: (B, S, C) and (B, L, C) to (B, S + L, C)."""
+    return mx.concatenate([txt, img], axis=1)
+
+
+def _unchanged(*values: mx.array) -> tuple[mx.array, ...]:
+    """Returns the values: a stage that evaluates them."""
+    return values
+
+
 class Flux(nn.Module):
     """The flow transformer: the velocity d latents / d sigma from latents, text, time and guidance."""
 
@@ -412,7 +422,7 @@ class Flux(nn.Module):
             mods = iter(modulations[start:])
             for block in self.double_blocks[start:]:
                 img, txt = run(block, img, txt, next(mods), pe)
-            x = mx.concatenate([txt, img], axis=1)
+            x = run(_joined, txt, img)
             for block in self.single_blocks:
                 x = run(block, x, next(mods), pe)
             return x[:, txt.shape[1] :]
@@ -421,6 +431,7 @@ class Flux(nn.Module):
             img = through(0, img, txt)
         else:
             after, txt = run(self.double_blocks[0], img, txt, modulations[0], pe)
+            after, txt = run(_unchanged, after, txt)  # `between` looks at them
             img = between(img, after, partial(through, 1, after, txt))
         return run(self.final_layer, img, modulations[-1])
 
