@@ -37,7 +37,8 @@ _MOST_GB = 4096  # a number up to this, without a unit, is of gigabytes
 # Arrays of T x C that a double and a single block hold at one time, and strips that a convolution needs: on the CPU in
 # float32 and in 16 bits (whose element-wise kernels compute in float32 there), and on Metal.
 _BLOCK = {"cpu": {4: (15, 28), 2: (26, 41)}, "gpu": {4: (12, 18), 2: (12, 18)}}
-_IN_FLIGHT = 9  # more of them, since the next block starts before a block has ended
+# More of them, since the next block starts before a block has ended.
+_IN_FLIGHT = {"cpu": {4: 7, 2: 11}, "gpu": {4: 8, 2: 8}}
 _DENSE = {4: 9, 2: 10}  # bytes a weight that the CPU dequantizes takes on its way to float32 and to 16 bits
 # Bytes of a pixel of the image that a picture comes back into, its mask included, and of a pixel of the picture at the
 # size of its part: where pixels are bytes, and where they are float32.
@@ -660,7 +661,8 @@ class WorkingMemory:
     def block(self, flux: configs.FluxConfig, tokens: int) -> int:
         """Returns the bytes of a block of the transformer."""
         double, single = _BLOCK[self.device][self.dtype.size]
-        wide = (max(double, single) if flux.depth_single_blocks else double) + is_in_flight() * _IN_FLIGHT
+        wide = max(double, single) if flux.depth_single_blocks else double
+        wide += _IN_FLIGHT[self.device][self.dtype.size] if is_in_flight() else 0
         scores = flux.num_heads * tokens**2 * self.dtype.size if self.device == "cpu" else 0
         return wide * tokens * flux.hidden_size * self.dtype.size + scores
 

@@ -212,7 +212,8 @@ def test_an_interrupt_ends_within_two_blocks_and_leaves_none_in_flight(model, mo
 
     with pytest.raises(Interrupted):
         pipe(CAT, seed=3, progress=interrupt, **SMALL)
-    assert (watched.started, watched.in_flight) == (started[0] + 1, 0)
+    assert watched.in_flight == 0
+    assert watched.started <= started[0] + 1
     assert pipe(CAT, seed=3, **SMALL).images[0].size == (48, 32)
 
 
