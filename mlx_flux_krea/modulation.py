@@ -69,7 +69,12 @@ class Modulations:
     @property
     def ahead_bytes(self) -> int:
         """Bytes of those of runs after the next one."""
-        return sum(array.nbytes for made in [*self._known.values()][1:] for _, array in tree_flatten(made))
+        return sum(
+            array.nbytes
+            for made in [*self._known.values()][1:]
+            for _, array in tree_flatten(made)
+            if isinstance(array, mx.array)
+        )
 
     def forget(self) -> None:
         """Drops all."""
