@@ -87,6 +87,16 @@ def identity(path: str | os.PathLike) -> tuple[int, int] | None:
     return found.st_dev, found.st_ino
 
 
+def file_state(path: str | os.PathLike) -> tuple[int, int]:
+    """Returns time of the last change, in nanoseconds, and size of a file.
+
+    Raises:
+        OSError: there is none.
+    """
+    found = os.stat(path)
+    return found.st_mtime_ns, found.st_size
+
+
 def identities(path: Path) -> set[tuple[int, int]]:
     """Returns the identities of a path and of the folders above it."""
     return {found for place in (path, *path.parents) if (found := identity(place))}

@@ -876,6 +876,8 @@ class FluxPipeline(AdapterMethods, compat.DiffusersMethods):
         outcomes = ("released",) * request.batch
         if request.output_type == "pil" or self.policy:
             outcomes, images = gate.release(images, records)
+            for picture in images:
+                picture.inputs = request.input_files()
         if request.output_type == "np":
             pixels = [image if as_floats else np.asarray(image, np.float32) / 255 for image in images]
             width, height = request.picture_size

@@ -83,7 +83,8 @@ class Picture(Image.Image):
     """
 
     record: dict
-    _copied = ("record",)  # attributes that a copy has too
+    inputs: Mapping[str, Any] = {}  # path and state of the file of each input image, by its name in the record
+    _copied = ("record", "inputs")  # attributes that a copy has too
 
     @classmethod
     def from_pixels(cls, pixels, record: dict) -> Self:
@@ -134,7 +135,7 @@ class Picture(Image.Image):
             raise UsageError(f"{found} cannot hold the record of a picture", f"one of {', '.join(FORMATS)}")
         check_quality(quality, encoding)
         params |= {} if quality is None else {"quality": quality}
-        encoded, unsigned = self._signed(encoding, metadata, signing.chosen(credentials), params)
+        encoded, unsigned = self._signed(encoding, metadata, signing.chosen(credentials, self.inputs), params)
         before(encoded)
         self._write(fp, encoded, force, unsigned)
 

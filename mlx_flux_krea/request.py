@@ -518,6 +518,12 @@ class ResolvedRequest:
         """The image that is started from, repainted or read, upright RGB."""
         return self.inputs.given.get("image")
 
+    def input_files(self) -> dict[str, Any]:
+        """Returns path and state of the file of each input image, by its name in the record; None: it has none."""
+        images = dict(self.inputs.given)
+        images |= {f"style_{i}": image for i, image in enumerate(self.style.images if self.style else (), 1)}
+        return {name: image.info.get("file") for name, image in images.items()}
+
     @property
     def picture_size(self) -> tuple[int, int]:
         """Width and height of a finished picture: of the image that a generated part comes back into, or its own."""

@@ -8,14 +8,14 @@ salts and times are in them.
 import contextlib
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .. import __version__
 from ..errors import CredentialsError, UsageError
-from ..files import open_regular
+from ..files import file_state, open_regular
 from ..presets import CREDENTIALS
 from .certificate import find_identity
 
@@ -65,8 +65,12 @@ class Signing:
     sources: Sequence[Ingredient] = ()
 
 
-def chosen(credentials: "str | Signing") -> Signing | None:
-    """Returns how pictures are signed, by a caller's word for it; None: not at all.
+def chosen(credentials: "str | Signing", files: Mapping[str, Any] | None = None) -> Signing | None:
+    """Returns how a picture is signed, by a caller's word for it; None: not at all.
+
+    Args:
+        credentials: one of `presets.CREDENTIALS`; or the whole answer.
+        files: of its input images, as `inputs_of` takes them.
 
     Raises:
         UsageError: another word, or the extra is not installed.
@@ -77,7 +81,7 @@ def chosen(credentials: "str | Signing") -> Signing | None:
     if mode == CREDENTIALS[0]:
         return None
     library()
-    return credentials if isinstance(credentials, Signing) else Signing(mode)
+    return credentials if isinstance(credentials, Signing) else Signing(mode, sources=inputs_of(files or {}))
 
 
 def library() -> Any:
@@ -166,11 +170,34 @@ def make_manifest(
 
 
 _RELATIONS = (_PARENT, PART, INPUT)
+_TITLES = {"image_": "reference", "control_image": "control image", "style_": "style image"}  # by a name or its start
 
 
 def parent(path: Path | None, title: str = "input image") -> Ingredient:
     """Returns the image that a picture is a version of."""
     return Ingredient(title, _PARENT, path)
+
+
+def ingredient(name: str, path: Path | None) -> Ingredient:
+    """Returns an input image by its name in a record, such as image, image_2, control_image or style_1."""
+    if name == "image":
+        return parent(path)
+    return Ingredient(next(title for start, title in _TITLES.items() if name.startswith(start)), INPUT, path)
+
+
+def inputs_of(files: Mapping[str, tuple[str, tuple[int, int]] | None]) -> list[Ingredient]:
+    """Returns the images that a picture was made of, without its mask.
+
+    Args:
+        files: path and state of the file of each, by their names in a record; None: it comes from no file.
+    """
+    found = []
+    for name, file in files.items():
+        path = None
+        with contextlib.suppress(OSError):
+            path = Path(file[0]) if file and file_state(file[0]) == file[1] else None
+        found += [ingredient(name, path)] if name != "mask_image" else []
+    return found
 
 
 def _with_parent(sources: Sequence[Ingredient], record: dict) -> list[Ingredient]:

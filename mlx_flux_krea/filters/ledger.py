@@ -93,7 +93,7 @@ class Released(Picture):
 
     image: str
     root: Path
-    _copied = ("record", "image", "root")
+    _copied = ("record", "inputs", "image", "root")
 
     def _write(self, fp, encoded: bytes, force: bool, unsigned: bytes | None) -> None:
         Ledger(self.root).release(self, encoded, fp, force, unsigned)

@@ -12,6 +12,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageChops, ImageCms, ImageFilter
 
 from ..errors import UsageError, amount, printable
+from ..files import file_state
 from ..provenance import opened
 
 logger = logging.getLogger("mlx_flux_krea")
@@ -35,7 +36,8 @@ def open_image(image: Any, argument: str = "image") -> Image.Image | None:
     """Opens an image as the autoencoder's encoder needs it: upright by its EXIF orientation, RGB, whole in memory.
 
     Colours are converted to sRGB by the ICC profile, transparency is flattened on white, 16-bit grey becomes 8-bit.
-    Where something is transparent, the result's `info` has "alpha": an 8-bit grey image of its size.
+    Where something is transparent, the result's `info` has "alpha": an 8-bit grey image of its size. Of an image from a
+    file, it has "file": its path, and its state, by which a change is seen.
 
     Args:
         image: a PIL image, which stays as it is; a path; an array, `_image_from_array`; or a list of one of these.
@@ -76,9 +78,22 @@ def open_image(image: Any, argument: str = "image") -> Image.Image | None:
                 alpha.paste(opaque, (0, top))
         turn = _TURNS.get(file.getexif().get(ExifTags.Base.Orientation, 1))
     flat = flat if turn is None else flat.transpose(turn)
+    if found := _file_of(image):
+        flat.info["file"] = found
     if alpha is not None:
         flat.info["alpha"] = alpha if turn is None else alpha.transpose(turn)
     return flat
+
+
+def _file_of(image: Any) -> tuple[str, tuple[int, int]] | None:
+    """Returns path and state of the file of an image; None: it has none."""
+    path = image.__dict__.get("filename") if isinstance(image, Image.Image) else image
+    if not path or not isinstance(path, str | os.PathLike):
+        return None
+    try:
+        return os.path.abspath(path), file_state(path)
+    except OSError:
+        return None
 
 
 def pixels_sha256(image: Image.Image) -> str:

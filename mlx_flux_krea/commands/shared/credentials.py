@@ -13,8 +13,6 @@ from mlx_flux_krea.presets import CREDENTIALS
 from . import settings
 from .images import image_files
 
-_TITLES = {"image": "input image", "control_image": "control image", "image_": "reference", "style_": "style image"}
-
 
 def check_credentials(mode: str | None) -> None:
     """Checks before any work that pictures can be signed, as far as they must be.
@@ -51,9 +49,7 @@ def sources_of(options: dict[str, Any], record: dict[str, Any]) -> list[signing.
     for name, path in image_files(options).items():
         if name == "mask_image":
             continue
-        title = _TITLES.get(name) or next(word for start, word in _TITLES.items() if name.startswith(start))
-        same = path if _is(path, _recorded(record, name)) else None
-        found.append(signing.parent(same) if name == "image" else signing.Ingredient(title, signing.INPUT, same))
+        found.append(signing.ingredient(name, path if _is(path, _recorded(record, name)) else None))
     return found
 
 
