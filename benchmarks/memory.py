@@ -33,7 +33,7 @@ from mlx_flux_krea.memory import WorkingMemory
 from mlx_flux_krea.models import config, vae
 from mlx_flux_krea.models.filter_config import PIXTRAL_12B
 from mlx_flux_krea.models.layers import choose_products
-from mlx_flux_krea.residency import Blocks, Reader
+from mlx_flux_krea.residency import Blocks, Reader, read_rows
 from mlx_flux_krea.weights import build, layer_widths, read_header
 from mlx_flux_krea.worker import evaluated
 
@@ -134,6 +134,8 @@ def pixtral_peaks(folder: Path) -> dict[str, int]:
         mx.clear_cache()
         base = mx.get_active_memory()
         mx.reset_peak_memory()
+        tokens = sorted({*ids})
+        network.keep_rows(tokens, read_rows(found, "embed_tokens", tokens, mx.bfloat16))
         blocks = Blocks(network, found, stages if images else network.layers, dtype=mx.bfloat16, budget=0)
         with blocks.streaming(1) as run:
             network.margins([(ids, seen)], run)[0].item()
