@@ -144,7 +144,8 @@ class Request(ImageArguments):
         inputs = at_size(inputs, self, width, height, multiple, is_asked=bool(self.width or self.height))
         self._check_arrays(flux, width * height // multiple**2)
         if self.watermark:
-            watermark.check_size(*(large.size if large else inputs.picture_size(width, height)))
+            is_enlarged = large and self.stop_after is None
+            watermark.check_size(*(large.size if large and is_enlarged else inputs.picture_size(width, height)))
         sigmas = tuple(self.sigmas or ())
         steps = self.num_inference_steps or len(sigmas) or index.defaults.num_inference_steps
         usual = RECIPE.strength if large else inputs.usual_strength

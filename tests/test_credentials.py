@@ -163,6 +163,7 @@ def test_a_tampered_input_is_shown_as_that():
     assert found["ingredients"][0]["problems"] == ["the file was changed after it was signed"]
 
 
+@pytest.mark.slow
 def test_in_python_an_input_keeps_its_credentials_while_its_file_is_the_same(pipe):
     picture().save("in.png", credentials="require")
     size = {"width": 64, "height": 48, "num_inference_steps": 1, "seed": 1, "strength": 1.0}

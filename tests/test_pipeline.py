@@ -429,6 +429,7 @@ def test_the_record_says_everything_that_decides_the_picture(model):
     assert versions["manifest_sha256"] == hashlib.sha256((model / "manifest.json").read_bytes()).hexdigest()
     assert versions["model"] == pipe.folder.index.name
     assert versions["schedule"]["shift"] == "dynamic"
+    assert record.pop("license") == pipe.folder.index.license
     assert record == {
         "software": SOFTWARE, "dtype": "float32", "quantization": {}, "prompt": "", "prompt_2": "b",
         "negative_prompt": "c", "negative_prompt_2": "d", "true_cfg_scale": 2.0, "width": 48, "height": 32,

@@ -97,6 +97,7 @@ def test_the_command_marks_a_picture_before_it_is_judged_and_inspect_reads_it(co
     assert json.loads(command("inspect", DATA / "watermark" / "page.png", "--json")[1])["watermark"] is None
 
 
+@pytest.mark.slow
 def test_floats_hold_the_marked_pixels(pipe, small):
     size = {"width": 96, "height": 64, "num_inference_steps": 1, "seed": 1}
     floats = pipe("cat", output_type="np", watermark=True, **size).images[0]
