@@ -7,7 +7,7 @@ of them stays an error of Python's, TypeError or AttributeError, with the name t
 import inspect
 import logging
 import numbers
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from types import SimpleNamespace
@@ -346,6 +346,29 @@ def seed_of(generator: Any) -> int | list[int]:
 
 
 GENERATOR = "its seed is used, and each call starts that stream anew, with the numbers of torch's CPU generator"
+
+
+def given_seed(seed: int | Sequence[int] | None, generator: Any) -> int | Sequence[int] | None:
+    """Returns the seed that a caller gave, as a number or as a generator of torch's."""
+    if generator is None:
+        return seed
+    if seed is not None:
+        raise UsageError("`seed` and `generator` are both given", "one of them")
+    tell("generator", GENERATOR)
+    return seed_of(generator)
+
+
+def given_scale(kwargs: Any) -> float | None:
+    """Returns the scale of adapters in diffusers' `joint_attention_kwargs`.
+
+    Raises:
+        UsageError: another argument, which would have an effect there.
+    """
+    if kwargs is None:
+        return None
+    if not isinstance(kwargs, dict) or {*kwargs} - {"scale"}:
+        raise refuse("joint_attention_kwargs", "its `scale` is that of adapters, and the rest means nothing here")
+    return kwargs.get("scale")
 
 
 class Accepted:

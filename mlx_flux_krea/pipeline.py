@@ -16,48 +16,36 @@ from typing import Any, TypeVar
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from PIL import Image
 
 from . import compat
-from .adapters.formulas import branch_bytes
 from .adapters.loaded import AdapterMethods, LoadedAdapters, Weights, has_tags, take_tags
 from .checkpoint import Checkpoint
 from .credentials import watermark as watermarks
-from .disks import speeds
-from .errors import FluxKreaError, ModelError, ResourceError, UsageError, short_repr
-from .files import read_json, sha256_if_exists
+from .errors import ResourceError, UsageError, short_repr
+from .files import sha256_if_exists
 from .filters.acknowledgement import check_acknowledged
+from .filters.duty import check_free, check_reviewable, show_checked
 from .filters.gate import Gate, OpenGate, Policy, open_gate
 from .filters.judges import needed_bytes
 from .generator import Generator, Observers, Progress
 from .home import find_model
 from .inputs import style as styles
-from .inputs.large import Large
 from .inputs.maps import depth_sha256, open_depth
 from .memory import (
-    HELD,
     MemoryPlan,
-    StyleNeeds,
     WeightSizes,
-    choose_view,
-    input_needs,
-    machine_memory,
-    make_plan,
-    map_needs,
     parse_memory,
     physical_memory,
-    style_needs,
     weigh_folder,
 )
 from .models.config import to_json
 from .models.transformer import Flux
 from .models.vae import VAE
+from .planning import Planner
 from .presets import SOLVERS
 from .progress import ProgressBars, check_options
 from .provenance import SOFTWARE
 from .request import Request, ResolvedRequest, Result, as_array, check_values
-from .sampling.caches import cache_bytes
-from .sampling.enlarge import View, second_view
 from .second import as_begun
 from .weights import DTYPES, ComponentFolder, ModelFolder, open_model
 from .worker import Worker
@@ -66,7 +54,6 @@ __all__ = ["FluxPipeline", "Request", "ResolvedRequest", "Result"]
 
 logger = logging.getLogger("mlx_flux_krea")
 
-_GUIDED = 8  # arrays of latents that the guidance of a second pass holds at one time
 _LOGGED = ("mlx", "model", "base", "manifest_sha256", "dtype", "quantization")  # of a picture's record, in the log
 
 
@@ -343,7 +330,7 @@ class FluxPipeline(AdapterMethods, compat.DiffusersMethods):
             upscale=upscale,
             guidance_scale=guidance_scale,
             num_images_per_prompt=num_images_per_prompt,
-            seed=_seed(seed, generator),
+            seed=compat.given_seed(seed, generator),
             noise=noise,
             latents=latents,
             prompt_embeds=prompt_embeds,
@@ -367,7 +354,7 @@ class FluxPipeline(AdapterMethods, compat.DiffusersMethods):
             watermark=watermark,
             output_type=output_type,
             max_sequence_length=max_sequence_length,
-            adapters=self._with_scale(_scale(joint_attention_kwargs)),
+            adapters=self._with_scale(compat.given_scale(joint_attention_kwargs)),
         )
         result = self.generate(
             request,
@@ -420,7 +407,7 @@ class FluxPipeline(AdapterMethods, compat.DiffusersMethods):
         if callback_on_step_end is not None and not callable(callback_on_step_end):
             raise UsageError(f"`callback_on_step_end` is {type(callback_on_step_end).__name__}", "a function")
         if self.policy:
-            _check_reviewable(self.policy, request, callback_on_step_end, preview)
+            check_reviewable(self.policy, request, callback_on_step_end, preview)
         if checkpoint is not None:
             self._take(checkpoint)
         if preview is not None and self.folder.latent_rgb is None:
@@ -654,87 +641,19 @@ class FluxPipeline(AdapterMethods, compat.DiffusersMethods):
         if (request is None) == (not arguments):
             raise UsageError("a plan needs a request", "a Request, or the arguments of one")
         resolved = self._resolve(Request(**arguments) if request is None else request)
-        plan = self._plan_pass(resolved, resolved.width, resolved.height, beside) if resolved.first_steps else None
-        if not (resolved.large and resolved.enlarges):
-            assert plan is not None  # only an image that is enlarged has no first pass
-            return plan
-        return self._plan_second(resolved, resolved.large, beside).after(plan)
-
-    def _plan_second(self, request: ResolvedRequest, large: Large, beside: int) -> MemoryPlan:
-        """Returns the plan of the second pass."""
-        down = self.folder.vae.sizes.downsampling
-        own = large.own[0] // down, large.own[1] // down
-        latents = View(large.width // down, large.height // down)
-        views = [second_view(latents, own, large.factor, tiled=tiled) for tiled in (False, True)]
-
-        def plan(view: View) -> MemoryPlan:
-            return self._plan_pass(request, large.width, large.height, beside, view)
-
-        if large.tiles is not None:
-            return plan(views[large.tiles])
-        return choose_view(self.folder.flux.sizes, views[0], views[1], request.max_sequence_length, plan)[0]
-
-    def _plan_pass(
-        self, resolved: ResolvedRequest, width: int, height: int, beside: int, view: View | None = None
-    ) -> MemoryPlan:
-        """Returns the plan of one pass at its size; `view` is the second's."""
         self._weights = self._weights or weigh_folder(self.folder, self._dtype)
-        needs = partial(input_needs, made=resolved.inputs.made, as_floats=resolved.output_type == "np")
-        read = (HELD * width * height,) if view and not resolved.inputs.canvas else ()
-        return make_plan(
-            self._weights,
-            self.folder.sizes,
-            self._dtype,
-            width=width,
-            height=height,
-            text_length=resolved.max_sequence_length,
-            steps=resolved.num_inference_steps,
-            conditions=resolved.prompts * (2 if resolved.true_cfg else 1),
-            images=needs((*resolved.inputs.bytes, *read), *resolved.inputs.pasted_pixels),
-            references=resolved.inputs.sizes,
-            style=self._style_needs(resolved),
-            map_bytes=self._map_needs(resolved),
-            adapters=branch_bytes(self._loaded.uses(resolved.adapters or ()), self.folder.sizes, self._dtype),
+        planner = Planner(
+            folder=self.folder,
+            weights=self._weights,
+            dtype=self._dtype,
+            memory=self.memory,
+            beside=beside,
+            uses=self._loaded.uses(resolved.adapters or ()),
             filtered=self.policy is not None and self.policy.check != "review",
-            cached=self._cached(resolved, view),
-            view=view,
-            budget=(self.memory or machine_memory()) - beside,
-            speeds=None if self.memory else speeds(self.folder.path),
+            redux=self._redux,
+            depth=self._depth,
         )
-
-    def _style_needs(self, request: ResolvedRequest) -> StyleNeeds | None:
-        """Returns what the style images of a request need; None: it has none."""
-        if request.style is None:
-            return None
-        networks = (self._redux or styles.open_redux(self.folder.flux.sizes)).networks
-        return style_needs(
-            {name: network.sizes for name, network in networks.items()},
-            networks["image_encoder"].dtype,
-            self._dtype,
-            images=len(request.style.images),
-            pixels=sum(image.width * image.height for image in request.style.images),
-            tokens=request.style.tokens(networks["image_encoder"].sizes.side),
-            prompts=request.prompts,
-        )
-
-    def _cached(self, request: ResolvedRequest, view: View | None) -> int:
-        """Returns the bytes of the step cache, which the second pass has not, and of what a solver keeps."""
-        flux, patch = self.folder.flux.sizes, 2 * self.folder.vae.sizes.downsampling
-        tokens = request.width * request.height // patch**2
-        if view:
-            velocities = request.batch * view.width * view.height // 4 * flux.out_channels
-            return 4 * velocities * (_GUIDED + (2 if request.solver != SOLVERS[0] else 0))
-        velocities = request.batch * tokens * flux.out_channels
-        streams = (tokens + request.inputs.reference_tokens(patch)) * flux.hidden_size * request.batch
-        size = 4 if self.dtype == "float16" else self._dtype.size  # whose stream is float32
-        held = cache_bytes(request.cache, velocities, streams * (2 if request.true_cfg else 1), size)
-        return held + (0 if request.solver == SOLVERS[0] else 4 * 2 * velocities)
-
-    def _map_needs(self, request: ResolvedRequest) -> int:
-        """Returns the bytes that the map of a request's photo needs; 0: none is made."""
-        kind = request.inputs.kind
-        depth = (self._depth or open_depth()).networks["depth"].sizes if kind == "depth" else None
-        return map_needs(depth, request.width, request.height) if kind else 0
+        return planner.plan(resolved)
 
     def interrupt(self) -> None:
         """Stops one call after the block at hand; it raises `Interrupted`. For any thread.
@@ -811,7 +730,7 @@ class FluxPipeline(AdapterMethods, compat.DiffusersMethods):
             if isinstance(gate, Gate):
                 gate.run.meant_for = meant_for
                 if checked_preview:
-                    observers = replace(observers, preview=partial(_show_checked, gate, checked_preview))
+                    observers = replace(observers, preview=partial(show_checked, gate, checked_preview))
             return self._generate_checked(gate, record, resolved, plan=plan, notes=notes, observers=observers)
 
     def _plan_with_checks(
@@ -950,31 +869,6 @@ def chosen_dtype(dtype: Any, torch_dtype: Any) -> str | None:
     return names[0] or names[1]
 
 
-def _seed(seed: int | Sequence[int] | None, generator: Any) -> int | Sequence[int] | None:
-    """Returns the seed that a caller gave, as a number or as a generator of torch's."""
-    if generator is None:
-        return seed
-    if seed is not None:
-        raise UsageError("`seed` and `generator` are both given", "one of them")
-    compat.tell("generator", compat.GENERATOR)
-    return compat.seed_of(generator)
-
-
-def _scale(kwargs: Any) -> float | None:
-    """Returns the scale of adapters in diffusers' `joint_attention_kwargs`.
-
-    Raises:
-        UsageError: another argument, which would have an effect there.
-    """
-    if kwargs is None:
-        return None
-    if not isinstance(kwargs, dict) or {*kwargs} - {"scale"}:
-        raise compat.refuse(
-            "joint_attention_kwargs", "its `scale` is that of adapters, and the rest means nothing here"
-        )
-    return kwargs.get("scale")
-
-
 def _with_methods(network: N, methods: type) -> N:
     """Gives a network the methods that scripts for diffusers call on it."""
     if not isinstance(network, methods):
@@ -982,70 +876,3 @@ def _with_methods(network: N, methods: type) -> N:
         both: Any = type(own.__name__, (own, methods), {})
         network.__class__ = both
     return network
-
-
-def _show_checked(gate: Gate, show: Callable, step: int, steps: int, pixels: np.ndarray) -> None:
-    """Shows an unfinished picture at a third and at two thirds of the steps, if both filters pass what is shown.
-
-    Args:
-        gate: of the run.
-        show: called with the step, the number of steps, and (1, H, W, 3) uint8.
-        step: that has ended.
-        steps: of the picture.
-        pixels: (B, H/8, W/8, 3) uint8.
-    """
-    if step not in {-(-steps // 3), -(-2 * steps // 3)} - {steps}:
-        return
-    small = Image.fromarray(pixels[0])
-    shown = np.asarray(small.resize((8 * small.width, 8 * small.height), Image.Resampling.BICUBIC))
-    if gate.passes_preview(shown):
-        show(step, steps, shown[None])
-
-
-def _check_reviewable(policy: Policy, request: Request, callback: Callable | None, preview: Callable | None) -> None:
-    """Refuses outputs, callbacks and inputs that no filter or person can check.
-
-    Raises:
-        UsageError: naming the argument.
-    """
-    unjudged = "this model's licence asks for filters or review, and latents are pictures that nobody has checked"
-    if request.output_type == "latent":
-        raise UsageError('`output_type` is "latent"', '"pil" or "np"', unjudged)
-    if callback is not None:
-        raise UsageError("`callback_on_step_end` is given, which sees latents", "`progress`, which sees none", unjudged)
-    if preview is not None:
-        raise UsageError("`preview` is given, which shows unfinished pictures", "`progress`, which does not", unjudged)
-    if policy.check != "review" and (request.prompt_embeds is not None or request.negative_prompt_embeds is not None):
-        raise UsageError("a prompt is given as embeds, which no filter can read", "a text")
-
-
-def check_free(checkpoint: Checkpoint, folder: ModelFolder) -> None:
-    """Checks that the run of a checkpoint may be continued by a model that requires no filters.
-
-    The run names its model by the hash of the manifest. A manifest may be copied into another folder, so the folder's
-    own index, which says what the licence asks for, must be the one that the manifest lists.
-
-    Raises:
-        ModelError: its latents must be judged, or nothing shows that they need not.
-    """
-    todo = "name the model that the run started with"
-    if checkpoint.filters == "required":
-        found = f"this run's pictures must be filtered or reviewed, and {folder.path} is a model without that duty"
-        raise ModelError(found, "the model that the run started with", todo)
-    if not checkpoint.has_latents:
-        return
-    started, manifest = checkpoint.run.get("made_by"), folder.path / "manifest.json"
-    if not isinstance(started, dict):
-        if checkpoint.filters != "none":
-            raise ModelError("nothing shows that these latents need no filters", "a run of this version", todo)
-        return
-    same = started.get("manifest_sha256") == sha256_if_exists(manifest)
-    if same and checkpoint.filters != "none":  # written before the duty was stored: the index has to be the listed one
-        try:
-            listed = read_json(manifest).get("model_index.json")
-        except FluxKreaError:
-            listed = None
-        digest = sha256_if_exists(folder.path / "model_index.json")
-        same = isinstance(listed, dict) and listed.get("sha256") == digest
-    if not same:
-        raise ModelError(f"{folder.path} is not the model that this run started with, or was changed", "", todo)

@@ -18,7 +18,7 @@ LEVELS = {
     7: "cli commands server nano chip",
     6: "convert",
     5: "pipeline prior calibration",
-    4: "generator filters latents second",
+    4: "generator filters latents second planning",
     3: "modulation request memory disks residency adapters checkpoint inputs prompts",
     2: "weights provenance credentials home files first_bytes fast beside samples",
     1: "models sampling tokenizers worker progress macos",

@@ -5,7 +5,7 @@ from pathlib import Path
 from mlx_flux_krea import FluxPipeline
 from mlx_flux_krea.checkpoint import Checkpoint
 from mlx_flux_krea.errors import ModelError, UsageError
-from mlx_flux_krea.pipeline import check_free
+from mlx_flux_krea.filters.duty import check_free
 
 from . import settings
 from .images import restored_images
