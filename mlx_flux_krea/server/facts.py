@@ -36,12 +36,12 @@ _AREAS = (1.0, 1.5, 2.0)  # megapixels
 _MOST_PROMPTS = 16  # alternatives whose tokens are counted
 # Fields of a request that each task's models take, beside those that all take.
 _TAKES: dict[str, tuple[str, ...]] = {
-    "text-to-image": ("image", "mask", "expand", "styles"),
+    "text-to-image": ("image", "mask", "expand", "styles", "upscale"),
     "kontext": ("image", "references", "styles"),
     "fill": ("image", "mask", "expand", "styles"),
     "control": ("control_image", "image", "styles"),
 }
-_ALL_TAKEN = ("guidance", "image", "mask", "expand", "references", "control_image", "styles")
+_ALL_TAKEN = ("guidance", "image", "mask", "expand", "references", "control_image", "styles", "upscale")
 
 
 def models(loaded: str | None) -> dict[str, Any]:

@@ -110,6 +110,7 @@ export class Form {
     byId("control-part").hidden = !model.takes.control_image;
     byId("styles-part").hidden = !model.takes.styles || !this.components.redux;
     byId("previews-field").hidden = model.previews === "none";
+    byId("upscale-field").hidden = !model.takes.upscale;
     this.tellPreviews(0);
     this.onChange();
     return this.readAdapters();
@@ -201,7 +202,7 @@ export class Form {
     if (!byId("styles-part").hidden && this.styles.values.length) {
       request.styles = this.styles.values.map(({ image, weight }) => ({ image: image.id, weight }));
     }
-    if (!takes.guidance) delete request.guidance;
+    for (const name of ["guidance", "upscale"]) if (!takes[name]) delete request[name];
     for (const [name, needed] of Object.entries(NEEDS)) if (!(needed in request)) delete request[name];
     if (!("image" in request || "upscale" in request)) delete request.strength;
     return request;
