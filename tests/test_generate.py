@@ -75,8 +75,10 @@ def test_megapixels_alone_keep_the_shape_of_the_image_or_of_the_model(model, tmp
 
 def test_a_size_at_which_the_model_repeats_itself_is_drawn_with_a_warning(model):
     assert prepared(model, prompt=CAT, width=1280, height=1280)[0].notes == ()
-    (note,) = prepared(model, prompt=CAT, aspect="1:1", megapixels=2.3)[0].notes
+    (note,) = prepared(model, prompt=CAT, width=1552, height=1552)[0].notes
     assert note.startswith("1552 x 1552 has 2.3 times the area that this model was made for, 1024 x 1024: it repeats")
+    assert note.endswith("--upscale keeps it whole")
+    assert prepared(model, prompt=CAT, aspect="1:1", megapixels=2.3)[0].notes == ()  # in two passes
     (note,) = prepared(model, prompt=CAT, width=256, height=256)[0].notes
     assert note.startswith(
         "256 x 256 has 0.062 times the area that this model was made for, 1024 x 1024: shapes get lost"
@@ -88,7 +90,8 @@ def test_a_size_at_which_the_model_repeats_itself_is_drawn_with_a_warning(model)
     [
         ({"aspect": "3:2"}, (112, 80)),
         ({"aspect": "21:9"}, (144, 64)),
-        ({"aspect": "1:1", "megapixels": 0.0625}, (256, 256)),
+        ({"aspect": "1:1", "megapixels": 0.015}, (128, 128)),
+        ({"aspect": "1:1", "megapixels": 0.0625}, (96, 96)),  # the first pass
         ({"like": "krea"}, (96, 96)),
         ({"like": "bfl"}, (128, 64)),
         ({"like": "fal"}, (96, 64)),
