@@ -8,7 +8,6 @@ import signal
 import mlx.core as mx
 import numpy as np
 import pytest
-from click.testing import CliRunner
 from helpers import rel
 from PIL import Image
 from test_metal import ALLOWED, graph
@@ -17,7 +16,6 @@ from test_resume import CAT, failing, files, struck
 
 from mlx_flux_krea import FluxPipeline, Request, presets
 from mlx_flux_krea import memory as planning
-from mlx_flux_krea.commands.plan import plan as plan_command
 from mlx_flux_krea.errors import UsageError
 from mlx_flux_krea.generator import Generator
 from mlx_flux_krea.home import NANO
@@ -303,10 +301,8 @@ def test_candidates_are_chosen_before_the_second_pass(command, model, tmp_path):
     assert (tmp_path / "out.png").read_bytes() == (tmp_path / "whole.png").read_bytes()
 
 
-def test_language_models_may_ask_for_it():
-    from mlx_flux_krea.commands.schema import tool_schema
-
-    schema = json.loads(CliRunner().invoke(tool_schema).output)["parameters"]["properties"]
+def test_language_models_may_ask_for_it(command):
+    schema = json.loads(command("tool-schema")[1])["parameters"]["properties"]
     assert (schema["upscale"]["minimum"], schema["upscale"]["maximum"]) == (1, 4)
     assert schema["megapixels"]["maximum"] == 16
 
@@ -359,8 +355,8 @@ def test_tiles_are_seen_where_they_are_faster_or_the_only_way():
     assert enlarging_plan(2, 2.2e9).tiles > 1
 
 
-def test_seconds_are_those_of_both_passes():
-    seconds = json.loads(CliRunner().invoke(plan_command, ["nano", "--upscale", "2", "--json"]).output)["seconds"]
+def test_seconds_are_those_of_both_passes(command):
+    seconds = json.loads(command("plan", "nano", "--upscale", "2", "--json")[1])["seconds"]
     flux = open_model(NANO).sizes.flux
     view = enlarge.second_view(View(24, 24), (12, 12), 2, tiled=False)
     steps = 28 - int(28 - 28 * enlarge.RECIPE.strength)
