@@ -197,6 +197,7 @@ def _models(asked: Asked) -> Any:
 
 
 def _set_default(asked: Asked) -> Any:
+    asking.only(asked.data, "name")
     name = asked.data.get("name")
     if not isinstance(name, str):
         raise invalid("expected name: a model", "name")
@@ -222,6 +223,7 @@ def _plan(asked: Asked) -> Any:
 
 def _tokens(asked: Asked) -> Any:
     prompt, model = asked.data.get("prompt"), asked.data.get("model")
+    asking.only(asked.data, "prompt", "model")
     fields.check({"prompt": prompt} | ({} if model is None else {"model": model}))
     return facts.tokens(prompt, model)
 

@@ -90,3 +90,13 @@ def whole(query: Mapping[str, str], name: str, *, usual: int, low: int, high: in
     if not (text.isdecimal() and text.isascii() and len(text) < 10) or not low <= int(text) <= high:
         raise invalid(f"{name} is {text[:40]!r}; expected {low} to {high}", name)
     return int(text)
+
+
+def only(data: dict[str, Any], *names: str) -> None:
+    """Checks that a body has no other fields than these.
+
+    Raises:
+        HTTPProblem: it has.
+    """
+    for name in data.keys() - set(names):
+        raise invalid(f"there is no field {name[:80]!r}; expected {' and '.join(names)}", name[:80])

@@ -155,6 +155,7 @@ def plan(request: dict[str, Any], find_image: fields.FindImage, *, checked_previ
         "evaluations": wanted.evaluations,
         "pictures": len(made),
         "peak": found.process + max(stages.values()),
+        "process": found.process,
         "stages": stages,
         "resident_blocks": found.resident_blocks,
         "total_blocks": found.total_blocks,
