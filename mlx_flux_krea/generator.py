@@ -353,6 +353,8 @@ class Generator:
             else:
                 made = Latents(state.latents)
             flux, state = self._flux(plan.resident_bytes, uses), state or State(made.start)
+            if self.blocks:
+                self.blocks.in_flight = plan.in_flight
             with self._velocity(flux, request, conditions, steps, made) as velocity:
                 if self._dtype == mx.float16:
                     velocity = self._repeating_overflows(velocity, request, conditions, steps, made, uses)

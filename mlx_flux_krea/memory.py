@@ -185,6 +185,7 @@ class MemoryPlan:
         most: `peak` with all blocks resident.
         tiled: True where the VAE decodes, and encodes an input image, in tiles, since strips would not fit or would
             make arrays too large for a kernel.
+        in_flight: True where a block starts before the one before it has ended: memory has room for both.
         view: how the transformer sees the second pass, whole or in tiles; None: there is none.
         second: the plan of the second pass, of a picture that is enlarged; stages, least and most are those of both.
     """
@@ -200,6 +201,7 @@ class MemoryPlan:
     least: int
     most: int
     tiled: bool
+    in_flight: bool
     view: View | None = None
     second: "MemoryPlan | None" = None
 
@@ -240,6 +242,7 @@ class MemoryPlan:
             "least": self.least,
             "most": self.most,
             "tiled": self.tiled,
+            "in_flight": self.in_flight,
             "tiles": self.tiles,
         }
 
@@ -504,6 +507,11 @@ def make_plan(
     if dtype == mx.float16:  # a step that exceeds its range is repeated by another network, in bfloat16
         stages["denoise"] += weights.rest + _slots(blocks.stored, blocks.cast)
 
+    flight = working.flight(flux, tokens)
+    least_denoise = always + stages["denoise"] + _slots(blocks.stored, blocks.cast)
+    in_flight = is_in_flight() and least_denoise + flight <= arrays
+    stages["denoise"] += in_flight * flight
+
     def needs_with(coder_memory: Callable[..., int]) -> dict[str, int]:
         coders = {"decode": coder_memory(sizes.vae, "decode", width=width, height=height)}
         largest = max([(width, height), *references], key=lambda size: size[0] * size[1])
@@ -515,7 +523,8 @@ def make_plan(
     smaller = tiles if tiles["decode"] < strips["decode"] or not countable else strips
     tiled = smaller is tiles and (not countable or max(strips.values()) > arrays >= max(tiles.values()))
     needs = tiles if tiled else strips
-    least, most = _peaks(smaller, blocks, set()), max(needs.values()) + sum(blocks.computed)
+    alone = smaller | {"denoise": smaller["denoise"] - in_flight * flight}
+    least, most = _peaks(alone, blocks, set()), max(needs.values()) + sum(blocks.computed)
     if max(least.values()) > arrays:
         worst = max(least, key=lambda stage: least[stage])
         smaller_one = "input image or picture" if images else "picture"
@@ -549,6 +558,7 @@ def make_plan(
         least=process + max(least.values()),
         most=process + most,
         tiled=tiled,
+        in_flight=in_flight,
         view=view,
     )
 
@@ -662,9 +672,12 @@ class WorkingMemory:
         """Returns the bytes of a block of the transformer."""
         double, single = _BLOCK[self.device][self.dtype.size]
         wide = max(double, single) if flux.depth_single_blocks else double
-        wide += _IN_FLIGHT[self.device][self.dtype.size] if is_in_flight() else 0
         scores = flux.num_heads * tokens**2 * self.dtype.size if self.device == "cpu" else 0
         return wide * tokens * flux.hidden_size * self.dtype.size + scores
+
+    def flight(self, flux: configs.FluxConfig, tokens: int) -> int:
+        """Returns the bytes that the next block of the transformer takes beside one, since it starts before its end."""
+        return _IN_FLIGHT[self.device][self.dtype.size] * tokens * flux.hidden_size * self.dtype.size
 
     def strips(self, vae: configs.VAEConfig, coder: str, *, width: int, height: int) -> int:
         """Returns the bytes of a coder's largest residual block: input, intermediate arrays, output, some strips."""

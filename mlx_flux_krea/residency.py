@@ -202,6 +202,7 @@ class Blocks:
         check: called while a read is waited for; raises to stop.
 
     Attributes:
+        in_flight: False: each block starts when the one before it has ended.
         resident: places of the blocks that stay in memory once they are read.
         loaded: places of those that were read.
     """
@@ -219,7 +220,7 @@ class Blocks:
         prefixes = {id(module): f"{path}." if path else "" for path, module in network.named_modules()}
         self.units = [Unit(block, prefixes[id(getattr(block, "__self__", block))], tensors) for block in blocks]
         self.places = {_key(block): place for place, block in enumerate(blocks)}
-        self.dtype, self.check = dtype, check
+        self.dtype, self.check, self.in_flight = dtype, check, True
         self.sizes = [unit.computed(dtype) for unit in self.units]
         self.resident = resident_places(self.sizes, budget)
         self.loaded: set[int] = set()
@@ -258,7 +259,7 @@ class _Streaming:
         self._reads: dict[int, list[Future]] = {}
         streamed = [unit.size for place, unit in enumerate(blocks.units) if place not in blocks.resident]
         self._free = [_bytes(max(streamed)) for _ in range(min(SLOTS, len(streamed)))]
-        self._flight = Flight()
+        self._flight = Flight(blocks.in_flight)
         self._newest: int | None = None  # place of the block that was started last; None: that was no block
 
     def run(self, block: Callable, *args):

@@ -222,9 +222,13 @@ class Flight:
     backend/metal/device.cpp). Then both parts are computed once more, in smaller commands: the one in flight, whose
     results are replaced where they are, and the one that has read them. What else was computed from the old results
     would stay wrong; so only a part that gets results as they are starts before the one in flight has ended.
+
+    Args:
+        is_on: False: each part starts when the one before it has ended.
     """
 
-    def __init__(self):
+    def __init__(self, is_on: bool = True):
+        self._is_on = is_on and is_in_flight()
         self._last: _Started | None = None
         self._results: weakref.WeakValueDictionary[int, mx.array] = weakref.WeakValueDictionary()  # by id
 
@@ -244,7 +248,7 @@ class Flight:
         Raises:
             ResourceError: it failed again.
         """
-        if not self._are_results(args) or not is_in_flight():
+        if not self._is_on or not self._are_results(args):
             result = self.run(part, args)
             ended()
             return result

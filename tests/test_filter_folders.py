@@ -50,7 +50,7 @@ def same(one: dict[str, mx.array], other: dict[str, mx.array]) -> bool:
 def logits(path, dtype=mx.float32) -> mx.array:
     network = open_filter("pixtral", path).network.load(dtype)
     pixels = mx.random.normal((1, 16, 24, 3), key=mx.random.key(1))
-    return network([1, 3, *[10, 10, 10, 12, 10, 10, 10, 13], 44, 4], [pixels])
+    return network.logits([([1, 3, *[10, 10, 10, 12, 10, 10, 10, 13], 44, 4], [pixels])])[0]
 
 
 # --- where they go, and in which precision ---

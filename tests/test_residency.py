@@ -201,6 +201,16 @@ def test_a_block_starts_before_the_one_before_it_has_ended(model, monkeypatch, s
     assert np.array_equal(*images)
 
 
+def test_a_plan_without_room_for_two_starts_none_before_the_one_before_has_ended(model, monkeypatch):
+    pipe, watched = FluxPipeline.from_pretrained(model), Watched(monkeypatch)
+    pipe._generator.encode([(CAT, CAT)], pipe.folder.index.max_sequence_length)
+    plan = pipe.plan
+    pipe.plan = lambda request: dataclasses.replace(plan(request), in_flight=False)
+    watched.started = 0
+    pipe(CAT, seed=3, **SMALL)
+    assert watched.started == 0
+
+
 def test_an_interrupt_ends_within_two_blocks_and_leaves_none_in_flight(model, monkeypatch):
     watched, started = Watched(monkeypatch), []
     pipe = pipe_with_resident(model, 0)

@@ -42,6 +42,7 @@ BAD = {  # for each argument that an option sets, calls that are refused because
     "fit": [{"fit": "crop"}, {"fit": 3}],
     "auto_resize": [{"auto_resize": False}],
     "style_rule": [{"style_rule": "grid"}],
+    "upscale": [{"upscale": 5}, {"upscale": "x"}, {"upscale": 2, "control_image": Image.new("RGB", (8, 8))}],
     "watermark": [{"watermark": 1}, {"watermark": True, "width": 48, "height": 32}],
     "solver": [{"solver": "lms"}, {"solver": 3}, {"solver": "heun", "cache": "skip"}, {"solver": "heun", "fast": True}],
     "schedule": [{"schedule": "karras"}, {"schedule": "beta", "num_inference_steps": 1000}],
