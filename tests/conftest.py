@@ -1,5 +1,6 @@
 """Model folders of the reference's tiny pipeline, made once a session by the converter."""
 
+import itertools
 import os
 import resource
 import shutil
@@ -118,10 +119,18 @@ def viewers(no_viewers, monkeypatch):
     monkeypatch.setenv("PATH", f"{no_viewers}{os.pathsep}{os.environ['PATH']}")
 
 
+@pytest.fixture(scope="session")
+def homes(tmp_path_factory):
+    """A folder for each test's home. `mktemp` would list all folders before it, which takes longer than most tests."""
+    folder = tmp_path_factory.mktemp("homes")
+    return (folder / str(number) for number in itertools.count())
+
+
 @pytest.fixture(autouse=True)
-def home(tmp_path_factory, monkeypatch):
+def home(homes, monkeypatch):
     """Nothing is read from or written to the home folder of whoever runs the tests."""
-    folder = tmp_path_factory.mktemp("home")
+    folder = next(homes)
+    folder.mkdir()
     monkeypatch.setenv("FLUX_KREA_HOME", str(folder / "home"))
     monkeypatch.setenv("HF_HOME", str(folder / "hub"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

@@ -121,6 +121,17 @@ def test_what_passes_is_released_and_the_log_tells_how(command, strict, filters,
     )
 
 
+def test_of_a_picture_that_is_enlarged_the_finished_pixels_are_judged_whole(command, strict, filters, out, monkeypatch):
+    seen, images = [], judges.Eye.images
+    monkeypatch.setattr(judges.Eye, "images", lambda eye, pixels: seen.extend(pixels) or images(eye, pixels))
+    code, _, stderr = command("generate", CAT, "-m", strict, *OPTIONS, "--upscale", "2", "--strength", "1")
+    assert code == 0, stderr
+    finished = np.asarray(Image.open(out / "out.png"))
+    judged = [one for one in seen if one.shape in ((32, 48, 3), (64, 96, 3))]  # the others are of the self-test
+    assert len(judged) == 1
+    assert np.array_equal(judged[0], finished)
+
+
 def test_filters_change_no_pixel_and_a_model_without_need_runs_without_and_the_log_says_so(
     model, strict, filters, home
 ):
