@@ -119,7 +119,7 @@ def shows(path: Path) -> bool:
 @pytest.mark.slow
 def test_the_other_commands_work_in_their_order_and_draw_what_they_say(workplace):
     commands = [line for block in blocks("sh")[2:] for line in block.splitlines()]
-    assert len(commands) == 28
+    assert len(commands) == 29
     for command in commands:
         (open_page if command == "flux-krea ui" else run)(command, workplace)
     made = {path.name for path in workplace.glob("*.[pw]*") if not re.search("large|sheet", path.name)}
