@@ -507,7 +507,7 @@ def make_plan(
     if dtype == mx.float16:  # a step that exceeds its range is repeated by another network, in bfloat16
         stages["denoise"] += weights.rest + _slots(blocks.stored, blocks.cast)
 
-    flight = working.flight(flux, tokens)
+    flight = working.flight(flux, tokens, is_dense=blocks.dense > 0)
     least_denoise = always + stages["denoise"] + _slots(blocks.stored, blocks.cast)
     in_flight = is_in_flight() and least_denoise + flight <= arrays
     stages["denoise"] += in_flight * flight
@@ -675,8 +675,13 @@ class WorkingMemory:
         scores = flux.num_heads * tokens**2 * self.dtype.size if self.device == "cpu" else 0
         return wide * tokens * flux.hidden_size * self.dtype.size + scores
 
-    def flight(self, flux: configs.FluxConfig, tokens: int) -> int:
-        """Returns the bytes that the next block of the transformer takes beside one, since it starts before its end."""
+    def flight(self, flux: configs.FluxConfig, tokens: int, *, is_dense: bool) -> int:
+        """Returns the bytes that the next block of the transformer takes beside one, since it starts before its end.
+
+        On the CPU, where weights that are dequantized take most, they are free before it does.
+        """
+        if is_dense and self.device == "cpu":
+            return 0
         return _IN_FLIGHT[self.device][self.dtype.size] * tokens * flux.hidden_size * self.dtype.size
 
     def strips(self, vae: configs.VAEConfig, coder: str, *, width: int, height: int) -> int:

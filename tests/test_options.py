@@ -357,7 +357,7 @@ def test_with_less_memory_less_is_kept_and_the_picture_is_the_same(run, draw):
     whole, kept = draw(how=QUICK), []
     gc.collect()
     others = mx.get_active_memory() / 1e6  # what tests before this one keep in this process
-    for memory in ("5MB", "auto"):
+    for memory in ("185MB", "auto"):
         code, out, err = run("generate", CROSS, "-m", "nano", *QUICK, "--memory", memory, "--verbose")
         assert (code, data([Path(out.strip())])) == (0, data(whole)), err
         kept.append(int(re.search(r"^(\d+) of 10 transformer blocks resident in memory$", err, re.M)[1]))
@@ -526,7 +526,7 @@ def test_the_demo_saves_right_pictures_of_a_seed_and_a_sheet_of_them(run, tmp_pa
 ALL = {
     "like": "comfy", "model": "nano", "width": 48, "height": 32, "steps": 2, "guidance": 2, "seed": 5, "num-images": 2,
     "noise": "mflux", "negative-prompt": "a star", "true-cfg-scale": 3, "image": "start.webp", "strength": 0.5,
-    "output": "{n}.jpg", "quality": 5, "metadata": "minimal", "dtype": "float32", "memory": "14MB",
+    "output": "{n}.jpg", "quality": 5, "metadata": "minimal", "dtype": "float32", "memory": "194MB",
     "contact-sheet": True, "preview": "now.png", "verbose": True,
 }  # fmt: skip
 BESIDE = {"force": True, "json": True}  # not in lines
@@ -565,8 +565,8 @@ def test_options_of_a_shell_and_of_its_lines_do_what_they_do_in_generate(run, dr
 def test_what_a_shell_may_not_draw_it_does_not_draw_whenever_that_is_said(run, filters, tmp_path):
     """Too large for the memory, flagged, waiting for a person: before the first line, and in a line."""
     for options, says in (
-        ({"aspect": "16:9", "megapixels": "0.14", "memory": "20MB"}, "512 x 256 needs"),
-        ({"upscale": "4", "memory": "20MB"}, "128 x 128 needs"),
+        ({"aspect": "16:9", "megapixels": "0.14", "memory": "200MB"}, "512 x 256 needs"),
+        ({"upscale": "4", "memory": "200MB"}, "128 x 128 needs"),
         ({"check": "filters", "nsfw-threshold": "0"}, "1 of 1 picture withheld by a filter"),
         ({"check": "filters", "integrity-margin": "5"}, "(margin -4.00); expected at most -5"),
         ({"check": "review"}, "1 of 1 picture waiting for review"),
