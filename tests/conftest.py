@@ -1,5 +1,6 @@
 """Model folders of the reference's tiny pipeline, made once a session by the converter."""
 
+import gc
 import itertools
 import os
 import resource
@@ -185,3 +186,9 @@ def mac(tmp_path_factory, monkeypatch):
     resource.setrlimit(resource.RLIMIT_NOFILE, (FILES, before[1]))
     yield machine
     resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def pytest_collection_finish():
+    """Keeps the collector of garbage from looking at thousands of tests again and again."""
+    gc.collect()
+    gc.freeze()

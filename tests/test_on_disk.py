@@ -127,10 +127,11 @@ def test_a_folder_that_the_system_refuses_stops_nobody_and_is_named(own, files, 
             raise OSError(code, os.strerror(code), str(path))
         return scandir(path)
 
-    monkeypatch.setattr(os, "scandir", refuse)
-    monkeypatch.setattr(os.path, "isdir", lambda path: isdir(path) and not is_refused(path))
     search = Search()
-    (source,) = find_sources("model", True, search)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", refuse)
+        patch.setattr(os.path, "isdir", lambda path: isdir(path) and not is_refused(path))
+        (source,) = find_sources("model", True, search)
     assert source.where.startswith("ComfyUI")
     told = [line for line in search.told() if "refuses to show" in line]
     assert told
