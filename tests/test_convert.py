@@ -946,7 +946,7 @@ def test_kills_at_random_moments_leave_a_whole_model_or_none(source, tmp_path):
     begin = time.monotonic()
     assert subprocess.run(command, cwd=ROOT, capture_output=True, check=False).returncode == 0
     alone = time.monotonic() - begin
-    for _ in range(20):
+    for _ in range(10):
         process = subprocess.Popen(
             [*command, "--force"], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
@@ -960,7 +960,7 @@ def test_kills_at_random_moments_leave_a_whole_model_or_none(source, tmp_path):
         if (tmp_path / "out").exists():
             whole += 1
             assert not any(folders.check_manifest(tmp_path / "out", lambda *_: None)[1].values())
-    assert whole > 10
+    assert whole > 4
     run(source, out=tmp_path / "out", force=True)
     assert hidden(tmp_path) == []
 

@@ -85,8 +85,6 @@ def test_extrapolated_caches_are_nearer_to_the_full_run_than_repeating_ones(full
     skipped = reference_run(full_pipe, fast=True)
     assert skipped.steps_computed == (skip_steps(28),)
     assert 0 < rel(skipped.images, full) < 5e-3
-    few = reference_run(full_pipe, cache="skip").images
-    assert mx.array_equal(few, skipped.images)
 
 
 def test_a_second_run_starts_with_an_empty_cache(pipe):
