@@ -247,6 +247,7 @@ def test_interrupted_at_any_step_it_goes_on(published_folders, place):
     assert list((home / "pictures").iterdir())
 
 
+@pytest.mark.slow
 def test_a_person_who_does_not_agree_installs_nothing(published_folders, place):
     for said in ("", "no", "I do not agree", "yes"):
         code, shown, _ = at_terminal(place, *named(published_folders), answers={"anything else ends setup": said})
