@@ -17,7 +17,8 @@ import numpy as np
 
 from ..models.config import FluxConfig
 from ..models.transformer import rope
-from .sampler import pack, position_ids, unpack
+from . import sampler
+from .sampler import pack, unpack
 
 Model = Callable[[mx.array, int], mx.array]  # from latents (B, L, 64) and the number of a step to the velocity
 Size = tuple[int, int]  # width and height
@@ -190,7 +191,7 @@ class View:
         self, config: FluxConfig, text: int, size: Size, references: Sequence[Size] = ()
     ) -> tuple[mx.array, mx.array]:
         """Returns rope's tables for so many text tokens, a size of `sizes`, and references that follow."""
-        return rope(position_ids(text, *size, references), config.axes_dim, config.theta)
+        return rope(sampler.position_ids(text, *size, references), config.axes_dim, config.theta)
 
     def parts(self, latents: mx.array, step: int) -> list[tuple[mx.array, Size]]:
         """Returns what is seen at a step of packed latents (1, L, 64): packed parts with their sizes in latents."""
