@@ -226,7 +226,9 @@ def test_shapes_have_their_sizes(tab):
 def test_prompts_used_before_are_listed(tab, server):
     server.make(prompt="a yellow ring", model="nano", steps=1)
     tab.button("History").click()
-    tab.page.get_by_role("dialog", name="Prompts used before").get_by_role("button", name="a yellow ring", exact=True).click()
+    tab.page.get_by_role("dialog", name="Prompts used before").get_by_role(
+        "button", name="a yellow ring", exact=True
+    ).click()
     expect(tab.prompt).to_have_value("a yellow ring")
 
 
