@@ -28,6 +28,7 @@ from helpers import (
 from PIL import Image
 
 from mlx_flux_krea import cli
+from mlx_flux_krea.commands.shared.terminal import Console
 from mlx_flux_krea.errors import printable
 from mlx_flux_krea.provenance import Picture
 
@@ -188,6 +189,15 @@ pipeline.FluxPipeline.generate = call"""
     assert stopped(err.splitlines()[-1], "terminated"), err
     assert "Exception ignored" not in err or "weak" in where
     assert not (tmp_path / "a.png").exists()
+
+
+@pytest.mark.parametrize("as_events", [False, True])
+def test_a_line_is_written_at_once_so_that_a_signal_leaves_a_whole_one_or_none(monkeypatch, as_events):
+    written = []
+    monkeypatch.setattr(sys.stderr, "write", lambda text: written.append(text) if text else None)
+    Console(as_events=as_events).say("a line")
+    (text,) = written
+    assert text.endswith("\n")
 
 
 def test_a_second_ctrl_c_does_not_disturb_what_the_first_undoes(tmp_path):

@@ -70,7 +70,7 @@ class Console:
     def write(self, text: str) -> None:
         """Writes text as it is, such as the escape sequence of a picture."""
         with contextlib.suppress(OSError):
-            tqdm.write(text, file=sys.stderr)
+            tqdm.write(f"{text}\n", file=sys.stderr, end="")  # at once: a signal between two writes would join lines
 
     def result(self, text: str) -> None:
         """Writes a result, to standard output."""
