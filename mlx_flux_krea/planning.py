@@ -25,7 +25,7 @@ from .memory import (
 from .presets import SOLVERS
 from .request import ResolvedRequest
 from .sampling.caches import cache_bytes
-from .sampling.enlarge import View, second_view
+from .sampling.enlarge import View, second_views
 from .weights import ComponentFolder, ModelFolder
 
 _GUIDED = 8  # arrays of latents that the guidance of a second pass holds at one time
@@ -71,17 +71,14 @@ class Planner:
 
     def _second(self, request: ResolvedRequest, large: Large) -> MemoryPlan:
         """Returns the plan of the second pass."""
-        down = self.folder.vae.sizes.downsampling
-        own = large.own[0] // down, large.own[1] // down
-        latents = View(large.width // down, large.height // down)
-        views = [second_view(latents, own, large.factor, tiled=tiled) for tiled in (False, True)]
+        views = second_views(large.size, large.own, large.factor, self.folder.vae.sizes.downsampling)
 
         def plan(view: View) -> MemoryPlan:
             return self._pass(request, large.width, large.height, view)
 
         if large.tiles is not None:
             return plan(views[large.tiles])
-        return choose_view(self.folder.flux.sizes, views[0], views[1], request.max_sequence_length, plan)[0]
+        return choose_view(self.folder.flux.sizes, *views, request.max_sequence_length, plan)[0]
 
     def _pass(self, resolved: ResolvedRequest, width: int, height: int, view: View | None = None) -> MemoryPlan:
         """Returns the plan of one pass at its size; `view` is the second's."""

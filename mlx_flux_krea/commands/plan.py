@@ -37,7 +37,7 @@ from mlx_flux_krea.presets import (
     SOLVERS,
     Schedule,
 )
-from mlx_flux_krea.sampling.enlarge import RECIPE, View, second_view
+from mlx_flux_krea.sampling.enlarge import RECIPE, View, second_views
 from mlx_flux_krea.sampling.rules import count_evaluations, fast_skips
 from mlx_flux_krea.sampling.sampler import first_step
 from mlx_flux_krea.weights import open_model
@@ -118,33 +118,12 @@ def plan(model, width, height, memory, dtype, lora, style, control, upscale, fas
     enlarging = _Enlarging(None if upscale == 1 else upscale, solver)
     if budget > (built_in := planning.physical_memory()):
         Console().note(f"{size(budget)} is more than this machine has, {size(built_in)}: the plan is one for another")
+    asked = {"lora": lora, "style": style, "control": control, "taken": taken, "enlarging": enlarging}
+    asked |= {"budget": budget, "given": bool(given)}
     if model is None or (is_krea(model) and not _is_installed(model)):
-        sides, dtype = (width or 1024, height or 1024), dtype or "bfloat16"
-        facts, text = _published(
-            *sides,
-            budget=budget,
-            given=bool(given),
-            dtype=dtype,
-            lora=lora,
-            style=style,
-            control=control,
-            taken=taken,
-            enlarging=enlarging,
-        )
+        facts, text = _published(width or 1024, height or 1024, dtype=dtype or "bfloat16", **asked)
     else:
-        facts, text = _model(
-            model,
-            width,
-            height,
-            budget=budget,
-            given=bool(given),
-            dtype=dtype,
-            lora=lora,
-            style=style,
-            control=control,
-            taken=taken,
-            enlarging=enlarging,
-        )
+        facts, text = _model(model, width, height, dtype=dtype, **asked)
     if given:
         first, _, rest = text.partition("\n")
         text = f"{first}\n{_SHARE}\n{rest}"
@@ -184,10 +163,9 @@ class _Enlarging:
         if not self.factor:
             return first, ""
         size = enlarged((width, height), self.factor, _MULTIPLE)
-        whole, own = View(size[0] // _LATENT, size[1] // _LATENT), (width // _LATENT, height // _LATENT)
-        views = [second_view(whole, own, self.factor, tiled=tiled) for tiled in (False, True)]
+        views = second_views(size, (width, height), self.factor, _LATENT)
         read = [planning.HELD * size[0] * size[1]]
-        second, why = planning.choose_view(flux, views[0], views[1], length, lambda view: predict(*size, view, read))
+        second, why = planning.choose_view(flux, *views, length, lambda view: predict(*size, view, read))
         seen = f"in {second.tiles} tiles of {width} x {height}: {why}" if why else "whole"
         said = f"its second pass, at {size[0]} x {size[1]}, is seen {seen}"
         return second.after(first), said

@@ -253,6 +253,20 @@ def second_view(whole: View, own: Size, factor: float, *, tiled: bool) -> View:
     return View(whole.width, whole.height, own if tiled else None, RECIPE.shifts, factor, RECIPE)
 
 
+def second_views(size: Size, own: Size, factor: float, downsampling: int) -> tuple[View, View]:
+    """Returns how a second pass is seen whole, and in tiles.
+
+    Args:
+        size: of the finished picture, pixels.
+        own: that the model draws at once, pixels.
+        factor: by which the picture was enlarged.
+        downsampling: pixels of a latent.
+    """
+    (wide, high), tile = ((side[0] // downsampling, side[1] // downsampling) for side in (size, own))
+    whole = View(wide, high)
+    return second_view(whole, tile, factor, tiled=False), second_view(whole, tile, factor, tiled=True)
+
+
 def second_seed(seed: int) -> int:
     """Returns the seed of the second pass's noise: another stream, which follows from the one of the first."""
     return int.from_bytes(hashlib.sha256(f"second pass of {seed}".encode()).digest()[:4], "little")

@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from mlx_flux_krea.credentials import signing
 from mlx_flux_krea.credentials.certificate import find_identity
@@ -25,6 +25,11 @@ def check_credentials(mode: str | None) -> None:
         find_identity(*settings.own_certificate())
 
 
+def is_signed(mode: str | None) -> TypeGuard[str]:
+    """True where pictures are signed; None is the usual mode, in which they are not."""
+    return mode not in (None, CREDENTIALS[0])
+
+
 def signed(mode: str | None, sources: list[signing.Ingredient]) -> dict[str, Any]:
     """Returns the argument `credentials` of `Picture.save`; {}: the picture is not signed.
 
@@ -32,7 +37,7 @@ def signed(mode: str | None, sources: list[signing.Ingredient]) -> dict[str, Any
         mode: one of `presets.CREDENTIALS`; None: the usual one.
         sources: images that the picture was made of.
     """
-    if mode in (None, CREDENTIALS[0]):
+    if not is_signed(mode):
         return {}
     certificate, key = settings.own_certificate()
     return {"credentials": signing.Signing(mode, certificate, key, sources)}

@@ -8,7 +8,7 @@ from mlx_flux_krea import Result
 from mlx_flux_krea.errors import Withheld, printable
 from mlx_flux_krea.provenance import FORMATS, Picture, read_record
 
-from .credentials import parts_of, signed, sources_of
+from .credentials import is_signed, parts_of, signed, sources_of
 from .jobs import PictureJob, PreparedJob
 from .options import with_option_names
 from .output import names_from, save, save_bytes
@@ -94,8 +94,9 @@ class Delivery:
     def _save(self, job: PictureJob, picture: Picture) -> Path:
         """Saves a picture; a note tells if the first picture of a name gets another one."""
         first, names = job.output not in self._names, self._names.setdefault(job.output, names_from(job.output))
-        mode = job.options.get("credentials")
-        how = _how(job.options) | (signed(mode, sources_of(job.options, picture.record)) if mode else {})
+        how = _how(job.options)
+        if is_signed(mode := job.options.get("credentials")):
+            how |= signed(mode, sources_of(job.options, picture.record))
         path = save(picture, names, force=self._run.force, before=self._run.claim, **how)
         if first and path != job.output:
             self._console.say(f"note: {printable(str(job.output))} exists; writing {printable(str(path))}")
